@@ -1,0 +1,43 @@
+"""QitOS agent runs in MLflow. Public names load on first use: importing this costs next to nothing.
+
+`MlflowTraceProcessor` logs traces when registered by hand; `autolog` turns logging on for every
+run; `Settings` holds what can be set. See README.md for the other ways in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qitos_mlflow.autolog import autolog as autolog
+    from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor as MlflowTraceProcessor
+    from qitos_mlflow.settings import Settings as Settings
+
+    __version__: str
+
+_HOMES = {
+    "MlflowTraceProcessor": "qitos_mlflow.mlflow_plugin.processor",
+    "Settings": "qitos_mlflow.settings",
+    "autolog": "qitos_mlflow.autolog",
+}
+
+__all__ = ["MlflowTraceProcessor", "Settings", "__version__", "autolog"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("qitos-mlflow")
+    elif name in _HOMES:
+        from importlib import import_module
+
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,60 @@
+"""Keeps our own failures away from the agent: each is counted and logged, none is raised.
+
+Every place that must not raise catches ``Exception`` and hands it to `report`. Tests listen
+through `watch` and fail on anything reported, so that a swallowed bug is never a silent one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+LOG_EVERY_S = 60.0
+"""A message about the same thing is logged at most this often (seconds)."""
+
+_log = logging.getLogger("qitos_mlflow")
+_lock = threading.Lock()
+_last_logged: dict[str, float] = {}
+_watchers: list[Callable[[str, BaseException], None]] = []
+
+counts: Counter[str] = Counter()
+"""How often each place has reported, since the process began."""
+
+
+def report(where: str, error: BaseException) -> None:
+    """Count `error`, which was kept from the agent, and log it at most once a minute a place.
+
+    Args:
+        where: the place, a constant such as ``"bridge.on_after_act"``.
+        error: what was caught.
+
+    Any thread; never blocks on more than a dictionary lock, never raises.
+    """
+    try:
+        counts[where] += 1
+        warn(where, "%s failed: %s: %s", where, type(error).__name__, error)
+        _log.debug("traceback of the failure in %s", where, exc_info=error)
+        for watcher in list(_watchers):
+            watcher(where, error)
+    except Exception:  # noqa: BLE001 - there is nobody left to tell
+        pass
+
+
+def warn(key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
+    """Log `message`, unless something was logged under `key` within the last minute."""
+    now = time.monotonic()
+    with _lock:
+        last = _last_logged.get(key)
+        if last is not None and now - last < LOG_EVERY_S:
+            return
+        _last_logged[key] = now
+    _log.log(level, message, *args)
+
+
+def watch(watcher: Callable[[str, BaseException], None]) -> Callable[[], None]:
+    """Call `watcher` with everything reported from now on; returns a function that stops it."""
+    _watchers.append(watcher)
+    return lambda: _watchers.remove(watcher)

@@ -1,0 +1,47 @@
+"""Fixtures for every test: nothing swallowed, nothing leaked, nothing of the user's touched."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports mlflow: no telemetry, and no settings of the person running the tests.
+for _name in list(os.environ):
+    if _name.startswith(("MLFLOW_", "QITOS_")):
+        del os.environ[_name]
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["QITOS_TRACE_PLUGINS"] = "none"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow import _guard
+
+
+@pytest.fixture(autouse=True)
+def _nothing_swallowed(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, BaseException]]]:
+    """Fail the test if the package caught an exception it did not expect.
+
+    A test about such failures takes the fixture `swallowed` and clears the list.
+    """
+    seen: list[tuple[str, BaseException]] = []
+    stop = _guard.watch(lambda where, error: seen.append((where, error)))
+    yield seen
+    stop()
+    assert not seen, f"swallowed: {seen}"
+
+
+@pytest.fixture
+def swallowed(
+    _nothing_swallowed: list[tuple[str, BaseException]],
+) -> list[tuple[str, BaseException]]:
+    """What the package caught so far; a test that expects something clears it."""
+    return _nothing_swallowed
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own working and state directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "spool"))
