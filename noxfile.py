@@ -1,0 +1,119 @@
+"""What can be run, and with what installed: `./dev` lists it, `./dev NAME` runs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+OLDEST = PYTHONS[0]
+"""Runs with every dependency at the floor that pyproject.toml declares, the rest at the newest."""
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.sessions = ["lint", "types", "test"]
+
+# uv takes the interpreters that are there; it never fetches one.
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"
+
+
+def build(session: nox.Session, directory: Path) -> Path:
+    """Build the sdist, and from it the wheel; returns the wheel."""
+    shutil.rmtree(directory, ignore_errors=True)
+    session.install("build[uv]")
+    session.run(
+        "python", "-m", "build", "--installer=uv", f"--outdir={directory}", str(ROOT), silent=True
+    )
+    return next(directory.glob("*.whl"))
+
+
+def run_suite(
+    session: nox.Session, marks: str = "not soak and not browser", *arguments: str
+) -> None:
+    """Run the tests with these marks against the built wheel, out of reach of the checkout."""
+    scratch = Path(session.create_tmp()).resolve()
+    wheel = build(session, scratch / "dist")
+    if session.python == OLDEST:
+        floors = ("--resolution=lowest-direct", "--requirements=pyproject.toml", "--extra=test")
+        session.install(*floors)
+        session.install("--no-deps", str(wheel))
+    else:
+        session.install(f"{wheel}[test]")
+
+    tree = scratch / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    unwanted = shutil.ignore_patterns(
+        ".*", "qitos_mlflow", "startup", "__pycache__", "build", "dist"
+    )
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    session.chdir(tree)
+    session.run("uv", "pip", "list", external=True)
+    where = "from qitos_mlflow import __file__ as f; print(f); assert 'site-packages' in f"
+    session.run("python", "-c", where)
+    session.run(
+        *("python", "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "-m", marks),
+        *arguments,
+        *session.posargs,
+        # What tests/packaging installs: the wheel under test, and the tree it was made from.
+        env={"WHEEL_UNDER_TEST": str(wheel), "SOURCE_TREE": str(ROOT)},
+    )
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the demo: agents without a key or a network, logged to MLflow's local store."""
+    session.install(".[qitos]")
+    session.run("qitos-mlflow", "demo", *session.posargs)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """Run the tests on the Python that runs this."""
+    run_suite(session)
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests on one Python; the oldest has every dependency at its declared floor."""
+    run_suite(session)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run the endurance tests."""
+    run_suite(session, "soak", "--timeout=1800")
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Look at MLflow's pages in a headless Chromium, which must be installed."""
+    session.install("playwright")
+    run_suite(session, "browser")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types."""
+    session.install("--editable", ".[dev]")
+    session.run("mypy", "--strict")
+
+
+@nox.session(name="build")
+def build_session(session: nox.Session) -> None:
+    """Build sdist and wheel into dist/, and check what a package index would."""
+    wheel = build(session, ROOT / "dist")
+    session.install("twine")
+    session.run("twine", "check", "--strict", *map(str, wheel.parent.iterdir()))

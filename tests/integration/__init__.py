@@ -1,0 +1,1 @@
+"""Everything together: real MLflow servers, real QitOS agents, real processes, real faults."""

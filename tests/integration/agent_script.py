@@ -1,0 +1,304 @@
+"""What an agent process of the tests runs: real QitOS agents with a scripted model and a tool.
+
+``python -m tests.integration.agent_script CONFIG`` (JSON of `Config`). It tells its parent each
+point it reaches as a JSON line on stdout, and at the points named as gates it waits for a line on
+stdin. How long callbacks held the agents' threads, and what they were given, is written down on
+the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+CALLBACKS = ("on_trace_start", "on_span_start", "on_span_end", "on_trace_end")
+SLOW_MS = 1.0
+"""Holds longer than this are listed one by one."""
+MAX_LISTED = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the agents do. The points are described at `Gates`."""
+
+    traces: int = 1
+    """Agent runs, one after another in each thread."""
+    steps: int = 2
+    """Steps of each run that call the tool; one more step gives the answer."""
+    threads: int = 1
+    way: str = "code"
+    """How the package comes in: code (`MlflowTraceProcessor`), autolog, auto (`import
+    qitos_mlflow.auto`), installed (nothing: its start-up file), off."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the processor or of `autolog`."""
+    payload_bytes: int = 200
+    """Length of each tool result, which also makes the messages grow."""
+    tool_sleep_s: float = 0.0
+    tool_cpu_s: float = 0.0
+    failing_steps: list[int] = field(default_factory=list)
+    """Steps, from 0, in which the tool raises; the agent goes on."""
+    interrupted_step: int | None = None
+    """The step in which the model raises `KeyboardInterrupt`, which leaves the run."""
+    scores: list[float] = field(default_factory=list)
+    """A critic gives these, step by step, the last one from then on; empty: no critic."""
+    task_name: str = "task"
+    """Task texts are this name and the number of the run."""
+    run_dirs: bool = False
+    """QitOS writes its own run directories below the working directory."""
+    gates: list[str] = field(default_factory=list)
+    flush: bool = False
+    """Flush once all runs have ended; the `done` event says with what result."""
+    truth: str = "truth.jsonl"
+    """File for what the callbacks were given, written before they are called; it survives a
+    SIGKILL. Empty: none."""
+
+
+class Gates:
+    """The points of interest: told when reached, waited at when asked for.
+
+    ready: everything is imported and attached, no run has begun.
+    start, mid, end: in the first run: in its first and its middle tool call, and before its answer.
+    over: all runs have ended.
+    done: the last thing before the interpreter exits.
+    """
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = set(stops)
+        self._lock = threading.Lock()
+
+    def reach(self, point: str, **facts: Any) -> None:
+        line = json.dumps({"point": point, "time_s": time.monotonic(), **facts})
+        with self._lock:
+            os.write(1, line.encode() + b"\n")
+        if point in self._stops:
+            sys.stdin.readline()
+
+
+class Holds:
+    """Times every callback on the thread that calls it, whichever processors are attached."""
+
+    def __init__(self, truth: str) -> None:
+        self._truth = os.open(truth, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if truth else None
+        self.counts = dict.fromkeys(CALLBACKS, 0)
+        self.worst_ms = dict.fromkeys(CALLBACKS, 0.0)
+        self.slow: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def watch(self, fan_out: type) -> None:
+        """Wrap the callbacks of the class that hands each event to all processors."""
+        for name in CALLBACKS:
+            setattr(fan_out, name, self._timed(name, getattr(fan_out, name)))
+
+    def _timed(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
+        def timed(processor: Any, item: Any) -> None:
+            self._write_down(name, item)
+            wall_s, cpu_s = time.perf_counter(), time.thread_time()
+            try:
+                callback(processor, item)
+            finally:
+                cpu_ms = (time.thread_time() - cpu_s) * 1000
+                wall_ms = (time.perf_counter() - wall_s) * 1000
+                self._count(name, wall_ms, cpu_ms)
+
+        return timed
+
+    def _count(self, name: str, wall_ms: float, cpu_ms: float) -> None:
+        with self._lock:
+            self.counts[name] += 1
+            self.worst_ms[name] = max(self.worst_ms[name], wall_ms)
+            if wall_ms > SLOW_MS and len(self.slow) < MAX_LISTED:
+                self.slow.append({"callback": name, "wall_ms": wall_ms, "cpu_ms": cpu_ms})
+
+    def _write_down(self, name: str, item: Any) -> None:
+        if self._truth is None:
+            return
+        data = getattr(item, "data", None)
+        known = {
+            "callback": name,
+            "time_s": time.monotonic(),
+            "trace_id": item.trace_id,
+            "span_id": getattr(item, "span_id", None),
+            "parent_id": getattr(item, "parent_span_id", None),
+            "type": str(getattr(data, "type", "")) or None,
+        }
+        os.write(self._truth, json.dumps(known).encode() + b"\n")
+
+
+class ScriptedModel:
+    """Calls the tool once a step, then answers; tokens are real counts of its own making."""
+
+    model = "scripted-1"
+
+    def __init__(self, config: Config, number: int, gates: Gates) -> None:
+        self._config, self._number, self._gates = config, number, gates
+        self._calls = 0
+
+    def __call__(self, messages: list[dict[str, Any]]) -> Any:
+        from qitos import ModelResponse
+
+        step, self._calls = self._calls, self._calls + 1
+        if step == self._config.interrupted_step:
+            raise KeyboardInterrupt
+        if step < self._config.steps:
+            text = f"Thought: go on\nAction: work(step={step})"
+        else:
+            if self._number == 0:
+                self._gates.reach("end")
+            text = f"Final Answer: done {self._number}"
+        usage = {"prompt_tokens": 100 + step, "completion_tokens": 10, "total_tokens": 110 + step}
+        return ModelResponse(text=text, usage=usage, model_name=self.model, provider="scripted")
+
+
+def make_agent(config: Config, number: int, gates: Gates) -> Any:
+    """A QitOS agent for run `number`. qitos is imported here, not when this module is."""
+    from qitos import Action, AgentModule, Decision, StateSchema, ToolRegistry, tool
+    from qitos.kit.parser import ReActTextParser
+
+    @tool(name="work")
+    def work(step: int) -> str:
+        """Do one step of the work."""
+        if number == 0 and step == 0:
+            gates.reach("start")
+        if number == 0 and step == config.steps // 2:
+            gates.reach("mid")
+        until = time.thread_time() + config.tool_cpu_s
+        while time.thread_time() < until:
+            pass
+        time.sleep(config.tool_sleep_s)
+        if step in config.failing_steps:
+            raise ValueError(f"step {step} fails on purpose")
+        return f"{number}.{step} ".ljust(config.payload_bytes, "x")
+
+    class Worker(AgentModule[StateSchema, dict[str, Any], Action]):
+        name = "worker"
+
+        def init_state(self, task: str, **kwargs: Any) -> StateSchema:
+            return StateSchema(task=task, max_steps=config.steps + 1)
+
+        def reduce(
+            self, state: StateSchema, observation: dict[str, Any], decision: Decision[Action]
+        ) -> StateSchema:
+            return state
+
+    registry = ToolRegistry()
+    registry.register(work)
+    model = ScriptedModel(config, number, gates)
+    return Worker(tool_registry=registry, llm=model, model_parser=ReActTextParser())
+
+
+def make_critics(config: Config) -> list[Any]:
+    """The critic that gives the scores asked for, or none."""
+    from qitos.engine.critic import Critic
+
+    class Scorer(Critic):
+        def __init__(self) -> None:
+            self._given = 0
+
+        def evaluate(self, state: Any, decision: Any, results: list[Any]) -> dict[str, Any]:
+            score = config.scores[min(self._given, len(config.scores) - 1)]
+            self._given += 1
+            return {"action": "continue", "reason": f"score {self._given}", "score": score}
+
+    return [Scorer()] if config.scores else []
+
+
+def attach(config: Config) -> None:
+    """Bring the package in, in the way the configuration names."""
+    if config.way == "code":
+        from qitos_mlflow import MlflowTraceProcessor
+        from qitos_mlflow.tracing import add_trace_processor
+
+        add_trace_processor(MlflowTraceProcessor(**config.options))
+    elif config.way == "autolog":
+        import qitos_mlflow
+
+        qitos_mlflow.autolog(**config.options)
+    elif config.way == "auto":
+        import qitos_mlflow.auto
+    else:
+        assert config.way in {"installed", "off"}, config.way
+
+
+def run(config: Config, number: int, gates: Gates) -> None:
+    """One agent run."""
+    agent = make_agent(config, number, gates)
+    with contextlib.suppress(KeyboardInterrupt):
+        agent.run(
+            f"{config.task_name} {number}",
+            max_steps=config.steps + 1,
+            critics=make_critics(config),
+            render=False,
+            trace=config.run_dirs,
+        )
+
+
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[Callable[..., Any]]:
+    if threads == 1:  # On the main thread, as most scripts do.
+        yield lambda work, items: list(map(work, items))
+        return
+    with ThreadPoolExecutor(threads) as executor:
+        yield lambda work, items: list(executor.map(work, items))
+
+
+def rss_bytes() -> int:
+    """Resident memory now, on Linux; 0 elsewhere."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main() -> None:
+    """Run everything the configuration asks for, and report."""
+    given = json.loads(sys.argv[1])
+    config = Config(
+        **{one.name: given.pop(one.name) for one in fields(Config) if one.name in given}
+    )
+    assert not given, f"not options of an agent: {given}"
+    gates, holds = Gates(config.gates), Holds(config.truth)
+
+    import qitos  # noqa: F401
+
+    attach(config)
+    if config.way != "off":
+        from qitos_mlflow.tracing import SynchronousMultiTraceProcessor
+
+        holds.watch(SynchronousMultiTraceProcessor)
+    gates.reach("ready", rss_bytes=rss_bytes())
+
+    began_s = time.monotonic()
+    with _pool(config.threads) as each:
+        each(lambda number: run(config, number, gates), range(config.traces))
+    gates.reach("over", wall_s=time.monotonic() - began_s, rss_bytes=rss_bytes())
+
+    flushed = None
+    if config.flush:
+        from qitos_mlflow.tracing import processors
+
+        results = [processor.force_flush() for processor in processors()]
+        flushed = False not in results
+    gates.reach(
+        "done",
+        flushed=flushed,
+        counts=holds.counts,
+        worst_ms=holds.worst_ms,
+        slow=holds.slow,
+        rss_bytes=rss_bytes(),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A real server, a proxy that fails on command, real agents, and a local store to log to."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.agents import Agent
+from tests.integration.proxy import Proxy
+from tests.integration.server import MlflowServer
+
+
+@pytest.fixture(scope="session")
+def _shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mlflow_server(_shared_server: MlflowServer) -> Iterator[MlflowServer]:
+    """The session's MLflow server, up; whatever a test does to it is put right afterwards."""
+    if not _shared_server.running:
+        _shared_server.start()
+    yield _shared_server
+    if _shared_server.running:
+        _shared_server.thaw()
+
+
+@pytest.fixture
+def experiment_name(request: pytest.FixtureRequest) -> str:
+    """An experiment that no other test logs to: the server's database is shared."""
+    return f"{request.node.name} {uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def proxy(mlflow_server: MlflowServer) -> Iterator[Proxy]:
+    """A proxy before the server; it passes everything until the test sets a fault."""
+    proxy = Proxy(mlflow_server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> str:
+    """Tracking URI of a local sqlite store of the test's own, not yet created."""
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def run_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+    """Start a real agent in a process of its own: ``run_agent(traces=3, steps=5, …)``.
+
+    The options are `tests.integration.agent_script.Config`'s. What still runs at the end is killed.
+    """
+    agents: list[Agent] = []
+
+    def start(**config: Any) -> Agent:
+        agent = Agent(tmp_path / f"agent-{len(agents)}", **config)
+        agents.append(agent)
+        return agent
+
+    yield start
+    for agent in agents:
+        agent.kill()

@@ -1,0 +1,1 @@
+"""What is shipped: the wheel, its start-up files, and what an import costs."""
