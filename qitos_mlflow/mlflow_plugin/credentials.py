@@ -1,0 +1,290 @@
+"""What a credential looks like: its names, its shapes, and where they are in a text.
+
+Prompts grow to hundreds of kilobytes, so texts are not handed to one big pattern (14 ns a
+character): literal searches (0.7 ns) find the few places worth a closer look, and each look is
+bounded, so that no text costs more than a time proportional to its length.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+_ALWAYS = _words(
+    "password passwords passwd pwd passphrase passcode secret secrets credential credentials creds "
+    "authorization auth cookie cookies jwt dsn apikey apikeys"
+)
+"""Words that make a name a credential's, wherever they stand in it."""
+
+_JOINED = _words(
+    "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey masterkey "
+    "accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken bearertoken "
+    "sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret password passwd "
+    "passphrase connectionstring connstr"
+)
+"""Endings of names written without any separator."""
+
+_KEY_OF = _words(
+    "access account admin anthropic api app application auth azure client consumer deploy "
+    "encryption gemini google groq hmac license master mistral openai openrouter private secret "
+    "service session shared signing ssh storage subscription together tavily wandb webhook"
+)
+"""What stands before ``key`` when the key is a secret, and not a dictionary's or a table's."""
+
+_PASS_OF = _words("db ftp http imap login mail mysql pg postgres proxy redis root smtp ssh user")
+
+_TOKEN_COUNTED = _words(
+    "audio bos cached class cls completion continuation current decoder end eos first image input "
+    "last mask max min new next num output pad page per prompt reasoning sep special start stop "
+    "sync thinking total unexpected unk"
+)
+"""What stands before ``token`` when it means a piece of text or a page, not a pass."""
+
+_HARMLESS_END = _words(
+    "age arn at budget changed class cost count created details enabled endpoint env expiration "
+    "expired expires expiry field file format header hint in index kind label length limit limits "
+    "location max min name names number path policy position prompt provider rate ratio required "
+    "reset rotation rule rules size source status strategy strength ttl type types updated uri url "
+    "usage valid variable version window"
+)
+"""Last words of names that speak about a credential without being one."""
+
+
+def _is_credential(words: list[str]) -> bool:
+    while len(words) > 1 and words[-1].isdigit():  # api_key_2
+        words = words[:-1]
+    last = words[-1]
+    if last in _HARMLESS_END:
+        return False
+    if not _ALWAYS.isdisjoint(words) or last.endswith(tuple(_JOINED)):
+        return True
+    if last == "token":
+        return len(words) == 1 or words[-2] not in _TOKEN_COUNTED
+    if last == "tokens":
+        return len(words) > 1 and words[-2] in {"access", "refresh", "auth", "api", "session"}
+    if last == "pass":
+        return len(words) > 1 and words[-2] in _PASS_OF
+    # The key itself, or what it is followed by: aws_access_key_id, api_key_prod.
+    return any(b in {"key", "keys"} and a in _KEY_OF for a, b in pairwise(words))
+
+
+@lru_cache(maxsize=4096)
+def _cached_names_credential(name: str) -> bool:
+    plain = re.split(r"[^a-z0-9]+", name.lower())
+    return any(
+        _is_credential(words)
+        for words in ([w for w in plain if w], [w.lower() for w in _WORD.findall(name)])
+        if words
+    )
+
+
+def names_credential(name: str) -> bool:
+    """Whether a value under this name is a secret: any case, with ``-``, ``_``, ``.`` or camelCase.
+
+    Token *counts* (``prompt_tokens``, ``maxTokens``, ``token_usage``) and names that only speak
+    about a credential (``password_policy``, ``token_type``) are not.
+    """
+    return len(name) <= 128 and _cached_names_credential(name)
+
+
+# ---------------------------------------------------------------------------- texts
+
+_SHAPE = re.compile(
+    rb"sk-(?!learn)[A-Za-z0-9_-]{12,}|[sr]k_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9]{16,}"
+    rb"|gh[oprsu]_[A-Za-z0-9]{12,}|github_pat_\w{12,}|glpat-[\w-]{10,}|xox[a-z]-[A-Za-z0-9-]{10,}"
+    rb"|xapp-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}|AIza[\w-]{16,}"
+    rb"|hf_[A-Za-z0-9]{13,}|npm_[A-Za-z0-9]{20,}|pypi-[\w-]{20,}|gsk_[A-Za-z0-9]{16,}"
+    rb"|xai-[A-Za-z0-9]{16,}|nvapi-[\w-]{16,}|pplx-[A-Za-z0-9]{16,}|tvly-[\w-]{12,}"
+    rb"|lsv2_[A-Za-z0-9_]{16,}|dapi[0-9a-f]{32}|r8_[A-Za-z0-9]{20,}"
+    rb"|eyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}"
+)
+_SHAPE_STARTS = frozenset(
+    b"sk rk wh gh gi gl xo xa AK AS AR AI hf np py gs nv pp tv ls da r8 ey".split()
+)
+_RUN_OF = bytes(
+    97 if chr(code).isascii() and (chr(code).isalnum() or chr(code) in "_-") else 32
+    for code in range(256)
+)
+_RUN = b"a" * 16
+"""Every shape begins with an unbroken run of at least 16 letters, digits, ``_`` and ``-``."""
+
+_FIELD = re.compile(
+    rb"[A-Za-z0-9_-]{0,48}"  # the rest of the name
+    rb"\\{0,8}[\"']?\]?[ \t]{0,8}"
+    # An annotation (x: str = …) or a sign.
+    rb"(?::[ \t]{0,4}(?:str|bytes|string|Any|SecretStr|(?:Optional|Final)\[\w{1,24}\])"
+    rb"(?: ?\| ?None)?[ \t]{0,4}=(?!=)"
+    rb"|:=|=>|==?|:(?!//)|%3[AaDd]|(?=>))"
+)
+_OPTION_END = re.compile(rb"[A-Za-z0-9_-]{0,48}[ \t]{1,8}(?!-)")
+_QUOTE = re.compile(rb"\s{0,64}[rbuRBU]{0,2}(\\{0,8}[\"'])")
+_PLAIN = re.compile(
+    rb"[ \t]{0,64}(?:(?:bearer|basic|digest|token)[ \t]{1,4})?([^\s\"'&;<>\\]+)", re.IGNORECASE
+)
+_LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]+)")
+_XML = re.compile(rb">([^<>]{1,4096})</")
+_HARMLESS = re.compile(
+    rb"(?:none|null|nil|true|false|str|string|int|bool|bytes|any|undefined|optional)?[,.)\]}]*$"
+    rb"|(?:str|optional|union)[\[|]|\$\{?[A-Za-z_]\w*\}?[,)]?$|\$\(|os\.|self\.|process\.env|\w*getenv"
+    rb"|\[redacted|\*{3,}",
+    re.IGNORECASE,
+)
+_BRACKET = re.compile(rb"[\[\]{}]")
+_HEADERS = (b"authorization", b"cookie")
+_NAME = re.compile(rb"[A-Za-z0-9_.-]*")
+_NAME_LOOK_BYTES = 48
+
+_STEMS = tuple(
+    re.compile(stem)  # Each begins with one letter, which re looks for with memchr.
+    for stem in (rb"k(?:ey|en|ie)", rb"cre", rb"p(?:ass|wd)", rb"auth")
+)
+"""Parts of names that `names_credential` may accept: key, token, cookie; secret, credential; …"""
+
+_SCHEME = re.compile(rb"b(?:earer|asic)[ \t]{1,4}")
+_PASS = re.compile(rb"[\w.~+/=-]{8,}")
+_PLAIN_WORD = re.compile(rb"[A-Za-z]?[a-z-]{1,19}[.]?$")
+_USER = re.compile(rb"://([^\s/?#@:\"'<>]{0,256}:[^\s/?#\"'<>]{1,256}|[^\s/?#@:\"'<>]{16,256})$")
+_PEM = re.compile(
+    rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    rb"[^-]*(?:-(?!----)[^-]*)*(?:-----END [A-Z0-9 ]{0,60}-----)?"
+)
+
+
+def _places(data: bytes, stem: bytes) -> Iterator[int]:
+    at = data.find(stem)
+    while at >= 0:
+        yield at
+        at = data.find(stem, at + len(stem))
+
+
+def _value_span(
+    data: bytes, at: int, name: bytes, before: int, separator: bytes
+) -> tuple[int, int] | None:
+    """Where the value is that begins at `at`, or None if nothing there needs hiding."""
+    if not separator:  # <password>…</password>
+        found = _XML.match(data, at) if data[before : before + 1] == b"<" else None
+        return found.span(1) if found else None
+    quote = _QUOTE.match(data, at)
+    if quote:
+        mark = quote.group(1)
+        end = data.find(mark, quote.end())
+        while end > 0 and data[end - 1] == 92:  # a backslash: this quote is the value's own
+            end = data.find(mark, end + len(mark))
+        if end < 0:
+            end = len(data)
+        return (quote.end(), end) if end > quote.end() else None
+    low_name = name.lower()
+    found = (_LINE if low_name.endswith(_HEADERS) else _PLAIN).match(data, at)
+    if found is None:
+        return None
+    start, end = found.span(1)
+    if data[start] in b"[{":
+        return start, _closing(data, start)
+    if _HARMLESS.match(data, start, min(end, start + 64)):
+        return None
+    if (
+        low_name in {b"token", b"auth", b"key"}
+        and b"=" not in separator
+        and _PLAIN_WORD.match(data, start, end)
+    ):
+        return None  # "unexpected token: identifier" is prose
+    return start, end
+
+
+def _closing(data: bytes, start: int) -> int:
+    depth = 0
+    for bracket in _BRACKET.finditer(data, start):
+        depth += 1 if bracket.group() in b"[{" else -1
+        if depth == 0:
+            return bracket.end()
+    return len(data)
+
+
+def _named(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
+    """Values that stand beside a credential's name."""
+    for stem in _STEMS:
+        done = 0
+        for found in stem.finditer(low):
+            at = found.start()
+            if at < done:
+                continue
+            field = _FIELD.match(data, at)
+            if field is None and low.rfind(b"--", max(0, at - _NAME_LOOK_BYTES), at) >= 0:
+                field = _OPTION_END.match(data, at)  # --token …
+            if field is None:
+                continue
+            before = _NAME.match(data[max(0, at - _NAME_LOOK_BYTES) : at][::-1])
+            label = _NAME.match(data, at)
+            assert before is not None
+            assert label is not None
+            start = at - before.end()
+            name = data[start : label.end()]
+            separator = data[label.end() : field.end()]
+            if separator.isspace() and not name.startswith(b"--"):
+                continue
+            if not names_credential(name.decode("ascii")):
+                continue
+            span = _value_span(data, field.end(), name, start - 1, separator)
+            if span:
+                yield span
+                done = span[1]
+
+
+def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
+    """Parts that are credentials by their look."""
+    runs = data.translate(_RUN_OF)
+    start = runs.find(_RUN)
+    while start >= 0:
+        end = runs.find(b" ", start)
+        if data[start : start + 2] in _SHAPE_STARTS:
+            shape = _SHAPE.match(data, start)
+            if shape:
+                yield shape.span()
+                end = shape.end()
+        if end < 0:
+            break
+        start = runs.find(_RUN, end)
+    for scheme in _SCHEME.finditer(low):
+        word = _PASS.match(data, scheme.end())
+        if word is None:
+            continue
+        if low[scheme.start() + 1] == 101:  # bearer
+            if not _PLAIN_WORD.match(data, *word.span()):
+                yield word.span()
+        elif _is_basic(word.group()):
+            yield word.span()
+    for at in _places(data, b"@"):
+        url = data.rfind(b"://", max(0, at - 516), at)
+        user = _USER.match(data, url, at) if url >= 0 else None
+        if user:
+            yield user.span(1)
+    done = 0
+    for at in _places(data, b"-----BEGIN"):
+        block = _PEM.match(data, at) if at >= done else None
+        if block:
+            yield block.span()
+            done = block.end()
+
+
+def _is_basic(value: bytes) -> bool:
+    try:
+        return b":" in base64.b64decode(value[:1024].rstrip(b"=.") + b"==")
+    except binascii.Error:
+        return False
+
+
+def find_credentials(data: bytes) -> list[tuple[int, int]]:
+    """Start and end of every credential in `data` (UTF-8), in order; they may overlap."""
+    low = data.lower()
+    return sorted([*_named(data, low), *_shaped(data, low)])
