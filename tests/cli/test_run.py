@@ -1,0 +1,188 @@
+"""`qitos-mlflow run`: someone's own program must not see a difference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.cli.run import selection
+from tests.cli.conftest import Run
+
+PROGRAM = """\
+import os, sys, threading
+here = sys.modules["__main__"]
+print(__name__, __file__, sys.argv, sys.path[0], here.__dict__ is globals())
+print(__package__, getattr(__spec__, "name", None), type(__builtins__).__name__, __doc__)
+import beside
+def late():
+    threading.main_thread().join()
+    print("thread", __name__, "done")
+threading.Thread(target=late).start()
+import atexit; atexit.register(lambda: print("at exit", beside.__name__))
+def end(how):
+    if how == "raise": raise KeyError("x")
+    if how == "chain":
+        try: raise KeyError("x")
+        except KeyError as error: raise OSError("pipe") from error
+    if how == "eof": raise EOFError
+    if how == "exit": sys.exit(3)
+    if how == "exit-text": sys.exit("goodbye")
+    if how == "interrupt": raise KeyboardInterrupt
+    if how == "kill": os._exit(9)
+    if how == "click":
+        import click
+        raise click.UsageError("not yours")
+    if how == "hook":
+        sys.excepthook = lambda *about: print("hook", about[0].__name__, about[2].tb_lineno)
+        raise ValueError
+end(sys.argv[1])
+"""
+
+ENDS = [
+    "normal",
+    "raise",
+    "chain",
+    "eof",
+    "exit",
+    "exit-text",
+    "kill",
+    "click",
+    "hook",
+]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """The same program as a script, a module, a package, a directory, and one that is broken."""
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for package in ("package", "directory"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__main__.py").write_text(PROGRAM)
+        (tmp_path / package / "beside.py").write_text("")
+    (tmp_path / "broken.py").write_text("x = = 1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_script_sees_no_difference(programs: Path, python: Run, cli: Run, end: str) -> None:
+    """Output, traceback and exit code of a script are python's own, however it ends."""
+    wanted = python("program.py", end, "--flag", "--", "-h")
+    got = cli("run", "program.py", end, "--flag", "--", "-h")
+    assert (got.stdout, got.stderr, got.returncode) == (
+        wanted.stdout,
+        wanted.stderr,
+        wanted.returncode,
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("-m", "program", "exit", "-m", "--tracking-uri"),
+        ("-m", "package", "normal"),
+        ("-m", "package.__main__", "normal"),
+        ("directory", "exit"),
+        ("./program.py", "normal"),
+        ("broken.py",),
+    ],
+    ids=" ".join,
+)
+def test_modules_and_directories_too(
+    programs: Path, python: Run, cli: Run, args: tuple[str, ...]
+) -> None:
+    """`-m module`, packages, directories and scripts that do not compile act as under python."""
+    wanted = python(*args)
+    got = cli("run", *args)
+    assert (got.stdout, got.stderr, got.returncode) == (
+        wanted.stdout,
+        wanted.stderr,
+        wanted.returncode,
+    )
+
+
+def test_an_interrupt_ends_the_process_as_python_does(
+    programs: Path, python: Run, cli: Run
+) -> None:
+    """KeyboardInterrupt leaves with python's own exit status, not with click's."""
+    wanted, got = python("program.py", "interrupt"), cli("run", "program.py", "interrupt")
+    assert (got.stdout, got.returncode) == (wanted.stdout, wanted.returncode)
+    assert got.stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_objects_of_main_can_be_pickled_into_spawned_processes(tmp_path: Path, cli: Run) -> None:
+    """The script is the real `__main__`: multiprocessing's spawn finds its functions."""
+    (tmp_path / "spawns.py").write_text(
+        "import multiprocessing\n"
+        "def double(x): return 2 * x\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.map(double, [21]))\n"
+    )
+    got = cli("run", "spawns.py")
+    assert (got.stdout, got.returncode) == ("[42]\n", 0), got.stderr
+
+
+def test_settings_reach_the_script_and_what_it_starts(tmp_path: Path, cli: Run) -> None:
+    """The options arrive as the environment variables that the script's children inherit."""
+    (tmp_path / "show.py").write_text(
+        "import json, os, subprocess, sys\n"
+        "if sys.argv[1:]: subprocess.run([sys.executable, __file__], check=True)\n"
+        "else: print(json.dumps({k: v for k, v in os.environ.items() if 'MLFLOW' in k"
+        " or k == 'QITOS_TRACE_PLUGINS'}))\n"
+    )
+    options = ("--tracking-uri", "sqlite:///x.db", "--experiment-name", "e", "--run-name", "r")
+    got = cli("run", *options, "--tag", "env=dev", "--tag", "a=b=c", "--", "show.py", "child")
+    seen = json.loads(got.stdout)
+    assert seen["MLFLOW_TRACKING_URI"] == "sqlite:///x.db"
+    assert seen["QITOS_MLFLOW_EXPERIMENT_NAME"] == "e"
+    assert seen["QITOS_MLFLOW_RUN_NAME"] == "r"
+    assert seen["QITOS_TRACE_PLUGINS"] == "mlflow"
+    assert json.loads(seen["QITOS_MLFLOW_TAGS"]) == {"env": "dev", "a": "b=c"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "mlflow"),
+        ("none", "mlflow"),
+        ("other", "other,mlflow"),
+        ("MLflow, other", "mlflow,other"),
+        ("all", "all"),
+        ("no:other", "all,no:other"),
+        ("no:mlflow", "mlflow"),
+    ],
+)
+def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> None:
+    """`run` turns MLflow on and leaves the choice among the other plugins as it was."""
+    assert selection(before) == after
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nowhere.py",), "there is no script 'nowhere.py'"),
+        (("-m", "no_such.module"), "there is no module 'no_such.module'"),
+        (("-m", "no_such_module"), "there is no module 'no_such_module'"),
+        (("-m", "program.py"), "start it without -m"),
+        (("-m", "email"), "there is no module 'email' that can be run"),
+        (("empty",), "holds no __main__.py"),
+        ((), "Missing argument 'TARGET'"),
+        (("--tag", "env", "program.py"), "'env' is not a tag; write it as key=value"),
+        (("--tracking-uri", "localhost:5000", "program.py"), "mean http://localhost:5000?"),
+        (("--tracking-uri", "htp://x", "program.py"), "MLflow has no store 'htp'"),
+        (("--tracking-uri", "http://", "program.py"), "names no host"),
+        (("--tracking-uri", " ", "program.py"), "it is empty"),
+        (("--experiment-name", " ", "program.py"), "it is empty"),
+    ],
+)
+def test_bad_input_is_named(programs: Path, cli: Run, args: tuple[str, ...], message: str) -> None:
+    """What cannot be used is named together with the next step; exit code 2, no traceback."""
+    (programs / "empty").mkdir()
+    got = cli("run", *args)
+    assert got.returncode == 2
+    assert message in got.stderr
+    assert "Traceback" not in got.stderr
+    assert got.stdout == ""
