@@ -1,0 +1,238 @@
+"""What happens around each call of the host: a run, a session, a tool.
+
+Every function here is a `wrapt` wrapper. The original is called exactly once, with what it was
+called with, whatever becomes of us; what it returns or raises goes on as the same object.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
+from qitos_mlflow.bridge import extract
+from qitos_mlflow.bridge.context import Place, here
+from qitos_mlflow.bridge.hook import BridgeHook
+from qitos_mlflow.bridge.patches import Patches
+from qitos_mlflow.bridge.run import AgentRun, LiveTrace, somebody_listens
+
+__all__ = ["call_tool", "execute_one", "init_session", "patches", "run", "step"]
+
+patches = Patches()
+_sessions: dict[int, AgentRun] = {}
+"""Sessions that are going on, by the id of their Engine, which outlives its entry."""
+_abandoned: deque[AgentRun] = deque()
+"""Sessions whose Engine is gone. A finalizer only notes them: it may run while its thread holds a
+processor's lock, so that closing spans from in there could wait for itself."""
+
+Wrapped = Callable[..., Any]
+
+
+def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``Engine.run``: one trace, or one subtree where it is called from within a run."""
+    agent_run = _begin(engine, args, kwargs)
+    if agent_run is None:
+        return wrapped(*args, **kwargs)
+    hook = _attach(engine, BridgeHook(agent_run))
+    try:
+        result = wrapped(*args, **kwargs)
+        _detach(engine, hook)
+        agent_run.end(result=result)
+    except BaseException as error:
+        _detach(engine, hook)
+        # Does nothing more if it got to its end above.
+        agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
+        raise
+    return result
+
+
+def init_session(
+    wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``Engine.init_session``: the session's trace begins, and goes on in `step`."""
+    agent_run = _begin(engine, args, kwargs)
+    if agent_run is None:
+        return wrapped(*args, **kwargs)
+    try:
+        result = wrapped(*args, **kwargs)
+    except BaseException as error:
+        agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
+        raise
+    try:
+        agent_run.session_began(engine)
+        weakref.finalize(engine, _abandon, id(engine)).atexit = False
+        _sessions[id(engine)] = agent_run
+    except Exception as error:  # noqa: BLE001 - a session nobody could end gets no trace
+        report("bridge.init_session", error)
+        agent_run.end()
+    return result
+
+
+def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``Engine.step``: one step of the session's trace, the last one ends it."""
+    agent_run = _sessions.get(id(engine))
+    if agent_run is None:
+        return wrapped(*args, **kwargs)
+    before = here.get()
+    here.set(Place(agent_run, agent_run.root))
+    hook = _attach(engine, BridgeHook(agent_run, in_session=True))
+    try:
+        result = wrapped(*args, **kwargs)
+        _detach(engine, hook)
+        agent_run.session_stepped(None)
+    except BaseException as error:
+        _detach(engine, hook)
+        agent_run.session_stepped(error)  # whoever drives the session may go on
+        raise
+    finally:
+        here.set(before)
+    if extract.first(result, "stop"):
+        reason = extract.text_of(extract.first(result, "stop_reason"))
+        _end_session(id(engine), stop_reason=reason)
+    return result
+
+
+def execute_one(
+    wrapped: Wrapped, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``ActionExecutor._execute_one``: one tool span, whatever happens inside; any thread."""
+    place = here.get()
+    if place is None or place.run.live.closed:
+        return wrapped(*args, **kwargs)
+    live = place.run.live
+    try:
+        span = _begin_tool(place, executor, args[0] if args else kwargs["action"])
+    except Exception as error:  # noqa: BLE001 - the tool runs without a span
+        report("bridge.tool", error)
+        here.set(place)
+        return wrapped(*args, **kwargs)
+    try:
+        result = wrapped(*args, **kwargs)
+        _end_tool(live, span, result)
+    except BaseException as error:
+        _finish(live, span, error)
+        raise
+    finally:
+        here.set(place)
+    return result
+
+
+def call_tool(
+    wrapped: Wrapped, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``ActionExecutor._call_tool``: keeps the exception, of which the result has but the text."""
+    place = here.get()
+    if place is None or not place.tool:
+        return wrapped(*args, **kwargs)
+    place.span.exception = None  # of an earlier attempt
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as error:
+        if place.span.ended_at is None:  # else it ran into its time limit, and nobody looks again
+            place.span.exception = error
+        raise
+
+
+def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentRun | None:
+    """A run for this call, standing in this context; None when nobody listens or we failed."""
+    before = here.get()
+    try:
+        if not patches.active:
+            return None
+        if before is not None and before.run.engine_id == id(engine) and not before.run.began:
+            return None  # the same call once more: somebody's run() that comes here twice
+        if _sessions or _abandoned:
+            _end_leftover_sessions(id(engine))
+        if (before is None or before.starts_trace) and not somebody_listens():
+            return None
+        patches.fit_pools()
+        return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
+    except Exception as error:  # noqa: BLE001 - the agent runs without us
+        report("bridge.begin", error)
+        here.set(before)
+        return None
+
+
+def _attach(engine: Any, hook: BridgeHook) -> BridgeHook:
+    try:
+        engine.hooks.append(hook)
+    except Exception as error:  # noqa: BLE001 - a trace without steps is better than none
+        report("bridge.attach", error)
+    return hook
+
+
+def _detach(engine: Any, hook: BridgeHook) -> None:
+    """Take just this hook away, from whatever list the Engine has by now."""
+    try:
+        for index, candidate in enumerate(engine.hooks):
+            if candidate is hook:
+                del engine.hooks[index]
+                return
+    except Exception as error:  # noqa: BLE001 - a hook left behind does nothing
+        report("bridge.detach", error)
+
+
+def _begin_tool(place: Place, executor: Any, action: Any) -> Any:
+    name, tool_args = str(extract.first(action, "name")), extract.first(action, "args")
+    server = None
+    if "qitos.mcp.bridge" in sys.modules:
+        server = extract.mcp_server(executor.tool_registry.get(name))
+    data: Any
+    if server is None:
+        data = tracing.ToolSpanData(tool_name=name, tool_args=tool_args)
+    else:
+        data = tracing.MCPSpanData(server_name=server, tool_name=name, tool_args=tool_args)
+    span = place.run.live.start(data, place.span)
+    place.run.acts_with_tools.add(place.span.span_id)
+    here.set(Place(place.run, span, tool=True))
+    return span
+
+
+def _end_tool(live: LiveTrace, span: Any, result: Any) -> None:
+    try:
+        raised = getattr(span, "exception", None)
+        span.exception = None
+        span.data.output_content, failure, span.output = extract.tool_result(result)
+    except Exception as problem:  # noqa: BLE001 - the tool has done its work
+        report("bridge.tool", problem)
+        raised = failure = None
+    _finish(live, span, raised if failure is not None and raised is not None else failure)
+
+
+def _finish(live: LiveTrace, span: Any, error: BaseException | str | None) -> None:
+    try:
+        live.finish(span, error)
+    except Exception as problem:  # noqa: BLE001 - somebody's processor
+        report("bridge.tool", problem)
+
+
+def _abandon(engine_id: int) -> None:
+    agent_run = _sessions.pop(engine_id, None)
+    if agent_run is not None:
+        _abandoned.append(agent_run)
+
+
+def _end_session(engine_id: int, stop_reason: str | None = None) -> None:
+    agent_run = _sessions.pop(engine_id, None)
+    if agent_run is not None:
+        place = here.get()
+        agent_run.end(stop_reason=stop_reason)
+        here.set(place)
+
+
+def _end_leftover_sessions(engine_id: int | None = None) -> None:
+    """End this Engine's session and those whose Engine is gone; all of them for None."""
+    place = here.get()
+    while _abandoned:
+        _abandoned.popleft().end()
+    here.set(place)
+    for left in [engine_id] if engine_id is not None else list(_sessions):
+        _end_session(left)
+
+
+atexit.register(_end_leftover_sessions)

@@ -1,0 +1,403 @@
+"""Reads what a span needs out of the Engine's objects. Pure: no spans, no clock, no threads.
+
+Receives agents, engines, records, results as the host made them; hands on plain values or
+references. Copies nothing deep and formats nothing large: this runs on the agent's thread. What
+a host does not have is None, so that every version is read by the same functions.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROMPT_KEYS = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount",
+               "inputTokens", "prompt_eval_count")  # fmt: skip
+COMPLETION_KEYS = ("completion_tokens", "output_tokens", "candidates_token_count",
+                   "candidatesTokenCount", "outputTokens", "eval_count")  # fmt: skip
+TOTAL_KEYS = ("total_tokens", "total_token_count", "totalTokenCount", "totalTokens")
+CACHE_READ_KEYS = ("cache_read_input_tokens", "cache_read_tokens", "cached_content_token_count",
+                   "cachedContentTokenCount", "cacheReadInputTokens")  # fmt: skip
+CACHE_CREATION_KEYS = ("cache_creation_input_tokens", "cache_creation_tokens",
+                       "cacheWriteInputTokens")  # fmt: skip
+DETAIL_KEYS = ("prompt_tokens_details", "input_tokens_details")
+
+SUCCESS_STOPS = frozenset({"success", "final", "env_terminal"})
+ERROR_STOPS = frozenset(
+    {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch", "context_overflow"}
+)
+FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
+"""A tool that reports one of these in a dict output failed, as later hosts read it themselves."""
+
+
+def first(source: Any, *names: str) -> Any:
+    """The first of these attributes that is there and not None; one that raises is not there."""
+    for name in names:
+        try:
+            value = getattr(source, name, None)
+        except Exception:  # noqa: BLE001, S112 - somebody's property; the next name may do
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """``"Type: text"``, or the type alone when the text is empty or cannot be had."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - somebody's __str__
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# -- the run -----------------------------------------------------------------------------------
+
+
+def agent_name(agent: Any) -> str:
+    """The agent's name, or its class's."""
+    return str(first(agent, "name") or type(agent).__name__)
+
+
+def model_name(agent: Any) -> str | None:
+    """The model the agent is configured with, before any answer says more."""
+    name = first(first(agent, "llm"), "model", "model_name")
+    return name if isinstance(name, str) and name else None
+
+
+def tool_names(engine: Any) -> list[str] | None:
+    """Names of the registered tools."""
+    listing = first(first(engine, "tool_registry"), "list_tools")
+    if not callable(listing):
+        return None
+    try:
+        return [str(name) for name in listing()]
+    except Exception:  # noqa: BLE001 - a registry of somebody's own
+        return None
+
+
+def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
+    """What is known of a run before it starts; unknown keys are left out.
+
+    Args:
+        engine: the Engine about to run.
+        task: the text or `Task` it was given.
+    """
+    agent = first(engine, "agent")
+    spec = first(engine, "run_spec")
+    is_task = hasattr(task, "objective")
+    inputs = _mapping(first(task, "inputs")) if is_task else {}
+    extra = _mapping(first(task, "metadata")) if is_task else {}
+    config = _mapping(first(agent, "config"))
+    writer = first(engine, "trace_writer")
+    found = {
+        "agent_name": agent_name(agent),
+        "task": first(task, "objective") if is_task else task,
+        "task_id": first(task, "id") if is_task else None,
+        "model_name": model_name(agent) or first(spec, "model_name"),
+        "model_family": first(spec, "model_family"),
+        "protocol": _protocol_id(engine, agent) or first(spec, "prompt_protocol"),
+        "parser": _class_name(first(engine, "parser") or first(agent, "model_parser"))
+        or first(spec, "parser_name"),
+        "max_steps": _max_steps(engine, task),
+        "benchmark_name": extra.get("benchmark")
+        or inputs.get("benchmark")
+        or extra.get("benchmark_name")
+        or first(spec, "benchmark_name"),
+        "benchmark_split": extra.get("split")
+        or inputs.get("split")
+        or extra.get("benchmark_split")
+        or first(spec, "benchmark_split"),
+        "seed": _known(first(spec, "seed"), config.get("seed"), extra.get("seed")),
+        "qitos_version": getattr(sys.modules.get("qitos"), "__version__", None),
+        "qitos_run_id": first(writer, "run_id") or None,
+        "qitos_run_dir": first(writer, "run_dir"),
+        "tools": tool_names(engine),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What the host's INIT event adds to `run_metadata`."""
+    meta = _mapping(payload.get("run_meta"))
+    found = {
+        "qitos_run_id": payload.get("run_id") or None,
+        "task_id": payload.get("task_id"),
+        "model_name": meta.get("model_name"),
+        "model_family": meta.get("model_family"),
+        "protocol": meta.get("protocol"),
+        "parser": meta.get("parser"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def issues(payload: Mapping[str, Any]) -> str | None:
+    """What the host's END event says was wrong before the first step."""
+    found = [_mapping(issue).get("message") for issue in payload.get("issues") or ()]
+    return "; ".join(str(text) for text in found if text) or None
+
+
+def succeeded(result: Any, stop_reason: str | None) -> bool:
+    """Whether the host calls this result a success."""
+    verdict = first(first(result, "task_result"), "success")
+    return bool(verdict) if verdict is not None else stop_reason in SUCCESS_STOPS
+
+
+def status_of(stop_reason: str | None, error: BaseException | None) -> str:
+    """``"ok"``, ``"error"`` or ``"interrupted"`` for a run that returned.
+
+    Args:
+        stop_reason: the host's word, None when it gave none.
+        error: the last exception the Engine tried to recover from.
+    """
+    if stop_reason and (stop_reason.startswith("cancelled") or stop_reason == "interrupt"):
+        return "interrupted"
+    if stop_reason not in ERROR_STOPS:
+        return "ok"
+    # An interrupt for a human ends ``run()`` as an unrecoverable error; it is neither.
+    return "interrupted" if type(error).__name__ == "EngineInterrupt" else "error"
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether this exception stops a program rather than reports a failure."""
+    return not isinstance(error, Exception) or type(error).__name__ == "EngineInterrupt"
+
+
+def stop_reason_of_exception(error: BaseException) -> str:
+    """The stop reason of a run that an exception left, where the host set none."""
+    if is_interrupt(error):
+        return "interrupted"
+    # An agent that used all its steps ends so when its budget allows more steps than its state.
+    if type(error).__name__ == "StateValidationError" and "max_steps" in str(error):
+        return "max_steps"
+    return "unrecoverable_error"
+
+
+def text_of(reason: Any) -> str | None:
+    """A stop reason as text: hosts use strings and string enums."""
+    value = getattr(reason, "value", reason)
+    return str(value) if value is not None else None
+
+
+# -- decide ------------------------------------------------------------------------------------
+
+
+def decision(source: Any) -> dict[str, Any] | None:
+    """A decision as a dict that leaves out what is empty."""
+    if source is None or isinstance(source, dict):
+        return source
+    found = {
+        "mode": first(source, "mode"),
+        "actions": [action(item) for item in first(source, "actions") or ()],
+        "final_answer": first(source, "final_answer"),
+        "rationale": first(source, "rationale"),
+        "meta": first(source, "meta"),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def action(source: Any) -> dict[str, Any]:
+    """An action's name, arguments and, when native tool calls gave one, its id."""
+    if isinstance(source, Mapping):
+        found = {key: source.get(key) for key in ("name", "args", "action_id")}
+    else:
+        found = {key: first(source, key) for key in ("name", "args", "action_id")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def messages(payload: Mapping[str, Any]) -> Any:
+    """The messages sent to the model, without the host's private keys (leading underscore)."""
+    sent = payload.get("messages")
+    if not isinstance(sent, list):
+        return payload.get("prepared_full") or payload.get("prepared")
+    return [_public(message) for message in sent]
+
+
+def response(model_response: Any) -> dict[str, Any] | None:
+    """The host's summary of an answer without its text, which is the span's output."""
+    if not isinstance(model_response, Mapping):
+        return None
+    return {
+        key: value
+        for key, value in model_response.items()
+        if key != "text" and value not in (None, {}, [])
+    }
+
+
+def token_usage(usage: Any) -> dict[str, int] | None:
+    """Token counts under one spelling; None when there are no real ones.
+
+    Only integers pass. `usage` is what the provider's answer carried, never an estimate.
+    """
+    if not isinstance(usage, Mapping):
+        return None
+    prompt = _count(usage, PROMPT_KEYS)
+    completion = _count(usage, COMPLETION_KEYS)
+    total = _count(usage, TOTAL_KEYS)
+    if prompt is None and completion is None and total is None:
+        return None
+    if total is None:
+        total = (prompt or 0) + (completion or 0)
+    details = [_mapping(usage.get(key)) for key in DETAIL_KEYS]
+    cached = [_count(item, ("cached_tokens",)) for item in details]
+    found = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+        "cache_read_tokens": _known(_count(usage, CACHE_READ_KEYS), *cached),
+        "cache_creation_tokens": _count(usage, CACHE_CREATION_KEYS),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def cache_hits(agent: Any) -> int | None:
+    """How often a caching model has answered by itself; None for a model that does not cache.
+
+    A hit on such a model may report the usage of its last miss again.
+    """
+    hits = _mapping(getattr(first(agent, "llm"), "__dict__", None)).get("_hits")
+    return hits if isinstance(hits, int) else None
+
+
+# -- act ---------------------------------------------------------------------------------------
+
+
+def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
+    """What the agent saw of a tool call, why it failed (None: it did not), and how it went.
+
+    Args:
+        result: an `ActionResult`; anything else counts as plain output.
+    """
+    if not hasattr(result, "status") or not hasattr(result, "metadata"):
+        return result, None, {}
+    status = text_of(first(result, "status")) or "unknown"
+    output, error, extra = (
+        first(result, "output"),
+        first(result, "error"),
+        _mapping(result.metadata),
+    )
+    category = extra.get("error_category")
+    details = {
+        "status": status,
+        "attempts": first(result, "attempts"),
+        "latency_ms": first(result, "latency_ms"),
+        "error_category": category,
+        "toolset": extra.get("toolset_name"),
+        "source": extra.get("source"),
+        "action_id": first(result, "action_id"),
+    }
+    details = {key: value for key, value in details.items() if value is not None}
+    if status == "success":
+        said = _mapping(output) if isinstance(output, dict) else {}
+        if str(said.get("status") or "").strip().lower() not in FAILED_OUTPUT_STATUSES:
+            return output, None, details
+        why = said.get("error") or said.get("message") or said["status"]
+        return output, f"{category or said['status']}: {why}", details
+    why = error or _mapping(output).get("message") or status
+    seen = output if output is not None else {"error": error}
+    return seen, f"{category or status}: {why}", details
+
+
+def mcp_server(tool: Any) -> str | None:
+    """Name of the MCP server behind a tool, None for any other tool.
+
+    A bridged tool bears no mark; its function's module and closure tell.
+    """
+    function = first(tool, "func", "fn", "function")
+    if getattr(function, "__module__", None) != "qitos.mcp.bridge":
+        return None
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    server = None
+    for name, cell in zip(getattr(code, "co_freevars", ()), cells, strict=False):
+        if name == "server":
+            server = cell.cell_contents
+    return str(first(server, "name") or type(server).__name__) if server is not None else "mcp"
+
+
+def action_names(actions: Sequence[Any]) -> str | None:
+    """The names of these actions, joined; None without any."""
+    return ", ".join(str(action(item).get("name")) for item in actions) or None
+
+
+# -- critic ------------------------------------------------------------------------------------
+
+
+def critic_name(critic: Any, output: Any = None) -> str:
+    """A critic's own name, else the host's word for it, else its class's."""
+    own = first(critic, "name")
+    if isinstance(own, str) and own:
+        return own
+    return str(_mapping(output).get("critic_name") or type(critic).__name__)
+
+
+def critic_score(output: Any) -> float | None:
+    """The score a critic gave, None when it gave none."""
+    score = _mapping(output).get("score")
+    return float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else None
+
+
+def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> set[int]:
+    """Indexes of the critics that were running when `error` was raised; all when unknown."""
+    running: set[int] = set()
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        running.update(i for i, critic in enumerate(critics) if critic is owner)
+        traceback = traceback.tb_next
+    return running or set(range(len(critics)))
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _known(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _class_name(value: Any) -> str | None:
+    return type(value).__name__ if value is not None else None
+
+
+def _count(usage: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    for key in keys:
+        value = usage.get(key)
+        if value is None or isinstance(value, bool):
+            continue
+        try:
+            count = operator.index(value)
+        except TypeError:
+            continue
+        if count >= 0:
+            return count
+    return None
+
+
+def _public(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    for key in message:
+        if isinstance(key, str) and key.startswith("_"):
+            return {k: v for k, v in message.items() if not str(k).startswith("_")}
+    return message
+
+
+def _protocol_id(engine: Any, agent: Any) -> str | None:
+    # Only what is written down: resolving the rest is the host's business, and its INIT event
+    # says what came out of it.
+    protocol = first(engine, "protocol") or first(agent, "model_protocol")
+    if protocol is None or isinstance(protocol, str):
+        return protocol
+    return first(protocol, "id")
+
+
+def _max_steps(engine: Any, task: Any) -> int | None:
+    for budget in (first(task, "budget"), first(engine, "_base_budget"), first(engine, "budget")):
+        steps = first(budget, "max_steps")
+        if isinstance(steps, int):
+            return steps
+    return None

@@ -1,0 +1,263 @@
+"""The Engine's callbacks become spans. Receives hook calls; tells one `AgentRun` to open and close.
+
+Hosts call hooks by keyword and swallow what they raise, but call again on ``TypeError``, and pass
+on ``BaseException``. So every callback here is guarded, and does nothing unless its run is the one
+this thread is in: one Engine may run in several threads, or inside its own tools, and every hook
+on it then hears of every run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
+from qitos_mlflow.bridge import extract
+from qitos_mlflow.bridge.context import Place, here
+from qitos_mlflow.bridge.run import AgentRun
+
+__all__ = ["BridgeHook"]
+
+_Callback = TypeVar("_Callback", bound=Callable[..., None])
+
+
+def _callback(method: _Callback) -> _Callback:
+    where = f"bridge.{method.__name__}"
+
+    @functools.wraps(method)
+    def guarded(self: BridgeHook, *args: Any, **kwargs: Any) -> None:
+        try:
+            place = here.get()
+            if place is not None and place.run is self._run:
+                method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the agent's thread
+            report(where, error)
+
+    return guarded  # type: ignore[return-value]
+
+
+class BridgeHook:
+    """Appended to ``engine.hooks`` for one run, or for one call of a session's ``step``."""
+
+    def __init__(self, run: AgentRun, *, in_session: bool = False) -> None:
+        self._run = run
+        self._in_session = in_session
+
+    # -- step ------------------------------------------------------------------------------
+
+    @_callback
+    def on_before_step(self, ctx: Any, engine: Any) -> None:
+        """Open the step, after a step that nobody closed."""
+        self._end_step(None)
+        self._begin_step(ctx)
+
+    @_callback
+    def on_step_end(self, record: Any, state: Any, engine: Any) -> None:
+        """Close a session's step; in a run, more of the step follows."""
+        if self._in_session:
+            self._end_step(record)
+
+    @_callback
+    def on_after_step(self, ctx: Any, engine: Any) -> None:
+        """Close the step."""
+        self._end_step(ctx.record, ended_by=extract.text_of(ctx.phase))
+
+    def _begin_step(self, ctx: Any) -> None:
+        self._run.failure = None  # the run survived it; its traceback keeps frames alive
+        number = extract.first(ctx.record, "step_id")
+        self._run.open(
+            tracing.StepSpanData(
+                ctx.step_id if number is None else number, observation=ctx.observation
+            )
+        )
+
+    def _end_step(self, record: Any, ended_by: str | None = None) -> None:
+        run = self._run
+        step = run.find("step")
+        if step is None:
+            return
+        self._end_act(record)
+        if record is not None:
+            seen = extract.first(record, "observation")
+            if seen is not None:
+                step.data.observation = seen
+            step.data.decision = extract.decision(extract.first(record, "decision"))
+        if ended_by is not None:
+            step.output = {"ended_by": ended_by}
+        run.close_above(step)
+        run.close(step, run.failure)
+
+    # -- decide ----------------------------------------------------------------------------
+
+    @_callback
+    def on_before_decide(self, ctx: Any, engine: Any) -> None:
+        """Open the decision, and its step where the host's sessions announce none."""
+        if self._run.find("step") is None:
+            self._begin_step(ctx)
+        self._run.open(tracing.DecideSpanData(input_content=ctx.observation))
+
+    @_callback
+    def on_after_decide(self, ctx: Any, engine: Any) -> None:
+        """Close the decision."""
+        decide = self._run.find("decide")
+        if decide is not None:
+            decide.data.output_content = extract.decision(ctx.decision)
+            self._run.close(decide)
+
+    def _begin_generation(self, payload: Mapping[str, Any], engine: Any) -> None:
+        unanswered = self._run.find("generation")
+        if unanswered is not None:
+            self._run.close(unanswered, "asked again without an answer")
+        self._run.cache_hits = extract.cache_hits(engine.agent)
+        self._run.open(
+            tracing.GenerationSpanData(
+                model=extract.model_name(engine.agent), input_content=extract.messages(payload)
+            )
+        )
+
+    def _end_generation(self, payload: Mapping[str, Any], engine: Any) -> None:
+        generation = self._run.find("generation")
+        if generation is None:
+            return
+        answer = payload.get("model_response")
+        summary = extract.response(answer) or {}
+        usage = summary.get("usage")
+        if extract.cache_hits(engine.agent) != self._run.cache_hits:
+            # Answered by a cache: nothing was spent, and the wrapper repeats the last usage.
+            usage = None
+            summary = {key: value for key, value in summary.items() if key != "usage"}
+            summary["cached"] = True
+        data = generation.data
+        data.model = summary.get("model_name") or data.model
+        data.output_content = payload.get("raw_output")
+        data.model_response = summary
+        data.token_usage = extract.token_usage(usage)
+        self._run.close(generation)
+
+    # -- act -------------------------------------------------------------------------------
+
+    @_callback
+    def on_before_act(self, ctx: Any, engine: Any) -> None:
+        """Open the action; some hosts announce one for decisions that do not act."""
+        if getattr(ctx.decision, "mode", "act") == "act":
+            self._run.open(tracing.ActSpanData())
+
+    @_callback
+    def on_after_act(self, ctx: Any, engine: Any) -> None:
+        """Close the action."""
+        self._end_act(ctx.record, ctx.action_results)
+
+    def _end_act(
+        self, record: Any, results: Any = None, error: BaseException | None = None
+    ) -> None:
+        act = self._run.find("act")
+        if act is None:
+            return
+        act.data.output_content = results or extract.first(record, "action_results")
+        if act.span_id not in self._run.acts_with_tools:
+            self._name_actions(act, extract.first(record, "actions") or ())
+        self._run.acts_with_tools.discard(act.span_id)
+        self._run.close(act, error)
+
+    @staticmethod
+    def _name_actions(act: Any, actions: Any) -> None:
+        act.data.action_name = extract.action_names(actions)
+        if len(actions) == 1:
+            act.data.tool_args = extract.action(actions[0]).get("args")
+        elif actions:
+            act.data.tool_args = {"actions": [extract.action(item) for item in actions]}
+
+    # -- reduce, critics, recovery ---------------------------------------------------------
+
+    @_callback
+    def on_before_reduce(self, ctx: Any, engine: Any) -> None:
+        """Open the reduction, after an action that the host does not say is over."""
+        self._end_act(ctx.record)
+        self._run.open(tracing.ReduceSpanData(input_count=len(ctx.action_results or ())))
+
+    @_callback
+    def on_after_reduce(self, ctx: Any, engine: Any) -> None:
+        """Close the reduction."""
+        reduce = self._run.find("reduce")
+        if reduce is not None:
+            reduce.data.output_content = extract.first(ctx.record, "state_diff")
+            self._run.close(reduce)
+
+    @_callback
+    def on_before_critic(self, ctx: Any, engine: Any) -> None:
+        """Open one span a critic: the host tells when all begin and end, not each."""
+        run = self._run
+        step = run.find("step")
+        given = {"decision": extract.decision(ctx.decision), "results": ctx.action_results}
+        run.critics = list(engine.critics)
+        for critic in run.critics:
+            name = extract.critic_name(critic)
+            run.open(tracing.CriticSpanData(critic_name=name, input_content=given), parent=step)
+        if len(run.critics) > 1 and step is not None:
+            here.set(Place(run, step))  # which of them starts an agent, nobody says
+
+    @_callback
+    def on_after_critic(self, ctx: Any, engine: Any) -> None:
+        """Close the critics' spans, each with what it said."""
+        run = self._run
+        outputs = list(extract.first(ctx.record, "critic_outputs") or ())
+        spans = [span for span in run.stack if span.data.type == "critic"]
+        pairs = zip(run.critics, spans, outputs, strict=False)
+        for critic, span, output in reversed(list(pairs)):
+            span.data.critic_name = extract.critic_name(critic, output)
+            span.data.output_content = output
+            span.data.score = extract.critic_score(output)
+            run.close(span)
+        run.critics = []
+
+    @_callback
+    def on_recover(self, ctx: Any, engine: Any) -> None:
+        """Close what failed; the step goes on to its end."""
+        run = self._run
+        run.failure = ctx.error
+        step = run.find("step")
+        if step is None:
+            return
+        record = ctx.record or (engine.records[-1] if engine.records else None)
+        for span in reversed(run.stack[run.stack.index(step) + 1 :]):
+            if span.data.type == "act":
+                self._end_act(record, error=ctx.error)
+            else:
+                run.close(span, ctx.error)
+
+    # -- events ----------------------------------------------------------------------------
+
+    @_callback
+    def on_event(self, event: Any, state: Any, record: Any, engine: Any) -> None:
+        """Take from the event stream what has no callback of its own."""
+        phase = extract.text_of(event.phase)
+        payload = event.payload
+        stage = payload.get("stage")
+        if phase == "DECIDE":
+            if stage == "model_input":
+                self._begin_generation(payload, engine)
+            elif stage == "model_output":
+                self._end_generation(payload, engine)
+        elif phase == "INIT" and stage is None:
+            self._run.began = True
+            self._run.state = state
+            self._run.annotate(extract.init_metadata(payload))
+        elif phase == "END":
+            self._end_step(record)
+            self._run.end_reason = extract.text_of(payload.get("stop_reason"))
+            self._run.end_issues = extract.issues(payload)
+        elif phase == "HANDOFF_START":
+            self._run.open(
+                tracing.HandoffSpanData(
+                    from_agent=payload.get("from"),
+                    to_agent=payload.get("to"),
+                    context_strategy=payload.get("context_strategy"),
+                    messages_passed=payload.get("messages_passed"),
+                )
+            )
+        elif phase == "HANDOFF_END":
+            handoff = self._run.find("handoff")
+            if handoff is not None:
+                self._run.close(handoff)

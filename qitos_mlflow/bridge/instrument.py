@@ -1,0 +1,51 @@
+"""Turns tracing of the host's Engine on and off. See `calls` for what happens around each call."""
+
+from __future__ import annotations
+
+import importlib
+
+from qitos_mlflow._guard import warn
+from qitos_mlflow.bridge import calls
+
+__all__ = ["install", "installed", "uninstall"]
+
+
+def install() -> None:
+    """Have every Engine of this process traced, those that exist already included. Idempotent.
+
+    Imports the host's Engine.
+
+    Raises:
+        ImportError: QitOS is not there, or has no Engine.
+    """
+    module = importlib.import_module("qitos.engine.engine")
+    engine_class = getattr(module, "Engine", None)
+    if engine_class is None:
+        raise ImportError("qitos.engine.engine has no Engine", name="qitos.engine.engine")
+    patches = calls.patches
+    with patches.lock:
+        if patches.active:
+            return
+        patches.wrap(engine_class, "run", calls.run)
+        if hasattr(engine_class, "init_session") and hasattr(engine_class, "step"):
+            patches.wrap(engine_class, "init_session", calls.init_session)
+            patches.wrap(engine_class, "step", calls.step)
+        try:
+            executor = importlib.import_module("qitos.engine.action_executor").ActionExecutor
+        except (ImportError, AttributeError):
+            warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
+        else:
+            patches.wrap(executor, "_execute_one", calls.execute_one)
+            patches.wrap(executor, "_call_tool", calls.call_tool)
+        patches.active = True
+        patches.fit_pools()
+
+
+def uninstall() -> None:
+    """Put everything back. Runs that are going on are traced to their end. Idempotent."""
+    calls.patches.undo()
+
+
+def installed() -> bool:
+    """Whether Engines are being traced."""
+    return calls.patches.active

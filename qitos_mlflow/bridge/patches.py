@@ -1,0 +1,66 @@
+"""What was replaced in the host, and how to put it back.
+
+Each replacement is fitted on its own after looking at what is there, never at a version: one that
+does not fit is left out with one line in the log.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import wrapt
+
+from qitos_mlflow._guard import warn
+from qitos_mlflow.bridge.context import BackgroundPool, ContextPool
+
+__all__ = ["Patches"]
+
+POOLS: dict[str, type[ThreadPoolExecutor]] = {
+    "qitos.engine.action_executor": ContextPool,  # parallel tools, tools with a time limit
+    "qitos.kit.tool.fanout": ContextPool,
+    "qitos.kit.tool.agent.agent_tool": BackgroundPool,
+}
+"""Host modules whose thread pools start tools or agents, and what stands in for their pool."""
+
+
+class Patches:
+    """The replacements of one installation. Any thread."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.lock = threading.RLock()
+        self._made: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
+
+    def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
+        """Put `wrapper` around a method that `owner` itself defines, if it is as expected."""
+        original = vars(owner).get(name)
+        if original is None or len(inspect.signature(original).parameters) < 2:
+            warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
+            return
+        wrapt.wrap_function_wrapper(owner, name, wrapper)
+        self._made.append((owner, name, original, vars(owner)[name]))
+
+    def fit_pools(self) -> None:
+        """Replace the pools of those host modules that have been imported by now."""
+        for module_name, pool in POOLS.items():
+            module = sys.modules.get(module_name)
+            if getattr(module, "ThreadPoolExecutor", None) is not ThreadPoolExecutor:
+                continue
+            with self.lock:
+                if self.active and vars(module)["ThreadPoolExecutor"] is ThreadPoolExecutor:
+                    vars(module)["ThreadPoolExecutor"] = pool
+                    self._made.append((module, "ThreadPoolExecutor", ThreadPoolExecutor, pool))
+
+    def undo(self) -> None:
+        """Put every original back, except below a wrapper that somebody else put around ours."""
+        with self.lock:
+            self.active = False
+            while self._made:
+                owner, name, original, ours = self._made.pop()
+                if vars(owner).get(name) is ours:
+                    setattr(owner, name, original)

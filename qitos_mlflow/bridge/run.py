@@ -1,0 +1,310 @@
+"""One agent run as an open branch of a trace: opens spans, and closes each of them once.
+
+Receives calls from the wrappers and the hook; hands `Trace` and `Span` objects to the host's
+tracing. Parents are explicit: the host takes them from a context variable that other traces and
+threads share. Whatever happens, everything opened here is closed, in reverse order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextvars import Token
+from typing import Any
+
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
+from qitos_mlflow.bridge import extract
+from qitos_mlflow.bridge.context import Place, here
+
+__all__ = ["AgentRun", "LiveTrace", "somebody_listens"]
+
+
+def somebody_listens() -> bool:
+    """Whether any attached processor wants a new trace. Costs a few microseconds."""
+    if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
+        return False
+    for processor in tracing.processors():
+        wants = getattr(processor, "wants_trace", None)
+        if wants is None or wants():
+            return True
+    return False
+
+
+class LiveTrace:
+    """A trace that is going on, shared by the agents in it. Any thread."""
+
+    def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
+        self.trace: Any = tracing.get_tracing_provider().create_trace(
+            name, group_id=group_id, metadata=metadata
+        )
+        self.closed = False
+        self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.trace.__enter__()
+
+    def start(self, data: Any, parent: Any) -> Any:
+        """Start a span below `parent` (a span, or None for the top)."""
+        span = self.trace.create_span(tracing.SpanType(data.type), data)
+        span.parent_span_id = parent.span_id if parent is not None else None
+        span.start()
+        _leave_context(span)
+        with self._lock:
+            self._open[span.span_id] = span
+        if self.closed:  # ended by another thread meanwhile: nothing may stay open
+            self.finish(span)
+        return span
+
+    def finish(self, span: Any, error: BaseException | str | None = None) -> None:
+        """Finish a span, once; a second call does nothing.
+
+        An exception is on ``span.exception`` while the processors see the span, and no longer:
+        its traceback keeps the agent's local variables alive.
+        """
+        with self._lock:
+            if self._open.pop(span.span_id, None) is None:
+                return
+        if not isinstance(error, BaseException):
+            span.finish(error)
+            return
+        span.exception = error
+        try:
+            span.finish(extract.describe(error))
+        finally:
+            span.exception = None
+
+    def annotate(self, metadata: Mapping[str, Any]) -> None:
+        """Add to the trace's metadata."""
+        # A disabled host shares one dict among all its traces.
+        if not isinstance(self.trace, tracing.NoOpTrace):
+            self.trace.metadata.update(metadata)
+
+    def end(self, error: BaseException | None) -> None:
+        """End the trace. Agents still running in it lose their spans, see `AgentRun.open`.
+
+        Call it inside the handler of `error`: a host's own trace tells its processors nothing,
+        they look at ``sys.exc_info()``.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            left = list(self._open.values())
+        for span in reversed(left):
+            try:
+                self.finish(span)
+            except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
+                report("bridge.end", problem)
+        if error is None:
+            self.trace.__exit__(None, None, None)
+        else:
+            self.trace.__exit__(type(error), error, error.__traceback__)
+
+
+class AgentRun:
+    """One call of ``Engine.run`` or one session of ``Engine.step``, as an AGENT subtree.
+
+    Used by the thread that runs the agent; tools on other threads use `live` only.
+    """
+
+    def __init__(self, engine: Any, task: Any, before: Place | None) -> None:
+        """Begin: a subtree at `before` where its trace still goes on, else a trace of its own."""
+        self.engine_id = id(engine)
+        self.before = before
+        self.began = False
+        """Whether the Engine has reported anything yet."""
+        self.state: Any = None
+        self.end_reason: str | None = None
+        self.end_issues: str | None = None
+        self.failure: BaseException | None = None
+        """What the Engine tries to recover from in the current step."""
+        self.cache_hits: int | None = None
+        self.critics: list[Any] = []
+        self.acts_with_tools: set[str] = set()
+        self.ended = False
+        self.stack: list[Any] = []
+        self._parent: Any = None
+        self._session_failure: tuple[str, str] | None = None
+        self._metadata = extract.run_metadata(engine, task)
+        if before is None or before.starts_trace:
+            self.live = self._new_trace(before)
+            self.owns_trace = True
+        else:
+            self.live = before.run.live
+            self.owns_trace = False
+            self._parent = before.span
+        self.open(
+            tracing.AgentSpanData(
+                self._metadata["agent_name"],
+                model=self._metadata.get("model_name"),
+                tools=self._metadata.get("tools"),
+            )
+        )
+
+    @property
+    def root(self) -> Any:
+        """The AGENT span."""
+        return self.stack[0]
+
+    def open(self, data: Any, parent: Any = None) -> Any:
+        """Open a span below `parent`, by default the innermost open one, and stand there."""
+        if self.live.closed:
+            self._outlive()
+        if parent is None:
+            parent = self.stack[-1] if self.stack else self._parent
+        span = self.live.start(data, parent)
+        self.stack.append(span)
+        here.set(Place(self, span))
+        return span
+
+    def close(self, span: Any, error: BaseException | str | None = None) -> None:
+        """Close a span after whatever is still open above it, all with `error`."""
+        if span not in self.stack:
+            return
+        while self.stack:
+            top = self.stack.pop()
+            self.live.finish(top, error)
+            if top is span:
+                break
+        if self.stack:
+            here.set(Place(self, self.stack[-1]))
+
+    def close_above(self, span: Any, error: BaseException | str | None = None) -> None:
+        """Close everything that was opened after `span`."""
+        while span in self.stack and self.stack[-1] is not span:
+            self.close(self.stack[-1], error)
+
+    def find(self, span_type: str) -> Any:
+        """The innermost open span of this type, or None."""
+        return next((span for span in reversed(self.stack) if span.data.type == span_type), None)
+
+    def annotate(self, metadata: Mapping[str, Any]) -> None:
+        """Add to the metadata of the trace, if it is this run's own."""
+        self._metadata.update(metadata)
+        if self.owns_trace:
+            self.live.annotate(metadata)
+
+    def session_began(self, engine: Any) -> None:
+        """Note what a session has instead of an INIT event, and leave this context."""
+        self.began = True
+        self.state = extract.first(engine, "_active_state")
+        self.annotate({"qitos_run_id": extract.first(engine, "_active_run_id")})
+        here.set(self.before)
+
+    def session_stepped(self, error: BaseException | None) -> None:
+        """Close what the step left open; `error` is what left it, and the session may go on."""
+        self.close_above(self.root, error)
+        self._session_failure = None
+        if error is not None:
+            status = "interrupted" if extract.is_interrupt(error) else "error"
+            self._session_failure = status, extract.describe(error)
+
+    def end(
+        self,
+        *,
+        error: BaseException | None = None,
+        result: Any = None,
+        stop_reason: str | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        """Close every span and, if it is this run's own, the trace. Once; never raises Exception.
+
+        Args:
+            error: what left the run; call inside its handler.
+            result: the host's result, when the run returned one.
+            stop_reason: the host's word, where it is not on the result's state.
+            run_id: the host's id of the run, where it failed before it said so.
+        """
+        if self.ended:
+            return
+        if run_id:
+            self._metadata.setdefault("qitos_run_id", run_id)
+        outcome: dict[str, Any] = {"status": "error" if error is not None else "ok"}
+        try:
+            outcome = self._outcome(error, result, stop_reason)
+        except Exception as problem:  # noqa: BLE001 - spans and trace are closed without it
+            report("bridge.outcome", problem)
+        try:
+            self._close_all(error, outcome)
+            if self.owns_trace:
+                self.live.annotate({**self._metadata, **outcome})
+        except Exception as problem:  # noqa: BLE001 - the trace is ended anyway
+            report("bridge.end", problem)
+        try:
+            if self.owns_trace:
+                self.live.end(error)
+        except Exception as problem:  # noqa: BLE001 - somebody's processor
+            report("bridge.end", problem)
+        self.ended = True
+        self.failure = self.state = None  # a traceback keeps frames alive
+        here.set(self.before)
+
+    def _close_all(self, error: BaseException | None, outcome: dict[str, Any]) -> None:
+        if not self.stack:
+            return
+        root = self.root
+        self.close_above(root, error)
+        root.output = outcome.get("final_result")
+        if error is None and outcome["status"] != "ok":
+            # Handed back as an ordinary result: the reason is the last exception, if there was one.
+            self.close(root, self.failure or outcome.get("error"))
+        else:
+            self.close(root, error)
+
+    def _outcome(
+        self, error: BaseException | None, result: Any, stop_reason: str | None
+    ) -> dict[str, Any]:
+        state = extract.first(result, "state") or self.state
+        reason = extract.text_of(stop_reason or extract.first(state, "stop_reason"))
+        reason = reason or self.end_reason
+        if error is not None:
+            status = "interrupted" if extract.is_interrupt(error) else "error"
+            reason = reason or extract.stop_reason_of_exception(error)
+            text: str | None = extract.describe(error)
+            success = False
+        elif reason is None and self._session_failure is not None:
+            (status, text), success = self._session_failure, False
+        else:
+            status = extract.status_of(reason, self.failure)
+            success = status == "ok" and extract.succeeded(result, reason)
+            text = None
+            if status != "ok":
+                text = extract.describe(self.failure) if self.failure else self.end_issues or reason
+        found = {
+            "stop_reason": reason,
+            "final_result": extract.first(state, "final_result"),
+            "success": success,
+            "status": status,
+            "error": text,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _new_trace(self, before: Place | None) -> LiveTrace:
+        metadata = dict(self._metadata)
+        if before is not None:
+            metadata["linked_trace_id"] = before.run.live.trace.trace_id
+            metadata["linked_span_id"] = before.span.span_id
+        return LiveTrace(metadata["agent_name"], metadata.get("benchmark_name"), metadata)
+
+    def _outlive(self) -> None:
+        """Go on in a trace of our own: the one we were part of has ended, and our spans with it."""
+        stale = self.stack
+        if not stale:
+            return
+        self.live = self._new_trace(Place(self, stale[0]))
+        self.owns_trace = True
+        self.stack, self._parent = [], None
+        for span in stale:
+            self.open(span.data)
+
+
+def _leave_context(span: Any) -> None:
+    """Take the span out of the host's context variable again.
+
+    There it would become the parent of whatever trace comes next on this thread, and could only
+    be finished on this thread: elsewhere the reset raises and no processor hears of the end.
+    """
+    token = getattr(span, "_token", None)
+    if isinstance(token, Token):
+        token.var.reset(token)
+        span._token = None

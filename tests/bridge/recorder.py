@@ -1,0 +1,240 @@
+"""A processor that keeps what it hears, and scripted agents of the real QitOS for it to hear of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qitos import (
+    Action,
+    AgentModule,
+    Decision,
+    Engine,
+    ModelResponse,
+    StateSchema,
+    ToolRegistry,
+    tool,
+)
+from qitos.core.errors import ModelExecutionError
+from qitos_mlflow import tracing
+
+
+@dataclass
+class Node:
+    """What was heard of one span."""
+
+    span: Any
+    trace_id: str
+    type: str
+    parent_id: str | None
+    started_at: str
+    ended_at: str | None = None
+    error: str | None = None
+    exception: BaseException | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    order: int = -1
+    ends: int = 0
+
+
+class Recorder(tracing.TraceProcessor):
+    """Keeps every trace and span; any thread."""
+
+    def __init__(self) -> None:
+        self.started: list[Any] = []
+        self.start_metadata: dict[str, dict[str, Any]] = {}
+        self.ended: list[Any] = []
+        self.nodes: dict[str, Node] = {}
+        self._lock = threading.Lock()
+        self._ends = 0
+
+    def on_trace_start(self, trace: Any) -> None:
+        with self._lock:
+            self.started.append(trace)
+            self.start_metadata[trace.trace_id] = dict(trace.metadata)
+
+    def on_trace_end(self, trace: Any) -> None:
+        with self._lock:
+            self.ended.append(trace)
+
+    def on_span_start(self, span: Any) -> None:
+        with self._lock:
+            assert span.span_id not in self.nodes
+            self.nodes[span.span_id] = Node(
+                span, span.trace_id, span.data.type, span.parent_span_id, span.started_at
+            )
+
+    def on_span_end(self, span: Any) -> None:
+        with self._lock:
+            node = self.nodes[span.span_id]
+            node.ends += 1
+            node.ended_at, node.error = span.ended_at, span.error
+            node.exception = getattr(span, "exception", None)
+            node.data, node.output = span.data.export(), span.output
+            node.order, self._ends = self._ends, self._ends + 1
+
+    # -- asked by tests ---------------------------------------------------------------------
+
+    def of(self, span_type: str, trace_id: str | None = None) -> list[Node]:
+        """The spans of a type, in the order they were started."""
+        return [
+            node
+            for node in self.nodes.values()
+            if node.type == span_type and trace_id in (None, node.trace_id)
+        ]
+
+    def children(self, span_id: str | None, trace_id: str | None = None) -> list[Node]:
+        """The spans below one (None: at the top), in the order they were started."""
+        return [
+            node
+            for node in self.nodes.values()
+            if node.parent_id == span_id and trace_id in (None, node.trace_id)
+        ]
+
+    def tree(self, trace: Any = None) -> list[Any]:
+        """The span types as nested lists: ``["agent", [...]]``; of the only trace for None."""
+        trace_id = self.only().trace_id if trace is None else trace.trace_id
+
+        def below(span_id: str | None) -> list[Any]:
+            found: list[Any] = []
+            for node in self.children(span_id, trace_id):
+                found.append(node.type)
+                if inner := below(node.span.span_id):
+                    found.append(inner)
+            return found
+
+        return below(None)
+
+    def only(self) -> Any:
+        """The one trace there was."""
+        assert len(self.started) == 1, self.started
+        return self.started[0]
+
+    def check(self) -> None:
+        """Every trace and span ended once; children within their parents' times and order."""
+        assert [id(t) for t in self.started if t not in self.ended] == []
+        assert len(self.ended) == len(self.started)
+        for node in self.nodes.values():
+            assert node.ends == 1, (node.type, node.ends)
+            assert node.ended_at is not None
+            assert node.started_at <= node.ended_at
+            if node.parent_id is None:
+                continue
+            parent = self.nodes[node.parent_id]
+            assert parent.trace_id == node.trace_id
+            assert parent.started_at <= node.started_at, (parent.type, node.type)
+            assert parent.ended_at is not None
+            assert node.ended_at <= parent.ended_at, (parent.type, node.type)
+            assert node.order < parent.order, (parent.type, node.type)
+
+
+@dataclass
+class State(StateSchema):
+    """The state of the scripted agents."""
+
+    seen: list[Any] = field(default_factory=list)
+
+
+class Model:
+    """An offline model: answers from a script, item by item; raises items that are exceptions."""
+
+    model = "scripted-1"
+
+    def __init__(self, *script: Any) -> None:
+        self.script = list(script)
+        self.asked: list[Any] = []
+
+    def __call__(self, messages: Any, **options: Any) -> Any:
+        self.asked.append(messages)
+        item = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if isinstance(item, BaseException):
+            raise item
+        return item() if callable(item) else item
+
+
+class ModelAgent(AgentModule[State, Any, Any]):
+    """Asks a model; the host's default protocol parses what it says."""
+
+    name = "asker"
+
+    def __init__(self, llm: Any, tools: ToolRegistry | None = None, max_steps: int = 6) -> None:
+        super().__init__(tool_registry=tools or toolbox(), llm=llm)
+        self.steps = max_steps
+
+    def init_state(self, task: str, **kwargs: Any) -> State:
+        return State(task=task, max_steps=kwargs.get("max_steps", self.steps))
+
+    def prepare(self, state: State) -> str:
+        return f"task: {state.task}"
+
+    def reduce(self, state: State, observation: Any, decision: Any) -> State:
+        state.seen.append(decision.mode)
+        return state
+
+
+class ScriptAgent(ModelAgent):
+    """Decides from a script of decisions (or callables that make them), without a model."""
+
+    name = "script"
+
+    def __init__(self, *script: Any, tools: ToolRegistry | None = None, max_steps: int = 6) -> None:
+        super().__init__(None, tools, max_steps)
+        self.script = list(script)
+
+    def decide(self, state: State, observation: Any) -> Any:
+        item = self.script[min(state.current_step, len(self.script) - 1)]
+        if isinstance(item, BaseException):
+            raise item
+        return item() if callable(item) else item
+
+
+def toolbox(**bodies: Callable[..., Any]) -> ToolRegistry:
+    """A registry with ``add``, ``fail`` and the given functions."""
+    registry = ToolRegistry()
+
+    @tool(name="add")
+    def add(a: int, b: int) -> int:
+        """Add."""
+        return a + b
+
+    @tool(name="fail")
+    def fail(why: str = "no reason") -> int:
+        """Raise."""
+        raise ValueError(why)
+
+    for function in (add, fail, *(tool(name=name)(body) for name, body in bodies.items())):
+        registry.register(function)
+    return registry
+
+
+def act(*names: str, **args: Any) -> Decision[Any]:
+    """A decision to call these tools with these arguments."""
+    return Decision.act([Action(name=name, args=dict(args)) for name in names])
+
+
+def answer(text: str, **more: Any) -> ModelResponse:
+    """A model's answer with whatever is known of it."""
+    return ModelResponse(text=text, **more)
+
+
+FINAL = "Thought: done\nFinal Answer: 42"
+ADD = "Thought: sum\nAction: add(a=19, b=23)"
+
+__all__ = [
+    "ADD",
+    "FINAL",
+    "Action",
+    "Decision",
+    "Engine",
+    "Model",
+    "ModelAgent",
+    "ModelExecutionError",
+    "Recorder",
+    "ScriptAgent",
+    "State",
+    "act",
+    "answer",
+    "toolbox",
+]
