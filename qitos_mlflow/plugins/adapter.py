@@ -1,0 +1,196 @@
+"""One `TraceProcessor` for all plugins: each event becomes one hook call a plugin, on its own.
+
+pluggy stops at the first implementation that raises, so every plugin has a plugin manager to
+itself: what it raises, wraps or registers wrongly ends there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pluggy
+
+from qitos_mlflow import _guard
+from qitos_mlflow.plugins import hookspecs
+from qitos_mlflow.tracing import Span, Trace, TraceProcessor
+
+HOOKS: tuple[str, ...] = tuple(
+    name for name in vars(hookspecs) if name.startswith(hookspecs.PREFIX)
+)
+"""The names of all hooks."""
+
+
+class _Call(NamedTuple):
+    """One plugin's implementations of one hook, and what to call them in a report."""
+
+    hook: Callable[..., list[Any]]
+    where: str
+
+
+class PluginTraceProcessor(TraceProcessor):
+    """Passes every event on to each of its plugins, whatever the others do.
+
+    Callbacks may come on any thread and at once; they take no lock. Registering is for any thread
+    too, and is in effect for the events that begin after it.
+    """
+
+    def __init__(self, plugins: Mapping[str, object] | None = None) -> None:
+        self._managers: dict[str, pluggy.PluginManager] = {}
+        self._changing = threading.RLock()
+        self._calls: dict[str, tuple[_Call, ...]] = dict.fromkeys(HOOKS, ())
+        for name, plugin in (plugins or {}).items():
+            self.register(plugin, name)
+
+    @property
+    def plugins(self) -> dict[str, object]:
+        """A new dict of the plugins by name, in order."""
+        return {name: manager.get_plugin(name) for name, manager in self._managers.items()}
+
+    def register(self, plugin: object, name: str) -> tuple[str, ...]:
+        """Call `plugin`'s hooks from now on; returns the names of those it implements.
+
+        An implementation of a ``qitos_`` hook that does not exist is left alone, with a warning.
+
+        Raises:
+            ValueError: the name, or this very plugin, is registered already.
+            pluggy.PluginValidationError: an implementation asks for arguments that its hook does
+                not have. Nothing of the plugin is registered then.
+        """
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        manager.register(plugin, name)
+        implemented = _implemented(manager)
+        with self._changing:
+            if name in self._managers:
+                raise ValueError(f"a plugin named {name!r} is registered already")
+            for other, registered in self.plugins.items():
+                if registered is plugin:
+                    raise ValueError(f"plugin {name!r} is registered already, as {other!r}")
+            self._managers[name] = manager
+            self._arrange()
+        _warn_of_unknown(name, implemented)
+        return self.hooks(name)
+
+    def hooks(self, name: str) -> tuple[str, ...]:
+        """The names of the hooks that the plugin of that name implements; empty without one."""
+        manager = self._managers.get(name)
+        implemented = _implemented(manager) if manager is not None else []
+        return tuple(hook for hook in HOOKS if hook in implemented)
+
+    def unregister(self, name: str) -> object | None:
+        """Stop calling the plugin of that name, and return it; None when there is none."""
+        with self._changing:
+            manager = self._managers.pop(name, None)
+            self._arrange()
+        return manager.get_plugin(name) if manager is not None else None
+
+    def wants_trace(self) -> bool:
+        """Whether any plugin wants a trace that would begin now; False when there are none."""
+        unwilling = 0
+        for call in self._calls["qitos_wants_trace"]:
+            try:
+                unwilling += False in call.hook()
+            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
+                _guard.report(call.where, error)
+        return unwilling < len(self._managers)
+
+    def on_trace_start(self, trace: Trace) -> None:
+        """Call ``qitos_trace_start`` of each plugin."""
+        for call in self._calls["qitos_trace_start"]:
+            try:
+                call.hook(trace=trace)
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+
+    def on_trace_end(self, trace: Trace) -> None:
+        """Call ``qitos_trace_end`` of each plugin."""
+        for call in self._calls["qitos_trace_end"]:
+            try:
+                call.hook(trace=trace)
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+
+    def on_span_start(self, span: Span) -> None:
+        """Call ``qitos_span_start`` of each plugin."""
+        for call in self._calls["qitos_span_start"]:
+            try:
+                call.hook(span=span)
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+
+    def on_span_end(self, span: Span) -> None:
+        """Call ``qitos_span_end`` of each plugin."""
+        for call in self._calls["qitos_span_end"]:
+            try:
+                call.hook(span=span)
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+
+    def force_flush(self, timeout_s: float | None = None) -> bool:
+        """Flush each plugin, also after one failed; True when none said otherwise.
+
+        Blocks as long as the plugins do, one after another; they are told what is left of
+        `timeout_s` seconds, or None for deadlines of their own.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        flushed = True
+        for call in self._calls["qitos_force_flush"]:
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                flushed = False not in call.hook(timeout_s=left_s) and flushed
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+                flushed = False
+        return flushed
+
+    def shutdown(self) -> None:
+        """Shut each plugin down; blocks as long as they do, one after another."""
+        for call in self._calls["qitos_shutdown"]:
+            try:
+                call.hook()
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+
+    def _arrange(self) -> None:
+        """Work out who is called for what, in which order, so that no event has to."""
+        calls: dict[str, tuple[_Call, ...]] = {}
+        for hook in HOOKS:
+            callers = [(name, getattr(m.hook, hook)) for name, m in self._managers.items()]
+            implementing = [(name, caller) for name, caller in callers if caller.get_hookimpls()]
+            implementing.sort(key=lambda item: _rank(item[1]))  # Stable: else as registered.
+            calls[hook] = tuple(
+                _Call(caller, f"trace plugin {name}, hook {hook}") for name, caller in implementing
+            )
+        self._calls = calls
+
+
+def _implemented(manager: pluggy.PluginManager) -> list[str]:
+    ((_, plugin),) = manager.list_name_plugin()
+    return [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+
+
+def _rank(caller: pluggy.HookCaller) -> int:
+    return min(impl.trylast - impl.tryfirst for impl in caller.get_hookimpls())
+
+
+def _warn_of_unknown(plugin: str, implemented: list[str]) -> None:
+    unknown = sorted(set(implemented) - set(HOOKS))
+    if unknown:
+        _guard.warn(
+            f"plugins.unknown_hook.{plugin}",
+            "trace plugin %s implements %s, which this version does not call; the hooks are: %s",
+            plugin,
+            ", ".join(unknown),
+            ", ".join(HOOKS),
+        )
+    elif not implemented:
+        _guard.warn(
+            f"plugins.no_hook.{plugin}",
+            "trace plugin %s implements no hook; mark its functions with "
+            'pluggy.HookimplMarker("%s")',
+            plugin,
+            hookspecs.PROJECT,
+        )

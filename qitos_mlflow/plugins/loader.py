@@ -1,0 +1,206 @@
+"""Finds the installed trace plugins, selects, and loads each on its own into an adapter.
+
+A plugin is an entry point of the group `GROUP`. `selection` says which of them are loaded; those
+that are not are not even imported. Nothing here raises but KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import importlib_metadata
+
+from qitos_mlflow import _guard
+from qitos_mlflow.plugins.adapter import PluginTraceProcessor
+from qitos_mlflow.plugins.selection import VARIABLE as VARIABLE
+from qitos_mlflow.plugins.selection import Selection as Selection
+from qitos_mlflow.plugins.selection import canonical
+from qitos_mlflow.plugins.selection import named as named
+
+GROUP = "qitos.trace_plugins"
+"""The entry-point group."""
+
+SHARED = "the name is taken by the plugin of"
+
+_log = logging.getLogger("qitos_mlflow")
+_this_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What is known of one installed plugin.
+
+    `state` is "found" (selected, not loaded yet), "loaded", "blocked" (not selected) or "failed";
+    `error` says why, for the last two. `hooks` is empty unless loaded.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+    state: str = "found"
+    error: str | None = None
+    hooks: tuple[str, ...] = ()
+
+
+def discover(environ: Mapping[str, str] = os.environ) -> list[PluginInfo]:
+    """The installed plugins, in the order they would be loaded in, then those blocked.
+
+    Imports no plugin, warns of nothing. Reads the metadata of every installed distribution:
+    tens of milliseconds.
+    """
+    return _select(_installed(), Selection.from_environ(environ))
+
+
+def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> list[PluginInfo]:
+    """Load the selected plugins and register each with `adapter`, under its name.
+
+    Args:
+        adapter: what calls them from now on. A plugin it has already is not loaded again.
+        selection: which ones; None: as the environment says.
+
+    Returns:
+        All installed plugins, with what became of them.
+
+    A plugin that cannot be loaded, and a name that does not exist, is one warning; the others
+    load. Blocks for the plugins' imports. A plugin whose import leads here again, on the same
+    thread, gets an empty list.
+    """
+    if getattr(_this_thread, "loading", False):
+        return []
+    _this_thread.loading = True
+    try:
+        selection = selection or Selection.from_environ()
+        if selection.nothing:
+            return []  # Not even a look at what is installed.
+        found = _select(_installed(), selection)
+        _warn_of_unknown(selection, found)
+        _warn_of_shared(found)
+        outcome: list[PluginInfo] = []
+        for info in found:
+            if info.state == "found":
+                shared = any(info.name == other.name for other in outcome)
+                name = f"{info.distribution}:{info.name}" if shared else info.name
+                info = _load(info, name, adapter)
+            outcome.append(info)
+        return outcome
+    finally:
+        _this_thread.loading = False
+
+
+def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginInfo:
+    try:
+        if name in adapter.plugins:
+            return replace(info, state="loaded", hooks=adapter.hooks(name))
+        entry_point = importlib_metadata.EntryPoint(info.name, info.value, GROUP)
+        hooks = adapter.register(_plugin(entry_point.load()), name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the agent
+        why = f"{type(error).__name__}: {error}"
+        _guard.warn(
+            f"plugins.load.{info.distribution}:{info.name}",
+            "trace plugin %s of %s %s was not loaded: %s",
+            info.name,
+            info.distribution,
+            info.version,
+            why,
+        )
+        _log.debug("traceback of the failure to load %s", info.value, exc_info=error)
+        return replace(info, state="failed", error=why)
+    return replace(info, state="loaded", hooks=hooks)
+
+
+def _plugin(found: object) -> object:
+    """`found`, or what it makes: a class or a function is no plugin itself, but makes one."""
+    if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial):
+        made: object = found()
+        if made is None:
+            raise TypeError("the factory returned None instead of a plugin")
+        return made
+    return found
+
+
+def _select(installed: Iterable[PluginInfo], selection: Selection) -> list[PluginInfo]:
+    """`installed` with what is selected first, in the order of loading."""
+    found: list[tuple[int, PluginInfo]] = []
+    blocked: list[PluginInfo] = []
+    holders: dict[str, str] = {}
+    for info in installed:
+        rank = selection.rank(info.name, info.distribution)
+        holder = holders.get(canonical(info.name))
+        if rank is None:
+            blocked.append(replace(info, state="blocked", error=f"not selected by {VARIABLE}"))
+        elif holder is not None and not selection.singles_out(info.name, info.distribution):
+            # One name, one plugin: two of the same would, most likely, do everything twice.
+            why = f"{SHARED} {holder}; to load this one, name it {info.distribution}:{info.name}"
+            blocked.append(replace(info, state="blocked", error=why))
+        else:
+            holders[canonical(info.name)] = info.distribution
+            found.append((rank, info))
+    return [info for _, info in sorted(found, key=lambda item: item[0])] + blocked
+
+
+def _installed() -> list[PluginInfo]:
+    """The plugins of all distributions, by name; metadata that cannot be read is skipped."""
+    found: list[PluginInfo] = []
+    for name in _distributions():
+        try:
+            # By name, so that of two versions on sys.path the first one counts, as in an import.
+            distribution = importlib_metadata.distribution(name)
+            found += [
+                PluginInfo(entry.name, distribution.name, distribution.version or "", entry.value)
+                for entry in distribution.entry_points
+                if entry.group == GROUP
+            ]
+        except Exception as error:  # noqa: BLE001 - anything may lie in a site-packages
+            _skipped(name, error)
+    return sorted(found, key=lambda info: (canonical(info.name), canonical(info.distribution)))
+
+
+def _distributions() -> list[str]:
+    """The names of the distributions that speak of our group, each once."""
+    names: dict[str, None] = {}
+    for distribution in importlib_metadata.distributions():
+        try:
+            # The text first: parsing the entry points of everything installed takes ten times as
+            # long, and one that cannot be parsed is nothing to us unless it is a plugin's.
+            if GROUP in (distribution.read_text("entry_points.txt") or ""):
+                names[distribution.name] = None
+        except Exception as error:  # noqa: BLE001
+            _skipped(str(distribution.locate_file("")), error)
+    return list(names)
+
+
+def _skipped(what: str, error: Exception) -> None:
+    _log.debug("trace plugins of %s are left out: unreadable metadata", what, exc_info=error)
+
+
+def _warn_of_unknown(selection: Selection, found: list[PluginInfo]) -> None:
+    unknown = selection.unknown((info.name, info.distribution) for info in found)
+    if unknown:
+        _guard.warn(
+            f"plugins.unknown.{unknown}",
+            "%s names %s, which is no installed trace plugin; installed are: %s",
+            VARIABLE,
+            ", ".join(unknown),
+            ", ".join(sorted({info.name for info in found})) or "none",
+        )
+
+
+def _warn_of_shared(found: list[PluginInfo]) -> None:
+    for info in found:
+        if info.error is not None and info.error.startswith(SHARED):
+            _guard.warn(
+                f"plugins.shared.{info.distribution}:{info.name}",
+                "trace plugin %s of %s was not loaded: %s",
+                info.name,
+                info.distribution,
+                info.error,
+            )
