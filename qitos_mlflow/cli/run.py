@@ -69,7 +69,7 @@ def environment(
 
 
 def selection(before: str) -> str:
-    """`QITOS_TRACE_PLUGINS` with mlflow among the plugins, the choice of others as it was."""
+    """`QITOS_TRACE_PLUGINS` with mlflow among the plugins; those chosen before stay chosen."""
     names = [name.strip().lower() for name in before.split(",") if name.strip()]
     names = [name for name in names if name not in {"none", "off", "0", "no:mlflow"}]
     if names and all(name.startswith("no:") for name in names):

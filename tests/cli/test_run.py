@@ -156,7 +156,7 @@ def test_settings_reach_the_script_and_what_it_starts(tmp_path: Path, cli: Run) 
     ],
 )
 def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> None:
-    """`run` turns MLflow on and leaves the choice among the other plugins as it was."""
+    """`run` selects the MLflow plugin, and keeps what was chosen before."""
     assert selection(before) == after
 
 

@@ -1,0 +1,98 @@
+"""`qitos-mlflow plugins`: which trace plugins there are, which load, and why not the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from importlib.machinery import PathFinder
+from typing import Any
+
+import click
+
+STARTUP_MODULE = "qitos_mlflow._startup"
+"""Imported by the start-up line and, before `main` runs, by nothing else."""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def plugins(as_json: bool) -> None:
+    """List the trace plugins that are installed, and whether they load."""
+    found = survey()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def survey() -> dict[str, Any]:
+    """All there is to say, as JSON has it.
+
+    Loads the selected plugins, to see whether they do; qitos and mlflow are not imported for it.
+    """
+    startup_line = {"active": STARTUP_MODULE in sys.modules}
+    from qitos_mlflow.plugins.adapter import PluginTraceProcessor
+    from qitos_mlflow.plugins.loader import GROUP, VARIABLE, discover, load
+
+    return {
+        "group": GROUP,
+        "variable": {"name": VARIABLE, "value": os.environ.get(VARIABLE)},
+        "startup_line": startup_line,
+        "host": host(),
+        # Where nothing at all is to be loaded, the loader does not even look.
+        "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor()) or discover()],
+    }
+
+
+def host() -> dict[str, Any]:
+    """Whether QitOS is installed, its version, and whether it brings its own `qitos.tracing`."""
+    import importlib_metadata
+
+    # Path finders only: ours serves `qitos.tracing` to hosts without it, and qitos stays unloaded.
+    spec = PathFinder.find_spec("qitos")
+    if spec is None:
+        return {"installed": False, "version": None, "own_tracing": False}
+    try:
+        version: str | None = importlib_metadata.version("qitos")
+    except importlib_metadata.PackageNotFoundError:
+        version = None  # A source tree on sys.path.
+    tracing = PathFinder.find_spec("qitos.tracing", spec.submodule_search_locations)
+    return {"installed": True, "version": version, "own_tracing": tracing is not None}
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"Entry points of the group {found['group']}", highlight=False)
+    table = Table()
+    for heading in ("plugin", "from", "state", "hooks or error"):
+        table.add_column(heading, overflow="fold")
+    for plugin in found["plugins"]:
+        distribution = f"{plugin['distribution']} {plugin['version']}\n{plugin['value']}"
+        what = plugin["error"] or ", ".join(plugin["hooks"])
+        table.add_row(*map(escape, (plugin["name"], distribution, plugin["state"], what or "")))
+    if found["plugins"]:
+        console.print(table)
+    else:
+        console.print("  none is installed in this Python\n")
+    for label, text in _facts(found):
+        console.print(f"[bold]{label}[/bold]  {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    host, value = found["host"], found["variable"]["value"]
+    if not host["installed"]:
+        qitos = "not installed; install it with: pip install qitos"
+    else:
+        whose = "its own" if host["own_tracing"] else "none of its own, served by qitos-mlflow"
+        qitos = f"{host['version'] or 'of an unknown version'}, qitos.tracing: {whose}"
+    if found["startup_line"]["active"]:
+        startup = "active in this Python"
+    else:
+        startup = "not active in this Python; use: qitos-mlflow run, or import qitos_mlflow.auto"
+    chosen = "not set" if value is None else repr(value)
+    return [("qitos", qitos), ("start-up line", startup), (found["variable"]["name"], chosen)]

@@ -1,0 +1,100 @@
+"""`qitos-mlflow demo`, end to end: real Engine, real MLflow, correct to the digit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.cli._demo_tasks import TASKS, DemoTask, prepare_workspace, run_task
+from qitos_mlflow.mlflow_plugin.readback import Readback, read_runs
+from tests.cli.conftest import Run
+
+EXPERIMENT = "desk"
+STATUS = {"unrecoverable_error": "FAILED"}
+
+
+def actions(demo: DemoTask) -> int:
+    """How many tools the task calls, those of the librarian included."""
+    replies = [reply for reply in (*demo.replies, *demo.librarian) if isinstance(reply, str)]
+    return sum(len(json.loads(reply).get("actions", [])) for reply in replies)
+
+
+@pytest.fixture
+def logged(tmp_path: Path, cli: Run) -> tuple[subprocess.CompletedProcess[str], Readback]:
+    """The finished command, and what MLflow has of it."""
+    uri = f"sqlite:///{tmp_path}/demo.db"
+    done = cli("demo", "--tracking-uri", uri, "--experiment-name", EXPERIMENT)
+    assert done.returncode == 0, done.stderr
+    return done, read_runs(uri, EXPERIMENT)
+
+
+def test_the_runs_are_in_mlflow_correct_to_the_digit(
+    logged: tuple[subprocess.CompletedProcess[str], Readback], tmp_path: Path
+) -> None:
+    """Every task is one run, with the status, counts, tokens and scores the Engine really had."""
+    workspace = tmp_path / "again"
+    workspace.mkdir()
+    prepare_workspace(workspace)
+    runs = logged[1].runs
+    assert [run.name for run in runs] == [demo.agent for demo in TASKS]
+    for run, demo in zip(runs, TASKS, strict=True):
+        assert run.status == STATUS.get(demo.stop_reason, "FINISHED")
+        assert (run.model, run.stop_reason) == (demo.model, demo.stop_reason)
+        assert run.steps == len(demo.replies) + len(demo.librarian)
+        assert run.tool_calls == actions(demo)
+        records = run_task(demo, workspace, step_began=lambda: None).records
+        if not demo.librarian:  # Whose tokens the outer result does not know of.
+            assert run.tokens == sum(
+                record.model_response["usage"]["total_tokens"]
+                for record in records
+                if record.model_response
+            )
+        scores = [out["score"] for r in records for out in r.critic_outputs if "score" in out]
+        assert run.critic_score == (sum(scores) / len(scores) if scores else None)
+
+
+def test_what_is_printed_is_what_mlflow_has(
+    logged: tuple[subprocess.CompletedProcess[str], Readback], tmp_path: Path
+) -> None:
+    """The table has one row a run, and the last lines open the page of that very store."""
+    done, found = logged
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in done.stdout.splitlines() if "│" in line]
+    assert [(row[0], row[2], row[3], row[4], row[6]) for row in rows] == [
+        (run.name, run.status, run.stop_reason, str(run.steps), str(run.tokens))
+        for run in found.runs
+    ]
+    assert f"mlflow server --backend-store-uri sqlite:///{tmp_path}/demo.db" in done.stdout
+    assert done.stdout.endswith(f"http://localhost:5000/#/experiments/{found.experiment_id}\n")
+
+
+def test_two_demos_do_not_mix(tmp_path: Path, cli: Run) -> None:
+    """A second demo into the same store shows its own runs only."""
+    uri = f"sqlite:///{tmp_path}/demo.db"
+    for _ in range(2):
+        done = cli("demo", "--tracking-uri", uri)
+        assert done.stdout.count("astronomer") == 3
+    assert len(read_runs(uri, "qitos").runs) == 2 * len(TASKS)
+
+
+def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run) -> None:
+    """With nothing configured the runs are in MLflow's own default store, here."""
+    done = cli("demo")
+    assert done.returncode == 0, done.stderr
+    uri = re.search(r"--backend-store-uri (\S+)", done.stdout)
+    assert uri is not None
+    assert len(read_runs(uri[1], "qitos").runs) == len(TASKS)
+    made = {path.name for path in Path.cwd().iterdir()} - {"spool"}
+    assert made <= {"mlflow.db", "mlruns"}
+
+
+def test_a_server_that_is_not_there_is_told(cli: Run) -> None:
+    """With no server the demo still ends, says that the runs are kept, and how to go on."""
+    done = cli("demo", "--tracking-uri", "http://127.0.0.1:9", QITOS_MLFLOW_FLUSH_TIMEOUT_S="1")
+    assert done.returncode == 1
+    assert "they are kept" in done.stderr
+    assert "qitos-mlflow sync" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,72 @@
+"""Help, versions and the page that is written from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from qitos_mlflow import cli
+from qitos_mlflow.cli import COMMANDS, main
+from qitos_mlflow.cli._docs import page
+from tests.cli.conftest import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_in_docs_is_the_help_there_is() -> None:
+    """docs/cli.md is what `python -m qitos_mlflow.cli._docs` writes now."""
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page()
+
+
+def test_every_command_is_a_module_and_in_the_help() -> None:
+    """The list of commands, their modules and the help agree."""
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py")}
+    assert modules == set(COMMANDS)
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == list(COMMANDS)
+
+
+def test_help_imports_neither_mlflow_nor_qitos(python: Run) -> None:
+    """The help of everything is there at once: the two slow imports do not happen."""
+    code = (
+        "import sys\n"
+        "from qitos_mlflow.cli._docs import page\n"
+        "page()\n"
+        "print([name for name in ('mlflow', 'qitos', 'rich', 'requests') if name in sys.modules])"
+    )
+    done = python("-c", code)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_an_unknown_command_is_told_which_ones_there_are(python: Run) -> None:
+    """A mistyped command exits with 2 and the list of commands."""
+    got = python("-m", "qitos_mlflow.cli", "snyc")
+    assert got.returncode == 2
+    assert "no command 'snyc'; the commands are: demo, plugins, run" in got.stderr
+
+
+@pytest.mark.parametrize("option", ["--tracking-uri", "--experiment-name"])
+def test_shared_options_mean_the_same_everywhere(option: str) -> None:
+    """A shared option has one type and one meaning in every command that has it."""
+    context = click.Context(main)
+    kinds = set()
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and option in parameter.opts:
+                assert parameter.help is not None
+                kinds.add((type(parameter.type).__name__, parameter.help.split("  [default")[0]))
+    assert len(kinds) == 1
+
+
+def test_a_setting_that_cannot_be_used_is_named_without_a_traceback(python: Run) -> None:
+    """A wrong environment variable is told by name and value, with exit code 2."""
+    got = python("-m", "qitos_mlflow.cli", "demo", QITOS_MLFLOW_EXIT_TIMEOUT_S="soon")
+    assert got.returncode == 2
+    assert "QITOS_MLFLOW_EXIT_TIMEOUT_S='soon' cannot be used" in got.stderr
+    assert "Traceback" not in got.stderr

@@ -1,0 +1,99 @@
+"""`qitos-mlflow plugins`: what is installed, what loads, and why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Run
+
+GOOD = """\
+import pluggy
+class Plugin:
+    @pluggy.HookimplMarker("qitos")
+    def qitos_span_end(self, span): pass
+"""
+PLUGINS = {"good": GOOD, "broken": "raise RuntimeError('out of order')\n", "quiet": GOOD}
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three distributions with a trace plugin each, one of which cannot be imported."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name, source in PLUGINS.items():
+        (site / f"plugin_{name}.py").write_text(source)
+        info = site / f"trace_{name}-1.{len(name)}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: trace-{name}\nVersion: 1.{len(name)}\n"
+        )
+        (info / "entry_points.txt").write_text(
+            f"[qitos.trace_plugins]\n{name} = plugin_{name}:Plugin\n"
+        )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+
+
+def ours(done: Any) -> dict[str, dict[str, Any]]:
+    """The plugins of these tests in the command's JSON, by name."""
+    assert done.returncode == 0, done.stderr
+    return {p["name"]: p for p in json.loads(done.stdout)["plugins"] if p["name"] in PLUGINS}
+
+
+@pytest.mark.usefixtures("installed")
+def test_each_plugin_is_told_with_its_state(cli: Run) -> None:
+    """Loaded with its hooks, failed with the exception, blocked by the variable: all are told."""
+    found = ours(cli("plugins", "--json", QITOS_TRACE_PLUGINS="good,broken"))
+    assert found["good"]["state"] == "loaded"
+    assert found["good"]["hooks"] == ["qitos_span_end"]
+    assert (found["good"]["distribution"], found["good"]["version"]) == ("trace-good", "1.4")
+    assert found["good"]["value"] == "plugin_good:Plugin"
+    assert found["broken"]["state"] == "failed"
+    assert "RuntimeError: out of order" in found["broken"]["error"]
+    assert found["quiet"]["state"] == "blocked"
+    assert "QITOS_TRACE_PLUGINS" in found["quiet"]["error"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_where_nothing_is_selected_all_are_told_as_blocked(cli: Run) -> None:
+    """With QITOS_TRACE_PLUGINS=none the list is still there, and nothing of it is loaded."""
+    found = ours(cli("plugins", "--json", QITOS_TRACE_PLUGINS="none"))
+    assert {name: plugin["state"] for name, plugin in found.items()} == dict.fromkeys(
+        PLUGINS, "blocked"
+    )
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_table_says_the_same(cli: Run) -> None:
+    """Without --json there is a table with names, distributions, states and reasons."""
+    done = cli("plugins", QITOS_TRACE_PLUGINS="good,broken")
+    assert done.returncode == 0, done.stderr
+    for text in ("trace-good 1.4", "loaded", "failed", "RuntimeError: out of order", "blocked"):
+        assert text in done.stdout
+
+
+def test_host_and_start_up_line_are_told(cli: Run, python: Run) -> None:
+    """Which QitOS there is, and whether the start-up line ran in this interpreter."""
+    told = json.loads(cli("plugins", "--json").stdout)
+    version = python("-c", "import qitos; print(qitos.__version__)").stdout.strip()
+    assert told["host"]["installed"] is True
+    assert told["host"]["version"] == version
+    assert told["variable"] == {"name": "QITOS_TRACE_PLUGINS", "value": "none"}
+    ran = python("-c", "import sys; print('qitos_mlflow._startup' in sys.modules)").stdout.strip()
+    assert str(told["startup_line"]["active"]) == ran
+
+
+def test_a_host_with_its_own_tracing_is_seen(
+    tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qitos that brings `qitos.tracing` is told apart, without importing it."""
+    tracing = tmp_path / "host" / "qitos" / "tracing"
+    tracing.mkdir(parents=True)
+    for package in (tracing, tracing.parent):
+        (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "host"))
+    told = json.loads(cli("plugins", "--json").stdout)
+    assert told["host"]["own_tracing"] is True
