@@ -1,0 +1,78 @@
+r"""The lines of a spool file. Pure: bytes to bytes.
+
+    file    = line*
+    line    = tag " " time " " length " " crc " " payload "\n"
+    tag     = "1" kind            version of this grammar, then what the line is
+    kind    = "h"                 first line of a part: JSON object about the file itself
+            | "c"                 second line: the header given by the caller, opaque
+            | "r"                 a record, opaque
+            | "a"                 an acknowledgement (the only line of an ".ack" file)
+            | "H" | "C" | "R" | "A"   the same; ESC and LF in the payload are escaped
+    time    = hex digits          wall clock in ns when the line was written
+    length  = hex digits          bytes of the payload as stored
+    crc     = 8 hex digits        CRC-32 of tag, time, length with their spaces, and payload
+    payload = any bytes but LF    escaped: ESC "0" is LF, ESC "1" is ESC
+
+The checksum finds torn and corrupt lines; it is no protection against somebody who means it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from zlib import crc32
+
+FILE = b"h"
+CALLER = b"c"
+RECORD = b"r"
+ACK = b"a"
+
+LF = b"\n"
+_ESC = b"\x1b"
+_START = re.compile(rb"1[hcraHCRA] [0-9a-f]+ ([0-9a-f]+) [0-9a-f]{8} ")
+
+
+class Line(NamedTuple):
+    """One intact line; `kind` is always in lower case and `payload` unescaped."""
+
+    kind: bytes
+    time_ns: int
+    payload: bytes
+
+
+def encode(kind: bytes, payload: bytes, time_ns: int) -> bytes:
+    """The line for `payload`, with its LF."""
+    if LF in payload:
+        kind = kind.upper()
+        payload = payload.replace(_ESC, _ESC + b"1").replace(LF, _ESC + b"0")
+    head = b"1%b %x %x " % (kind, time_ns, len(payload))
+    return b"%b%08x %b\n" % (head, crc32(payload, crc32(head)), payload)
+
+
+def decode(line: bytes) -> Line | None:
+    """The content of a line without its LF, or None when it is torn, corrupt or of no known kind."""
+    start = _START.match(line)
+    if start is None:
+        return None
+    payload = line[start.end() :]
+    head, crc = line[: start.end() - 9], line[start.end() - 9 : start.end() - 1]
+    if len(payload) != int(start[1], 16) or b"%08x" % crc32(payload, crc32(head)) != crc:
+        return None
+    kind, time = head[1:2], head.split(b" ", 2)[1]
+    if kind.isupper():
+        kind = kind.lower()
+        payload = payload.replace(_ESC + b"0", LF).replace(_ESC + b"1", _ESC)
+    return Line(kind, int(time, 16), payload)
+
+
+def salvage(bad: bytes) -> list[Line]:
+    """The intact lines inside a bad one: where an LF was hit, two lines look like one."""
+    found: list[Line] = []
+    at = 0
+    while start := _START.search(bad, at):
+        end = start.end() + int(start[1], 16)
+        line = decode(bad[start.start() : end])
+        if line is not None:
+            found.append(line)
+        at = end if line is not None else start.start() + 1
+    return found

@@ -1,0 +1,221 @@
+"""The reading side of a segment: records in order, and what of them has been accepted.
+
+The same for the process that appends and for any other that delivers the segment later.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery import codec
+from qitos_mlflow.delivery.files import Paths, append_private, replace_private
+from qitos_mlflow.delivery.parts import Part
+from qitos_mlflow.delivery.sink import DeadLetter
+from qitos_mlflow.delivery.stats import SPOOL_REMOVED, Stats
+
+READ_BYTES = 1024 * 1024
+
+
+class Ack(NamedTuple):
+    """How far records were accepted, the sink's state there, the time of the last one (ns)."""
+
+    position: int
+    state: bytes
+    time_ns: int
+
+
+@dataclass
+class Chunk:
+    """Records that follow each other in one part, and where the next ones begin."""
+
+    end: int
+    time_ns: int
+    part: Part | None = None
+    records: list[bytes] = field(default_factory=list)
+    bad: list[bytes] = field(default_factory=list)
+    lost: int = 0
+
+
+def load_ack(paths: Paths) -> Ack | None:
+    """The acknowledgement on disk; None when there is none or it is corrupt: send it all again."""
+    try:
+        line = codec.decode(paths.ack.read_bytes().rstrip(codec.LF))
+    except OSError:
+        return None
+    if line is None or line.kind != codec.ACK:
+        return None
+    position, _, state = line.payload.partition(b" ")
+    return Ack(int(position, 16), state, line.time_ns)
+
+
+class Cursor:
+    """Reads on from the last acknowledgement. One thread only, but for `position`.
+
+    Args:
+        paths: where acknowledgement, dead letters and bad lines are kept.
+        parts: returns the parts there are now, in order.
+        discard: frees parts before a position (``discard(position, disk=...)``).
+        stats: what dead letters, bad lines and deliveries are counted in.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        parts: Callable[[], Sequence[Part]],
+        discard: Callable[..., None],
+        stats: Stats,
+    ) -> None:
+        ack = load_ack(paths)
+        self.position = ack.position if ack else 0
+        self.state = ack.state if ack else None
+        """The sink's state at `position`; None before the first acknowledgement."""
+        self.last_time_ns = ack.time_ns if ack else 0
+        self._paths = paths
+        self._parts = parts
+        self._discard = discard
+        self._stats = stats
+
+    def read(self, *, end: int | None, sealed: bool, max_records: int, max_bytes: int) -> Chunk:
+        """The next records; `end` of the chunk is `position` when there are none.
+
+        Args:
+            end: read no further than this position; None for all there is.
+            sealed: nobody is appending between here and `end`, so that an incomplete last line
+                is a torn one; otherwise it is left until it is complete.
+            max_records: at most so many records.
+            max_bytes: no further record once they have this size together.
+        """
+        chunk = Chunk(self.position, self.last_time_ns)
+        # Parts are listed before they are read: one with a successor was complete by then.
+        parts = self._parts()
+        for index, part in enumerate(parts):
+            stop = parts[index + 1].base if index + 1 < len(parts) else None
+            if stop is not None and chunk.end >= stop:
+                continue
+            chunk.part = part
+            chunk.end = max(chunk.end, part.base)
+            limit = stop if end is None else end if stop is None else min(stop, end)
+            try:
+                full = _read_part(
+                    part, chunk, limit, sealed or stop is not None, max_records, max_bytes
+                )
+            except FileNotFoundError:
+                if limit is None:
+                    break
+                chunk.lost = part.records - part.acknowledged
+                chunk.end = limit
+                full = False
+            if not full and stop is not None and (end is None or stop <= end):
+                chunk.end = stop
+            if chunk.records or chunk.bad or chunk.lost:
+                break
+        return chunk
+
+    def skip(self, chunk: Chunk) -> None:
+        """Read on behind `chunk` without acknowledging it: for looking only."""
+        self.position, self.last_time_ns = chunk.end, chunk.time_ns
+
+    def acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
+        """Record that everything up to the chunk's end was accepted or buried."""
+        self.bury(dead)
+        if chunk.bad:
+            self._keep_aside(chunk.bad)
+        parts = self._parts()
+        frees = len(parts) > 1 and parts[1].base <= chunk.end
+        line = codec.encode(codec.ACK, b"%x %b" % (chunk.end, state), chunk.time_ns)
+        stored = False
+        try:
+            # Once parts are gone, this is the only place where the sink's state is.
+            replace_private(self._paths.ack, line, durable=frees)
+            stored = True
+        except OSError as error:
+            # Harmless by itself: after a crash, records are sent a second time.
+            _guard.warn("delivery.ack", "cannot write %s: %s", self._paths.ack, error)
+        self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
+        if chunk.part is not None:
+            chunk.part.acknowledged += len(chunk.records)
+        self._stats.add(delivered=len(chunk.records) - len(dead), bad_lines=len(chunk.bad))
+        if chunk.lost:
+            self._stats.drop(SPOOL_REMOVED, chunk.lost)
+        if frees:
+            self._discard(chunk.end, disk=stored)
+
+    def bury(self, dead: Sequence[DeadLetter]) -> None:
+        """Keep what the server refused for good, with the reasons."""
+        if not dead:
+            return
+        self._stats.add(dead_letters=len(dead))
+        _guard.warn(
+            "delivery.dead",
+            "the server refused %s record(s) for good, the first one because: %s; see %s",
+            len(dead),
+            dead[0].reason,
+            self._paths.dead,
+        )
+        lines = b"".join(_dead_line(letter) for letter in dead)
+        try:
+            append_private(self._paths.dead, lines)
+        except OSError as error:
+            _guard.warn("delivery.bury", "cannot write %s: %s", self._paths.dead, error)
+
+    def _keep_aside(self, bad: Sequence[bytes]) -> None:
+        _guard.warn(
+            "delivery.bad", "%s torn or corrupt line(s), kept in %s", len(bad), self._paths.bad
+        )
+        try:
+            append_private(self._paths.bad, b"".join(line + codec.LF for line in bad))
+        except OSError as error:
+            _guard.warn("delivery.aside", "cannot write %s: %s", self._paths.bad, error)
+
+
+def _read_part(
+    part: Part, chunk: Chunk, limit: int | None, sealed: bool, max_records: int, max_bytes: int
+) -> bool:
+    """Read lines of `part` into `chunk` up to the position `limit`; True when it is full."""
+    taken_bytes = 0
+    size = READ_BYTES
+    while limit is None or chunk.end < limit:
+        want = size if limit is None else min(size, limit - chunk.end)
+        data = part.read(chunk.end - part.base, want)
+        complete = data.rfind(codec.LF) + 1
+        if not complete:
+            if len(data) == want and want == size:
+                size *= 4  # One line is longer than what was read.
+                continue
+            if data and sealed:
+                _take(data, chunk)
+                chunk.end += len(data)
+            return False
+        for line in data[: complete - 1].split(codec.LF):
+            taken_bytes += _take(line, chunk)
+            chunk.end += len(line) + 1
+            if len(chunk.records) >= max_records or taken_bytes >= max_bytes:
+                return True
+    return False
+
+
+def _take(raw: bytes, chunk: Chunk) -> int:
+    line = codec.decode(raw)
+    if line is None:
+        chunk.bad.append(raw)
+    before = len(chunk.records)
+    for intact in codec.salvage(raw) if line is None else [line]:
+        if intact.kind == codec.RECORD:
+            chunk.records.append(intact.payload)
+            chunk.time_ns = max(chunk.time_ns, intact.time_ns)
+    return sum(map(len, chunk.records[before:]))
+
+
+def _dead_line(letter: DeadLetter) -> bytes:
+    content: dict[str, object] = {"time_ns": time.time_ns(), "reason": letter.reason}
+    try:
+        content["record"] = letter.record.decode()
+    except UnicodeDecodeError:
+        content["record_base64"] = base64.b64encode(letter.record).decode()
+    return json.dumps(content).encode() + codec.LF

@@ -1,0 +1,141 @@
+"""The files of the spool: their names, their permissions, and who this process is.
+
+Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>``:
+
+    <stem>.<base>.seg   a part: the lines whose positions begin at <base> (16 hex digits)
+    <stem>.ack          how far records were accepted, and the sink's state at that point
+    <stem>.own          lock of the process that appends
+    <stem>.ship         lock of the process that ships
+    <stem>.dead         records the server refused for good, JSON lines; stays
+    <stem>.bad          torn and corrupt lines, as found; stays
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SEGMENT_SUFFIX = ".seg"
+SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".own", ".ship", ".dead", ".bad")
+
+_PRIVATE_FILE = 0o600
+_PRIVATE_DIRECTORY = 0o700
+_NAME = re.compile(r"(?P<stem>[\w-]+)(?:\.(?P<base>[0-9a-f]{16}))?(?P<suffix>\.[a-z]+)")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the files of one segment are."""
+
+    directory: Path
+    stem: str
+
+    @property
+    def ack(self) -> Path:
+        return self.directory / f"{self.stem}.ack"
+
+    @property
+    def own(self) -> Path:
+        return self.directory / f"{self.stem}.own"
+
+    @property
+    def ship(self) -> Path:
+        return self.directory / f"{self.stem}.ship"
+
+    @property
+    def dead(self) -> Path:
+        return self.directory / f"{self.stem}.dead"
+
+    @property
+    def bad(self) -> Path:
+        return self.directory / f"{self.stem}.bad"
+
+    def part(self, base: int) -> Path:
+        """The part whose first line has position `base`."""
+        return self.directory / f"{self.stem}.{base:016x}{SEGMENT_SUFFIX}"
+
+    def parts(self) -> list[tuple[int, Path]]:
+        """The parts there are now, with their bases, in order."""
+        return sorted(
+            (int(path.name.rsplit(".", 2)[1], 16), path)
+            for path in self.directory.glob(f"{self.stem}.*{SEGMENT_SUFFIX}")
+        )
+
+
+def new_stem() -> str:
+    """A stem no other pipeline has, on this machine or another one sharing the directory."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
+    return f"{host}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
+
+
+def stem_of(path: Path) -> str | None:
+    """The segment a file belongs to, by its name; None when it is no file of the spool."""
+    name = _NAME.fullmatch(path.name)
+    if name is None or name["suffix"] not in SUFFIXES:
+        return None
+    if (name["base"] is not None) != (name["suffix"] == SEGMENT_SUFFIX):
+        return None
+    return name["stem"]
+
+
+def make_directory(directory: Path) -> None:
+    """Create `directory` for its owner only; one that exists keeps its permissions."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=_PRIVATE_DIRECTORY)
+    except FileExistsError:
+        return
+    directory.chmod(_PRIVATE_DIRECTORY)  # The umask may have taken even the owner's rights.
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A file descriptor of `path`, for its owner only when this creates it.
+
+    Never follows a link left in the file's place.
+    """
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, _PRIVATE_FILE)
+    if hasattr(os, "fchmod") and flags & os.O_CREAT:
+        try:
+            os.fchmod(descriptor, _PRIVATE_FILE)
+        except OSError:  # Some network file systems know no modes.
+            pass
+    return descriptor
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`; a short write is continued, so that its cause is raised."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def append_private(path: Path, data: bytes) -> None:
+    """Append `data` to a file of the spool, creating it when missing."""
+    descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
+    """Replace the content of `path` as a whole: a reader sees the old or the new one.
+
+    Args:
+        durable: reach the disk before the new content takes the place of the old.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        write_all(descriptor, data)
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)

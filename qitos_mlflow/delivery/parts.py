@@ -1,0 +1,157 @@
+"""A part of a segment: lines one after the other, on disk or, where there is no disk, in memory.
+
+Positions count bytes from the segment's beginning through all of its parts; a part holds those
+from `base` on. So a place in the segment is one number, whatever it is stored in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from qitos_mlflow.delivery.files import open_private, write_all
+from qitos_mlflow.delivery.stats import SPOOL_REMOVED, reason_of
+
+
+class Part(Protocol):
+    """Lines from position `base` on; appended by the worker, read by the shipper."""
+
+    base: int
+    records: int
+    """Lines appended by this object; 0 where another process appends."""
+    acknowledged: int
+    """Records of it that have been acknowledged."""
+
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        ...
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Append lines; returns how many went in whole. Fewer than all: `failure` says why."""
+        ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; fewer only at the end.
+
+        Raises:
+            FileNotFoundError: the part is gone.
+        """
+        ...
+
+    def remove(self) -> None:
+        """Free what the part takes. Nothing is read from it afterwards."""
+        ...
+
+
+class DiskPart:
+    """A part in a file."""
+
+    def __init__(self, path: Path, base: int) -> None:
+        self.path = path
+        self.base = base
+        self.records = 0
+        self.acknowledged = 0
+        self.failure: str | None = None
+        self._descriptor: int | None = None
+        self._size = 0
+
+    @classmethod
+    def create(cls, path: Path, base: int, head: bytes) -> DiskPart:
+        """A new file beginning with `head`, open for appending.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        part = cls(path, base)
+        part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        try:
+            write_all(part._descriptor, head)
+        except OSError:
+            part.remove()
+            raise
+        part._size = len(head)
+        return part
+
+    @property
+    def size(self) -> int:
+        return self._size if self._descriptor is not None else self.path.stat().st_size
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        assert self._descriptor is not None
+        data = memoryview(b"".join(lines))
+        written = 0
+        try:
+            if os.fstat(self._descriptor).st_nlink == 0:
+                self.failure = SPOOL_REMOVED
+                return 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError as error:
+            self.failure = reason_of(error)
+        if written == len(data):
+            whole = len(lines)
+        else:
+            ends = list(accumulate(map(len, lines)))
+            whole = sum(end <= written for end in ends)
+            written = ends[whole - 1] if whole else 0
+            try:  # A reader skips what is torn, but it should not have to.
+                os.ftruncate(self._descriptor, self._size + written)
+            except OSError:
+                pass
+        self._size += written
+        self.records += whole
+        return whole
+
+    def seal(self) -> None:
+        """Nothing will be appended any more."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def remove(self) -> None:
+        self.seal()
+        self.path.unlink(missing_ok=True)
+
+
+class MemoryPart:
+    """A part that stands in for the disk; gone with the process.
+
+    Args:
+        base: position of the first line.
+        limit_bytes: how much goes in.
+        failure: why the disk could not be used; what does not go in is lost for this reason.
+    """
+
+    def __init__(self, base: int, limit_bytes: int, failure: str) -> None:
+        self.base = base
+        self.records = 0
+        self.acknowledged = 0
+        self.failure = failure
+        self._limit_bytes = limit_bytes
+        self._lines = bytearray()
+
+    @property
+    def size(self) -> int:
+        return len(self._lines)
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        room = self._limit_bytes - len(self._lines)
+        whole = sum(end <= room for end in accumulate(map(len, lines)))
+        self._lines += b"".join(lines[:whole])
+        self.records += whole
+        return whole
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self._lines[offset : offset + size])
+
+    def remove(self) -> None:
+        self._lines = bytearray()

@@ -1,0 +1,163 @@
+"""The thread that ships what the worker has spooled, as it comes and as the server lets it.
+
+Receives positions from the worker (`written`), hands chunks to the sink through `Shipping`.
+Knows when: at once for records to be kept, after `LINGER_S` for others, later when the server
+fails, now when somebody waits in flush().
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.retry import Circuit
+from qitos_mlflow.delivery.shipping import BATCH_BYTES, Shipping
+from qitos_mlflow.delivery.sink import RetryLater
+
+LINGER_S = 0.25
+"""Spans gather this long before they are sent: charts look live, requests stay few."""
+SEND_TIMEOUT_S = 15.0
+"""Longest a sink is given for one shipment (seconds)."""
+PROBE_TIMEOUT_S = 5.0
+"""The same after a failure: enough for a server that is back."""
+WAITED_FOR_DELAY_S = 1.0
+"""While somebody waits in flush() or close(), attempts are no further apart than this."""
+
+
+class Shipper:
+    """Ships until `stop`. `run` is the thread; all else may be called from any other thread."""
+
+    def __init__(self, shipping: Shipping, circuit: Circuit) -> None:
+        self._shipping = shipping
+        self._circuit = circuit
+        self._changed = threading.Condition()
+        self._written = 0
+        self._urgent = 0
+        self._first_waiting_at = 0.0
+        self._hurry = False
+        self._waiters = 0
+        self._stopping = False
+
+    def written(self, position: int, *, urgent: bool) -> None:
+        """Records before `position` can be read; `urgent` ones go out at once."""
+        with self._changed:
+            if self._written <= self._shipping.position:
+                self._first_waiting_at = time.monotonic()
+            self._written = position
+            if urgent:
+                self._urgent = position
+            self._changed.notify_all()
+
+    def wait_shipped(self, position: int, deadline: float) -> bool:
+        """Wait until all before `position` is accepted or buried; False when `deadline` passes.
+
+        Makes one attempt at once, even while the circuit is open.
+
+        Args:
+            deadline: of the monotonic clock (seconds).
+        """
+        with self._changed:
+            self._waiters += 1
+            self._hurry = True
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(
+                    lambda: self._shipping.position >= position,
+                    max(0.0, deadline - time.monotonic()),
+                )
+            finally:
+                self._waiters -= 1
+
+    def ship_here(self, position: int, deadline: float) -> bool:
+        """Do on this thread what `run` would do, until `position` or `deadline`.
+
+        For when the interpreter lets no thread start any more.
+        """
+        while self._shipping.position < position:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self._circuit.online is False:
+                time.sleep(min(self._circuit.delay_s, WAITED_FOR_DELAY_S, left))
+            self.attempt(max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic())))
+        return True
+
+    def stop(self) -> None:
+        """End `run` after the step under way; what is not shipped stays in the segment."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Ship until stopped, then close the sink."""
+        _import_futures()
+        try:
+            while self._wait_for_work():
+                self.attempt()
+        finally:
+            self._shipping.close()
+
+    def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
+        """One step and what follows from how it went. Never raises."""
+        if self._circuit.online is False:
+            timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
+        try:
+            sent = self._shipping.step(end=self._written, sealed=True, timeout_s=timeout_s)
+        except RetryLater as later:
+            self._circuit.failed(later.after_s)
+            _guard.warn(
+                "delivery.later",
+                "not delivered yet (%s); records are kept and tried again",
+                later.reason,
+            )
+        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
+            _guard.report("delivery.shipper", error)
+            self._circuit.failed()
+        else:
+            if sent:
+                self._circuit.succeeded()
+        with self._changed:
+            self._first_waiting_at = time.monotonic()
+            self._changed.notify_all()
+
+    def _wait_for_work(self) -> bool:
+        """Block until a step is due; False when it is time to stop."""
+        with self._changed:
+            while not self._stopping:
+                backlog = self._written - self._shipping.position
+                if backlog <= 0:
+                    self._hurry = False
+                    self._changed.wait()
+                    continue
+                delay = self._delay(backlog)
+                if delay <= 0:
+                    self._hurry = False
+                    return True
+                self._changed.wait(delay)
+            return False
+
+    def _delay(self, backlog: int) -> float:
+        if self._hurry:
+            return 0.0
+        if self._circuit.online is False:
+            delay = self._circuit.delay_s
+            if self._waiters and not self._circuit.asked:
+                delay = min(delay, WAITED_FOR_DELAY_S)
+            return delay
+        urgent = self._urgent > self._shipping.position
+        if urgent or self._waiters or backlog >= BATCH_BYTES:
+            return 0.0
+        return self._first_waiting_at + LINGER_S - time.monotonic()
+
+
+def _import_futures() -> None:
+    """Import what sinks are going to import while it can be imported.
+
+    `concurrent.futures.thread` registers with threading as it is imported, which raises once the
+    interpreter shuts down; mlflow, imported first in a short script's last moments, would fail.
+    """
+    try:
+        import concurrent.futures.thread  # noqa: F401
+    except RuntimeError:
+        pass

@@ -1,0 +1,79 @@
+"""What delivery hands its records to: a sink, written by whoever knows the server.
+
+Receives records in the order they were recorded, each at least once. A sink runs on one thread
+only, the shipper's or that of `qitos-mlflow sync`, never on the agent's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A record the server refused for good, and why."""
+
+    record: bytes
+    reason: str
+
+
+class RetryLater(Exception):  # noqa: N818 - an instruction to the shipper, not a defect
+    """Raised by a sink: not now, the same again later.
+
+    Args:
+        reason: for people, such as ``"503 from http://host"``; holds no payload and no key.
+        after_s: what the server asked for (``Retry-After``), in seconds; None when it did not.
+    """
+
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.after_s = after_s
+
+
+class Shipment(Protocol):
+    """Some records, mapped and on their way."""
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        """Bring everything to the server; returns what it refused for good.
+
+        Blocks up to about `timeout_s` (more than 0). After `RetryLater` it is called again and
+        goes on where it stopped; doing a part twice must be harmless.
+
+        Raises:
+            RetryLater: the server cannot be reached or is busy.
+        """
+        ...
+
+
+class Sink(Protocol):
+    """Maps the records of one segment to shipments and keeps what later records depend on."""
+
+    def restore(self, state: bytes) -> None:
+        """Go back to a state that `state` returned; also called in mid-life, after a failure."""
+        ...
+
+    def prepare(self, records: Sequence[bytes]) -> Shipment:
+        """Map records and advance the state; no network. Bad records become dead letters.
+
+        The one before has been sent when this is called.
+        """
+        ...
+
+    def abandoned(self, last_time_ns: int) -> Shipment | None:
+        """What ends the traces left open: their process is gone, no more records will come.
+
+        Called once after the last record, by whoever delivers the segment of a dead process.
+        `last_time_ns` is the wall clock's time of the last record. None: nothing is open.
+        """
+        ...
+
+    def state(self) -> bytes:
+        """Everything `restore` needs, as of the last `prepare`; stored with the acknowledgement."""
+        ...
+
+    def close(self) -> None:
+        """Free connections; the sink is not used again. Must not wait for the server."""
+        ...

@@ -1,0 +1,237 @@
+"""The spool as others see it: which segments there are, who has them, taking one over.
+
+For `qitos-mlflow status`, `sync` and `spool purge`, and for the next process that finds what a
+dead one left. Safe beside running agents: only locks decide who may do what.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qitos_mlflow.delivery import codec
+from qitos_mlflow.delivery.cursor import Chunk, Cursor
+from qitos_mlflow.delivery.files import Paths, stem_of
+from qitos_mlflow.delivery.locks import FileLock, is_held
+from qitos_mlflow.delivery.parts import DiskPart, Part
+from qitos_mlflow.delivery.stats import Stats
+
+CLAIM_TRIES = 3
+CLAIM_WAIT_S = 0.02
+"""Somebody only looking whether a lock is held holds it for a moment: try again after this."""
+READ_RECORDS = 1000
+READ_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment at the moment it was looked at."""
+
+    paths: Paths
+    header: bytes | None
+    """The caller's header; None when it cannot be read."""
+    host: str
+    pid: int
+    offline: bool
+    """The owner does not ship it: others may while it lives."""
+    started_ns: int
+    last_time_ns: int
+    """When the last record was written, by the wall clock; `started_ns` when there is none."""
+    owner_alive: bool
+    shipping: bool
+    """Somebody is delivering it now."""
+    waiting: int
+    """Records not acknowledged yet."""
+    size_bytes: int
+    dead_letters: int
+    bad_lines: int
+    """Torn or corrupt lines kept aside so far."""
+
+
+def find_segments(path: Path) -> list[Paths]:
+    """The segments in the directory `path`, oldest first, or the one whose file `path` is."""
+    if path.is_dir():
+        stems = {stem for entry in path.iterdir() if (stem := stem_of(entry))}
+        return sorted((Paths(path, stem) for stem in stems), key=lambda paths: _age(paths.stem))
+    stem = stem_of(path)
+    return [Paths(path.parent, stem)] if stem else []
+
+
+def inspect_segment(paths: Paths) -> SegmentInfo:
+    """Look at one segment; reads all of its records. Changes nothing."""
+    alive = is_held(paths.own)
+    head = read_head(paths)
+    cursor = _looking(paths)
+    waiting = sum(len(chunk.records) for chunk in _chunks(cursor, sealed=not alive))
+    return SegmentInfo(
+        paths=paths,
+        header=head.caller,
+        host=str(head.about.get("host", "")),
+        pid=int(head.about.get("pid", 0)),
+        offline=bool(head.about.get("offline")),
+        started_ns=head.time_ns,
+        last_time_ns=cursor.last_time_ns or head.time_ns,
+        owner_alive=alive,
+        shipping=is_held(paths.ship),
+        waiting=waiting,
+        size_bytes=sum(_size(path) for _, path in paths.parts()),
+        dead_letters=_lines(paths.dead),
+        bad_lines=_lines(paths.bad),
+    )
+
+
+def waiting_records(paths: Paths) -> Iterator[bytes]:
+    """The records not acknowledged yet, in order. Changes nothing."""
+    for chunk in _chunks(_looking(paths), sealed=False):
+        yield from chunk.records
+
+
+class Head(NamedTuple):
+    """The first two lines of a part; `caller` is None when they cannot be read."""
+
+    about: dict[str, Any]
+    caller: bytes | None
+    time_ns: int
+
+
+def read_head(paths: Paths) -> Head:
+    """What the segment says about itself: every part does, so that one can be damaged."""
+    for _, path in paths.parts():
+        try:
+            with path.open("rb") as file:
+                lines = [codec.decode(file.readline().rstrip(codec.LF)) for _ in range(2)]
+        except OSError:
+            continue
+        first, second = lines
+        if first and first.kind == codec.FILE and second and second.kind == codec.CALLER:
+            return Head(json.loads(first.payload), second.payload, first.time_ns)
+    return Head({}, None, 0)
+
+
+class Claim:
+    """A segment that this process alone may ship, until `finish` or `release`."""
+
+    def __init__(self, paths: Paths, lock: FileLock, stats: Stats) -> None:
+        self.paths = paths
+        self.cursor = Cursor(paths, lambda: _parts(paths), self._discard, stats)
+        self._lock = lock
+
+    def owner_alive(self) -> bool:
+        """Whether more records may come."""
+        return is_held(self.paths.own)
+
+    def finish(self) -> None:
+        """Delete the segment, whose records are all delivered; dead letters and bad lines stay.
+
+        Raises:
+            OSError: something cannot be deleted; another claim may try again.
+        """
+        _delete(self.paths, self._lock)
+
+    def release(self) -> None:
+        """Let others ship it."""
+        self._lock.release()
+
+    def _discard(self, position: int, *, disk: bool) -> None:
+        parts = _parts(self.paths)
+        for part, following in zip(parts, parts[1:], strict=False):
+            if disk and following.base <= position:
+                part.remove()
+
+
+def claim(paths: Paths, stats: Stats) -> Claim | None:
+    """Take over the shipping of a segment; None when somebody does it already or it is gone.
+
+    Removes what a process left that died before it wrote or after it deleted the records.
+
+    Raises:
+        OSError: the spool cannot be written.
+    """
+    lock = FileLock(paths.ship)
+    for _ in range(CLAIM_TRIES):
+        if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
+            return None
+        if lock.acquire():
+            break
+        time.sleep(CLAIM_WAIT_S)
+    else:
+        return None
+    if paths.parts():
+        return Claim(paths, lock, stats)
+    if is_held(paths.own):
+        lock.release()  # Its owner is about to write the first part, or to delete the last.
+    else:
+        _delete(paths, lock)
+    return None
+
+
+def purge(paths: Paths) -> bool:
+    """Delete a segment with all its records, dead letters and bad lines; False while it is in use.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    lock = FileLock(paths.ship)
+    if is_held(paths.own) or not lock.acquire():
+        return False
+    _delete(paths, lock)
+    for path in (paths.dead, paths.bad):
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _delete(paths: Paths, lock: FileLock) -> None:
+    try:
+        for _, path in paths.parts():
+            path.unlink(missing_ok=True)
+        paths.ack.unlink(missing_ok=True)
+        own = FileLock(paths.own)
+        if own.acquire(create=False):
+            own.release(remove=True)
+    except OSError:
+        lock.release()
+        raise
+    lock.release(remove=True)
+
+
+def _looking(paths: Paths) -> Cursor:
+    return Cursor(paths, lambda: _parts(paths), lambda *_, **__: None, Stats())
+
+
+def _chunks(cursor: Cursor, *, sealed: bool) -> Iterator[Chunk]:
+    while True:
+        chunk = cursor.read(end=None, sealed=sealed, max_records=READ_RECORDS, max_bytes=READ_BYTES)
+        if chunk.end == cursor.position:
+            return
+        yield chunk
+        cursor.skip(chunk)
+
+
+def _parts(paths: Paths) -> list[Part]:
+    return [DiskPart(path, base) for base, path in paths.parts()]
+
+
+def _age(stem: str) -> int:
+    try:
+        return int(stem.rsplit("-", 2)[1], 16)
+    except (IndexError, ValueError):
+        return 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0

@@ -1,0 +1,112 @@
+"""The thread between memory and disk: queue -> refine -> segment.
+
+It waits for nothing but the disk, so that a server that hangs never delays the moment from which
+records survive the process. A bug costs the records at hand, counted, never the thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.queue import Barrier, ByteQueue, Item
+from qitos_mlflow.delivery.segment import Record, Segment
+from qitos_mlflow.delivery.stats import REFINE_FAILED, WORKER_FAILED, Stats
+
+LINGER_S = 0.02
+"""Records gather this long between two appends: what a kill costs at most, beside the append."""
+
+
+class Worker:
+    """Appends what is offered until the last barrier. `run` is the thread.
+
+    Args:
+        refine: decodes and redacts; None drops the record on purpose, an exception counts it.
+        wrote: told after each append whether it held records to be kept.
+        dropped: told every record lost here, with the reason.
+    """
+
+    def __init__(
+        self,
+        queue: ByteQueue,
+        refine: Callable[[bytes], bytes | None],
+        segment: Segment,
+        stats: Stats,
+        wrote: Callable[[bool], None],
+        dropped: Callable[[bytes, str], None],
+    ) -> None:
+        self._queue = queue
+        self._refine = refine
+        self._segment = segment
+        self._stats = stats
+        self._wrote = wrote
+        self._dropped = dropped
+
+    def run(self) -> None:
+        """Work until the last barrier is reached."""
+        while True:
+            # Under load the queue is only looked into every LINGER_S; nobody waits in get(), so
+            # that an offer needs no system call to wake this thread.
+            items = self._queue.drain()
+            while items:
+                if not self._append(items):
+                    return
+                self._queue.linger(LINGER_S)
+                items = self._queue.drain(wait=False)
+
+    def run_to(self, barrier: Barrier) -> None:
+        """Do on this thread what `run` would do, up to `barrier`."""
+        self._queue.put(barrier)
+        while not barrier.reached.is_set():
+            self._append(self._queue.drain(wait=False))
+
+    def _append(self, items: Sequence[Item | Barrier]) -> bool:
+        """Append the items; False when the last barrier was among them."""
+        goes_on = True
+        batch: list[Item] = []
+        for item in items:
+            if isinstance(item, Item):
+                batch.append(item)
+                continue
+            self._append_batch(batch)
+            batch = []
+            goes_on = goes_on and not item.last
+            item.reached.set()
+        self._append_batch(batch)
+        return goes_on
+
+    def _append_batch(self, batch: Sequence[Item]) -> None:
+        if not batch:
+            return
+        records: list[Record] = []
+        try:
+            self._stats.add(recorded=len(batch))
+            for payload, keep in batch:
+                data = self._refined(payload)
+                if data is not None:
+                    records.append(Record(data, keep))
+            if not records:
+                return
+            for data, reason in self._segment.append(records, time.time_ns()):
+                self._lose(data, reason)
+            self._wrote(any(record.keep for record in records))
+        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
+            _guard.report("delivery.worker", error)
+            for record in records:
+                self._lose(record.data, WORKER_FAILED)
+
+    def _refined(self, payload: bytes) -> bytes | None:
+        try:
+            return self._refine(payload)
+        except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
+            _guard.report("delivery.refine", error)
+            self._lose(payload, REFINE_FAILED)
+            return None
+
+    def _lose(self, data: bytes, reason: str) -> None:
+        self._stats.drop(reason)
+        try:
+            self._dropped(data, reason)
+        except Exception as error:  # noqa: BLE001 - the caller's ledger must not stop ours
+            _guard.report("delivery.dropped", error)
