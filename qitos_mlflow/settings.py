@@ -97,7 +97,7 @@ class Settings:
         env="",
     )
     tags: Mapping[str, str] = _option(_tags, dict, "tags of every run", env="")
-    auto_end_run: bool = _option(_flag, True, "end the run when the trace ends")
+    auto_end_run: bool = _option(_flag, True, "end the run when the trace ends", env="")
     capture_content: bool = _option(
         _flag, True, "log inputs and outputs; off keeps metrics, span tree and timing"
     )

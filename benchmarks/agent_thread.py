@@ -1,0 +1,111 @@
+"""What one span costs the agent's thread, beside OpenTelemetry's BatchSpanProcessor.
+
+Both sides do the same: start a span with a 4 KB payload, end it, hand it to the processor. Ours
+goes through Trace, Span, provider, pluggy and capture into the queue, offline; theirs through a
+tracer with a no-op exporter. Interleaved rounds in one process, medians, and their ratio.
+
+    python benchmarks/agent_thread.py [--payload BYTES] [--spans N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
+from qitos_mlflow.tracing import GenerationSpanData, SpanType, TracingProvider
+
+
+class NoOpExporter(SpanExporter):
+    """Takes everything, does nothing."""
+
+    def export(self, spans: object) -> SpanExportResult:
+        return SpanExportResult.SUCCESS
+
+
+def messages_of(size: int) -> list[dict[str, str]]:
+    """Chat messages of `size` bytes in all."""
+    return [{"role": "user", "content": "x" * min(2000, size)} for _ in range(max(1, size // 2000))]
+
+
+def ours(spans: int, size: int) -> tuple[Callable[[], float], Callable[[], None]]:
+    """A round of `spans` spans through this package; returns seconds a span."""
+    processor = MlflowTraceProcessor(offline=True, spool_dir=tempfile.mkdtemp())
+    provider = TracingProvider([processor])
+    messages = messages_of(size)
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+
+    def round_() -> float:
+        with provider.create_trace("bench") as trace:
+            began = time.perf_counter()
+            for _ in range(spans):
+                data = GenerationSpanData(model="m", input_content=messages, token_usage=usage)
+                span = trace.create_span(SpanType.GENERATION, data)
+                span.start()
+                data.output_content = "done"
+                span.finish()
+            took = time.perf_counter() - began
+        processor.force_flush()
+        return took / spans
+
+    return round_, processor.shutdown
+
+
+def theirs(spans: int, size: int) -> tuple[Callable[[], float], Callable[[], None]]:
+    """The same round through OpenTelemetry, which wants its attributes as JSON text."""
+    import json
+
+    provider = TracerProvider()
+    batch = BatchSpanProcessor(NoOpExporter(), max_queue_size=spans * 2)
+    provider.add_span_processor(batch)
+    tracer = provider.get_tracer("bench")
+    messages = messages_of(size)
+
+    def round_() -> float:
+        root = tracer.start_span("bench")
+        began = time.perf_counter()
+        for _ in range(spans):
+            span = tracer.start_span("generation")
+            span.set_attribute("inputs", json.dumps(messages))
+            span.set_attribute("model", "m")
+            span.set_attribute("prompt_tokens", 10)
+            span.set_attribute("completion_tokens", 5)
+            span.set_attribute("outputs", "done")
+            span.end()
+        took = time.perf_counter() - began
+        root.end()
+        batch.force_flush()
+        return took / spans
+
+    return round_, provider.shutdown
+
+
+def main() -> None:
+    """Print both medians and their ratio."""
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--payload", type=int, default=4_000)
+    arguments.add_argument("--spans", type=int, default=500)
+    arguments.add_argument("--rounds", type=int, default=15)
+    given = arguments.parse_args()
+    (our_round, our_end), (their_round, their_end) = (
+        ours(given.spans, given.payload),
+        theirs(given.spans, given.payload),
+    )
+    mine, other = [], []
+    for _ in range(given.rounds):
+        mine.append(our_round())
+        other.append(their_round())
+    our_end(), their_end()
+    a, b = statistics.median(mine) * 1e6, statistics.median(other) * 1e6
+    print(f"payload {given.payload} B: qitos-mlflow {a:.1f} us a span, "
+          f"OpenTelemetry BatchSpanProcessor {b:.1f} us, ratio {a / b:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

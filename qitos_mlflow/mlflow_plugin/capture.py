@@ -1,0 +1,173 @@
+"""Trace and span events to bytes, once, on the agent's thread: nobody can change them later.
+
+The bytes are JSON as orjson writes it (a 4 KB span costs 2 µs, 200 KB of messages 0.1 ms;
+`benchmarks/agent_thread.py`). Not pickle, which is faster still, because pickling an unknown
+object copies all it refers to and runs its code; here an unknown object becomes its short
+`repr`. Everything else (times, redaction, mapping) happens later, on the worker: see `refine`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence, Set
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
+
+MAX_FRAMES = 64
+"""Stack frames kept of an exception, the innermost ones."""
+
+MAX_REPR = 2_000
+"""Characters kept of an unknown object's `repr`."""
+
+MAX_DEPTH, MAX_NODES = 24, 20_000
+"""Bounds of the slow path for payloads that orjson refuses (cycles, lone surrogates, …)."""
+
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """`record` as JSON; total: whatever it holds, something readable comes out."""
+    try:
+        return orjson.dumps(record, default=_known, option=_OPTIONS)
+    except (TypeError, ValueError, RecursionError):
+        return orjson.dumps(_plain(record, MAX_DEPTH, [MAX_NODES]))
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Type, message and stack of `error`; source lines are read later, on the worker."""
+    frames: list[tuple[str, int, str]] = []
+    step: TracebackType | None = error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        frames.append((code.co_filename, step.tb_lineno, code.co_name))
+        step = step.tb_next
+    return {
+        "type": type(error).__qualname__,
+        "message": _text_of(error),
+        "frames": frames[-MAX_FRAMES:],
+    }
+
+
+def span_record(span: Any, step: int | None, content: bool, field_chars: int) -> bytes:
+    """The record of a span that has just ended.
+
+    Args:
+        span: the host's Span; only its documented attributes are read.
+        step: number of the agent's step it belongs to, None outside any.
+        content: False leaves out inputs, outputs and error texts; numbers and names stay.
+        field_chars: longest text kept of one field (characters).
+    """
+    data = span.data.export()
+    kind = data.pop("type", None) or span.data.type
+    record = {
+        "kind": "span",
+        "trace_id": span.trace_id,
+        "span_id": span.span_id,
+        "parent_id": span.parent_span_id,
+        "type": kind,
+        "step": step,
+        "started_at": span.started_at,
+        "ended_at": span.ended_at,
+        "error": span.error,
+    }
+    # orjson writes NaN and infinity as null; as text they are dropped *and counted*.
+    if kind == "critic":
+        data["score"] = _finite(data.get("score"))
+    elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
+        data["token_usage"] = {key: _finite(value) for key, value in usage.items()}
+    exception = getattr(span, "exception", None)
+    if content:
+        for key, value in data.items():
+            if type(value) is str and len(value) > field_chars:
+                data[key] = cut(value, field_chars)
+        output = span.output
+        if type(output) is str and len(output) > field_chars:
+            output = cut(output, field_chars)
+        record["output"] = output
+        if exception is not None:
+            record["exception"] = describe(exception)
+    else:
+        data = structure_only(redacted_export(data))
+        if record["error"] is not None:
+            record["error"] = WITHHELD
+        if exception is not None:
+            record["exception"] = {"type": type(exception).__qualname__, "message": WITHHELD}
+    record["data"] = data
+    return encode(record)
+
+
+WITHHELD = "[content off]"
+
+
+def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of exported fields once those that held content are taken out."""
+    return {key: value for key, value in redacted.items() if value != REDACTED}
+
+
+def cut(text: str, length: int) -> str:
+    """The first `length` characters of `text` and a note of how long it was."""
+    return f"{text[:length]}… [cut: {len(text)} characters in all]"
+
+
+def failure_in_flight(at_start: BaseException | None) -> BaseException | None:
+    """The exception that is leaving a ``with`` block right now, on hosts whose Trace ignores it.
+
+    `at_start` is what was being handled when the block was entered (a retry inside an
+    ``except`` clause): that one is not the block's own.
+    """
+    current = sys.exc_info()[1]
+    return None if current is at_start else current
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _known(value: Any) -> Any:
+    """What orjson cannot write by itself, as something it can."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (Set, Sequence)) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return list(value)
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    return _text_of(value)
+
+
+def _text_of(value: Any) -> str:
+    try:
+        text = str(value) if isinstance(value, BaseException) else repr(value)
+    except Exception:  # noqa: BLE001 - somebody else's __repr__
+        return f"<{type(value).__qualname__} without a repr>"
+    return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
+
+
+def _plain(value: Any, depth: int, budget: list[int]) -> Any:
+    """A copy of `value` that orjson is sure to take, cut where it is too deep or too large."""
+    budget[0] -= 1
+    if depth == 0 or budget[0] < 0:
+        return f"<{type(value).__qualname__}, cut>"
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value).encode("utf-8", "replace").decode()
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**64 else str(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {
+            _plain(str(key), 1, budget): _plain(item, depth - 1, budget)
+            for key, item in list(value.items())
+        }
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item, depth - 1, budget) for item in list(value)]
+    return _plain(_known(value), depth - 1, budget)

@@ -1,0 +1,86 @@
+"""Where a trace goes, and the header that makes its spool segment self-contained."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import orjson
+
+from qitos_mlflow import __version__
+from qitos_mlflow.mlflow_plugin.redaction import redact
+from qitos_mlflow.settings import Settings
+
+HTTP = ("http", "https")
+
+
+def tracking_uri(settings: Settings) -> str | None:
+    """The destination right now, absolute; None for MLflow's own local default.
+
+    `mlflow.set_tracking_uri` sets the variable as well, so the variable is all there is to ask.
+    """
+    uri = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    return None if uri is None else absolute(uri, os.getcwd())  # noqa: PTH109 - a str is wanted
+
+
+def absolute(uri: str, cwd: str) -> str:
+    """`uri` with a relative path made absolute, so that it means the same in any directory."""
+    scheme, mark, rest = uri.partition(":")
+    if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("////"):
+        path = rest[3:]
+        if path and not path.startswith(":memory:") and not Path(path).is_absolute():
+            return f"sqlite:///{Path(cwd, path).as_posix()}"
+    elif scheme == "file" and rest and not rest.startswith("/"):
+        return Path(cwd, rest).as_uri()
+    elif not mark or (len(scheme) == 1 and os.name == "nt"):
+        return str(Path(cwd, uri)) if uri not in ("databricks", "uc") else uri
+    return uri
+
+
+def is_http(uri: str | None) -> bool:
+    """True when `uri` is reached over http(s)."""
+    return uri is not None and urlsplit(uri).scheme in HTTP
+
+
+def without_credentials(uri: str) -> str:
+    """`uri` without user and password, fit for disk and screen."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def segment_header(settings: Settings, uri: str | None) -> bytes:
+    """What a spool segment says of itself: destination, run settings and process, as JSON.
+
+    Credentials are left out; whoever delivers the segment later supplies them as MLflow does.
+    """
+    header: dict[str, Any] = {
+        "tracking_uri": None if uri is None else without_credentials(uri),
+        "cwd": os.getcwd(),  # noqa: PTH109
+        "experiment_name": settings.experiment_name,
+        "run_name": settings.run_name,
+        "tags": dict(settings.tags),
+        "auto_end_run": settings.auto_end_run,
+        "log_traces": settings.log_traces,
+        "log_artifacts": settings.log_artifacts,
+        "user": _user(),
+        "source": Path(sys.argv[0]).name
+        if sys.argv and sys.argv[0] not in ("", "-c")
+        else "python",
+        "host": socket.gethostname(),
+        "plugin_version": __version__,
+    }
+    return orjson.dumps(redact(header))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container's user without a name.
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"

@@ -1,0 +1,405 @@
+"""The hook implementations: each trace becomes records, offered to the pipeline of its destination.
+
+Receives the host's Trace and Span objects on the agent's thread, hands bytes on. Nothing here
+waits, except `qitos_trace_start`, which waits at most `start_timeout_s` for the run where it can
+become MLflow's active run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import orjson
+
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
+from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.mlflow_plugin import capture
+from qitos_mlflow.mlflow_plugin.active_run import (
+    ActiveRun,
+    PendingRun,
+    mlflow_in_use,
+    parent_run_id,
+)
+from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri
+from qitos_mlflow.mlflow_plugin.refine import refine
+from qitos_mlflow.plugins.hookspecs import hookimpl
+from qitos_mlflow.plugins.loader import named
+from qitos_mlflow.settings import Settings
+from qitos_mlflow.tracing.redaction import redacted_metadata
+
+FAILED_REASONS = frozenset(
+    {
+        "unrecoverable_error",
+        "task_validation_failed",
+        "env_capability_mismatch",
+        "context_overflow",
+        "empty_model_response",
+        "error",
+    }
+)
+"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason)."""
+
+ENDED_TRACES = 256
+"""Ended traces remembered, for spans of theirs that finish late on other threads."""
+
+_log = logging.getLogger("qitos_mlflow")
+
+
+@dataclass
+class _Trace:
+    """What the agent's side keeps of one trace while it goes."""
+
+    pipeline: Pipeline
+    content: bool
+    active: ActiveRun
+    run: PendingRun
+    handling: BaseException | None
+    steps: dict[str, int | None] = field(default_factory=dict)
+    recorded: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    ended: bool = False
+
+
+class MlflowPlugin:
+    """MLflow support as a trace plugin. Construction starts nothing and touches nothing.
+
+    Args:
+        settings: what was configured.
+        automatic: found by the loader, not registered by hand: stands down without a
+            destination and for anything registered by hand.
+    """
+
+    def __init__(self, settings: Settings, *, automatic: bool = False) -> None:
+        self.settings = settings
+        self.automatic = automatic
+        self._traces: OrderedDict[str, _Trace] = OrderedDict()
+        self._pipelines: dict[str | None, Pipeline] = {}
+        self._runs: dict[str, PendingRun] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._said: set[str] = set()
+        self._exit_watched_in = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_call, weakref.WeakMethod(self._after_fork)))
+
+    # -- hooks -------------------------------------------------------------------------------
+
+    @hookimpl
+    def qitos_wants_trace(self) -> bool:
+        """False while a new trace would be ignored: no destination, or somebody else logs it."""
+        return not self._closed and not (self.automatic and self._stands_down())
+
+    @hookimpl
+    def qitos_trace_start(self, trace: Any) -> None:
+        """Record the start; wait for the run, bounded, where it can become the active run."""
+        if not self.qitos_wants_trace():
+            return
+        settings = self.settings
+        content = settings.capture_content and tracing.content_allowed(trace)
+        uri = tracking_uri(settings)
+        pipeline = self._pipeline(uri)
+        run = PendingRun()
+        state = _Trace(
+            pipeline=pipeline,
+            content=content,
+            active=ActiveRun(run, uri, adopt_uri=not settings.auto_end_run),
+            run=run,
+            handling=sys.exc_info()[1],
+        )
+        trace_id = str(trace.trace_id)
+        with self._lock:
+            self._traces[trace_id] = state
+            self._runs[trace_id] = run
+            self._forget_oldest()
+        record = {
+            "kind": "trace_start",
+            "trace_id": trace_id,
+            "name": trace.name,
+            "group_id": trace.group_id,
+            "metadata": self._metadata(trace, content),
+            "time_ns": time.time_ns(),
+            "parent_run_id": parent_run_id(uri),
+            "content": content,
+        }
+        pipeline.offer(capture.encode(record), keep=True)
+        if self._may_wait(pipeline):
+            run.wait(settings.start_timeout_s)
+        state.active.follow()
+
+    @hookimpl
+    def qitos_span_start(self, span: Any) -> None:
+        """Remember which of the agent's steps the span belongs to: the x axis of its metrics."""
+        state = self._traces.get(span.trace_id)
+        if state is None:
+            return
+        # The outermost step counts, so that charts line up with nested agents too.
+        step = state.steps.get(span.parent_span_id)
+        if step is None and span.data.type == "step":
+            step = span.data.step_number
+        state.steps[span.span_id] = step
+        state.active.follow()
+
+    @hookimpl
+    def qitos_span_end(self, span: Any) -> None:
+        """Freeze the span and offer it to the pipeline."""
+        state = self._traces.get(span.trace_id)
+        if state is None:
+            return
+        step = state.steps.pop(span.span_id, None)
+        if step is None:
+            parent = state.steps.get(span.parent_span_id)
+            step = span.data.step_number if span.data.type == "step" and parent is None else parent
+        payload = capture.span_record(span, step, state.content, self.settings.field_bytes)
+        if state.pipeline.offer(payload):
+            state.recorded += 1
+        else:
+            state.dropped["queue_full"] += 1
+        state.active.follow()
+
+    @hookimpl
+    def qitos_trace_end(self, trace: Any) -> None:
+        """Record the end with its status, and give MLflow's active run back."""
+        state = self._traces.get(str(trace.trace_id))
+        if state is None or state.ended:
+            return
+        failure = getattr(trace, "error", None)
+        if failure is None and not hasattr(trace, "error"):
+            failure = capture.failure_in_flight(state.handling)
+        self._end(str(trace.trace_id), state, self._metadata(trace, state.content), failure)
+        state.active.leave(open=not self.settings.auto_end_run)
+
+    @hookimpl
+    def qitos_force_flush(self, timeout_s: float | None) -> bool:
+        """True when everything recorded before the call is on the server; bounded."""
+        return self.flush(self.settings.flush_timeout_s if timeout_s is None else timeout_s)
+
+    @hookimpl
+    def qitos_shutdown(self) -> None:
+        """End open runs early, deliver what can be delivered in time, then refuse."""
+        self.close(self.settings.flush_timeout_s, "FINISHED", "shut down before the trace ended")
+
+    # -- delivery ----------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float) -> bool:
+        """Deliver everything recorded so far. Blocks at most `timeout_s`; any thread."""
+        deadline = time.monotonic() + timeout_s
+        flushed = [p.flush(max(0.0, deadline - time.monotonic())) for p in self._all_pipelines()]
+        return all(flushed)
+
+    def close(self, timeout_s: float, status: str, why: str) -> bool:
+        """Flush and refuse from now on; open traces end with `status`. Blocks at most `timeout_s`.
+
+        Idempotent, any thread. Returns True when nothing is left to deliver.
+        """
+        with self._lock:
+            self._closed = True
+            open_traces = [(key, state) for key, state in self._traces.items() if not state.ended]
+        if self.settings.auto_end_run:
+            for trace_id, state in open_traces:
+                self._end(trace_id, state, {"qitos.closed": why}, None, status)
+        deadline = time.monotonic() + timeout_s
+        closed = [p.close(max(0.0, deadline - time.monotonic())) for p in self._all_pipelines()]
+        return all(closed)
+
+    def at_exit(self) -> None:
+        """Deliver what can be delivered before the interpreter goes; say what is left."""
+        if self._pipelines and not self.close(
+            self.settings.exit_timeout_s, "KILLED", "the process ended before the trace did"
+        ):
+            self._say_what_is_left()
+
+    def _say_what_is_left(self) -> None:
+        left = [pipeline.leftover() for pipeline in self._all_pipelines()]
+        records = sum(count for count, _ in left)
+        if records:
+            paths = " ".join(str(path) for _, found in left for path in found)
+            print(  # noqa: T201 - the last line of the process, and loggers may be gone
+                f"qitos-mlflow: {records} records are not delivered yet and are kept; deliver them "
+                f"with: qitos-mlflow sync {paths}",
+                file=sys.stderr,
+            )
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _stands_down(self) -> bool:
+        for processor in tracing.processors():
+            plugin = getattr(processor, "mlflow_plugin", None)
+            if plugin is not None and plugin is not self and not plugin.automatic:
+                return True
+            if type(processor).__name__ == "MlflowTraceProcessor" and plugin is None:
+                self._say_once(
+                    logging.WARNING,
+                    "qitos-mlflow stands down for the host's own %s.MlflowTraceProcessor; take it "
+                    "out, or use qitos_mlflow.MlflowTraceProcessor in its place.",
+                    type(processor).__module__,
+                )
+                return True
+        if self.settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or named("mlflow"):
+            return False
+        self._say_once(
+            logging.INFO,
+            "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
+            "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store.",
+        )
+        return True
+
+    def _say_once(self, level: int, message: str, *args: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            _log.log(level, message, *args)
+
+    def _may_wait(self, pipeline: Pipeline) -> bool:
+        """Waiting for the run makes sense where it can become active, and the server answers."""
+        if self.settings.offline or pipeline.online is False:
+            return False
+        return not self.settings.auto_end_run or mlflow_in_use()
+
+    def _pipeline(self, uri: str | None) -> Pipeline:
+        with self._lock:
+            if self._exit_watched_in != os.getpid():
+                self._exit_watched_in = os.getpid()
+                _at_exit(partial(_call, weakref.WeakMethod(self.at_exit)))
+            pipeline = self._pipelines.get(uri)
+            if pipeline is None:
+                pipeline = self._pipelines[uri] = self._new_pipeline(uri)
+            return pipeline
+
+    def _new_pipeline(self, uri: str | None) -> Pipeline:
+        settings, runs = self.settings, self._runs
+
+        def announce(trace_id: str, ref: Any) -> None:
+            run = runs.get(trace_id)
+            if run is not None:
+                run.created(ref)
+
+        header = segment_header(settings, uri)
+
+        def open_sink() -> Any:
+            from qitos_mlflow.mlflow_plugin.sink import open_sink
+
+            return open_sink(header, tracking_uri=uri, announce=announce)
+
+        return Pipeline(
+            header=header,
+            refine=lambda payload: refine(payload, settings.field_bytes),
+            open_sink=None if settings.offline else open_sink,
+            directory=settings.spool_dir,
+            queue_bytes=settings.queue_bytes,
+            spool_bytes=settings.spool_bytes,
+            dropped=self._dropped,
+        )
+
+    def _dropped(self, record: bytes, reason: str) -> None:
+        """Count an accepted span that was lost, for its run's ledger. Worker's thread."""
+        try:
+            fields = orjson.loads(record)
+        except orjson.JSONDecodeError:
+            return
+        state = self._traces.get(fields.get("trace_id"))
+        if state is not None and fields.get("kind") == "span":
+            state.recorded -= 1
+            state.dropped[reason] += 1
+
+    def _all_pipelines(self) -> list[Pipeline]:
+        with self._lock:
+            return list(self._pipelines.values())
+
+    def _end(
+        self,
+        trace_id: str,
+        state: _Trace,
+        metadata: dict[str, Any],
+        failure: BaseException | None,
+        status: str | None = None,
+    ) -> None:
+        state.ended = True
+        error: Any = None
+        if failure is not None:
+            error = capture.describe(failure)
+            if not state.content:
+                error = {"type": error["type"], "message": capture.WITHHELD}
+        record = {
+            "kind": "trace_end",
+            "trace_id": trace_id,
+            "time_ns": time.time_ns(),
+            "metadata": metadata,
+            "status": status or _status(metadata, failure),
+            "error": error,
+            "recorded": state.recorded + sum(state.dropped.values()),
+            "dropped": dict(state.dropped),
+        }
+        state.pipeline.offer(capture.encode(record), keep=True)
+
+    def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
+        metadata = dict(trace.metadata or {})
+        return metadata if content else capture.structure_only(redacted_metadata(metadata))
+
+    def _forget_oldest(self) -> None:
+        """Keep the last ended traces only; those still going stay however many they are."""
+        if len(self._traces) > ENDED_TRACES:
+            for trace_id, state in list(self._traces.items())[:-ENDED_TRACES]:
+                if state.ended:
+                    del self._traces[trace_id]
+                    self._runs.pop(trace_id, None)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the parent's traces are the parent's."""
+        self._lock = threading.Lock()
+        self._traces = OrderedDict()
+        self._runs.clear()
+
+
+def _status(metadata: dict[str, Any], failure: BaseException | None) -> str:
+    """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
+    if failure is not None:
+        return "FAILED" if isinstance(failure, Exception) else "KILLED"
+    if metadata.get("status") == "interrupted":
+        return "KILLED"
+    if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
+        return "FAILED"
+    return "FINISHED"
+
+
+def _at_exit(function: Callable[[], None]) -> None:
+    """Have `function` called before this process ends.
+
+    Children that multiprocessing has forked leave by `os._exit`, past `atexit`, but run its own
+    finalizers.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, function, exitpriority=100)
+    atexit.register(function)
+
+
+def _call(weak: weakref.WeakMethod[Any]) -> None:
+    method = weak()
+    if method is not None:
+        try:
+            method()
+        except Exception as error:  # noqa: BLE001
+            report("plugin.at_exit", error)
+
+
+def entry_point() -> MlflowPlugin:
+    """What the entry point names: the plugin as the loader builds it, from the environment."""
+    from qitos_mlflow.errors import MissingMlflowError
+
+    if find_spec("mlflow") is None:
+        raise MissingMlflowError("mlflow is not installed; install it with: pip install mlflow")
+    return MlflowPlugin(Settings.resolve(), automatic=True)

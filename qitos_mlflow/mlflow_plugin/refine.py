@@ -1,0 +1,60 @@
+"""Captured bytes to the record that goes to disk: times, stacks, redaction. On the worker.
+
+This is the one choke point for secrets: nothing reaches spool or server but through `refine`.
+"""
+
+from __future__ import annotations
+
+import linecache
+from calendar import timegm
+from datetime import datetime, timezone
+from typing import Any
+
+import orjson
+
+from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
+
+
+def refine(payload: bytes, field_bytes: int) -> bytes:
+    """The redacted record of what `capture` encoded.
+
+    Args:
+        payload: one captured event.
+        field_bytes: longest text kept of one field (bytes).
+    """
+    record: dict[str, Any] = orjson.loads(payload)
+    for text, number in (("started_at", "start_ns"), ("ended_at", "end_ns")):
+        if text in record:
+            record[number] = nanoseconds(record.pop(text))
+    for key in ("exception", "error"):
+        failure = record.get(key)
+        if isinstance(failure, dict) and "frames" in failure:
+            failure["stacktrace"] = _stack(failure)
+    record = redact(record)
+    if len(payload) > field_bytes:  # Redacted first: a cut could leave half a secret.
+        record = trim_fields(record, field_bytes)
+    return orjson.dumps(record)
+
+
+def nanoseconds(iso: str | None) -> int | None:
+    """Nanoseconds since the epoch of an ISO 8601 time; a time without a zone is UTC."""
+    if not isinstance(iso, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(iso.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment
+    # Integers only: a float of nanoseconds is off by hundreds.
+    return timegm(moment.timetuple()) * 1_000_000_000 + moment.microsecond * 1_000
+
+
+def _stack(failure: dict[str, Any]) -> str:
+    """The traceback as Python prints it, with the source lines that can be found."""
+    lines = ["Traceback (most recent call last):"]
+    for file, number, function in failure.pop("frames"):
+        lines.append(f'  File "{file}", line {number}, in {function}')
+        if source := linecache.getline(file, number).strip():
+            lines.append(f"    {source}")
+    lines.append(f"{failure.get('type')}: {failure.get('message')}")
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""A batch of records as calls on a server, made in order, resumed where they stopped.
+
+Receives `Call`s from the sink and hands back dead letters. What the server refuses for good is
+split until only the offending item is left out and the rest is delivered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused
+
+REQUEST_TIMEOUT_S = 10.0
+"""Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
+
+POISONED_TRIES = 4
+"""A call that makes the server itself fail is tried this often, then treated as refused."""
+
+
+@dataclass
+class Call:
+    """One request: `send` with as many of `items` as are given.
+
+    Attributes:
+        send: makes the request; gets the items and a timeout in seconds.
+        items: what the request carries; a refusal is traced to single ones by splitting.
+        letter: the dead letter of one refused item.
+        group: what the call is about; calls of one group stand or fall with its essential one.
+        essential: the group's other calls depend on this one; told the reason if it is refused.
+    """
+
+    send: Callable[[Sequence[Any], float], None]
+    items: Sequence[Any]
+    letter: Callable[[Any], bytes]
+    group: object = None
+    essential: Callable[[str], None] | None = None
+    failures: int = 0
+
+    def halves(self) -> tuple[Call, Call]:
+        """The same call twice, each with half of the items."""
+        middle = len(self.items) // 2
+        return replace(self, items=self.items[:middle]), replace(self, items=self.items[middle:])
+
+
+class MlflowShipment:
+    """`delivery.Shipment` over a list of calls. Used by one thread."""
+
+    def __init__(self, calls: Iterable[Call], dead: Iterable[DeadLetter] = ()) -> None:
+        self._calls = deque(calls)
+        self._dead = list(dead)
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        """Make the remaining calls; returns what was refused for good.
+
+        Raises:
+            RetryLater: the server cannot be reached, or `timeout_s` is over; calling again
+                goes on with the call that failed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._calls:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise RetryLater("out of time", 0.0)
+            call = self._calls[0]
+            try:
+                call.send(call.items, min(left, REQUEST_TIMEOUT_S))
+            except Refused as refusal:
+                self._calls.popleft()
+                self._give_up(call, str(refusal))
+            except Poisoned as failure:
+                call.failures += 1
+                if call.failures < POISONED_TRIES:
+                    raise RetryLater(str(failure)) from failure
+                self._calls.popleft()
+                self._give_up(call, str(failure))
+            else:
+                self._calls.popleft()
+        return self._dead
+
+    def _give_up(self, call: Call, reason: str) -> None:
+        if call.essential is not None:
+            call.essential(reason)
+            self._calls = deque(other for other in self._calls if other.group is not call.group)
+        elif len(call.items) > 1:
+            self._calls.extendleft(reversed(call.halves()))
+            return
+        self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)

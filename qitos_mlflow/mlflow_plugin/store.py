@@ -1,0 +1,227 @@
+"""MLflow through MLflow itself: local stores, and http for what only its client can do.
+
+The only module that imports mlflow. It is imported on the shipper's thread, and only where the
+destination needs it; everything goes through clients bound to the destination's URI, so nothing
+of MLflow's process-wide state is read or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.entities import Metric as MlflowMetric
+from mlflow.entities import Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
+
+if TYPE_CHECKING:
+    import requests
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+    from qitos_mlflow.mlflow_plugin.metrics import Metric
+    from qitos_mlflow.mlflow_plugin.rest import Requester
+
+RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+
+
+def default_tracking_uri(cwd: str | None) -> str:
+    """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
+    uri, here = str(mlflow.get_tracking_uri()), str(Path.cwd())
+    return uri.replace(here, cwd, 1) if cwd is not None else uri
+
+
+def mlflow_requester(uri: str) -> Requester:
+    """A `Requester` with mlflow's own authentication, headers and TLS, but none of its retries.
+
+    mlflow's default of seven retries would hold the shipper for four minutes (MLFLOW.md 4).
+    """
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    def request(
+        method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> requests.Response:
+        try:
+            response: requests.Response = http_request(
+                get_default_host_creds(uri),
+                path,
+                method,
+                max_retries=0,
+                backoff_factor=0,
+                raise_on_status=False,
+                timeout=timeout_s,
+                extra_headers=dict(headers),
+                data=body,
+            )
+        except MlflowException as error:
+            raise RetryLater(str(error)[:300]) from error
+        return response
+
+    return request
+
+
+def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:
+    """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory() as directory:
+        local = Path(directory, name)
+        local.write_bytes(data)
+        repository = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+        repository.log_artifact(str(local), folder or None)
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Turn MLflow's exceptions into the three that `Transport` knows."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in RETRYABLE:
+            raise RetryLater(str(error)[:300]) from error
+        if error.error_code == "INTERNAL_ERROR":
+            raise Poisoned(str(error)[:300]) from error
+        raise Refused(str(error.error_code), str(error)[:300]) from error
+    except OSError as error:
+        raise RetryLater(f"{type(error).__name__}: {error}") from error
+
+
+class StoreTransport:
+    """`Transport` through `MlflowClient`, for local stores. Used by one thread.
+
+    A local store has no timeouts to set (sqlite waits up to 20 s for a lock, on this thread).
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: Any = None
+
+    @property
+    def _mlflow(self) -> Any:
+        if self._client is None:
+            self._client = MlflowClient(tracking_uri=self.uri)
+        return self._client
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        """The experiment called `name`, created when missing."""
+        with _failures():
+            found = self._mlflow.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return str(self._mlflow.create_experiment(name))
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                    found = self._mlflow.get_experiment_by_name(name)
+            if found.lifecycle_stage == "deleted":
+                raise Refused(
+                    "INVALID_STATE",
+                    f"experiment {name!r} is deleted; restore it with "
+                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`",
+                )
+            return str(found.experiment_id)
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        """Create a run."""
+        with _failures():
+            return _run_ref(
+                self._mlflow.create_run(
+                    experiment_id, start_time=start_ms, tags=dict(tags), run_name=name
+                )
+            )
+
+    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
+        """The run tagged ``qitos.trace_id`` = `trace_id`, or None."""
+        with _failures():
+            runs = self._mlflow.search_runs(
+                [experiment_id], f"tags.`qitos.trace_id` = '{trace_id}'", max_results=1
+            )
+            return _run_ref(runs[0]) if runs else None
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        """Log metrics, params and tags in one call."""
+        with _failures():
+            self._mlflow.log_batch(
+                run_id,
+                [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in metrics],
+                [Param(*pair) for pair in params],
+                [RunTag(*pair) for pair in tags],
+            )
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        """Set the run's status and end time."""
+        with _failures():
+            self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace a trace."""
+        from google.protobuf.json_format import ParseDict
+        from mlflow.entities import TraceInfo
+        from mlflow.protos.service_pb2 import TraceInfoV3
+
+        with _failures():
+            self._tracing.start_trace(TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
+        """Create or replace spans, trace by trace."""
+        from mlflow.entities import Span as MlflowSpan
+
+        by_trace: dict[bytes, list[Any]] = {}
+        for span in spans:
+            by_trace.setdefault(span.trace_id, []).append(MlflowSpan.from_otel_proto(span))
+        for converted in by_trace.values():
+            with _failures():
+                self._tracing.log_spans(experiment_id, converted)
+
+    def write_assessment(self, trace_id: str, assessment: dict[str, Any], timeout_s: float) -> None:
+        """Add an assessment to a trace."""
+        from mlflow.entities import Assessment
+
+        with _failures():
+            self._tracing.log_assessment(
+                trace_id, Assessment.from_dictionary({**assessment, "trace_id": trace_id})
+            )
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        """Create or replace the run's artifact at `path`."""
+        with _failures():
+            write_artifact(run.artifact_uri, path, data, self.uri)
+
+    def close(self) -> None:
+        """Nothing to give up: MLflow keeps its stores for the process."""
+
+    @property
+    def _tracing(self) -> Any:
+        from mlflow.tracing.client import TracingClient
+
+        return TracingClient(self.uri)
+
+
+def _run_ref(run: Run) -> RunRef:
+    info = run.info
+    return RunRef(
+        info.run_id, str(info.experiment_id), info.run_name, info.artifact_uri, info.start_time
+    )

@@ -1,0 +1,93 @@
+"""One trace on its way to MLflow: its run, its totals, and what is waiting to be sent.
+
+Part of the sink's state; turns to JSON and back, so that another process can go on with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qitos_mlflow.mlflow_plugin.metrics import Metric, RunData, RunState
+from qitos_mlflow.mlflow_plugin.transport import RunRef
+
+
+@dataclass
+class TraceState:
+    """What the sink knows of one trace.
+
+    Attributes:
+        trace_id: QitOS's id.
+        totals: the fold over its records.
+        name: the trace's name.
+        start_ms: when it started, milliseconds since the epoch.
+        run: its MLflow run, once created.
+        maybe_created: an attempt to create the run was made whose outcome is not known, here or
+            in another process: look for it first.
+        refused: why the server will not have the run; every record of the trace is dead then.
+        started: its trace_start record has been seen.
+        ended: its run is to end, or has.
+        status: the run's status in the end.
+        end_ms: when it ended.
+    """
+
+    trace_id: str
+    totals: RunState
+    name: str = ""
+    start_ms: int = 0
+    run: RunRef | None = None
+    maybe_created: bool = False
+    refused: str | None = None
+    started: bool = False
+    ended: bool = False
+    status: str | None = None
+    end_ms: int = 0
+    metrics: list[Metric] = field(default_factory=list)
+    params: list[tuple[str, str]] = field(default_factory=list)
+    tags: list[tuple[str, str]] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+
+    def take(self, record: dict[str, Any], data: bytes) -> None:
+        """Fold in the next record; what it adds waits in `metrics`, `params` and `tags`."""
+        if record["kind"] == "trace_start":
+            self.started = True
+            self.name = str(record.get("name") or "")
+            self.start_ms = int(record.get("time_ns") or 0) // 1_000_000
+        self._add(self.totals.fold(record))
+        self.records.append(data)
+
+    def kill(self, last_time_ns: int) -> None:
+        """End the trace of a process that is gone."""
+        self._add(self.totals.abandoned(last_time_ns))
+
+    def _add(self, data: RunData) -> None:
+        self.metrics += data.metrics
+        self.params += data.params
+        self.tags += data.tags
+        if data.status is not None:
+            self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
+
+    def sent(self) -> None:
+        """Forget what was waiting: it is part of a shipment now."""
+        self.metrics, self.params, self.tags, self.records = [], [], [], []
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON values; what is waiting is not part of it."""
+        plain = dict(vars(self))
+        for waiting in ("metrics", "params", "tags", "records"):
+            del plain[waiting]
+        plain["totals"] = self.totals.to_json()
+        plain["run"] = None if self.run is None else self.run.to_json()
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> TraceState:
+        """The state that `to_json` described."""
+        run = plain.get("run")
+        return cls(
+            **{
+                **plain,
+                "totals": RunState.from_json(plain["totals"]),
+                "run": RunRef(**run) if run else None,
+            }
+        )

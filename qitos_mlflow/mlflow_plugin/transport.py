@@ -1,0 +1,101 @@
+"""What the sink asks of an MLflow server, whatever carries it: `Transport` and its two failures.
+
+`rest` speaks to http(s) servers without mlflow in the process; `store` speaks to local stores
+through mlflow. Every call is synchronous, used by one thread, and bounded by `timeout_s`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qitos_mlflow.errors import QitosMlflowError
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+    from qitos_mlflow.mlflow_plugin.metrics import Metric
+
+
+class Refused(QitosMlflowError):
+    """The server will never take this call; trying again is useless.
+
+    Attributes:
+        code: MLflow's error code, such as ``INVALID_PARAMETER_VALUE``, or ``HTTP 404``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.code = code
+
+
+class Poisoned(QitosMlflowError):
+    """The server failed on this call (MLflow's INTERNAL_ERROR); it may be the call's own fault."""
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """A run on the server, with what MLflow's own `ActiveRun` shows of it."""
+
+    run_id: str
+    experiment_id: str
+    run_name: str
+    artifact_uri: str
+    start_ms: int
+
+    to_json = asdict
+
+
+class Transport(Protocol):
+    """Calls on one MLflow server or store.
+
+    Each method may raise `RetryLater` (not reachable, overloaded, not authorised: nothing is
+    lost, try again), `Poisoned` (the server broke on it) or `Refused` (never again).
+    """
+
+    uri: str
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        """The experiment called `name`, created when missing."""
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        """Create a run. Not idempotent: after a failure look for it with `find_run` first."""
+
+    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
+        """The run tagged ``qitos.trace_id`` = `trace_id`, or None."""
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        """Log at most `limits.BATCH_TOTAL` items in one call; all or nothing."""
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        """Set the run's status and end time."""
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
+        """Create or replace spans, of any number of traces of one experiment."""
+
+    def write_assessment(self, trace_id: str, assessment: dict[str, Any], timeout_s: float) -> None:
+        """Add an assessment (MLflow's assessment, as JSON) to a trace."""
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        """Create or replace the run's artifact at `path`."""
+
+    def close(self) -> None:
+        """Give up connections."""
