@@ -50,7 +50,7 @@ def encode(kind: bytes, payload: bytes, time_ns: int) -> bytes:
 
 
 def decode(line: bytes) -> Line | None:
-    """The content of a line without its LF, or None when it is torn, corrupt or of no known kind."""
+    """The content of a line without its LF; None when it is torn, corrupt or of no known kind."""
     start = _START.match(line)
     if start is None:
         return None

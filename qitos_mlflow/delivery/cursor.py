@@ -23,10 +23,13 @@ READ_BYTES = 1024 * 1024
 
 
 class Ack(NamedTuple):
-    """How far records were accepted, the sink's state there, the time of the last one (ns)."""
+    """How far records were accepted, the sink's state there, the time of the last one (ns).
+
+    The state is None when it is empty: a sink is not asked to restore nothing.
+    """
 
     position: int
-    state: bytes
+    state: bytes | None
     time_ns: int
 
 
@@ -51,7 +54,7 @@ def load_ack(paths: Paths) -> Ack | None:
     if line is None or line.kind != codec.ACK:
         return None
     position, _, state = line.payload.partition(b" ")
-    return Ack(int(position, 16), state, line.time_ns)
+    return Ack(int(position, 16), state or None, line.time_ns)
 
 
 class Cursor:
@@ -121,14 +124,14 @@ class Cursor:
         """Read on behind `chunk` without acknowledging it: for looking only."""
         self.position, self.last_time_ns = chunk.end, chunk.time_ns
 
-    def acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
+    def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
         """Record that everything up to the chunk's end was accepted or buried."""
         self.bury(dead)
         if chunk.bad:
             self._keep_aside(chunk.bad)
         parts = self._parts()
         frees = len(parts) > 1 and parts[1].base <= chunk.end
-        line = codec.encode(codec.ACK, b"%x %b" % (chunk.end, state), chunk.time_ns)
+        line = codec.encode(codec.ACK, b"%x %b" % (chunk.end, state or b""), chunk.time_ns)
         stored = False
         try:
             # Once parts are gone, this is the only place where the sink's state is.

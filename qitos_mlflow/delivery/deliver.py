@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.files import Paths
+from qitos_mlflow.delivery.locks import is_held
 from qitos_mlflow.delivery.retry import Circuit
 from qitos_mlflow.delivery.shipper import PROBE_TIMEOUT_S, SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import Shipping
@@ -99,6 +100,8 @@ def deliver_segment(
     """Deliver what a segment has now; blocks, and waits while the server is away.
 
     Args:
+        paths: the segment, see `find_segments`.
+        open_sink: given the segment's header, on this thread.
         timeout_s: give up after this long; None waits for the server for ever.
         stop: set it to end early.
         stats: counts what is delivered, by default nobody's.
@@ -147,6 +150,8 @@ def follow(
 
     Args:
         directory: the spool; may be missing yet.
+        open_sink: given a segment's header, on this thread.
+        stop: ends it, after the step under way.
         stats: counts what is delivered, by default nobody's.
         progress: called after each round, with `stats`.
         default_header: for segments whose own cannot be read.
@@ -201,11 +206,13 @@ def _round(
 def _take(
     paths: Paths, open_sink: OpenSink, stats: Stats, default_header: bytes | None
 ) -> Delivery | Outcome:
+    head = read_head(paths)
+    if is_held(paths.own) and not head.about.get("offline"):
+        return Outcome.BUSY
     taken = claim(paths, stats)
     if taken is None:
         return Outcome.BUSY if paths.parts() else Outcome.FINISHED
-    caller = read_head(paths).caller
-    header = default_header if caller is None else caller
+    header = default_header if head.caller is None else head.caller
     if header is None:
         taken.release()
         return Outcome.UNREADABLE

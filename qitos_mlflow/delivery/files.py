@@ -37,22 +37,27 @@ class Paths:
 
     @property
     def ack(self) -> Path:
+        """How far records were accepted."""
         return self.directory / f"{self.stem}.ack"
 
     @property
     def own(self) -> Path:
+        """Lock of the process that appends."""
         return self.directory / f"{self.stem}.own"
 
     @property
     def ship(self) -> Path:
+        """Lock of the process that ships."""
         return self.directory / f"{self.stem}.ship"
 
     @property
     def dead(self) -> Path:
+        """Records the server refused for good."""
         return self.directory / f"{self.stem}.dead"
 
     @property
     def bad(self) -> Path:
+        """Torn and corrupt lines."""
         return self.directory / f"{self.stem}.bad"
 
     def part(self, base: int) -> Path:
@@ -127,8 +132,7 @@ def append_private(path: Path, data: bytes) -> None:
 def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
     """Replace the content of `path` as a whole: a reader sees the old or the new one.
 
-    Args:
-        durable: reach the disk before the new content takes the place of the old.
+    With `durable`, `data` is on the disk before it takes the place of the old content.
     """
     temporary = path.with_name(path.name + ".tmp")
     descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -29,6 +29,10 @@ STALE_S = 24 * 3600.0
 SETTLE_S = 0.05
 """Without kernel locks: how long after writing its name a taker looks whether it is still there."""
 
+LOOK_TRIES = 3
+LOOK_S = 0.02
+"""Who looks whether a lock is held has it for a moment, a few microseconds (seconds)."""
+
 _UNSUPPORTED = {
     getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")
 }
@@ -73,6 +77,14 @@ class FileLock:
     def held(self) -> bool:
         """Whether this object holds the lock."""
         return self._descriptor is not None
+
+    def acquire_patiently(self) -> bool:
+        """Like `acquire`, but outlasts somebody who only looks whether the lock is held."""
+        for _ in range(LOOK_TRIES):
+            if self.acquire():
+                return True
+            time.sleep(LOOK_S)
+        return self.acquire()
 
     def acquire(self, *, create: bool = True) -> bool:
         """Take the lock without waiting; False when somebody else has it.

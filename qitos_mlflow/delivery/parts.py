@@ -78,9 +78,11 @@ class DiskPart:
 
     @property
     def size(self) -> int:
+        """Bytes appended, or in the file where another process appends."""
         return self._size if self._descriptor is not None else self.path.stat().st_size
 
     def append(self, lines: Sequence[bytes]) -> int:
+        """Append lines; returns how many are whole in the file. Blocks on the disk."""
         assert self._descriptor is not None
         data = memoryview(b"".join(lines))
         written = 0
@@ -113,11 +115,13 @@ class DiskPart:
             os.close(descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes of the file. Keeps nothing open."""
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
     def remove(self) -> None:
+        """Delete the file."""
         self.seal()
         self.path.unlink(missing_ok=True)
 
@@ -141,9 +145,11 @@ class MemoryPart:
 
     @property
     def size(self) -> int:
+        """Bytes appended so far."""
         return len(self._lines)
 
     def append(self, lines: Sequence[bytes]) -> int:
+        """Append as many of the lines as there is room for; returns how many."""
         room = self._limit_bytes - len(self._lines)
         whole = sum(end <= room for end in accumulate(map(len, lines)))
         self._lines += b"".join(lines[:whole])
@@ -151,7 +157,9 @@ class MemoryPart:
         return whole
 
     def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes."""
         return bytes(self._lines[offset : offset + size])
 
     def remove(self) -> None:
+        """Free the memory."""
         self._lines = bytearray()

@@ -173,7 +173,9 @@ class _Running:
         # and close do its work themselves.
         self._no_worker = False
         self._no_shipper = False
+        self._working_here = threading.Lock()
         self._closing = threading.Lock()
+        self._last = Barrier(last=True)
         self._finished = False
 
     @property
@@ -202,11 +204,9 @@ class _Running:
 
     def _close(self, deadline: float) -> None:
         spooled_by = max(deadline, time.monotonic() + DISK_GRACE_S)
-        if not self._reach(Barrier(last=True), spooled_by):
+        if not self._reach(self._last, spooled_by):
             return
-        late = sum(isinstance(item, tuple) for item in self.queue.drain(wait=False))
-        if late:
-            self.stats.drop(CLOSED, late)
+        self._refuse_late()
         self._shipped(deadline)
         if self._shipper is not None and not self._no_shipper:
             self._shipper.stop()
@@ -219,17 +219,29 @@ class _Running:
 
     def _reach(self, barrier: Barrier, deadline: float) -> bool:
         """Bring everything offered so far to the segment."""
+        if self._last.reached.is_set():
+            return True
         if self._no_worker:
-            self._worker.run_to(barrier)
+            with self._working_here:
+                self._worker.run_to(barrier)
             return True
         self.queue.put(barrier)
         return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
+
+    def _refuse_late(self) -> None:
+        """Count what came in between close() refusing offers and the worker's end."""
+        for item in self.queue.drain(wait=False):
+            if isinstance(item, Barrier):
+                item.reached.set()
+            else:
+                self.stats.drop(CLOSED)
 
     def _shipped(self, deadline: float) -> bool:
         if self._shipper is None:
             return self._nothing_left()
         if self._no_shipper:
-            return self._shipper.ship_here(self.segment.end, deadline)
+            with self._working_here:
+                return self._shipper.ship_here(self.segment.end, deadline)
         return self._shipper.wait_shipped(self.segment.end, deadline)
 
     def _nothing_left(self) -> bool:
@@ -264,6 +276,8 @@ class _Running:
             self.segment.close(delete=shipped or self.segment.end == 0)
         except OSError as error:
             _guard.warn("delivery.finish", "cannot tidy up the spool: %s", error)
+        except Exception as error:  # noqa: BLE001 - nobody is left to see it raised
+            _guard.report("delivery.finish", error)
 
 
 def _start(thread: threading.Thread) -> bool:

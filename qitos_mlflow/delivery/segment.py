@@ -91,8 +91,7 @@ class Segment:
     def append(self, records: Sequence[Record], time_ns: int) -> list[Loss]:
         """Append records; returns those that neither disk nor memory took. Blocks on the disk.
 
-        Args:
-            time_ns: the wall clock's time now.
+        `time_ns` is the wall clock's time now.
         """
         losses: list[Loss] = []
         part = self._writable(time_ns)
@@ -130,8 +129,7 @@ class Segment:
     def discard(self, position: int, *, disk: bool) -> None:
         """Free the parts that lie before `position` as a whole. Shipper only.
 
-        Args:
-            disk: those on disk too; not while the acknowledgement is not on disk itself.
+        With `disk`, those on disk too; not while the acknowledgement is not on disk itself.
         """
         with self._parts_lock:
             following = [part.base for part in self._parts[1:]]
@@ -184,8 +182,9 @@ class Segment:
     def _add_disk(self, time_ns: int) -> DiskPart:
         make_directory(self.paths.directory)
         # Locks first: who sees a part without an owner takes it for a dead process's.
-        if not self._own.acquire() or (self._ship and not self._shipping.acquire()):
-            raise OSError(f"{self.paths.own} is locked by another process")
+        for lock in (self._own, self._shipping) if self._ship else (self._own,):
+            if not lock.acquire_patiently():
+                raise OSError(f"{lock.path} is locked by another process")
         about = {
             "magic": MAGIC,
             "host": socket.gethostname(),

@@ -38,6 +38,7 @@ class Shipper:
         self._hurry = False
         self._waiters = 0
         self._stopping = False
+        self._ended = False
 
     def written(self, position: int, *, urgent: bool) -> None:
         """Records before `position` can be read; `urgent` ones go out at once."""
@@ -50,22 +51,21 @@ class Shipper:
             self._changed.notify_all()
 
     def wait_shipped(self, position: int, deadline: float) -> bool:
-        """Wait until all before `position` is accepted or buried; False when `deadline` passes.
+        """Wait until all before `position` is accepted or buried; False when that fails.
 
-        Makes one attempt at once, even while the circuit is open.
-
-        Args:
-            deadline: of the monotonic clock (seconds).
+        It fails when `deadline`, a time of the monotonic clock (seconds), passes, and when the
+        thread has ended. Makes one attempt at once, even while the circuit is open.
         """
         with self._changed:
             self._waiters += 1
             self._hurry = True
             self._changed.notify_all()
             try:
-                return self._changed.wait_for(
-                    lambda: self._shipping.position >= position,
+                self._changed.wait_for(
+                    lambda: self._ended or self._shipping.position >= position,
                     max(0.0, deadline - time.monotonic()),
                 )
+                return self._shipping.position >= position
             finally:
                 self._waiters -= 1
 
@@ -97,6 +97,9 @@ class Shipper:
                 self.attempt()
         finally:
             self._shipping.close()
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """One step and what follows from how it went. Never raises."""

@@ -58,7 +58,7 @@ class Shipping:
                 return False
             self._chunk = chunk
         if not self._chunk.records:
-            self._cursor.acknowledge(self._chunk, self._cursor.state or b"", ())
+            self._cursor.acknowledge(self._chunk, self._cursor.state, ())
             self._chunk = None
             return True
         sink = self._open()

@@ -19,7 +19,7 @@ class DeadLetter:
     reason: str
 
 
-class RetryLater(Exception):  # noqa: N818 - an instruction to the shipper, not a defect
+class RetryLater(Exception):
     """Raised by a sink: not now, the same again later.
 
     Args:
@@ -37,7 +37,7 @@ class Shipment(Protocol):
     """Some records, mapped and on their way."""
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
-        """Bring everything to the server; returns what it refused for good.
+        """Bring everything to the server; returns all it refused for good since `prepare`.
 
         Blocks up to about `timeout_s` (more than 0). After `RetryLater` it is called again and
         goes on where it stopped; doing a part twice must be harmless.
@@ -52,7 +52,11 @@ class Sink(Protocol):
     """Maps the records of one segment to shipments and keeps what later records depend on."""
 
     def restore(self, state: bytes) -> None:
-        """Go back to a state that `state` returned; also called in mid-life, after a failure."""
+        """Go back to a state that `state` returned; also called in mid-life, after a failure.
+
+        Called with what an earlier process stored before the first `prepare`, unless that is
+        empty or nothing was acknowledged yet.
+        """
         ...
 
     def prepare(self, records: Sequence[bytes]) -> Shipment:

@@ -7,9 +7,9 @@ dead one left. Safe beside running agents: only locks decide who may do what.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,6 @@ from qitos_mlflow.delivery.locks import FileLock, is_held
 from qitos_mlflow.delivery.parts import DiskPart, Part
 from qitos_mlflow.delivery.stats import Stats
 
-CLAIM_TRIES = 3
-CLAIM_WAIT_S = 0.02
-"""Somebody only looking whether a lock is held holds it for a moment: try again after this."""
 READ_RECORDS = 1000
 READ_BYTES = 1024 * 1024
 
@@ -138,7 +135,7 @@ class Claim:
 
     def _discard(self, position: int, *, disk: bool) -> None:
         parts = _parts(self.paths)
-        for part, following in zip(parts, parts[1:], strict=False):
+        for part, following in pairwise(parts):
             if disk and following.base <= position:
                 part.remove()
 
@@ -152,13 +149,9 @@ def claim(paths: Paths, stats: Stats) -> Claim | None:
         OSError: the spool cannot be written.
     """
     lock = FileLock(paths.ship)
-    for _ in range(CLAIM_TRIES):
-        if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
-            return None
-        if lock.acquire():
-            break
-        time.sleep(CLAIM_WAIT_S)
-    else:
+    if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
+        return None
+    if not lock.acquire_patiently():
         return None
     if paths.parts():
         return Claim(paths, lock, stats)
