@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.integration.agents import Agent
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
+
+if TYPE_CHECKING:
+    from tests.integration.browser import Browser
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``browser`` where there is none; in CI one that is missing is a failure."""
+    if item.get_closest_marker("browser") and not os.environ.get("CI"):
+        pytest.importorskip("playwright", reason="playwright is not installed")
+        from tests.integration.browser import chromium
+
+        if chromium() is None:
+            pytest.skip("no Chromium is installed")
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +82,12 @@ def run_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     yield start
     for agent in agents:
         agent.kill()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium, for tests marked ``browser``."""
+    from tests.integration.browser import open_browser
+
+    with open_browser() as browser:
+        yield browser
