@@ -16,6 +16,9 @@ from qitos_mlflow import _guard
 
 HOST = "qitos.tracing"
 
+ORIGIN = "qitos_mlflow"
+"""The origin of what `compat` serves: some finders (wrapt's) only pass on what others find."""
+
 SURFACE: dict[str, tuple[str, ...]] = {
     "config": ("TracingMode", "RedactingSpanData"),
     "models": (
@@ -50,6 +53,8 @@ SURFACE: dict[str, tuple[str, ...]] = {
 }
 """The public names of `qitos.tracing`, by submodule; the last are the package's own."""
 
+NAMES = frozenset(name for names in SURFACE.values() for name in names)
+
 REQUIRED = frozenset(
     {
         "Span",
@@ -77,7 +82,7 @@ def spec_from(finders: list[Any], name: str, path: Any) -> ModuleSpec | None:
         if getattr(finder, "serves_qitos_tracing", False) or not hasattr(finder, "find_spec"):
             continue
         spec: ModuleSpec | None = finder.find_spec(name, path)
-        if spec is not None:
+        if spec is not None and spec.origin != ORIGIN:
             return spec
     return None
 
@@ -93,6 +98,21 @@ def _search_path(package: str) -> Any:
         return None
     spec = spec_from(sys.meta_path, package, parent_path)
     return None if spec is None else spec.submodule_search_locations
+
+
+def settle() -> dict[str, Any]:
+    """All of `NAMES`, the host's where it has its own tracing, and whether it has.
+
+    Called by several threads at once, or by itself through what it imports, it comes to the same
+    result, so there is no lock to be held over an import.
+    """
+    of_host = load()
+    settled: dict[str, Any] = {"host_has_tracing": of_host is not None}
+    for submodule, names in SURFACE.items():
+        # A name that the host lacks, such as a kind of span it does not know, is ours.
+        ours = import_module(f"qitos_mlflow.tracing.{submodule or 'provider'}")
+        settled.update({name: getattr(ours, name) for name in names})
+    return {**settled, **(of_host or {})}
 
 
 def load() -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ class _Finder(MetaPathFinder, Loader):
             parent, "__qitos_mlflow__", False
         ):
             return None  # Part of a host's own package that it lacks: not ours to make up.
-        return ModuleSpec(name, self, origin="qitos_mlflow", is_package=name == _host.HOST)
+        return ModuleSpec(name, self, origin=_host.ORIGIN, is_package=name == _host.HOST)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None

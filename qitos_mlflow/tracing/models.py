@@ -259,6 +259,8 @@ class Trace:
             if started and span._unfinished and span._thread_id not in elsewhere:
                 span.exception = self.error
                 span.finish(error)
+        # What was finished on another thread is still in this context, and would stay in memory.
+        _open_spans.set(_unfinished_of(_open_spans.get()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_processor": None}

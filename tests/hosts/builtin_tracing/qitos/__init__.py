@@ -1,0 +1,3 @@
+"""A stand-in QitOS with tracing of its own."""
+
+__version__ = "0.0.0+standin"
