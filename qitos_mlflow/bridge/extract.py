@@ -169,7 +169,7 @@ def stop_reason_of_exception(error: BaseException) -> str:
     if is_interrupt(error):
         return "interrupted"
     # An agent that used all its steps ends so when its budget allows more steps than its state.
-    if type(error).__name__ == "StateValidationError" and "max_steps" in str(error):
+    if type(error).__name__ == "StateValidationError" and "exceed" in str(error):
         return "max_steps"
     return "unrecoverable_error"
 

@@ -243,6 +243,8 @@ class AgentRun:
         if not self.stack:
             return
         root = self.root
+        if error is not None and self.critics:
+            self._close_critics(error)
         self.close_above(root, error)
         root.output = outcome.get("final_result")
         if error is None and outcome["status"] != "ok":
@@ -250,6 +252,13 @@ class AgentRun:
             self.close(root, self.failure or outcome.get("error"))
         else:
             self.close(root, error)
+
+    def _close_critics(self, error: BaseException) -> None:
+        # All were opened at once; only the one that raised failed.
+        failed = extract.critics_in_traceback(self.critics, error)
+        spans = [span for span in self.stack if span.data.type == "critic"]
+        for index, span in reversed(list(enumerate(spans))):
+            self.close(span, error if index in failed else None)
 
     def _outcome(
         self, error: BaseException | None, result: Any, stop_reason: str | None
