@@ -44,12 +44,12 @@ _RECORD_TAGS = {
 }
 
 
-def start_tags(record: Mapping[str, Any], lost: Counter[str]) -> list[tuple[str, str]]:
+def start_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_start record."""
     return _picked(record, _RECORD_TAGS, lost) + _picked(_metadata(record), _METADATA_TAGS, lost)
 
 
-def end_tags(record: Mapping[str, Any], lost: Counter[str]) -> list[tuple[str, str]]:
+def end_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_end record: stop reason, error, what was not known before."""
     metadata = _metadata(record)
     error = _error_text(record.get("error")) or metadata.get("error")
@@ -102,7 +102,7 @@ def lost_tags(lost: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _picked(
-    source: Mapping[str, Any], names: Mapping[str, str], lost: Counter[str]
+    source: Mapping[str, Any], names: Mapping[str, str], lost: Counter[str] | None
 ) -> list[tuple[str, str]]:
     return [
         (tag, clean_text(source[key], limits.TAG_CHARS, lost))

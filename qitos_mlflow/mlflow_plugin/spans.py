@@ -1,0 +1,346 @@
+"""What MLflow's Traces page shows: each record becomes MLflow spans and trace info. Pure.
+
+Receives decoded, redacted records of one trace, in order; hands on OpenTelemetry spans, and on
+demand the trace's info as JSON (MLflow's TraceInfoV3). Ids follow from QitOS's ids, so a record
+sent again replaces what it wrote before. No clock, no threads, no MLflow.
+
+The order to send in (MLFLOW.md 5b): spans first, then `TraceFold.info` whenever `TraceData.changed`
+says so. Beginning a trace with its info, or ending it before its root, leaves wrong times behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from qitos_mlflow.mlflow_plugin import attributes, labels, limits
+from qitos_mlflow.mlflow_plugin.feedback import feedback_of, rfc3339
+from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id, trace_id
+from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
+from qitos_mlflow.mlflow_plugin.otlp import build_span, set_status
+
+Price = Callable[[str, str | None, Mapping[str, int]], Mapping[str, float] | None]
+"""Cost in USD (input_cost, output_cost, total_cost) of a model's token usage, None if unknown.
+Called with model, provider, and MLflow's token usage; must be pure."""
+
+_STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
+
+
+@dataclass(frozen=True)
+class TraceData:
+    """What one record adds to its trace.
+
+    Attributes:
+        spans: to create or replace.
+        changed: the trace's info is to be sent after them.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    changed: bool = False
+
+
+@dataclass
+class TraceFold:
+    """What must be known of one trace to write its info at any time; bounded, turns to JSON.
+
+    A QitOS trace is itself the root of the tree, there from the start; its spans hang below.
+    Where the host's trace is one agent's run and that agent's span is announced when it starts
+    (a ``span_start`` record right after the ``trace_start``), the agent is the root.
+    """
+
+    id: str = ""
+    constant_tags: dict[str, str] = field(default_factory=dict)
+    begun: bool = False
+    root: str | None = None
+    root_closed: bool = False
+    name: str = ""
+    start_ns: int = 0
+    last_ns: int = 0
+    ended_ns: int | None = None
+    status: str = ""
+    error: str | None = None
+    exception: dict[str, Any] | None = None
+    request: str | None = None
+    response: str | None = None
+    tools: list[str] | None = None
+    link: list[str] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    assessments: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON values."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> TraceFold:
+        """The state that `to_json` described."""
+        return cls(**orjson.loads(orjson.dumps(plain)))
+
+    # -- records -----------------------------------------------------------------------------
+
+    def fold(self, record: Mapping[str, Any], price: Price | None = None) -> TraceData:
+        """Take in the trace's next record; returns what it adds to the trace."""
+        kind = record.get("kind")
+        if kind == "trace_start":
+            return self._fold_start(record)
+        if kind == "span_start":
+            return self._fold_root(record)
+        if kind == "span":
+            return self._fold_span(record, price)
+        if kind == "trace_end":
+            return self._fold_end(record)
+        return TraceData()
+
+    def abandoned(self, last_ns: int | None = None, reason: str = "the process died") -> TraceData:
+        """The end of a trace that will never end: state ERROR.
+
+        Args:
+            last_ns: when the process was last known to live; None: its last record.
+            reason: the root's error text and the tag ``qitos.killed``.
+        """
+        self.tags["qitos.killed"] = clean_text(reason, limits.TRACE_TAG_CHARS)
+        return self._end(max(clean_ns(last_ns), self.last_ns), "KILLED", reason, None)
+
+    def _fold_start(self, record: Mapping[str, Any]) -> TraceData:
+        self.id = str(record.get("trace_id", ""))
+        self.name = str(record.get("name") or "trace")
+        self.start_ns = clean_ns(record.get("time_ns"))
+        self.last_ns = max(self.last_ns, self.start_ns)
+        metadata = _mapping(record.get("metadata"))
+        session = (
+            record.get("group_id") or metadata.get("benchmark_name") or metadata.get("task_id")
+        )
+        user = metadata.get("user_id") or metadata.get("user") or record.get("user")
+        for key, value, length in (
+            ("mlflow.trace.session", session, limits.SESSION_CHARS),
+            ("mlflow.trace.user", user, limits.SESSION_CHARS),
+            ("mlflow.source.name", record.get("source"), limits.SESSION_CHARS),
+        ):
+            if value:
+                self.metadata[key] = clean_text(value, length)
+        self.metadata["mlflow.trace_schema.version"] = "3"
+        tools = metadata.get("tools")
+        if isinstance(tools, list):
+            self.tools = [str(tool)[: limits.KEY_CHARS] for tool in tools[:200]]
+        if metadata.get("linked_trace_id"):
+            self.link = [
+                str(metadata["linked_trace_id"]),
+                str(metadata.get("linked_span_id") or ""),
+            ]
+        for key, value in labels.start_tags(record, None) + list(self.constant_tags.items()):
+            if not key.startswith("mlflow."):
+                self._tag(key, value)
+        self._tag("mlflow.traceName", self.name, limits.KEY_CHARS)
+        if metadata.get("task") is not None:
+            self.request = attributes.preview(metadata["task"])
+        if record.get("awaits_root"):
+            return TraceData()
+        return self._begin()
+
+    def _fold_root(self, record: Mapping[str, Any]) -> TraceData:
+        """An announced agent span becomes the root, unless the trace has one."""
+        if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
+            self.root = str(record.get("span_id"))
+            self.name = str(_mapping(record.get("data")).get("name") or self.name)
+        return self._begin()
+
+    def _begin(self) -> TraceData:
+        if self.begun:
+            return TraceData()
+        self.begun = True
+        # Ended at once and without a status: the server shows the trace as going (MLFLOW.md 5b.1).
+        return TraceData([self._root_span(self.start_ns, {})], changed=True)
+
+    def _fold_span(self, record: Mapping[str, Any], price: Price | None) -> TraceData:
+        began = self._begin()
+        own = str(record.get("span_id", ""))
+        parent = record.get("parent_id")
+        start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
+        self.last_ns = max(self.last_ns, clean_ns(end_ns))
+        found = attributes.of_span(record, self.tools)
+        changed = began.changed
+        kind = record.get("type")
+        if kind == "generation":
+            changed |= self._count(found, price)
+            self.response = attributes.answer_preview(found) or self.response
+        is_root = own == self.root
+        if is_root:
+            found = {**self._root_attributes(None), **found}
+        identity = span_id(self.id, own)
+        above = (
+            None if is_root else self._root_id() if not parent else span_id(self.id, str(parent))
+        )
+        span = build_span(
+            otel_trace_id(self.id),
+            identity,
+            self._root_id() if above == identity else above,
+            self.name if is_root else attributes.span_name(record),
+            start_ns,
+            end_ns,
+            found,
+        )
+        set_status(span, _text_or_none(record.get("error")), _mapping(record.get("exception")))
+        if is_root:
+            self.root_closed = True
+            self._add_link(span)
+        if kind == "critic" and (feedback := feedback_of(record, self.id)):
+            self.assessments.append(feedback)
+            changed = True
+        return TraceData([*began.spans, span], changed)
+
+    def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
+        metadata = _mapping(record.get("metadata"))
+        for key, value in labels.end_tags(record, None):
+            if key != "qitos.error":
+                self._tag(key, value)
+        if metadata.get("final_result") is not None:
+            self.response = attributes.preview(metadata["final_result"])
+        error = record.get("error")
+        exception = dict(error) if isinstance(error, Mapping) else None
+        status = str(record.get("status") or "FINISHED")
+        text = error if isinstance(error, str) else metadata.get("error")
+        if text is None and exception is None and status != "FINISHED":
+            text = f"stopped: {metadata.get('stop_reason') or status.lower()}"
+        return self._end(
+            clean_ns(record.get("time_ns")),
+            status,
+            None if text is None else str(text),
+            exception,
+            metadata.get("final_result"),
+        )
+
+    def _end(
+        self,
+        end_ns: int,
+        status: str,
+        error: str | None,
+        exception: dict[str, Any] | None,
+        result: Any = None,
+    ) -> TraceData:
+        began = self._begin()
+        self.last_ns = self.ended_ns = max(end_ns, self.start_ns)
+        self.status = status
+        if self.root_closed:  # The agent's own span says more than this one would.
+            return TraceData(began.spans, changed=True)
+        root = self._root_span(self.ended_ns, {"mlflow.spanOutputs": result})
+        set_status(root, error, exception)
+        self.root_closed = True
+        return TraceData([*began.spans, root], changed=True)
+
+    # -- info --------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """The trace's info as it stands, as MLflow's JSON; `locate` says where it belongs.
+
+        Holds the assessments made since the last call; each has an id of its own, so that a
+        replay replaces it. Totals are always explicit: the server stops adding up by itself once
+        it has an info (MLFLOW.md 5b.3).
+        """
+        metadata = dict(self.metadata)
+        if self.request:
+            metadata["mlflow.traceInputs"] = self.request
+        if self.response and self.ended_ns is not None:
+            metadata["mlflow.traceOutputs"] = self.response
+        if self.usage:
+            metadata["mlflow.trace.tokenUsage"] = orjson.dumps(self.usage).decode()
+        if self.cost:
+            metadata["mlflow.trace.cost"] = orjson.dumps(self.cost).decode()
+        info: dict[str, Any] = {
+            "trace_id": trace_id(self.id),
+            "client_request_id": clean_text(self.id, limits.CLIENT_REQUEST_CHARS),
+            "request_time": rfc3339(self.start_ns),
+            "state": "IN_PROGRESS" if self.ended_ns is None else _STATES.get(self.status, "ERROR"),
+            "trace_metadata": metadata,
+            "tags": dict(self.tags),
+        }
+        if self.request:
+            info["request_preview"] = self.request
+        if self.ended_ns is not None:
+            info["execution_duration"] = f"{max(0, self.ended_ns - self.start_ns) / 1e9:.3f}s"
+            if self.response:
+                info["response_preview"] = self.response
+        if self.assessments:
+            info["assessments"], self.assessments = self.assessments, []
+        return info
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _root_id(self) -> bytes:
+        return span_id(self.id, "\0root" if self.root is None else self.root)
+
+    def _root_attributes(self, kind: str | None) -> dict[str, Any]:
+        inputs = {"task": self.request} if self.request else None
+        found: dict[str, Any] = {"qitos.trace_id": self.id, "mlflow.spanInputs": inputs}
+        if kind:
+            found["mlflow.spanType"] = kind
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _root_span(self, end_ns: int, more: Mapping[str, Any]) -> Span:
+        kind = "AGENT" if self.root is not None or "qitos.agent" in self.tags else "CHAIN"
+        span = build_span(
+            otel_trace_id(self.id),
+            self._root_id(),
+            None,
+            self.name,
+            self.start_ns,
+            end_ns,
+            {**self._root_attributes(kind), **more},
+        )
+        self._add_link(span)
+        return span
+
+    def _add_link(self, span: Span) -> None:
+        if self.link:
+            trace, linked = self.link
+            span.links.add(
+                trace_id=otel_trace_id(trace), span_id=span_id(trace, linked or "\0root")
+            )
+
+    def _count(self, found: Mapping[str, Any], price: Price | None) -> bool:
+        usage = found.get("mlflow.chat.tokenUsage")
+        if not usage:
+            return False
+        for key, number in usage.items():
+            self.usage[key] = self.usage.get(key, 0) + number
+        model = found.get("mlflow.llm.model")
+        cost = price(model, found.get("mlflow.llm.provider"), usage) if price and model else None
+        for key, amount in (cost or {}).items():
+            self.cost[key] = self.cost.get(key, 0.0) + amount
+        return True
+
+    def _tag(self, key: str, value: object, length: int = limits.TRACE_TAG_CHARS) -> None:
+        self.tags[clean_key(key)] = clean_text(value, length)
+
+
+def locate(info: Mapping[str, Any], experiment_id: str, run_id: str | None) -> dict[str, Any]:
+    """`info` completed for ``POST /api/3.0/mlflow/traces``.
+
+    Args:
+        info: what `TraceFold.info` returned.
+        experiment_id: where the trace belongs.
+        run_id: the run it is linked to, None for none.
+    """
+    experiment = {"experiment_id": experiment_id}
+    metadata = dict(info["trace_metadata"])
+    if run_id:
+        metadata["mlflow.sourceRun"] = run_id
+    return {
+        **info,
+        "trace_location": {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": experiment},
+        "trace_metadata": metadata,
+    }
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
