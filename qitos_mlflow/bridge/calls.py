@@ -21,7 +21,15 @@ from qitos_mlflow.bridge.hook import BridgeHook
 from qitos_mlflow.bridge.patches import Patches
 from qitos_mlflow.bridge.run import AgentRun, LiveTrace, somebody_listens
 
-__all__ = ["call_tool", "execute_one", "init_session", "patches", "run", "step"]
+__all__ = [
+    "call_tool",
+    "critic_result",
+    "execute_one",
+    "init_session",
+    "patches",
+    "run",
+    "step",
+]
 
 patches = Patches()
 _sessions: dict[int, AgentRun] = {}
@@ -136,6 +144,17 @@ def call_tool(
         if place.span.ended_at is None:  # else it ran into its time limit, and nobody looks again
             place.span.exception = error
         raise
+
+
+def critic_result(
+    wrapped: Wrapped, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``CriticResult.from_dict``: notes who gave a score; the host makes one up for the others."""
+    result = wrapped(*args, **kwargs)
+    place = here.get()
+    if place is not None and args and isinstance(args[0], dict):
+        place.run.verdicts.append((result, "score" in args[0]))
+    return result
 
 
 def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentRun | None:

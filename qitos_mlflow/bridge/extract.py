@@ -331,10 +331,29 @@ def critic_name(critic: Any, output: Any = None) -> str:
     return str(_mapping(output).get("critic_name") or type(critic).__name__)
 
 
-def critic_score(output: Any) -> float | None:
-    """The score a critic gave, None when it gave none."""
-    score = _mapping(output).get("score")
-    return float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else None
+def critic_scores(
+    outputs: Sequence[Any], verdicts: Sequence[tuple[Any, bool]]
+) -> list[float | None]:
+    """The scores the critics gave, None for a critic that gave none.
+
+    Args:
+        outputs: what the host recorded, in the critics' order.
+        verdicts: what the host made of those critics that returned a dict, in the same order, and
+            whether there was a score: where not, the host records one of its own.
+    """
+    left = list(verdicts)
+    scores: list[float | None] = []
+    for output in outputs:
+        said = _mapping(output)
+        score = said.get("score")
+        real = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if left:
+            verdict, scored = left[0]
+            if all(said.get(k) == getattr(verdict, k, None) for k in ("action", "reason", "score")):
+                del left[0]
+                real = real and scored
+        scores.append(float(score) if real else None)
+    return scores
 
 
 def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> set[int]:

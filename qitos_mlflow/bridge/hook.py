@@ -191,7 +191,7 @@ class BridgeHook:
         run = self._run
         step = run.find("step")
         given = {"decision": extract.decision(ctx.decision), "results": ctx.action_results}
-        run.critics = list(engine.critics)
+        run.critics, run.verdicts = list(engine.critics), []
         for critic in run.critics:
             name = extract.critic_name(critic)
             run.open(tracing.CriticSpanData(critic_name=name, input_content=given), parent=step)
@@ -204,11 +204,12 @@ class BridgeHook:
         run = self._run
         outputs = list(extract.first(ctx.record, "critic_outputs") or ())
         spans = [span for span in run.stack if span.data.type == "critic"]
-        pairs = zip(run.critics, spans, outputs, strict=False)
-        for critic, span, output in reversed(list(pairs)):
+        scores = extract.critic_scores(outputs, run.verdicts)
+        told = zip(run.critics, spans, outputs, scores, strict=False)
+        for critic, span, output, score in reversed(list(told)):
             span.data.critic_name = extract.critic_name(critic, output)
             span.data.output_content = output
-            span.data.score = extract.critic_score(output)
+            span.data.score = score
             run.close(span)
         run.critics = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.bridge import calls
@@ -30,13 +31,15 @@ def install() -> None:
         if hasattr(engine_class, "init_session") and hasattr(engine_class, "step"):
             patches.wrap(engine_class, "init_session", calls.init_session)
             patches.wrap(engine_class, "step", calls.step)
-        try:
-            executor = importlib.import_module("qitos.engine.action_executor").ActionExecutor
-        except (ImportError, AttributeError):
+        executor = getattr(_module("qitos.engine.action_executor"), "ActionExecutor", None)
+        if executor is None:
             warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
         else:
             patches.wrap(executor, "_execute_one", calls.execute_one)
             patches.wrap(executor, "_call_tool", calls.call_tool)
+        verdict = getattr(_module("qitos.engine.critic_result"), "CriticResult", None)
+        if verdict is not None:
+            patches.wrap(verdict, "from_dict", calls.critic_result)
         patches.active = True
         patches.fit_pools()
 
@@ -49,3 +52,10 @@ def uninstall() -> None:
 def installed() -> bool:
     """Whether Engines are being traced."""
     return calls.patches.active
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

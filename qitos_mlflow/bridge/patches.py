@@ -39,7 +39,8 @@ class Patches:
     def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
         """Put `wrapper` around a method that `owner` itself defines, if it is as expected."""
         original = vars(owner).get(name)
-        if original is None or len(inspect.signature(original).parameters) < 2:
+        function = getattr(original, "__func__", original)  # a class method is not callable itself
+        if not callable(function) or len(inspect.signature(function).parameters) < 2:
             warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
             return
         wrapt.wrap_function_wrapper(owner, name, wrapper)

@@ -120,6 +120,8 @@ class AgentRun:
         """What the Engine tries to recover from in the current step."""
         self.cache_hits: int | None = None
         self.critics: list[Any] = []
+        self.verdicts: list[tuple[Any, bool]] = []
+        """What the host made of its critics' dicts, in order, and whether each had a score."""
         self.acts_with_tools: set[str] = set()
         self.ended = False
         self.stack: list[Any] = []

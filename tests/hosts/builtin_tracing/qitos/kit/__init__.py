@@ -1,0 +1,1 @@
+"""The stand-in's tools that start agents."""
