@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -251,13 +250,20 @@ def _pool(threads: int) -> Iterator[Callable[..., Any]]:
         yield lambda work, items: list(executor.map(work, items))
 
 
-def rss_bytes() -> int:
-    """Resident memory now, on Linux; 0 elsewhere."""
+def memory() -> dict[str, int]:
+    """Resident memory now and at its highest, in bytes, on Linux; nothing elsewhere.
+
+    Not `getrusage`: what that calls the highest includes the parent's before the exec.
+    """
     try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * resource.getpagesize()
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
-        return 0
+        return {}
+    kib = {
+        name: value.strip().split(" ")[0]
+        for name, _, value in (line.partition(":") for line in lines)
+    }
+    return {"rss_bytes": int(kib["VmRSS"]) * 1024, "peak_rss_bytes": int(kib["VmHWM"]) * 1024}
 
 
 def main() -> None:
@@ -276,12 +282,12 @@ def main() -> None:
         from qitos_mlflow.tracing import SynchronousMultiTraceProcessor
 
         holds.watch(SynchronousMultiTraceProcessor)
-    gates.reach("ready", rss_bytes=rss_bytes())
+    gates.reach("ready", **memory())
 
     began_s = time.monotonic()
     with _pool(config.threads) as each:
         each(lambda number: run(config, number, gates), range(config.traces))
-    gates.reach("over", wall_s=time.monotonic() - began_s, rss_bytes=rss_bytes())
+    gates.reach("over", wall_s=time.monotonic() - began_s, **memory())
 
     flushed = None
     if config.flush:
@@ -295,8 +301,7 @@ def main() -> None:
         counts=holds.counts,
         worst_ms=holds.worst_ms,
         slow=holds.slow,
-        rss_bytes=rss_bytes(),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **memory(),
     )
 
 
