@@ -62,29 +62,30 @@ class PluginTraceProcessor(TraceProcessor):
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, name)
-        implemented = _implemented(manager)
         with self._changing:
             if name in self._managers:
                 raise ValueError(f"a plugin named {name!r} is registered already")
             for other, registered in self.plugins.items():
                 if registered is plugin:
                     raise ValueError(f"plugin {name!r} is registered already, as {other!r}")
-            self._managers[name] = manager
-            self._arrange()
-        _warn_of_unknown(name, implemented)
+            self._arrange({**self._managers, name: manager})
+        _warn_of_uncalled(name, _callers(manager, plugin))
         return self.hooks(name)
 
     def hooks(self, name: str) -> tuple[str, ...]:
         """The names of the hooks that the plugin of that name implements; empty without one."""
         manager = self._managers.get(name)
-        implemented = _implemented(manager) if manager is not None else []
+        if manager is None:
+            return ()
+        implemented = {caller.name for caller in _callers(manager, manager.get_plugin(name))}
         return tuple(hook for hook in HOOKS if hook in implemented)
 
     def unregister(self, name: str) -> object | None:
         """Stop calling the plugin of that name, and return it; None when there is none."""
         with self._changing:
-            manager = self._managers.pop(name, None)
-            self._arrange()
+            remaining = dict(self._managers)
+            manager = remaining.pop(name, None)
+            self._arrange(remaining)
         return manager.get_plugin(name) if manager is not None else None
 
     def wants_trace(self) -> bool:
@@ -154,43 +155,49 @@ class PluginTraceProcessor(TraceProcessor):
             except Exception as error:  # noqa: BLE001
                 _guard.report(call.where, error)
 
-    def _arrange(self) -> None:
-        """Work out who is called for what, in which order, so that no event has to."""
+    def _arrange(self, managers: dict[str, pluggy.PluginManager]) -> None:
+        """Work out who is called for what, in which order, so that no event has to.
+
+        Both are replaced, never changed: other threads may be going through them.
+        """
         calls: dict[str, tuple[_Call, ...]] = {}
         for hook in HOOKS:
-            callers = [(name, getattr(m.hook, hook)) for name, m in self._managers.items()]
+            callers = [(name, getattr(m.hook, hook)) for name, m in managers.items()]
             implementing = [(name, caller) for name, caller in callers if caller.get_hookimpls()]
             implementing.sort(key=lambda item: _rank(item[1]))  # Stable: else as registered.
             calls[hook] = tuple(
                 _Call(caller, f"trace plugin {name}, hook {hook}") for name, caller in implementing
             )
-        self._calls = calls
+        self._managers, self._calls = managers, calls
 
 
-def _implemented(manager: pluggy.PluginManager) -> list[str]:
-    ((_, plugin),) = manager.list_name_plugin()
-    return [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+def _callers(manager: pluggy.PluginManager, plugin: object) -> list[pluggy.HookCaller]:
+    return list(manager.get_hookcallers(plugin) or ())
 
 
 def _rank(caller: pluggy.HookCaller) -> int:
     return min(impl.trylast - impl.tryfirst for impl in caller.get_hookimpls())
 
 
-def _warn_of_unknown(plugin: str, implemented: list[str]) -> None:
-    unknown = sorted(set(implemented) - set(HOOKS))
+def _warn_of_uncalled(name: str, callers: list[pluggy.HookCaller]) -> None:
+    unknown = [
+        caller.name
+        for caller in callers
+        if not (caller.has_spec() or all(impl.optionalhook for impl in caller.get_hookimpls()))
+    ]
     if unknown:
         _guard.warn(
-            f"plugins.unknown_hook.{plugin}",
+            f"plugins.unknown_hook.{name}",
             "trace plugin %s implements %s, which this version does not call; the hooks are: %s",
-            plugin,
+            name,
             ", ".join(unknown),
             ", ".join(HOOKS),
         )
-    elif not implemented:
+    elif not callers:
         _guard.warn(
-            f"plugins.no_hook.{plugin}",
+            f"plugins.no_hook.{name}",
             "trace plugin %s implements no hook; mark its functions with "
             'pluggy.HookimplMarker("%s")',
-            plugin,
+            name,
             hookspecs.PROJECT,
         )

@@ -120,10 +120,9 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
 def _plugin(found: object) -> object:
     """`found`, or what it makes: a class or a function is no plugin itself, but makes one."""
     if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial):
-        made: object = found()
-        if made is None:
-            raise TypeError("the factory returned None instead of a plugin")
-        return made
+        found = found()
+    if found is None:
+        raise TypeError("it, or what its factory returned, is None instead of a plugin")
     return found
 
 

@@ -108,7 +108,10 @@ class RedactingSpanData:
     def __new__(cls, span_data: Any) -> RedactingSpanData:
         """An instance of a class derived from this one and from that of `span_data`."""
         base: Any = type(span_data)
-        return object.__new__(_redacting(base))
+        try:
+            return object.__new__(_redacting(base))
+        except TypeError:  # A built-in such as a dict, which is no span data.
+            return object.__new__(RedactingSpanData)
 
     def __init__(self, span_data: Any) -> None:
         # object.__setattr__: span data of the user's own may be frozen.

@@ -1,0 +1,458 @@
+"""The adapter: every event to every plugin, whatever one of them does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pluggy
+import pytest
+
+from qitos_mlflow.plugins import adapter as adapter_module
+from qitos_mlflow.plugins.adapter import HOOKS, PluginTraceProcessor
+from qitos_mlflow.tracing import Span, StepSpanData, Trace, TraceProcessor, TracingProvider
+
+# As a plugin's author has it: nothing of ours is imported.
+hookimpl = pluggy.HookimplMarker("qitos")
+
+TRACE = Trace("t", "run")
+SPAN = Span("t", "s", StepSpanData(1))
+
+CALLS: dict[str, Callable[[PluginTraceProcessor], Any]] = {
+    "qitos_wants_trace": lambda processor: processor.wants_trace(),
+    "qitos_trace_start": lambda processor: processor.on_trace_start(TRACE),
+    "qitos_span_start": lambda processor: processor.on_span_start(SPAN),
+    "qitos_span_end": lambda processor: processor.on_span_end(SPAN),
+    "qitos_trace_end": lambda processor: processor.on_trace_end(TRACE),
+    "qitos_force_flush": lambda processor: processor.force_flush(),
+    "qitos_shutdown": lambda processor: processor.shutdown(),
+}
+
+
+def plugin(hook: str, body: Callable[..., Any], **options: Any) -> Any:
+    """An object with one implementation."""
+
+    class Plugin:
+        pass
+
+    setattr(Plugin, hook, staticmethod(hookimpl(body, **options)))
+    return Plugin()
+
+
+class Hearing:
+    """A plugin that implements everything, and keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Any]] = []
+
+    @hookimpl
+    def qitos_wants_trace(self) -> bool:
+        self.heard.append(("qitos_wants_trace", None))
+        return True
+
+    @hookimpl
+    def qitos_trace_start(self, trace: Any) -> None:
+        self.heard.append(("qitos_trace_start", trace))
+
+    @hookimpl
+    def qitos_span_start(self, span: Any) -> None:
+        self.heard.append(("qitos_span_start", span))
+
+    @hookimpl
+    def qitos_span_end(self, span: Any) -> None:
+        self.heard.append(("qitos_span_end", span))
+
+    @hookimpl
+    def qitos_trace_end(self, trace: Any) -> None:
+        self.heard.append(("qitos_trace_end", trace))
+
+    @hookimpl
+    def qitos_force_flush(self) -> bool:
+        self.heard.append(("qitos_force_flush", None))
+        return True
+
+    @hookimpl
+    def qitos_shutdown(self) -> None:
+        self.heard.append(("qitos_shutdown", None))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.heard]
+
+
+def test_every_hook_is_called() -> None:
+    """Every hook there is reaches a plugin, through the processor's method that stands for it."""
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    assert isinstance(processor, TraceProcessor)
+    for hook in HOOKS:
+        CALLS[hook](processor)
+    assert hearing.names == list(HOOKS) == list(CALLS)
+
+
+def test_a_real_trace_reaches_the_plugins() -> None:
+    """Plugins get the host's own objects, in the order of events."""
+    hearing = Hearing()
+    provider = TracingProvider([PluginTraceProcessor({"hearing": hearing})])
+    with provider.create_trace("run") as trace:
+        span = trace.create_span(None, StepSpanData(1)).start()  # type: ignore[arg-type]
+        span.finish()
+    assert hearing.heard == [
+        ("qitos_trace_start", trace),
+        ("qitos_span_start", span),
+        ("qitos_span_end", span),
+        ("qitos_trace_end", trace),
+    ]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_raising_plugin_harms_nobody(hook: str, place: str, swallowed: list[Any]) -> None:
+    """What a plugin raises in any hook reaches neither the caller nor the other plugins."""
+    error = RuntimeError("mine")
+
+    def fail() -> None:
+        raise error
+
+    hearing = Hearing()
+    plugins = {"hearing": hearing, "raising": plugin(hook, fail)}
+    if place == "first":
+        plugins = dict(reversed(plugins.items()))
+    CALLS[hook](PluginTraceProcessor(plugins))
+    assert hearing.names == [hook]
+    assert swallowed == [(f"trace plugin raising, hook {hook}", error)]
+    swallowed.clear()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("old_style", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.filterwarnings("ignore::pluggy.PluggyTeardownRaisedWarning")
+def test_a_raising_wrapper_harms_nobody(
+    hook: str, when: str, old_style: bool, swallowed: list[Any]
+) -> None:
+    """A hook wrapper that raises, before or after its yield, is as contained as any other."""
+
+    def wrap() -> Generator[None, Any, Any]:
+        if when == "before":
+            raise RuntimeError("mine")
+        yield
+        raise RuntimeError("mine")
+
+    option = {"hookwrapper": True} if old_style else {"wrapper": True}
+    hearing, other = Hearing(), Hearing()
+    plugins = {"a": hearing, "raising": plugin(hook, wrap, **option), "b": other}
+    CALLS[hook](PluginTraceProcessor(plugins))
+    assert hearing.names == other.names == [hook]
+    assert [where for where, _ in swallowed] == [f"trace plugin raising, hook {hook}"]
+    swallowed.clear()
+
+
+def test_a_wrapper_wraps_its_own_plugin() -> None:
+    """A wrapper runs around its plugin's implementation, and may change its answer, no other's."""
+
+    class Wrapping:
+        heard: list[str] = []  # noqa: RUF012
+
+        @hookimpl(wrapper=True)
+        def qitos_force_flush(self) -> Generator[None, Any, Any]:
+            self.heard.append("before")
+            assert (yield) == [False]
+            self.heard.append("after")
+            return [True]
+
+        @hookimpl(specname="qitos_force_flush")
+        def flush(self) -> bool:
+            self.heard.append("within")
+            return False
+
+    assert PluginTraceProcessor({"wrapping": Wrapping()}).force_flush() is True
+    assert Wrapping.heard == ["before", "within", "after"]
+    unwilling = plugin("qitos_force_flush", lambda: False)
+    assert PluginTraceProcessor({"a": Wrapping(), "b": unwilling}).force_flush() is False
+
+
+def test_interrupts_go_through() -> None:
+    """Ctrl-C inside a plugin still stops the program."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    processor = PluginTraceProcessor({"p": plugin("qitos_span_end", interrupt)})
+    with pytest.raises(KeyboardInterrupt):
+        processor.on_span_end(SPAN)
+
+
+def test_a_sleeping_plugin_leaves_the_others_alone() -> None:
+    """While one plugin blocks one thread, the others hear of what happens on other threads."""
+    asleep, wake = threading.Event(), threading.Event()
+
+    def sleep(span: Span) -> None:
+        if span.span_id == "slow":
+            asleep.set()
+            wake.wait(10)
+
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"asleep": plugin("qitos_span_end", sleep), "b": hearing})
+    slow = Span("t", "slow", StepSpanData(1))
+    thread = threading.Thread(target=processor.on_span_end, args=(slow,))
+    thread.start()
+    assert asleep.wait(10)
+    processor.on_span_end(SPAN)
+    assert hearing.heard == [("qitos_span_end", SPAN)]
+    wake.set()
+    thread.join()
+    assert hearing.heard[1:] == [("qitos_span_end", slow)]
+
+
+def test_failures_are_logged_with_the_name(
+    caplog: pytest.LogCaptureFixture, swallowed: list[Any]
+) -> None:
+    """The log names plugin, hook and error, once however often it happens."""
+
+    def fail(span: Span) -> None:
+        raise RuntimeError("no disk")
+
+    processor = PluginTraceProcessor({"unlucky": plugin("qitos_span_end", fail)})
+    with caplog.at_level(logging.WARNING, "qitos_mlflow"):
+        for _ in range(3):
+            processor.on_span_end(SPAN)
+    (record,) = caplog.records
+    for part in ("unlucky", "qitos_span_end", "RuntimeError", "no disk"):
+        assert part in record.getMessage()
+    assert len(swallowed) == 3
+    swallowed.clear()
+
+
+def test_order_of_calls() -> None:
+    """Plugins are called as registered, but `tryfirst` ones before and `trylast` ones after."""
+    order: list[str] = []
+
+    def note(name: str, **options: Any) -> Any:
+        return plugin("qitos_span_end", lambda span: order.append(name), **options)
+
+    processor = PluginTraceProcessor(
+        {
+            "last": note("last", trylast=True),
+            "a": note("a"),
+            "b": note("b"),
+            "first": note("first", tryfirst=True),
+        }
+    )
+    processor.on_span_end(SPAN)
+    assert order == ["first", "a", "b", "last"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "wants"),
+    [
+        ([], False),
+        ([True], True),
+        ([None], True),
+        ([False], False),
+        ([False, False], False),
+        ([False, True], True),
+        ([False, "absent"], True),
+    ],
+)
+def test_wants_trace(answers: list[Any], wants: bool) -> None:
+    """A trace is wanted unless every plugin says it is not; no plugins want nothing."""
+    plugins = {
+        str(number): object()
+        if answer == "absent"
+        else plugin("qitos_wants_trace", lambda answer=answer: answer)
+        for number, answer in enumerate(answers)
+    }
+    assert PluginTraceProcessor(plugins).wants_trace() is wants
+
+
+def test_a_plugin_that_fails_to_answer_wants_the_trace(swallowed: list[Any]) -> None:
+    """Rather a trace too many than one lost."""
+
+    def fail() -> bool:
+        raise RuntimeError
+
+    assert PluginTraceProcessor({"p": plugin("qitos_wants_trace", fail)}).wants_trace() is True
+    swallowed.clear()
+
+
+@pytest.mark.parametrize(
+    ("answers", "flushed"),
+    [([], True), ([True, None], True), ([False, True], False), ([True, False], False)],
+)
+def test_force_flush(answers: list[Any], flushed: bool) -> None:
+    """True only if no plugin says False; each is asked."""
+    asked: list[Any] = []
+
+    def answering(answer: Any) -> Any:
+        return plugin("qitos_force_flush", lambda: asked.append(answer) or answer)
+
+    plugins = {str(number): answering(answer) for number, answer in enumerate(answers)}
+    assert PluginTraceProcessor(plugins).force_flush() is flushed
+    assert asked == answers
+
+
+def test_force_flush_that_fails_is_false(swallowed: list[Any]) -> None:
+    """A plugin that raises while flushing has not flushed, and the others are still asked."""
+    hearing = Hearing()
+
+    def fail() -> bool:
+        raise RuntimeError
+
+    plugins = {"p": plugin("qitos_force_flush", fail), "hearing": hearing}
+    assert PluginTraceProcessor(plugins).force_flush() is False
+    assert hearing.names == ["qitos_force_flush"]
+    swallowed.clear()
+
+
+def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plugin is told how many of the seconds are left, never less than none."""
+    now = 100.0
+    told: list[float | None] = []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+    def flush(timeout_s: float | None) -> None:
+        nonlocal now
+        told.append(timeout_s)
+        now += 3
+
+    monkeypatch.setattr(adapter_module, "time", Clock)
+    processor = PluginTraceProcessor(
+        {str(number): plugin("qitos_force_flush", flush) for number in range(3)}
+    )
+    processor.force_flush(5)
+    assert told == [5, 2, 0]
+    told.clear()
+    processor.force_flush()
+    assert told == [None] * 3
+
+
+def test_register_and_unregister() -> None:
+    """`register` tells the hooks; an unregistered plugin is handed back and hears no more."""
+    hearing = Hearing()
+    processor = PluginTraceProcessor()
+    assert processor.register(hearing, "hearing") == processor.hooks("hearing") == HOOKS
+    assert processor.plugins == {"hearing": hearing}
+    processor.on_span_end(SPAN)
+    assert processor.unregister("hearing") is hearing
+    assert processor.unregister("hearing") is None
+    processor.on_span_end(SPAN)
+    assert hearing.names == ["qitos_span_end"]
+    assert processor.hooks("hearing") == ()
+    processor.register(hearing, "again")
+    assert processor.plugins == {"again": hearing}
+
+
+def test_names_and_plugins_are_registered_once() -> None:
+    """A name or a plugin that is taken is refused, and the one there stays."""
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    with pytest.raises(ValueError, match="hearing"):
+        processor.register(Hearing(), "hearing")
+    with pytest.raises(ValueError, match="already, as 'hearing'"):
+        processor.register(hearing, "other")
+    processor.on_span_end(SPAN)
+    assert hearing.names == ["qitos_span_end"]
+
+
+def test_plugins_that_equal_everything() -> None:
+    """Plugins that cannot be hashed, or claim to equal each other, are still different plugins."""
+
+    class Equal(Hearing):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    one, other = Equal(), Equal()
+    processor = PluginTraceProcessor({"one": one, "other": other})
+    processor.on_span_end(SPAN)
+    assert one.names == other.names == ["qitos_span_end"]
+    assert processor.unregister("other") is other
+    processor.on_span_end(SPAN)
+    assert one.names == ["qitos_span_end"] * 2
+
+
+def test_unknown_hooks_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A plugin made for a later version loads, and is told which hook is not called here."""
+
+    class Newer(Hearing):
+        @hookimpl
+        def qitos_span_heartbeat(self, span: Any) -> None:
+            raise AssertionError
+
+    newer = Newer()
+    with caplog.at_level(logging.WARNING, "qitos_mlflow"):
+        processor = PluginTraceProcessor({"newer": newer})
+    (record,) = caplog.records
+    assert "newer implements qitos_span_heartbeat" in record.getMessage()
+    processor.on_span_end(SPAN)
+    assert newer.names == ["qitos_span_end"]
+
+
+def test_hooks_that_may_not_exist_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A plugin that says itself that a hook may be missing is not told so."""
+    newer = plugin("qitos_span_pulse", lambda: None, optionalhook=True)
+    with caplog.at_level(logging.WARNING, "qitos_mlflow"):
+        PluginTraceProcessor({"patient": newer, "other": Hearing()})
+    assert caplog.records == []
+
+
+def test_a_plugin_without_hooks_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A plugin whose functions are not marked is told how to mark them."""
+
+    class Unmarked:
+        def qitos_span_end(self, span: Any) -> None:
+            raise AssertionError
+
+    with caplog.at_level(logging.WARNING, "qitos_mlflow"):
+        processor = PluginTraceProcessor({"unmarked": Unmarked()})
+    (record,) = caplog.records
+    assert "unmarked" in record.getMessage()
+    assert 'HookimplMarker("qitos")' in record.getMessage()
+    processor.on_span_end(SPAN)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    """A plugin that asks for arguments a hook does not have is refused as a whole."""
+
+    class Wrong(Hearing):
+        @hookimpl
+        def qitos_trace_end(self, trace: Any, verdict: Any) -> None:
+            raise AssertionError
+
+    wrong = Wrong()
+    processor = PluginTraceProcessor()
+    with pytest.raises(pluggy.PluginValidationError, match="verdict"):
+        processor.register(wrong, "wrong")
+    assert processor.plugins == {}
+    processor.on_span_end(SPAN)
+    assert wrong.heard == []
+
+
+def test_registering_while_events_come() -> None:
+    """Plugins may come and go on one thread while others tell; one that stays misses nothing."""
+    stays = Hearing()
+    processor = PluginTraceProcessor({"stays": stays})
+    together = threading.Barrier(2)
+
+    def change() -> None:
+        together.wait()
+        for number in range(20):
+            processor.register(Hearing(), f"passing {number}")
+            processor.unregister(f"passing {number}")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    together.wait()
+    for _ in range(500):
+        processor.on_span_end(SPAN)
+    thread.join()
+    assert len(stays.heard) == 500
+    assert processor.plugins == {"stays": stays}

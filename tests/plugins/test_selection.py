@@ -1,0 +1,96 @@
+"""What QITOS_TRACE_PLUGINS selects."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qitos_mlflow.plugins.selection import VARIABLE, Selection, named
+
+INSTALLED = [("mlflow", "qitos-mlflow"), ("my-sink", "Acme_Traces"), ("wandb", "other")]
+
+
+def selected(text: str | None) -> list[str]:
+    selection = Selection.parse(text)
+    ranked = [(selection.rank(name, dist), name) for name, dist in INSTALLED]
+    return [name for rank, name in sorted((r, n) for r, n in ranked if r is not None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, ["mlflow", "my-sink", "wandb"]),
+        ("all", ["mlflow", "my-sink", "wandb"]),
+        ("*", ["mlflow", "my-sink", "wandb"]),
+        ("mlflow", ["mlflow"]),
+        ("wandb,mlflow", ["wandb", "mlflow"]),
+        (" WandB ,, MLFLOW,wandb ", ["wandb", "mlflow"]),
+        ("my_sink", ["my-sink"]),
+        ("MY-SINK", ["my-sink"]),
+        ("acme-traces:my_sink", ["my-sink"]),
+        ("other:my-sink", []),
+        ("no:mlflow", ["my-sink", "wandb"]),
+        ("all,no:MLflow", ["my-sink", "wandb"]),
+        ("no: qitos_mlflow:mlflow", ["my-sink", "wandb"]),
+        ("mlflow,no:mlflow", []),
+        ("wandb,all", ["wandb", "mlflow", "my-sink"]),
+        ("none", []),
+        ("None", []),
+        ("off", []),
+        ("0", []),
+        ("", []),
+        (" , ", []),
+        ("none,mlflow", []),
+        ("qitos_mlflow.mlflow_plugin.plugin", []),
+    ],
+)
+def test_selection(text: str | None, names: list[str]) -> None:
+    """Each form of the variable selects what it promises, in its order."""
+    assert selected(text) == names
+
+
+@pytest.mark.parametrize("text", ["none", "off", "0", "", ",", "none,all"])
+def test_nothing_is_known_beforehand(text: str) -> None:
+    """Where nothing can be selected, nobody needs to look at what is installed."""
+    assert Selection.parse(text).nothing
+
+
+@pytest.mark.parametrize("text", [None, "all", "mlflow", "no:mlflow", "unknown"])
+def test_something_may_be_selected(text: str | None) -> None:
+    """Where something can be selected, that is known too."""
+    assert not Selection.parse(text).nothing
+
+
+def test_unknown_names() -> None:
+    """Names that nothing installed has are told, wanted and unwanted ones alike."""
+    selection = Selection.parse("mlflow,Nope,no:gone-too,other:mlflow")
+    assert selection.unknown(INSTALLED) == ["nope", "other:mlflow", "gone_too"]
+    assert Selection.parse("all,no:wandb").unknown(INSTALLED) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "asked"),
+    [
+        ({}, False),
+        ({VARIABLE: "mlflow"}, True),
+        ({VARIABLE: "qitos-mlflow:MLflow"}, True),
+        ({VARIABLE: "all"}, True),
+        ({VARIABLE: "wandb"}, False),
+        ({VARIABLE: "all,no:mlflow"}, False),
+        ({VARIABLE: "no:wandb"}, False),
+        ({VARIABLE: "none"}, False),
+    ],
+)
+def test_named(environ: dict[str, str], asked: bool) -> None:
+    """A plugin learns whether somebody asked for it, as opposed to it being merely installed."""
+    assert named("mlflow", environ) is asked
+
+
+@given(st.text(alphabet="aAlL-_:*,no 0\u00fc\u2028", max_size=30))
+def test_every_text_is_a_selection(text: str) -> None:
+    """No value of the variable raises, and none selects what it takes out."""
+    selection = Selection.parse(text)
+    for name, distribution in INSTALLED:
+        assert selection.rank(name, distribution) is None or not selection.nothing
+        assert Selection.parse(f"{text},no:{name}").rank(name, distribution) is None
