@@ -102,6 +102,18 @@ def span_record(span: Any, step: int | None, content: bool, field_chars: int) ->
     return encode(record)
 
 
+def root_record(span: Any) -> dict[str, Any]:
+    """The record that announces a trace's first span: the root its tree has from the start."""
+    return {
+        "kind": "span_start",
+        "trace_id": span.trace_id,
+        "span_id": span.span_id,
+        "parent_id": span.parent_span_id,
+        "type": span.data.type,
+        "data": {"name": getattr(span.data, "name", None)},
+    }
+
+
 WITHHELD = "[content off]"
 
 

@@ -22,16 +22,18 @@ def _words(text: str) -> frozenset[str]:
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 _ALWAYS = _words(
-    "password passwords passwd pwd passphrase passcode secret secrets credential credentials creds "
-    "authorization auth cookie cookies jwt dsn apikey apikeys"
+    "password passwords passwd pwd passphrase passcode secret secrets credential credentials "
+    "creds authorization auth cookie cookies jwt dsn apikey apikeys"
 )
 """Words that make a name a credential's, wherever they stand in it."""
 
-_JOINED = _words(
-    "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey masterkey "
-    "accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken bearertoken "
-    "sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret password passwd "
-    "passphrase connectionstring connstr"
+_JOINED = tuple(
+    _words(
+        "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey masterkey "
+        "accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken bearertoken "
+        "sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret password passwd "
+        "passphrase connectionstring connstr"
+    )
 )
 """Endings of names written without any separator."""
 
@@ -67,7 +69,7 @@ def _is_credential(words: list[str]) -> bool:
     last = words[-1]
     if last in _HARMLESS_END:
         return False
-    if not _ALWAYS.isdisjoint(words) or last.endswith(tuple(_JOINED)):
+    if not _ALWAYS.isdisjoint(words) or "".join(words).endswith(_JOINED):
         return True
     if last == "token":
         return len(words) == 1 or words[-2] not in _TOKEN_COUNTED

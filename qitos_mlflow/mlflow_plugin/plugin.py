@@ -26,7 +26,7 @@ import orjson
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
-from qitos_mlflow.mlflow_plugin import capture
+from qitos_mlflow.mlflow_plugin import artifacts, capture
 from qitos_mlflow.mlflow_plugin.active_run import (
     ActiveRun,
     PendingRun,
@@ -68,6 +68,7 @@ class _Trace:
     run: PendingRun
     handling: BaseException | None
     steps: dict[str, int | None] = field(default_factory=dict)
+    awaits_root: bool = False
     recorded: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     ended: bool = False
@@ -118,6 +119,8 @@ class MlflowPlugin:
             active=ActiveRun(run, uri, adopt_uri=not settings.auto_end_run),
             run=run,
             handling=sys.exc_info()[1],
+            # The bridge's traces are one agent's run, whose span is the root of the tree.
+            awaits_root="agent_name" in (trace.metadata or {}),
         )
         trace_id = str(trace.trace_id)
         with self._lock:
@@ -133,6 +136,7 @@ class MlflowPlugin:
             "time_ns": time.time_ns(),
             "parent_run_id": parent_run_id(uri),
             "content": content,
+            "awaits_root": state.awaits_root,
         }
         pipeline.offer(capture.encode(record), keep=True)
         if self._may_wait(pipeline):
@@ -150,6 +154,10 @@ class MlflowPlugin:
         if step is None and span.data.type == "step":
             step = span.data.step_number
         state.steps[span.span_id] = step
+        if state.awaits_root:
+            state.awaits_root = False
+            record = capture.root_record(span)
+            state.pipeline.offer(capture.encode(record), keep=True)
         state.active.follow()
 
     @hookimpl
@@ -178,7 +186,11 @@ class MlflowPlugin:
         failure = getattr(trace, "error", None)
         if failure is None and not hasattr(trace, "error"):
             failure = capture.failure_in_flight(state.handling)
-        self._end(str(trace.trace_id), state, self._metadata(trace, state.content), failure)
+        metadata = self._metadata(trace, state.content)
+        if self.settings.log_artifacts and state.content:
+            for record in artifacts.of_trace(str(trace.trace_id), metadata):
+                state.pipeline.offer(capture.encode(record))
+        self._end(str(trace.trace_id), state, metadata, failure)
         state.active.leave(open=not self.settings.auto_end_run)
 
     @hookimpl

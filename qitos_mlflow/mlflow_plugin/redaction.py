@@ -13,6 +13,7 @@ What counts as either: `credentials`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -27,6 +28,9 @@ MAX_DEPTH = 256
 _SHORTEST = 8
 """Texts below this many characters have no room for a name and a value, or for a key's shape."""
 
+_REMEMBERED_CHARS = 8192
+"""Longer texts are not remembered, so that memory stays below 8 MB."""
+
 _SHORTEST_SHAPE = 16
 """Keys of a mapping below this many characters cannot be credentials themselves."""
 
@@ -35,6 +39,10 @@ def redact_text(text: str) -> str:
     """`text` with `MARKER` in the place of every credential in it; the same object if none."""
     if len(text) < _SHORTEST:
         return text
+    return _remembered(text) if len(text) <= _REMEMBERED_CHARS else _redacted(text)
+
+
+def _redacted(text: str) -> str:
     data = text.encode("utf-8", "surrogatepass")
     spans = find_credentials(data)
     if not spans:
@@ -47,6 +55,10 @@ def redact_text(text: str) -> str:
         kept = max(kept, end)
     parts.append(data[kept:])
     return b"".join(parts).decode("utf-8", "surrogatepass")
+
+
+# An agent sends its whole conversation again with every step: most texts have been seen before.
+_remembered = lru_cache(maxsize=1024)(_redacted)
 
 
 def redact(value: Any, _depth: int = 0) -> Any:

@@ -12,17 +12,25 @@ from typing import Any
 
 import orjson
 
+from qitos_mlflow.mlflow_plugin.artifacts import read
 from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
 
+OURS = frozenset(
+    {"kind", "trace_id", "span_id", "parent_id", "type", "step", "time_ns", "start_ns", "end_ns"}
+)
+"""Fields that hold nothing but ids, times and words of ours."""
 
-def refine(payload: bytes, field_bytes: int) -> bytes:
-    """The redacted record of what `capture` encoded.
+
+def refine(payload: bytes, field_bytes: int) -> bytes | None:
+    """The redacted record of what `capture` encoded; None for a file that is not there.
 
     Args:
         payload: one captured event.
         field_bytes: longest text kept of one field (bytes).
     """
-    record: dict[str, Any] = orjson.loads(payload)
+    record: dict[str, Any] | None = orjson.loads(payload)
+    if record is None or (record["kind"] == "artifact" and (record := read(record)) is None):
+        return None
     for text, number in (("started_at", "start_ns"), ("ended_at", "end_ns")):
         if text in record:
             record[number] = nanoseconds(record.pop(text))
@@ -30,8 +38,10 @@ def refine(payload: bytes, field_bytes: int) -> bytes:
         failure = record.get(key)
         if isinstance(failure, dict) and "frames" in failure:
             failure["stacktrace"] = _stack(failure)
-    record = redact(record)
-    if len(payload) > field_bytes:  # Redacted first: a cut could leave half a secret.
+    record = {key: value if key in OURS else redact(value) for key, value in record.items()}
+    if (
+        len(payload) > field_bytes and record["kind"] != "artifact"
+    ):  # Redacted first: a cut could leave half a secret.
         record = trim_fields(record, field_bytes)
     return orjson.dumps(record)
 

@@ -8,6 +8,8 @@ replace or coincide on the server.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,11 +19,15 @@ import orjson
 
 from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin import limits
-from qitos_mlflow.mlflow_plugin.destination import absolute, is_http
+from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_credentials
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunState
+from qitos_mlflow.mlflow_plugin.otlp import distinct
 from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment
+from qitos_mlflow.mlflow_plugin.spans import TraceFold, locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
 from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef, Transport
+
+_log = logging.getLogger("qitos_mlflow")
 
 Announce = Callable[[str, RunRef], None]
 
@@ -85,7 +91,9 @@ class MlflowSink:
         self._announce = announce
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
-        self._experiments: dict[str, str] = {}
+        self._process = {key: settings.get(key) for key in ("user", "source")}
+        self._experiment_id: str | None = None
+        self._log_traces = bool(settings.get("log_traces", True))
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
@@ -103,6 +111,8 @@ class MlflowSink:
             try:
                 record = orjson.loads(data)
                 trace = self._trace_of(record)
+                if record["kind"] == "trace_start":
+                    record.update(self._process)
                 if trace.refused is not None:
                     dead.append(DeadLetter(data, trace.refused))
                     continue
@@ -139,45 +149,58 @@ class MlflowSink:
             )
             # Without its start, a span is one that came after the trace had ended: look its run up.
             late = record["kind"] != "trace_start"
-            trace = TraceState(trace_id, totals, maybe_created=self._resumed or late)
+            tree = None
+            if self._log_traces and not late:
+                tree = TraceFold(constant_tags=self._settings.get("tags") or {})
+            trace = TraceState(trace_id, totals, tree, maybe_created=self._resumed or late)
             self._traces[trace_id] = trace
         return trace
 
     def _shipment(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> MlflowShipment:
-        calls: list[Call] = []
-        for trace in touched.values():
-            calls += self._calls(trace)
+        traces = list(touched.values())
+        calls = [call for trace in traces for call in self._run_calls(trace)]
+        calls += self._tree_calls(traces)
+        # Last, so that a run that has ended is complete.
+        calls += [
+            Call(partial(self._end_run, trace), ["end"], partial(_letter, trace), trace)
+            for trace in traces
+            if trace.ended and self._settings.get("auto_end_run", True)
+        ]
+        for trace in traces:
             if trace.ended or not trace.started:
                 del self._traces[trace.trace_id]
             trace.sent()
         return MlflowShipment(calls, dead)
 
-    def _calls(self, trace: TraceState) -> list[Call]:
-        calls: list[Call] = []
+    def _run_calls(self, trace: TraceState) -> Iterator[Call]:
+        letter = partial(_letter, trace)
         if trace.run is None:
             create = partial(self._create_run, trace, list(trace.tags))
             refused = partial(setattr, trace, "refused")
-            calls.append(Call(create, trace.records, bytes, trace, essential=refused))
+            yield Call(create, trace.records, bytes, trace, essential=refused)
         for chunk in _chunks(trace.metrics, trace.params, trace.tags):
-            calls.append(Call(partial(self._log, trace), chunk, partial(_letter, trace), trace))
-        if trace.ended and self._settings.get("auto_end_run", True):
-            calls.append(
-                Call(partial(self._end_run, trace), ["end"], partial(_letter, trace), trace)
-            )
-        return calls
+            yield Call(partial(self._log, trace), chunk, letter, trace)
+        for artifact in trace.artifacts:
+            yield Call(partial(self._write_artifact, trace), [artifact], letter, trace)
+
+    def _tree_calls(self, traces: Sequence[TraceState]) -> Iterator[Call]:
+        """Spans first, then what is known of their traces (MLFLOW.md 5b)."""
+        spans = distinct(span for trace in traces for span in trace.spans)
+        if spans:
+            yield Call(self._write_spans, spans, _span_letter)
+        for trace in traces:
+            if trace.tree is not None and trace.tree_changed:
+                write = partial(self._write_tree, trace)
+                yield Call(write, [trace.tree.info()], partial(_letter, trace), trace)
 
     # -- calls -------------------------------------------------------------------------------
 
     def _create_run(
         self, trace: TraceState, tags: list[tuple[str, str]], _items: Any, timeout_s: float
     ) -> None:
-        if trace.run is None:
-            name = limits.clean_text(self._settings["experiment_name"], limits.EXPERIMENT_CHARS)
-            if name not in self._experiments:
-                self._experiments[name] = self._transport.experiment_id(name, timeout_s)
-            experiment_id = self._experiments[name]
-            if trace.maybe_created:
-                trace.run = self._transport.find_run(experiment_id, trace.trace_id, timeout_s)
+        experiment_id = self._experiment(timeout_s)
+        if trace.run is None and trace.maybe_created:
+            trace.run = self._transport.find_run(experiment_id, trace.trace_id, timeout_s)
         if trace.run is None:
             if not trace.started:
                 raise Refused("NO_RUN", "the trace it belongs to has no run on this server")
@@ -187,16 +210,17 @@ class MlflowSink:
                 experiment_id,
                 trace.start_ms,
                 limits.clean_text(run_name, limits.RUN_NAME_CHARS),
-                [*tags[: limits.BATCH_TAGS - len(_SOURCE)], *self._source_tags()],
+                [("mlflow.source.type", "LOCAL"), *tags[: limits.BATCH_TAGS - 1]],
                 timeout_s,
             )
         if self._announce is not None:
             self._announce(trace.trace_id, trace.run)
 
-    def _source_tags(self) -> list[tuple[str, str]]:
-        settings = self._settings
-        values = (settings.get("user"), settings.get("source"), "LOCAL")
-        return [(key, str(value)) for key, value in zip(_SOURCE, values, strict=True) if value]
+    def _experiment(self, timeout_s: float) -> str:
+        if self._experiment_id is None:
+            name = limits.clean_text(self._settings["experiment_name"], limits.EXPERIMENT_CHARS)
+            self._experiment_id = self._transport.experiment_id(name, timeout_s)
+        return self._experiment_id
 
     def _log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         metrics = [item for kind, item in items if kind == "metric"]
@@ -204,12 +228,44 @@ class MlflowSink:
         tags = [item for kind, item in items if kind == "tag"]
         self._transport.log_batch(_run_of(trace).run_id, metrics, params, tags, timeout_s)
 
+    def _write_spans(self, spans: Sequence[Any], timeout_s: float) -> None:
+        if self._log_traces:
+            with self._without_traces():
+                self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
+
+    def _write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        if self._log_traces:
+            run_id = None if trace.run is None else trace.run.run_id
+            info = locate(items[0], self._experiment(timeout_s), run_id)
+            with self._without_traces():
+                self._transport.write_trace(info, timeout_s)
+
+    @contextlib.contextmanager
+    def _without_traces(self) -> Iterator[None]:
+        """Go on with runs alone where a server is too old, or a store too simple, for traces."""
+        try:
+            yield
+        except Refused as refusal:
+            if refusal.code not in NO_TRACES:
+                raise
+            self._log_traces = False
+            _log.warning(
+                "%s cannot store traces (%s): runs are logged, span trees are not",
+                without_credentials(self._transport.uri),
+                refusal.code,
+            )
+
+    def _write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        for path, content in items:
+            self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
+
     def _end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         status = trace.status or "FINISHED"
         self._transport.end_run(_run_of(trace).run_id, status, trace.end_ms, timeout_s)
 
 
-_SOURCE = ("mlflow.user", "mlflow.source.name", "mlflow.source.type")
+NO_TRACES = frozenset({"HTTP 404", "HTTP 405", "HTTP 501", "NOT_IMPLEMENTED"})
+"""What a server without MLflow's trace endpoints answers to them."""
 
 Item = tuple[str, Any]
 """What a log_batch call carries: "metric", "param" or "tag", and the thing itself."""
@@ -224,7 +280,19 @@ def _run_of(trace: TraceState) -> RunRef:
 def _letter(trace: TraceState, item: Any) -> bytes:
     """The dead letter of one item: enough to log it by hand."""
     run_id = None if trace.run is None else trace.run.run_id
-    return orjson.dumps({"trace_id": trace.trace_id, "run_id": run_id, "item": item}, default=vars)
+    return orjson.dumps(
+        {"trace_id": trace.trace_id, "run_id": run_id, "item": item}, default=_plain
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else vars(value)
+
+
+def _span_letter(span: Any) -> bytes:
+    from google.protobuf.json_format import MessageToDict
+
+    return orjson.dumps({"span": MessageToDict(span)})
 
 
 def _chunks(

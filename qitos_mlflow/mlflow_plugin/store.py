@@ -91,6 +91,8 @@ def _failures() -> Iterator[None]:
         if error.error_code == "INTERNAL_ERROR":
             raise Poisoned(str(error)[:300]) from error
         raise Refused(str(error.error_code), str(error)[:300]) from error
+    except NotImplementedError as error:
+        raise Refused("NOT_IMPLEMENTED", str(error)) from error
     except OSError as error:
         raise RetryLater(f"{type(error).__name__}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""One trace on its way to MLflow: its run, its totals, and what is waiting to be sent.
+"""One trace on its way to MLflow: its run, its totals and tree, and what is waiting to be sent.
 
 Part of the sink's state; turns to JSON and back, so that another process can go on with it.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunData, RunState
+from qitos_mlflow.mlflow_plugin.spans import TraceData, TraceFold
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 
 
@@ -18,7 +21,8 @@ class TraceState:
 
     Attributes:
         trace_id: QitOS's id.
-        totals: the fold over its records.
+        totals: the run's fold over its records.
+        tree: the MLflow trace's fold over its records; None when no traces are logged.
         name: the trace's name.
         start_ms: when it started, milliseconds since the epoch.
         run: its MLflow run, once created.
@@ -33,6 +37,7 @@ class TraceState:
 
     trace_id: str
     totals: RunState
+    tree: TraceFold | None
     name: str = ""
     start_ms: int = 0
     run: RunRef | None = None
@@ -45,20 +50,34 @@ class TraceState:
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    tree_changed: bool = False
+    artifacts: list[tuple[str, bytes]] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
 
     def take(self, record: dict[str, Any], data: bytes) -> None:
-        """Fold in the next record; what it adds waits in `metrics`, `params` and `tags`."""
+        """Fold in the next record; what it adds waits in the lists."""
+        self.records.append(data)
+        if record["kind"] == "artifact":
+            self.artifacts.append((record["path"], str(record["content"]).encode()))
+            return
         if record["kind"] == "trace_start":
             self.started = True
             self.name = str(record.get("name") or "")
             self.start_ms = int(record.get("time_ns") or 0) // 1_000_000
         self._add(self.totals.fold(record))
-        self.records.append(data)
+        if self.tree is not None:
+            self._add_to_tree(self.tree.fold(record))
 
     def kill(self, last_time_ns: int) -> None:
         """End the trace of a process that is gone."""
         self._add(self.totals.abandoned(last_time_ns))
+        if self.tree is not None:
+            self._add_to_tree(self.tree.abandoned(last_time_ns))
+
+    def _add_to_tree(self, data: TraceData) -> None:
+        self.spans += data.spans
+        self.tree_changed = self.tree_changed or data.changed
 
     def _add(self, data: RunData) -> None:
         self.metrics += data.metrics
@@ -70,12 +89,14 @@ class TraceState:
     def sent(self) -> None:
         """Forget what was waiting: it is part of a shipment now."""
         self.metrics, self.params, self.tags, self.records = [], [], [], []
+        self.spans, self.tree_changed, self.artifacts = [], False, []
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain JSON values; what is waiting is not part of it."""
         plain = dict(vars(self))
-        for waiting in ("metrics", "params", "tags", "records"):
+        for waiting in _WAITING:
             del plain[waiting]
+        plain["tree"] = None if self.tree is None else self.tree.to_json()
         plain["totals"] = self.totals.to_json()
         plain["run"] = None if self.run is None else self.run.to_json()
         return plain
@@ -83,11 +104,15 @@ class TraceState:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> TraceState:
         """The state that `to_json` described."""
-        run = plain.get("run")
+        run, tree = plain.get("run"), plain.get("tree")
         return cls(
             **{
                 **plain,
                 "totals": RunState.from_json(plain["totals"]),
+                "tree": TraceFold.from_json(tree) if tree else None,
                 "run": RunRef(**run) if run else None,
             }
         )
+
+
+_WAITING = ("metrics", "params", "tags", "spans", "tree_changed", "artifacts", "records")
