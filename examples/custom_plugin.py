@@ -37,8 +37,6 @@ class ToolTimes:
 
 
 if __name__ == "__main__":
-    from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-
     import qitos_mlflow.auto  # noqa: F401  # the start-up line does this where it runs
     from qitos_mlflow.cli._demo_agent import (
         DeskAgent,
@@ -47,6 +45,7 @@ if __name__ == "__main__":
         answer,
         search_almanac,
     )
+    from qitos_mlflow.plugins.adapter import PluginTraceProcessor
     from qitos_mlflow.tracing import add_trace_processor
 
     add_trace_processor(PluginTraceProcessor({"tool-times": ToolTimes()}))

@@ -19,25 +19,23 @@ SCHEMES = frozenset(
 STORE_GROUP = "mlflow.tracking_store"
 
 
-class TrackingUri(click.ParamType):
-    """A tracking URI of a kind MLflow knows; a plain path is one too."""
-
-    name = "uri"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        value = value.strip()
-        if not value:
-            self.fail("it is empty; give a URI such as http://localhost:5000", param, ctx)
-        scheme = urlsplit(value).scheme.lower()
-        if scheme in {"http", "https"} and not urlsplit(value).hostname:
-            self.fail(f"{value!r} names no host; such as http://localhost:5000", param, ctx)
-        # One letter is a drive of Windows, "mysql+pymysql" names the driver as well.
-        if len(scheme) > 1 and scheme.split("+")[0] not in SCHEMES and not _added(scheme):
-            if urlsplit(value).path.split("/")[0].isdigit():
-                self.fail(f"{value!r} has no scheme; did you mean http://{value}?", param, ctx)
-            known = ", ".join(sorted(SCHEMES))
-            self.fail(f"{value!r}: MLflow has no store {scheme!r}; it has: {known}", param, ctx)
-        return value
+def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Accept a tracking URI of a kind MLflow knows; a plain path is one too."""
+    if value is None:
+        return None
+    value = value.strip()
+    if not value:
+        raise click.BadParameter("it is empty; give a URI such as http://localhost:5000")
+    scheme = urlsplit(value).scheme.lower()
+    if scheme in {"http", "https"} and not urlsplit(value).hostname:
+        raise click.BadParameter(f"{value!r} names no host; such as http://localhost:5000")
+    # One letter is a drive of Windows; "mysql+pymysql" names the driver as well.
+    if len(scheme) > 1 and scheme.split("+")[0] not in SCHEMES and not _added(scheme):
+        if urlsplit(value).path.split("/")[0].isdigit():
+            raise click.BadParameter(f"{value!r} has no scheme; did you mean http://{value}?")
+        known = ", ".join(sorted(SCHEMES))
+        raise click.BadParameter(f"{value!r}: MLflow has no store {scheme!r}; it has: {known}")
+    return value
 
 
 def _added(scheme: str) -> bool:
@@ -46,34 +44,34 @@ def _added(scheme: str) -> bool:
     return any(entry.name == scheme for entry in entry_points(group=STORE_GROUP))
 
 
-class Tag(click.ParamType):
-    """One tag as key=value."""
-
-    name = "key=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+def tags(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Take each value apart at its first equals sign."""
+    pairs = []
+    for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key.strip():
-            self.fail(f"{value!r} is not a tag; write it as key=value", param, ctx)
-        return key.strip(), text
+            raise click.BadParameter(f"{value!r} is not a tag; write it as key=value")
+        pairs.append((key.strip(), text))
+    return tuple(pairs)
 
 
-class Name(click.ParamType):
-    """A text that is not empty."""
-
-    name = "name"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value.strip():
-            self.fail("it is empty; leave the option out for the default", param, ctx)
-        return value
+def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Accept any text but an empty one."""
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty; leave the option out for the default")
+    return value
 
 
-def tracking_uri(otherwise: str = "MLflow's own, MLFLOW_TRACKING_URI or the local store") -> Any:
+def tracking_uri(
+    otherwise: str = "MLflow's own, MLFLOW_TRACKING_URI or the local store",
+) -> Callable[[F], F]:
     """`--tracking-uri`, where runs are; `otherwise` says what holds without it."""
     return click.option(
         "--tracking-uri",
-        type=TrackingUri(),
+        metavar="URI",
+        callback=a_tracking_uri,
         help=f"MLflow server or store that holds the runs.  [default: {otherwise}]",
     )
 
@@ -82,7 +80,8 @@ def experiment_name(command: F) -> F:
     """`--experiment-name`, the experiment the runs are in."""
     return click.option(
         "--experiment-name",
-        type=Name(),
+        metavar="NAME",
+        callback=not_empty,
         help="MLflow experiment of the runs, created when missing.  "
         "[default: MLFLOW_EXPERIMENT_NAME, else qitos]",
     )(command)

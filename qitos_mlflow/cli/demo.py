@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +15,11 @@ from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import experiment_name, tracking_uri
 
 if TYPE_CHECKING:
+    from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
     from qitos_mlflow.mlflow_plugin.readback import LoggedRun, Readback
+
+LOCAL_STORE_S = 60.0
+"""A local store is certain to be there, but its first use imports mlflow and makes tables."""
 
 TAG = "qitos.demo"
 """Tag of the demo's runs; its value is another one each time."""
@@ -35,16 +40,13 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
     from qitos_mlflow.tracing import add_trace_processor, remove_trace_processor
 
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # This screen is the demo's.
     tag = (TAG, uuid.uuid4().hex)
-    processor = MlflowTraceProcessor(
-        tracking_uri=tracking_uri,
-        tags=dict([tag]),
-        **{"experiment_name": experiment_name} if experiment_name else {},
-    )
+    named: dict[str, Any] = {"experiment_name": experiment_name} if experiment_name else {}
+    processor = MlflowTraceProcessor(tracking_uri=tracking_uri, tags=dict([tag]), **named)
     add_trace_processor(processor)
     try:
-        run_all_tasks()
-        delivered = processor.force_flush()
+        delivered = run_and_deliver(processor)
     finally:
         remove_trace_processor(processor)
         processor.shutdown()
@@ -62,21 +64,30 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     show(read_runs(settings.tracking_uri, settings.experiment_name, tag))
 
 
-def run_all_tasks() -> None:
-    """Run the demo's tasks one after another, with a progress bar where there is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+def run_and_deliver(processor: MlflowTraceProcessor) -> bool:
+    """Run the tasks one after another; True when all of it has been delivered in time.
+
+    With a progress bar where there is a terminal.
+    """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
+    from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 
-    columns = TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn()
-    steps = sum(len(task.replies) for task in TASKS)
+    settings = processor.mlflow_plugin.settings
+    wait_s = settings.flush_timeout_s if is_http(tracking_uri(settings)) else LOCAL_STORE_S
+    columns = TextColumn("{task.description:28}"), BarColumn(), TaskProgressColumn()
     with tempfile.TemporaryDirectory() as directory, Progress(*columns) as progress:
         prepare_workspace(Path(directory))
-        bar = progress.add_task("", total=steps)
+        bar = progress.add_task("", total=sum(len(task.replies) for task in TASKS))
         for task in TASKS:
             progress.update(bar, description=f"{task.agent}: {task.id}")
             run_task(task, Path(directory), step_began=lambda: progress.advance(bar))
-        progress.update(bar, description="steps")
+        progress.update(bar, description="agents")
+        bar = progress.add_task("delivery to MLflow", total=None)
+        delivered = processor.force_flush(wait_s)
+        progress.update(bar, total=1, completed=int(delivered))
+    return delivered
 
 
 def show(found: Readback) -> None:
@@ -84,14 +95,14 @@ def show(found: Readback) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="What MLflow has now", title_justify="left")
-    for heading in ("run", "model", "status", "stop reason"):
+    console = Console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # 80 columns are enough.
+    for heading in ("run", "status", "stop reason"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("steps", "tools", "tokens", "critic", "seconds"):
+    for heading in ("steps", "tools", "tokens", "critic", "sec"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in found.runs:
         table.add_row(*_row(run))
-    console = Console()
     console.print(table)
     command = found.server_command
     if command is None:
@@ -103,9 +114,9 @@ def show(found: Readback) -> None:
 def _row(run: LoggedRun) -> list[str]:
     status = run.status if run.status == "FINISHED" else f"[red]{run.status}[/red]"
     score = "" if run.critic_score is None else f"{run.critic_score:.2f}"
-    duration = "" if run.duration_s is None else f"{run.duration_s:.3f}"
+    duration = "" if run.duration_s is None else f"{run.duration_s:.2f}"
     return [
-        *(run.name, run.model or "", status, run.stop_reason or ""),
+        *(run.name, status, run.stop_reason or ""),
         *("" if count is None else str(count) for count in (run.steps, run.tool_calls, run.tokens)),
         *(score, duration),
     ]

@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from qitos_mlflow.cli import Handover, Refused
-from qitos_mlflow.cli._options import Name, Tag, experiment_name, tracking_uri
+from qitos_mlflow.cli import Handover, Refused, _options
 
 
 @click.command(
@@ -26,10 +25,22 @@ from qitos_mlflow.cli._options import Name, Tag, experiment_name, tracking_uri
     options_metavar="[OPTIONS] [--]",
 )
 @click.option("-m", "as_module", is_flag=True, help="TARGET is a module, as with python -m.")
-@tracking_uri()
-@experiment_name
-@click.option("--run-name", type=Name(), help="Name of the MLflow runs.  [default: the agent's]")
-@click.option("--tag", "tags", type=Tag(), multiple=True, help="A tag of the runs; repeatable.")
+@_options.tracking_uri()
+@_options.experiment_name
+@click.option(
+    "--run-name",
+    metavar="NAME",
+    callback=_options.not_empty,
+    help="Name of the MLflow runs.  [default: the agent's]",
+)
+@click.option(
+    "--tag",
+    "tags",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_options.tags,
+    help="A tag of the runs; may be given several times.",
+)
 @click.argument("target")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def run(

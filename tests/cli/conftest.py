@@ -12,29 +12,43 @@ import pytest
 
 import qitos_mlflow
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+def environment(**environ: str) -> dict[str, str]:
+    """The environment of every process started here: the package is importable in it."""
+    package = str(Path(qitos_mlflow.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **environ}
+
+
+def run_python(*args: str, cwd: Path | None = None, **environ: str) -> Done:
+    """Run `python args…`, with nothing on its stdin."""
+    return subprocess.run(
+        [sys.executable, *args],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=cwd,
+        env=environment(**environ),
+        check=False,
+    )
+
+
+def run_cli(*args: str, cwd: Path | None = None, **environ: str) -> Done:
+    """Run `qitos-mlflow args…`."""
+    return run_python("-m", "qitos_mlflow.cli", *args, cwd=cwd, **environ)
 
 
 @pytest.fixture
 def python() -> Run:
-    """Runs `python args…` in the test's directory, the package importable."""
-
-    def run(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        package = str(Path(qitos_mlflow.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        return subprocess.run(
-            [sys.executable, *args],
-            capture_output=True,
-            text=True,
-            timeout=100,
-            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **environ},
-            check=False,
-        )
-
-    return run
+    """Runs `python args…` in the test's directory."""
+    return run_python
 
 
 @pytest.fixture
-def cli(python: Run) -> Run:
+def cli() -> Run:
     """Runs `qitos-mlflow args…` in the test's directory."""
-    return lambda *args, **environ: python("-m", "qitos_mlflow.cli", *args, **environ)
+    return run_cli

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from qitos_mlflow.cli._demo_tasks import TASKS, DemoTask, prepare_workspace, run_task
 from qitos_mlflow.mlflow_plugin.readback import Readback, read_runs
-from tests.cli.conftest import Run
+from tests.cli.conftest import Done, Run, run_cli
 
 EXPERIMENT = "desk"
 STATUS = {"unrecoverable_error": "FAILED"}
@@ -23,17 +22,25 @@ def actions(demo: DemoTask) -> int:
     return sum(len(json.loads(reply).get("actions", [])) for reply in replies)
 
 
-@pytest.fixture
-def logged(tmp_path: Path, cli: Run) -> tuple[subprocess.CompletedProcess[str], Readback]:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the demo of this module's tests logs to."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/demo.db"
+
+
+@pytest.fixture(scope="module")
+def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Readback]:
     """The finished command, and what MLflow has of it."""
-    uri = f"sqlite:///{tmp_path}/demo.db"
-    done = cli("demo", "--tracking-uri", uri, "--experiment-name", EXPERIMENT)
+    options = ("--tracking-uri", store, "--experiment-name", EXPERIMENT)
+    spool = str(tmp_path_factory.mktemp("spool"))
+    cwd = tmp_path_factory.mktemp("demo")
+    done = run_cli("demo", *options, cwd=cwd, QITOS_MLFLOW_SPOOL_DIR=spool)
     assert done.returncode == 0, done.stderr
-    return done, read_runs(uri, EXPERIMENT)
+    return done, read_runs(store, EXPERIMENT)
 
 
 def test_the_runs_are_in_mlflow_correct_to_the_digit(
-    logged: tuple[subprocess.CompletedProcess[str], Readback], tmp_path: Path
+    logged: tuple[Done, Readback], tmp_path: Path
 ) -> None:
     """Every task is one run, with the status, counts, tokens and scores the Engine really had."""
     workspace = tmp_path / "again"
@@ -57,27 +64,28 @@ def test_the_runs_are_in_mlflow_correct_to_the_digit(
         assert run.critic_score == (sum(scores) / len(scores) if scores else None)
 
 
-def test_what_is_printed_is_what_mlflow_has(
-    logged: tuple[subprocess.CompletedProcess[str], Readback], tmp_path: Path
-) -> None:
+def test_what_is_printed_is_what_mlflow_has(logged: tuple[Done, Readback], store: str) -> None:
     """The table has one row a run, and the last lines open the page of that very store."""
     done, found = logged
-    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in done.stdout.splitlines() if "│" in line]
-    assert [(row[0], row[2], row[3], row[4], row[6]) for row in rows] == [
-        (run.name, run.status, run.stop_reason, str(run.steps), str(run.tokens))
-        for run in found.runs
+    lines = done.stdout.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("run "))
+    rows = [line.split() for line in lines[head + 1 : head + 1 + len(TASKS)]]
+    assert [row[:3] for row in rows] == [[r.name, r.status, r.stop_reason] for r in found.runs]
+    assert [row[3:6] for row in rows] == [
+        [str(run.steps), str(run.tool_calls), str(run.tokens)] for run in found.runs
     ]
-    assert f"mlflow server --backend-store-uri sqlite:///{tmp_path}/demo.db" in done.stdout
+    assert [row[6:-1] for row in rows] == [
+        [] if run.critic_score is None else [f"{run.critic_score:.2f}"] for run in found.runs
+    ]
+    assert f"mlflow server --backend-store-uri {store} --port 5000\n" in done.stdout
     assert done.stdout.endswith(f"http://localhost:5000/#/experiments/{found.experiment_id}\n")
 
 
-def test_two_demos_do_not_mix(tmp_path: Path, cli: Run) -> None:
-    """A second demo into the same store shows its own runs only."""
-    uri = f"sqlite:///{tmp_path}/demo.db"
-    for _ in range(2):
-        done = cli("demo", "--tracking-uri", uri)
-        assert done.stdout.count("astronomer") == 3
-    assert len(read_runs(uri, "qitos").runs) == 2 * len(TASKS)
+def test_two_demos_do_not_mix(logged: tuple[Done, Readback], store: str, cli: Run) -> None:
+    """A second demo into the same experiment shows its own runs only."""
+    again = cli("demo", "--tracking-uri", store, "--experiment-name", EXPERIMENT)
+    assert again.stdout.count("astronomer") == logged[0].stdout.count("astronomer") == 3
+    assert len(read_runs(store, EXPERIMENT).runs) == 2 * len(TASKS)
 
 
 def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run) -> None:

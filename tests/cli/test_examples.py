@@ -10,15 +10,13 @@ from qitos_mlflow.mlflow_plugin.readback import read_runs
 from tests.cli.conftest import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STORE = "sqlite:///examples.db"
-
 EXPECTED = {
     "by_hand.py": (["answer: 42", "delivered: True"], ["by-hand"]),
     "autolog_example.py": (
         ["Good day, Ada.", "Good day, Grace.", "Good day, nobody who is logged."],
         ["greeter", "greeter"],
     ),
-    "concurrent.py": (
+    "concurrent_agents.py": (
         [" ".join(str(number**2) for number in range(16)), "delivered: True"],
         [f"squarer-{number:02}" for number in range(16)],
     ),
@@ -32,14 +30,15 @@ def test_no_example_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_example(python: Run, name: str) -> None:
+def test_example(tmp_path: Path, python: Run, name: str) -> None:
     """The example prints what it promises, and its runs are in MLflow, all finished."""
     lines, runs = EXPECTED[name]
-    got = python(str(EXAMPLES / name), MLFLOW_TRACKING_URI=STORE, QITOS_TRACE_PLUGINS="all")
+    store = f"sqlite:///{tmp_path}/examples.db"
+    got = python(str(EXAMPLES / name), MLFLOW_TRACKING_URI=store, QITOS_TRACE_PLUGINS="all")
     assert got.returncode == 0, got.stderr
     printed = got.stdout.splitlines()
     assert len(printed) == len(lines)
     assert all(seen.startswith(line) for seen, line in zip(printed, lines, strict=True))
-    logged = read_runs(STORE, "qitos-examples").runs
+    logged = read_runs(store, "qitos-examples").runs
     assert sorted(run.name for run in logged) == runs
     assert {run.status for run in logged} <= {"FINISHED"}

@@ -1,4 +1,4 @@
-"""Many agents at once, one processor: python examples/concurrent.py
+"""Many agents at once, one processor: python examples/concurrent_agents.py
 
 16 agents in 8 threads become 16 runs; nothing of one shows up in another. Needs no key and no
 network. The runs go to MLFLOW_TRACKING_URI or MLflow's local store.

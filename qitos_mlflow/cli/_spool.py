@@ -1,0 +1,83 @@
+"""What the commands about the spool share: which segments are meant, and where they are to go."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qitos_mlflow.cli import Refused
+
+if TYPE_CHECKING:
+    from qitos_mlflow.delivery import Paths, SegmentInfo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_STORE = "MLflow's local store"
+
+
+def paths_argument(command: F) -> F:
+    """`PATH…`: spool directories, or single files of segments."""
+    return click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))(
+        command
+    )
+
+
+def default_directory() -> Path:
+    """This user's spool, as the settings have it."""
+    from qitos_mlflow.settings import Settings
+
+    return Settings.resolve().spool_dir
+
+
+def segments_in(paths: Iterable[Path]) -> list[Paths]:
+    """The segments that are meant, each once, oldest first; without paths those of the spool.
+
+    A segment whose file is gone by now is none to complain of: it has been delivered.
+    """
+    from qitos_mlflow.delivery import find_segments
+
+    chosen = tuple(paths)
+    found: dict[Paths, None] = {}
+    for path in chosen or (default_directory(),):
+        segments = find_segments(path)
+        if chosen and not segments and not path.is_dir():
+            raise Refused(
+                f"{str(path)!r} is neither a directory nor a file of a spool; without a path, "
+                f"{default_directory()} is meant"
+            )
+        found.update(dict.fromkeys(segments))
+    return list(found)
+
+
+def header_of(segment: SegmentInfo) -> dict[str, Any]:
+    """Where the segment's records are to go, as its header has it; empty where it is damaged."""
+    if segment.header is None:
+        return {}
+    header: dict[str, Any] = json.loads(segment.header)
+    return header
+
+
+def destination_of(header: dict[str, Any]) -> str:
+    """The header's destination, for people."""
+    if not header:
+        return "unknown"
+    return header.get("tracking_uri") or f"{DEFAULT_STORE} in {header.get('cwd')}"
+
+
+def age(time_ns: int) -> str:
+    """How long ago, for people."""
+    seconds = max(0.0, time.time() - time_ns / 1e9)
+    for unit, size_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def plural(count: int, noun: str) -> str:
+    """Such as "1 record" and "2 records"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

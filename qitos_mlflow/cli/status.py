@@ -1,0 +1,159 @@
+"""`qitos-mlflow status`: what waits in the spool, what was lost and why, and who answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qitos_mlflow.cli._options import tracking_uri
+from qitos_mlflow.cli._spool import (
+    age,
+    default_directory,
+    destination_of,
+    header_of,
+    paths_argument,
+    plural,
+    segments_in,
+)
+
+if TYPE_CHECKING:
+    from qitos_mlflow.delivery import Paths, SegmentInfo
+
+TORN = "torn or corrupt line in the spool"
+
+
+@click.command()
+@paths_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@tracking_uri(otherwise="what the segments have recorded, and MLFLOW_TRACKING_URI")
+def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> None:
+    """Show what waits in the spool and what was lost.
+
+    By process, whether it lives; dead letters and losses by their reasons; whether the servers
+    answer. Changes nothing. A run that has ended has its losses in its own tags as well.
+    """
+    found = survey(paths, tracking_uri)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
+    """All there is to say, as JSON has it. Reads every record that waits; asks each server."""
+    from qitos_mlflow.cli._server import ask
+    from qitos_mlflow.delivery import inspect_segment
+    from qitos_mlflow.mlflow_plugin.destination import is_http
+    from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
+    from qitos_mlflow.settings import Settings
+
+    lost: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    segments = []
+    servers = {tracking_uri or destination(Settings.resolve())}
+    for paths_of_segment in segments_in(paths):
+        segment = inspect_segment(paths_of_segment)
+        if not (segment.size_bytes or segment.dead_letters or segment.bad_lines):
+            continue  # Its process is just beginning or just done.
+        segments.append(_described(segment))
+        lost += lost_spans(paths_of_segment)
+        refused += reasons(paths_of_segment.dead)
+        if segment.bad_lines:
+            lost[TORN] += segment.bad_lines
+        if segment.size_bytes and is_http(uri := header_of(segment).get("tracking_uri")):
+            servers.add(uri)
+    return {
+        "directories": [str(path) for path in paths or (default_directory(),)],
+        "segments": segments,
+        "waiting": sum(segment["waiting"] for segment in segments),
+        "dead_letters": dict(refused.most_common()),
+        "lost": dict(lost.most_common()),
+        "servers": [ask(uri)._asdict() for uri in sorted(servers, key=str)],
+    }
+
+
+def lost_spans(paths: Paths) -> Counter[str]:
+    """Spans lost of traces whose end still waits, by reason; the rest is in the runs' tags."""
+    from qitos_mlflow.delivery import waiting_records
+
+    lost: Counter[str] = Counter()
+    for record in waiting_records(paths):
+        if b'"trace_end"' in record:
+            try:
+                content = json.loads(record)
+                if content["kind"] == "trace_end":
+                    lost.update(content["dropped"])
+            except (ValueError, KeyError, TypeError):
+                continue  # Not to be judged here: the sink will refuse it and say why.
+    return lost
+
+
+def reasons(dead: Path) -> Counter[str]:
+    """Why the records in a dead-letter file were refused."""
+    found: Counter[str] = Counter()
+    try:
+        lines = dead.read_bytes().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            found[str(json.loads(line)["reason"])] += 1
+        except (ValueError, KeyError, TypeError):
+            found["unknown: the line is torn"] += 1
+    return found
+
+
+def _described(segment: SegmentInfo) -> dict[str, Any]:
+    header = header_of(segment)
+    return {
+        "segment": segment.paths.stem,
+        "directory": str(segment.paths.directory),
+        "destination": destination_of(header),
+        "experiment": header.get("experiment_name"),
+        "host": segment.host,
+        "pid": segment.pid,
+        "owner": "alive" if segment.owner_alive else "dead",
+        "offline": segment.offline,
+        "shipping": segment.shipping,
+        "waiting": segment.waiting,
+        "dead_letters": segment.dead_letters,
+        "bad_lines": segment.bad_lines,
+        "bytes": segment.size_bytes,
+        "last_record_ns": segment.last_time_ns,
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if found["segments"]:
+        table = Table()
+        for heading in ("process", "owner", "destination", "waiting", "refused", "last record"):
+            table.add_column(heading, overflow="fold")
+        for segment in found["segments"]:
+            owner = segment["owner"] + (", offline" if segment["offline"] else "")
+            row = (
+                *(f"{segment['pid']} on {segment['host']}", owner, segment["destination"]),
+                *(str(segment["waiting"]), str(segment["dead_letters"])),
+                age(segment["last_record_ns"]) if segment["last_record_ns"] else "",
+            )
+            table.add_row(*map(escape, row))
+        console.print(table)
+    where = ", ".join(found["directories"])
+    count = plural(found["waiting"], "record")
+    click.echo(f"{count} in {plural(len(found['segments']), 'segment')} wait in {where}")
+    for title, counts in (("refused for good", found["dead_letters"]), ("lost", found["lost"])):
+        for reason, number in counts.items():
+            click.echo(f"{number} {title}: {reason}")
+    for server in found["servers"]:
+        state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
+        click.echo(f"{server['uri']}{state}: {server['detail']}")
+    if any(s["waiting"] and s["owner"] == "dead" for s in found["segments"]):
+        click.echo("Deliver what dead processes left with: qitos-mlflow sync")

@@ -1,0 +1,354 @@
+"""`sync`, `status` and `spool purge` on real spools, of agents that are alive, done and killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from qitos_mlflow.cli import main
+from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.readback import LoggedRun, read_runs
+from qitos_mlflow.settings import Settings
+from tests.cli.conftest import Run, environment
+
+NOWHERE = "http://127.0.0.1:9"
+DEADLINE_S = 60.0
+
+AGENT = """\
+import sys
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer
+from qitos_mlflow.tracing import add_trace_processor
+
+def ask():
+    "Wait for an answer on stdin."
+    print("waiting", flush=True)
+    return sys.stdin.readline().strip()
+
+experiment, uri = sys.argv[1:]
+processor = MlflowTraceProcessor(experiment_name=experiment, tracking_uri=uri, offline=True)
+add_trace_processor(processor)
+model = ScriptedModel("scripted-small", [act("Ask.", ("ask", {})), answer("Told.", "thanks")])
+agent = DeskAgent("asker", model, [ask])
+agent.run(task="Ask.", trace=False, render=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local store shared by these tests, each of which has an experiment of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def experiment(request: pytest.FixtureRequest) -> str:
+    """The experiment of this test."""
+    return str(request.node.name)
+
+
+Agent = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path, store: str, experiment: str) -> Iterator[Callable[..., Agent]]:
+    """Starts an offline agent, which is inside its only tool call when this returns."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    started: list[Agent] = []
+
+    def start_agent(uri: str = store) -> Agent:
+        process = subprocess.Popen(
+            [sys.executable, "agent.py", experiment, uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        return process
+
+    yield start_agent
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(agent: Agent) -> None:
+    """Let the agent go on to its end."""
+    agent.communicate("go on\n", timeout=DEADLINE_S)
+    assert agent.returncode == 0
+
+
+def status() -> dict[str, Any]:
+    """What `qitos-mlflow status --json` says."""
+    done = CliRunner().invoke(main, ["status", "--json"])
+    assert done.exit_code == 0, done.output
+    told: dict[str, Any] = json.loads(done.output)
+    return told
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until `true`, for a process that has no other way to tell."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(store: str, experiment: str) -> tuple[LoggedRun, ...]:
+    """The test's runs."""
+    return read_runs(store, experiment).runs
+
+
+def write_segment(tmp_path: Path, uri: str, experiment: str, *records: bytes) -> Path:
+    """Leave a segment with these records behind, as a process that is gone."""
+    settings = Settings.resolve(experiment_name=experiment)
+    pipeline = Pipeline(
+        header=segment_header(settings, uri),
+        refine=lambda payload: payload,
+        open_sink=None,
+        directory=tmp_path / "spool",
+        queue_bytes=1 << 20,
+        spool_bytes=1 << 30,
+    )
+    for record in records:
+        assert pipeline.offer(record, keep=True)
+    pipeline.close(DEADLINE_S)
+    (part,) = pipeline.leftover()[1]
+    return part
+
+
+def trace(**end: Any) -> tuple[bytes, bytes]:
+    """The two records of a trace without spans."""
+    start = {
+        "kind": "trace_start",
+        "trace_id": "0b9f4a42-1b1f-4c39-8a6d-2f1a2f6a8f10",
+        "name": "bare",
+        "group_id": None,
+        "metadata": {},
+        "time_ns": time.time_ns(),
+        "parent_run_id": None,
+        "content": True,
+    }
+    rest = {"kind": "trace_end", "metadata": {}, "status": "FINISHED", "error": None}
+    rest |= {"time_ns": time.time_ns(), "recorded": 0, "dropped": {}}
+    return json.dumps(start).encode(), json.dumps({**start, **rest, **end}).encode()
+
+
+def test_what_an_offline_agent_left_is_shown_and_delivered(
+    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """Status names what waits and where it is to go; sync brings it there; nothing is left."""
+    agent = start()
+    finish(agent)
+    told = status()
+    (segment,) = told["segments"]
+    assert (segment["pid"], segment["owner"], segment["offline"]) == (agent.pid, "dead", True)
+    assert (segment["destination"], segment["experiment"]) == (store, experiment)
+    assert segment["waiting"] == told["waiting"] > 5
+    done = cli("sync")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{told['waiting']} records delivered, 1 segment finished\n"
+    (run,) = runs(store, experiment)
+    assert (run.name, run.status, run.stop_reason, run.steps) == ("asker", "FINISHED", "final", 2)
+    told = status()
+    assert (told["segments"], told["waiting"]) == ([], 0)
+    assert cli("sync").stdout == "0 records delivered, 0 segments finished\n"
+
+
+def test_a_run_whose_process_was_killed_is_closed(
+    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """After kill -9 in mid-run, sync delivers what there is and ends the run as KILLED."""
+    agent = start()
+    eventually(lambda: status()["waiting"] > 0)
+    agent.kill()
+    agent.communicate()
+    assert cli("sync").returncode == 0
+    (run,) = runs(store, experiment)
+    assert (run.name, run.status) == ("asker", "KILLED")
+    assert status()["segments"] == []
+
+
+def test_sync_beside_a_living_agent_does_no_harm(
+    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """A living offline agent is delivered so far, goes on undisturbed, and ends as one run."""
+    agent = start()
+    eventually(lambda: status()["waiting"] > 0)
+    assert status()["segments"][0]["owner"] == "alive"
+    assert cli("sync").returncode == 0
+    (run,) = runs(store, experiment)
+    assert run.status == "RUNNING"
+    finish(agent)
+    assert cli("sync").returncode == 0
+    (run,) = runs(store, experiment)
+    assert (run.status, run.steps) == ("FINISHED", 2)
+
+
+def test_several_syncs_at_once_do_no_harm(
+    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """Three syncs at once end well, and each run is there once."""
+    for agent in [start(), start()]:
+        finish(agent)
+    at_once = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qitos_mlflow.cli", "sync"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for _ in range(3)
+    ]
+    for process in at_once:
+        _, errors = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0, errors
+    eventually(lambda: status()["segments"] == [])
+    assert [(run.status, run.steps) for run in runs(store, experiment)] == [("FINISHED", 2)] * 2
+
+
+def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
+    tmp_path: Path, cli: Run, store: str, experiment: str
+) -> None:
+    """Sync gives up on a dead server, says so and keeps all; --tracking-uri delivers elsewhere."""
+    write_segment(tmp_path, NOWHERE, experiment, *trace())
+    done = cli("sync", "--patience", "0")
+    assert done.returncode == 1
+    assert f"{NOWHERE} takes nothing: " in done.stderr
+    assert "1 segment kept for another time" in done.stderr
+    assert "Traceback" not in done.stderr
+    (server,) = (s for s in status()["servers"] if s["uri"] == NOWHERE)
+    assert server["reachable"] is False
+    assert cli("sync", "--tracking-uri", store).returncode == 0
+    assert [(run.name, run.status) for run in runs(store, experiment)] == [("bare", "FINISHED")]
+
+
+def test_losses_and_dead_letters_are_told_by_reason(
+    tmp_path: Path, cli: Run, store: str, experiment: str
+) -> None:
+    """What was dropped and what the server refuses for good is counted with its reasons."""
+    dropped = {"queue_full": 3, "spool_full": 1}
+    write_segment(tmp_path, store, experiment, *trace(dropped=dropped, recorded=4), b"no record")
+    assert status()["lost"] == dropped
+    assert "3 lost: queue_full" in cli("status").stdout
+    done = cli("sync")
+    assert done.returncode == 0
+    assert "1 record refused by the server for good" in done.stdout
+    (reason,) = status()["dead_letters"]
+    assert reason.startswith("not a record")
+    assert f"1 refused for good: {reason}" in cli("status").stdout
+
+
+def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(
+    tmp_path: Path, cli: Run, store: str, experiment: str
+) -> None:
+    """Nothing is guessed: without a header sync asks for the destination, and then delivers."""
+    part = write_segment(tmp_path, store, experiment, *trace())
+    content = part.read_bytes()
+    at = content.index(b"experiment_name")
+    part.write_bytes(content[:at] + b"E" + content[at + 1 :])
+    assert status()["segments"][0]["destination"] == "unknown"
+    done = cli("sync")
+    assert done.returncode == 1
+    assert f"qitos-mlflow sync --tracking-uri URI {part}" in done.stderr
+    done = cli(
+        *("sync", "--tracking-uri", store, str(part)), QITOS_MLFLOW_EXPERIMENT_NAME=experiment
+    )
+    assert done.returncode == 0, done.stderr
+    assert [run.status for run in runs(store, experiment)] == ["FINISHED"]
+
+
+def test_follow_delivers_what_comes_until_it_is_told_to_end(
+    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """As a sidecar, sync delivers agents that start later; SIGTERM ends it with exit code 0."""
+    sidecar = subprocess.Popen(
+        [sys.executable, "-m", "qitos_mlflow.cli", "sync", "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        finish(start())
+        eventually(lambda: [run.status for run in runs(store, experiment)] == ["FINISHED"])
+        sidecar.send_signal(signal.SIGTERM)
+        output, errors = sidecar.communicate(timeout=DEADLINE_S)
+    finally:
+        sidecar.kill()
+    assert sidecar.returncode == 0, errors
+    assert output.endswith("records delivered\n")
+
+
+def test_purge_asks_and_spares_the_living(
+    tmp_path: Path, start: Callable[..., Agent], cli: Run, store: str, experiment: str
+) -> None:
+    """Purge deletes nothing unasked, and nothing of a process that lives."""
+    part = write_segment(tmp_path, store, experiment, *trace())
+    start()
+    eventually(lambda: len(status()["segments"]) == 2)
+    done = cli("spool", "purge")  # Its stdin is at its end.
+    assert done.returncode == 1
+    assert "1 segment with 2 records not delivered yet" in done.stdout
+    assert part.exists()
+    done = cli("spool", "purge", "--yes")
+    assert done.returncode == 0
+    assert done.stdout.endswith("1 segment deleted; 1 segment in use\n")
+    assert not part.exists()
+    assert [s["owner"] for s in status()["segments"]] == ["alive"]
+
+
+def test_a_server_that_answers_is_told_with_its_version(cli: Run) -> None:
+    """Status asks the configured server for its version."""
+
+    class Version(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"3.17.2")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Version) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            uri = f"http://127.0.0.1:{server.server_port}"
+            shown = cli("status", MLFLOW_TRACKING_URI=uri).stdout
+        finally:
+            server.shutdown()
+            thread.join()
+    assert f"{uri} answers: MLflow 3.17.2" in shown
+
+
+@pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])
+def test_a_path_that_is_no_spool_is_named(cli: Run, command: tuple[str, ...]) -> None:
+    """A wrong path exits with 2 and says which directory would be meant."""
+    done = cli(*command, "no-such-thing")
+    assert done.returncode == 2
+    assert "'no-such-thing' is neither a directory nor a file of a spool" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_where_there_is_no_spool_there_is_nothing_to_do(cli: Run) -> None:
+    """Without a spool all three commands say so and succeed."""
+    assert cli("sync").stdout == "0 records delivered, 0 segments finished\n"
+    assert cli("status").stdout.startswith("0 records in 0 segments wait in ")
+    assert cli("spool", "purge").stdout == "Nothing to delete\n"
