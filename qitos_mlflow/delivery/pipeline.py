@@ -9,6 +9,10 @@ the first offer does. A forked child begins anew: its own queue, segment and thr
 
 from __future__ import annotations
 
+# Not used here. Its import registers with threading, which raises once the interpreter shuts down:
+# a sink importing mlflow in a short script's last moments would fail. It also registers with fork,
+# which complains when that happens on another thread in mid-fork. 1.5 ms.
+import concurrent.futures.thread  # noqa: F401
 import os
 import threading
 import time
@@ -33,6 +37,9 @@ DISK_GRACE_S = 0.25
 """close() gives the worker at least this long: what does not reach the disk is lost."""
 STOP_GRACE_S = 0.1
 """close() gives the shipper at least this long to see that it shall stop, and free its lock."""
+
+FORK_WAIT_S = 2.0
+"""Longest time a fork waits for a sink that is just being opened (seconds)."""
 
 
 class Pipeline:
@@ -155,11 +162,13 @@ class _Running:
         self.segment = segment
         self.stats = Stats()
         self.circuit = Circuit()
+        self.opening = threading.RLock()
+        """Held while a sink is opened, which may import much: no fork in the middle of that."""
         self._shipping: Shipping | None = None
         self._shipper: Shipper | None = None
         if open_sink is not None:
             cursor = Cursor(segment.paths, segment.parts, segment.discard, self.stats)
-            self._shipping = Shipping(cursor, open_sink)
+            self._shipping = Shipping(cursor, self._opener(open_sink))
             self._shipper = Shipper(self._shipping, self.circuit)
         self._worker = Worker(queue, refine, segment, self.stats, self._wrote, dropped)
         self._worker_thread = threading.Thread(
@@ -265,6 +274,13 @@ class _Running:
         # itself be gone when a send that hung comes back.
         self._finish()
 
+    def _opener(self, open_sink: Callable[[], Sink]) -> Callable[[], Sink]:
+        def open_undisturbed() -> Sink:
+            with self.opening:
+                return open_sink()
+
+        return open_undisturbed
+
     def _finish(self) -> None:
         self._finished = True
         for part in self.segment.parts():
@@ -291,10 +307,32 @@ def _start(thread: threading.Thread) -> bool:
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    # A module that a thread is importing during a fork stays locked in the child for ever: its
+    # own import of mlflow would hang. The wait is bounded, so that it cannot deadlock.
+    deadline = time.monotonic() + FORK_WAIT_S
+    locks = [pipeline._running.opening for pipeline in list(_pipelines)]
+    _forking.locks = [
+        lock for lock in locks if lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+    ]
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _forking.locks:
+        lock.release()
+
+
 def _after_fork_in_child() -> None:
     for pipeline in list(_pipelines):
         pipeline._after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # Where there is no fork there is nothing to repair.
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

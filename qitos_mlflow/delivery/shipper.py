@@ -91,7 +91,6 @@ class Shipper:
 
     def run(self) -> None:
         """Ship until stopped, then close the sink."""
-        _import_futures()
         try:
             while self._wait_for_work():
                 self.attempt()
@@ -152,15 +151,3 @@ class Shipper:
         if urgent or self._waiters or backlog >= BATCH_BYTES:
             return 0.0
         return self._first_waiting_at + LINGER_S - time.monotonic()
-
-
-def _import_futures() -> None:
-    """Import what sinks are going to import while it can be imported.
-
-    `concurrent.futures.thread` registers with threading as it is imported, which raises once the
-    interpreter shuts down; mlflow, imported first in a short script's last moments, would fail.
-    """
-    try:
-        import concurrent.futures.thread  # noqa: F401
-    except RuntimeError:
-        pass

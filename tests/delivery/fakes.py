@@ -1,0 +1,131 @@
+"""A server that lives in this process, and sinks that deliver to it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qitos_mlflow.delivery import DeadLetter, Pipeline, RetryLater, Shipment
+
+MIB = 1024 * 1024
+
+
+class FakeServer:
+    """What sinks deliver to. Down, refusing or hanging as the test likes."""
+
+    def __init__(self) -> None:
+        self.accepted: list[bytes] = []
+        self.down: Exception | None = None
+        self.refuses: Callable[[bytes], str | None] = lambda record: None
+        self.breaks_after: int | None = None
+        self.attempts = 0
+        self.attempted = threading.Event()
+        self.answers = threading.Event()  # Cleared: every request hangs.
+        self.answers.set()
+        self.abandoned: list[tuple[int, int]] = []
+        self.opened: list[bytes] = []
+
+    def receive(self, record: bytes) -> str | None:
+        """Accept one record; a text is the reason it is refused for."""
+        if self.down is not None:
+            raise self.down
+        if self.breaks_after is not None:
+            if self.breaks_after == 0:
+                raise RetryLater("connection cut")
+            self.breaks_after -= 1
+        reason = self.refuses(record)
+        if reason is None:
+            self.accepted.append(record)
+        return reason
+
+    def sink(self, header: bytes = b"") -> FakeSink:
+        """A sink for one segment; its state is the number of records it has mapped."""
+        self.opened.append(header)
+        return FakeSink(self)
+
+
+class FakeShipment:
+    """Sends record by record and goes on where it stopped."""
+
+    def __init__(self, server: FakeServer, records: Sequence[bytes]) -> None:
+        self._server = server
+        self._left = list(records)
+        self._dead: list[DeadLetter] = []
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        assert timeout_s > 0
+        self._server.attempts += 1
+        self._server.attempted.set()
+        if not self._server.answers.wait(timeout_s):
+            raise RetryLater("timed out")
+        while self._left:
+            reason = self._server.receive(self._left[0])
+            if reason is not None:
+                self._dead.append(DeadLetter(self._left[0], reason))
+            del self._left[0]
+        return self._dead
+
+
+class FakeSink:
+    """A `Sink` whose state is how many records it has mapped."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.server = server
+        self.mapped = 0
+        self.closed = False
+
+    def restore(self, state: bytes) -> None:
+        self.mapped = int(state)
+
+    def prepare(self, records: Sequence[bytes]) -> Shipment:
+        self.mapped += len(records)
+        return FakeShipment(self.server, records)
+
+    def abandoned(self, last_time_ns: int) -> Shipment | None:
+        self.server.abandoned.append((self.mapped, last_time_ns))
+        return FakeShipment(self.server, [b"killed"])
+
+    def state(self) -> bytes:
+        return b"%d" % self.mapped
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Losses:
+    """Collects what a pipeline says it lost."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[bytes, str]] = []
+
+    def __call__(self, record: bytes, reason: str) -> None:
+        self.records.append((record, reason))
+
+    def by_reason(self) -> dict[str, int]:
+        return dict(Counter(reason for _, reason in self.records))
+
+
+def keep_all(payload: bytes) -> bytes:
+    """A refine that changes nothing."""
+    return payload
+
+
+def make_pipeline(directory: Path, server: FakeServer | None, **changes: object) -> Pipeline:
+    """A pipeline into `directory` and to `server`; offline without one."""
+    options: dict[str, object] = {
+        "header": b'{"to": "somewhere"}',
+        "refine": keep_all,
+        "open_sink": server.sink if server is not None else None,
+        "directory": directory,
+        "queue_bytes": 64 * MIB,
+        "spool_bytes": 1024 * MIB,
+    }
+    options.update(changes)
+    return Pipeline(**options)  # type: ignore[arg-type]
+
+
+def numbered(count: int, start: int = 0) -> list[bytes]:
+    """Records that can be told apart and look like ours."""
+    return [b'{"kind":"span","n":%d}' % n for n in range(start, start + count)]

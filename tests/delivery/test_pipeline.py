@@ -1,0 +1,417 @@
+"""The pipeline as its owner sees it: in order, resumable, bounded in time, never silent."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.delivery import Pipeline, RetryLater, Shipment, shipping
+from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
+from qitos_mlflow.delivery.shipping import BATCH_RECORDS
+from tests.delivery.fakes import FakeServer, FakeSink, Losses, make_pipeline, numbered
+
+LONG_S = 60.0
+"""A deadline that is not to be reached."""
+
+Make = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def server() -> FakeServer:
+    return FakeServer()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def make(spool: Path, server: FakeServer) -> Iterator[Make]:
+    """Makes pipelines and sees to it that no thread outlives the test."""
+    made: list[Pipeline] = []
+
+    def make(to: FakeServer | None = server, **changes: object) -> Pipeline:
+        directory = changes.pop("directory", spool)
+        assert isinstance(directory, Path)
+        made.append(make_pipeline(directory, to, **changes))
+        return made[-1]
+
+    yield make
+    server.answers.set()
+    server.down = None
+    for pipeline in made:
+        pipeline.close(LONG_S)
+    for thread in threading.enumerate():
+        if thread.name.startswith("qitos-mlflow"):
+            thread.join(LONG_S)
+            assert not thread.is_alive()
+
+
+def test_everything_arrives_in_order(make: Make, server: FakeServer, spool: Path) -> None:
+    """What is offered is delivered once, in order; a clean end leaves no file and no thread."""
+    pipeline = make()
+    records = numbered(3 * BATCH_RECORDS + 7)
+    assert all(pipeline.offer(record) for record in records)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == records
+    assert pipeline.online is True
+    stats = pipeline.stats
+    assert (stats.recorded, stats.delivered, stats.dropped) == (len(records), len(records), {})
+    assert pipeline.leftover() == (0, [])
+    assert pipeline.close(LONG_S)
+    assert list(spool.iterdir()) == []
+
+
+def test_nothing_offered_starts_nothing(make: Make, spool: Path) -> None:
+    """A pipeline that is never used has no thread and no file, and flush and close are true."""
+    before = threading.active_count()
+    pipeline = make()
+    assert pipeline.flush(0)
+    assert pipeline.close(0)
+    assert threading.active_count() == before
+    assert not spool.exists()
+
+
+def test_kept_records_are_sent_at_once(make: Make, server: FakeServer) -> None:
+    """A trace's start or end reaches the server without anybody flushing."""
+    make().offer(b"trace start", keep=True)
+    assert server.attempted.wait(LONG_S)
+
+
+def test_spans_are_sent_without_a_flush(make: Make, server: FakeServer) -> None:
+    """Live charts need nobody to ask for them."""
+    make().offer(b"span")
+    assert server.attempted.wait(LONG_S)
+
+
+def test_an_outage_costs_nothing(make: Make, server: FakeServer) -> None:
+    """While the server is away records are kept, and all of them arrive when it is back."""
+    server.down = RetryLater("503")
+    pipeline = make()
+    records = numbered(50)
+    for record in records[:25]:
+        pipeline.offer(record)
+    assert not pipeline.flush(0.2)
+    assert pipeline.online is False
+    waiting, paths = pipeline.leftover()
+    assert waiting == 25
+    assert all(path.exists() for path in paths)
+    server.down = None
+    for record in records[25:]:
+        pipeline.offer(record)
+    assert pipeline.flush(LONG_S)
+    assert pipeline.online is True
+    assert server.accepted == records
+
+
+def test_a_flush_tries_at_once(make: Make, server: FakeServer) -> None:
+    """However long the server asked to be left alone, somebody who waits gets one attempt."""
+    server.down = RetryLater("429", after_s=100_000.0)
+    pipeline = make()
+    pipeline.offer(b"one")
+    assert not pipeline.flush(0.2)
+    server.down = None
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == [b"one"]
+
+
+def test_a_shipment_goes_on_where_it_stopped(make: Make, server: FakeServer) -> None:
+    """A connection cut within a batch sends no record of it a second time."""
+    server.breaks_after = 10
+    pipeline = make()
+    records = numbered(30)
+    for record in records:
+        pipeline.offer(record)
+    assert not pipeline.flush(0.2)
+    assert server.accepted == records[:10]
+    server.breaks_after = None
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == records
+
+
+def test_refused_records_are_dead_letters(make: Make, server: FakeServer, spool: Path) -> None:
+    """What the server refuses for good is kept with its reason; the rest of its batch arrives."""
+    server.refuses = lambda record: "too odd" if b"7" in record else None
+    pipeline = make()
+    for record in numbered(10):
+        pipeline.offer(record)
+    assert pipeline.close(LONG_S)
+    assert server.accepted == [r for r in numbered(10) if b"7" not in r]
+    assert pipeline.stats.dead_letters == 1
+    assert pipeline.stats.delivered == 9
+    [dead] = spool.iterdir()
+    assert "too odd" in dead.read_text()
+
+
+def test_a_sink_that_cannot_be_opened_is_tried_again(
+    make: Make, server: FakeServer, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """Records wait in the spool for a sink that fails to open, whatever it raises."""
+    opened = threading.Event()
+    failures: list[Exception] = [RetryLater("not yet"), ImportError("half installed")]
+
+    def open_sink() -> FakeSink:
+        if failures:
+            raise failures.pop()
+        opened.set()
+        return server.sink()
+
+    pipeline = make(open_sink=open_sink)
+    pipeline.offer(b"one", keep=True)
+    assert pipeline.flush(LONG_S)
+    assert opened.is_set()
+    assert server.accepted == [b"one"]
+    assert [where for where, _ in swallowed] == ["delivery.open_sink"]
+    swallowed.clear()
+
+
+@pytest.mark.parametrize("place", ["prepare", "send"])
+def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
+    make: Make,
+    server: FakeServer,
+    swallowed: list[tuple[str, BaseException]],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """A record the sink fails on is buried with the error; all others arrive, state included."""
+    monkeypatch.setattr(shipping, "SEND_BUGS", 1)
+
+    class BuggyShipment:
+        def __init__(self, records: Sequence[bytes], shipment: Shipment) -> None:
+            self.records, self.shipment = records, shipment
+
+        def send(self, timeout_s: float) -> list[object]:
+            if place == "send" and numbered(8)[5] in self.records:
+                raise ZeroDivisionError("bug")
+            return self.shipment.send(timeout_s)  # type: ignore[return-value]
+
+    class BuggySink(FakeSink):
+        def prepare(self, records: Sequence[bytes]) -> Shipment:
+            shipment = super().prepare(records)
+            if place == "prepare" and numbered(8)[5] in records:
+                raise ZeroDivisionError("bug")
+            return BuggyShipment(records, shipment)  # type: ignore[return-value]
+
+    sink = BuggySink(server)
+    pipeline = make(open_sink=lambda: sink)
+    for record in numbered(8):
+        pipeline.offer(record)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == numbered(8)[:5] + numbered(8)[6:]
+    assert pipeline.stats.dead_letters == 1
+    assert sink.mapped == 7
+    assert {where for where, _ in swallowed} == {"delivery.ship"}
+    swallowed.clear()
+
+
+def test_refining_happens_off_the_agents_thread(make: Make, server: FakeServer) -> None:
+    """Decoding and redaction run on the worker; only what they return reaches disk and wire."""
+    threads: set[str] = set()
+
+    def refine(payload: bytes) -> bytes | None:
+        threads.add(threading.current_thread().name)
+        return None if payload == b"drop" else payload.replace(b"secret", b"***")
+
+    pipeline = make(refine=refine)
+    pipeline.offer(b"a secret")
+    pipeline.offer(b"drop")
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == [b"a ***"]
+    assert threads == {"qitos-mlflow-worker"}
+    assert pipeline.stats.dropped == {}
+
+
+def test_a_failing_refine_costs_its_record_only(
+    make: Make, server: FakeServer, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """What cannot be redacted is not stored; it is counted and told, and the worker goes on."""
+    losses = Losses()
+
+    def refine(payload: bytes) -> bytes:
+        if payload == b"bad":
+            raise ValueError("cannot")
+        return payload
+
+    pipeline = make(refine=refine, dropped=losses)
+    for payload in (b"one", b"bad", b"two"):
+        pipeline.offer(payload)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == [b"one", b"two"]
+    assert pipeline.stats.dropped == {"refine_failed": 1}
+    assert losses.records == [(b"bad", "refine_failed")]
+    swallowed.clear()
+
+
+def test_a_full_queue_refuses_spans_and_keeps_ends(make: Make, server: FakeServer) -> None:
+    """With the worker stuck, spans beyond the bound are refused and counted, ends are taken."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def refine(payload: bytes) -> bytes:
+        busy.set()
+        go_on.wait(LONG_S)
+        return payload
+
+    pipeline = make(refine=refine, queue_bytes=10_000)
+    assert pipeline.offer(b"first")
+    assert busy.wait(LONG_S)
+    taken = sum(pipeline.offer(b"x" * 880) for _ in range(100))
+    assert taken == 10
+    assert pipeline.offer(b"the end", keep=True)
+    go_on.set()
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == [b"first", *[b"x" * 880] * 10, b"the end"]
+    assert pipeline.stats.dropped == {"queue_full": 90}
+
+
+def test_a_hanging_server_never_delays_the_disk(make: Make, server: FakeServer) -> None:
+    """While a send hangs, records go on reaching the spool."""
+    server.answers.clear()
+    pipeline = make()
+    pipeline.offer(b"first", keep=True)
+    assert server.attempted.wait(LONG_S)
+    for record in numbered(20):
+        pipeline.offer(record)
+    while pipeline.leftover()[0] < 21:
+        time.sleep(0.001)
+    assert pipeline.stats.delivered == 0
+
+
+def test_deadlines_hold_with_a_server_that_hangs(
+    make: Make, server: FakeServer, spool: Path
+) -> None:
+    """Flush and close return when their time is up, not when the send does; the spool has it."""
+    server.answers.clear()
+    pipeline = make()
+    pipeline.offer(b"one", keep=True)
+    assert server.attempted.wait(LONG_S)
+    began = time.monotonic()
+    assert not pipeline.flush(0.1)
+    assert not pipeline.close(0.1)
+    hung = time.monotonic() - began
+    assert hung < SEND_TIMEOUT_S / 2
+    assert pipeline.leftover()[0] == 1
+    server.answers.set()
+    while any(spool.iterdir()):  # The send comes back, and the last thread tidies up.
+        time.sleep(0.001)
+    assert server.accepted == [b"one"]
+    assert pipeline.close(LONG_S)
+    assert pipeline.flush(0)
+
+
+def test_close_is_final_and_may_be_repeated(make: Make, server: FakeServer) -> None:
+    """After close offers are refused and counted; closing again, on any thread, is harmless."""
+    pipeline = make()
+    pipeline.offer(b"one")
+    results: list[bool] = []
+    closers = [
+        threading.Thread(target=lambda: results.append(pipeline.close(LONG_S))) for _ in range(4)
+    ]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join()
+    assert results == [True] * 4
+    assert not pipeline.offer(b"late")
+    assert not pipeline.offer(b"later", keep=True)
+    assert pipeline.stats.dropped == {"closed": 2}
+    assert server.accepted == [b"one"]
+    assert pipeline.flush(0)
+
+
+def test_close_without_time_still_saves_to_disk(make: Make, server: FakeServer) -> None:
+    """A deadline of nothing costs the delivery, not the records."""
+    server.down = RetryLater("503")
+    pipeline = make()
+    for record in numbered(100):
+        pipeline.offer(record)
+    assert not pipeline.close(0)
+    records, [path] = pipeline.leftover()
+    assert records == 100
+    assert path.exists()
+
+
+def test_no_disk_means_memory(make: Make, server: FakeServer, tmp_path: Path) -> None:
+    """With a spool that cannot be written delivery goes on; what is left at the end is a loss."""
+    (tmp_path / "file").write_text("in the way")
+    pipeline = make(directory=tmp_path / "file" / "spool")
+    for record in numbered(10):
+        pipeline.offer(record)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == numbered(10)
+    server.down = RetryLater("503")
+    pipeline.offer(b"lost")
+    assert not pipeline.close(0.05)
+    assert pipeline.stats.dropped == {"spool_unwritable": 1}
+
+
+def test_no_disk_and_offline_is_a_counted_loss(make: Make, tmp_path: Path) -> None:
+    """Offline there is nobody to take records from memory: each is counted and told."""
+    (tmp_path / "file").write_text("in the way")
+    losses = Losses()
+    pipeline = make(None, directory=tmp_path / "file" / "spool", dropped=losses)
+    for record in numbered(10):
+        assert pipeline.offer(record)
+    pipeline.close(LONG_S)
+    assert pipeline.stats.dropped == {"spool_unwritable": 10}
+    assert losses.by_reason() == {"spool_unwritable": 10}
+
+
+def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:
+    """Offline the records wait on disk, and flush and close say that they do."""
+    pipeline = make(None)
+    for record in numbered(10):
+        pipeline.offer(record)
+    assert not pipeline.flush(LONG_S)
+    assert not pipeline.close(LONG_S)
+    assert pipeline.leftover()[0] == 10
+    assert pipeline.online is None
+
+
+def test_where_no_thread_can_start_flush_does_the_work(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpreter shutting down (3.12 and later) refuses threads; records still arrive."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        pipeline = make()
+        for record in numbered(10):
+            assert pipeline.offer(record)
+        assert pipeline.flush(LONG_S)
+        assert server.accepted == numbered(10)
+        pipeline.offer(b"more")
+        assert pipeline.close(LONG_S)
+    assert server.accepted == [*numbered(10), b"more"]
+
+
+def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeServer) -> None:
+    """An offer that interrupts an offer, at any point, gets through."""
+    pipeline = make()
+    inside = [0]
+
+    def handler(signum: int, frame: object) -> None:
+        inside[0] += 1
+        pipeline.offer(b"from the handler")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        sent = 0
+        while inside[0] < 50:
+            pipeline.offer(b"from the agent")
+            sent += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted.count(b"from the handler") == inside[0]
+    assert server.accepted.count(b"from the agent") == sent

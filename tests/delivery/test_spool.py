@@ -1,0 +1,409 @@
+"""The spool on disk: every intact record comes back, whatever happened to the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from qitos_mlflow.delivery import segment as segment_module
+from qitos_mlflow.delivery.cursor import Cursor, load_ack
+from qitos_mlflow.delivery.files import Paths
+from qitos_mlflow.delivery.segment import Record, Segment
+from qitos_mlflow.delivery.sink import DeadLetter
+from qitos_mlflow.delivery.spool import find_segments, inspect_segment, purge, waiting_records
+from qitos_mlflow.delivery.stats import DISK_FULL, SPOOL_FULL, SPOOL_UNWRITABLE, Stats
+from tests.delivery.fakes import MIB, numbered
+
+NOW = 1_800_000_000_000_000_000
+
+
+def make_segment(directory: Path, **changes: int) -> Segment:
+    options = {"cap_bytes": 1024 * MIB, "memory_bytes": MIB, "part_bytes": 16 * MIB, **changes}
+    return Segment(directory, b'{"to":"x"}', ship=True, **options)
+
+
+def append(segment: Segment, records: list[bytes], *, keep: bool = False) -> list[str]:
+    return [reason for _, reason in segment.append([Record(r, keep) for r in records], NOW)]
+
+
+def own_cursor(segment: Segment, stats: Stats | None = None) -> Cursor:
+    return Cursor(segment.paths, segment.parts, segment.discard, stats or Stats())
+
+
+def read_all(cursor: Cursor, end: int, *, ack: bool = True) -> list[bytes]:
+    records: list[bytes] = []
+    while True:
+        chunk = cursor.read(end=end, sealed=True, max_records=3, max_bytes=MIB)
+        if chunk.end == cursor.position:
+            return records
+        records += chunk.records
+        cursor.acknowledge(chunk, b"state", ()) if ack else cursor.skip(chunk)
+
+
+def crash(segment: Segment) -> None:
+    """Leave the segment as a dead process does: files as they are, locks free."""
+    segment.close(delete=False)
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    """Directory 0700 and files 0600, whatever the umask says."""
+    directory = tmp_path / "spool"
+    for umask in (0o000, 0o777):
+        before = os.umask(umask)
+        try:
+            segment = make_segment(directory / f"{umask:o}")
+            append(segment, numbered(2))
+            cursor = own_cursor(segment)
+            chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+            chunk.bad.append(b"bad")
+            cursor.acknowledge(chunk, b"s", [DeadLetter(b"x", "refused")])
+        finally:
+            os.umask(before)
+        files = list((directory / f"{umask:o}").iterdir())
+        assert {path.suffix for path in files} == {
+            ".seg", ".ack", ".own", ".ship", ".dead", ".bad"
+        }  # fmt: skip
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+        assert stat.S_IMODE((directory / f"{umask:o}").stat().st_mode) == 0o700
+        segment.close(delete=True)
+        directory.chmod(0o700)  # Its parents are made as the umask says.
+
+
+def test_parts_rotate_and_acknowledged_ones_are_deleted(tmp_path: Path) -> None:
+    """A long run takes the disk only for what is not acknowledged, and a part more."""
+    segment = make_segment(tmp_path, part_bytes=500)
+    records = numbered(50)
+    for record in records:
+        append(segment, [record])
+    assert len(segment.paths.parts()) > 5
+    cursor = own_cursor(segment)
+    assert read_all(cursor, segment.end) == records
+    assert len(segment.paths.parts()) == 1
+    append(segment, [b"later"])
+    assert read_all(cursor, segment.end) == [b"later"]
+    segment.close(delete=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_goes_on_at_the_acknowledgement(tmp_path: Path) -> None:
+    """Another process finds exactly what was not acknowledged, and the sink's state there."""
+    segment = make_segment(tmp_path, part_bytes=300)
+    for record in numbered(20):
+        append(segment, [record])
+    cursor = own_cursor(segment)
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=7, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"any\nstate\x1b\x00", ())
+    done = len(chunk.records)
+    assert done > 0
+    crash(segment)
+    ack = load_ack(segment.paths)
+    assert ack is not None
+    assert ack.state == b"any\nstate\x1b\x00"
+    assert ack.time_ns == NOW
+    assert list(waiting_records(segment.paths)) == numbered(20)[done:]
+
+
+def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
+    """While the owner appends, an incomplete last line is no torn one."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"one", b"two"])
+    crash(segment)
+    [(_, path)] = segment.paths.parts()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    stats = Stats()
+    cursor = Cursor(segment.paths, lambda: segment.parts(), lambda *_, **__: None, stats)
+    chunk = cursor.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    assert (chunk.records, chunk.bad) == ([b"one"], [])
+    cursor.skip(chunk)
+    path.write_bytes(whole)
+    chunk = cursor.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    assert (chunk.records, chunk.bad) == ([b"two"], [])
+
+
+def test_a_record_longer_than_a_read_comes_back(tmp_path: Path) -> None:
+    """Records may be larger than what is read at once."""
+    segment = make_segment(tmp_path)
+    records = [b"x" * (3 * MIB), b"y", b"z" * (MIB + 1)]
+    append(segment, records)
+    assert read_all(own_cursor(segment), segment.end) == records
+    segment.close(delete=True)
+
+
+PAYLOADS = st.lists(st.binary(max_size=12), min_size=1, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(PAYLOADS)
+def test_cut_anywhere(payloads: list[bytes]) -> None:
+    """A segment cut at any byte gives back every record whose line is whole; the rest is kept."""
+    with tempfile.TemporaryDirectory() as name:
+        segment = make_segment(Path(name))
+        append(segment, payloads)
+        crash(segment)
+        [(_, path)] = segment.paths.parts()
+        whole = path.read_bytes()
+        ends = [i + 1 for i, byte in enumerate(whole) if byte == 0x0A][2:]
+        for cut in range(len(whole)):
+            path.write_bytes(whole[:cut])
+            stats = Stats()
+            cursor = Cursor(segment.paths, segment.parts, segment.discard, stats)
+            got = read_all(cursor, len(whole), ack=False)
+            intact = sum(end <= cut for end in ends)
+            # The line of which only the line feed is missing is intact as well.
+            assert got in (payloads[:intact], payloads[: intact + (cut + 1 in ends)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(PAYLOADS, st.integers(1, 255))
+def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
+    """One damaged byte, wherever it is, costs the record it is in and no other."""
+    with tempfile.TemporaryDirectory() as name:
+        segment = make_segment(Path(name))
+        append(segment, payloads)
+        crash(segment)
+        [(_, path)] = segment.paths.parts()
+        whole = path.read_bytes()
+        lines = [line + b"\n" for line in whole.split(b"\n")[:-1]]
+        starts = [sum(map(len, lines[:n])) for n in range(len(lines) + 1)]
+        for at in range(len(whole)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+            stats = Stats()
+            cursor = Cursor(segment.paths, segment.parts, segment.discard, stats)
+            got = read_all(cursor, len(whole), ack=False)
+            hit = next(n for n in range(len(lines)) if at < starts[n + 1]) - 2
+            others = [p for n, p in enumerate(payloads) if n != hit]
+            assert got in (others, payloads)
+
+
+def test_bad_lines_are_counted_and_kept_aside(tmp_path: Path) -> None:
+    """What cannot be read is not thrown away: it is in the .bad file, and counted."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"one", b"two", b"three"])
+    crash(segment)
+    [(_, path)] = segment.paths.parts()
+    path.write_bytes(path.read_bytes().replace(b" two\n", b" tvo\n"))
+    stats = Stats()
+    cursor = Cursor(segment.paths, segment.parts, segment.discard, stats)
+    assert read_all(cursor, segment.end) == [b"one", b"three"]
+    assert stats.snapshot().bad_lines == 1
+    assert segment.paths.bad.read_bytes().endswith(b" tvo\n")
+    assert inspect_segment(segment.paths).bad_lines == 1
+
+
+def test_a_corrupt_acknowledgement_is_no_acknowledgement(tmp_path: Path) -> None:
+    """Everything is sent again rather than anything left out."""
+    segment = make_segment(tmp_path)
+    append(segment, numbered(5))
+    read_all(own_cursor(segment), segment.end)
+    crash(segment)
+    raw = bytearray(segment.paths.ack.read_bytes())
+    raw[3] ^= 1
+    segment.paths.ack.write_bytes(bytes(raw))
+    assert list(waiting_records(segment.paths)) == numbered(5)
+
+
+def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
+    """One JSON line each: reason, time and the record, in base64 when it is no text."""
+    segment = make_segment(tmp_path)
+    stats = Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, [b"text", b"\xff\xfe"])
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"s", [DeadLetter(b"text", "too long"), DeadLetter(b"\xff", "no")])
+    first, second = map(json.loads, segment.paths.dead.read_text().splitlines())
+    assert (first["reason"], first["record"]) == ("too long", "text")
+    assert (second["reason"], second["record_base64"]) == ("no", "/w==")
+    assert stats.snapshot().dead_letters == 2
+    assert stats.snapshot().delivered == 0
+    segment.close(delete=True)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
+
+
+def test_the_cap_refuses_spans_first(tmp_path: Path) -> None:
+    """At the cap spans are refused; what is to be kept is taken up to 110 % of it, then not."""
+    segment = make_segment(tmp_path, cap_bytes=10_000)
+    filler = b"x" * 950
+    refused = [append(segment, [filler]) for _ in range(12)]
+    assert refused[:8] == [[]] * 8
+    assert refused[-1] == [SPOOL_FULL]
+    kept = [append(segment, [filler], keep=True) for _ in range(4)]
+    assert kept[0] == []
+    assert kept[-1] == [SPOOL_FULL]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 10_000 - 1100 < size <= 11_000
+    segment.close(delete=True)
+
+
+def test_the_cap_is_for_the_whole_directory(tmp_path: Path) -> None:
+    """What other processes have spooled counts as well."""
+    (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000)
+    assert append(segment, [b"x"]) == [SPOOL_FULL]
+    segment.close(delete=True)
+
+
+def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path) -> None:
+    """Records go on in order from memory, up to its bound; beyond it they are losses."""
+    (tmp_path / "file").write_text("in the way")
+    segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
+    cursor = own_cursor(segment)
+    assert append(segment, numbered(10)) == []
+    assert read_all(cursor, segment.end) == numbered(10)
+    assert append(segment, [b"x" * 5000, b"small"]) == [SPOOL_UNWRITABLE]
+    assert read_all(cursor, segment.end) == [b"small"]
+
+
+def test_memory_is_freed_as_it_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the disk gone for good, an agent can go on for ever within the bound."""
+    monkeypatch.setattr(segment_module, "MEMORY_PART_BYTES", 1000)
+    (tmp_path / "file").write_text("in the way")
+    segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
+    cursor = own_cursor(segment)
+    for n in range(100):
+        assert append(segment, [b"%03d" % n + b"x" * 300]) == []
+        assert len(read_all(cursor, segment.end)) == 1
+
+
+def test_the_disk_is_used_again_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order is kept across disk, memory and disk, and a crash loses only what was in memory."""
+    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    (tmp_path / "spool").write_text("in the way")
+    segment = make_segment(tmp_path / "spool")
+    assert append(segment, [b"in memory"]) == []
+    (tmp_path / "spool").unlink()
+    assert append(segment, [b"on disk"]) == []
+    assert read_all(own_cursor(segment), segment.end, ack=False) == [b"in memory", b"on disk"]
+    crash(segment)
+    assert list(waiting_records(segment.paths)) == [b"on disk"]
+
+
+def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
+    """Somebody who empties the spool loses what was in it; what comes after is safe again."""
+    segment = make_segment(tmp_path / "spool")
+    stats = Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, numbered(4))
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"s", ())
+    for path in (tmp_path / "spool").iterdir():
+        path.unlink()
+    append(segment, [b"after"])
+    assert inspect_segment(segment.paths).owner_alive
+    assert read_all(cursor, segment.end) == [b"after"]
+    assert stats.snapshot().dropped == {"spool_removed": 3}
+    segment.close(delete=True)
+
+
+def test_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
+    """A write that stops in mid-line leaves the lines before it, and the rest goes to memory."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    segment = make_segment(tmp_path)
+    append(segment, [b"one"])
+    part = segment.parts()[-1]
+    descriptor = os.open(full, os.O_WRONLY)
+    os.dup2(descriptor, part._descriptor)  # type: ignore[union-attr,arg-type]
+    os.close(descriptor)
+    assert append(segment, [b"two", b"three"]) == []
+    assert segment.parts()[-1].failure == DISK_FULL
+    assert read_all(own_cursor(segment), segment.end) == [b"one", b"two", b"three"]
+    segment.close(delete=True)
+
+
+def test_other_files_in_the_directory_are_left_alone(tmp_path: Path) -> None:
+    """The spool knows its own files by their names and touches no others."""
+    for name in ("notes.txt", "x.seg", "a b.ack", ".hidden", "x.0000000000000000.own"):
+        (tmp_path / name).write_text("mine")
+    segment = make_segment(tmp_path)
+    append(segment, [b"one"])
+    crash(segment)
+    assert find_segments(tmp_path) == [segment.paths]
+    assert find_segments(segment.paths.parts()[0][1]) == [segment.paths]
+    assert purge(segment.paths)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+class SpoolMachine(RuleBasedStateMachine):
+    """Append, read, acknowledge, crash: nothing acknowledged comes again, nothing else is lost."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.number = 0
+        self.model: list[bytes] = []  # What is neither acknowledged nor deleted.
+        self.crashed: list[tuple[Paths, list[bytes]]] = []
+        self.open()
+
+    def open(self) -> None:
+        self.segment = make_segment(Path(self.directory.name), part_bytes=400)
+        self.cursor = own_cursor(self.segment)
+
+    @rule(count=st.integers(1, 6), tail=st.binary(max_size=30), keep=st.booleans())
+    def append(self, count: int, tail: bytes, keep: bool) -> None:
+        records = [b"%d " % (self.number + n) + tail for n in range(count)]
+        self.number += count
+        assert append(self.segment, records, keep=keep) == []
+        self.model += records
+
+    @rule(limit=st.integers(1, 5))
+    def acknowledge(self, limit: int) -> None:
+        chunk = self.cursor.read(
+            end=self.segment.end, sealed=True, max_records=limit, max_bytes=MIB
+        )
+        assert chunk.records == self.model[: len(chunk.records)]
+        assert chunk.records or not self.model or chunk.end > self.cursor.position
+        self.cursor.acknowledge(chunk, b"%d" % len(chunk.records), ())
+        del self.model[: len(chunk.records)]
+
+    @rule(limit=st.integers(1, 5))
+    def read_without_acknowledging(self, limit: int) -> None:
+        chunk = self.cursor.read(
+            end=self.segment.end, sealed=True, max_records=limit, max_bytes=MIB
+        )
+        assert chunk.records == self.model[: len(chunk.records)]
+
+    @precondition(lambda self: self.segment.end > 0)
+    @rule(torn=st.binary(max_size=20).filter(lambda b: b"\n" not in b))
+    def crash(self, torn: bytes) -> None:
+        crash(self.segment)
+        with self.segment.paths.parts()[-1][1].open("ab") as file:
+            file.write(torn)
+        self.crashed.append((self.segment.paths, self.model))
+        self.model = []
+        self.open()
+
+    @precondition(lambda self: self.crashed)
+    @rule()
+    def recover(self) -> None:
+        paths, waiting = self.crashed.pop()
+        assert inspect_segment(paths).waiting == len(waiting)
+        assert list(waiting_records(paths)) == waiting
+        assert purge(paths)
+
+    @invariant()
+    def other_processes_see_the_same(self) -> None:
+        if hasattr(self, "segment"):
+            assert list(waiting_records(self.segment.paths)) == self.model
+
+    def teardown(self) -> None:
+        if hasattr(self, "segment"):
+            self.segment.close(delete=True)
+            self.directory.cleanup()
+
+
+SpoolMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestSpoolMachine = SpoolMachine.TestCase
