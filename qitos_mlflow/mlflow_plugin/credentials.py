@@ -29,10 +29,10 @@ _ALWAYS = _words(
 
 _JOINED = tuple(
     _words(
-        "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey masterkey "
-        "accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken bearertoken "
-        "sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret password passwd "
-        "passphrase connectionstring connstr"
+        "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey "
+        "masterkey accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken "
+        "bearertoken sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret "
+        "password passwd passphrase connectionstring connstr"
     )
 )
 """Endings of names written without any separator."""

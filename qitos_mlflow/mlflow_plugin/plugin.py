@@ -7,7 +7,6 @@ become MLflow's active run.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
@@ -15,7 +14,6 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -24,7 +22,6 @@ from typing import Any
 import orjson
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import artifacts, capture
 from qitos_mlflow.mlflow_plugin.active_run import (
@@ -33,8 +30,9 @@ from qitos_mlflow.mlflow_plugin.active_run import (
     mlflow_in_use,
     parent_run_id,
 )
-from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri
-from qitos_mlflow.mlflow_plugin.refine import refine
+from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
+from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.plugins.loader import named
 from qitos_mlflow.settings import Settings
@@ -87,13 +85,12 @@ class MlflowPlugin:
         self.settings = settings
         self.automatic = automatic
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
-        self._pipelines: dict[str | None, Pipeline] = {}
-        self._runs: dict[str, PendingRun] = {}
+        self._pipelines = Pipelines(settings, self._announce, self._dropped, self._at_exit)
         self._lock = threading.Lock()
         self._closed = False
         self._said: set[str] = set()
-        self._exit_watched_in = 0
         if hasattr(os, "register_at_fork"):
+            # Weakly: a plugin nobody holds any more must not live until the process ends.
             os.register_at_fork(after_in_child=partial(_call, weakref.WeakMethod(self._after_fork)))
 
     # -- hooks -------------------------------------------------------------------------------
@@ -111,7 +108,7 @@ class MlflowPlugin:
         settings = self.settings
         content = settings.capture_content and tracing.content_allowed(trace)
         uri = tracking_uri(settings)
-        pipeline = self._pipeline(uri)
+        pipeline = self._pipelines.to(uri)
         run = PendingRun()
         state = _Trace(
             pipeline=pipeline,
@@ -125,7 +122,6 @@ class MlflowPlugin:
         trace_id = str(trace.trace_id)
         with self._lock:
             self._traces[trace_id] = state
-            self._runs[trace_id] = run
             self._forget_oldest()
         record = {
             "kind": "trace_start",
@@ -196,7 +192,9 @@ class MlflowPlugin:
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
         """True when everything recorded before the call is on the server; bounded."""
-        return self.flush(self.settings.flush_timeout_s if timeout_s is None else timeout_s)
+        return self._pipelines.flush(
+            self.settings.flush_timeout_s if timeout_s is None else timeout_s
+        )
 
     @hookimpl
     def qitos_shutdown(self) -> None:
@@ -205,12 +203,6 @@ class MlflowPlugin:
 
     # -- delivery ----------------------------------------------------------------------------
 
-    def flush(self, timeout_s: float) -> bool:
-        """Deliver everything recorded so far. Blocks at most `timeout_s`; any thread."""
-        deadline = time.monotonic() + timeout_s
-        flushed = [p.flush(max(0.0, deadline - time.monotonic())) for p in self._all_pipelines()]
-        return all(flushed)
-
     def close(self, timeout_s: float, status: str, why: str) -> bool:
         """Flush and refuse from now on; open traces end with `status`. Blocks at most `timeout_s`.
 
@@ -218,31 +210,17 @@ class MlflowPlugin:
         """
         with self._lock:
             self._closed = True
-            open_traces = [(key, state) for key, state in self._traces.items() if not state.ended]
-        if self.settings.auto_end_run:
-            for trace_id, state in open_traces:
+            going = [(key, state) for key, state in self._traces.items() if not state.ended]
+        if self.settings.auto_end_run or status == "KILLED":
+            for trace_id, state in going:
                 self._end(trace_id, state, {"qitos.closed": why}, None, status)
-        deadline = time.monotonic() + timeout_s
-        closed = [p.close(max(0.0, deadline - time.monotonic())) for p in self._all_pipelines()]
-        return all(closed)
+        return self._pipelines.close(timeout_s)
 
-    def at_exit(self) -> None:
+    def _at_exit(self) -> None:
         """Deliver what can be delivered before the interpreter goes; say what is left."""
-        if self._pipelines and not self.close(
-            self.settings.exit_timeout_s, "KILLED", "the process ended before the trace did"
-        ):
-            self._say_what_is_left()
-
-    def _say_what_is_left(self) -> None:
-        left = [pipeline.leftover() for pipeline in self._all_pipelines()]
-        records = sum(count for count, _ in left)
-        if records:
-            paths = " ".join(str(path) for _, found in left for path in found)
-            print(  # noqa: T201 - the last line of the process, and loggers may be gone
-                f"qitos-mlflow: {records} records are not delivered yet and are kept; deliver them "
-                f"with: qitos-mlflow sync {paths}",
-                file=sys.stderr,
-            )
+        timeout_s = self.settings.exit_timeout_s
+        if not self.close(timeout_s, "KILLED", "the process ended before the trace did"):
+            self._pipelines.say_what_is_left()
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -279,40 +257,11 @@ class MlflowPlugin:
             return False
         return not self.settings.auto_end_run or mlflow_in_use()
 
-    def _pipeline(self, uri: str | None) -> Pipeline:
-        with self._lock:
-            if self._exit_watched_in != os.getpid():
-                self._exit_watched_in = os.getpid()
-                _at_exit(partial(_call, weakref.WeakMethod(self.at_exit)))
-            pipeline = self._pipelines.get(uri)
-            if pipeline is None:
-                pipeline = self._pipelines[uri] = self._new_pipeline(uri)
-            return pipeline
-
-    def _new_pipeline(self, uri: str | None) -> Pipeline:
-        settings, runs = self.settings, self._runs
-
-        def announce(trace_id: str, ref: Any) -> None:
-            run = runs.get(trace_id)
-            if run is not None:
-                run.created(ref)
-
-        header = segment_header(settings, uri)
-
-        def open_sink() -> Any:
-            from qitos_mlflow.mlflow_plugin.sink import open_sink
-
-            return open_sink(header, tracking_uri=uri, announce=announce)
-
-        return Pipeline(
-            header=header,
-            refine=lambda payload: refine(payload, settings.field_bytes),
-            open_sink=None if settings.offline else open_sink,
-            directory=settings.spool_dir,
-            queue_bytes=settings.queue_bytes,
-            spool_bytes=settings.spool_bytes,
-            dropped=self._dropped,
-        )
+    def _announce(self, trace_id: str, ref: RunRef) -> None:
+        """The run of a trace exists. Shipper's thread."""
+        state = self._traces.get(trace_id)
+        if state is not None:
+            state.run.created(ref)
 
     def _dropped(self, record: bytes, reason: str) -> None:
         """Count an accepted span that was lost, for its run's ledger. Worker's thread."""
@@ -324,10 +273,6 @@ class MlflowPlugin:
         if state is not None and fields.get("kind") == "span":
             state.recorded -= 1
             state.dropped[reason] += 1
-
-    def _all_pipelines(self) -> list[Pipeline]:
-        with self._lock:
-            return list(self._pipelines.values())
 
     def _end(
         self,
@@ -365,13 +310,17 @@ class MlflowPlugin:
             for trace_id, state in list(self._traces.items())[:-ENDED_TRACES]:
                 if state.ended:
                     del self._traces[trace_id]
-                    self._runs.pop(trace_id, None)
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's traces are the parent's."""
         self._lock = threading.Lock()
         self._traces = OrderedDict()
-        self._runs.clear()
+        self._pipelines.after_fork()
+
+
+def _call(weak: weakref.WeakMethod[Any]) -> None:
+    if (method := weak()) is not None:
+        method()
 
 
 def _status(metadata: dict[str, Any], failure: BaseException | None) -> str:
@@ -383,29 +332,6 @@ def _status(metadata: dict[str, Any], failure: BaseException | None) -> str:
     if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
         return "FAILED"
     return "FINISHED"
-
-
-def _at_exit(function: Callable[[], None]) -> None:
-    """Have `function` called before this process ends.
-
-    Children that multiprocessing has forked leave by `os._exit`, past `atexit`, but run its own
-    finalizers.
-    """
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
-        from multiprocessing.util import Finalize
-
-        Finalize(None, function, exitpriority=100)
-    atexit.register(function)
-
-
-def _call(weak: weakref.WeakMethod[Any]) -> None:
-    method = weak()
-    if method is not None:
-        try:
-            method()
-        except Exception as error:  # noqa: BLE001
-            report("plugin.at_exit", error)
 
 
 def entry_point() -> MlflowPlugin:

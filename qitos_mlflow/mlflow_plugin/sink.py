@@ -20,6 +20,7 @@ import orjson
 from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_credentials
+from qitos_mlflow.mlflow_plugin.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunState
 from qitos_mlflow.mlflow_plugin.otlp import distinct
 from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment
@@ -160,11 +161,11 @@ class MlflowSink:
         traces = list(touched.values())
         calls = [call for trace in traces for call in self._run_calls(trace)]
         calls += self._tree_calls(traces)
-        # Last, so that a run that has ended is complete.
+        # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [
             Call(partial(self._end_run, trace), ["end"], partial(_letter, trace), trace)
             for trace in traces
-            if trace.ended and self._settings.get("auto_end_run", True)
+            if trace.ended
         ]
         for trace in traces:
             if trace.ended or not trace.started:
@@ -187,7 +188,8 @@ class MlflowSink:
         """Spans first, then what is known of their traces (MLFLOW.md 5b)."""
         spans = distinct(span for trace in traces for span in trace.spans)
         if spans:
-            yield Call(self._write_spans, spans, _span_letter)
+            of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}
+            yield Call(self._write_spans, spans, partial(_span_letter, of_id))
         for trace in traces:
             if trace.tree is not None and trace.tree_changed:
                 write = partial(self._write_tree, trace)
@@ -260,6 +262,10 @@ class MlflowSink:
             self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
 
     def _end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
+        if ledger := trace.refused_ledger():
+            self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)
+        if not self._settings.get("auto_end_run", True) and trace.status != "KILLED":
+            return
         status = trace.status or "FINISHED"
         self._transport.end_run(_run_of(trace).run_id, status, trace.end_ms, timeout_s)
 
@@ -289,9 +295,10 @@ def _plain(value: Any) -> Any:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else vars(value)
 
 
-def _span_letter(span: Any) -> bytes:
+def _span_letter(traces: dict[bytes, TraceState], span: Any) -> bytes:
     from google.protobuf.json_format import MessageToDict
 
+    traces[span.trace_id].refused_spans += 1
     return orjson.dumps({"span": MessageToDict(span)})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from qitos_mlflow.mlflow_plugin.labels import ledger_tags
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunData, RunState
 from qitos_mlflow.mlflow_plugin.spans import TraceData, TraceFold
 from qitos_mlflow.mlflow_plugin.transport import RunRef
@@ -33,6 +34,9 @@ class TraceState:
         ended: its run is to end, or has.
         status: the run's status in the end.
         end_ms: when it ended.
+        recorded: spans that ended in the agent, as its end says.
+        dropped: of those, how many were lost before delivery, by reason.
+        refused_spans: of those, how many the server refused for good.
     """
 
     trace_id: str
@@ -47,6 +51,9 @@ class TraceState:
     ended: bool = False
     status: str | None = None
     end_ms: int = 0
+    recorded: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    refused_spans: int = 0
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
@@ -65,6 +72,9 @@ class TraceState:
             self.started = True
             self.name = str(record.get("name") or "")
             self.start_ms = int(record.get("time_ns") or 0) // 1_000_000
+        elif record["kind"] == "trace_end":
+            self.recorded = int(record.get("recorded") or 0)
+            self.dropped = dict(record.get("dropped") or {})
         self._add(self.totals.fold(record))
         if self.tree is not None:
             self._add_to_tree(self.tree.fold(record))
@@ -85,6 +95,14 @@ class TraceState:
         self.tags += data.tags
         if data.status is not None:
             self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
+
+    def refused_ledger(self) -> list[tuple[str, str]]:
+        """The loss ledger once more, if the server refused spans; else nothing."""
+        if not self.refused_spans:
+            return []
+        delivered = max(0, self.totals.spans - self.refused_spans)
+        dropped = {**self.dropped, "refused": self.refused_spans}
+        return ledger_tags(max(self.recorded, self.totals.spans), delivered, dropped)
 
     def sent(self) -> None:
         """Forget what was waiting: it is part of a shipment now."""

@@ -6,7 +6,6 @@ non-negative number is dropped and counted; nothing is estimated.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,6 +92,6 @@ def _first(raw: Mapping[str, Any], names: tuple[str, ...], lost: Counter[str] | 
 def _count(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if not math.isfinite(value) or value != int(value) or not 0 <= value <= MAX_TOKENS:
+    if not 0 <= value <= MAX_TOKENS or value != int(value):  # NaN is not within any range
         return None
     return int(value)

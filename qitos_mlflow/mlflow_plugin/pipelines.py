@@ -1,0 +1,135 @@
+"""One delivery pipeline for each destination that a plugin's traces go to, and the process's end.
+
+Nothing is opened before the first trace. A destination is looked up when a trace starts, so
+`mlflow.set_tracking_uri` in between is followed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from qitos_mlflow._guard import report
+from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.refine import refine
+from qitos_mlflow.mlflow_plugin.transport import RunRef
+from qitos_mlflow.settings import Settings
+
+
+class Pipelines:
+    """The pipelines of one plugin, by tracking URI. Any thread.
+
+    Args:
+        settings: what was configured.
+        announce: told each run as it is created, with its trace's id; on the shipper's thread.
+        dropped: told each record lost after it was accepted, and why; on the worker's thread.
+        at_exit: called before the process ends, if there is anything to deliver by then.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        announce: Callable[[str, RunRef], None],
+        dropped: Callable[[bytes, str], None],
+        at_exit: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._announce = announce
+        self._dropped = dropped
+        self._at_exit = at_exit
+        self._watching_exit_of = 0
+        self._pipelines: dict[str | None, Pipeline] = {}
+        self._lock = threading.Lock()
+
+    def to(self, uri: str | None) -> Pipeline:
+        """The pipeline to `uri`, made when there is none yet; None is MLflow's local default."""
+        with self._lock:
+            self._watch_exit()
+            pipeline = self._pipelines.get(uri)
+            if pipeline is None:
+                pipeline = self._pipelines[uri] = self._new(uri)
+            return pipeline
+
+    def flush(self, timeout_s: float) -> bool:
+        """Deliver all that was offered so far; False when `timeout_s` passes first."""
+        return self._each(Pipeline.flush, timeout_s)
+
+    def close(self, timeout_s: float) -> bool:
+        """Flush and end; True when nothing is left. Any number of times."""
+        return self._each(Pipeline.close, timeout_s)
+
+    def say_what_is_left(self) -> None:
+        """One line on stderr: how much was not delivered, and the command that delivers it."""
+        left = [pipeline.leftover() for pipeline in self._all()]
+        records = sum(count for count, _ in left)
+        if records:
+            paths = " ".join(str(path) for _, found in left for path in found)
+            print(  # noqa: T201 - the last line of the process; loggers may be gone
+                f"qitos-mlflow: {records} records are not delivered yet and are kept; deliver them "
+                f"with: qitos-mlflow sync {paths}",
+                file=sys.stderr,
+            )
+
+    def after_fork(self) -> None:
+        """In a forked child: locks that another thread held are free again."""
+        self._lock = threading.Lock()
+
+    def _new(self, uri: str | None) -> Pipeline:
+        settings = self._settings
+        header = segment_header(settings, uri)
+
+        def open_sink() -> Any:
+            from qitos_mlflow.mlflow_plugin.sink import open_sink
+
+            return open_sink(header, tracking_uri=uri, announce=self._announce)
+
+        return Pipeline(
+            header=header,
+            refine=lambda payload: refine(payload, settings.field_bytes),
+            open_sink=None if settings.offline else open_sink,
+            directory=settings.spool_dir,
+            queue_bytes=settings.queue_bytes,
+            spool_bytes=settings.spool_bytes,
+            dropped=self._dropped,
+        )
+
+    def _each(self, act: Callable[[Pipeline, float], bool], timeout_s: float) -> bool:
+        """Whether `act` succeeded for every pipeline, all within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        succeeded = True
+        for pipeline in self._all():
+            succeeded = act(pipeline, max(0.0, deadline - time.monotonic())) and succeeded
+        return succeeded
+
+    def _all(self) -> list[Pipeline]:
+        with self._lock:
+            return list(self._pipelines.values())
+
+    def _watch_exit(self) -> None:
+        """Have `at_exit` called before this process ends.
+
+        Children that multiprocessing has forked leave by `os._exit`, past `atexit`, but run its
+        own finalizers.
+        """
+        if self._watching_exit_of == os.getpid():
+            return
+        self._watching_exit_of = os.getpid()
+        process = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None:
+            from multiprocessing.util import Finalize
+
+            Finalize(None, self._ending, exitpriority=100)
+        atexit.register(self._ending)
+
+    def _ending(self) -> None:
+        try:
+            if self._pipelines:
+                self._at_exit()
+        except Exception as error:  # noqa: BLE001 - the process ends as it would have
+            report("plugin.at_exit", error)
