@@ -41,6 +41,8 @@ class ByteQueue:
         # Not exact: two threads adding at once may lose one addition where there is no GIL.
         # drain() sets it right whenever it finds the queue empty.
         self._held_bytes = 0
+        self.more = False
+        """Whether the last drain stopped because it had enough. Worker only."""
         self._items: queue.SimpleQueue[Item | Barrier] = queue.SimpleQueue()
         self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
         self._hurry.acquire()
@@ -74,6 +76,7 @@ class ByteQueue:
         """
         taken: list[Item | Barrier] = []
         taken_bytes = 0
+        self.more = False
         try:
             item = self._items.get(block=wait)
             while True:
@@ -81,6 +84,7 @@ class ByteQueue:
                 if isinstance(item, Item):
                     taken_bytes += len(item.payload) + ITEM_OVERHEAD_BYTES
                 if taken_bytes >= DRAIN_BYTES:
+                    self.more = True
                     break
                 item = self._items.get_nowait()
         except queue.Empty:

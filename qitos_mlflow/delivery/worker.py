@@ -49,14 +49,15 @@ class Worker:
             # Under load the queue is only looked into every LINGER_S; nobody waits in get(), so
             # that an offer needs no system call to wake this thread.
             items = self._queue.drain()
-            if not any(isinstance(item, Item) and item.keep for item in items):
+            if not self._queue.more and not any(isinstance(i, Item) and i.keep for i in items):
                 # A burst of spans is the agent at work: let it have the interpreter to itself.
                 self._queue.linger(LINGER_S)
                 items += self._queue.drain(wait=False)
             while items:
                 if not self._append(items):
                     return
-                self._queue.linger(LINGER_S)
+                if not self._queue.more:
+                    self._queue.linger(LINGER_S)
                 items = self._queue.drain(wait=False)
 
     def run_to(self, barrier: Barrier) -> None:

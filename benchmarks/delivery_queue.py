@@ -1,0 +1,97 @@
+"""What handing a record over costs the agent's thread, beside the least that could do it.
+
+    python benchmarks/delivery_queue.py
+
+The least: append to a deque, set an event that a thread waits on. Two situations: *busy*, records
+one after the other, where the worker is awake; *paced*, a pause before each, where it sleeps and
+has to be woken by the kernel. Rounds of both alternate, so that a noisy machine hits both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from qitos_mlflow.delivery import Pipeline
+
+RECORD = b'{"kind":"span","data":"' + b"x" * 1000 + b'"}'
+ROUNDS = 7
+PAUSE_S = 0.03
+
+
+def least() -> tuple[Callable[[bytes], object], Callable[[], object]]:
+    """deque.append and Event.set, with a thread that empties the deque."""
+    items: deque[bytes] = deque()
+    wake = threading.Event()
+    running = True
+
+    def consume() -> None:
+        while running:
+            wake.wait()
+            wake.clear()
+            while items:
+                items.popleft()
+
+    def offer(payload: bytes) -> None:
+        items.append(payload)
+        wake.set()
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+        wake.set()
+
+    threading.Thread(target=consume, daemon=True).start()
+    return offer, stop
+
+
+def ours(directory: Path) -> tuple[Callable[[bytes], object], Callable[[], object]]:
+    """A pipeline that writes to a real spool; nobody ships."""
+    pipeline = Pipeline(
+        header=b"{}",
+        refine=lambda payload: payload,
+        open_sink=None,
+        directory=directory,
+        queue_bytes=256 * 1024 * 1024,
+        spool_bytes=1024 * 1024 * 1024,
+    )
+    return pipeline.offer, lambda: pipeline.close(30)
+
+
+def measure(offer: Callable[[bytes], object], count: int, pause_s: float) -> list[float]:
+    """Microseconds of each call."""
+    times = []
+    offer(RECORD)
+    for _ in range(count):
+        if pause_s:
+            time.sleep(pause_s)
+        began = time.perf_counter_ns()
+        offer(RECORD)
+        times.append((time.perf_counter_ns() - began) / 1000)
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    print(f"{'':8}{'':>10}{'median µs':>12}{'p99 µs':>10}{'ratio of medians':>20}")
+    for name, count, pause_s in (("busy", 20_000, 0.0), ("paced", 60, PAUSE_S)):
+        times: dict[str, list[float]] = {"least": [], "offer": []}
+        for _ in range(ROUNDS):
+            with tempfile.TemporaryDirectory() as directory:
+                for key, (offer, stop) in (("least", least()), ("offer", ours(Path(directory)))):
+                    times[key] += measure(offer, count, pause_s)
+                    stop()
+        medians = {key: statistics.median(values) for key, values in times.items()}
+        for key, values in times.items():
+            p99 = statistics.quantiles(values, n=100)[98]
+            ratio = f"{medians[key] / medians['least']:.2f}"
+            print(f"{name:8}{key:>10}{medians[key]:>12.2f}{p99:>10.2f}{ratio:>20}")
+
+
+if __name__ == "__main__":
+    main()
