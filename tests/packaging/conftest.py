@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -19,9 +18,9 @@ class Environment:
 
     def __init__(self, directory: Path) -> None:
         venv.create(directory, with_pip=True)
-        self.scripts = Path(sysconfig.get_path("scripts", "venv", {"base": str(directory)}))
-        self.site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
-        self.python = self.scripts / Path(sys.executable).name
+        self.python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        self.site_packages = Path(self.run("-c", where).strip())
 
     def run(self, *arguments: str, **environment: str) -> str:
         """Run its Python, which must succeed without a word on stderr; returns its stdout."""
