@@ -19,7 +19,7 @@ _ROLES = {
     "human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant",
     "agent": "assistant", "function": "tool", "observation": "tool", "developer": "system",
 }  # fmt: skip
-_TEXT_TYPES = frozenset({"text", "input_text", "output_text", "summary_text", "refusal"})
+_TEXT_TYPES = ("text", "input_text", "output_text", "summary_text", "refusal")
 
 
 def request_messages(content: Any) -> list[dict[str, Any]]:
