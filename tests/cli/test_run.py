@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.cli.run import selection
+from qitos_mlflow.mlflow_plugin.readback import read_runs
 from tests.cli.conftest import Run
 
 PROGRAM = """\
@@ -186,3 +187,20 @@ def test_bad_input_is_named(programs: Path, cli: Run, args: tuple[str, ...], mes
     assert message in got.stderr
     assert "Traceback" not in got.stderr
     assert got.stdout == ""
+
+
+def test_an_agent_that_knows_nothing_of_it_is_logged(tmp_path: Path, cli: Run) -> None:
+    """A plain QitOS script becomes an MLflow run where, and as what, the options say."""
+    (tmp_path / "agent.py").write_text(
+        "from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, answer\n"
+        "model = ScriptedModel('scripted-small', [answer('Easy.', 'yes')])\n"
+        "result = DeskAgent('asker', model, []).run(task='Well?', trace=False, render=False)\n"
+        "print(result)\n"
+    )
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    assert read_runs(store, "e").runs == ()  # It is made now, not within a deadline.
+    options = ("--tracking-uri", store, "--experiment-name", "e", "--run-name", "r")
+    tag = ("--tag", "env=dev=1")
+    got = cli("run", *options, *tag, "agent.py", QITOS_MLFLOW_EXIT_TIMEOUT_S="90")
+    assert (got.stdout, got.stderr, got.returncode) == ("yes\n", "", 0)
+    assert [run.name for run in read_runs(store, "e", ("env", "dev=1")).runs] == ["r"]
