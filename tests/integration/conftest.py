@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,26 @@ def proxy(mlflow_server: MlflowServer) -> Iterator[Proxy]:
 def local_store(tmp_path: Path) -> str:
     """Tracking URI of a local sqlite store of the test's own, not yet created."""
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a real file system of so many bytes: ``small_disk(256 * 1024)``. Needs root."""
+    mounted: list[Path] = []
+
+    def mount(size_bytes: int) -> Path:
+        directory = tmp_path / f"small-disk-{len(mounted)}"
+        directory.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "small-disk", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:  # Lazily: a process that a test killed may still hold a file open.
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -273,3 +275,12 @@ def test_agents_of_several_threads_all_run(run_agent: Callable[..., Agent]) -> N
     interrupted = run_agent(way="off", traces=2, steps=4, interrupted_step=2).finish()
     assert interrupted.returncode == 0, interrupted.stderr
     assert "end" not in interrupted.points
+
+
+def test_a_small_disk_fills_up(small_disk: Callable[[int], Path]) -> None:
+    """What does not fit is refused by the kernel, as on a disk that is full."""
+    disk = small_disk(64 * 1024)
+    (disk / "fits").write_bytes(bytes(32 * 1024))
+    with pytest.raises(OSError) as caught:
+        (disk / "does-not").write_bytes(bytes(64 * 1024))
+    assert caught.value.errno == errno.ENOSPC
