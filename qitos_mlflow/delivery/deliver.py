@@ -188,6 +188,12 @@ def _round(
             if delivery is None:
                 taken = _take(paths, open_sink, stats, default_header)
                 if isinstance(taken, Outcome):
+                    if taken is Outcome.UNREADABLE:
+                        _guard.warn(
+                            f"delivery.header.{paths.stem}",
+                            "%s has no readable header, so its destination is not known",
+                            paths.stem,
+                        )
                     continue
                 delivery = deliveries[paths] = taken
             if delivery.circuit.delay_s:

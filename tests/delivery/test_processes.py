@@ -223,6 +223,31 @@ print(pipeline.close(60))
 
 
 @posix
+def test_a_fork_does_not_split_an_import(tmp_path: Path) -> None:
+    """A module that a sink is importing during a fork can be imported in the child."""
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.5); done = True")
+    code = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+sys.path.insert(0, {str(tmp_path)!r})
+opening = threading.Event()
+def open_sink():
+    opening.set()
+    import slow_module
+    return server.sink()
+pipeline = make_pipeline(spool, server, open_sink=open_sink)
+pipeline.offer(b"one", keep=True)
+opening.wait(30)
+child = os.fork()
+if child == 0:
+    import slow_module
+    os._exit(0 if slow_module.done else 1)
+print(os.waitpid(child, 0)[1], pipeline.close(30), server.accepted)
+"""
+    assert run(code, tmp_path / "spool") == ["0 True [b'one']"]
+
+
+@posix
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(tmp_path: Path, method: str) -> None:
     """Workers of multiprocessing deliver for themselves, however they are started."""

@@ -14,6 +14,11 @@ class Clock:
         return self.now
 
 
+def online(circuit: Circuit) -> bool | None:
+    """Asked anew each time: mypy takes a property for something that stays as it was."""
+    return circuit.online
+
+
 def longest(low: float, high: float) -> float:
     return high
 
@@ -61,15 +66,15 @@ def test_a_success_closes_the_circuit() -> None:
     """After one success there is no delay, and the next failure begins with the shortest."""
     clock = Clock()
     circuit = Circuit(clock, longest)
-    assert circuit.online is None
+    assert online(circuit) is None
     for _ in range(5):
         circuit.failed()
-    assert circuit.online is False
+    assert online(circuit) is False
     clock.now += 100
     assert circuit.delay_s == 0.0
-    assert circuit.online is False
+    assert online(circuit) is False
     circuit.succeeded()
-    assert circuit.online is True
+    assert online(circuit) is True
     circuit.failed()
     assert circuit.delay_s == 0.5
 
