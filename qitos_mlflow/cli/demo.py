@@ -58,10 +58,19 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
             err=True,
         )
         raise SystemExit(1)
+    from qitos_mlflow.cli._demo_tasks import TASKS
     from qitos_mlflow.mlflow_plugin.readback import read_runs
 
     settings = processor.mlflow_plugin.settings
-    show(read_runs(settings.tracking_uri, settings.experiment_name, tag))
+    found = read_runs(settings.tracking_uri, settings.experiment_name, tag)
+    show(found)
+    if len(found.runs) < len(TASKS):
+        click.echo(
+            f"Only {len(found.runs)} of {len(TASKS)} runs are there. Why the server refused the "
+            "others says\n\n  qitos-mlflow status",
+            err=True,
+        )
+        raise SystemExit(1)
 
 
 def run_and_deliver(processor: MlflowTraceProcessor) -> bool:

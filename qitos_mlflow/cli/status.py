@@ -23,6 +23,9 @@ from qitos_mlflow.cli._spool import (
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
 
+REASON_CHARS = 200
+"""So much of a reason is shown; --json has all of it."""
+
 TORN = "torn or corrupt line in the spool"
 
 
@@ -112,8 +115,10 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
     return {
         "segment": segment.paths.stem,
         "directory": str(segment.paths.directory),
-        "destination": destination_of(header),
+        "destination": destination_of(header) if segment.size_bytes else "",
         "experiment": header.get("experiment_name"),
+        # Delivered to its end, a segment is gone but for what was refused; its name still tells.
+        "process": segment.paths.stem.rsplit("-", 2)[0],
         "host": segment.host,
         "pid": segment.pid,
         "owner": "alive" if segment.owner_alive else "dead",
@@ -140,7 +145,7 @@ def _show(found: dict[str, Any]) -> None:
         for segment in found["segments"]:
             owner = segment["owner"] + (", offline" if segment["offline"] else "")
             row = (
-                *(f"{segment['pid']} on {segment['host']}", owner, segment["destination"]),
+                *(segment["process"], owner, segment["destination"]),
                 *(str(segment["waiting"]), str(segment["dead_letters"])),
                 age(segment["last_record_ns"]) if segment["last_record_ns"] else "",
             )
@@ -151,7 +156,8 @@ def _show(found: dict[str, Any]) -> None:
     click.echo(f"{count} in {plural(len(found['segments']), 'segment')} wait in {where}")
     for title, counts in (("refused for good", found["dead_letters"]), ("lost", found["lost"])):
         for reason, number in counts.items():
-            click.echo(f"{number} {title}: {reason}")
+            line = " ".join(reason.split())
+            click.echo(f"{number} {title}: {line[:REASON_CHARS]}")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
