@@ -23,7 +23,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 from qitos_mlflow.tracing import GenerationSpanData, SpanType, TracingProvider
 
-
 PAUSE_S = 0.05
 """A pause between two bursts (seconds)."""
 

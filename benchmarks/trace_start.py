@@ -17,11 +17,25 @@ import tempfile
 import time
 
 import mlflow
+import requests
 
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 from qitos_mlflow.tracing import TracingProvider
 
 TRACES = 15
+PAUSE_S = 0.5
+"""Between two traces (seconds): an agent that does nothing at all is none."""
+
+
+def request_ms(uri: str) -> float:
+    """Milliseconds of one small request, for scale."""
+    session = requests.Session()
+    taken = []
+    for _ in range(TRACES):
+        began = time.perf_counter()
+        session.get(f"{uri}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=10)
+        taken.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(taken)
 
 
 def starts_ms(uri: str) -> list[float]:
@@ -38,6 +52,7 @@ def starts_ms(uri: str) -> list[float]:
         trace.__enter__()
         taken.append((time.perf_counter() - began) * 1e3)
         trace.__exit__(None, None, None)
+        time.sleep(PAUSE_S)
     processor.force_flush(timeout_s=0.5 if taken[0] > 1000 else None)
     return taken
 
@@ -47,6 +62,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--tracking-uri", required=True)
     given = arguments.parse_args()
+    print(f"one request to the healthy server takes {request_ms(given.tracking_uri):.1f} ms")
     with socket.create_server(("127.0.0.1", 0)) as hanging, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # Bound, but nobody listens.
         for name, uri in (

@@ -74,20 +74,21 @@ class Pipeline:
         self._closed = False
         _pipelines.add(self)
 
-    def offer(self, payload: bytes, *, keep: bool = False) -> bool:
+    def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` on its way; False when it is refused, which is counted.
 
         Any thread, also inside signal handlers and finalizers. Never blocks, never raises.
 
         Args:
             payload: never changed afterwards.
-            keep: take it also when the queue is full, and send it at once.
+            keep: take it also when the queue is full.
+            urgent: send it at once: somebody waits for what comes of it.
         """
         running = self._running
         if self._closed:
             running.stats.drop(CLOSED)
             return False
-        taken = running.queue.offer(payload, keep)
+        taken = running.queue.offer(payload, keep, urgent)
         if not taken:
             running.stats.drop(QUEUE_FULL)
         if not running.used:

@@ -19,10 +19,11 @@ DRAIN_BYTES = 1024 * 1024
 
 
 class Item(NamedTuple):
-    """A payload and whether it is to be kept when space is short."""
+    """A payload, whether it is to be kept when space is short, and whether it is waited for."""
 
     payload: bytes
     keep: bool
+    urgent: bool
 
 
 class Barrier:
@@ -47,18 +48,26 @@ class ByteQueue:
         self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
         self._hurry.acquire()
 
-    def offer(self, payload: bytes, keep: bool = False) -> bool:
-        """Take `payload`, or refuse it because the queue is full. Any thread; never blocks."""
+    def offer(self, payload: bytes, keep: bool = False, urgent: bool = False) -> bool:
+        """Take `payload`, or refuse it because the queue is full. Any thread; never blocks.
+
+        An urgent one ends the worker's linger.
+        """
         size = len(payload) + ITEM_OVERHEAD_BYTES
         if not keep and self._held_bytes + size > self._max_bytes:
             return False
         self._held_bytes += size
-        self._items.put(Item(payload, keep))
+        self._items.put(Item(payload, keep, urgent))
+        if urgent:
+            self._end_linger()
         return True
 
     def put(self, barrier: Barrier) -> None:
         """Place a barrier behind everything offered so far and end the worker's linger."""
         self._items.put(barrier)
+        self._end_linger()
+
+    def _end_linger(self) -> None:
         try:
             self._hurry.release()
         except RuntimeError:  # Already released: somebody else is in a hurry too.

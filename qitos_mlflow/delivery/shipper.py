@@ -1,7 +1,7 @@
 """The thread that ships what the worker has spooled, as it comes and as the server lets it.
 
 Receives positions from the worker (`written`), hands chunks to the sink through `Shipping`.
-Knows when: at once for records to be kept, after `LINGER_S` for others, later when the server
+Knows when: at once for urgent records, after `LINGER_S` for others, later when the server
 fails, now when somebody waits in flush().
 """
 

@@ -23,7 +23,7 @@ class Worker:
 
     Args:
         refine: decodes and redacts; None drops the record on purpose, an exception counts it.
-        wrote: told after each append whether it held records to be kept.
+        wrote: told after each append whether it held an urgent record.
         dropped: told every record lost here, with the reason.
     """
 
@@ -49,7 +49,7 @@ class Worker:
             # Under load the queue is only looked into every LINGER_S; nobody waits in get(), so
             # that an offer needs no system call to wake this thread.
             items = self._queue.drain()
-            if not self._queue.more and not any(isinstance(i, Item) and i.keep for i in items):
+            if not self._queue.more and not any(isinstance(i, Item) and i.urgent for i in items):
                 # A burst of spans is the agent at work: let it have the interpreter to itself.
                 self._queue.linger(LINGER_S)
                 items += self._queue.drain(wait=False)
@@ -87,7 +87,7 @@ class Worker:
         records: list[Record] = []
         try:
             self._stats.add(recorded=len(batch))
-            for payload, keep in batch:
+            for payload, keep, _ in batch:
                 data = self._refined(payload)
                 if data is not None:
                     records.append(Record(data, keep))
@@ -95,7 +95,7 @@ class Worker:
                 return
             for data, reason in self._segment.append(records, time.time_ns()):
                 self._lose(data, reason)
-            self._wrote(any(record.keep for record in records))
+            self._wrote(any(item.urgent for item in batch))
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
             _guard.report("delivery.worker", error)
             for record in records:

@@ -132,10 +132,12 @@ class MlflowPlugin:
             "time_ns": time.time_ns(),
             "parent_run_id": parent_run_id(uri),
             "content": content,
-            "awaits_root": state.awaits_root,
+            # The tree begins with its first span: the run is what somebody may be waiting for.
+            "awaits_root": True,
         }
-        pipeline.offer(capture.encode(record), keep=True)
-        if self._may_wait(pipeline):
+        waits = self._may_wait(pipeline)
+        pipeline.offer(capture.encode(record), keep=True, urgent=True)
+        if waits:
             run.wait(settings.start_timeout_s)
         state.active.follow()
 

@@ -28,8 +28,8 @@ MAX_DEPTH = 256
 _SHORTEST = 8
 """Texts below this many characters have no room for a name and a value, or for a key's shape."""
 
-_REMEMBERED_CHARS = 8192
-"""Longer texts are not remembered, so that memory stays below 8 MB."""
+_REMEMBERED_CHARS = 4096
+"""Longer texts are not remembered: a few MB in all, 16 at the very worst."""
 
 _SHORTEST_SHAPE = 16
 """Keys of a mapping below this many characters cannot be credentials themselves."""
@@ -58,7 +58,7 @@ def _redacted(text: str) -> str:
 
 
 # An agent sends its whole conversation again with every step: most texts have been seen before.
-_remembered = lru_cache(maxsize=1024)(_redacted)
+_remembered = lru_cache(maxsize=512)(_redacted)
 
 
 def redact(value: Any, _depth: int = 0) -> Any:

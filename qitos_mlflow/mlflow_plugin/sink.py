@@ -19,12 +19,13 @@ import orjson
 
 from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin import limits
+from qitos_mlflow.mlflow_plugin.cost import trace_cost
 from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_credentials
 from qitos_mlflow.mlflow_plugin.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunState
 from qitos_mlflow.mlflow_plugin.otlp import distinct
 from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment
-from qitos_mlflow.mlflow_plugin.spans import TraceFold, locate
+from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold, locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
 from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef, Transport
 
@@ -159,7 +160,9 @@ class MlflowSink:
 
     def _shipment(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> MlflowShipment:
         traces = list(touched.values())
-        calls = [call for trace in traces for call in self._run_calls(trace)]
+        # First, because an agent may be waiting for its run.
+        calls = [self._create_call(trace) for trace in traces if trace.run is None]
+        calls += [call for trace in traces for call in self._run_calls(trace)]
         calls += self._tree_calls(traces)
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [
@@ -173,12 +176,13 @@ class MlflowSink:
             trace.sent()
         return MlflowShipment(calls, dead)
 
+    def _create_call(self, trace: TraceState) -> Call:
+        create = partial(self._create_run, trace, list(trace.tags))
+        refused = partial(setattr, trace, "refused")
+        return Call(create, trace.records, bytes, trace, essential=refused)
+
     def _run_calls(self, trace: TraceState) -> Iterator[Call]:
         letter = partial(_letter, trace)
-        if trace.run is None:
-            create = partial(self._create_run, trace, list(trace.tags))
-            refused = partial(setattr, trace, "refused")
-            yield Call(create, trace.records, bytes, trace, essential=refused)
         for chunk in _chunks(trace.metrics, trace.params, trace.tags):
             yield Call(partial(self._log, trace), chunk, letter, trace)
         for artifact in trace.artifacts:
@@ -238,9 +242,22 @@ class MlflowSink:
     def _write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         if self._log_traces:
             run_id = None if trace.run is None else trace.run.run_id
-            info = locate(items[0], self._experiment(timeout_s), run_id)
+            experiment_id = self._experiment(timeout_s)
+            info = locate(items[0], experiment_id, run_id)
             with self._without_traces():
+                if trace.ended and trace.tree is not None and trace.tree.priced:
+                    self._add_cost(info, trace.tree, experiment_id, timeout_s)
                 self._transport.write_trace(info, timeout_s)
+
+    def _add_cost(
+        self, info: dict[str, Any], tree: TraceFold, experiment_id: str, timeout_s: float
+    ) -> None:
+        """Complete the info of a trace whose spans are all on the server."""
+        names = tree.priced if len(tree.priced) <= MAX_PRICED else ()
+        times_ms = (tree.start_ns // 1_000_000, tree.last_ns // 1_000_000)
+        cost = trace_cost(self._transport, experiment_id, tree.id, names, times_ms, timeout_s)
+        if cost:
+            info["trace_metadata"]["mlflow.trace.cost"] = orjson.dumps(cost).decode()
 
     @contextlib.contextmanager
     def _without_traces(self) -> Iterator[None]:
