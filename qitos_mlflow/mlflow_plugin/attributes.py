@@ -131,6 +131,7 @@ def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -
     if model:
         found["mlflow.llm.model"] = clean_text(model, limits.SPAN_TYPE_CHARS)
     found["mlflow.llm.provider"] = _provider(response.get("provider"))
+    found["qitos.provider"] = response.get("provider")
     found["qitos.finish_reason"] = response.get("finish_reason")
     found["qitos.cached"] = response.get("cached")
     usage = parse_usage(data.get("token_usage"))
@@ -156,12 +157,13 @@ def token_usage(usage: Usage) -> dict[str, int]:
 
 
 def _provider(name: Any) -> str | None:
-    """The provider as MLflow knows it, where the host names a class of that provider's."""
-    if not isinstance(name, str) or not name:
-        return None
-    low = name.lower()
-    known = next((provider for provider in _PROVIDERS if provider in low), None)
-    return known or clean_text(name, limits.SPAN_TYPE_CHARS)
+    """The provider as MLflow knows it, where the host names a class of that provider's.
+
+    None for any other: MLflow's server would look on the internet for that provider's prices (7 s
+    for a server that cannot get there), where without one it goes by the model's name.
+    """
+    low = name.lower() if isinstance(name, str) else ""
+    return next((provider for provider in _PROVIDERS if provider in low), None)
 
 
 def answer_preview(found: Mapping[str, Any]) -> str | None:

@@ -225,10 +225,27 @@ class RestTransport:
         }
         self._send("POST", "/v1/traces", message.SerializeToString(), headers, timeout_s)
 
-    def write_assessment(self, trace_id: str, assessment: dict[str, Any], timeout_s: float) -> None:
-        """Add an assessment to a trace."""
-        path = f"/api/3.0/mlflow/traces/{trace_id}/assessments"
-        self._json("POST", path, orjson.dumps({"assessment": assessment}), timeout_s)
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it."""
+        question = {
+            "experiment_ids": [experiment_id],
+            "view_type": "SPANS",
+            "metric_name": metric,
+            "aggregations": [{"aggregation_type": "SUM"}],
+            "filters": list(filters),
+            "start_time_ms": times_ms[0],
+            "end_time_ms": times_ms[1],
+        }
+        path = "/api/3.0/mlflow/traces/metrics"
+        points = self._json("POST", path, orjson.dumps(question), timeout_s).get("data_points")
+        return float(points[0]["values"]["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace an artifact, through the server where it serves artifacts."""

@@ -10,7 +10,7 @@ says so. Beginning a trace with its info, or ending it before its root, leaves w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,8 @@ from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
 from qitos_mlflow.mlflow_plugin.otlp import build_span, set_status
 
-Price = Callable[[str, str | None, Mapping[str, int]], Mapping[str, float] | None]
-"""Cost in USD (input_cost, output_cost, total_cost) of a model's token usage, None if unknown.
-Called with model, provider, and MLflow's token usage; must be pure."""
+MAX_PRICED = 4
+"""Names of generations remembered, each of which is two requests when the trace ends."""
 
 _STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
 
@@ -71,7 +70,7 @@ class TraceFold:
     metadata: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     usage: dict[str, int] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
+    priced: list[str] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class TraceFold:
 
     # -- records -----------------------------------------------------------------------------
 
-    def fold(self, record: Mapping[str, Any], price: Price | None = None) -> TraceData:
+    def fold(self, record: Mapping[str, Any]) -> TraceData:
         """Take in the trace's next record; returns what it adds to the trace."""
         kind = record.get("kind")
         if kind == "trace_start":
@@ -93,7 +92,7 @@ class TraceFold:
         if kind == "span_start":
             return self._fold_root(record)
         if kind == "span":
-            return self._fold_span(record, price)
+            return self._fold_span(record)
         if kind == "trace_end":
             return self._fold_end(record)
         return TraceData()
@@ -158,7 +157,7 @@ class TraceFold:
         # Ended at once and without a status: the server shows the trace as going (MLFLOW.md 5b.1).
         return TraceData([self._root_span(self.start_ns, {})], changed=True)
 
-    def _fold_span(self, record: Mapping[str, Any], price: Price | None) -> TraceData:
+    def _fold_span(self, record: Mapping[str, Any]) -> TraceData:
         began = self._begin()
         own = str(record.get("span_id", ""))
         parent = record.get("parent_id")
@@ -168,7 +167,7 @@ class TraceFold:
         changed = began.changed
         kind = record.get("type")
         if kind == "generation":
-            changed |= self._count(found, price)
+            changed |= self._count(found, attributes.span_name(record))
             self.response = attributes.answer_preview(found) or self.response
         is_root = own == self.root
         if is_root:
@@ -250,8 +249,6 @@ class TraceFold:
             metadata["mlflow.traceOutputs"] = self.response
         if self.usage:
             metadata["mlflow.trace.tokenUsage"] = orjson.dumps(self.usage).decode()
-        if self.cost:
-            metadata["mlflow.trace.cost"] = orjson.dumps(self.cost).decode()
         info: dict[str, Any] = {
             "trace_id": trace_id(self.id),
             "client_request_id": clean_text(self.id, limits.CLIENT_REQUEST_CHARS),
@@ -303,16 +300,14 @@ class TraceFold:
                 trace_id=otel_trace_id(trace), span_id=span_id(trace, linked or "\0root")
             )
 
-    def _count(self, found: Mapping[str, Any], price: Price | None) -> bool:
+    def _count(self, found: Mapping[str, Any], name: str) -> bool:
         usage = found.get("mlflow.chat.tokenUsage")
         if not usage:
             return False
         for key, number in usage.items():
             self.usage[key] = self.usage.get(key, 0) + number
-        model = found.get("mlflow.llm.model")
-        cost = price(model, found.get("mlflow.llm.provider"), usage) if price and model else None
-        for key, amount in (cost or {}).items():
-            self.cost[key] = self.cost.get(key, 0.0) + amount
+        if "mlflow.llm.model" in found and name not in self.priced:
+            self.priced = [*self.priced, name][: MAX_PRICED + 1]
         return True
 
     def _tag(self, key: str, value: object, length: int = limits.TRACE_TAG_CHARS) -> None:

@@ -198,14 +198,32 @@ class StoreTransport:
             with _failures():
                 self._tracing.log_spans(experiment_id, converted)
 
-    def write_assessment(self, trace_id: str, assessment: dict[str, Any], timeout_s: float) -> None:
-        """Add an assessment to a trace."""
-        from mlflow.entities import Assessment
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it."""
+        from mlflow.entities.trace_metrics import (
+            AggregationType,
+            MetricAggregation,
+            MetricViewType,
+        )
 
         with _failures():
-            self._tracing.log_assessment(
-                trace_id, Assessment.from_dictionary({**assessment, "trace_id": trace_id})
+            points = self._tracing.store.query_trace_metrics(
+                [experiment_id],
+                MetricViewType.SPANS,
+                metric,
+                [MetricAggregation(AggregationType.SUM)],
+                filters=list(filters),
+                start_time_ms=times_ms[0],
+                end_time_ms=times_ms[1],
             )
+            return float(points[0].values["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""

@@ -91,8 +91,23 @@ class Transport(Protocol):
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, of any number of traces of one experiment."""
 
-    def write_assessment(self, trace_id: str, assessment: dict[str, Any], timeout_s: float) -> None:
-        """Add an assessment (MLflow's assessment, as JSON) to a trace."""
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it.
+
+        Args:
+            experiment_id: where to look.
+            metric: MLflow's name of a metric of spans, such as ``input_cost``.
+            filters: in MLflow's language for trace metrics.
+            times_ms: spans from here to there only, milliseconds since the epoch.
+            timeout_s: longest wait.
+        """
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""

@@ -386,24 +386,6 @@ def test_a_running_trace_is_on_the_server(server: MlflowServer) -> None:
     assert trace.info.token_usage["total_tokens"] == 120
 
 
-def test_costs_are_added_up(server: MlflowServer) -> None:
-    """With a price at hand the trace's cost is the sum of its generations'."""
-
-    def price(model: str, provider: str | None, usage: Any) -> dict[str, float]:
-        assert (model, provider) == ("gpt-4o", None)
-        cost = usage["total_tokens"] * 0.001
-        return {"input_cost": 0.0, "output_cost": cost, "total_cost": cost}
-
-    state = TraceFold()
-    transport = RestTransport(server.uri)
-    experiment = transport.experiment_id("cost", 30)
-    for record in agent_run("cost-trace"):
-        transport.write_spans(experiment, distinct(state.fold(record, price).spans), 30)
-        transport.write_trace(locate(state.info(), experiment, None), 30)
-    trace = server.client.get_trace(trace_id("cost-trace"))
-    assert trace.info.cost["total_cost"] == pytest.approx(0.175)
-
-
 def test_status_without_details_is_still_told() -> None:
     """An exception without a text, and an error without a type, both show."""
     span = build_span(b"t" * 16, b"s" * 8, None, "n", 1, 2, {})
