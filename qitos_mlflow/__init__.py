@@ -11,16 +11,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from qitos_mlflow.autolog import autolog as autolog
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor as MlflowTraceProcessor
     from qitos_mlflow.settings import Settings as Settings
+    from qitos_mlflow.wiring import autolog as autolog
 
     __version__: str
 
 _HOMES = {
     "MlflowTraceProcessor": "qitos_mlflow.mlflow_plugin.processor",
     "Settings": "qitos_mlflow.settings",
-    "autolog": "qitos_mlflow.autolog",
+    "autolog": "qitos_mlflow.wiring",
 }
 
 __all__ = ["MlflowTraceProcessor", "Settings", "__version__", "autolog"]

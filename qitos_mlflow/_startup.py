@@ -16,14 +16,14 @@ class QitosWatcher:
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> object:
-        """Pass on every name; at ``qitos`` step aside and arrange for `autolog.activate`."""
+        """Pass on every name; at ``qitos`` step aside and arrange for `wiring.activate`."""
         if name != "qitos":
             return None
         remove()
         try:
             from importlib.util import find_spec
 
-            from qitos_mlflow.autolog import activate_on_import
+            from qitos_mlflow.wiring import activate_on_import
 
             activate_on_import()
             # Asked anew: the list of finders has just changed under the import system's feet.
@@ -42,7 +42,7 @@ def install() -> None:
         return
     if "qitos" in sys.modules:
         try:
-            from qitos_mlflow.autolog import activate_on_import
+            from qitos_mlflow.wiring import activate_on_import
 
             activate_on_import()
         except Exception as error:  # noqa: BLE001

@@ -6,6 +6,7 @@ default. Nothing here imports mlflow or qitos or touches the disk.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -58,10 +59,10 @@ def _optional_text(value: object) -> str | None:
 
 
 def _tags(value: object) -> Mapping[str, str]:
-    if value is None:
-        return {}
+    if isinstance(value, str):  # From the environment.
+        value = json.loads(value)
     if not isinstance(value, Mapping):
-        raise ValueError("expected a dict of tags, such as {'env': 'dev'}")
+        raise ValueError('expected tags such as {"env": "dev"}')
     return {str(key): str(item) for key, item in value.items()}
 
 
@@ -96,7 +97,7 @@ class Settings:
         "local store)",
         env="",
     )
-    tags: Mapping[str, str] = _option(_tags, dict, "tags of every run", env="")
+    tags: Mapping[str, str] = _option(_tags, dict, "tags of every run; in the environment as JSON")
     auto_end_run: bool = _option(_flag, True, "end the run when the trace ends", env="")
     capture_content: bool = _option(
         _flag, True, "log inputs and outputs; off keeps metrics, span tree and timing"

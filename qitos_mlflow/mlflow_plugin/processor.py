@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from qitos_mlflow.autolog import ensure_bridge
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.settings import Settings
+from qitos_mlflow.wiring import ensure_bridge
 
 if find_spec("mlflow") is None:  # Looked for, not imported: that costs 1.2 s and 170 MB.
     raise MissingMlflowError(

@@ -152,8 +152,9 @@ class MlflowSink:
             # Without its start, a span is one that came after the trace had ended: look its run up.
             late = record["kind"] != "trace_start"
             tree = None
-            if self._log_traces and not late:
-                tree = TraceFold(constant_tags=self._settings.get("tags") or {})
+            if self._log_traces:
+                constant_tags = self._settings.get("tags") or {}
+                tree = TraceFold.after_end(trace_id) if late else TraceFold(constant_tags)
             trace = TraceState(trace_id, totals, tree, maybe_created=self._resumed or late)
             self._traces[trace_id] = trace
         return trace
@@ -177,7 +178,8 @@ class MlflowSink:
         return MlflowShipment(calls, dead)
 
     def _create_call(self, trace: TraceState) -> Call:
-        create = partial(self._create_run, trace, list(trace.tags))
+        # Each key once: a server refuses the run otherwise.
+        create = partial(self._create_run, trace, list(dict(trace.tags).items()))
         refused = partial(setattr, trace, "refused")
         return Call(create, trace.records, bytes, trace, essential=refused)
 
@@ -216,7 +218,7 @@ class MlflowSink:
                 experiment_id,
                 trace.start_ms,
                 limits.clean_text(run_name, limits.RUN_NAME_CHARS),
-                [("mlflow.source.type", "LOCAL"), *tags[: limits.BATCH_TAGS - 1]],
+                [("mlflow.source.type", "LOCAL"), *tags][: limits.BATCH_TAGS],
                 timeout_s,
             )
         if self._announce is not None:

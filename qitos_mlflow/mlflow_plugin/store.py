@@ -8,6 +8,7 @@ of MLflow's process-wide state is read or changed.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,29 @@ def _failures() -> Iterator[None]:
         raise RetryLater(f"{type(error).__name__}: {error}") from error
 
 
+def prepare_sqlite(uri: str) -> None:
+    """Create the database of a sqlite store in one step, if there is none.
+
+    MLflow creates one by dozens of migrations. A process that ends among them, or a second one
+    that begins meanwhile, leaves a store that nobody can open again; so they are run on a file
+    beside it, which then takes its place.
+    """
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    scheme, _, path = uri.partition(":///")
+    if scheme != "sqlite" or not path or ":memory:" in path or Path(path).exists():
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-new-", dir=target.parent) as directory:
+        made = Path(directory, target.name)
+        store = _get_store(f"sqlite:///{made}")
+        store.search_experiments(max_results=1)
+        store.engine.dispose()
+        with contextlib.suppress(FileExistsError):  # Another process was faster.
+            os.link(made, target)
+
+
 class StoreTransport:
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
@@ -110,6 +134,7 @@ class StoreTransport:
     @property
     def _mlflow(self) -> Any:
         if self._client is None:
+            prepare_sqlite(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 

@@ -142,7 +142,7 @@ def _activate(_module: Any) -> None:
         _serve_tracing()
         activate()
     except Exception as error:  # noqa: BLE001 - the agent's import goes on without us
-        report("autolog.activate", error)
+        report("wiring.activate", error)
 
 
 def _install_bridge(_module: Any) -> None:
@@ -152,7 +152,7 @@ def _install_bridge(_module: Any) -> None:
 
         bridge.install()
     except Exception as error:  # noqa: BLE001
-        report("autolog.install_bridge", error)
+        report("wiring.install_bridge", error)
 
 
 def _serve_tracing() -> None:
