@@ -82,6 +82,7 @@ class Agent:
         environment.pop("QITOS_TRACE_PLUGINS", None)
         if self.config.way == "off":
             environment["QITOS_TRACE_PLUGINS"] = "none"
+        environment["MLFLOW_MODEL_CATALOG_URI"] = ""  # See server.py: local stores look up too.
         environment["PYTHONPATH"] = str(ROOT)
         environment.update(env or {})
         module = "tests.integration.agent_script"
