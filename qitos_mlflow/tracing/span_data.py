@@ -63,10 +63,10 @@ class _FieldSpanData(SpanData):
 
 # No generated __repr__: a span that ends up in a log line must not bring its content along. No
 # generated __eq__: spans of equal content are still different spans.
-_span_data = dataclass(eq=False, repr=False)
+# (Spelled out each time: type checkers do not follow an alias of `dataclass`.)
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class AgentSpanData(_FieldSpanData):
     """One run of an agent; `tools` are names."""
 
@@ -81,7 +81,7 @@ class AgentSpanData(_FieldSpanData):
         self.tools = self.tools or []
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class StepSpanData(_FieldSpanData):
     """One turn of the agent's loop; `step_number` counts as the engine counts."""
 
@@ -92,7 +92,7 @@ class StepSpanData(_FieldSpanData):
     decision: Any = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class DecideSpanData(_FieldSpanData):
     """Finding the next decision, from observation to decision."""
 
@@ -103,7 +103,7 @@ class DecideSpanData(_FieldSpanData):
     model_response: dict[str, Any] | None = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class GenerationSpanData(_FieldSpanData):
     """One call of a language model; `token_usage` holds real counts or is None."""
 
@@ -116,7 +116,7 @@ class GenerationSpanData(_FieldSpanData):
     token_usage: dict[str, int] | None = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class ActSpanData(_FieldSpanData):
     """Carrying out a decision's actions."""
 
@@ -127,7 +127,7 @@ class ActSpanData(_FieldSpanData):
     output_content: Any = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class ToolSpanData(_FieldSpanData):
     """One call of a tool."""
 
@@ -138,7 +138,7 @@ class ToolSpanData(_FieldSpanData):
     output_content: Any = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class ReduceSpanData(_FieldSpanData):
     """Folding results into the agent's state; `input_count` is how many there were."""
 
@@ -148,7 +148,7 @@ class ReduceSpanData(_FieldSpanData):
     output_content: Any = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class CriticSpanData(_FieldSpanData):
     """One critic's verdict; `score` is None when it gave none."""
 
@@ -160,7 +160,7 @@ class CriticSpanData(_FieldSpanData):
     score: float | None = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class HandoffSpanData(_FieldSpanData):
     """One agent passing the run to another."""
 
@@ -181,7 +181,7 @@ class HandoffSpanData(_FieldSpanData):
         return exported
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class MCPSpanData(_FieldSpanData):
     """One call of a tool on an MCP server."""
 
@@ -193,7 +193,7 @@ class MCPSpanData(_FieldSpanData):
     output_content: Any = None
 
 
-@_span_data
+@dataclass(eq=False, repr=False)
 class CustomSpanData(_FieldSpanData):
     """Anything else, under a name of the caller's."""
 
