@@ -16,7 +16,7 @@ from qitos_mlflow.delivery.shipper import Shipper
 from qitos_mlflow.delivery.shipping import Shipping
 from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool import waiting_records
-from qitos_mlflow.delivery.stats import CLOSED, Stats
+from qitos_mlflow.delivery.stats import Stats
 from qitos_mlflow.delivery.worker import Worker
 
 DISK_GRACE_S = 0.25
@@ -95,7 +95,7 @@ class Running:
         spooled_by = max(deadline, time.monotonic() + DISK_GRACE_S)
         if not self._reach(self._last, spooled_by):
             return
-        self._refuse_late()
+        self._worker.refuse()  # What came in between refusing offers and the worker's end.
         self._shipped(deadline)
         if self._shipper is not None and not self._no_shipper:
             self._shipper.stop()
@@ -116,14 +116,6 @@ class Running:
             return True
         self.queue.put(barrier)
         return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
-
-    def _refuse_late(self) -> None:
-        """Count what came in between close() refusing offers and the worker's end."""
-        for item in self.queue.drain(wait=False):
-            if isinstance(item, Barrier):
-                item.reached.set()
-            else:
-                self.stats.drop(CLOSED)
 
     def _shipped(self, deadline: float) -> bool:
         if self._shipper is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.queue import Barrier, ByteQueue, Item
 from qitos_mlflow.delivery.segment import Record, Segment
-from qitos_mlflow.delivery.stats import REFINE_FAILED, WORKER_FAILED, Stats
+from qitos_mlflow.delivery.stats import CLOSED, REFINE_FAILED, WORKER_FAILED, Stats
 
 LINGER_S = 0.02
 """Records gather this long between two appends: what a kill costs at most, beside the append."""
@@ -66,20 +66,32 @@ class Worker:
         while not barrier.reached.is_set():
             self._append(self._queue.drain(wait=False))
 
+    def refuse(self, items: Sequence[Item | Barrier] = ()) -> None:
+        """Count `items`, and what is in the queue, as offered after the end."""
+        while items or (items := self._queue.drain(wait=False)):
+            for item in items:
+                if isinstance(item, Item):
+                    self._lose(item.payload, CLOSED)
+                else:
+                    item.reached.set()
+            items = ()
+
     def _append(self, items: Sequence[Item | Barrier]) -> bool:
         """Append the items; False when the last barrier was among them."""
-        goes_on = True
         batch: list[Item] = []
-        for item in items:
+        for index, item in enumerate(items):
             if isinstance(item, Item):
                 batch.append(item)
                 continue
             self._append_batch(batch)
             batch = []
-            goes_on = goes_on and not item.last
+            if item.last:
+                self.refuse(items[index + 1 :])
             item.reached.set()
+            if item.last:
+                return False
         self._append_batch(batch)
-        return goes_on
+        return True
 
     def _append_batch(self, batch: Sequence[Item]) -> None:
         if not batch:

@@ -81,6 +81,23 @@ def test_a_lock_file_deleted_under_its_holder_is_taken_anew(tmp_path: Path) -> N
     lock.release()
 
 
+def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(tmp_path: Path) -> None:
+    """Who finishes a segment deletes its lock; who took that in the same instant retries."""
+    path = tmp_path / "a.own"
+    removals = [path]
+
+    def lock_after_removal(descriptor: int) -> bool:
+        if removals:
+            removals.pop().unlink()
+        return locks._kernel_lock(descriptor)
+
+    lock = FileLock(path, lock_after_removal)
+    assert lock.acquire()
+    assert path.exists()
+    assert not _other_process_acquires(path)
+    lock.release()
+
+
 def test_looking_creates_nothing(tmp_path: Path) -> None:
     """Asking whether a lock is held leaves no file behind."""
     assert not is_held(tmp_path / "none.own")

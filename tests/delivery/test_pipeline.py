@@ -78,9 +78,15 @@ def test_nothing_offered_starts_nothing(make: Make, spool: Path) -> None:
     assert not spool.exists()
 
 
-def test_kept_records_are_sent_at_once(make: Make, server: FakeServer) -> None:
-    """A trace's start or end reaches the server without anybody flushing."""
-    make().offer(b"trace start", keep=True)
+def test_urgent_records_are_sent_at_once(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody waits for does not wait for others to gather, in memory or in the spool."""
+    monkeypatch.setattr("qitos_mlflow.delivery.worker.LINGER_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.shipper.LINGER_S", 10 * LONG_S)
+    pipeline = make()
+    pipeline.offer(b"span")
+    pipeline.offer(b"trace start", keep=True, urgent=True)
     assert server.attempted.wait(LONG_S)
 
 
@@ -333,6 +339,30 @@ def test_close_without_time_still_saves_to_disk(make: Make, server: FakeServer) 
     records, [path] = pipeline.leftover()
     assert records == 100
     assert path.exists()
+
+
+def test_an_offer_that_races_with_close_is_counted(make: Make) -> None:
+    """A record that slips in behind the worker's end is a counted loss."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def refine(payload: bytes) -> bytes:
+        busy.set()
+        go_on.wait(LONG_S)
+        return payload
+
+    pipeline = make(refine=refine)
+    queue = pipeline._running.queue
+    pipeline.offer(b"one")
+    assert busy.wait(LONG_S)
+    closer = threading.Thread(target=lambda: pipeline.close(LONG_S))
+    closer.start()
+    while queue._items.empty():  # Until close has placed the end of the queue.
+        time.sleep(0.001)
+    queue.offer(b"late")
+    go_on.set()
+    closer.join()
+    assert pipeline.stats.recorded == 1
+    assert pipeline.stats.dropped == {"closed": 1}
 
 
 def test_no_disk_means_memory(make: Make, server: FakeServer, tmp_path: Path) -> None:

@@ -51,7 +51,11 @@ def start(code: str, spool: Path, *flags: str) -> subprocess.Popen[str]:
 def run(code: str, spool: Path, *flags: str) -> list[str]:
     """What `code` printed; it has to end well and say nothing on stderr."""
     with start(code, spool, *flags) as process:
-        out, err = process.communicate(timeout=90)
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     assert (process.returncode, err) == (0, "")
     return out.splitlines()
 
@@ -236,7 +240,7 @@ def open_sink():
     import slow_module
     return server.sink()
 pipeline = make_pipeline(spool, server, open_sink=open_sink)
-pipeline.offer(b"one", keep=True)
+pipeline.offer(b"one", urgent=True)
 opening.wait(30)
 child = os.fork()
 if child == 0:

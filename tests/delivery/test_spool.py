@@ -111,6 +111,19 @@ def test_reading_goes_on_at_the_acknowledgement(tmp_path: Path) -> None:
     assert list(waiting_records(segment.paths)) == numbered(20)[done:]
 
 
+def test_nothing_is_deleted_that_is_not_acknowledged_on_disk(tmp_path: Path) -> None:
+    """Where the acknowledgement cannot be written, the parts stay: they are all there is."""
+    segment = make_segment(tmp_path, part_bytes=300)
+    for record in numbered(20):
+        append(segment, [record])
+    parts = len(segment.paths.parts())
+    segment.paths.ack.mkdir()
+    assert read_all(own_cursor(segment), segment.end) == numbered(20)
+    assert len(segment.paths.parts()) == parts
+    crash(segment)
+    assert list(waiting_records(segment.paths)) == numbered(20)
+
+
 def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
     """While the owner appends, an incomplete last line is no torn one."""
     segment = make_segment(tmp_path)
