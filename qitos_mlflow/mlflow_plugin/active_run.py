@@ -5,6 +5,9 @@ stack of active runs per thread; its public way to push one costs three requests
 time, so the run is put on the stack directly (`mlflow.tracking.fluent._active_run_stack`, the
 same in every supported version; tested on the oldest and the newest). mlflow is never imported
 here: where the process has not imported it, nobody can be relying on an active run.
+
+A run may be on the stack before it exists: whoever asks it for its id, which is the caller's own
+`mlflow.log_metric`, waits there until it does.
 """
 
 from __future__ import annotations
@@ -12,20 +15,37 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import wrapt
 
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import report, warn
+from qitos_mlflow.mlflow_plugin.destination import absolute, is_http
 from qitos_mlflow.mlflow_plugin.transport import RunRef
+
+LATE_S = 10.0
+"""Longest wait of a caller's own MLflow call for the run to be created (a new local store takes
+three seconds); then the call goes on as it would without us."""
+
+POLL_S = 0.05
+"""How soon a wait notices that the server is out of reach (seconds)."""
 
 
 class PendingRun:
-    """The run of one trace: unknown until the server has created it. Any thread."""
+    """The run of one trace: unknown until the server has created it. Any thread.
 
-    def __init__(self) -> None:
+    Args:
+        out_of_reach: whether the server is known not to answer.
+    """
+
+    def __init__(self, out_of_reach: Callable[[], bool] = lambda: False) -> None:
         self._created = threading.Event()
+        self.out_of_reach = out_of_reach
         self.ref: RunRef | None = None
 
     def created(self, ref: RunRef) -> None:
@@ -34,9 +54,16 @@ class PendingRun:
         self._created.set()
 
     def wait(self, timeout_s: float) -> RunRef | None:
-        """The run, waiting for it at most `timeout_s`; None when it was not created in time."""
-        self._created.wait(timeout_s)
+        """The run, waiting for it at most `timeout_s` and only while there is hope; else None."""
+        deadline = time.monotonic() + timeout_s
+        while not self.out_of_reach() and (left_s := deadline - time.monotonic()) > 0:
+            if self._created.wait(min(left_s, POLL_S)):
+                break
         return self.ref
+
+    def lost(self) -> bool:
+        """Whether a request about the run is sure to fail, or the run is not there yet."""
+        return self.ref is None or self.out_of_reach()
 
 
 def mlflow_in_use() -> bool:
@@ -45,31 +72,11 @@ def mlflow_in_use() -> bool:
 
 
 def _fluent() -> Any:
-    module = sys.modules.get("mlflow")
-    spec = getattr(module, "__spec__", None)
-    if spec is None or (getattr(spec, "_initializing", False) and not _import_done):
-        return None
-    return sys.modules.get("mlflow.tracking.fluent")
-
-
-_import_done = False
-_hooked = False
-_waiting: weakref.WeakSet[ActiveRun] = weakref.WeakSet()
-
-
-def _watch_import() -> None:
-    """Push waiting runs the moment a tool imports mlflow, before its first `log_metric`."""
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        wrapt.register_post_import_hook(_on_import, "mlflow")
-
-
-def _on_import(_module: Any) -> None:
-    global _import_done
-    _import_done = True  # Its body has run; the import system only has to unmark it.
-    for run in list(_waiting):
-        run.follow()
+    for name in ("mlflow", "mlflow.tracking.fluent"):
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if spec is None or getattr(spec, "_initializing", False):
+            return None
+    return sys.modules["mlflow.tracking.fluent"]
 
 
 def _same_place(uri: str | None) -> bool:
@@ -77,7 +84,8 @@ def _same_place(uri: str | None) -> bool:
     module: Any = sys.modules["mlflow"]
     if uri is None:
         return not module.is_tracking_uri_set()
-    return bool(str(module.get_tracking_uri()).rstrip("/") == uri.rstrip("/"))
+    here = absolute(str(module.get_tracking_uri()), os.getcwd())  # noqa: PTH109
+    return here.rstrip("/") == uri.rstrip("/")
 
 
 def parent_run_id(uri: str | None) -> str | None:
@@ -90,15 +98,33 @@ def parent_run_id(uri: str | None) -> str | None:
         if fluent is None or not _same_place(uri):
             return None
         for run in reversed(fluent._active_run_stack.get()):
-            if not getattr(run, "qitos_left_open", False):
+            if not _is_ours(run):
                 return str(run.info.run_id)
+            if not run.left_open:  # The trace that this one is inside of, on this thread.
+                ref = run.pending.ref
+                return None if ref is None else str(ref.run_id)
     except Exception as error:  # noqa: BLE001
         report("active_run.parent_run_id", error)
     return None
 
 
+def let_go() -> None:
+    """Take runs off this thread's stack that cannot be ended now. Any time, never raises.
+
+    MLflow ends what is on it when the process does, and would wait for four minutes for a server
+    that is gone.
+    """
+    try:
+        fluent = _fluent()
+        if fluent is not None:
+            stack = fluent._active_run_stack.get()
+            stack[:] = [run for run in stack if not (_is_ours(run) and run.pending.lost())]
+    except Exception as error:  # noqa: BLE001
+        report("active_run.let_go", error)
+
+
 class ActiveRun:
-    """The run of one trace on MLflow's stack of its thread; every method is total.
+    """The run of one trace on MLflow's stack of the thread that made this; every method is total.
 
     Args:
         run: the run, perhaps not created yet.
@@ -106,71 +132,177 @@ class ActiveRun:
         adopt_uri: set MLflow's tracking URI to `uri` if none is set. The one documented change
             of MLflow's global state: with ``auto_end_run=False`` the calls that continue the
             run must find it.
+        on_push: called when the run has become active, or may soon.
     """
 
-    def __init__(self, run: PendingRun, uri: str | None, *, adopt_uri: bool = False) -> None:
+    def __init__(
+        self,
+        run: PendingRun,
+        uri: str | None,
+        *,
+        adopt_uri: bool = False,
+        on_push: Callable[[], None] = lambda: None,
+    ) -> None:
         self._pending = run
         self._uri = uri
         self._adopt_uri = adopt_uri and uri is not None
-        self._thread = threading.get_ident()
+        self._on_push = on_push
+        # Of a local store it is known that the run will come, and soon.
+        self._patient = not is_http(uri)
+        self._open = False
+        self._thread = threading.current_thread()
         self._pid = os.getpid()
+        self._number = next(_numbers)
         self._settled = False
+        self._stack: list[Any] = []
         self._pushed: Any = None
         if not mlflow_in_use():
             _waiting.add(self)
             _watch_import()
 
     def follow(self) -> None:
-        """Push the run once it exists, if this is its thread and mlflow is in use. No waiting."""
-        if self._settled or self._pending.ref is None or not self._is_here():
+        """Push the run if it is to be active now, this is its thread, and mlflow is in use.
+
+        Waits for nothing.
+        """
+        if self._settled or not self._wanted() or not self._is_here():
             return
         try:
             fluent = _fluent()
-            if fluent is None:
-                return
-            self._settled = True
-            self._push(fluent, self._pending.ref)
+            if fluent is not None:
+                stack = fluent._active_run_stack.get()
+                if not self._settled:  # `get` itself may have pushed it: `_first_stack`.
+                    self._push(fluent, stack)
         except Exception as error:  # noqa: BLE001
             report("active_run.follow", error)
 
     def leave(self, *, open: bool) -> None:
-        """Take the run off the stack, or with `open` leave it there for the caller to go on in."""
-        if not self._is_here():
-            return
+        """Take the run off the stack, or with `open` leave it there for the caller to go on in.
+
+        Any thread; with `open`, a run not pushed yet is so only on the thread of the trace.
+        """
         try:
+            self._open = open
             self.follow()
-            self._settled = True
-            if self._pushed is None:
-                return
             if open:
-                self._pushed.qitos_left_open = True
+                if self._pushed is not None:
+                    self._pushed.left_open = True
                 return
-            stack = _fluent()._active_run_stack.get()
+            self._settled = True
             # By identity: the caller may have ended it, or pushed others above.
-            stack[:] = [run for run in stack if run is not self._pushed]
+            self._stack[:] = [run for run in self._stack if run is not self._pushed]
         except Exception as error:  # noqa: BLE001
             report("active_run.leave", error)
 
-    def _is_here(self) -> bool:
-        return threading.get_ident() == self._thread and os.getpid() == self._pid
+    def _wanted(self) -> bool:
+        if self._pending.ref is not None:
+            return True
+        return (self._patient or self._open) and not self._pending.out_of_reach()
 
-    def _push(self, fluent: Any, ref: RunRef) -> None:
+    def _is_here(self) -> bool:
+        return threading.current_thread() is self._thread and os.getpid() == self._pid
+
+    def _push(self, fluent: Any, stack: list[Any]) -> None:
+        self._settled = True
         module: Any = sys.modules["mlflow"]
         if self._adopt_uri and not module.is_tracking_uri_set():
             module.set_tracking_uri(self._uri)
         if not _same_place(self._uri):
             return
-        entities: Any = sys.modules["mlflow.entities"]
-        info = entities.RunInfo(
-            run_id=ref.run_id,
-            experiment_id=ref.experiment_id,
-            user_id="",
-            status="RUNNING",
-            start_time=ref.start_ms,
-            end_time=None,
-            lifecycle_stage="active",
-            artifact_uri=ref.artifact_uri,
-            run_name=ref.run_name,
-        )
-        self._pushed = fluent.ActiveRun(entities.Run(info, entities.RunData()))
-        fluent._active_run_stack.get().append(self._pushed)
+        self._pushed = _run_class(fluent)(self._pending)
+        self._pushed.left_open = self._open
+        self._stack = stack
+        stack.append(self._pushed)
+        self._on_push()
+
+
+_numbers = count()
+_waiting: weakref.WeakSet[ActiveRun] = weakref.WeakSet()
+"""Runs of traces that began before mlflow was imported."""
+
+_watching = False
+
+
+def _watch_import() -> None:
+    """Have waiting runs active from the moment mlflow is imported, by whichever thread."""
+    global _watching
+    if not _watching:
+        _watching = True
+        wrapt.register_post_import_hook(_on_import, "mlflow.tracking.fluent")
+
+
+def _on_import(fluent: Any) -> None:
+    # A stack belongs to its thread, and this may be another one (ours, for a local store). So each
+    # thread's first use of MLflow finds its run there.
+    variable = getattr(fluent, "_active_run_stack", None)
+    if variable is not None:
+        variable.default_factory = _first_stack
+
+
+def _first_stack() -> list[Any]:
+    stack: list[Any] = []
+    try:
+        fluent = sys.modules["mlflow.tracking.fluent"]
+        for run in sorted(_waiting, key=lambda run: run._number):
+            if not run._settled and run._is_here() and run._wanted():
+                run._push(fluent, stack)
+    except Exception as error:  # noqa: BLE001
+        report("active_run.import", error)
+    return stack
+
+
+def _is_ours(run: Any) -> bool:
+    return isinstance(getattr(run, "pending", None), PendingRun)
+
+
+@lru_cache(maxsize=1)
+def _run_class(fluent: Any) -> Any:
+    """MLflow's own ActiveRun, of a run that may not exist yet. Made once mlflow is there."""
+    entities: Any = sys.modules["mlflow.entities"]
+
+    class QitosActiveRun(fluent.ActiveRun):  # type: ignore[misc]
+        """What `mlflow.active_run()` returns during a trace."""
+
+        left_open = False
+
+        def __init__(self, pending: PendingRun) -> None:
+            self.pending = pending
+            self._lock = threading.Lock()
+            self._known = False
+            unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
+            super().__init__(entities.Run(unknown, entities.RunData()))
+
+        @property
+        def info(self) -> Any:
+            """The run's info; waits for the run to be created, at most `LATE_S`."""
+            if not self._known:
+                with self._lock:
+                    if not self._known:
+                        self._info = self._find()
+                        self._known = True
+            return self._info
+
+        def _find(self) -> Any:
+            ref = self.pending.wait(LATE_S)
+            if ref is None:
+                # As MLflow does it where no run is active; or it says why it cannot.
+                warn(
+                    "active_run.late",
+                    "the run of a QitOS trace was not created in %s s; MLflow calls made inside "
+                    "the trace go to a run of their own",
+                    LATE_S,
+                )
+                return fluent.MlflowClient().create_run(fluent._get_experiment_id()).info
+            return entities.RunInfo(
+                run_id=ref.run_id,
+                experiment_id=ref.experiment_id,
+                user_id="",
+                status="RUNNING",
+                start_time=ref.start_ms,
+                end_time=None,
+                lifecycle_stage="active",
+                artifact_uri=ref.artifact_uri,
+                run_name=ref.run_name,
+            )
+
+    return QitosActiveRun

@@ -44,6 +44,7 @@ class Pipelines:
         self._dropped = dropped
         self._at_exit = at_exit
         self._watching_exit_of = 0
+        self._ends_before_mlflow = False
         self._pipelines: dict[str | None, Pipeline] = {}
         self._lock = threading.Lock()
 
@@ -75,6 +76,17 @@ class Pipelines:
                 f"with: qitos-mlflow sync {paths}",
                 file=sys.stderr,
             )
+
+    def end_before_mlflow(self) -> None:
+        """From now on deliver before MLflow's own exit handler, which ends its active run.
+
+        Exit handlers come last in, first out, and MLflow may have been imported since ours was
+        registered.
+        """
+        if not self._ends_before_mlflow:
+            self._ends_before_mlflow = True
+            atexit.unregister(self._ending)
+            atexit.register(self._ending)
 
     def after_fork(self) -> None:
         """In a forked child: locks that another thread held are free again."""

@@ -27,10 +27,11 @@ from qitos_mlflow.mlflow_plugin import artifacts, capture
 from qitos_mlflow.mlflow_plugin.active_run import (
     ActiveRun,
     PendingRun,
+    let_go,
     mlflow_in_use,
     parent_run_id,
 )
-from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
@@ -109,11 +110,16 @@ class MlflowPlugin:
         content = settings.capture_content and tracing.content_allowed(trace)
         uri = tracking_uri(settings)
         pipeline = self._pipelines.to(uri)
-        run = PendingRun()
+        run = PendingRun(lambda: settings.offline or pipeline.online is False)
         state = _Trace(
             pipeline=pipeline,
             content=content,
-            active=ActiveRun(run, uri, adopt_uri=not settings.auto_end_run),
+            active=ActiveRun(
+                run,
+                uri,
+                adopt_uri=not settings.auto_end_run,
+                on_push=self._pipelines.end_before_mlflow,
+            ),
             run=run,
             handling=sys.exc_info()[1],
             # The bridge's traces are one agent's run, whose span is the root of the tree.
@@ -135,7 +141,8 @@ class MlflowPlugin:
             # The tree begins with its first span: the run is what somebody may be waiting for.
             "awaits_root": True,
         }
-        waits = self._may_wait(pipeline)
+        # A server may be slow or gone, a local store is neither.
+        waits = is_http(uri) and mlflow_in_use() and not run.out_of_reach()
         pipeline.offer(capture.encode(record), keep=True, urgent=True)
         if waits:
             run.wait(settings.start_timeout_s)
@@ -179,7 +186,10 @@ class MlflowPlugin:
     def qitos_trace_end(self, trace: Any) -> None:
         """Record the end with its status, and give MLflow's active run back."""
         state = self._traces.get(str(trace.trace_id))
-        if state is None or state.ended:
+        if state is None:
+            return
+        if state.ended:  # By `close`, from whichever thread.
+            state.active.leave(open=False)
             return
         failure = getattr(trace, "error", None)
         if failure is None and not hasattr(trace, "error"):
@@ -223,6 +233,7 @@ class MlflowPlugin:
         timeout_s = self.settings.exit_timeout_s
         if not self.close(timeout_s, "KILLED", "the process ended before the trace did"):
             self._pipelines.say_what_is_left()
+        let_go()
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -252,12 +263,6 @@ class MlflowPlugin:
         if message not in self._said:
             self._said.add(message)
             _log.log(level, message, *args)
-
-    def _may_wait(self, pipeline: Pipeline) -> bool:
-        """Waiting for the run makes sense where it can become active, and the server answers."""
-        if self.settings.offline or pipeline.online is False:
-            return False
-        return not self.settings.auto_end_run or mlflow_in_use()
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """The run of a trace exists. Shipper's thread."""
