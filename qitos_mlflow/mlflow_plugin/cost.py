@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from qitos_mlflow import _guard
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport
 
+MARGIN_MS = 60_000
+"""Spans may begin before their trace where somebody set the clock."""
+
 KINDS = ("input_cost", "output_cost")
 """MLflow's metrics of one span's cost (USD)."""
 
@@ -43,13 +46,14 @@ def trace_cost(
     of_spans = [_equals("span.name", name) for name in names] or [""]
     if not of_trace or None in of_spans:
         return None
+    window = (max(0, times_ms[0] - MARGIN_MS), times_ms[1] + MARGIN_MS)
     costs = dict.fromkeys(KINDS, 0.0)
     priced = False
     try:
         for of_span in of_spans:
             filters = [of_trace, of_span] if of_span else [of_trace]
             for kind in KINDS:
-                amount = transport.sum_spans(experiment_id, kind, filters, times_ms, timeout_s)
+                amount = transport.sum_spans(experiment_id, kind, filters, window, timeout_s)
                 if amount is None:
                     break  # It knows no price for this model.
                 costs[kind] += amount

@@ -153,8 +153,8 @@ class MlflowSink:
             late = record["kind"] != "trace_start"
             tree = None
             if self._log_traces:
-                constant_tags = self._settings.get("tags") or {}
-                tree = TraceFold.after_end(trace_id) if late else TraceFold(constant_tags)
+                tags = self._settings.get("tags") or {}
+                tree = TraceFold.after_end(trace_id) if late else TraceFold(constant_tags=tags)
             trace = TraceState(trace_id, totals, tree, maybe_created=self._resumed or late)
             self._traces[trace_id] = trace
         return trace

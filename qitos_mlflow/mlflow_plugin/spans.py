@@ -82,6 +82,11 @@ class TraceFold:
         """The state that `to_json` described."""
         return cls(**orjson.loads(orjson.dumps(plain)))
 
+    @classmethod
+    def after_end(cls, qitos_trace_id: str) -> TraceFold:
+        """What is left to know of a trace that has ended, for spans that come later."""
+        return cls(id=qitos_trace_id, begun=True)
+
     # -- records -----------------------------------------------------------------------------
 
     def fold(self, record: Mapping[str, Any]) -> TraceData:
@@ -188,6 +193,8 @@ class TraceFold:
         set_status(span, _text_or_none(record.get("error")), _mapping(record.get("exception")))
         if is_root:
             self.root_closed = True
+            # The agent's time, without what its trace waited for its run.
+            self.start_ns = span.start_time_unix_nano
             self._add_link(span)
         if kind == "critic" and (feedback := feedback_of(record, self.id)):
             self.assessments.append(feedback)

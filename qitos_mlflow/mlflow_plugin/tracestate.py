@@ -87,7 +87,8 @@ class TraceState:
 
     def _add_to_tree(self, data: TraceData) -> None:
         self.spans += data.spans
-        self.tree_changed = self.tree_changed or data.changed
+        # What came after its end does not change what is known of the trace.
+        self.tree_changed = self.started and (self.tree_changed or data.changed)
 
     def _add(self, data: RunData) -> None:
         self.metrics += data.metrics

@@ -1,0 +1,466 @@
+"""What is promised of the trace: real QitOS agents, read back from a server and a local store."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import SpanStatusCode, Trace, TraceState
+
+from qitos_mlflow import tracing
+from qitos_mlflow.cli._demo_agent import DeskAgent, Reviewer, ScriptedModel, act, answer
+from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
+from qitos_mlflow.mlflow_plugin.attributes import SPAN_TYPES
+from qitos_mlflow.mlflow_plugin.refine import nanoseconds
+from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
+from tests.bridge.recorder import Node, Recorder
+from tests.cli.conftest import run_cli
+from tests.integration.agents import Agent
+from tests.integration.logged import logged, only_run
+from tests.integration.server import MlflowServer
+
+FLUSH_S = 90.0
+LIVE_TIMEOUT_S = 30.0
+MODEL = "gpt-4o-mini"
+INPUT_USD, OUTPUT_USD = 0.15e-6, 0.6e-6
+"""MLflow's price of that model's tokens."""
+
+
+class Store:
+    """A place that traces are logged to, and read back from."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.client = MlflowClient(uri)
+
+    def traces(self, experiment_name: str) -> list[Trace]:
+        """The traces of an experiment as `mlflow.search_traces` finds them, the first one first."""
+        experiment = self.client.get_experiment_by_name(experiment_name)
+        if experiment is None:
+            return []
+        found = self.client.search_traces(
+            locations=[experiment.experiment_id], order_by=["timestamp_ms ASC"]
+        )
+        return list(found)
+
+    def only(self, experiment_name: str) -> Trace:
+        """The one trace of an experiment, as `get_trace` returns it."""
+        (found,) = self.traces(experiment_name)
+        return self.client.get_trace(found.info.trace_id)
+
+
+@pytest.fixture(autouse=True)
+def _own_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow in this process goes by the prices it has, not by those on the internet."""
+    monkeypatch.setenv("MLFLOW_MODEL_CATALOG_URI", "")
+
+
+@pytest.fixture(scope="module")
+def local_database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local store, with its tables."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('local')}/mlflow.db"
+    MlflowClient(uri).search_experiments()
+    return uri
+
+
+@pytest.fixture(params=["server", "local"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """A server, and a local store."""
+    if request.param == "server":
+        return Store(request.getfixturevalue("mlflow_server").uri)
+    return Store(request.getfixturevalue("local_database"))
+
+
+@pytest.fixture
+def server(mlflow_server: MlflowServer) -> Store:
+    """The server."""
+    return Store(mlflow_server.uri)
+
+
+@pytest.fixture
+def heard() -> Iterator[Recorder]:
+    """What every other processor hears, to compare with."""
+    recorder = Recorder()
+    yield recorder
+    tracing.remove_trace_processor(recorder)
+
+
+@contextlib.contextmanager
+def agents(store: Store, experiment_name: str, heard: Recorder, **options: Any) -> Iterator[None]:
+    """Log what runs inside, and deliver it."""
+    with logged(store.uri, experiment_name=experiment_name, **options) as processor:
+        tracing.add_trace_processor(heard)
+        yield
+        assert processor.force_flush(FLUSH_S) is True
+        tracing.remove_trace_processor(heard)
+
+
+class PricedModel(ScriptedModel):
+    """A scripted model under the name of one that MLflow has prices of."""
+
+    provider = "openai"
+
+    def __init__(self, *replies: str) -> None:
+        super().__init__(MODEL, replies)
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def fail(why: str) -> None:
+    """Raise, as broken tools do."""
+    raise LookupError(why)
+
+
+def same(trace: Trace, heard: Recorder, trace_id: str) -> None:
+    """Assert that `trace` is, span by span, what the processors heard of `trace_id`."""
+    spans = {span.attributes.get("qitos.span_id"): span for span in trace.data.spans}
+    assert len(spans) == len(trace.data.spans), "a span is there twice"
+    nodes: dict[str, Node] = {
+        node.span.span_id: node for node in heard.nodes.values() if node.trace_id == trace_id
+    }
+    made = spans.pop(None, None)  # The root of a trace that is not one agent's run.
+    assert spans.keys() == nodes.keys()
+    for span_id, node in nodes.items():
+        span = spans[span_id]
+        assert span.start_time_ns == nanoseconds(node.started_at)
+        assert span.end_time_ns == nanoseconds(node.ended_at)
+        assert span.span_type == SPAN_TYPES[node.type]
+        failed = SpanStatusCode.ERROR if node.error is not None else SpanStatusCode.OK
+        assert span.status.status_code == failed
+        above = spans[node.parent_id] if node.parent_id else made
+        assert span.parent_id == (above.span_id if above is not None else None)
+    roots = [span for span in trace.data.spans if span.parent_id is None]
+    assert len(roots) == 1
+    assert trace.info.request_time == roots[0].start_time_ns // 1_000_000
+
+
+def tokens(heard: Recorder, trace_id: str) -> dict[str, int]:
+    """The sum of what a trace's generations used, as MLflow spells it."""
+    names = {"input_tokens": "prompt", "output_tokens": "completion", "total_tokens": "total"}
+    used = [node.data["token_usage"] for node in heard.of("generation", trace_id)]
+    return {
+        key: sum(usage[f"{name}_tokens"] for usage in used if usage) for key, name in names.items()
+    }
+
+
+def ancestors(span_id: str, parents: dict[str, str | None]) -> list[str]:
+    """The spans above one, the nearest first."""
+    above = parents[span_id]
+    return [] if above is None else [above, *ancestors(above, parents)]
+
+
+def by_name(trace: Trace, name: str) -> Any:
+    """The trace's one span of this name."""
+    (span,) = [span for span in trace.data.spans if span.name == name]
+    return span
+
+
+# -- what agents did -------------------------------------------------------------------------
+
+
+def test_the_demos_agents(
+    store: Store, heard: Recorder, experiment_name: str, tmp_path: Path
+) -> None:
+    """Tree, times, types, statuses, tokens, previews, session, user, tags, links of all tasks."""
+    prepare_workspace(tmp_path)
+    with agents(store, experiment_name, heard, tags={"env": "test"}):
+        for task in TASKS:
+            run_task(task, tmp_path, lambda: None)
+    traces = store.traces(experiment_name)
+    assert len(traces) == len(TASKS) == len(heard.started)
+    for trace, heard_of, task in zip(traces, heard.started, TASKS, strict=True):
+        info, metadata = trace.info, heard_of.metadata
+        same(trace, heard, heard_of.trace_id)
+        usage = tokens(heard, heard_of.trace_id)
+        if usage["total_tokens"]:
+            assert {key: info.token_usage[key] for key in usage} == usage
+        assert info.request_preview == task.objective
+        if task.stop_reason == "final":
+            assert info.response_preview == metadata["final_result"]
+        failed = metadata["status"] == "error"
+        assert info.state == (TraceState.ERROR if failed else TraceState.OK)
+        assert info.trace_metadata["mlflow.trace.session"] == "desk-questions"
+        assert info.trace_metadata["mlflow.trace.user"]
+        assert info.cost is None, "nobody has prices of scripted models"
+        expected = {
+            "mlflow.traceName": task.agent,
+            "qitos.agent": task.agent,
+            "qitos.task_id": task.id,
+            "qitos.benchmark": "desk-questions",
+            "qitos.run_id": metadata["qitos_run_id"],
+            "qitos.trace_id": heard_of.trace_id,
+            "stop_reason": task.stop_reason,
+            "env": "test",
+        }
+        assert {key: info.tags.get(key) for key in expected} == expected
+        run = store.client.get_run(info.trace_metadata["mlflow.sourceRun"])
+        assert run.data.tags["qitos.trace_id"] == heard_of.trace_id
+        of_run = store.client.search_traces(
+            locations=[run.info.experiment_id], run_id=run.info.run_id
+        )
+        assert [found.info.trace_id for found in of_run] == [info.trace_id]
+
+    nested = next(trace for trace in traces if len(trace.search_spans(span_type="AGENT")) > 1)
+    (librarian,) = nested.search_spans(name="librarian")
+    (asking,) = nested.search_spans(name="ask_librarian")
+    assert (librarian.span_type, librarian.parent_id) == ("AGENT", asking.span_id)
+    parents = {span.span_id: span.parent_id for span in nested.data.spans}
+    (search,) = [
+        span
+        for span in nested.search_spans(name="search_almanac")
+        if librarian.span_id in ancestors(span.span_id, parents)
+    ]
+    assert search.span_type == "TOOL"
+
+
+def test_the_conversation(store: Store, heard: Recorder, experiment_name: str) -> None:
+    """A generation is a chat with roles, its model, tokens and tools; a tool has what went in."""
+    model = PricedModel(act("Add.", ("add", {"a": 1, "b": 2})), answer("Added.", "3"))
+    with agents(store, experiment_name, heard):
+        DeskAgent("adder", model, [add]).run(task="What is 1 + 2?", trace=False, render=False)
+    trace = store.only(experiment_name)
+    first, second = trace.search_spans(span_type="CHAT_MODEL")
+    assert first.name == MODEL
+    assert first.attributes["mlflow.message.format"] == "openai"
+    assert first.attributes["mlflow.llm.model"] == MODEL
+    assert first.attributes["mlflow.llm.provider"] == "openai"
+    roles = [message["role"] for message in second.inputs["messages"]]
+    assert roles[0] == "system"
+    assert "user" in roles
+    (choice,) = second.outputs["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert "3" in choice["message"]["content"]
+    usage = heard.of("generation")[0].data["token_usage"]
+    assert first.attributes["mlflow.chat.tokenUsage"] == {
+        "input_tokens": usage["prompt_tokens"],
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
+    }
+    names = [tool["function"]["name"] for tool in first.attributes["mlflow.chat.tools"]]
+    assert "add" in names
+    (tool,) = trace.search_spans(span_type="TOOL")
+    assert (tool.name, tool.inputs, tool.outputs) == ("add", {"a": 1, "b": 2}, 3)
+
+
+def test_the_cost(store: Store, experiment_name: str) -> None:
+    """Each generation has its price, and the trace their sum, whatever batches they came in."""
+    with logged(store.uri, experiment_name=experiment_name) as processor:
+        with create_trace("priced") as trace:
+            for number in (1, 2, 3):
+                usage = {"prompt_tokens": 1000 * number, "completion_tokens": 10}
+                data = tracing.GenerationSpanData(model=MODEL, token_usage=usage)
+                trace.create_span(SpanType.GENERATION, data).start().finish()
+                assert processor.force_flush(FLUSH_S) is True  # A batch of its own.
+        assert processor.force_flush(FLUSH_S) is True
+    logged_trace = store.only(experiment_name)
+    info = logged_trace.info
+    assert info.token_usage == {
+        "input_tokens": 6000,
+        "output_tokens": 30,
+        "total_tokens": 6030,
+    }
+    costs = [span.llm_cost for span in logged_trace.search_spans(span_type="CHAT_MODEL")]
+    inputs = [cost["input_cost"] for cost in costs]
+    assert sorted(inputs) == pytest.approx([1000 * n * INPUT_USD for n in (1, 2, 3)])
+    assert info.cost == pytest.approx(
+        {
+            "input_cost": 6000 * INPUT_USD,
+            "output_cost": 30 * OUTPUT_USD,
+            "total_cost": 6000 * INPUT_USD + 30 * OUTPUT_USD,
+        }
+    )
+
+
+def test_a_failing_agent(store: Store, heard: Recorder, experiment_name: str) -> None:
+    """The span that failed has the exception as an event; the trace and its run failed too."""
+    model = ScriptedModel("scripted-small", [act("Try.", ("fail", {"why": "no luck"}))])
+    with agents(store, experiment_name, heard):
+        agent = DeskAgent("unlucky", model, [fail])
+        with contextlib.suppress(RuntimeError):  # Its script has no second reply.
+            agent.run(task="Try.", max_steps=3, trace=False, render=False)
+    trace = store.only(experiment_name)
+    same(trace, heard, heard.only().trace_id)
+    tool = by_name(trace, "fail")
+    assert tool.status.status_code == SpanStatusCode.ERROR
+    assert "no luck" in tool.status.description
+    (event,) = tool.events
+    assert event.name == "exception"
+    assert event.attributes["exception.type"] == "LookupError"
+    assert event.attributes["exception.message"] == "no luck"
+    assert "raise LookupError(why)" in event.attributes["exception.stacktrace"]
+    assert trace.info.state == TraceState.ERROR
+    (root,) = [span for span in trace.data.spans if span.parent_id is None]
+    assert root.status.status_code == SpanStatusCode.ERROR
+    run = store.client.get_run(trace.info.trace_metadata["mlflow.sourceRun"])
+    assert run.info.status == "FAILED"
+
+
+def test_critics_are_feedback(store: Store, heard: Recorder, experiment_name: str) -> None:
+    """Each verdict is one assessment on the trace and on the critic's span, with its reason."""
+    replies = [answer("Quick.", "It boils."), answer("Better.", "It boils at 70 degrees.")]
+    model = ScriptedModel("scripted-small", replies)
+    with agents(store, experiment_name, heard):
+        DeskAgent("taster", model, []).run(
+            task="Why?", critics=[Reviewer("boils", "70")], trace=False, render=False
+        )
+    trace = store.only(experiment_name)
+    spans = trace.search_spans(span_type="EVALUATOR")
+    verdicts = sorted(trace.info.assessments, key=lambda one: one.create_time_ms)
+    assert [verdict.name for verdict in verdicts] == ["Reviewer", "Reviewer"]
+    assert [verdict.feedback.value for verdict in verdicts] == [0.5, 1.0]
+    assert verdicts[0].rationale == "does not mention 70"
+    assert {verdict.source.source_type for verdict in verdicts} == {"CODE"}
+    assert [verdict.span_id for verdict in verdicts] == [span.span_id for span in spans]
+
+
+def test_parallel_spans_and_interleaved_traces(
+    store: Store, heard: Recorder, experiment_name: str
+) -> None:
+    """Spans of many threads and traces at once have their own trace, parent and times."""
+    meet = threading.Barrier(4)
+
+    def work(trace: Any, parent: Any, number: int) -> None:
+        data = ToolSpanData(tool_name=f"tool-{number}", tool_args={"number": number})
+        span = trace.create_span(SpanType.TOOL, data, parent=parent).start()
+        meet.wait()
+        span.finish()
+
+    with agents(store, experiment_name, heard):
+        first, second = create_trace("first"), create_trace("second")
+        with first, second, ThreadPoolExecutor(4) as pool:
+            above = [
+                trace.create_span(SpanType.AGENT, AgentSpanData(name=trace.name)).start()
+                for trace in (first, second)
+            ]
+            for number in range(20):
+                trace = (first, second)[number % 2]
+                pool.submit(work, trace, above[number % 2], number)
+            pool.shutdown()
+            for span in above:
+                span.finish()
+    for trace in store.traces(experiment_name):
+        name = trace.info.tags["mlflow.traceName"]
+        same(trace, heard, {"first": first, "second": second}[name].trace_id)
+        assert len(trace.search_spans(span_type="TOOL")) == 10
+        assert {span.trace_id for span in trace.data.spans} == {trace.info.trace_id}
+
+
+def test_a_span_that_outlives_its_trace(
+    store: Store, heard: Recorder, experiment_name: str
+) -> None:
+    """A span that ends after its trace is in the tree, and leaves the trace as it ended."""
+    with agents(store, experiment_name, heard):
+        with create_trace("short", metadata={"task": "Be quick."}) as trace:
+            late = trace.create_span(SpanType.TOOL, ToolSpanData(tool_name="slow")).start()
+        assert heard.ended == [trace]
+        late.finish()
+    found = store.only(experiment_name)
+    same(found, heard, trace.trace_id)
+    assert found.info.state == TraceState.OK
+    assert found.info.request_preview == "Be quick."
+
+
+def test_five_thousand_spans(store: Store, heard: Recorder, experiment_name: str) -> None:
+    """A trace of 5,000 spans is there in full."""
+    with agents(store, experiment_name, heard), create_trace("long") as trace:
+        agent = trace.create_span(SpanType.AGENT, AgentSpanData(name="long")).start()
+        for number in range(4_999):
+            data = ToolSpanData(tool_name=f"tool-{number % 7}", tool_args={"number": number})
+            trace.create_span(SpanType.TOOL, data, parent=agent).start().finish()
+        agent.finish()
+    found = store.only(experiment_name)
+    same(found, heard, trace.trace_id)
+    assert len(found.search_spans(span_type="TOOL")) == 4_999
+
+
+# -- while it runs, and when it dies -----------------------------------------------------------
+
+
+RunAgent = Callable[..., Agent]
+
+
+def eventually(look: Callable[[], Any]) -> Any:
+    """What `look` returns once that is true; for a server that has no other way to tell."""
+    deadline = time.monotonic() + LIVE_TIMEOUT_S
+    while not (seen := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return seen
+
+
+def test_a_trace_is_live_and_survives_its_process(
+    server: Store, run_agent: RunAgent, experiment_name: str, tmp_path: Path
+) -> None:
+    """Finished spans show while the agent runs; after a SIGKILL two syncs close it, once."""
+    options = {"tracking_uri": server.uri, "experiment_name": experiment_name}
+    agent = run_agent(steps=6, options=options, scores=[0.5], gates=["mid"])
+    agent.wait_for("mid")  # In the tool of the fourth step.
+
+    def steps_seen() -> Trace | None:
+        found = server.traces(experiment_name)
+        if found and len([s for s in found[0].data.spans if s.name.startswith("step ")]) == 3:
+            return found[0]
+        return None
+
+    trace = eventually(steps_seen)
+    assert trace.info.state == TraceState.IN_PROGRESS
+    assert trace.info.request_preview == "task 0"
+    assert trace.info.token_usage["total_tokens"] > 0
+    run_id = trace.info.trace_metadata["mlflow.sourceRun"]
+    assert server.client.get_run(run_id).info.status == "RUNNING"
+
+    agent.signal(signal.SIGKILL)
+    agent.finish()
+    for _ in range(2):
+        done = run_cli("sync", str(tmp_path / "spool"))
+        assert done.returncode == 0, done.stderr
+        trace = server.only(experiment_name)
+        assert trace.info.state == TraceState.ERROR
+        assert trace.info.tags["qitos.killed"]
+        names = [span.name for span in trace.data.spans]
+        assert [name for name in sorted(names) if name.startswith("step ")] == [
+            "step 0",
+            "step 1",
+            "step 2",
+        ]
+        assert len({span.span_id for span in trace.data.spans}) == len(names)
+        assert len(trace.info.assessments) == 3
+        run = only_run(server.client, experiment_name)
+        assert (run.id, run.status) == (run_id, "KILLED")
+
+
+def test_a_replay_changes_nothing(
+    store: Store, heard: Recorder, experiment_name: str, tmp_path: Path
+) -> None:
+    """A segment delivered twice from its beginning is one trace, each span and verdict once."""
+    replies = [act("Add.", ("add", {"a": 1, "b": 2})), answer("Added.", "3")]
+    with logged(store.uri, experiment_name=experiment_name, offline=True):
+        tracing.add_trace_processor(heard)
+        DeskAgent("adder", PricedModel(*replies), [add]).run(
+            task="What is 1 + 2?", critics=[Reviewer("3")], trace=False, render=False
+        )
+    shutil.copytree(tmp_path / "spool", tmp_path / "copy")
+    seen = []
+    for directory in ("spool", "copy"):
+        done = run_cli("sync", str(tmp_path / directory))
+        assert done.returncode == 0, done.stderr
+        trace = store.only(experiment_name)
+        same(trace, heard, heard.only().trace_id)
+        info = trace.info
+        seen.append((info.token_usage, info.cost, info.state, info.execution_duration))
+        assert len(info.assessments) == 2
+        only_run(store.client, experiment_name)
+    assert seen[0] == seen[1]
+    assert seen[0][1] is not None
