@@ -18,8 +18,9 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.context import Place, here
 from qitos_mlflow.bridge.hook import BridgeHook
+from qitos_mlflow.bridge.live import LiveTrace, somebody_listens
 from qitos_mlflow.bridge.patches import Patches
-from qitos_mlflow.bridge.run import AgentRun, LiveTrace, somebody_listens
+from qitos_mlflow.bridge.run import AgentRun
 
 __all__ = [
     "call_tool",
@@ -169,7 +170,7 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
             _end_leftover_sessions(id(engine))
         if (before is None or before.starts_trace) and not somebody_listens():
             return None
-        patches.fit_pools()
+        patches.fit()
         return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
     except Exception as error:  # noqa: BLE001 - the agent runs without us
         report("bridge.begin", error)

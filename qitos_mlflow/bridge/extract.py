@@ -7,26 +7,10 @@ a host does not have is None, so that every version is read by the same function
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PROMPT_KEYS = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount",
-               "inputTokens", "prompt_eval_count")  # fmt: skip
-COMPLETION_KEYS = ("completion_tokens", "output_tokens", "candidates_token_count",
-                   "candidatesTokenCount", "outputTokens", "eval_count")  # fmt: skip
-TOTAL_KEYS = ("total_tokens", "total_token_count", "totalTokenCount", "totalTokens")
-CACHE_READ_KEYS = ("cache_read_input_tokens", "cache_read_tokens", "cached_content_token_count",
-                   "cachedContentTokenCount", "cacheReadInputTokens")  # fmt: skip
-CACHE_CREATION_KEYS = ("cache_creation_input_tokens", "cache_creation_tokens",
-                       "cacheWriteInputTokens")  # fmt: skip
-DETAIL_KEYS = ("prompt_tokens_details", "input_tokens_details")
-
-SUCCESS_STOPS = frozenset({"success", "final", "env_terminal"})
-ERROR_STOPS = frozenset(
-    {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch", "context_overflow"}
-)
 FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
 """A tool that reports one of these in a dict output failed, as later hosts read it themselves."""
 
@@ -87,9 +71,9 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
     agent = first(engine, "agent")
     spec = first(engine, "run_spec")
     is_task = hasattr(task, "objective")
-    inputs = _mapping(first(task, "inputs")) if is_task else {}
-    extra = _mapping(first(task, "metadata")) if is_task else {}
-    config = _mapping(first(agent, "config"))
+    inputs = mapping(first(task, "inputs")) if is_task else {}
+    extra = mapping(first(task, "metadata")) if is_task else {}
+    config = mapping(first(agent, "config"))
     writer = first(engine, "trace_writer")
     found = {
         "agent_name": agent_name(agent),
@@ -109,7 +93,7 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         or inputs.get("split")
         or extra.get("benchmark_split")
         or first(spec, "benchmark_split"),
-        "seed": _known(first(spec, "seed"), config.get("seed"), extra.get("seed")),
+        "seed": known(first(spec, "seed"), config.get("seed"), extra.get("seed")),
         "qitos_version": getattr(sys.modules.get("qitos"), "__version__", None),
         "qitos_run_id": first(writer, "run_id") or None,
         "qitos_run_dir": first(writer, "run_dir"),
@@ -120,7 +104,7 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
 
 def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
     """What the host's INIT event adds to `run_metadata`."""
-    meta = _mapping(payload.get("run_meta"))
+    meta = mapping(payload.get("run_meta"))
     found = {
         "qitos_run_id": payload.get("run_id") or None,
         "task_id": payload.get("task_id"),
@@ -130,48 +114,6 @@ def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
         "parser": meta.get("parser"),
     }
     return {key: value for key, value in found.items() if value is not None}
-
-
-def issues(payload: Mapping[str, Any]) -> str | None:
-    """What the host's END event says was wrong before the first step."""
-    found = [_mapping(issue).get("message") for issue in payload.get("issues") or ()]
-    return "; ".join(str(text) for text in found if text) or None
-
-
-def succeeded(result: Any, stop_reason: str | None) -> bool:
-    """Whether the host calls this result a success."""
-    verdict = first(first(result, "task_result"), "success")
-    return bool(verdict) if verdict is not None else stop_reason in SUCCESS_STOPS
-
-
-def status_of(stop_reason: str | None, error: BaseException | None) -> str:
-    """``"ok"``, ``"error"`` or ``"interrupted"`` for a run that returned.
-
-    Args:
-        stop_reason: the host's word, None when it gave none.
-        error: the last exception the Engine tried to recover from.
-    """
-    if stop_reason and (stop_reason.startswith("cancelled") or stop_reason == "interrupt"):
-        return "interrupted"
-    if stop_reason not in ERROR_STOPS:
-        return "ok"
-    # An interrupt for a human ends ``run()`` as an unrecoverable error; it is neither.
-    return "interrupted" if type(error).__name__ == "EngineInterrupt" else "error"
-
-
-def is_interrupt(error: BaseException) -> bool:
-    """Whether this exception stops a program rather than reports a failure."""
-    return not isinstance(error, Exception) or type(error).__name__ == "EngineInterrupt"
-
-
-def stop_reason_of_exception(error: BaseException) -> str:
-    """The stop reason of a run that an exception left, where the host set none."""
-    if is_interrupt(error):
-        return "interrupted"
-    # An agent that used all its steps ends so when its budget allows more steps than its state.
-    if type(error).__name__ == "StateValidationError" and "exceed" in str(error):
-        return "max_steps"
-    return "unrecoverable_error"
 
 
 def text_of(reason: Any) -> str | None:
@@ -225,41 +167,6 @@ def response(model_response: Any) -> dict[str, Any] | None:
     }
 
 
-def token_usage(usage: Any) -> dict[str, int] | None:
-    """Token counts under one spelling; None when there are no real ones.
-
-    Only integers pass. `usage` is what the provider's answer carried, never an estimate.
-    """
-    if not isinstance(usage, Mapping):
-        return None
-    prompt = _count(usage, PROMPT_KEYS)
-    completion = _count(usage, COMPLETION_KEYS)
-    total = _count(usage, TOTAL_KEYS)
-    if prompt is None and completion is None and total is None:
-        return None
-    if total is None:
-        total = (prompt or 0) + (completion or 0)
-    details = [_mapping(usage.get(key)) for key in DETAIL_KEYS]
-    cached = [_count(item, ("cached_tokens",)) for item in details]
-    found = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": total,
-        "cache_read_tokens": _known(_count(usage, CACHE_READ_KEYS), *cached),
-        "cache_creation_tokens": _count(usage, CACHE_CREATION_KEYS),
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def cache_hits(agent: Any) -> int | None:
-    """How often a caching model has answered by itself; None for a model that does not cache.
-
-    A hit on such a model may report the usage of its last miss again.
-    """
-    hits = _mapping(getattr(first(agent, "llm"), "__dict__", None)).get("_hits")
-    return hits if isinstance(hits, int) else None
-
-
 # -- act ---------------------------------------------------------------------------------------
 
 
@@ -275,7 +182,7 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
     output, error, extra = (
         first(result, "output"),
         first(result, "error"),
-        _mapping(result.metadata),
+        mapping(result.metadata),
     )
     category = extra.get("error_category")
     details = {
@@ -289,12 +196,12 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
     }
     details = {key: value for key, value in details.items() if value is not None}
     if status == "success":
-        said = _mapping(output) if isinstance(output, dict) else {}
+        said = mapping(output) if isinstance(output, dict) else {}
         if str(said.get("status") or "").strip().lower() not in FAILED_OUTPUT_STATUSES:
             return output, None, details
         why = said.get("error") or said.get("message") or said["status"]
         return output, f"{category or said['status']}: {why}", details
-    why = error or _mapping(output).get("message") or status
+    why = error or mapping(output).get("message") or status
     seen = output if output is not None else {"error": error}
     return seen, f"{category or status}: {why}", details
 
@@ -328,7 +235,7 @@ def critic_name(critic: Any, output: Any = None) -> str:
     own = first(critic, "name")
     if isinstance(own, str) and own:
         return own
-    return str(_mapping(output).get("critic_name") or type(critic).__name__)
+    return str(mapping(output).get("critic_name") or type(critic).__name__)
 
 
 def critic_scores(
@@ -344,8 +251,8 @@ def critic_scores(
     left = list(verdicts)
     scores: list[float | None] = []
     for output in outputs:
-        said = _mapping(output)
-        score = said.get("score")
+        said = mapping(output)
+        score: Any = said.get("score")
         real = isinstance(score, (int, float)) and not isinstance(score, bool)
         if left:
             verdict, scored = left[0]
@@ -370,30 +277,18 @@ def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> set[in
 # -- helpers -----------------------------------------------------------------------------------
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _known(*values: Any) -> Any:
+def known(*values: Any) -> Any:
+    """The first of these that is not None, else None."""
     return next((value for value in values if value is not None), None)
 
 
 def _class_name(value: Any) -> str | None:
     return type(value).__name__ if value is not None else None
-
-
-def _count(usage: Mapping[str, Any], keys: Sequence[str]) -> int | None:
-    for key in keys:
-        value = usage.get(key)
-        if value is None or isinstance(value, bool):
-            continue
-        try:
-            count = operator.index(value)
-        except TypeError:
-            continue
-        if count >= 0:
-            return count
-    return None
 
 
 def _public(message: Any) -> Any:
@@ -411,7 +306,8 @@ def _protocol_id(engine: Any, agent: Any) -> str | None:
     protocol = first(engine, "protocol") or first(agent, "model_protocol")
     if protocol is None or isinstance(protocol, str):
         return protocol
-    return first(protocol, "id")
+    identity = first(protocol, "id")
+    return str(identity) if identity is not None else None
 
 
 def _max_steps(engine: Any, task: Any) -> int | None:

@@ -16,7 +16,9 @@ from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.context import Place, here
+from qitos_mlflow.bridge.outcome import issues_of
 from qitos_mlflow.bridge.run import AgentRun
+from qitos_mlflow.bridge.usage import cache_hits, token_usage
 
 __all__ = ["BridgeHook"]
 
@@ -110,7 +112,7 @@ class BridgeHook:
         unanswered = self._run.find("generation")
         if unanswered is not None:
             self._run.close(unanswered, "asked again without an answer")
-        self._run.cache_hits = extract.cache_hits(engine.agent)
+        self._run.cache_hits = cache_hits(engine.agent)
         self._run.open(
             tracing.GenerationSpanData(
                 model=extract.model_name(engine.agent), input_content=extract.messages(payload)
@@ -124,7 +126,7 @@ class BridgeHook:
         answer = payload.get("model_response")
         summary = extract.response(answer) or {}
         usage = summary.get("usage")
-        if extract.cache_hits(engine.agent) != self._run.cache_hits:
+        if cache_hits(engine.agent) != self._run.cache_hits:
             # Answered by a cache: nothing was spent, and the wrapper repeats the last usage.
             usage = None
             summary = {key: value for key, value in summary.items() if key != "usage"}
@@ -133,7 +135,7 @@ class BridgeHook:
         data.model = summary.get("model_name") or data.model
         data.output_content = payload.get("raw_output")
         data.model_response = summary
-        data.token_usage = extract.token_usage(usage)
+        data.token_usage = token_usage(usage)
         self._run.close(generation)
 
     # -- act -------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ class BridgeHook:
         elif phase == "END":
             self._end_step(record)
             self._run.end_reason = extract.text_of(payload.get("stop_reason"))
-            self._run.end_issues = extract.issues(payload)
+            self._run.end_issues = issues_of(payload)
         elif phase == "HANDOFF_START":
             self._run.open(
                 tracing.HandoffSpanData(

@@ -7,6 +7,8 @@ from types import ModuleType
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.bridge import calls
+from qitos_mlflow.bridge.calls import patches
+from qitos_mlflow.bridge.context import here
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -14,7 +16,8 @@ __all__ = ["install", "installed", "uninstall"]
 def install() -> None:
     """Have every Engine of this process traced, those that exist already included. Idempotent.
 
-    Imports the host's Engine.
+    Imports the host's Engine. Its tools are left alone until the first run that somebody listens
+    to: a wrapper costs a microsecond or so a call.
 
     Raises:
         ImportError: QitOS is not there, or has no Engine.
@@ -23,7 +26,6 @@ def install() -> None:
     engine_class = getattr(module, "Engine", None)
     if engine_class is None:
         raise ImportError("qitos.engine.engine has no Engine", name="qitos.engine.engine")
-    patches = calls.patches
     with patches.lock:
         if patches.active:
             return
@@ -31,27 +33,30 @@ def install() -> None:
         if hasattr(engine_class, "init_session") and hasattr(engine_class, "step"):
             patches.wrap(engine_class, "init_session", calls.init_session)
             patches.wrap(engine_class, "step", calls.step)
-        executor = getattr(_module("qitos.engine.action_executor"), "ActionExecutor", None)
-        if executor is None:
-            warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
-        else:
-            patches.wrap(executor, "_execute_one", calls.execute_one)
-            patches.wrap(executor, "_call_tool", calls.call_tool)
-        verdict = getattr(_module("qitos.engine.critic_result"), "CriticResult", None)
-        if verdict is not None:
-            patches.wrap(verdict, "from_dict", calls.critic_result)
+        patches.postpone(_wrap_tools_and_critics)
         patches.active = True
-        patches.fit_pools()
 
 
 def uninstall() -> None:
     """Put everything back. Runs that are going on are traced to their end. Idempotent."""
-    calls.patches.undo()
+    patches.undo()
 
 
 def installed() -> bool:
     """Whether Engines are being traced."""
-    return calls.patches.active
+    return patches.active
+
+
+def _wrap_tools_and_critics() -> None:
+    executor = getattr(_module("qitos.engine.action_executor"), "ActionExecutor", None)
+    if executor is None:
+        warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
+    else:
+        patches.wrap(executor, "_execute_one", calls.execute_one, when=here.get)
+        patches.wrap(executor, "_call_tool", calls.call_tool, when=here.get)
+    verdict = getattr(_module("qitos.engine.critic_result"), "CriticResult", None)
+    if verdict is not None:
+        patches.wrap(verdict, "from_dict", calls.critic_result, when=here.get)
 
 
 def _module(name: str) -> ModuleType | None:

@@ -35,19 +35,43 @@ class Patches:
         self.active = False
         self.lock = threading.RLock()
         self._made: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
+        self._postponed: list[Callable[[], None]] = []
 
-    def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
-        """Put `wrapper` around a method that `owner` itself defines, if it is as expected."""
+    def wrap(
+        self,
+        owner: type[Any],
+        name: str,
+        wrapper: Callable[..., Any],
+        when: Callable[[], object] | None = None,
+    ) -> None:
+        """Put `wrapper` around a method that `owner` itself defines, if it is as expected.
+
+        Args:
+            owner: the host's class.
+            name: of the method.
+            wrapper: called in its place, as `wrapt` calls wrappers.
+            when: asked at each call; falsy calls the original, without a detour through Python.
+        """
         original = vars(owner).get(name)
         function = getattr(original, "__func__", original)  # a class method is not callable itself
         if not callable(function) or len(inspect.signature(function).parameters) < 2:
             warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
             return
-        wrapt.wrap_function_wrapper(owner, name, wrapper)
-        self._made.append((owner, name, original, vars(owner)[name]))
+        ours = wrapt.FunctionWrapper(original, wrapper, when)
+        setattr(owner, name, ours)
+        self._made.append((owner, name, original, ours))
 
-    def fit_pools(self) -> None:
-        """Replace the pools of those host modules that have been imported by now."""
+    def postpone(self, fitting: Callable[[], None]) -> None:
+        """Call `fitting` before the first run that is traced, and never if there is none."""
+        self._postponed.append(fitting)
+
+    def fit(self) -> None:
+        """Make the postponed replacements, and replace the pools imported by now."""
+        if self._postponed:
+            with self.lock:
+                for fitting in self._postponed:
+                    fitting()
+                self._postponed.clear()
         for module_name, pool in POOLS.items():
             module = sys.modules.get(module_name)
             if getattr(module, "ThreadPoolExecutor", None) is not ThreadPoolExecutor:
@@ -61,6 +85,7 @@ class Patches:
         """Put every original back, except below a wrapper that somebody else put around ours."""
         with self.lock:
             self.active = False
+            self._postponed.clear()
             while self._made:
                 owner, name, original, ours = self._made.pop()
                 if vars(owner).get(name) is ours:

@@ -1,104 +1,22 @@
-"""One agent run as an open branch of a trace: opens spans, and closes each of them once.
+"""One agent run as a branch of a trace: which spans are open, one inside the other.
 
-Receives calls from the wrappers and the hook; hands `Trace` and `Span` objects to the host's
-tracing. Parents are explicit: the host takes them from a context variable that other traces and
-threads share. Whatever happens, everything opened here is closed, in reverse order.
+Receives calls from the wrappers and the hook. Whatever happens, everything opened here is closed,
+in reverse order.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from contextvars import Token
 from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.context import Place, here
+from qitos_mlflow.bridge.live import LiveTrace
+from qitos_mlflow.bridge.outcome import outcome_of, outcome_of_exception
 
-__all__ = ["AgentRun", "LiveTrace", "somebody_listens"]
-
-
-def somebody_listens() -> bool:
-    """Whether any attached processor wants a new trace. Costs a few microseconds."""
-    if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
-        return False
-    for processor in tracing.processors():
-        wants = getattr(processor, "wants_trace", None)
-        if wants is None or wants():
-            return True
-    return False
-
-
-class LiveTrace:
-    """A trace that is going on, shared by the agents in it. Any thread."""
-
-    def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
-        self.trace: Any = tracing.get_tracing_provider().create_trace(
-            name, group_id=group_id, metadata=metadata
-        )
-        self.closed = False
-        self._open: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self.trace.__enter__()
-
-    def start(self, data: Any, parent: Any) -> Any:
-        """Start a span below `parent` (a span, or None for the top)."""
-        span = self.trace.create_span(tracing.SpanType(data.type), data)
-        span.parent_span_id = parent.span_id if parent is not None else None
-        span.start()
-        _leave_context(span)
-        with self._lock:
-            self._open[span.span_id] = span
-        if self.closed:  # ended by another thread meanwhile: nothing may stay open
-            self.finish(span)
-        return span
-
-    def finish(self, span: Any, error: BaseException | str | None = None) -> None:
-        """Finish a span, once; a second call does nothing.
-
-        An exception is on ``span.exception`` while the processors see the span, and no longer:
-        its traceback keeps the agent's local variables alive.
-        """
-        with self._lock:
-            if self._open.pop(span.span_id, None) is None:
-                return
-        if not isinstance(error, BaseException):
-            span.finish(error)
-            return
-        span.exception = error
-        try:
-            span.finish(extract.describe(error))
-        finally:
-            span.exception = None
-
-    def annotate(self, metadata: Mapping[str, Any]) -> None:
-        """Add to the trace's metadata."""
-        # A disabled host shares one dict among all its traces.
-        if not isinstance(self.trace, tracing.NoOpTrace):
-            self.trace.metadata.update(metadata)
-
-    def end(self, error: BaseException | None) -> None:
-        """End the trace. Agents still running in it lose their spans, see `AgentRun.open`.
-
-        Call it inside the handler of `error`: a host's own trace tells its processors nothing,
-        they look at ``sys.exc_info()``.
-        """
-        with self._lock:
-            if self.closed:
-                return
-            self.closed = True
-            left = list(self._open.values())
-        for span in reversed(left):
-            try:
-                self.finish(span)
-            except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
-                report("bridge.end", problem)
-        if error is None:
-            self.trace.__exit__(None, None, None)
-        else:
-            self.trace.__exit__(type(error), error, error.__traceback__)
+__all__ = ["AgentRun"]
 
 
 class AgentRun:
@@ -126,7 +44,7 @@ class AgentRun:
         self.ended = False
         self.stack: list[Any] = []
         self._parent: Any = None
-        self._session_failure: tuple[str, str] | None = None
+        self._session_failure: dict[str, Any] | None = None
         self._metadata = extract.run_metadata(engine, task)
         if before is None or before.starts_trace:
             self.live = self._new_trace(before)
@@ -198,8 +116,7 @@ class AgentRun:
         self.close_above(self.root, error)
         self._session_failure = None
         if error is not None:
-            status = "interrupted" if extract.is_interrupt(error) else "error"
-            self._session_failure = status, extract.describe(error)
+            self._session_failure = outcome_of_exception(error, self.state)
 
     def end(
         self,
@@ -223,7 +140,15 @@ class AgentRun:
             self._metadata.setdefault("qitos_run_id", run_id)
         outcome: dict[str, Any] = {"status": "error" if error is not None else "ok"}
         try:
-            outcome = self._outcome(error, result, stop_reason)
+            state = extract.first(result, "state") or self.state
+            if error is None and self._session_failure is not None:
+                outcome = self._session_failure
+            elif error is None:
+                reason = extract.text_of(stop_reason or extract.first(state, "stop_reason"))
+                reason = reason or self.end_reason
+                outcome = outcome_of(result, state, reason, self.failure, self.end_issues)
+            else:
+                outcome = outcome_of_exception(error, state)
         except Exception as problem:  # noqa: BLE001 - spans and trace are closed without it
             report("bridge.outcome", problem)
         try:
@@ -262,34 +187,6 @@ class AgentRun:
         for index, span in reversed(list(enumerate(spans))):
             self.close(span, error if index in failed else None)
 
-    def _outcome(
-        self, error: BaseException | None, result: Any, stop_reason: str | None
-    ) -> dict[str, Any]:
-        state = extract.first(result, "state") or self.state
-        reason = extract.text_of(stop_reason or extract.first(state, "stop_reason"))
-        reason = reason or self.end_reason
-        if error is not None:
-            status = "interrupted" if extract.is_interrupt(error) else "error"
-            reason = reason or extract.stop_reason_of_exception(error)
-            text: str | None = extract.describe(error)
-            success = False
-        elif reason is None and self._session_failure is not None:
-            (status, text), success = self._session_failure, False
-        else:
-            status = extract.status_of(reason, self.failure)
-            success = status == "ok" and extract.succeeded(result, reason)
-            text = None
-            if status != "ok":
-                text = extract.describe(self.failure) if self.failure else self.end_issues or reason
-        found = {
-            "stop_reason": reason,
-            "final_result": extract.first(state, "final_result"),
-            "success": success,
-            "status": status,
-            "error": text,
-        }
-        return {key: value for key, value in found.items() if value is not None}
-
     def _new_trace(self, before: Place | None) -> LiveTrace:
         metadata = dict(self._metadata)
         if before is not None:
@@ -307,15 +204,3 @@ class AgentRun:
         self.stack, self._parent = [], None
         for span in stale:
             self.open(span.data)
-
-
-def _leave_context(span: Any) -> None:
-    """Take the span out of the host's context variable again.
-
-    There it would become the parent of whatever trace comes next on this thread, and could only
-    be finished on this thread: elsewhere the reset raises and no processor hears of the end.
-    """
-    token = getattr(span, "_token", None)
-    if isinstance(token, Token):
-        token.var.reset(token)
-        span._token = None

@@ -240,13 +240,14 @@ def test_our_own_bugs_never_reach_the_agent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With every extraction failing, the agent's result is the same and every span is closed."""
-    from qitos_mlflow.bridge import extract
+    from qitos_mlflow.bridge import extract, run
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise TypeError("our bug")
 
-    for name in ("decision", "messages", "response", "tool_result", "succeeded"):
+    for name in ("decision", "messages", "response", "tool_result"):
         monkeypatch.setattr(extract, name, broken)
+    monkeypatch.setattr(run, "outcome_of", broken)
     agent = ModelAgent(Model("Thought: sum\nAction: add(a=19, b=23)", FINAL))
     assert agent.run("sum", render=False) == "42"
     places = [where for where, _ in swallowed]

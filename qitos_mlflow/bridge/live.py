@@ -1,0 +1,112 @@
+"""A trace while it goes on: starts its spans, and finishes each of them once.
+
+Hands `Trace` and `Span` objects to the host's tracing. Parents are explicit: the host takes them
+from a context variable that other traces and threads share.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextvars import Token
+from typing import Any
+
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
+from qitos_mlflow.bridge.extract import describe
+
+__all__ = ["LiveTrace", "somebody_listens"]
+
+
+def somebody_listens() -> bool:
+    """Whether any attached processor wants a new trace. Costs a microsecond when there is none."""
+    attached = tracing.processors()
+    if not attached or tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
+        return False
+    for processor in attached:
+        wants = getattr(processor, "wants_trace", None)
+        if wants is None or wants():
+            return True
+    return False
+
+
+class LiveTrace:
+    """A trace that is going on, shared by the agents in it. Any thread."""
+
+    def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
+        self.trace: Any = tracing.get_tracing_provider().create_trace(
+            name, group_id=group_id, metadata=metadata
+        )
+        self.closed = False
+        self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.trace.__enter__()
+
+    def start(self, data: Any, parent: Any) -> Any:
+        """Start a span below `parent` (a span, or None for the top)."""
+        span = self.trace.create_span(tracing.SpanType(data.type), data)
+        span.parent_span_id = parent.span_id if parent is not None else None
+        span.start()
+        _leave_context(span)
+        with self._lock:
+            self._open[span.span_id] = span
+        if self.closed:  # ended by another thread meanwhile: nothing may stay open
+            self.finish(span)
+        return span
+
+    def finish(self, span: Any, error: BaseException | str | None = None) -> None:
+        """Finish a span, once; a second call does nothing.
+
+        An exception is on ``span.exception`` while the processors see the span, and no longer:
+        its traceback keeps the agent's local variables alive.
+        """
+        with self._lock:
+            if self._open.pop(span.span_id, None) is None:
+                return
+        if not isinstance(error, BaseException):
+            span.finish(error)
+            return
+        span.exception = error
+        try:
+            span.finish(describe(error))
+        finally:
+            span.exception = None
+
+    def annotate(self, metadata: Mapping[str, Any]) -> None:
+        """Add to the trace's metadata."""
+        # A disabled host shares one dict among all its traces.
+        if not isinstance(self.trace, tracing.NoOpTrace):
+            self.trace.metadata.update(metadata)
+
+    def end(self, error: BaseException | None) -> None:
+        """End the trace. Agents still running in it lose their spans, see `AgentRun.open`.
+
+        Call it inside the handler of `error`: a host's own trace tells its processors nothing,
+        they look at ``sys.exc_info()``.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            left = list(self._open.values())
+        for span in reversed(left):
+            try:
+                self.finish(span)
+            except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
+                report("bridge.end", problem)
+        if error is None:
+            self.trace.__exit__(None, None, None)
+        else:
+            self.trace.__exit__(type(error), error, error.__traceback__)
+
+
+def _leave_context(span: Any) -> None:
+    """Take the span out of the host's context variable again.
+
+    There it would become the parent of whatever trace comes next on this thread, and could only
+    be finished on this thread: elsewhere the reset raises and no processor hears of the end.
+    """
+    token = getattr(span, "_token", None)
+    if isinstance(token, Token):
+        token.var.reset(token)
+        span._token = None

@@ -1,0 +1,163 @@
+"""Installing, uninstalling, and what it costs when nobody listens."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from qitos import Decision, Engine
+from qitos.engine.action_executor import ActionExecutor
+
+from qitos_mlflow import _guard, bridge, tracing
+from tests.bridge.agents import ScriptAgent, act
+from tests.bridge.recorder import Recorder
+
+WRAPPED = [(Engine, "run"), (ActionExecutor, "_execute_one"), (ActionExecutor, "_call_tool")]
+
+
+def originals() -> list[Any]:
+    return [vars(owner)[name] for owner, name in WRAPPED]
+
+
+def test_uninstall_restores_the_very_originals(recorder: Recorder) -> None:
+    """After any number of installs one uninstall leaves the host's own functions."""
+    bridge.uninstall()
+    before = originals()
+    for _ in range(3):
+        bridge.install()
+    assert bridge.installed()
+    Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    assert all(new is not old for new, old in zip(originals(), before, strict=True))
+    bridge.uninstall()
+    bridge.uninstall()
+    assert not bridge.installed()
+    assert all(new is old for new, old in zip(originals(), before, strict=True))
+
+
+def test_the_wrapped_methods_look_like_the_originals(recorder: Recorder) -> None:
+    """Signature, name and documentation of what is wrapped stay."""
+
+    def looks() -> list[Any]:
+        return [(inspect.signature(f), f.__name__, f.__doc__) for f in originals()]
+
+    Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    after = looks()
+    bridge.uninstall()
+    assert after == looks()
+
+
+def test_somebody_elses_wrapper_around_ours_survives(recorder: Recorder) -> None:
+    """Uninstalling below another's wrapper takes nothing of theirs, and stops tracing."""
+    original = vars(Engine)["run"]
+    calls_seen: list[str] = []
+
+    def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls_seen.append("theirs")
+        return original(self, *args, **kwargs)
+
+    Engine.run = theirs  # type: ignore[method-assign]
+    try:
+        bridge.uninstall()
+        assert vars(Engine)["run"] is theirs
+        Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    finally:
+        Engine.run = original.__wrapped__  # type: ignore[method-assign]
+    assert calls_seen == ["theirs"]
+    assert recorder.started == []
+
+
+def test_uninstalling_during_a_run_traces_it_to_its_end(recorder: Recorder) -> None:
+    """A run that is going on keeps its trace; the next one has none."""
+
+    def stop_tracing() -> Any:
+        bridge.uninstall()
+        return act("add", a=1, b=1)
+
+    agent = ScriptAgent(stop_tracing, Decision.final("x"))
+    agent.run("one", render=False)
+    assert recorder.only().metadata["stop_reason"] == "final"
+    agent.run("two", render=False)
+    recorder.only()
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_a_processor_that_wants_no_trace_gets_none(installed: None, answer: bool | None) -> None:
+    """A run is traced for processors that say they want it or say nothing."""
+
+    class Choosy(Recorder):
+        pass
+
+    if answer is not None:
+        Choosy.wants_trace = lambda self: answer  # type: ignore[attr-defined]
+    choosy = Choosy()
+    tracing.add_trace_processor(choosy)
+    try:
+        Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    finally:
+        tracing.remove_trace_processor(choosy)
+    assert len(choosy.started) == (0 if answer is False else 1)
+
+
+def test_tracing_that_is_off_makes_nothing(recorder: Recorder) -> None:
+    """In the mode DISABLED no trace is made, and the run is the same."""
+    tracing.set_tracing_disabled(True)
+    try:
+        assert ScriptAgent(Decision.final("x")).run("sum", render=False) == "x"
+    finally:
+        tracing.set_tracing_disabled(False)
+    assert recorder.started == []
+
+
+def test_a_run_without_listeners_is_left_alone(installed: None) -> None:
+    """With no processor attached a run has no hook of ours, and tools are not wrapped."""
+    tools = originals()[1:]
+    seen: list[int] = []
+    engine: Any = Engine(agent=ScriptAgent())
+    engine.agent.script = [lambda: seen.append(len(engine.hooks)) or Decision.final("x")]
+    engine.run("sum")
+    assert seen == [0]
+    assert originals()[1:] == tools
+    assert not any(hasattr(function, "__wrapped__") for function in tools)
+
+
+def test_a_host_without_the_expected_methods_is_traced_without_them(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A piece that does not fit is left out with one line; the rest works."""
+    bridge.uninstall()
+    monkeypatch.setattr(ActionExecutor, "_execute_one", lambda action: None)
+    monkeypatch.delattr(ActionExecutor, "_call_tool")
+    monkeypatch.setattr(_guard, "_last_logged", {})
+    with caplog.at_level(logging.WARNING, "qitos_mlflow"):
+        bridge.install()
+        Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot trace ActionExecutor._execute_one of this QitOS",
+        "cannot trace ActionExecutor._call_tool of this QitOS",
+    ]
+    assert recorder.tree() == ["agent", ["step", ["decide", "reduce"]]]
+    bridge.uninstall()
+
+
+def test_installing_at_once_from_many_threads_installs_once(recorder: Recorder) -> None:
+    """Threads that install and run together leave the host wrapped once."""
+    bridge.uninstall()
+    before = originals()
+    meet = threading.Barrier(8, timeout=20)
+
+    def install() -> None:
+        meet.wait()
+        bridge.install()
+        Engine(agent=ScriptAgent(act("add", a=1, b=1), Decision.final("x"))).run("sum")
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(install) for _ in range(8)]:
+            future.result(20)
+    assert [f.__wrapped__ for f in originals()] == before
+    assert len(recorder.of("tool")) == 8
+    bridge.uninstall()
+    assert originals() == before
