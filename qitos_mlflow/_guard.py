@@ -7,7 +7,6 @@ through `watch` and fail on anything reported, so that a swallowed bug is never 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,6 @@ LOG_EVERY_S = 60.0
 """A message about the same thing is logged at most this often (seconds)."""
 
 _log = logging.getLogger("qitos_mlflow")
-_lock = threading.Lock()
 _last_logged: dict[str, float] = {}
 _watchers: list[Callable[[str, BaseException], None]] = []
 
@@ -31,7 +29,7 @@ def report(where: str, error: BaseException) -> None:
         where: the place, a constant such as ``"bridge.on_after_act"``.
         error: what was caught.
 
-    Any thread; never blocks on more than a dictionary lock, never raises.
+    Any thread; never blocks, never raises.
     """
     try:
         counts[where] += 1
@@ -45,12 +43,12 @@ def report(where: str, error: BaseException) -> None:
 
 def warn(key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
     """Log `message`, unless something was logged under `key` within the last minute."""
+    # No lock: a fork could leave it held for ever, and two threads at once cost a second line.
     now = time.monotonic()
-    with _lock:
-        last = _last_logged.get(key)
-        if last is not None and now - last < LOG_EVERY_S:
-            return
-        _last_logged[key] = now
+    last = _last_logged.get(key)
+    if last is not None and now - last < LOG_EVERY_S:
+        return
+    _last_logged[key] = now
     _log.log(level, message, *args)
 
 

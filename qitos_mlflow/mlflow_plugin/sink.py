@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.cost import trace_cost
@@ -101,9 +102,14 @@ class MlflowSink:
 
     def restore(self, state: bytes) -> None:
         """Go back to what `state` returned."""
-        traces = orjson.loads(state)["traces"] if state else []
-        self._traces = {t.trace_id: t for t in map(TraceState.from_json, traces)}
-        self._resumed = self._resumed or bool(state)
+        self._resumed = True
+        try:
+            traces = [TraceState.from_json(plain) for plain in orjson.loads(state)["traces"]]
+        except (KeyError, TypeError, ValueError) as error:
+            # Another version's: the runs are found again by their tags, totals begin anew.
+            report("sink.restore", error)
+            traces = []
+        self._traces = {trace.trace_id: trace for trace in traces}
 
     def prepare(self, records: Sequence[bytes]) -> MlflowShipment:
         """Fold `records` and list the calls they come to. No network."""
