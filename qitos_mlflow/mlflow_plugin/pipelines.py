@@ -45,6 +45,7 @@ class Pipelines:
         self._at_exit = at_exit
         self._watching_exit_of = 0
         self._ends_before_mlflow = False
+        self._losses_told = 0
         self._pipelines: dict[str | None, Pipeline] = {}
         self._lock = threading.Lock()
 
@@ -58,8 +59,15 @@ class Pipelines:
             return pipeline
 
     def flush(self, timeout_s: float) -> bool:
-        """Deliver all that was offered so far; False when `timeout_s` passes first."""
-        return self._each(Pipeline.flush, timeout_s)
+        """Deliver all that was offered so far; True when it is on the server.
+
+        False when `timeout_s` passes first, and, once for each loss, when something was lost or
+        refused since the last time this was asked.
+        """
+        delivered = self._each(Pipeline.flush, timeout_s)
+        lost = sum(_losses(pipeline) for pipeline in self._all())
+        lost, self._losses_told = lost - self._losses_told, lost
+        return delivered and not lost
 
     def close(self, timeout_s: float) -> bool:
         """Flush and end; True when nothing is left. Any number of times."""
@@ -91,6 +99,7 @@ class Pipelines:
     def after_fork(self) -> None:
         """In a forked child: locks that another thread held are free again."""
         self._lock = threading.Lock()
+        self._losses_told = 0
 
     def _new(self, uri: str | None) -> Pipeline:
         settings = self._settings
@@ -145,3 +154,8 @@ class Pipelines:
                 self._at_exit()
         except Exception as error:  # noqa: BLE001 - the process ends as it would have
             report("plugin.at_exit", error)
+
+
+def _losses(pipeline: Pipeline) -> int:
+    counts = pipeline.stats
+    return counts.dead_letters + sum(counts.dropped.values())
