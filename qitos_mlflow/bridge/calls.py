@@ -74,6 +74,9 @@ def init_session(
         raise
     try:
         agent_run.session_began(engine)
+        # Before what our processors do at exit, which they registered when the trace began.
+        atexit.unregister(_end_leftover_sessions)
+        atexit.register(_end_leftover_sessions)
         weakref.finalize(engine, _abandon, id(engine)).atexit = False
         _sessions[id(engine)] = agent_run
     except Exception as error:  # noqa: BLE001 - a session nobody could end gets no trace
@@ -253,6 +256,3 @@ def _end_leftover_sessions(engine_id: int | None = None) -> None:
     here.set(place)
     for left in [engine_id] if engine_id is not None else list(_sessions):
         _end_session(left)
-
-
-atexit.register(_end_leftover_sessions)

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from qitos_mlflow.bridge.run import AgentRun
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["BackgroundPool", "ContextPool", "Place", "here"]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A position in a trace: new spans and nested agents go below `span`."""
 
     run: AgentRun
@@ -62,7 +60,7 @@ class BackgroundPool(ThreadPoolExecutor):
         place = here.get()
         if place is None:
             return super().submit(fn, *args, **kwargs)
-        return super().submit(_standing_at(replace(place, detached=True), fn), *args, **kwargs)
+        return super().submit(_standing_at(place._replace(detached=True), fn), *args, **kwargs)
 
 
 def _standing_at(place: Place, fn: Callable[..., Any]) -> Callable[..., Any]:

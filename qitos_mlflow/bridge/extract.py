@@ -116,6 +116,15 @@ def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def session_metadata(engine: Any) -> dict[str, Any]:
+    """What an Engine knows after ``init_session``, which makes no INIT event."""
+    found = {
+        "qitos_run_id": first(engine, "_active_run_id"),
+        "protocol": first(first(engine, "_resolved_protocol"), "id"),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
 def text_of(reason: Any) -> str | None:
     """A stop reason as text: hosts use strings and string enums."""
     value = getattr(reason, "value", reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
@@ -22,22 +22,20 @@ from qitos_mlflow.bridge.usage import cache_hits, token_usage
 
 __all__ = ["BridgeHook"]
 
-_Callback = TypeVar("_Callback", bound=Callable[..., None])
 
-
-def _callback(method: _Callback) -> _Callback:
+def _callback(method: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
     where = f"bridge.{method.__name__}"
 
     @functools.wraps(method)
-    def guarded(self: BridgeHook, *args: Any, **kwargs: Any) -> None:
+    def guarded(self: BridgeHook, ctx: Any, engine: Any) -> None:
         try:
             place = here.get()
             if place is not None and place.run is self._run:
-                method(self, *args, **kwargs)
+                method(self, ctx, engine)
         except Exception as error:  # noqa: BLE001 - the agent's thread
             report(where, error)
 
-    return guarded  # type: ignore[return-value]
+    return guarded
 
 
 class BridgeHook:
@@ -55,11 +53,14 @@ class BridgeHook:
         self._end_step(None)
         self._begin_step(ctx)
 
-    @_callback
     def on_step_end(self, record: Any, state: Any, engine: Any) -> None:
         """Close a session's step; in a run, more of the step follows."""
-        if self._in_session:
-            self._end_step(record)
+        try:
+            place = here.get()
+            if self._in_session and place is not None and place.run is self._run:
+                self._end_step(record)
+        except Exception as error:  # noqa: BLE001 - the agent's thread
+            report("bridge.on_step_end", error)
 
     @_callback
     def on_after_step(self, ctx: Any, engine: Any) -> None:
@@ -232,11 +233,18 @@ class BridgeHook:
 
     # -- events ----------------------------------------------------------------------------
 
-    @_callback
     def on_event(self, event: Any, state: Any, record: Any, engine: Any) -> None:
         """Take from the event stream what has no callback of its own."""
-        phase = extract.text_of(event.phase)
-        payload = event.payload
+        try:
+            place = here.get()
+            if place is not None and place.run is self._run:
+                self._take(event, state, record, engine)
+        except Exception as error:  # noqa: BLE001 - the agent's thread
+            report("bridge.on_event", error)
+
+    def _take(self, event: Any, state: Any, record: Any, engine: Any) -> None:
+        # Most events are none of these: hosts' phases are strings, which compare fast.
+        phase, payload = event.phase, event.payload
         stage = payload.get("stage")
         if phase == "DECIDE":
             if stage == "model_input":

@@ -23,11 +23,16 @@ def somebody_listens() -> bool:
     attached = tracing.processors()
     if not attached or tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
         return False
-    for processor in attached:
+    return any(_wants_trace(processor) for processor in attached)
+
+
+def _wants_trace(processor: Any) -> bool:
+    try:
         wants = getattr(processor, "wants_trace", None)
-        if wants is None or wants():
-            return True
-    return False
+        return wants is None or bool(wants())
+    except Exception as error:  # noqa: BLE001 - somebody's processor; it says nothing
+        report("bridge.wants_trace", error)
+        return True
 
 
 class LiveTrace:

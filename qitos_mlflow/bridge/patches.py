@@ -42,7 +42,7 @@ class Patches:
         owner: type[Any],
         name: str,
         wrapper: Callable[..., Any],
-        when: Callable[[], object] | None = None,
+        when: Callable[[], Any] | None = None,
     ) -> None:
         """Put `wrapper` around a method that `owner` itself defines, if it is as expected.
 
@@ -54,7 +54,7 @@ class Patches:
         """
         original = vars(owner).get(name)
         function = getattr(original, "__func__", original)  # a class method is not callable itself
-        if not callable(function) or len(inspect.signature(function).parameters) < 2:
+        if not _takes_arguments(function):
             warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
             return
         ours = wrapt.FunctionWrapper(original, wrapper, when)
@@ -90,3 +90,10 @@ class Patches:
                 owner, name, original, ours = self._made.pop()
                 if vars(owner).get(name) is ours:
                     setattr(owner, name, original)
+
+
+def _takes_arguments(function: Any) -> bool:
+    try:
+        return len(inspect.signature(function).parameters) > 1
+    except (TypeError, ValueError):  # not a function, or one that tells nothing
+        return False

@@ -43,6 +43,7 @@ class AgentRun:
         self.acts_with_tools: set[str] = set()
         self.ended = False
         self.stack: list[Any] = []
+        self._innermost: dict[str, Any] = {}  # open spans by type; an older one is not looked for
         self._parent: Any = None
         self._session_failure: dict[str, Any] | None = None
         self._metadata = extract.run_metadata(engine, task)
@@ -74,6 +75,7 @@ class AgentRun:
             parent = self.stack[-1] if self.stack else self._parent
         span = self.live.start(data, parent)
         self.stack.append(span)
+        self._innermost[data.type] = span
         here.set(Place(self, span))
         return span
 
@@ -83,6 +85,7 @@ class AgentRun:
             return
         while self.stack:
             top = self.stack.pop()
+            self._innermost.pop(top.data.type, None)
             self.live.finish(top, error)
             if top is span:
                 break
@@ -96,7 +99,7 @@ class AgentRun:
 
     def find(self, span_type: str) -> Any:
         """The innermost open span of this type, or None."""
-        return next((span for span in reversed(self.stack) if span.data.type == span_type), None)
+        return self._innermost.get(span_type)
 
     def annotate(self, metadata: Mapping[str, Any]) -> None:
         """Add to the metadata of the trace, if it is this run's own."""
@@ -108,7 +111,7 @@ class AgentRun:
         """Note what a session has instead of an INIT event, and leave this context."""
         self.began = True
         self.state = extract.first(engine, "_active_state")
-        self.annotate({"qitos_run_id": extract.first(engine, "_active_run_id")})
+        self.annotate(extract.session_metadata(engine))
         here.set(self.before)
 
     def session_stepped(self, error: BaseException | None) -> None:

@@ -21,6 +21,7 @@ from qitos_mlflow import bridge, tracing
 from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.context import here
 from tests.bridge.recorder import Recorder
+from tests.hosts import BUILTIN_TRACING, run_on
 
 WAIT_S = 20.0
 FINAL = Decision("final", final_answer="42")
@@ -285,6 +286,29 @@ def test_a_session_is_one_trace(recorder: Recorder) -> None:
     assert metadata["final_result"] == "42"
     assert metadata["qitos_run_id"] == run_id
     assert not calls._sessions
+
+
+def test_a_session_open_at_exit_is_ended_before_its_processors_flush() -> None:
+    """At exit the session's trace ends first, then what its processors registered runs."""
+    script = """
+        import atexit
+        from qitos.core import Decision, Tools
+        from qitos.engine.engine import Agent, Engine
+        from qitos_mlflow import bridge, tracing
+
+        class Late(tracing.NoOpTraceProcessor):
+            def on_trace_start(self, trace):
+                atexit.register(print, "flushed")
+
+            def on_trace_end(self, trace):
+                print("ended", trace.metadata["task"])
+
+        bridge.install()
+        tracing.add_trace_processor(Late())
+        engine = Engine(Agent("main", Tools(), Decision("act")))
+        engine.init_session("left")
+    """
+    assert run_on(BUILTIN_TRACING, script).split() == ["ended", "left", "flushed"]
 
 
 def test_a_new_session_ends_the_one_before(recorder: Recorder) -> None:

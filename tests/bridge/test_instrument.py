@@ -102,6 +102,23 @@ def test_a_processor_that_wants_no_trace_gets_none(installed: None, answer: bool
     assert len(choosy.started) == (0 if answer is False else 1)
 
 
+def test_a_processor_that_cannot_say_what_it_wants_gets_the_trace(
+    recorder: Recorder, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """A processor that fails to answer takes nothing from the others."""
+
+    class Unsure(tracing.NoOpTraceProcessor):
+        def wants_trace(self) -> bool:
+            raise OSError
+
+    unsure = Unsure()
+    tracing.set_trace_processors([unsure, recorder])
+    Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    tracing.remove_trace_processor(unsure)
+    recorder.only()
+    swallowed.clear()
+
+
 def test_tracing_that_is_off_makes_nothing(recorder: Recorder) -> None:
     """In the mode DISABLED no trace is made, and the run is the same."""
     tracing.set_tracing_disabled(True)
