@@ -11,10 +11,6 @@ from typing import Any
 
 import click
 
-STARTUP_MODULE = "qitos_mlflow._startup"
-"""Imported by the start-up line and, before `main` runs, by nothing else."""
-
-
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def plugins(as_json: bool) -> None:
@@ -31,7 +27,7 @@ def survey() -> dict[str, Any]:
 
     Loads the selected plugins, to see whether they do; qitos and mlflow are not imported for it.
     """
-    startup_line = {"active": STARTUP_MODULE in sys.modules}
+    startup_line = {"active": any(getattr(f, "qitos_watcher", False) for f in sys.meta_path)}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
     from qitos_mlflow.plugins.loader import GROUP, VARIABLE, discover, load
 
