@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def plugins(as_json: bool) -> None:

@@ -59,13 +59,18 @@ else:
     modules_after(code.format(statement=statement))
 
 
-def test_the_startup_line_may_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed twice over (a .pth and a .start, two site directories), there is one watcher."""
+def test_the_startup_line_may_run_twice(source_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run twice over (two site directories, a .pth and a .start), the watchers go together."""
     code = """
 import sys
-from qitos_mlflow._startup import QitosWatcher, install
-install(); install()
-assert sys.meta_path.count(QitosWatcher) == 1, sys.meta_path
-"""
+from pathlib import Path
+from qitos_mlflow._startup import install, remove
+before = [f for f in sys.meta_path if not getattr(f, "qitos_watcher", False)]
+line = Path(LINE).read_text()
+exec(line); exec(line); install(); install()
+assert len(sys.meta_path) > len(before)
+remove()
+assert sys.meta_path == before, sys.meta_path
+""".replace("LINE", repr(str(source_tree / "startup" / "qitos_mlflow.pth")))
     monkeypatch.delenv("QITOS_TRACE_PLUGINS")
     assert not modules_after(code) & LATE

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.packaging.conftest import Environment
 
 STARTUP_FILES = ["qitos_mlflow.pth", "qitos_mlflow.start"]
-WATCHES = "import sys; print('QitosWatcher' in [getattr(f, '__name__', '') for f in sys.meta_path])"
+WATCHES = "import sys; print(any(getattr(f, 'qitos_watcher', False) for f in sys.meta_path))"
 
 
 def test_the_wheel_holds_the_package_and_the_startup_files_and_no_more(
