@@ -25,7 +25,7 @@ from typing import Any
 import wrapt
 
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.mlflow_plugin.destination import absolute, is_http
+from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 
 LATE_S = 10.0
@@ -84,7 +84,7 @@ def _same_place(uri: str | None) -> bool:
     module: Any = sys.modules["mlflow"]
     if uri is None:
         return not module.is_tracking_uri_set()
-    here = absolute(str(module.get_tracking_uri()), os.getcwd())  # noqa: PTH109
+    here = absolute(str(module.get_tracking_uri()), working_directory())
     return here.rstrip("/") == uri.rstrip("/")
 
 

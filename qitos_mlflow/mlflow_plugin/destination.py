@@ -25,7 +25,15 @@ def tracking_uri(settings: Settings) -> str | None:
     `mlflow.set_tracking_uri` sets the variable as well, so the variable is all there is to ask.
     """
     uri = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    return None if uri is None else absolute(uri, os.getcwd())  # noqa: PTH109 - a str is wanted
+    return None if uri is None else absolute(uri, working_directory())
+
+
+def working_directory() -> str:
+    """The current directory; the root where it has been removed."""
+    try:
+        return os.getcwd()  # noqa: PTH109 - a str is wanted
+    except OSError:
+        return os.path.sep
 
 
 def absolute(uri: str, cwd: str) -> str:
@@ -62,7 +70,7 @@ def segment_header(settings: Settings, uri: str | None) -> bytes:
     """
     header: dict[str, Any] = {
         "tracking_uri": None if uri is None else without_credentials(uri),
-        "cwd": os.getcwd(),  # noqa: PTH109
+        "cwd": working_directory(),
         "experiment_name": settings.experiment_name,
         "run_name": settings.run_name,
         "tags": dict(settings.tags),
