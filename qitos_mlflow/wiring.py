@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _lock = threading.RLock()
 _adapter: PluginTraceProcessor | None = None
-_by_hand: MlflowTraceProcessor | None = None
+_autolog: MlflowTraceProcessor | None = None
 _waiting_for_qitos: set[str] = set()
 
 
@@ -37,32 +38,37 @@ def autolog(
     """Log every QitOS agent run of this process to MLflow from now on.
 
     Call it before or after importing qitos; called again it replaces what the earlier call
-    configured, so nothing is logged twice. An automatically loaded MLflow plugin stands down.
+    configured. Nothing is logged twice: an automatically loaded MLflow plugin stands down for
+    this, and this for a processor registered by hand.
 
     Args:
         experiment_name: MLflow experiment, created when missing.
         run_name: name of the runs; None: the agent's name.
         tracking_uri: tracking server; None: MLflow's own default.
         tags: tags of every run.
-        disable: stop logging to MLflow, however it was turned on; runs that are going are
-            logged to their end.
+        disable: stop logging to MLflow, also by the automatically loaded plugin; runs that are
+            going are logged to their end. A processor registered by hand stays.
         **options: any other field of `Settings`.
 
     Raises:
         SettingsError: a value cannot be used.
         MissingMlflowError: mlflow is not installed.
     """
-    global _by_hand
+    global _autolog
     from qitos_mlflow import tracing
+    from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 
     with _lock:
         if disable:
             if _adapter is not None:
-                _adapter.unregister("mlflow")
-            if _by_hand is not None:
-                tracing.remove_trace_processor(_by_hand)
-                _by_hand = None
+                plugin: Any = _adapter.plugins.get("mlflow")
+                if isinstance(plugin, MlflowPlugin):
+                    plugin.retire(partial(_adapter.unregister, "mlflow"))
+            if _autolog is not None:
+                _retire(_autolog)
+                _autolog = None
             return
+        from qitos_mlflow.mlflow_plugin.origin import Origin
         from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 
         processor = MlflowTraceProcessor(
@@ -72,14 +78,15 @@ def autolog(
             tags=tags,
             **options,
         )
-        if _by_hand is not None:
+        processor.mlflow_plugin.origin = Origin.AUTOLOG
+        if _autolog is not None:
             if (
-                _by_hand in tracing.processors()
-                and _by_hand.mlflow_plugin.settings == processor.mlflow_plugin.settings
+                _autolog in tracing.processors()
+                and _autolog.mlflow_plugin.settings == processor.mlflow_plugin.settings
             ):
                 return
-            tracing.remove_trace_processor(_by_hand)
-        _by_hand = processor
+            _retire(_autolog)
+        _autolog = processor
         tracing.add_trace_processor(processor)
 
 
@@ -116,6 +123,13 @@ def deactivate() -> None:
             _adapter = None
         bridge.uninstall()
         _startup.remove()
+
+
+def _retire(processor: MlflowTraceProcessor) -> None:
+    """Have it hear no more once the runs that it is logging have ended."""
+    from qitos_mlflow import tracing
+
+    processor.mlflow_plugin.retire(partial(tracing.remove_trace_processor, processor))
 
 
 def activate_on_import() -> None:

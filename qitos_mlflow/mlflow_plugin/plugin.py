@@ -7,13 +7,13 @@ become MLflow's active run.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -32,10 +32,10 @@ from qitos_mlflow.mlflow_plugin.active_run import (
     parent_run_id,
 )
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
+from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
-from qitos_mlflow.plugins.loader import named
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
@@ -53,8 +53,6 @@ FAILED_REASONS = frozenset(
 
 ENDED_TRACES = 256
 """Ended traces remembered, for spans of theirs that finish late on other threads."""
-
-_log = logging.getLogger("qitos_mlflow")
 
 
 @dataclass
@@ -78,17 +76,17 @@ class MlflowPlugin:
 
     Args:
         settings: what was configured.
-        automatic: found by the loader, not registered by hand: stands down without a
-            destination and for anything registered by hand.
+        origin: how it came in.
     """
 
-    def __init__(self, settings: Settings, *, automatic: bool = False) -> None:
+    def __init__(self, settings: Settings, origin: Origin = Origin.BY_HAND) -> None:
         self.settings = settings
-        self.automatic = automatic
+        self.origin = origin
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
         self._pipelines = Pipelines(settings, self._announce, self._dropped, self._at_exit)
         self._lock = threading.Lock()
         self._closed = False
+        self._when_idle: Callable[[], object] | None = None
         self._said: set[str] = set()
         if hasattr(os, "register_at_fork"):
             # Weakly: a plugin nobody holds any more must not live until the process ends.
@@ -99,7 +97,9 @@ class MlflowPlugin:
     @hookimpl
     def qitos_wants_trace(self) -> bool:
         """False while a new trace would be ignored: no destination, or somebody else logs it."""
-        return not self._closed and not (self.automatic and self._stands_down())
+        return not (
+            self._closed or self._when_idle or stands_down(self.origin, self.settings, self._said)
+        )
 
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
@@ -200,6 +200,7 @@ class MlflowPlugin:
                 state.pipeline.offer(capture.encode(record))
         self._end(str(trace.trace_id), state, metadata, failure)
         state.active.leave(open=not self.settings.auto_end_run)
+        self._tell_if_idle()
 
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
@@ -214,6 +215,11 @@ class MlflowPlugin:
         self.close(self.settings.flush_timeout_s, "FINISHED", "shut down before the trace ended")
 
     # -- delivery ----------------------------------------------------------------------------
+
+    def retire(self, when_idle: Callable[[], object]) -> None:
+        """Take no new trace; call `when_idle` once those that are going have ended."""
+        self._when_idle = when_idle
+        self._tell_if_idle()
 
     def close(self, timeout_s: float, status: str, why: str) -> bool:
         """Flush and refuse from now on; open traces end with `status`. Blocks at most `timeout_s`.
@@ -237,32 +243,12 @@ class MlflowPlugin:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _stands_down(self) -> bool:
-        for processor in tracing.processors():
-            plugin = getattr(processor, "mlflow_plugin", None)
-            if plugin is not None and plugin is not self and not plugin.automatic:
-                return True
-            if type(processor).__name__ == "MlflowTraceProcessor" and plugin is None:
-                self._say_once(
-                    logging.WARNING,
-                    "qitos-mlflow stands down for the host's own %s.MlflowTraceProcessor; take it "
-                    "out, or use qitos_mlflow.MlflowTraceProcessor in its place.",
-                    type(processor).__module__,
-                )
-                return True
-        if self.settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or named("mlflow"):
-            return False
-        self._say_once(
-            logging.INFO,
-            "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
-            "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store.",
-        )
-        return True
-
-    def _say_once(self, level: int, message: str, *args: object) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            _log.log(level, message, *args)
+    def _tell_if_idle(self) -> None:
+        if self._when_idle is not None:
+            with self._lock:
+                idle = all(state.ended for state in self._traces.values())
+            if idle:
+                self._when_idle()
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """The run of a trace exists. Shipper's thread."""
@@ -347,4 +333,4 @@ def entry_point() -> MlflowPlugin:
 
     if find_spec("mlflow") is None:
         raise MissingMlflowError("mlflow is not installed; install it with: pip install mlflow")
-    return MlflowPlugin(Settings.resolve(), automatic=True)
+    return MlflowPlugin(Settings.resolve(), Origin.INSTALLED)

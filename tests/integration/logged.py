@@ -74,6 +74,13 @@ def only_run(client: MlflowClient, experiment_name: str) -> LoggedRun:
     return runs[0]
 
 
+def found_in(directories: Sequence[Path], text: str) -> list[Path]:
+    """The files below these directories that have `text` somewhere in their bytes."""
+    files = [path for directory in directories for path in directory.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
 @dataclass(frozen=True)
 class Done:
     """A script's process that has ended."""

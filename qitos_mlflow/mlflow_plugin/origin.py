@@ -1,0 +1,65 @@
+"""Which of several MLflow plugins logs a run: nothing is logged twice, and nothing unasked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import IntEnum
+
+from qitos_mlflow import tracing
+from qitos_mlflow.plugins.loader import named
+from qitos_mlflow.settings import Settings
+
+_log = logging.getLogger("qitos_mlflow")
+
+
+class Origin(IntEnum):
+    """How a plugin came in; it stands down for one that came in by a higher way."""
+
+    INSTALLED = 0
+    AUTOLOG = 1
+    BY_HAND = 2
+
+
+def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
+    """Whether a plugin leaves a run that would begin now to another one, or unlogged.
+
+    Costs microseconds. What is worth telling is logged once.
+
+    Args:
+        origin: how the plugin came in. One that is merely installed needs a destination, too.
+        settings: the plugin's.
+        said: what has been logged; added to.
+    """
+    if origin is Origin.BY_HAND:
+        return False
+    for processor in tracing.processors():
+        plugin = getattr(processor, "mlflow_plugin", None)
+        if plugin is not None and plugin.origin > origin:
+            return True
+        if plugin is None and type(processor).__name__ == "MlflowTraceProcessor":
+            _say_once(
+                said,
+                logging.WARNING,
+                "qitos-mlflow stands down for the host's own %s.MlflowTraceProcessor; take it "
+                "out, or use qitos_mlflow.MlflowTraceProcessor in its place.",
+                type(processor).__module__,
+            )
+            return True
+    if origin is Origin.AUTOLOG or settings.tracking_uri:
+        return False
+    if os.environ.get("MLFLOW_TRACKING_URI") or named("mlflow"):
+        return False
+    _say_once(
+        said,
+        logging.INFO,
+        "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
+        "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store.",
+    )
+    return True
+
+
+def _say_once(said: set[str], level: int, message: str, *args: object) -> None:
+    if message not in said:
+        said.add(message)
+        _log.log(level, message, *args)
