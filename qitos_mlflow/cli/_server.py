@@ -24,7 +24,7 @@ def ask(uri: str | None) -> Answer:
         return Answer(uri or "MLflow's local store", None, "local, no server needed")
     import requests
 
-    from qitos_mlflow.mlflow_plugin.rest import SessionRequester
+    from qitos_mlflow.mlflow_plugin.exchange import SessionRequester
 
     request = SessionRequester(uri)
     try:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import requests
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+    from qitos_mlflow.mlflow_plugin.exchange import Requester
     from qitos_mlflow.mlflow_plugin.metrics import Metric
-    from qitos_mlflow.mlflow_plugin.rest import Requester
 
 RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
 
