@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser as Chromium
-from playwright.sync_api import Route, sync_playwright
+if TYPE_CHECKING:  # Only the session `browser` installs playwright; the others collect its tests.
+    from playwright.sync_api import Browser as Chromium
+    from playwright.sync_api import Route
 
 TIMEOUT_S = 40.0
 """For one text to appear or one thing to become clickable; MLflow's first page is slow."""
@@ -145,6 +147,8 @@ class Browser:
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
     """A `Browser` on the Chromium that is installed."""
+    from playwright.sync_api import sync_playwright
+
     executable = chromium()
     assert executable is not None, f"none of {EXECUTABLES} is installed"
     with sync_playwright() as playwright:
