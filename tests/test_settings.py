@@ -1,0 +1,185 @@
+"""Settings: argument before environment before default, each option declared once."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.errors import SettingsError
+from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+from qitos_mlflow.settings import MIB, Settings, env_names
+
+NAMES = [option.name for option in fields(Settings)]
+
+
+def test_the_five_parameters_keep_names_order_and_defaults() -> None:
+    """`MlflowTraceProcessor` takes the documented parameters, by position too; more by keyword."""
+    parameters = list(inspect.signature(MlflowTraceProcessor).parameters.values())
+    assert [(p.name, p.default) for p in parameters[:-1]] == [
+        ("experiment_name", "qitos"),
+        ("run_name", None),
+        ("tracking_uri", None),
+        ("tags", None),
+        ("auto_end_run", True),
+    ]
+    assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    processor = MlflowTraceProcessor("runs", "one", "http://here", {"env": "dev"}, False)
+    assert processor.mlflow_plugin.settings == Settings(
+        experiment_name="runs",
+        run_name="one",
+        tracking_uri="http://here",
+        tags={"env": "dev"},
+        auto_end_run=False,
+        spool_dir=Settings.resolve().spool_dir,
+    )
+
+
+def test_defaults() -> None:
+    """Without a word everything is on, and waits are short."""
+    settings = Settings()
+    assert (settings.experiment_name, settings.run_name, settings.tags) == ("qitos", None, {})
+    assert (settings.tracking_uri, settings.auto_end_run, settings.offline) == (None, True, False)
+    assert (settings.start_timeout_s, settings.flush_timeout_s, settings.exit_timeout_s) == (
+        *(2.0, 10.0, 5.0),
+    )
+    assert settings.queue_bytes == 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "wanted"),
+    [
+        (None, {}, "qitos"),
+        (None, {"MLFLOW_EXPERIMENT_NAME": "mlflow's"}, "mlflow's"),
+        (None, {"MLFLOW_EXPERIMENT_NAME": "mlflow's", "QITOS_MLFLOW_EXPERIMENT_NAME": "o"}, "o"),
+        (
+            "code",
+            {"MLFLOW_EXPERIMENT_NAME": "mlflow's", "QITOS_MLFLOW_EXPERIMENT_NAME": "o"},
+            "code",
+        ),
+        ("qitos", {"MLFLOW_EXPERIMENT_NAME": "mlflow's"}, "qitos"),
+        (None, {"MLFLOW_EXPERIMENT_NAME": ""}, "qitos"),
+    ],
+)
+def test_the_argument_goes_before_the_environment(
+    given: str | None,
+    variables: dict[str, str],
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is given in code counts, also when it is the default's very text; then the variables."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = {} if given is None else {"experiment_name": given}
+    assert Settings.resolve(**options).experiment_name == wanted
+    processor = MlflowTraceProcessor(**options)
+    assert processor.mlflow_plugin.settings.experiment_name == wanted
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("offline", "1", True),
+        ("capture_content", " No ", False),
+        ("log_traces", "off", False),
+        ("start_timeout_s", "0.5", 0.5),
+        ("queue_bytes", "1024", 1024),
+        ("spool_dir", "/somewhere", Path("/somewhere")),
+        ("tags", '{"env": "dev", "number": 2}', {"env": "dev", "number": "2"}),
+    ],
+)
+def test_texts_of_the_environment_are_read(
+    option: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable's text becomes the option's kind of value."""
+    monkeypatch.setenv(env_names(option)[0], text)
+    assert getattr(Settings.resolve(), option) == value
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("offline", "maybe"),
+        ("start_timeout_s", "soon"),
+        ("start_timeout_s", -1),
+        ("start_timeout_s", float("nan")),
+        ("exit_timeout_s", float("inf")),
+        ("queue_bytes", 0),
+        ("queue_bytes", "1.5"),
+        ("experiment_name", " "),
+        ("experiment_name", 7),
+        ("tags", ["env"]),
+        ("tags", "env=dev"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
+    """The error says which option, which value, and where it came from."""
+    with pytest.raises(SettingsError, match=f"argument {option}=") as raised:
+        MlflowTraceProcessor(**{option: value})
+    assert repr(value) in str(raised.value)
+
+
+def test_the_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the environment."""
+    monkeypatch.setenv("QITOS_MLFLOW_QUEUE_BYTES", "plenty")
+    with pytest.raises(SettingsError, match="variable QITOS_MLFLOW_QUEUE_BYTES='plenty'"):
+        Settings.resolve()
+
+
+def test_unknown_options_are_told_with_those_there_are() -> None:
+    """A misspelt option is a TypeError that lists the right names."""
+    with pytest.raises(TypeError, match=r"unknown setting 'experiment'.*experiment_name"):
+        MlflowTraceProcessor(experiment="runs")
+
+
+def test_each_option_can_be_given_and_says_what_it_is() -> None:
+    """Every field has a help text, and a variable of its own unless it is for code only."""
+    for option in fields(Settings):
+        assert option.metadata["help"]
+    variables = [name for option in NAMES for name in env_names(option)]
+    assert len(variables) == len(set(variables))
+    assert env_names("auto_end_run") == ()
+
+
+def test_settings_do_not_change() -> None:
+    """Settings are frozen."""
+    with pytest.raises(FrozenInstanceError):
+        Settings().offline = True  # type: ignore[misc]
+
+
+def test_tags_are_texts() -> None:
+    """Tags of any kind are taken as their texts."""
+    assert Settings.resolve(tags={"number": 2, 3: None}).tags == {"number": "2", "3": "None"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "wanted"),
+    [
+        ("http://server:5000", "http://server:5000"),
+        ("sqlite:///runs.db", "sqlite:///{cwd}/runs.db"),
+        ("sqlite:////var/runs.db", "sqlite:////var/runs.db"),
+        ("./mlruns", "{cwd}/mlruns"),
+        ("file:mlruns", "file://{cwd}/mlruns"),
+        ("file:///var/mlruns", "file:///var/mlruns"),
+        ("databricks", "databricks"),
+        ("databricks://profile", "databricks://profile"),
+        ("postgresql://user@host/db", "postgresql://user@host/db"),
+    ],
+)
+def test_a_destination_means_the_same_in_any_directory(
+    uri: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative destination is absolute from the moment it is asked for, from either source."""
+    cwd = tmp_path.as_posix()
+    assert tracking_uri(Settings.resolve(tracking_uri=uri)) == wanted.format(cwd=cwd)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking_uri(Settings.resolve()) == wanted.format(cwd=cwd)
+
+
+def test_no_destination_is_mlflows_default() -> None:
+    """Without a destination there is none: MLflow decides, when the time comes."""
+    assert tracking_uri(Settings.resolve()) is None
