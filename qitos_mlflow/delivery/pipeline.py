@@ -17,9 +17,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qitos_mlflow.delivery.files import Paths
 from qitos_mlflow.delivery.queue import ByteQueue
 from qitos_mlflow.delivery.running import Running
 from qitos_mlflow.delivery.segment import Segment
@@ -124,14 +125,19 @@ class Pipeline:
         """Whether the last attempt to reach the server succeeded; None before the first ended."""
         return self._running.circuit.online
 
-    def leftover(self) -> tuple[int, list[Path]]:
-        """How many records wait on disk, and the files they are in. Reads them: not for hot paths.
+    @property
+    def paths(self) -> Paths:
+        """The files of this process's segment; there are none before the first record."""
+        return self._running.segment.paths
 
-        `waiting_records` gives the records themselves.
-        """
-        paths = self._running.segment.paths
-        records = sum(1 for _ in waiting_records(paths))
-        return records, [path for _, path in paths.parts()] if records else []
+    def waiting(self) -> Iterator[bytes]:
+        """The records that wait on disk, in order. Reads them: not for hot paths."""
+        return waiting_records(self.paths)
+
+    @property
+    def unsaved(self) -> int:
+        """How many records wait in memory, in place of a disk: lost if the process ends now."""
+        return self._running.segment.unsaved
 
     def _after_fork(self) -> None:
         self._running.segment.disown()

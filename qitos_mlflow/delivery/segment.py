@@ -52,7 +52,7 @@ class Loss(NamedTuple):
 
 
 class Segment:
-    """The appending side. Worker only, but for `end`, `parts` and `discard`.
+    """The appending side. Worker only, but for `end`, `parts`, `unsaved` and `discard`.
 
     Args:
         directory: the spool; created when missing.
@@ -125,6 +125,15 @@ class Segment:
         """The parts that are not discarded, in order."""
         with self._parts_lock:
             return list(self._parts)
+
+    @property
+    def unsaved(self) -> int:
+        """Records that only memory holds and that are not acknowledged yet. Any thread."""
+        return sum(
+            part.records - part.acknowledged
+            for part in self.parts()
+            if isinstance(part, MemoryPart)
+        )
 
     def discard(self, position: int, *, disk: bool) -> None:
         """Free the parts that lie before `position` as a whole. Shipper only.

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import orjson
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
@@ -20,6 +23,9 @@ from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.refine import refine
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.settings import Settings
+
+COUNT_S = 0.25
+"""Longest time that the end of the process is held up by counting what is left (seconds)."""
 
 
 class Pipelines:
@@ -74,15 +80,31 @@ class Pipelines:
         return self._each(Pipeline.close, timeout_s)
 
     def say_what_is_left(self) -> None:
-        """One line on stderr: how much was not delivered, and the command that delivers it."""
-        left = [pipeline.leftover() for pipeline in self._all()]
-        records = sum(count for count, _ in left)
-        if records:
-            paths = " ".join(str(path) for _, found in left for path in found)
-            print(  # noqa: T201 - the last line of the process; loggers may be gone
-                f"qitos-mlflow: {records} records are not delivered yet and are kept; deliver them "
-                f"with: qitos-mlflow sync {paths}",
-                file=sys.stderr,
+        """On stderr: how much was not delivered and the command that delivers it, what is lost."""
+        until = time.monotonic() + COUNT_S
+        records, traces, files = 0, set(), []
+        complete = True
+        for pipeline in self._all():
+            before = records
+            for record in pipeline.waiting():
+                records += 1
+                traces.add(orjson.loads(record).get("trace_id"))
+                complete = time.monotonic() < until
+                if not complete:
+                    break
+            if records > before:  # One file stands for all of its segment.
+                files += [shlex.quote(str(path)) for _, path in pipeline.paths.parts()[:1]]
+        unsaved = sum(pipeline.unsaved for pipeline in self._all())
+        if files:  # None: a sidecar has delivered them meanwhile.
+            _say(
+                f"{'' if complete else 'more than '}{_count(records, 'record')} of "
+                f"{_count(len(traces), 'trace')} kept that are not delivered yet; deliver them "
+                f"with: qitos-mlflow sync {' '.join(files)}"
+            )
+        if unsaved:
+            _say(
+                f"{_count(unsaved, 'record')} lost: the server took nothing, and the spool "
+                f"{self._settings.spool_dir} could not be written"
             )
 
     def end_before_mlflow(self) -> None:
@@ -159,3 +181,12 @@ class Pipelines:
 def _losses(pipeline: Pipeline) -> int:
     counts = pipeline.stats
     return counts.dead_letters + sum(counts.dropped.values())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _say(line: str) -> None:
+    # The last lines of the process: loggers may be gone.
+    print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201

@@ -128,7 +128,7 @@ def write_segment(tmp_path: Path, uri: str, experiment: str, *records: bytes) ->
     for record in records:
         assert pipeline.offer(record, keep=True)
     pipeline.close(DEADLINE_S)
-    (part,) = pipeline.leftover()[1]
+    [(_, part)] = pipeline.paths.parts()
     return part
 
 

@@ -310,7 +310,7 @@ for record in records:
 offline.close(30)
 stats = offline.stats
 print(list(stats.dropped), stats.recorded == 1000)
-print(stats.recorded == offline.leftover()[0] + stats.dropped["disk_full"])
+print(stats.recorded == len(list(offline.waiting())) + stats.dropped["disk_full"])
 """
     assert run(code, tmp_path / "spool") == ["True True {}", "['disk_full'] True", "True"]
     [paths] = find_segments(tmp_path / "spool")
