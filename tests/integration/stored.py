@@ -1,0 +1,147 @@
+"""What a server has stored, read straight from its database, and whether it is what was recorded.
+
+The public client shows the same, but takes seconds for what the soak tests compare; and here a
+server that is down, or locked, can be looked into as well.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qitos_mlflow.mlflow_plugin.ids import span_id, trace_id
+from tests.integration.agents import Report
+
+ONE_A_SPAN = {
+    "step": ("step/number", "step/latency_ms"),
+    "generation": (
+        "generation/prompt_tokens",
+        "generation/completion_tokens",
+        "generation/total_tokens",
+        "generation/latency_ms",
+    ),
+    "tool": ("tool/latency_ms",),
+    "critic": ("critic/score",),
+}
+"""Metrics that get one point from each span of a type."""
+
+
+@dataclass
+class StoredRun:
+    """One run with everything that hangs on it."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str] = field(default_factory=dict)
+    points: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
+    """(step, value) of every point of each metric, in the order of their steps."""
+    traces: list[str] = field(default_factory=list)
+    """MLflow traces that belong to it."""
+    spans: list[str] = field(default_factory=list)
+    """Ids of the spans of these traces."""
+    open_spans: int = 0
+    """Of these, how many have no end."""
+
+    @property
+    def trace_id(self) -> str:
+        """QitOS's id of the trace it is about."""
+        return self.tags["qitos.trace_id"]
+
+
+def stored_runs(database: Path, experiment_name: str) -> list[StoredRun]:
+    """The runs of an experiment, in the order of their start; deleted ones are not there."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
+        runs = {
+            row[0]: StoredRun(*row)
+            for row in store.execute(
+                "SELECT run_uuid, runs.name, status FROM runs JOIN experiments USING "
+                "(experiment_id) WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' "
+                "ORDER BY start_time",
+                [experiment_name],
+            )
+        }
+        if not runs:
+            return []
+        chosen = (
+            "(SELECT run_uuid FROM runs JOIN experiments USING (experiment_id) "
+            "WHERE experiments.name = ? AND runs.lifecycle_stage = 'active')"
+        )
+        for run_id, key, value in store.execute(
+            f"SELECT run_uuid, key, value FROM tags WHERE run_uuid IN {chosen}", [experiment_name]
+        ):
+            runs[run_id].tags[key] = value
+        for run_id, key, step, value in store.execute(
+            "SELECT run_uuid, key, step, value FROM metrics WHERE run_uuid IN "
+            f"{chosen} ORDER BY step, timestamp",
+            [experiment_name],
+        ):
+            runs[run_id].points[key].append((step, value))
+        of_trace: dict[str, StoredRun] = {}
+        for trace, run_id in store.execute(
+            "SELECT request_id, value FROM trace_request_metadata "
+            f"WHERE key = 'mlflow.sourceRun' AND value IN {chosen}",
+            [experiment_name],
+        ):
+            of_trace[trace] = runs[run_id]
+            runs[run_id].traces.append(trace)
+        for trace, span, end in store.execute(
+            "SELECT trace_id, span_id, end_time_unix_nano FROM spans JOIN experiments USING "
+            "(experiment_id) WHERE experiments.name = ?",
+            [experiment_name],
+        ):
+            run = of_trace[trace]  # A span of a trace without a run would be a stray one.
+            run.spans.append(span)
+            run.open_spans += end is None
+        return list(runs.values())
+
+
+def assert_exactly_once(
+    report: Report, runs: Iterable[StoredRun], *, status: str = "FINISHED"
+) -> None:
+    """Every trace of an agent process is one run, with each of its spans and points once.
+
+    Args:
+        report: of a process that was not killed.
+        runs: all runs of its experiment.
+        status: of every run.
+    """
+    runs = list(runs)
+    assert sorted(run.trace_id for run in runs) == sorted(report.trace_ids())
+    ended = spans_by_trace(report)
+    for run in runs:
+        expected = ended[run.trace_id]
+        kinds = list(expected.values())
+        assert run.status == status, run
+        assert run.traces == [trace_id(run.trace_id)], run
+        assert sorted(run.spans) == sorted(expected), run
+        assert not run.open_spans, run
+        for kind, keys in ONE_A_SPAN.items():
+            for key in keys:
+                points = run.points[key]
+                assert len(points) == kinds.count(kind), (key, points)
+                assert len({step for step, _ in points}) == len(points), (key, points)
+        assert ledger(run) == (len(expected), len(expected), ""), run.tags
+        assert run.points["total_steps"][0][1] == kinds.count("step")
+
+
+def spans_by_trace(report: Report) -> Mapping[str, dict[str, str]]:
+    """The spans that ended in an agent process: for each trace, MLflow's span ids and the types."""
+    spans: dict[str, dict[str, str]] = defaultdict(dict)
+    for end in report.spans():
+        trace = end["trace_id"]
+        spans[trace][span_id(trace, end["span_id"]).hex()] = end["type"]
+    return spans
+
+
+def ledger(run: StoredRun) -> tuple[int, int, str]:
+    """What the run says of its spans: recorded, delivered, and the losses by reason."""
+    return (
+        int(run.tags["qitos.spans.recorded"]),
+        int(run.tags["qitos.spans.delivered"]),
+        run.tags.get("qitos.spans.dropped", ""),
+    )
