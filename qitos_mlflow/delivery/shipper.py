@@ -15,8 +15,8 @@ from qitos_mlflow.delivery.retry import Circuit
 from qitos_mlflow.delivery.shipping import BATCH_BYTES, Shipping
 from qitos_mlflow.delivery.sink import RetryLater
 
-LINGER_S = 0.25
-"""Spans gather this long before they are sent: charts look live, requests stay few."""
+LINGER_S = 1.0
+"""Spans gather this long before they are sent: seen within 2 s, and few requests (seconds)."""
 SEND_TIMEOUT_S = 15.0
 """Longest a sink is given for one shipment (seconds)."""
 PROBE_TIMEOUT_S = 5.0
@@ -104,8 +104,9 @@ class Shipper:
         """One step and what follows from how it went. Never raises."""
         if self._circuit.online is False:
             timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
+        began, end = time.monotonic(), self._written
         try:
-            sent = self._shipping.step(end=self._written, sealed=True, timeout_s=timeout_s)
+            sent = self._shipping.step(end=end, sealed=True, timeout_s=timeout_s)
         except RetryLater as later:
             self._circuit.failed(later.after_s)
             _guard.warn(
@@ -120,7 +121,8 @@ class Shipper:
             if sent:
                 self._circuit.succeeded()
         with self._changed:
-            self._first_waiting_at = time.monotonic()
+            # What one step had no room for has waited; the rest came while it was sent.
+            self._first_waiting_at = began - (LINGER_S if self._shipping.position < end else 0.0)
             self._changed.notify_all()
 
     def _wait_for_work(self) -> bool:

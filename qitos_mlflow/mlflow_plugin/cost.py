@@ -8,9 +8,8 @@ last info. Servers before 3.10 have no prices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from qitos_mlflow import _guard
+from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport
 
 MARGIN_MS = 60_000
@@ -21,41 +20,33 @@ KINDS = ("input_cost", "output_cost")
 
 
 def trace_cost(
-    transport: Transport,
-    experiment_id: str,
-    qitos_trace_id: str,
-    names: Sequence[str],
-    times_ms: tuple[int, int],
-    timeout_s: float,
+    transport: Transport, experiment_id: str, tree: TraceFold, timeout_s: float
 ) -> dict[str, float] | None:
-    """The cost of a trace's spans in USD, as MLflow's ``mlflow.trace.cost``; None if unknown.
+    """The cost in USD of a trace whose spans are all there, as MLflow's ``mlflow.trace.cost``.
 
-    Args:
-        transport: where its spans are.
-        experiment_id: its experiment.
-        qitos_trace_id: the trace, by its tag ``qitos.trace_id``.
-        names: of the spans to count; empty for all. Provider spans that MLflow's autologging put
-            below ours have a price too, of the same tokens.
-        times_ms: its start and end, milliseconds since the epoch.
-        timeout_s: of each request.
+    None if the server has no price, or does not tell. Only our generations are counted: provider
+    spans that MLflow's autologging put below them have a price too, of the same tokens.
 
     Raises:
         RetryLater: the server cannot be reached now.
     """
-    of_trace = _equals("trace.tag.`qitos.trace_id`", qitos_trace_id)
-    of_spans = [_equals("span.name", name) for name in names] or [""]
-    if not of_trace or None in of_spans:
+    of_trace = _equals("trace.tag.`qitos.trace_id`", tree.id)
+    if not tree.priced or of_trace is None:
         return None
-    window = (max(0, times_ms[0] - MARGIN_MS), times_ms[1] + MARGIN_MS)
+    of_spans = [_equals("span.name", name) for name in tree.priced]
+    if len(of_spans) > MAX_PRICED or None in of_spans:
+        of_spans = [None]
+    start_ms = max(0, tree.start_ns // 1_000_000 - MARGIN_MS)
+    window_ms = (start_ms, tree.last_ns // 1_000_000 + MARGIN_MS)
     costs = dict.fromkeys(KINDS, 0.0)
     priced = False
     try:
         for of_span in of_spans:
             filters = [of_trace, of_span] if of_span else [of_trace]
             for kind in KINDS:
-                amount = transport.sum_spans(experiment_id, kind, filters, window, timeout_s)
+                amount = transport.sum_spans(experiment_id, kind, filters, window_ms, timeout_s)
                 if amount is None:
-                    break  # It knows no price for this model.
+                    break  # It has no price for this model.
                 costs[kind] += amount
                 priced = True
     except (Refused, Poisoned) as refusal:

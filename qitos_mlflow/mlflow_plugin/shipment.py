@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.mlflow_plugin import limits
+from qitos_mlflow.mlflow_plugin.metrics import Metric
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused
 
 REQUEST_TIMEOUT_S = 10.0
@@ -90,3 +92,31 @@ class MlflowShipment:
             self._calls.extendleft(reversed(call.halves()))
             return
         self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+
+
+Item = tuple[str, Any]
+"""What a log_batch call carries: "metric", "param" or "tag", and the thing itself."""
+
+MOST = {
+    "param": limits.BATCH_PARAMS,
+    "tag": limits.BATCH_TAGS,
+    "metric": limits.BATCH_METRICS,
+}
+
+
+def batches(
+    metrics: list[Metric], params: list[tuple[str, str]], tags: list[tuple[str, str]]
+) -> Iterator[list[Item]]:
+    """Everything in batches within MLflow's limits; of tags set more than once the last stays."""
+    left: dict[str, deque[Any]] = {
+        "metric": deque(metrics),
+        "param": deque(params),
+        "tag": deque(dict(tags).items()),
+    }
+    while any(left.values()):
+        chunk: list[Item] = []
+        for kind, most in MOST.items():
+            queue = left[kind]
+            room = min(most, limits.BATCH_TOTAL - len(chunk), len(queue))
+            chunk += [(kind, queue.popleft()) for _ in range(room)]
+        yield chunk

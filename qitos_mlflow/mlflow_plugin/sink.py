@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,10 +22,11 @@ from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.cost import trace_cost
 from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_credentials
 from qitos_mlflow.mlflow_plugin.ids import otel_trace_id
-from qitos_mlflow.mlflow_plugin.metrics import Metric, RunState
+from qitos_mlflow.mlflow_plugin.metrics import RunState
 from qitos_mlflow.mlflow_plugin.otlp import distinct
-from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment
-from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold, locate
+from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment, batches
+from qitos_mlflow.mlflow_plugin.spans import TraceFold
+from qitos_mlflow.mlflow_plugin.traceinfo import locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
 from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef, Transport
 
@@ -191,7 +191,7 @@ class MlflowSink:
 
     def _run_calls(self, trace: TraceState) -> Iterator[Call]:
         letter = partial(_letter, trace)
-        for chunk in _chunks(trace.metrics, trace.params, trace.tags):
+        for chunk in batches(trace.metrics, trace.params, trace.tags):
             yield Call(partial(self._log, trace), chunk, letter, trace)
         for artifact in trace.artifacts:
             yield Call(partial(self._write_artifact, trace), [artifact], letter, trace)
@@ -253,19 +253,11 @@ class MlflowSink:
             experiment_id = self._experiment(timeout_s)
             info = locate(items[0], experiment_id, run_id)
             with self._without_traces():
-                if trace.ended and trace.tree is not None and trace.tree.priced:
-                    self._add_cost(info, trace.tree, experiment_id, timeout_s)
+                if trace.ended and trace.tree is not None:
+                    cost = trace_cost(self._transport, experiment_id, trace.tree, timeout_s)
+                    if cost is not None:
+                        info["trace_metadata"]["mlflow.trace.cost"] = orjson.dumps(cost).decode()
                 self._transport.write_trace(info, timeout_s)
-
-    def _add_cost(
-        self, info: dict[str, Any], tree: TraceFold, experiment_id: str, timeout_s: float
-    ) -> None:
-        """Complete the info of a trace whose spans are all on the server."""
-        names = tree.priced if len(tree.priced) <= MAX_PRICED else ()
-        times_ms = (tree.start_ns // 1_000_000, tree.last_ns // 1_000_000)
-        cost = trace_cost(self._transport, experiment_id, tree.id, names, times_ms, timeout_s)
-        if cost:
-            info["trace_metadata"]["mlflow.trace.cost"] = orjson.dumps(cost).decode()
 
     @contextlib.contextmanager
     def _without_traces(self) -> Iterator[None]:
@@ -298,9 +290,6 @@ class MlflowSink:
 NO_TRACES = frozenset({"HTTP 404", "HTTP 405", "HTTP 501", "NOT_IMPLEMENTED"})
 """What a server without MLflow's trace endpoints answers to them."""
 
-Item = tuple[str, Any]
-"""What a log_batch call carries: "metric", "param" or "tag", and the thing itself."""
-
 
 def _run_of(trace: TraceState) -> RunRef:
     if trace.run is None:
@@ -325,28 +314,3 @@ def _span_letter(traces: dict[bytes, TraceState], span: Any) -> bytes:
 
     traces[span.trace_id].refused_spans += 1
     return orjson.dumps({"span": MessageToDict(span)})
-
-
-def _chunks(
-    metrics: list[Metric], params: list[tuple[str, str]], tags: list[tuple[str, str]]
-) -> Iterator[list[Item]]:
-    """Everything in batches within MLflow's limits; of tags set more than once the last stays."""
-    left: dict[str, deque[Any]] = {
-        "metric": deque(metrics),
-        "param": deque(params),
-        "tag": deque(dict(tags).items()),
-    }
-    while any(left.values()):
-        chunk: list[Item] = []
-        for kind, most in _MOST.items():
-            queue = left[kind]
-            room = min(most, limits.BATCH_TOTAL - len(chunk), len(queue))
-            chunk += [(kind, queue.popleft()) for _ in range(room)]
-        yield chunk
-
-
-_MOST = {
-    "param": limits.BATCH_PARAMS,
-    "tag": limits.BATCH_TAGS,
-    "metric": limits.BATCH_METRICS,
-}

@@ -18,15 +18,17 @@ import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin import attributes, labels, limits
-from qitos_mlflow.mlflow_plugin.feedback import feedback_of, rfc3339
-from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id, trace_id
+from qitos_mlflow.mlflow_plugin.feedback import feedback_of
+from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id
 from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
 from qitos_mlflow.mlflow_plugin.otlp import build_span, set_status
+from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 
 MAX_PRICED = 4
 """Names of generations remembered, each of which is two requests when the trace ends."""
 
-_STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
+TELL_EVERY_NS = 5_000_000_000
+"""A running trace's totals and feedback are sent this often; spans do not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class TraceFold:
     usage: dict[str, int] = field(default_factory=dict)
     priced: list[str] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
+    news: bool = False
+    told_ns: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain JSON values."""
@@ -169,10 +173,9 @@ class TraceFold:
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
         self.last_ns = max(self.last_ns, clean_ns(end_ns))
         found = attributes.of_span(record, self.tools)
-        changed = began.changed
         kind = record.get("type")
         if kind == "generation":
-            changed |= self._count(found, attributes.span_name(record))
+            self._count(found, attributes.span_name(record))
             self.response = attributes.answer_preview(found) or self.response
         is_root = own == self.root
         if is_root:
@@ -198,8 +201,9 @@ class TraceFold:
             self._add_link(span)
         if kind == "critic" and (feedback := feedback_of(record, self.id)):
             self.assessments.append(feedback)
-            changed = True
-        return TraceData([*began.spans, span], changed)
+            self.news = True
+        changed = self.news and self.last_ns - self.told_ns >= TELL_EVERY_NS
+        return TraceData([*began.spans, span], began.changed or changed)
 
     def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
         metadata = _mapping(record.get("metadata"))
@@ -249,30 +253,9 @@ class TraceFold:
         replay replaces it. Totals are always explicit: the server stops adding up by itself once
         it has an info (MLFLOW.md 5b.3).
         """
-        metadata = dict(self.metadata)
-        if self.request:
-            metadata["mlflow.traceInputs"] = self.request
-        if self.response and self.ended_ns is not None:
-            metadata["mlflow.traceOutputs"] = self.response
-        if self.usage:
-            metadata["mlflow.trace.tokenUsage"] = orjson.dumps(self.usage).decode()
-        info: dict[str, Any] = {
-            "trace_id": trace_id(self.id),
-            "client_request_id": clean_text(self.id, limits.CLIENT_REQUEST_CHARS),
-            "request_time": rfc3339(self.start_ns),
-            "state": "IN_PROGRESS" if self.ended_ns is None else _STATES.get(self.status, "ERROR"),
-            "trace_metadata": metadata,
-            "tags": dict(self.tags),
-        }
-        if self.request:
-            info["request_preview"] = self.request
-        if self.ended_ns is not None:
-            info["execution_duration"] = f"{max(0, self.ended_ns - self.start_ns) / 1e9:.3f}s"
-            if self.response:
-                info["response_preview"] = self.response
-        if self.assessments:
-            info["assessments"], self.assessments = self.assessments, []
-        return info
+        self.news, self.told_ns = False, self.last_ns
+        found, self.assessments = trace_info(self), []
+        return found
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -307,37 +290,15 @@ class TraceFold:
                 trace_id=otel_trace_id(trace), span_id=span_id(trace, linked or "\0root")
             )
 
-    def _count(self, found: Mapping[str, Any], name: str) -> bool:
-        usage = found.get("mlflow.chat.tokenUsage")
-        if not usage:
-            return False
-        for key, number in usage.items():
+    def _count(self, found: Mapping[str, Any], name: str) -> None:
+        for key, number in (found.get("mlflow.chat.tokenUsage") or {}).items():
             self.usage[key] = self.usage.get(key, 0) + number
-        if "mlflow.llm.model" in found and name not in self.priced:
+            self.news = True
+        if self.usage and "mlflow.llm.model" in found and name not in self.priced:
             self.priced = [*self.priced, name][: MAX_PRICED + 1]
-        return True
 
     def _tag(self, key: str, value: object, length: int = limits.TRACE_TAG_CHARS) -> None:
         self.tags[clean_key(key)] = clean_text(value, length)
-
-
-def locate(info: Mapping[str, Any], experiment_id: str, run_id: str | None) -> dict[str, Any]:
-    """`info` completed for ``POST /api/3.0/mlflow/traces``.
-
-    Args:
-        info: what `TraceFold.info` returned.
-        experiment_id: where the trace belongs.
-        run_id: the run it is linked to, None for none.
-    """
-    experiment = {"experiment_id": experiment_id}
-    metadata = dict(info["trace_metadata"])
-    if run_id:
-        metadata["mlflow.sourceRun"] = run_id
-    return {
-        **info,
-        "trace_location": {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": experiment},
-        "trace_metadata": metadata,
-    }
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -26,9 +26,12 @@ from tests.bridge.recorder import Node, Recorder
 from tests.cli.conftest import run_cli
 from tests.integration.agents import Agent
 from tests.integration.logged import logged, only_run
+from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
 
 FLUSH_S = 90.0
+PATIENT = {"QITOS_MLFLOW_FLUSH_TIMEOUT_S": str(FLUSH_S)}
+"""The machine that tests run on may be busy with others."""
 LIVE_TIMEOUT_S = 30.0
 MODEL = "gpt-4o-mini"
 INPUT_USD, OUTPUT_USD = 0.15e-6, 0.6e-6
@@ -464,3 +467,16 @@ def test_a_replay_changes_nothing(
         only_run(store.client, experiment_name)
     assert seen[0] == seen[1]
     assert seen[0][1] is not None
+
+
+def test_requests_are_few(
+    proxy: Proxy, server: Store, run_agent: RunAgent, experiment_name: str
+) -> None:
+    """A run of 100 steps, in 600 spans, comes to fewer than 20 requests."""
+    options = {"tracking_uri": proxy.uri, "experiment_name": experiment_name}
+    report = run_agent(steps=99, options=options, flush=True, env=PATIENT).finish()
+    assert report.flushed is True
+    trace = server.only(experiment_name)
+    assert trace.info.state == TraceState.OK
+    assert len(trace.data.spans) == len(report.spans()) == 599
+    assert len(proxy.requests) < 20, [request.path for request in proxy.requests]

@@ -14,7 +14,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from qitos_mlflow.mlflow_plugin.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.otlp import build_span, distinct, set_status, set_value
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.spans import TraceFold, locate
+from qitos_mlflow.mlflow_plugin.spans import TraceFold
+from qitos_mlflow.mlflow_plugin.traceinfo import locate
 from tests.integration.server import MlflowServer
 from tests.mlflow_plugin.records import MS, START_NS, Records
 

@@ -13,7 +13,8 @@ from mlflow.protos.service_pb2 import TraceInfoV3
 from qitos_mlflow.mlflow_plugin.limits import KEY_CHARS, PARAM_CHARS, TAG_CHARS
 from qitos_mlflow.mlflow_plugin.metrics import RunState
 from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
-from qitos_mlflow.mlflow_plugin.spans import TraceFold, locate
+from qitos_mlflow.mlflow_plugin.spans import TraceFold
+from qitos_mlflow.mlflow_plugin.traceinfo import locate
 
 _json = st.recursive(
     st.none()
