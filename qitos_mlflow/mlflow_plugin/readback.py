@@ -6,8 +6,11 @@ Imports mlflow when called, never before. Nothing of the library calls this.
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from qitos_mlflow.mlflow_plugin.destination import is_http
 
@@ -45,7 +48,7 @@ class Readback:
         if is_http(self.tracking_uri) or self.tracking_uri.split(":")[0] in {"databricks", "uc"}:
             return None
         uri = shlex.quote(self.tracking_uri)
-        return f"mlflow server --backend-store-uri {uri} --port {PORT}"
+        return f"{_mlflow()} server --backend-store-uri {uri} --port {PORT}"
 
     @property
     def page(self) -> str:
@@ -55,6 +58,17 @@ class Readback:
         return (
             server if self.experiment_id is None else f"{server}/#/experiments/{self.experiment_id}"
         )
+
+
+def _mlflow() -> str:
+    """How this shell starts the mlflow of this Python."""
+    beside = Path(sys.executable).with_name("mlflow")
+    found = shutil.which("mlflow")
+    if found is not None and Path(found).resolve() == beside.resolve():
+        return "mlflow"
+    if beside.exists():
+        return shlex.quote(str(beside))
+    return f"{shlex.quote(sys.executable)} -m mlflow"
 
 
 def read_runs(
