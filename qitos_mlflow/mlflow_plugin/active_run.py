@@ -5,9 +5,6 @@ stack of active runs per thread; its public way to push one costs three requests
 time, so the run is put on the stack directly (`mlflow.tracking.fluent._active_run_stack`, the
 same in every supported version; tested on the oldest and the newest). mlflow is never imported
 here: where the process has not imported it, nobody can be relying on an active run.
-
-A run may be on the stack before it exists: whoever asks it for its id, which is the caller's own
-`mlflow.log_metric`, waits there until it does.
 """
 
 from __future__ import annotations
@@ -15,55 +12,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
 import wrapt
 
-from qitos_mlflow._guard import report, warn
+from qitos_mlflow._guard import report
 from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, working_directory
-from qitos_mlflow.mlflow_plugin.transport import RunRef
-
-LATE_S = 10.0
-"""Longest wait of a caller's own MLflow call for the run to be created (a new local store takes
-three seconds); then the call goes on as it would without us."""
-
-POLL_S = 0.05
-"""How soon a wait notices that the server is out of reach (seconds)."""
-
-
-class PendingRun:
-    """The run of one trace: unknown until the server has created it. Any thread.
-
-    Args:
-        out_of_reach: whether the server is known not to answer.
-    """
-
-    def __init__(self, out_of_reach: Callable[[], bool] = lambda: False) -> None:
-        self._created = threading.Event()
-        self.out_of_reach = out_of_reach
-        self.ref: RunRef | None = None
-
-    def created(self, ref: RunRef) -> None:
-        """Say that the run exists."""
-        self.ref = ref
-        self._created.set()
-
-    def wait(self, timeout_s: float) -> RunRef | None:
-        """The run, waiting for it at most `timeout_s` and only while there is hope; else None."""
-        deadline = time.monotonic() + timeout_s
-        while not self.out_of_reach() and (left_s := deadline - time.monotonic()) > 0:
-            if self._created.wait(min(left_s, POLL_S)):
-                break
-        return self.ref
-
-    def lost(self) -> bool:
-        """Whether a request about the run is sure to fail, or the run is not there yet."""
-        return self.ref is None or self.out_of_reach()
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, is_ours, run_class
 
 
 def mlflow_in_use() -> bool:
@@ -91,18 +49,16 @@ def _same_place(uri: str | None) -> bool:
 def parent_run_id(uri: str | None) -> str | None:
     """Id of the caller's own active run on this thread, None when there is none.
 
-    A run that an ended trace left open (`auto_end_run=False`) is a sibling, not a parent.
+    The runs of other traces are not the caller's own: those that go on beside this one, in other
+    tasks of the thread, and those left open (`auto_end_run=False`) are siblings.
     """
     try:
         fluent = _fluent()
         if fluent is None or not _same_place(uri):
             return None
         for run in reversed(fluent._active_run_stack.get()):
-            if not _is_ours(run):
+            if not is_ours(run):
                 return str(run.info.run_id)
-            if not run.left_open:  # The trace that this one is inside of, on this thread.
-                ref = run.pending.ref
-                return None if ref is None else str(ref.run_id)
     except Exception as error:  # noqa: BLE001
         report("active_run.parent_run_id", error)
     return None
@@ -118,7 +74,7 @@ def let_go() -> None:
         fluent = _fluent()
         if fluent is not None:
             stack = fluent._active_run_stack.get()
-            stack[:] = [run for run in stack if not (_is_ours(run) and run.pending.lost())]
+            stack[:] = [run for run in stack if not (is_ours(run) and run.pending.lost())]
     except Exception as error:  # noqa: BLE001
         report("active_run.let_go", error)
 
@@ -163,9 +119,14 @@ class ActiveRun:
     def follow(self) -> None:
         """Push the run if it is to be active now, this is its thread, and mlflow is in use.
 
-        Waits for nothing.
+        Of several traces that take turns on a thread (tasks), the one whose turn it is. Waits for
+        nothing.
         """
-        if self._settled or not self._wanted() or not self._is_here():
+        if self._settled:
+            if self._stack and self._stack[-1] is not self._pushed:
+                self._come_up()
+            return
+        if not self._wanted() or not self._is_here():
             return
         try:
             fluent = _fluent()
@@ -199,6 +160,14 @@ class ActiveRun:
             return True
         return (self._patient or self._open) and not self._pending.out_of_reach()
 
+    def _come_up(self) -> None:
+        """Change places with the run of another trace that goes on; the caller's own stay above."""
+        stack, top = self._stack, self._stack[-1]
+        if is_ours(top) and not top.left_open and self._is_here():
+            below = [run for run in stack if run is not self._pushed]
+            if len(below) < len(stack):  # The caller has not ended it.
+                stack[:] = [*below, self._pushed]
+
     def _is_here(self) -> bool:
         return threading.current_thread() is self._thread and os.getpid() == self._pid
 
@@ -209,7 +178,7 @@ class ActiveRun:
             module.set_tracking_uri(self._uri)
         if not _same_place(self._uri):
             return
-        self._pushed = _run_class(fluent)(self._pending)
+        self._pushed = run_class(fluent)(self._pending)
         self._pushed.left_open = self._open
         self._stack = stack
         stack.append(self._pushed)
@@ -249,60 +218,3 @@ def _first_stack() -> list[Any]:
     except Exception as error:  # noqa: BLE001
         report("active_run.import", error)
     return stack
-
-
-def _is_ours(run: Any) -> bool:
-    return isinstance(getattr(run, "pending", None), PendingRun)
-
-
-@lru_cache(maxsize=1)
-def _run_class(fluent: Any) -> Any:
-    """MLflow's own ActiveRun, of a run that may not exist yet. Made once mlflow is there."""
-    entities: Any = sys.modules["mlflow.entities"]
-
-    class QitosActiveRun(fluent.ActiveRun):  # type: ignore[misc]
-        """What `mlflow.active_run()` returns during a trace."""
-
-        left_open = False
-
-        def __init__(self, pending: PendingRun) -> None:
-            self.pending = pending
-            self._lock = threading.Lock()
-            self._known = False
-            unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
-            super().__init__(entities.Run(unknown, entities.RunData()))
-
-        @property
-        def info(self) -> Any:
-            """The run's info; waits for the run to be created, at most `LATE_S`."""
-            if not self._known:
-                with self._lock:
-                    if not self._known:
-                        self._info = self._find()
-                        self._known = True
-            return self._info
-
-        def _find(self) -> Any:
-            ref = self.pending.wait(LATE_S)
-            if ref is None:
-                # As MLflow does it where no run is active; or it says why it cannot.
-                warn(
-                    "active_run.late",
-                    "the run of a QitOS trace was not created in %s s; MLflow calls made inside "
-                    "the trace go to a run of their own",
-                    LATE_S,
-                )
-                return fluent.MlflowClient().create_run(fluent._get_experiment_id()).info
-            return entities.RunInfo(
-                run_id=ref.run_id,
-                experiment_id=ref.experiment_id,
-                user_id="",
-                status="RUNNING",
-                start_time=ref.start_ms,
-                end_time=None,
-                lifecycle_stage="active",
-                artifact_uri=ref.artifact_uri,
-                run_name=ref.run_name,
-            )
-
-    return QitosActiveRun

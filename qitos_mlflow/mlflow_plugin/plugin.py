@@ -26,13 +26,13 @@ from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import artifacts, capture
 from qitos_mlflow.mlflow_plugin.active_run import (
     ActiveRun,
-    PendingRun,
     let_go,
     mlflow_in_use,
     parent_run_id,
 )
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl

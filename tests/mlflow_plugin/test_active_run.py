@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import mlflow
 import pytest
 
-from qitos_mlflow.mlflow_plugin import active_run
-from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, PendingRun, let_go, parent_run_id
+from qitos_mlflow.mlflow_plugin import pending_run
+from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, let_go, parent_run_id
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -122,6 +123,30 @@ def infos() -> list[mlflow.entities.RunInfo]:
     ]
 
 
+def test_tasks_of_one_thread_take_turns(pending: PendingRun) -> None:
+    """Of traces that go on in one thread, the one whose event came last has the active run."""
+    pending.created(ref("one"))
+    second = PendingRun()
+    second.created(ref("two"))
+    one, two = ActiveRun(pending, SERVER), ActiveRun(second, SERVER)
+    for run, name in ((one, "one"), (two, "two"), (one, "one"), (one, "one"), (two, "two")):
+        run.follow()
+        assert active_id() == name
+    with ThreadPoolExecutor(1) as other:
+        other.submit(one.follow).result()
+    assert active_id() == "two"
+    stack = mlflow.tracking.fluent._active_run_stack.get()
+    own = mlflow.ActiveRun(mlflow.entities.Run(infos()[1], None))
+    stack.append(own)
+    one.follow()
+    assert active_id() == "above"
+    stack.remove(own)
+    two.leave(open=False)
+    assert active_id() == "one"
+    one.leave(open=False)
+    assert active_id() is None
+
+
 def test_the_caller_may_end_it(pending: PendingRun) -> None:
     """A run that the caller has taken off the stack is not missed at the end of its trace."""
     pending.created(ref())
@@ -212,7 +237,7 @@ def test_a_run_that_does_not_come_is_replaced(
     """A call that has waited in vain goes on as it would have without us, in a run of MLflow's."""
     uri = f"sqlite:///{tmp_path}/runs.db"
     monkeypatch.setenv(VARIABLE, uri)
-    monkeypatch.setattr(active_run, "LATE_S", 0.01)
+    monkeypatch.setattr(pending_run, "LATE_S", 0.01)
     pending = PendingRun()
     run = ActiveRun(pending, uri)
     run.leave(open=True)
@@ -240,7 +265,7 @@ def test_waiting_ends_with_hope() -> None:
 
 
 def test_the_parent_is_what_is_active(pending: PendingRun) -> None:
-    """The caller's own run is the parent of a trace inside it; a run left open is a sibling."""
+    """The caller's own run is the parent of a trace inside it; runs of other traces are not."""
     assert parent_run_id(SERVER) is None
     own = mlflow.ActiveRun(mlflow.entities.Run(infos()[0], None))
     mlflow.tracking.fluent._active_run_stack.get().append(own)
@@ -249,20 +274,9 @@ def test_the_parent_is_what_is_active(pending: PendingRun) -> None:
     pending.created(ref())
     run = ActiveRun(pending, SERVER)
     run.follow()
-    assert parent_run_id(SERVER) == "run-1"
+    assert parent_run_id(SERVER) == "below"
     run.leave(open=True)
     assert parent_run_id(SERVER) == "below"
-
-
-def test_asking_for_a_parent_waits_for_nothing(
-    pending: PendingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Inside a trace whose run does not exist yet there is no parent."""
-    monkeypatch.setenv(VARIABLE, LOCAL)
-    run = ActiveRun(pending, LOCAL)
-    run.follow()
-    assert parent_run_id(LOCAL) is None
-    run.leave(open=False)
 
 
 # -- the tracking URI ------------------------------------------------------------------------
@@ -320,7 +334,8 @@ def in_a_process(script: str, **environ: str) -> None:
     """Run `script` where mlflow is not imported; the module's names and a `ref` are there."""
     prelude = """
 import sys, threading
-from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, PendingRun, mlflow_in_use
+from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, mlflow_in_use
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 assert "mlflow" not in sys.modules
 def ref(run_id="run-1"):
