@@ -68,14 +68,18 @@ def params(
     a key is the one that stays.
     """
     found: dict[str, str] = {}
+    too_many = 0
     for name, value in _flat(metadata, MAX_NESTING):
         key = clean_key(name)
         if name in _NOT_PARAMS or key in written or key in found:
             continue
         if len(written) + len(found) >= MAX_PARAMS:
-            lost["too_many_params"] += 1
+            too_many += 1
             continue
         found[key] = clean_text(value, limits.PARAM_CHARS, lost)
+    # Not a sum: a trace's metadata comes again, and more complete, when it ends.
+    if too_many > lost["too_many_params"]:
+        lost["too_many_params"] = too_many
     return list(found.items())
 
 

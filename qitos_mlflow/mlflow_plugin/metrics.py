@@ -162,7 +162,7 @@ class RunState:
             for key, value in self.constant_tags.items()
         ]
         metadata = _mapping(record.get("metadata"))
-        return RunData([], self._new_params({**metadata, **self.constant_params}), tags)
+        return RunData([], self._new_params({**self.constant_params, **metadata}), tags)
 
     def _fold_end(self, record: Mapping[str, Any]) -> RunData:
         end_ns = limits.clean_ns(record.get("time_ns"))
