@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin import labels, limits
+from qitos_mlflow.mlflow_plugin import additions, labels, limits
 from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_metric, clean_ms, clean_text
 from qitos_mlflow.mlflow_plugin.sample import Sample
 from qitos_mlflow.mlflow_plugin.usage import parse_usage
@@ -132,14 +132,21 @@ class RunState:
 
     def fold(self, record: Mapping[str, Any]) -> RunData:
         """Take in the trace's next record; returns what it adds to the run."""
-        kind = record.get("kind")
+        added = list(additions.metrics(record, self.lost))
+        tags = additions.tags(record, self.lost)
+        kind, run = record.get("kind"), RunData()
         if kind == "span":
-            return self._fold_span(record)
-        if kind == "trace_start":
-            return self._fold_start(record)
-        if kind == "trace_end":
-            return self._fold_end(record)
-        return RunData()
+            run = self._fold_span(record)
+        elif kind == "trace_start":
+            run = self._fold_start(record)
+        elif kind == "trace_end":
+            run = self._fold_end(record)
+        step = record.get("step")
+        step = self.last_step if step is None else limits.clean_step(step)
+        at_ms = clean_ms(record.get("end_ns") or record.get("time_ns"))
+        run.metrics.extend(Metric(key, value, at_ms, step) for key, value in added)
+        run.tags.extend(tags)
+        return run
 
     def abandoned(self, last_ns: int | None = None, reason: str = "the process died") -> RunData:
         """The end of a run whose trace will never end: KILLED, with the totals so far.

@@ -20,6 +20,7 @@ import orjson
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.extension import ask_plugins
 from qitos_mlflow.mlflow_plugin.refine import refine
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.settings import Settings
@@ -134,7 +135,7 @@ class Pipelines:
 
         return Pipeline(
             header=header,
-            refine=lambda payload: refine(payload, settings.field_bytes),
+            refine=lambda payload: refine(payload, settings.field_bytes, ask_plugins),
             open_sink=None if settings.offline else open_sink,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,

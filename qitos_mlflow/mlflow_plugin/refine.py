@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 from calendar import timegm
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,18 +16,21 @@ import orjson
 from qitos_mlflow.mlflow_plugin.artifacts import read
 from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
 
+Additions = Callable[[dict[str, Any]], dict[str, Any]]
+
 OURS = frozenset(
     {"kind", "trace_id", "span_id", "parent_id", "type", "step", "time_ns", "start_ns", "end_ns"}
 )
 """Fields that hold nothing but ids, times and words of ours."""
 
 
-def refine(payload: bytes, field_bytes: int) -> bytes | None:
+def refine(payload: bytes, field_bytes: int, additions: Additions | None = None) -> bytes | None:
     """The redacted record of what `capture` encoded; None for a file that is not there.
 
     Args:
         payload: one captured event.
         field_bytes: longest text kept of one field (bytes).
+        additions: asked what to add to the redacted record; redacted like the rest.
     """
     record: dict[str, Any] | None = orjson.loads(payload)
     if record is None or (record["kind"] == "artifact" and (record := read(record)) is None):
@@ -43,6 +47,8 @@ def refine(payload: bytes, field_bytes: int) -> bytes | None:
         len(payload) > field_bytes and record["kind"] != "artifact"
     ):  # Redacted first: a cut could leave half a secret.
         record = trim_fields(record, field_bytes)
+    if additions is not None and (added := additions(record)):
+        record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
 
 

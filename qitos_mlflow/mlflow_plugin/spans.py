@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin import attributes, labels, limits
+from qitos_mlflow.mlflow_plugin import additions, attributes, labels, limits
 from qitos_mlflow.mlflow_plugin.feedback import feedback_of
 from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id
 from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
@@ -26,6 +26,9 @@ from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 
 MAX_PRICED = 4
 """Names of generations remembered, each of which is two requests when the trace ends."""
+
+MAX_TAGS = 200
+"""Tags of one trace; what other plugins add beyond is left out."""
 
 TELL_EVERY_NS = 5_000_000_000
 """A running trace's totals and feedback are sent this often; spans do not wait for it."""
@@ -96,6 +99,10 @@ class TraceFold:
     def fold(self, record: Mapping[str, Any]) -> TraceData:
         """Take in the trace's next record; returns what it adds to the trace."""
         kind = record.get("kind")
+        for key, value in additions.tags(record):
+            if key in self.tags or len(self.tags) < MAX_TAGS:
+                self._tag(key, value)
+                self.news = True
         if kind == "trace_start":
             return self._fold_start(record)
         if kind == "span_start":
@@ -172,7 +179,7 @@ class TraceFold:
         parent = record.get("parent_id")
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
         self.last_ns = max(self.last_ns, clean_ns(end_ns))
-        found = attributes.of_span(record, self.tools)
+        found = {**attributes.of_span(record, self.tools), **additions.attributes(record)}
         kind = record.get("type")
         if kind == "generation":
             self._count(found, attributes.span_name(record))

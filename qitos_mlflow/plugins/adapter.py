@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import pluggy
@@ -41,6 +42,7 @@ class PluginTraceProcessor(TraceProcessor):
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._changing = threading.RLock()
         self._calls: dict[str, tuple[_Call, ...]] = dict.fromkeys(HOOKS, ())
+        self._only_add = 0
         for name, plugin in (plugins or {}).items():
             self.register(plugin, name)
 
@@ -89,8 +91,11 @@ class PluginTraceProcessor(TraceProcessor):
         return manager.get_plugin(name) if manager is not None else None
 
     def wants_trace(self) -> bool:
-        """Whether any plugin wants a trace that would begin now; False when there are none."""
-        unwilling = 0
+        """Whether any plugin wants a trace that would begin now; False when there are none.
+
+        One that does no more than add to others' records does not ask for a trace of its own.
+        """
+        unwilling = self._only_add
         for call in self._calls["qitos_wants_trace"]:
             try:
                 unwilling += False in call.hook()
@@ -129,6 +134,16 @@ class PluginTraceProcessor(TraceProcessor):
                 call.hook(span=span)
             except Exception as error:  # noqa: BLE001
                 _guard.report(call.where, error)
+
+    def on_record(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """What the plugins' ``qitos_record`` say of copies of `record`, each with who says it."""
+        said: list[tuple[str, Any]] = []
+        for call in self._calls["qitos_record"]:
+            try:
+                said += [(call.where, one) for one in call.hook(record=deepcopy(record))]
+            except Exception as error:  # noqa: BLE001
+                _guard.report(call.where, error)
+        return said
 
     def force_flush(self, timeout_s: float | None = None) -> bool:
         """Flush each plugin, also after one failed; True when none said otherwise.
@@ -169,6 +184,7 @@ class PluginTraceProcessor(TraceProcessor):
                 _Call(caller, f"trace plugin {name}, hook {hook}") for name, caller in implementing
             )
         self._managers, self._calls = managers, calls
+        self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
 
 
 def _callers(manager: pluggy.PluginManager, plugin: object) -> list[pluggy.HookCaller]:

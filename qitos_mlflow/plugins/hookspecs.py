@@ -10,11 +10,13 @@ called in the order they were registered; ``tryfirst`` and ``trylast`` go before
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qitos_mlflow.tracing import Span, Trace
 
 PROJECT = "qitos"
@@ -90,6 +92,21 @@ def qitos_trace_end(trace: Trace) -> None:
     Blocking: no. The agent waits for the return.
     Return: ignored.
     Raise: kept from everyone else; this event is not repeated.
+    Since: 0.1.0
+    """
+
+
+@hookspec
+def qitos_record(record: dict[str, Any]) -> Mapping[str, Mapping[str, Any]] | None:
+    """An event was recorded, without credentials, and is about to be kept: say what to add to it.
+
+    When: for each event that a recording plugin, such as the built-in one, keeps; some tens of
+    milliseconds after it. `record` is a copy for you alone; docs/extending.md has its fields.
+    Thread: one in the background; one call at a time for each recording plugin.
+    Blocking: for milliseconds. Not the agent but its records wait; too many waiting are dropped.
+    Return: None, or what to log with it: ``{"attributes": {name: value}, "metrics": {name: number},
+    "tags": {name: text}}``, each of the three as needed.
+    Raise: the record is kept without an addition.
     Since: 0.1.0
     """
 

@@ -24,6 +24,7 @@ EXPECTED = {
         [f"squarer-{number:02}" for number in range(16)],
     ),
     "custom_plugin.py": (["runner: search_almanac took"], []),
+    "more_in_mlflow.py": (["delivered: True"], ["runner"]),
 }
 
 

@@ -185,7 +185,7 @@ _keys = st.sampled_from(
      "input", "messages", "name", "arguments", "call_id", "functionCall", "reasoning"]
 )  # fmt: skip
 _values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5)
     | st.sampled_from(["text", "image", "tool_use", "tool_result", "function_call", "thinking"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=4),
     max_leaves=12,

@@ -40,6 +40,7 @@ _metadata_keys = st.sampled_from(
         *("final_result", "error", "linked_trace_id", "linked_span_id", "user", "x"),
     ]
 )
+_added = st.dictionaries(st.sampled_from(["attributes", "metrics", "tags", "x"]), _json) | _json
 _types = st.sampled_from(
     ["agent", "step", "decide", "generation", "act", "tool", "mcp", "reduce", "critic", "handoff"]
 )
@@ -62,6 +63,7 @@ _records = st.one_of(
         exception=_json,
         output=_json,
         data=st.dictionaries(_data_keys, _json, max_size=5) | _json,
+        added=_added,
     ),
     _record(
         "trace_start",
@@ -72,6 +74,7 @@ _records = st.one_of(
         source=_json,
         parent_run_id=_json,
         metadata=st.dictionaries(_metadata_keys, _json, max_size=4) | _json,
+        added=_added,
     ),
     _record(
         "trace_end",

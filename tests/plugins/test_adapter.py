@@ -19,6 +19,7 @@ hookimpl = pluggy.HookimplMarker("qitos")
 
 TRACE = Trace("t", "run")
 SPAN = Span("t", "s", StepSpanData(1))
+RECORD = {"kind": "span", "trace_id": "t", "data": {"step_number": 1}}
 
 CALLS: dict[str, Callable[[PluginTraceProcessor], Any]] = {
     "qitos_wants_trace": lambda processor: processor.wants_trace(),
@@ -26,6 +27,7 @@ CALLS: dict[str, Callable[[PluginTraceProcessor], Any]] = {
     "qitos_span_start": lambda processor: processor.on_span_start(SPAN),
     "qitos_span_end": lambda processor: processor.on_span_end(SPAN),
     "qitos_trace_end": lambda processor: processor.on_trace_end(TRACE),
+    "qitos_record": lambda processor: processor.on_record(RECORD),
     "qitos_force_flush": lambda processor: processor.force_flush(),
     "qitos_shutdown": lambda processor: processor.shutdown(),
 }
@@ -67,6 +69,10 @@ class Hearing:
     @hookimpl
     def qitos_trace_end(self, trace: Any) -> None:
         self.heard.append(("qitos_trace_end", trace))
+
+    @hookimpl
+    def qitos_record(self, record: Any) -> None:
+        self.heard.append(("qitos_record", record))
 
     @hookimpl
     def qitos_force_flush(self) -> bool:
@@ -266,6 +272,33 @@ def test_wants_trace(answers: list[Any], wants: bool) -> None:
         for number, answer in enumerate(answers)
     }
     assert PluginTraceProcessor(plugins).wants_trace() is wants
+
+
+def test_adding_to_records_asks_for_no_trace() -> None:
+    """A plugin that only adds to what others record does not make the agent pay for a trace."""
+    adds = plugin("qitos_record", lambda: None)
+    assert PluginTraceProcessor({"adds": adds}).wants_trace() is False
+    unwilling = plugin("qitos_wants_trace", lambda: False)
+    assert PluginTraceProcessor({"adds": adds, "no": unwilling}).wants_trace() is False
+    assert PluginTraceProcessor({"adds": adds, "hears": Hearing()}).wants_trace() is True
+
+
+def test_what_plugins_say_of_a_record() -> None:
+    """Each plugin's addition comes with its name; None is none, and nobody's copy is another's."""
+
+    def spoil(record: dict[str, Any]) -> dict[str, Any]:
+        record["data"].clear()
+        return {"tags": {"a": "1"}}
+
+    plugins = {
+        "spoils": plugin("qitos_record", spoil),
+        "silent": plugin("qitos_record", lambda: None),
+        "counts": plugin("qitos_record", lambda record: {"metrics": {"n": len(record["data"])}}),
+    }
+    assert PluginTraceProcessor(plugins).on_record(RECORD) == [
+        ("trace plugin spoils, hook qitos_record", {"tags": {"a": "1"}}),
+        ("trace plugin counts, hook qitos_record", {"metrics": {"n": 1}}),
+    ]
 
 
 def test_a_plugin_that_fails_to_answer_wants_the_trace(swallowed: list[Any]) -> None:
