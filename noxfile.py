@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 OLDEST = PYTHONS[0]
 """Runs with every dependency at the floor that pyproject.toml declares, the rest at the newest."""
+WITH_PIP = ["--seed"]
+"""Some tests install and download packages as a user does, with pip, which uv leaves out."""
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "uv"
@@ -73,25 +75,25 @@ def demo(session: nox.Session) -> None:
     session.run("qitos-mlflow", "demo", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_params=WITH_PIP)
 def test(session: nox.Session) -> None:
     """Run the tests on the Python that runs this."""
     run_suite(session)
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=PYTHONS, venv_params=WITH_PIP)
 def tests(session: nox.Session) -> None:
     """Run the tests on one Python; the oldest has every dependency at its declared floor."""
     run_suite(session)
 
 
-@nox.session
+@nox.session(venv_params=WITH_PIP)
 def soak(session: nox.Session) -> None:
     """Run the endurance tests."""
     run_suite(session, "soak", "--timeout=1800")
 
 
-@nox.session
+@nox.session(venv_params=WITH_PIP)
 def browser(session: nox.Session) -> None:
     """Look at MLflow's pages in a headless Chromium, which must be installed."""
     session.install("playwright")
