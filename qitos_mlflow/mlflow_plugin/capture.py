@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from qitos_mlflow.mlflow_plugin.limits import CUT_HERE
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
 MAX_FRAMES = 64
@@ -124,7 +125,7 @@ def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:
 
 def cut(text: str, length: int) -> str:
     """The first `length` characters of `text` and a note of how long it was."""
-    return f"{text[:length]}… [cut: {len(text)} characters in all]"
+    return f"{text[:length]}{CUT_HERE}{len(text)} characters in all]"
 
 
 def failure_in_flight(at_start: BaseException | None) -> BaseException | None:

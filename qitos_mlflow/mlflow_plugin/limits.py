@@ -51,6 +51,9 @@ CLIENT_REQUEST_CHARS = 50
 SPAN_TYPE_CHARS = 500
 """Type of a span; model and provider names (column)."""
 
+CUT_HERE = "… [cut: "
+"""Where `capture` cut a text; how long it was follows, and the end of the text."""
+
 MAX_INT64 = 2**63 - 1
 """Steps, timestamps and times beyond this break the server or the column (run)."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.mlflow_plugin.credentials import find_credentials, names_credential
+from qitos_mlflow.mlflow_plugin.limits import CUT_HERE
 
 MARKER = "[redacted]"
 
@@ -121,11 +122,14 @@ def trim(text: str, max_bytes: int) -> str:
     data = text.encode("utf-8", "surrogatepass")
     if len(data) <= max_bytes:
         return text
-    marker = f"… [trimmed, {len(data)} bytes in all]"
+    # A text that was cut before says how long it was in the first place.
+    cut = text.rfind(CUT_HERE, -_MARKER_CHARS)
+    marker = text[cut:] if cut >= 0 else f"… [trimmed, {len(data)} bytes in all]"
     room = max(0, max_bytes - len(marker.encode()))
     return data[:room].decode("utf-8", "ignore") + marker
 
 
+_MARKER_CHARS = 60
 _FIELDS = ("data", "metadata")
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pluggy
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import SpanStatusCode, Trace, TraceState
@@ -480,3 +481,114 @@ def test_requests_are_few(
     assert trace.info.state == TraceState.OK
     assert len(trace.data.spans) == len(report.spans()) == 599
     assert len(proxy.requests) < 20, [request.path for request in proxy.requests]
+
+
+# -- what goes in ------------------------------------------------------------------------------
+
+
+SECRET = "the plan nobody may read"
+
+
+def all_of(trace: Trace) -> str:
+    """Everything MLflow has of the trace, as text."""
+    return str(trace.to_json())
+
+
+def talkative(store: Store, experiment_name: str, heard: Recorder, **options: Any) -> Trace:
+    """The trace of an agent whose task, conversation, tool and error are secret."""
+    replies = [act(SECRET, ("fail", {"why": SECRET})), answer(SECRET, SECRET)]
+    with agents(store, experiment_name, heard, **options):
+        DeskAgent("talker", PricedModel(*replies), [fail]).run(
+            task=SECRET, critics=[Reviewer(SECRET)], trace=False, render=False
+        )
+    return store.only(experiment_name)
+
+
+def test_content_can_be_kept_out(store: Store, heard: Recorder, experiment_name: str) -> None:
+    """Without content there are tree, times, tokens, cost, scores, and not a word of the task."""
+    trace = talkative(store, experiment_name, heard, capture_content=False)
+    assert SECRET not in all_of(trace)
+    same(trace, heard, heard.only().trace_id)
+    usage = tokens(heard, heard.only().trace_id)
+    assert trace.info.token_usage["total_tokens"] == usage["total_tokens"] > 0
+    assert trace.info.cost["total_cost"] > 0
+    assert [one.feedback.value for one in trace.info.assessments] == [1.0]
+    (event,) = by_name(trace, "fail").events
+    assert event.attributes["exception.type"] == "LookupError"
+    run = store.client.get_run(trace.info.trace_metadata["mlflow.sourceRun"])
+    assert SECRET not in str(run.to_dictionary())
+    assert store.client.list_artifacts(run.info.run_id) == []
+
+
+def test_the_hosts_mode_without_data_is_obeyed(
+    server: Store, heard: Recorder, experiment_name: str
+) -> None:
+    """In QitOS's mode ENABLED_WITHOUT_DATA nothing of the content leaves the process either."""
+    tracing.set_tracing_mode(tracing.TracingMode.ENABLED_WITHOUT_DATA)
+    try:
+        trace = talkative(server, experiment_name, heard)
+    finally:
+        tracing.set_tracing_mode(tracing.TracingMode.ENABLED)
+    assert SECRET not in all_of(trace)
+    assert len(trace.search_spans(span_type="CHAT_MODEL")) == 2
+    assert trace.info.token_usage["total_tokens"] > 0
+
+
+def test_long_fields_are_cut_where_they_are_long(
+    server: Store, heard: Recorder, experiment_name: str
+) -> None:
+    """What is longer than the setting says so and how long it was; a chat stays a chat."""
+
+    def read_book(title: str) -> str:
+        """Read a book."""
+        return "word " * 10_000
+
+    replies = [act("Read.", ("read_book", {"title": "it"})), answer("Read.", "Long.")]
+    with agents(server, experiment_name, heard, field_bytes=5_000):
+        DeskAgent("reader", PricedModel(*replies), [read_book]).run(
+            task="Read it.", trace=False, render=False
+        )
+    trace = server.only(experiment_name)
+    output = by_name(trace, "read_book").outputs
+    assert len(output) < 6_000
+    assert "50000" in output[-60:], "how long it was"
+    last = trace.search_spans(span_type="CHAT_MODEL")[-1]
+    assert [message["role"] for message in last.inputs["messages"]][:2] == ["system", "user"]
+    assert len(str(last.inputs)) < 8_000
+
+
+def test_traces_can_be_left_out(server: Store, heard: Recorder, experiment_name: str) -> None:
+    """With `log_traces=False` there is the run, and no trace."""
+    with agents(server, experiment_name, heard, log_traces=False):
+        DeskAgent("quiet", PricedModel(answer("It is.", "3")), []).run(
+            task="What is 1 + 2?", trace=False, render=False
+        )
+    assert only_run(server.client, experiment_name).metrics["total_tokens"] > 0
+    assert server.traces(experiment_name) == []
+
+
+def test_another_plugin_adds_to_run_and_trace(
+    store: Store, heard: Recorder, experiment_name: str
+) -> None:
+    """What a plugin's `qitos_record` returns is on the run, the trace and the span."""
+
+    class Adds:
+        @pluggy.HookimplMarker("qitos")
+        def qitos_record(self, record: dict[str, Any]) -> Any:
+            if record.get("type") != "tool":
+                return None
+            sum_ = record["data"]["output_content"]
+            return {"attributes": {"sum": sum_}, "metrics": {"sum": sum_}, "tags": {"adds": "yes"}}
+
+    replies = [act("Add.", ("add", {"a": 1, "b": 2})), answer("Added.", "3")]
+    with logged(store.uri, experiment_name=experiment_name) as processor:
+        processor.register(Adds(), "adds")
+        DeskAgent("adder", PricedModel(*replies), [add]).run(
+            task="What is 1 + 2?", trace=False, render=False
+        )
+        assert processor.force_flush(FLUSH_S) is True
+    trace = store.only(experiment_name)
+    assert by_name(trace, "add").attributes["sum"] == 3
+    assert trace.info.tags["adds"] == "yes"
+    run = only_run(store.client, experiment_name)
+    assert (run.metrics["sum"], run.tags["adds"]) == (3, "yes")

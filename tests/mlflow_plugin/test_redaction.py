@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qitos_mlflow.mlflow_plugin.capture import cut
 from qitos_mlflow.mlflow_plugin.credentials import names_credential
 from qitos_mlflow.mlflow_plugin.redaction import MARKER, redact, redact_text, trim, trim_fields
 
@@ -279,6 +280,9 @@ def test_trim_says_how_long_it_was() -> None:
     assert len(trimmed.encode()) <= 101
     assert trimmed.endswith("[trimmed, 2000 bytes in all]")
     assert trimmed.startswith("öö")
+    twice = trim(trim(cut("ö" * 5000, 1000), 1500), 500)
+    assert len(twice.encode()) <= 500
+    assert twice.endswith("[cut: 5000 characters in all]")
 
 
 def test_a_chat_that_is_trimmed_stays_a_chat() -> None:
