@@ -64,7 +64,7 @@ def span_record(span: Any, step: int | None, content: bool, field_chars: int) ->
         content: False leaves out inputs, outputs and error texts; numbers and names stay.
         field_chars: longest text kept of one field (characters).
     """
-    data = span.data.export()
+    data = {**span.data.export()}
     kind = data.pop("type", None) or span.data.type
     record = {
         "kind": "span",
@@ -144,14 +144,17 @@ def _finite(value: Any) -> Any:
 
 def _known(value: Any) -> Any:
     """What orjson cannot write by itself, as something it can."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, (Set, Sequence)) and not isinstance(value, (bytes, bytearray, memoryview)):
-        return list(value)
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"<{len(value)} bytes>"
+    try:
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return f"<{len(value)} bytes>"
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, (Set, Sequence)):
+            return list(value)
+        if isinstance(value, PathLike):
+            return fspath(value)
+    except Exception:  # noqa: BLE001 - somebody else's class
+        pass
     return _text_of(value)
 
 
@@ -168,6 +171,13 @@ def _plain(value: Any, depth: int, budget: list[int]) -> Any:
     budget[0] -= 1
     if depth == 0 or budget[0] < 0:
         return f"<{type(value).__qualname__}, cut>"
+    try:
+        return _plain_of(value, depth, budget)
+    except Exception:  # noqa: BLE001 - somebody else's class: it alone becomes its text
+        return _plain_of(_text_of(value), depth, budget)
+
+
+def _plain_of(value: Any, depth: int, budget: list[int]) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -178,9 +188,16 @@ def _plain(value: Any, depth: int, budget: list[int]) -> Any:
         return float(value)
     if isinstance(value, Mapping):
         return {
-            _plain(str(key), 1, budget): _plain(item, depth - 1, budget)
-            for key, item in list(value.items())
+            _key(key, budget): _plain(item, depth - 1, budget) for key, item in list(value.items())
         }
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item, depth - 1, budget) for item in list(value)]
     return _plain(_known(value), depth - 1, budget)
+
+
+def _key(key: Any, budget: list[int]) -> Any:
+    try:
+        key = str(key)
+    except Exception:  # noqa: BLE001
+        key = _text_of(key)
+    return _plain(key, 1, budget)
