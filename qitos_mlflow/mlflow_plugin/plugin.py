@@ -84,7 +84,8 @@ class MlflowPlugin:
         self.origin = origin
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
         self._pipelines = Pipelines(settings, self._announce, self._dropped, self._at_exit)
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may end a trace while this thread holds it.
+        self._lock = threading.RLock()
         self._closed = False
         self._when_idle: Callable[[], object] | None = None
         self._said: set[str] = set()
@@ -175,7 +176,11 @@ class MlflowPlugin:
         if step is None:
             parent = state.steps.get(span.parent_span_id)
             step = span.data.step_number if span.data.type == "step" and parent is None else parent
-        payload = capture.span_record(span, step, state.content, self.settings.field_bytes)
+        try:
+            payload = capture.span_record(span, step, state.content, self.settings.field_bytes)
+        except Exception:
+            state.dropped["capture_failed"] += 1  # Data of somebody's own; told by who called us.
+            raise
         if state.pipeline.offer(payload):
             state.recorded += 1
         else:
@@ -275,7 +280,11 @@ class MlflowPlugin:
         failure: BaseException | None,
         status: str | None = None,
     ) -> None:
-        state.ended = True
+        with self._lock:
+            if state.ended:  # `close` on one thread, the trace's own end on another.
+                return
+            state.ended = True
+        state.handling = None  # Its traceback keeps the agent's local variables alive.
         error: Any = None
         if failure is not None:
             error = capture.describe(failure)
@@ -306,7 +315,7 @@ class MlflowPlugin:
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's traces are the parent's."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._traces = OrderedDict()
         self._pipelines.after_fork()
 
@@ -318,10 +327,10 @@ def _call(weak: weakref.WeakMethod[Any]) -> None:
 
 def _status(metadata: dict[str, Any], failure: BaseException | None) -> str:
     """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
-    if failure is not None:
-        return "FAILED" if isinstance(failure, Exception) else "KILLED"
     if metadata.get("status") == "interrupted":
         return "KILLED"
+    if failure is not None:
+        return "FAILED" if isinstance(failure, Exception) else "KILLED"
     if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
         return "FAILED"
     return "FINISHED"

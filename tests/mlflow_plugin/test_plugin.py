@@ -1,0 +1,368 @@
+"""The hook implementations: what each event becomes, read back from the spool."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from qitos_mlflow import MlflowTraceProcessor, tracing
+from qitos_mlflow.delivery import find_segments, waiting_records
+from qitos_mlflow.mlflow_plugin import plugin as plugin_module
+from qitos_mlflow.mlflow_plugin.origin import Origin
+from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
+from qitos_mlflow.settings import Settings
+from qitos_mlflow.tracing import SpanType, create_trace
+
+Spooled = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Path]:
+    """The spool; taken away at the end, or the tests' own process would tell of what it keeps."""
+    directory = tmp_path / "spool"
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def attach(spool: Path) -> Iterator[Callable[..., MlflowTraceProcessor]]:
+    """Register a processor that writes to the spool only: ``attach(capture_content=False, …)``."""
+    attached: list[MlflowTraceProcessor] = []
+
+    def attach(**options: Any) -> MlflowTraceProcessor:
+        processor = MlflowTraceProcessor(offline=True, **options)
+        tracing.add_trace_processor(processor)
+        attached.append(processor)
+        return processor
+
+    yield attach
+    for processor in attached:
+        tracing.remove_trace_processor(processor)
+        processor.shutdown()
+
+
+@pytest.fixture
+def records(attach: Callable[..., MlflowTraceProcessor], spool: Path) -> Spooled:
+    """Close a processor that `attach` made, and read everything that it has written."""
+
+    def read() -> list[dict[str, Any]]:
+        for processor in tracing.processors():
+            processor.shutdown()
+        return [
+            orjson.loads(record)
+            for segment in find_segments(spool)
+            for record in waiting_records(segment)
+        ]
+
+    return read
+
+
+def step(trace: Any, data: Any, error: Any = None) -> None:
+    """One span of a trace, from start to finish."""
+    trace.create_span(SpanType(data.type), data).start().finish(error)
+
+
+# -- records ---------------------------------------------------------------------------------
+
+
+def test_a_trace_is_its_start_its_spans_and_its_end(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """The records of a trace come in order, with all that is known at each moment."""
+    attach()
+    metadata = {"seed": 7, "agent_name": "agent"}  # Of an agent: its first span is the root.
+    with create_trace("agent", group_id="gaia", metadata=metadata) as trace:
+        step(trace, tracing.StepSpanData(4))
+        trace.metadata["stop_reason"] = "final"
+    start, root, span, end = records()
+    assert start["kind"] == "trace_start"
+    assert (start["name"], start["group_id"], start["metadata"]) == ("agent", "gaia", metadata)
+    assert (root["kind"], root["type"]) == ("span_start", "step")
+    assert (span["kind"], span["type"], span["step"]) == ("span", "step", 4)
+    assert span["span_id"] == root["span_id"]
+    assert (end["kind"], end["status"], end["error"]) == ("trace_end", "FINISHED", None)
+    assert end["metadata"] == {**metadata, "stop_reason": "final"}
+    assert (end["recorded"], end["dropped"]) == (1, {})
+    assert {record["trace_id"] for record in (start, root, span, end)} == {trace.trace_id}
+    assert start["time_ns"] <= span["start_ns"] <= span["end_ns"] <= end["time_ns"]
+
+
+def test_every_span_knows_its_step(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A span belongs to the outermost step it is part of; outside of any, to none."""
+    attach()
+    with create_trace("agent") as trace:
+
+        def span(data: Any, parent: Any = None) -> Any:
+            return trace.create_span(SpanType(data.type), data, parent=parent).start()
+
+        agent = span(tracing.AgentSpanData("outer"))
+        outer = span(tracing.StepSpanData(5), agent)
+        act = span(tracing.ActSpanData(action_name="ask"), outer)
+        inner = span(tracing.StepSpanData(0), act)
+        tool = span(tracing.ToolSpanData(tool_name="t"), inner)
+        for one in (tool, inner, act, outer, agent):
+            one.finish()
+    spans = {record["span_id"]: record for record in records() if record["kind"] == "span"}
+    steps = {one.data.type: spans[one.span_id]["step"] for one in (tool, act, agent)}
+    assert steps == {"tool": 5, "act": 5, "agent": None}
+    assert spans[inner.span_id]["step"] == spans[outer.span_id]["step"] == 5
+    assert spans[inner.span_id]["data"]["step_number"] == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "status"),
+    [
+        ({}, None, "FINISHED"),
+        ({"stop_reason": "final"}, None, "FINISHED"),
+        ({"stop_reason": "budget_steps"}, None, "FINISHED"),
+        ({"stop_reason": "unrecoverable_error"}, None, "FAILED"),
+        ({"stop_reason": "context_overflow"}, None, "FAILED"),
+        ({"status": "error"}, None, "FAILED"),
+        ({"status": "interrupted"}, None, "KILLED"),
+        ({}, ValueError("no"), "FAILED"),
+        ({}, KeyboardInterrupt(), "KILLED"),
+        ({}, SystemExit(1), "KILLED"),
+        ({"status": "interrupted"}, RuntimeError("approval needed"), "KILLED"),
+        ({"stop_reason": "final"}, ValueError("no"), "FAILED"),
+    ],
+)
+def test_the_status_of_a_trace(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    metadata: dict[str, Any],
+    error: BaseException | None,
+    status: str,
+) -> None:
+    """What left the trace, what its metadata says of its end, or nothing bad: one of three."""
+    attach()
+    expected = nullcontext() if error is None else pytest.raises(type(error))
+    with expected, create_trace("agent") as trace:
+        trace.metadata.update(metadata)
+        if error is not None:
+            raise error
+    end = records()[-1]
+    assert end["status"] == status
+    assert (end["error"] is None) == (error is None)
+    if error is not None:
+        assert end["error"]["type"] == type(error).__name__
+        assert "Traceback" in end["error"]["stacktrace"]
+
+
+def test_a_tool_error_is_the_tools(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A span's error is in its record, and does not fail the trace."""
+    attach()
+    with create_trace("agent") as trace:
+        step(trace, tracing.ToolSpanData(tool_name="t"), ValueError("no such file"))
+    _, span, end = records()
+    assert span["error"] == "ValueError: no such file"
+    assert span["exception"]["type"] == "ValueError"
+    assert end["status"] == "FINISHED"
+
+
+# -- the ledger ------------------------------------------------------------------------------
+
+
+class Unreadable(tracing.SpanData):
+    """Data of somebody's own that cannot be exported."""
+
+    @property
+    def type(self) -> str:
+        return "custom"
+
+    def export(self) -> dict[str, Any]:
+        raise RuntimeError("not today")
+
+
+def test_what_cannot_be_captured_is_counted(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    swallowed: list[tuple[str, BaseException]],
+) -> None:
+    """A span whose data raises is lost, told, and in the trace's account; the rest goes on."""
+    attach()
+    with create_trace("agent") as trace:
+        step(trace, Unreadable())
+        step(trace, tracing.StepSpanData(0))
+    end = records()[-1]
+    assert (end["recorded"], end["dropped"]) == (2, {"capture_failed": 1})
+    assert [str(error) for _, error in swallowed] == ["not today"]
+    swallowed.clear()
+
+
+def test_what_the_queue_refuses_is_counted(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A span too large for the queue is lost and counted; start and end always go through."""
+    attach(queue_bytes=2_000)
+    with create_trace("agent") as trace:
+        step(trace, tracing.StepSpanData(0, observation="x" * 10_000))
+        step(trace, tracing.StepSpanData(1))
+    found = records()
+    assert [record["kind"] for record in found] == ["trace_start", "span", "trace_end"]
+    assert found[-1]["recorded"] == 2
+    assert found[-1]["dropped"] == {"queue_full": 1}
+
+
+# -- life ------------------------------------------------------------------------------------
+
+
+def test_nothing_happens_before_the_first_trace(
+    attach: Callable[..., MlflowTraceProcessor], spool: Path
+) -> None:
+    """Made, registered, flushed and shut down without a trace: no thread, no file."""
+    threads = threading.active_count()
+    processor = attach()
+    assert processor.wants_trace()
+    assert processor.force_flush() is True
+    processor.shutdown()
+    assert threading.active_count() == threads
+    assert not spool.exists()
+
+
+def test_after_shutdown_nothing_is_wanted(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A processor that was shut down ignores new traces, and what is left of old ones."""
+    processor = attach()
+    with create_trace("going") as trace:
+        processor.shutdown()
+        assert not processor.wants_trace()
+        step(trace, tracing.StepSpanData(0))
+        with create_trace("new"):
+            pass
+    kinds = [(record["kind"], record.get("status")) for record in records()]
+    assert kinds == [("trace_start", None), ("trace_end", "FINISHED")]
+
+
+def test_a_trace_ends_once(attach: Callable[..., MlflowTraceProcessor], records: Spooled) -> None:
+    """Shut down by several threads while it ends, a trace has one end."""
+    processor = attach()
+    together = threading.Barrier(4)
+
+    def shut_down() -> None:
+        together.wait()
+        processor.shutdown()
+
+    threads = [threading.Thread(target=shut_down) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with create_trace("going"):
+        together.wait()
+    for thread in threads:
+        thread.join()
+    assert [record["kind"] for record in records()].count("trace_end") == 1
+
+
+def test_runs_to_be_left_open_stay_so(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """With `auto_end_run=False` shutting down does not end the run of a trace that is going."""
+    processor = attach(auto_end_run=False)
+    with create_trace("going"):
+        processor.shutdown()
+        kinds = [record["kind"] for record in records()]
+    assert kinds == ["trace_start"]
+
+
+def test_ended_traces_are_forgotten_in_the_end(
+    attach: Callable[..., MlflowTraceProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the traces that have ended the last are remembered; one that is going never goes."""
+    monkeypatch.setattr(plugin_module, "ENDED_TRACES", 3)
+    plugin = attach().mlflow_plugin
+    with create_trace("going") as going:
+        others = []
+        for number in range(10):
+            with create_trace(f"{number}") as trace:
+                others.append(trace.trace_id)
+        assert list(plugin._traces) == [going.trace_id, *others[-3:]]
+
+
+class Local:
+    """Something of the agent's that is large."""
+
+
+def test_an_ended_trace_keeps_nothing_of_the_agents(
+    attach: Callable[..., MlflowTraceProcessor],
+) -> None:
+    """An exception that was in flight when a trace began, and its frames, are not kept alive."""
+    attach()
+    held: list[weakref.ref[Local]] = []
+
+    def run() -> None:
+        local = Local()
+        held.append(weakref.ref(local))
+        try:
+            raise ValueError("first try")
+        except ValueError:
+            with create_trace("second try"):
+                pass
+
+    run()
+    gc.collect()
+    assert held[0]() is None
+
+
+# -- whose turn it is ------------------------------------------------------------------------
+
+
+def test_the_entry_point_makes_a_plugin_that_was_merely_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Installed, it wants traces where there is a destination, and says once where there is not."""
+    caplog.set_level(logging.INFO, "qitos_mlflow")
+    plugin = entry_point()
+    assert plugin.origin is Origin.INSTALLED
+    assert [plugin.qitos_wants_trace() for _ in range(3)] == [False] * 3
+    assert caplog.text.count("no destination is set") == 1
+    for variable, value in (
+        ("MLFLOW_TRACKING_URI", "http://here"),
+        ("QITOS_TRACE_PLUGINS", "mlflow"),
+        ("QITOS_TRACE_PLUGINS", "all"),
+    ):
+        with monkeypatch.context() as context:
+            context.setenv(variable, value)
+            assert plugin.qitos_wants_trace()
+
+
+def test_the_destination_of_each_trace_is_looked_up_when_it_starts(
+    attach: Callable[..., MlflowTraceProcessor], spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where MLflow is told to log elsewhere in between, the next trace goes there."""
+    processor = attach()
+    for uri in ("http://one.test", "http://two.test", "http://one.test"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with create_trace(uri):
+            pass
+    processor.shutdown()
+    assert len(list(find_segments(spool))) == 2
+
+
+def test_settings_of_the_environment_that_cannot_be_used_are_the_loaders_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The entry point raises what is wrong; the loader leaves the plugin out with one warning."""
+    monkeypatch.setenv("QITOS_MLFLOW_QUEUE_BYTES", "plenty")
+    with pytest.raises(ValueError, match="QITOS_MLFLOW_QUEUE_BYTES"):
+        entry_point()
+
+
+def test_a_plugin_nobody_holds_is_gone() -> None:
+    """Registering for forks keeps no plugin alive."""
+    held = weakref.ref(MlflowPlugin(Settings()))
+    gc.collect()
+    assert held() is None
