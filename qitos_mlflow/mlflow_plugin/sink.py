@@ -201,7 +201,7 @@ class MlflowSink:
         spans = distinct(span for trace in traces for span in trace.spans)
         if spans:
             of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}
-            yield Call(self._write_spans, spans, partial(_span_letter, of_id))
+            yield Call(partial(self._write_spans, of_id), spans, partial(_span_letter, of_id))
         for trace in traces:
             if trace.tree is not None and trace.tree_changed:
                 write = partial(self._write_tree, trace)
@@ -242,8 +242,12 @@ class MlflowSink:
         tags = [item for kind, item in items if kind == "tag"]
         self._transport.log_batch(_run_of(trace).run_id, metrics, params, tags, timeout_s)
 
-    def _write_spans(self, spans: Sequence[Any], timeout_s: float) -> None:
-        if self._log_traces:
+    def _write_spans(
+        self, traces: dict[bytes, TraceState], spans: Sequence[Any], timeout_s: float
+    ) -> None:
+        # Those of a refused run are dead letters already.
+        spans = [span for span in spans if traces[span.trace_id].refused is None]
+        if spans and self._log_traces:
             with self._without_traces():
                 self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
 
