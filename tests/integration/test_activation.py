@@ -298,6 +298,23 @@ def test_a_host_with_tracing_gets_our_spans_through_its_provider(
     assert (run.name, run.tags["tool/name"]) == ("standing in", "look_up")
 
 
+def test_a_hand_off_is_part_of_its_run(
+    client: MlflowClient, environ: dict[str, str | None]
+) -> None:
+    """An agent that hands off to another is one run, although the host traces hand-offs alone."""
+    run_script(
+        standin("the sphinx"),
+        """
+        handing = Agent("first", Tools(), Decision("handoff", meta={"handoff_target": "second"}))
+        Engine(handing, agents={"second": agent}).run(content)
+        """,
+        **ON_STANDIN,
+        **environ,
+    )
+    run = only_run(client, str(environ["MLFLOW_EXPERIMENT_NAME"]))
+    assert (run.name, run.status, run.metrics["total_steps"]) == ("first", "FINISHED", 2)
+
+
 def test_autolog_before_a_host_with_tracing_is_imported(
     client: MlflowClient, environ: dict[str, str | None]
 ) -> None:

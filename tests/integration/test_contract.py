@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,6 +323,33 @@ def test_the_status_says_how_the_agent_ended(
     run = only_run(client, experiment_name)
     assert (run.status, run.tags["stop_reason"]) == (status, stop_reason)
     assert run.metrics["success"] == (stop_reason == "final")
+
+
+def test_a_script_that_is_interrupted(
+    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str
+) -> None:
+    """Ctrl-C ends the script as ever, and its run as KILLED before the process is gone."""
+    done = run_script(
+        f"""
+        import os, signal
+        from tests.bridge.agents import FINAL, Model, ModelAgent, toolbox
+        from qitos_mlflow import MlflowTraceProcessor
+        from qitos.tracing import add_trace_processor
+
+        def work():
+            os.kill(os.getpid(), signal.SIGINT)
+
+        add_trace_processor(
+            MlflowTraceProcessor({experiment_name!r}, tracking_uri={mlflow_server.uri!r})
+        )
+        ModelAgent(Model("Thought: x\\nAction: work()", FINAL), toolbox(work=work)).run("sum")
+        """,
+        check=False,
+    )
+    assert done.returncode in (-signal.SIGINT, 130), str(done)
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+    run = only_run(client, experiment_name)
+    assert (run.status, run.metrics["success"]) == ("KILLED", 0)
 
 
 @pytest.mark.parametrize(
