@@ -7,6 +7,7 @@ Nothing is opened before the first trace. A destination is looked up when a trac
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import sys
@@ -177,6 +178,19 @@ class Pipelines:
                 self._at_exit()
         except Exception as error:  # noqa: BLE001 - the process ends as it would have
             report("plugin.at_exit", error)
+        _keep_exit_status()
+
+
+def _keep_exit_status() -> None:
+    """Have a script that Ctrl-C ended tell its parent so, as it would have without us.
+
+    Python forgets it when a text is compiled meanwhile, as it is for every dataclass of a module
+    that is imported in the last moments (3.10 to 3.13: `unhandled_keyboard_interrupt`).
+    """
+    interactive = sys.flags.interactive or hasattr(sys, "ps1")
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to have it remember
 
 
 def _losses(pipeline: Pipeline) -> int:

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.destination import absolute
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RES
 def default_tracking_uri(cwd: str | None) -> str:
     """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
     uri, here = str(mlflow.get_tracking_uri()), str(Path.cwd())
-    return uri.replace(here, cwd, 1) if cwd is not None else uri
+    if cwd is None:
+        cwd = here
+    return absolute(uri.replace(here, cwd, 1), cwd)  # Before 3.10 it is relative.
 
 
 def mlflow_requester(uri: str) -> Requester:

@@ -66,7 +66,8 @@ def test_installed_with_a_destination(client: MlflowClient, environ: dict[str, s
     """A plain QitOS script is logged, without a change to it, where MLflow's variables say."""
     done = run_script(AGENT, RUN, **environ)
     assert one_run(client, environ).metrics["total_tokens"] == 30
-    assert done.stderr == ""
+    told = [line for line in done.stderr.splitlines() if "traces have no cost" not in line]
+    assert told == []  # What is left out is told on the oldest servers.
 
 
 def test_installed_with_a_destination_set_in_code(

@@ -248,10 +248,11 @@ def test_the_servers_password_is_used_and_nowhere_written(
     password = f"pw{uuid.uuid4().hex}"
     for port, delivered in ((mlflow_server.port, True), (free_port(), False)):
         uri = f"http://someone:{password}@127.0.0.1:{port}"
-        with logged(uri, experiment_name=experiment_name, flush_timeout_s=5) as processor:
+        options = {"experiment_name": experiment_name, "flush_timeout_s": 30 if delivered else 0.1}
+        with logged(uri, **options) as processor:
             with create_trace("one") as trace:
                 trace.create_span(SpanType.STEP, tracing.StepSpanData(0)).start().finish()
-            assert processor.force_flush(timeout_s=5 if delivered else 0.5) is delivered
+            assert processor.force_flush() is delivered
     assert only_run(client, experiment_name).status == "FINISHED"
     assert everywhere(mlflow_server, tmp_path / "spool", password) == []
     told = capfd.readouterr()
