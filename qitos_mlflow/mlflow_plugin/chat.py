@@ -281,4 +281,9 @@ def _flat_text(content: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    if isinstance(value, str):
+        return value
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except (TypeError, ValueError):  # Integers beyond 64 bits, for one.
+        return str(value)

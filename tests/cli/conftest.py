@@ -19,7 +19,7 @@ Run = Callable[..., Done]
 def environment(**environ: str) -> dict[str, str]:
     """The environment of every process started here: the package is importable in it."""
     package = str(Path(qitos_mlflow.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package]))
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **environ}
 
 

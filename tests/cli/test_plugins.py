@@ -82,7 +82,8 @@ def test_host_and_start_up_line_are_told(cli: Run, python: Run) -> None:
     assert told["host"]["installed"] is True
     assert told["host"]["version"] == version
     assert told["variable"] == {"name": "QITOS_TRACE_PLUGINS", "value": "none"}
-    ran = python("-c", "import sys; print(any(getattr(f, 'qitos_watcher', False) for f in sys.meta_path))").stdout.strip()
+    watches = "import sys; print(any(getattr(f, 'qitos_watcher', False) for f in sys.meta_path))"
+    ran = python("-c", watches).stdout.strip()
     assert str(told["startup_line"]["active"]) == ran
 
 

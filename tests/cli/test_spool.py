@@ -162,12 +162,12 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
     assert segment["waiting"] == told["waiting"] > 5
     done = cli("sync")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{told['waiting']} records delivered, 1 segment finished\n"
+    assert done.stdout.strip() == f"{told['waiting']} records delivered, 1 segment finished"
     (run,) = runs(store, experiment)
     assert (run.name, run.status, run.stop_reason, run.steps) == ("asker", "FINISHED", "final", 2)
     told = status()
     assert (told["segments"], told["waiting"]) == ([], 0)
-    assert cli("sync").stdout == "0 records delivered, 0 segments finished\n"
+    assert cli("sync").stdout.strip() == "0 records delivered, 0 segments finished"
 
 
 def test_a_run_whose_process_was_killed_is_closed(
@@ -349,6 +349,6 @@ def test_a_path_that_is_no_spool_is_named(cli: Run, command: tuple[str, ...]) ->
 
 def test_where_there_is_no_spool_there_is_nothing_to_do(cli: Run) -> None:
     """Without a spool all three commands say so and succeed."""
-    assert cli("sync").stdout == "0 records delivered, 0 segments finished\n"
+    assert cli("sync").stdout.strip() == "0 records delivered, 0 segments finished"
     assert cli("status").stdout.startswith("0 records in 0 segments wait in ")
     assert cli("spool", "purge").stdout == "Nothing to delete\n"

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import qitos_mlflow
+
 ROOT = Path(__file__).parents[2]
 BUILTIN_TRACING = Path(__file__).parent / "builtin_tracing"
 
@@ -24,3 +26,15 @@ def run_on(host: Path | None, script: str, *options: str, **environ: str) -> str
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_without_host(directory: Path, script: str) -> str:
+    """What `script` prints where our package is importable and QitOS is not, nor anything else.
+
+    Args:
+        directory: an empty one, for a link to the package.
+        script: Python; it must succeed.
+    """
+    (directory / "qitos_mlflow").symlink_to(Path(qitos_mlflow.__file__).parent)
+    path = f"import sys; sys.path.insert(0, {str(directory)!r})\n"
+    return run_on(None, path + textwrap.dedent(script), "-S", PYTHONPATH="")

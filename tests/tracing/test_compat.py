@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import BUILTIN_TRACING, run_on
+from tests.hosts import BUILTIN_TRACING, run_on, run_without_host
 
 ALL_NAMES_ARE_OURS = """
 import importlib
@@ -200,13 +200,11 @@ def test_finders_that_pass_on_what_others_find() -> None:
     )
 
 
-def test_no_host_at_all() -> None:
+def test_no_host_at_all(tmp_path: Path) -> None:
     """Without QitOS `qitos.tracing` is missing because qitos is."""
-    run_on(
-        None,
+    run_without_host(
+        tmp_path,
         """
-        import os, sys
-        sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
         from qitos_mlflow.tracing import compat
         compat.install()
         try:
@@ -216,7 +214,6 @@ def test_no_host_at_all() -> None:
         else:
             raise AssertionError
         """,
-        "-S",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qitos_mlflow import tracing
 from qitos_mlflow.tracing import TracingMode
-from tests.hosts import BUILTIN_TRACING, run_on
+from tests.hosts import BUILTIN_TRACING, run_on, run_without_host
 from tests.tracing.recorder import Recorder
 
 
@@ -45,12 +45,11 @@ def test_host_with_tracing_gets_its_own() -> None:
     )
 
 
-def test_no_host_at_all() -> None:
+def test_no_host_at_all(tmp_path: Path) -> None:
     """Without any QitOS installed, tracing is ours and works."""
-    run_on(
-        None,
+    run_without_host(
+        tmp_path,
         """
-        import sys; sys.path[:0] = [p for p in __import__("os").environ["PYTHONPATH"].split(":")]
         from qitos_mlflow import tracing
         assert not tracing.host_has_tracing
         with tracing.create_trace("run") as trace:
@@ -58,7 +57,6 @@ def test_no_host_at_all() -> None:
         assert len(trace.spans) == 1
         assert "qitos" not in sys.modules
         """,
-        "-S",
     )
 
 
