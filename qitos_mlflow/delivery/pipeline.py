@@ -28,8 +28,9 @@ from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool import waiting_records
 from qitos_mlflow.delivery.stats import CLOSED, QUEUE_FULL, Snapshot
 
-FORK_WAIT_S = 2.0
-"""Longest time a fork waits for a sink that is just being opened (seconds)."""
+FORK_WAIT_S = 10.0
+"""Longest time a fork waits for a sink that is just being opened (seconds): `import mlflow` and
+the creation of a local store take five; a sink for a server, 0.2."""
 
 
 class Pipeline:

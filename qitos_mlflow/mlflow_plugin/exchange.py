@@ -8,6 +8,10 @@ program on the port or half an answer say nothing about the request, which is se
 from __future__ import annotations
 
 import configparser
+
+# Not used here: requests imports it with its first request, and a process that forks amid that
+# leaves a child whose own first request hangs. A fork waits while a sink is opened, not later.
+import netrc  # noqa: F401
 import os
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime

@@ -52,6 +52,7 @@ class Pipelines:
         self._dropped = dropped
         self._at_exit = at_exit
         self._watching_exit_of = 0
+        self._ended_in = 0
         self._ends_before_mlflow = False
         self._losses_told = 0
         self._pipelines: dict[str | None, Pipeline] = {}
@@ -165,6 +166,7 @@ class Pipelines:
         if self._watching_exit_of == os.getpid():
             return
         self._watching_exit_of = os.getpid()
+        atexit.unregister(self._ending)  # Inherited by a forked child: once is enough.
         process = sys.modules.get("multiprocessing.process")
         if process is not None and process.parent_process() is not None:
             from multiprocessing.util import Finalize
@@ -173,6 +175,10 @@ class Pipelines:
         atexit.register(self._ending)
 
     def _ending(self) -> None:
+        # Workers that multiprocessing has spawned come here both ways: the deadline is for all.
+        if self._ended_in == os.getpid():
+            return
+        self._ended_in = os.getpid()
         try:
             if self._pipelines:
                 self._at_exit()

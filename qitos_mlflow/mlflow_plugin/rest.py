@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import orjson
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.exchange import Exchange, Requester
 from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef
 
 if TYPE_CHECKING:
-    from opentelemetry.proto.trace.v1.trace_pb2 import Span
-
     from qitos_mlflow.mlflow_plugin.metrics import Metric
 
 
@@ -141,11 +141,6 @@ class RestTransport:
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, in OpenTelemetry's own protocol."""
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-            ExportTraceServiceRequest,
-        )
-        from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans
-
         message = ExportTraceServiceRequest(
             resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])]
         )

@@ -133,6 +133,10 @@ class StoreTransport:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._client: Any = None
+        # All that a store imports at its first use, and that is most of it, is imported here, while
+        # a fork waits for the sink to be opened: amid an import it would leave a broken child.
+        with contextlib.suppress(Refused, Poisoned), _failures():
+            self._mlflow.search_experiments(max_results=1)
 
     @property
     def _mlflow(self) -> Any:
