@@ -299,6 +299,42 @@ def test_a_host_with_tracing_gets_our_spans_through_its_provider(
     assert (run.name, run.tags["tool/name"]) == ("standing in", "look_up")
 
 
+def test_how_traces_end_on_a_host_that_does_not_say(
+    client: MlflowClient, environ: dict[str, str | None]
+) -> None:
+    """What leaves a trace is known without the host's help; what was being handled is not it."""
+    run_on_standin(
+        """
+        import contextlib
+
+        def trace(name, error=None):
+            with contextlib.suppress(ValueError, KeyboardInterrupt):
+                with qitos.tracing.create_trace(name):
+                    if error is not None:
+                        raise error
+
+        trace("failed", ValueError("bad"))
+        trace("interrupted", KeyboardInterrupt())
+        try:
+            raise ConnectionError("first try")
+        except ConnectionError:
+            trace("second try")
+            trace("failed again", ValueError("worse"))
+            Engine(agent).run("third try")
+        """,
+        **environ,
+    )
+    runs = runs_of(client, str(environ["MLFLOW_EXPERIMENT_NAME"]))
+    assert sorted((run.name, run.status) for run in runs) == [
+        ("failed", "FAILED"),
+        ("failed again", "FAILED"),
+        ("interrupted", "KILLED"),
+        ("second try", "FINISHED"),
+        ("standing in", "FINISHED"),
+        ("standing in", "FINISHED"),
+    ]
+
+
 def test_a_hand_off_is_part_of_its_run(
     client: MlflowClient, environ: dict[str, str | None]
 ) -> None:
