@@ -156,6 +156,11 @@ class MemoryPart:
         self.records += whole
         return whole
 
+    def append_anyway(self, line: bytes) -> None:
+        """Append a line whether there is room or not."""
+        self._lines += line
+        self.records += 1
+
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes."""
         return bytes(self._lines[offset : offset + size])

@@ -59,7 +59,8 @@ class Segment:
         header: the caller's, repeated at the head of every part.
         ship: this process ships the segment too; otherwise others may at any time (offline).
         cap_bytes: what the whole directory may take, other processes' segments included.
-        memory_bytes: what parts in memory may take together.
+        memory_bytes: what parts in memory may take together, but for records to be kept; 0: there
+            are none.
         part_bytes: size at which the next part begins.
     """
 
@@ -97,14 +98,14 @@ class Segment:
         part = self._writable(time_ns)
         on_disk = isinstance(part, DiskPart)
         lines: list[bytes] = []
-        kept: list[bytes] = []
-        for data, keep in records:
-            line = codec.encode(codec.RECORD, data, time_ns)
-            if on_disk and not self._cap.take(len(line), keep):
-                losses.append(Loss(data, SPOOL_FULL))
+        taken: list[Record] = []
+        for record in records:
+            line = codec.encode(codec.RECORD, record.data, time_ns)
+            if on_disk and not self._cap.take(len(line), record.keep):
+                losses.append(Loss(record.data, SPOOL_FULL))
             else:
                 lines.append(line)
-                kept.append(data)
+                taken.append(record)
         done = 0
         while done < len(lines):
             whole = part.append(lines[done:])
@@ -117,7 +118,11 @@ class Segment:
             elif whole or part.size:
                 part = self._add_memory()
             else:  # It was made with all the room there is.
-                losses.append(Loss(kept[done], self._disk_failure))
+                if taken[done].keep and self._memory_bytes:
+                    part.append_anyway(lines[done])
+                    self.end = part.base + part.size
+                else:
+                    losses.append(Loss(taken[done].data, self._disk_failure))
                 done += 1
         return losses
 

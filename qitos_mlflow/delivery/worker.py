@@ -81,6 +81,9 @@ class Worker:
         batch: list[Item] = []
         for index, item in enumerate(items):
             if isinstance(item, Item):
+                if item.keep:  # It may tell what was lost: refined when all before it is settled.
+                    self._append_batch(batch)
+                    batch = []
                 batch.append(item)
                 continue
             self._append_batch(batch)

@@ -13,7 +13,7 @@ import pytest
 from qitos_mlflow.delivery import Pipeline, RetryLater, Shipment, shipping
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
-from tests.delivery.fakes import FakeServer, FakeSink, Losses, make_pipeline, numbered
+from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
 
 LONG_S = 60.0
 """A deadline that is not to be reached."""
@@ -386,6 +386,26 @@ def test_no_disk_and_offline_is_a_counted_loss(make: Make, tmp_path: Path) -> No
     pipeline.close(LONG_S)
     assert pipeline.stats.dropped == {"spool_unwritable": 10}
     assert losses.by_reason() == {"spool_unwritable": 10}
+
+
+def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None:
+    """A record to be kept is refined once all before it is on disk, or known to be lost."""
+    (tmp_path / "file").write_text("in the way")
+    losses = Losses()
+    told: list[int] = []
+
+    def refine(payload: bytes) -> bytes:
+        if payload == b"end":
+            told.append(len(losses.records))
+        return payload
+
+    pipeline = make(
+        None, directory=tmp_path / "file" / "spool", refine=refine, dropped=losses, queue_bytes=MIB
+    )
+    for payload in [b"span", b"span", b"end", b"span", b"end"]:
+        assert pipeline.offer(payload, keep=payload == b"end")
+    pipeline.close(LONG_S)
+    assert told == [2, 4]
 
 
 def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:

@@ -275,6 +275,20 @@ def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path) -> None:
     assert read_all(cursor, segment.end) == [b"small"]
 
 
+def test_memory_has_room_for_what_is_to_be_kept(tmp_path: Path) -> None:
+    """Starts and ends of traces go in beyond the bound, in order, and can be told from the rest."""
+    (tmp_path / "file").write_text("in the way")
+    segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
+    cursor = own_cursor(segment)
+    assert append(segment, [b"x" * 2900]) == []
+    assert append(segment, [b"y" * 2900]) == [SPOOL_UNWRITABLE]
+    assert append(segment, [b"end", b"start"], keep=True) == []
+    assert append(segment, [b"z" * 2900]) == [SPOOL_UNWRITABLE]
+    assert segment.unsaved == 3
+    assert read_all(cursor, segment.end) == [b"x" * 2900, b"end", b"start"]
+    assert segment.unsaved == 0
+
+
 def test_memory_is_freed_as_it_is_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
