@@ -37,7 +37,7 @@ def _fluent() -> Any:
     return sys.modules["mlflow.tracking.fluent"]
 
 
-def _same_place(uri: str | None) -> bool:
+def same_place(uri: str | None) -> bool:
     """Whether calls without an explicit URI go where this trace goes."""
     module: Any = sys.modules["mlflow"]
     if uri is None:
@@ -54,7 +54,7 @@ def parent_run_id(uri: str | None) -> str | None:
     """
     try:
         fluent = _fluent()
-        if fluent is None or not _same_place(uri):
+        if fluent is None or not same_place(uri):
             return None
         for run in reversed(fluent._active_run_stack.get()):
             if not is_ours(run):
@@ -176,7 +176,7 @@ class ActiveRun:
         module: Any = sys.modules["mlflow"]
         if self._adopt_uri and not module.is_tracking_uri_set():
             module.set_tracking_uri(self._uri)
-        if not _same_place(self._uri):
+        if not same_place(self._uri):
             return
         self._pushed = run_class(fluent)(self._pending)
         self._pushed.left_open = self._open

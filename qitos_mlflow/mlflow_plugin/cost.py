@@ -2,15 +2,14 @@
 
 A server stops adding up a trace's cost once it has the trace's info, which a trace needs from
 its start to be seen and linked: what stays is the cost of the first batch (mlflow 3.12 to 3.17), or
-one that counts replays (3.10, 3.11). So the sum is asked for when the trace ends, and sent with its
-last info. Servers before 3.10 have no prices.
+one that counts replays (3.10, 3.11; they also refuse an info without the cost they know). So the
+sum is asked for before an info is sent, and sent with it. Servers before 3.10 have no prices.
 """
 
 from __future__ import annotations
 
-from qitos_mlflow import _guard
 from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport
+from qitos_mlflow.mlflow_plugin.transport import Transport
 
 MARGIN_MS = 60_000
 """Spans may begin before their trace where somebody set the clock."""
@@ -22,13 +21,14 @@ KINDS = ("input_cost", "output_cost")
 def trace_cost(
     transport: Transport, experiment_id: str, tree: TraceFold, timeout_s: float
 ) -> dict[str, float] | None:
-    """The cost in USD of a trace whose spans are all there, as MLflow's ``mlflow.trace.cost``.
+    """The cost in USD of a trace's spans that are there, as MLflow's ``mlflow.trace.cost``.
 
-    None if the server has no price, or does not tell. Only our generations are counted: provider
-    spans that MLflow's autologging put below them have a price too, of the same tokens.
+    None if the server has no price. Only our generations are counted: provider spans that MLflow's
+    autologging put below them have a price too, of the same tokens.
 
     Raises:
         RetryLater: the server cannot be reached now.
+        Refused: the server does not tell what spans cost.
     """
     of_trace = _equals("trace.tag.`qitos.trace_id`", tree.id)
     if not tree.priced or of_trace is None:
@@ -40,20 +40,14 @@ def trace_cost(
     window_ms = (start_ms, tree.last_ns // 1_000_000 + MARGIN_MS)
     costs = dict.fromkeys(KINDS, 0.0)
     priced = False
-    try:
-        for of_span in of_spans:
-            filters = [of_trace, of_span] if of_span else [of_trace]
-            for kind in KINDS:
-                amount = transport.sum_spans(experiment_id, kind, filters, window_ms, timeout_s)
-                if amount is None:
-                    break  # It has no price for this model.
-                costs[kind] += amount
-                priced = True
-    except (Refused, Poisoned) as refusal:
-        _guard.warn(
-            "cost.refused", "traces have no cost: the server does not tell (%s)", str(refusal)[:200]
-        )
-        return None
+    for of_span in of_spans:
+        filters = [of_trace, of_span] if of_span else [of_trace]
+        for kind in KINDS:
+            amount = transport.sum_spans(experiment_id, kind, filters, window_ms, timeout_s)
+            if amount is None:
+                break  # It has no price for this model.
+            costs[kind] += amount
+            priced = True
     return {**costs, "total_cost": sum(costs.values())} if priced else None
 
 

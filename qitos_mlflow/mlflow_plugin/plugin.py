@@ -31,25 +31,15 @@ from qitos_mlflow.mlflow_plugin.active_run import (
     parent_run_id,
 )
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
+from qitos_mlflow.mlflow_plugin.nesting import Nesting
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
+from qitos_mlflow.mlflow_plugin.status import run_status
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing.redaction import redacted_metadata
-
-FAILED_REASONS = frozenset(
-    {
-        "unrecoverable_error",
-        "task_validation_failed",
-        "env_capability_mismatch",
-        "context_overflow",
-        "empty_model_response",
-        "error",
-    }
-)
-"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason)."""
 
 ENDED_TRACES = 256
 """Ended traces remembered, for spans of theirs that finish late on other threads."""
@@ -63,6 +53,7 @@ class _Trace:
     content: bool
     active: ActiveRun
     run: PendingRun
+    nesting: Nesting | None
     handling: BaseException | None
     steps: dict[str, int | None] = field(default_factory=dict)
     awaits_root: bool = False
@@ -122,6 +113,7 @@ class MlflowPlugin:
                 on_push=self._pipelines.end_before_mlflow,
             ),
             run=run,
+            nesting=Nesting(str(trace.trace_id), run, uri) if settings.log_traces else None,
             handling=sys.exc_info()[1],
             # The bridge's traces are one agent's run, whose span is the root of the tree.
             awaits_root="agent_name" in (trace.metadata or {}),
@@ -165,6 +157,8 @@ class MlflowPlugin:
             record = capture.root_record(span)
             state.pipeline.offer(capture.encode(record), keep=True)
         state.active.follow()
+        if state.nesting is not None:
+            state.nesting.enter(span)
 
     @hookimpl
     def qitos_span_end(self, span: Any) -> None:
@@ -172,6 +166,8 @@ class MlflowPlugin:
         state = self._traces.get(span.trace_id)
         if state is None:
             return
+        if state.nesting is not None:
+            state.nesting.leave(span)
         step = state.steps.pop(span.span_id, None)
         if step is None:
             parent = state.steps.get(span.parent_span_id)
@@ -295,11 +291,13 @@ class MlflowPlugin:
             "trace_id": trace_id,
             "time_ns": time.time_ns(),
             "metadata": metadata,
-            "status": status or _status(metadata, failure),
+            "status": status or run_status(metadata, failure),
             "error": error,
             "recorded": state.recorded + sum(state.dropped.values()),
             "dropped": dict(state.dropped),
         }
+        if state.nesting is not None and (tags := state.nesting.end()):
+            record["added"] = {"tags": tags}
         state.pipeline.offer(capture.encode(record), keep=True)
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
@@ -323,17 +321,6 @@ class MlflowPlugin:
 def _call(weak: weakref.WeakMethod[Any]) -> None:
     if (method := weak()) is not None:
         method()
-
-
-def _status(metadata: dict[str, Any], failure: BaseException | None) -> str:
-    """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
-    if metadata.get("status") == "interrupted":
-        return "KILLED"
-    if failure is not None:
-        return "FAILED" if isinstance(failure, Exception) else "KILLED"
-    if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
-        return "FAILED"
-    return "FINISHED"
 
 
 def entry_point() -> MlflowPlugin:

@@ -48,6 +48,8 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
     ):  # Redacted first: a cut could leave half a secret.
         record = trim_fields(record, field_bytes)
     if additions is not None and (added := additions(record)):
+        for part, values in (record.get("added") or {}).items():
+            added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
 

@@ -28,7 +28,7 @@ from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment, batches
 from qitos_mlflow.mlflow_plugin.spans import TraceFold
 from qitos_mlflow.mlflow_plugin.traceinfo import locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
-from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef, Transport
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport
 
 _log = logging.getLogger("qitos_mlflow")
 
@@ -97,6 +97,7 @@ class MlflowSink:
         self._process = {key: settings.get(key) for key in ("user", "source")}
         self._experiment_id: str | None = None
         self._log_traces = bool(settings.get("log_traces", True))
+        self._tells_cost = True
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
@@ -252,16 +253,37 @@ class MlflowSink:
                 self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
 
     def _write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        if self._log_traces:
-            run_id = None if trace.run is None else trace.run.run_id
-            experiment_id = self._experiment(timeout_s)
-            info = locate(items[0], experiment_id, run_id)
+        if not self._log_traces:
+            return
+        run_id = None if trace.run is None else trace.run.run_id
+        experiment_id = self._experiment(timeout_s)
+        info = locate(items[0], experiment_id, run_id)
+        if trace.tree is not None:
+            info["trace_metadata"] |= self._cost(trace.tree, experiment_id, timeout_s)
+        try:
             with self._without_traces():
-                if trace.ended and trace.tree is not None:
-                    cost = trace_cost(self._transport, experiment_id, trace.tree, timeout_s)
-                    if cost is not None:
-                        info["trace_metadata"]["mlflow.trace.cost"] = orjson.dumps(cost).decode()
                 self._transport.write_trace(info, timeout_s)
+        except (Refused, Poisoned):
+            # While a trace goes another one follows. Servers before 3.12 refuse an info that lacks
+            # what they know, such as tokens of MLflow's own spans.
+            if trace.ended:
+                raise
+
+    def _cost(self, tree: TraceFold, experiment_id: str, timeout_s: float) -> dict[str, str]:
+        """The metadata that says what a trace cost; empty where nobody knows."""
+        if not self._tells_cost:
+            return {}
+        try:
+            cost = trace_cost(self._transport, experiment_id, tree, timeout_s)
+        except (Refused, Poisoned) as refusal:
+            self._tells_cost = False
+            _log.warning(
+                "%s does not tell what model calls cost, so traces have no cost: %.200s",
+                without_credentials(self._transport.uri),
+                refusal,
+            )
+            return {}
+        return {"mlflow.trace.cost": orjson.dumps(cost).decode()} if cost else {}
 
     @contextlib.contextmanager
     def _without_traces(self) -> Iterator[None]:

@@ -27,6 +27,9 @@ from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 MAX_PRICED = 4
 """Names of generations remembered, each of which is two requests when the trace ends."""
 
+MAX_ASSESSMENTS = 500
+"""Assessments that an info repeats: servers before 3.12 refuse one that lacks what they have."""
+
 MAX_TAGS = 200
 """Tags of one trace; what other plugins add beyond is left out."""
 
@@ -210,6 +213,7 @@ class TraceFold:
             self.assessments.append(feedback)
             self.news = True
         changed = self.news and self.last_ns - self.told_ns >= TELL_EVERY_NS
+        changed |= len(self.assessments) >= MAX_ASSESSMENTS
         return TraceData([*began.spans, span], began.changed or changed)
 
     def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
@@ -256,12 +260,13 @@ class TraceFold:
     def info(self) -> dict[str, Any]:
         """The trace's info as it stands, as MLflow's JSON; `locate` says where it belongs.
 
-        Holds the assessments made since the last call; each has an id of its own, so that a
-        replay replaces it. Totals are always explicit: the server stops adding up by itself once
-        it has an info (MLFLOW.md 5b.3).
+        Its assessments have ids of their own, so that the same one is there once. Totals are
+        always explicit: the server stops adding up by itself once it has an info (MLFLOW.md 5b.3).
         """
         self.news, self.told_ns = False, self.last_ns
-        found, self.assessments = trace_info(self), []
+        found = trace_info(self)
+        if len(self.assessments) >= MAX_ASSESSMENTS:
+            self.assessments = []
         return found
 
     # -- parts -------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from typing import Any
 
 import pluggy
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
-from mlflow.entities import SpanStatusCode, Trace, TraceState
+from mlflow.entities import SpanStatusCode, Trace, TraceInfo, TraceState
 
 from qitos_mlflow import tracing
+from qitos_mlflow.cli import main
 from qitos_mlflow.cli._demo_agent import DeskAgent, Reviewer, ScriptedModel, act, answer
 from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
 from qitos_mlflow.mlflow_plugin.attributes import SPAN_TYPES
@@ -26,7 +28,7 @@ from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_t
 from tests.bridge.recorder import Node, Recorder
 from tests.cli.conftest import run_cli
 from tests.integration.agents import Agent
-from tests.integration.logged import logged, only_run
+from tests.integration.logged import logged, only_run, run_script
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
 
@@ -35,6 +37,8 @@ PATIENT = {"QITOS_MLFLOW_FLUSH_TIMEOUT_S": str(FLUSH_S)}
 """The machine that tests run on may be busy with others."""
 LIVE_TIMEOUT_S = 30.0
 MODEL = "gpt-4o-mini"
+HAS_PRICES = hasattr(TraceInfo, "cost")
+"""MLflow before 3.10 has none, and traces no cost; all else is the same."""
 INPUT_USD, OUTPUT_USD = 0.15e-6, 0.6e-6
 """MLflow's price of that model's tokens."""
 
@@ -46,19 +50,21 @@ class Store:
         self.uri = uri
         self.client = MlflowClient(uri)
 
-    def traces(self, experiment_name: str) -> list[Trace]:
+    def traces(self, experiment_name: str, *, spans: bool = True) -> list[Trace]:
         """The traces of an experiment as `mlflow.search_traces` finds them, the first one first."""
         experiment = self.client.get_experiment_by_name(experiment_name)
         if experiment is None:
             return []
         found = self.client.search_traces(
-            locations=[experiment.experiment_id], order_by=["timestamp_ms ASC"]
+            locations=[experiment.experiment_id],
+            order_by=["timestamp_ms ASC"],
+            include_spans=spans,
         )
         return list(found)
 
     def only(self, experiment_name: str) -> Trace:
         """The one trace of an experiment, as `get_trace` returns it."""
-        (found,) = self.traces(experiment_name)
+        (found,) = self.traces(experiment_name, spans=False)
         return self.client.get_trace(found.info.trace_id)
 
 
@@ -165,6 +171,11 @@ def ancestors(span_id: str, parents: dict[str, str | None]) -> list[str]:
     return [] if above is None else [above, *ancestors(above, parents)]
 
 
+def cost(info: TraceInfo) -> dict[str, float] | None:
+    """What the trace cost (USD), None where that is not known."""
+    return info.cost if HAS_PRICES else None
+
+
 def by_name(trace: Trace, name: str) -> Any:
     """The trace's one span of this name."""
     (span,) = [span for span in trace.data.spans if span.name == name]
@@ -197,7 +208,7 @@ def test_the_demos_agents(
         assert info.state == (TraceState.ERROR if failed else TraceState.OK)
         assert info.trace_metadata["mlflow.trace.session"] == "desk-questions"
         assert info.trace_metadata["mlflow.trace.user"]
-        assert info.cost is None, "nobody has prices of scripted models"
+        assert cost(info) is None, "nobody has prices of scripted models"
         expected = {
             "mlflow.traceName": task.agent,
             "qitos.agent": task.agent,
@@ -264,7 +275,10 @@ def test_the_cost(store: Store, experiment_name: str) -> None:
         with create_trace("priced") as trace:
             for number in (1, 2, 3):
                 usage = {"prompt_tokens": 1000 * number, "completion_tokens": 10}
-                data = tracing.GenerationSpanData(model=MODEL, token_usage=usage)
+                told = {"provider": "openai"}
+                data = tracing.GenerationSpanData(
+                    model=MODEL, token_usage=usage, model_response=told
+                )
                 trace.create_span(SpanType.GENERATION, data).start().finish()
                 assert processor.force_flush(FLUSH_S) is True  # A batch of its own.
         assert processor.force_flush(FLUSH_S) is True
@@ -275,10 +289,13 @@ def test_the_cost(store: Store, experiment_name: str) -> None:
         "output_tokens": 30,
         "total_tokens": 6030,
     }
+    if not HAS_PRICES:
+        assert "mlflow.trace.cost" not in info.trace_metadata
+        return
     costs = [span.llm_cost for span in logged_trace.search_spans(span_type="CHAT_MODEL")]
-    inputs = [cost["input_cost"] for cost in costs]
+    inputs = [one["input_cost"] for one in costs]
     assert sorted(inputs) == pytest.approx([1000 * n * INPUT_USD for n in (1, 2, 3)])
-    assert info.cost == pytest.approx(
+    assert cost(info) == pytest.approx(
         {
             "input_cost": 6000 * INPUT_USD,
             "output_cost": 30 * OUTPUT_USD,
@@ -458,16 +475,16 @@ def test_a_replay_changes_nothing(
     shutil.copytree(tmp_path / "spool", tmp_path / "copy")
     seen = []
     for directory in ("spool", "copy"):
-        done = run_cli("sync", str(tmp_path / directory))
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(main, ["sync", str(tmp_path / directory)])
+        assert done.exit_code == 0, done.output
         trace = store.only(experiment_name)
         same(trace, heard, heard.only().trace_id)
         info = trace.info
-        seen.append((info.token_usage, info.cost, info.state, info.execution_duration))
+        seen.append((info.token_usage, cost(info), info.state, info.execution_duration))
         assert len(info.assessments) == 2
         only_run(store.client, experiment_name)
     assert seen[0] == seen[1]
-    assert seen[0][1] is not None
+    assert HAS_PRICES is (seen[0][1] is not None)
 
 
 def test_requests_are_few(
@@ -511,7 +528,7 @@ def test_content_can_be_kept_out(store: Store, heard: Recorder, experiment_name:
     same(trace, heard, heard.only().trace_id)
     usage = tokens(heard, heard.only().trace_id)
     assert trace.info.token_usage["total_tokens"] == usage["total_tokens"] > 0
-    assert trace.info.cost["total_cost"] > 0
+    assert HAS_PRICES is (cost(trace.info) is not None)
     assert [one.feedback.value for one in trace.info.assessments] == [1.0]
     (event,) = by_name(trace, "fail").events
     assert event.attributes["exception.type"] == "LookupError"
@@ -592,3 +609,74 @@ def test_another_plugin_adds_to_run_and_trace(
     assert trace.info.tags["adds"] == "yes"
     run = only_run(store.client, experiment_name)
     assert (run.metrics["sum"], run.tags["adds"]) == (3, "yes")
+
+
+# -- beside MLflow's own tracing ---------------------------------------------------------------
+
+
+BESIDE = """
+    import mlflow
+    mlflow.set_tracking_uri({uri!r})
+    mlflow.set_experiment({experiment!r} + " of its own")
+    from qitos_mlflow import MlflowTraceProcessor
+    from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer
+    from qitos_mlflow.tracing import add_trace_processor
+
+    USED = {{"input_tokens": 1000, "output_tokens": 100, "total_tokens": 1100}}
+
+    class Model(ScriptedModel):  # As mlflow.openai.autolog() makes of a client.
+        provider = "openai"
+
+        def __call__(self, messages, **options):
+            with mlflow.start_span("Completions", span_type="CHAT_MODEL") as span:
+                span.set_attribute("mlflow.chat.tokenUsage", USED)
+                span.set_attribute("mlflow.llm.model", {model!r})
+                return super().__call__(messages, **options)
+
+    def look(what: str) -> str:
+        "Look."
+        with mlflow.start_span("inside"):
+            mlflow.update_current_trace(tags={{"set.in": "tool"}})
+        return "seen"
+
+    processor = MlflowTraceProcessor(experiment_name={experiment!r})
+    add_trace_processor(processor)
+    provider = mlflow.tracing.provider.provider.get()
+    replies = [act("Look.", ("look", {{"what": "it"}})), answer("Seen.", "so")]
+    with mlflow.start_span("application"):
+        agent = DeskAgent("beside", Model({model!r}, replies), [look])
+        agent.run(task="Look.", trace=False, render=False)
+        with mlflow.start_span("afterwards"):
+            pass
+    assert mlflow.get_current_active_span() is None
+    assert processor.force_flush(90)
+    assert mlflow.tracing.provider.provider.get() is provider or provider is None
+"""
+
+
+def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
+    """A provider's span is below the generation or tool it was made in; tokens count once."""
+    uri = store.uri
+    run_script(BESIDE.format(uri=uri, experiment=experiment_name, model=MODEL), MLFLOW_RUN_ID=None)
+
+    def all_there() -> Trace | None:
+        trace = store.only(experiment_name)
+        names = [span.name for span in trace.data.spans]
+        return trace if names.count("Completions") == 2 and "inside" in names else None
+
+    trace = eventually(all_there)
+    names = {span.span_id: span.name for span in trace.data.spans}
+    parents = {span.name: names.get(span.parent_id) for span in trace.data.spans}
+    assert parents["Completions"] == MODEL
+    assert parents["inside"] == "look"
+    assert len([span for span in trace.data.spans if span.parent_id is None]) == 1
+    assert trace.info.state == TraceState.OK
+    assert trace.info.tags["set.in"] == "tool"
+    ours = [span for span in trace.search_spans(span_type="CHAT_MODEL") if span.name == MODEL]
+    used = [span.attributes["mlflow.chat.tokenUsage"]["total_tokens"] for span in ours]
+    assert trace.info.token_usage["total_tokens"] == sum(used)
+    if HAS_PRICES:
+        prices = [span.llm_cost["total_cost"] for span in ours]
+        assert cost(trace.info)["total_cost"] == pytest.approx(sum(prices))
+    (own,) = store.traces(f"{experiment_name} of its own")
+    assert [span.name for span in own.data.spans] == ["application", "afterwards"]

@@ -1,0 +1,28 @@
+"""How a trace ended, as the status of its MLflow run. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAILED_REASONS = frozenset(
+    {
+        "unrecoverable_error",
+        "task_validation_failed",
+        "env_capability_mismatch",
+        "context_overflow",
+        "empty_model_response",
+        "error",
+    }
+)
+"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason)."""
+
+
+def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
+    """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
+    if metadata.get("status") == "interrupted":
+        return "KILLED"
+    if failure is not None:
+        return "FAILED" if isinstance(failure, Exception) else "KILLED"
+    if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
+        return "FAILED"
+    return "FINISHED"
