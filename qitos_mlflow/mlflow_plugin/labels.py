@@ -18,6 +18,9 @@ MAX_PARAMS = 500
 MAX_NESTING = 8
 """Levels of nested metadata that become params."""
 
+LOST_IN_SPOOL = "lost_in_spool"
+"""Reason of a span that was spooled and never read: a damaged line, a deleted file."""
+
 _NOT_PARAMS = frozenset(
     # How the run went: tags, metrics and status. A param is what went into it.
     {"stop_reason", "final_result", "success", "status", "error", "qitos.closed"}
@@ -92,9 +95,13 @@ def ledger_tags(recorded: int, delivered: int, dropped: Mapping[str, int]) -> li
     Args:
         recorded: spans that ended in the agent.
         delivered: spans that are on the server.
-        dropped: spans lost, by reason; no tag when there are none.
+        dropped: spans lost, by reason, as far as the agent knew when the trace ended; what is
+            missing beyond that was lost in the spool. No tag when there are none.
     """
     tags = [("qitos.spans.recorded", str(recorded)), ("qitos.spans.delivered", str(delivered))]
+    missing = recorded - delivered - sum(dropped.values())
+    if missing > 0:
+        dropped = {**dropped, LOST_IN_SPOOL: missing}
     if any(dropped.values()):
         tags.append(("qitos.spans.dropped", _counts_text(dropped)))
     return tags

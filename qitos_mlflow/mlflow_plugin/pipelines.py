@@ -22,6 +22,7 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.extension import ask_plugins
+from qitos_mlflow.mlflow_plugin.ledger import Ledger
 from qitos_mlflow.mlflow_plugin.refine import refine
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 from qitos_mlflow.settings import Settings
@@ -36,7 +37,6 @@ class Pipelines:
     Args:
         settings: what was configured.
         announce: told each run as it is created, with its trace's id; on the shipper's thread.
-        dropped: told each record lost after it was accepted, and why; on the worker's thread.
         at_exit: called before the process ends, if there is anything to deliver by then.
     """
 
@@ -44,12 +44,10 @@ class Pipelines:
         self,
         settings: Settings,
         announce: Callable[[str, RunRef], None],
-        dropped: Callable[[bytes, str], None],
         at_exit: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._announce = announce
-        self._dropped = dropped
         self._at_exit = at_exit
         self._watching_exit_of = 0
         self._ended_in = 0
@@ -129,6 +127,7 @@ class Pipelines:
     def _new(self, uri: str | None) -> Pipeline:
         settings = self._settings
         header = segment_header(settings, uri)
+        ledger = Ledger(lambda payload: refine(payload, settings.field_bytes, ask_plugins))
 
         def open_sink() -> Any:
             from qitos_mlflow.mlflow_plugin.sink import open_sink
@@ -137,12 +136,12 @@ class Pipelines:
 
         return Pipeline(
             header=header,
-            refine=lambda payload: refine(payload, settings.field_bytes, ask_plugins),
+            refine=ledger.refine,
             open_sink=None if settings.offline else open_sink,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
-            dropped=self._dropped,
+            dropped=ledger.lost,
         )
 
     def _each(self, act: Callable[[Pipeline, float], bool], timeout_s: float) -> bool:

@@ -19,8 +19,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import orjson
-
 from qitos_mlflow import tracing
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import artifacts, capture
@@ -74,7 +72,7 @@ class MlflowPlugin:
         self.settings = settings
         self.origin = origin
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
-        self._pipelines = Pipelines(settings, self._announce, self._dropped, self._at_exit)
+        self._pipelines = Pipelines(settings, self._announce, self._at_exit)
         # Reentrant: the garbage collector may end a trace while this thread holds it.
         self._lock = threading.RLock()
         self._closed = False
@@ -256,17 +254,6 @@ class MlflowPlugin:
         state = self._traces.get(trace_id)
         if state is not None:
             state.run.created(ref)
-
-    def _dropped(self, record: bytes, reason: str) -> None:
-        """Count an accepted span that was lost, for its run's ledger. Worker's thread."""
-        try:
-            fields = orjson.loads(record)
-        except orjson.JSONDecodeError:
-            return
-        state = self._traces.get(fields.get("trace_id"))
-        if state is not None and fields.get("kind") == "span":
-            state.recorded -= 1
-            state.dropped[reason] += 1
 
     def _end(
         self,

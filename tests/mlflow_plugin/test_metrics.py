@@ -262,6 +262,8 @@ def test_every_loss_is_on_the_run() -> None:
     assert tags["qitos.spans.delivered"] == "3"
     assert tags["qitos.spans.dropped"] == "late=1, queue_full=2"
     assert "qitos.spans.dropped" not in dict(labels.ledger_tags(3, 3, {"late": 0}))
+    spooled_away = dict(labels.ledger_tags(6, 3, {"queue_full": 1}))
+    assert spooled_away["qitos.spans.dropped"] == "lost_in_spool=2, queue_full=1"
 
 
 def test_a_killed_run_has_its_totals() -> None:
