@@ -13,6 +13,7 @@ import shlex
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,9 @@ class Pipelines:
         self._losses_told = 0
         self._pipelines: dict[str | None, Pipeline] = {}
         self._lock = threading.Lock()
+        # For a first trace in somebody's exit handler, when it is too late to register another.
+        # Weakly: what nobody holds any more must not live until the process ends.
+        atexit.register(_end, weakref.ref(self))
 
     def to(self, uri: str | None) -> Pipeline:
         """The pipeline to `uri`, made when there is none yet; None is MLflow's local default."""
@@ -196,6 +200,11 @@ def _keep_exit_status() -> None:
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to have it remember
+
+
+def _end(reference: weakref.ref[Pipelines]) -> None:
+    if (pipelines := reference()) is not None:
+        pipelines._ending()
 
 
 def _losses(pipeline: Pipeline) -> int:

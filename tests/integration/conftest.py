@@ -14,6 +14,7 @@ import pytest
 from tests.integration.agents import Agent
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
+from tests.integration.stored import StoredRun, stored_runs
 
 if TYPE_CHECKING:
     from tests.integration.browser import Browser
@@ -103,6 +104,31 @@ def run_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     yield start
     for agent in agents:
         agent.kill()
+
+
+@pytest.fixture
+def logging_agent(
+    run_agent: Callable[..., Agent], proxy: Proxy, experiment_name: str
+) -> Callable[..., Agent]:
+    """``run_agent`` that logs through the proxy; ``options`` are added to the processor's."""
+
+    def start(options: dict[str, Any] | None = None, **config: Any) -> Agent:
+        where = {"tracking_uri": proxy.uri, "experiment_name": experiment_name}
+        return run_agent(options={**where, **(options or {})}, **config)
+
+    return start
+
+
+@pytest.fixture
+def control(run_agent: Callable[..., Agent]) -> Agent:
+    """An agent with a processor that does nothing, as this machine runs it beside the test's."""
+    return run_agent(way="control", traces=2, steps=4, truth="")
+
+
+@pytest.fixture
+def runs(mlflow_server: MlflowServer, experiment_name: str) -> Callable[[], list[StoredRun]]:
+    """What the server has stored of this test now."""
+    return lambda: stored_runs(mlflow_server.database, experiment_name)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ class StoredRun:
     name: str
     status: str
     tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
     points: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
     """(step, value) of every point of each metric, in the order of their steps."""
     traces: list[str] = field(default_factory=list)
@@ -75,6 +76,10 @@ def stored_runs(database: Path, experiment_name: str) -> list[StoredRun]:
             f"SELECT run_uuid, key, value FROM tags WHERE run_uuid IN {chosen}", [experiment_name]
         ):
             runs[run_id].tags[key] = value
+        for run_id, key, value in store.execute(
+            f"SELECT run_uuid, key, value FROM params WHERE run_uuid IN {chosen}", [experiment_name]
+        ):
+            runs[run_id].params[key] = value
         for run_id, key, step, value in store.execute(
             "SELECT run_uuid, key, step, value FROM metrics WHERE run_uuid IN "
             f"{chosen} ORDER BY step, timestamp",
@@ -114,19 +119,73 @@ def assert_exactly_once(
     assert sorted(run.trace_id for run in runs) == sorted(report.trace_ids())
     ended = spans_by_trace(report)
     for run in runs:
-        expected = ended[run.trace_id]
-        kinds = list(expected.values())
         assert run.status == status, run
-        assert run.traces == [trace_id(run.trace_id)], run
-        assert sorted(run.spans) == sorted(expected), run
-        assert not run.open_spans, run
-        for kind, keys in ONE_A_SPAN.items():
-            for key in keys:
-                points = run.points[key]
-                assert len(points) == kinds.count(kind), (key, points)
-                assert len({step for step, _ in points}) == len(points), (key, points)
-        assert ledger(run) == (len(expected), len(expected), ""), run.tags
-        assert run.points["total_steps"][0][1] == kinds.count("step")
+        assert_whole(run, ended[run.trace_id])
+
+
+def assert_whole(run: StoredRun, spans: Mapping[str, str]) -> None:
+    """A run has exactly these spans (see `spans_by_trace`), and each of their points once."""
+    kinds = list(spans.values())
+    assert run.traces == [trace_id(run.trace_id)], run
+    assert sorted(run.spans) == sorted(spans), run
+    assert not run.open_spans, run
+    _assert_points(run, kinds)
+    assert ledger(run) == (len(spans), len(spans), ""), run.tags
+
+
+def assert_survived_kill(report: Report, runs: Iterable[StoredRun]) -> float:
+    """What a killed process recorded is there once, but for the last moments, and its run ended.
+
+    Args:
+        report: of the killed process.
+        runs: the runs that may be of this process, no others.
+
+    Returns:
+        How long before the last event the oldest one that is lost was recorded (seconds).
+    """
+    found = {run.trace_id: run for run in runs}
+    recorded = spans_by_trace(report)
+    last_s = report.truth[-1]["time_s"]
+    lost_s = [0.0]
+    ends = {e["trace_id"] for e in report.truth if e["callback"] == "on_trace_end"}
+    assert found.keys() <= set(report.trace_ids())
+    for event in report.truth:
+        run = found.get(event["trace_id"])
+        if event["callback"] == "on_trace_start":
+            lost = run is None
+        elif event["callback"] == "on_span_end":
+            span = span_id(event["trace_id"], event["span_id"]).hex()
+            lost = run is None or span not in run.spans
+        else:
+            continue
+        if lost:
+            lost_s.append(last_s - event["time_s"])
+    for trace, run in found.items():
+        spans = recorded[trace]
+        if run.status == "FINISHED":
+            assert trace in ends
+            assert_whole(run, spans)
+            continue
+        assert run.status == "KILLED", run
+        assert run.tags["qitos.killed"], run
+        arrived = [kind for span, kind in spans.items() if span in run.spans]
+        # The tree's root is there from the beginning; it need not have ended.
+        assert len(set(run.spans) - spans.keys()) <= 1, run
+        assert len(set(run.spans)) == len(run.spans), run
+        assert run.traces == [trace_id(trace)], run
+        _assert_points(run, arrived)
+        assert ledger(run) == (len(arrived), len(arrived), ""), run.tags
+    return max(lost_s)
+
+
+def _assert_points(run: StoredRun, kinds: list[str]) -> None:
+    """Each span of these types has given one point of each metric, each at a step of its own."""
+    for kind, keys in ONE_A_SPAN.items():
+        for key in keys:
+            points = run.points[key]
+            assert len(points) == kinds.count(kind), (key, points)
+            assert len({step for step, _ in points}) == len(points), (key, points)
+    assert [value for _, value in run.points["total_steps"]] == [kinds.count("step")], run
 
 
 def spans_by_trace(report: Report) -> Mapping[str, dict[str, str]]:

@@ -1,0 +1,87 @@
+"""What the tests of faults share: the faults, what is promised in each, the command that is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.integration.agents import ROOT, Report
+from tests.integration.proxy import Cut, Fault, Hang, Latency, Proxy, Refuse, Status
+from tests.integration.server import MlflowServer
+
+FAULTS: dict[str, Fault] = {
+    "refused": Refuse(),
+    "hanging": Hang(),
+    "503": Status(503),
+    "429": Status(429),
+    "429-retry-after": Status(429, retry_after="1"),
+    "cut": Cut(after_bytes=20),
+    "latency": Latency(500),
+}
+START_MS, ELSEWHERE_MS = 2100.0, 5.0
+"""What callbacks may hold the agent's thread at most: at the start of a trace, anywhere else."""
+SWITCH_MS = sys.getswitchinterval() * 1000
+"""Python hands the interpreter from one busy thread to the next so often, wherever they are."""
+GRACE_S = 0.5
+"""So much later than its deadline the process may be gone."""
+
+
+@contextlib.contextmanager
+def fault(name: str, proxy: Proxy, server: MlflowServer) -> Iterator[None]:
+    """The named fault, until the end of the block."""
+    if name == "locked":
+        with server.locked_database():
+            yield
+        return
+    proxy.set(FAULTS[name])
+    yield
+    proxy.set(None)
+
+
+def assert_not_held(report: Report, control: Report) -> None:
+    """No callback held the agent's thread for longer than promised.
+
+    On a machine that is busy with other things, for no longer than three times what a processor
+    that does nothing was held in its place.
+    """
+    slack_ms = 3 * max(control.worst_ms.values())
+    for callback, worst_ms in report.worst_ms.items():
+        limit_ms = START_MS if callback == "on_trace_start" else ELSEWHERE_MS + SWITCH_MS
+        assert worst_ms <= max(limit_ms, slack_ms), (report.points["done"], control.worst_ms)
+
+
+def assert_ended_in_time(report: Report, control: Report, deadline_s: float) -> None:
+    """The process ended well, as soon after its last line as its exit deadline says."""
+    assert report.returncode == 0, report.stderr
+    assert report.exit_s is not None
+    assert control.exit_s is not None
+    assert report.exit_s <= deadline_s + GRACE_S + 2 * control.exit_s
+
+
+def leftover(report: Report) -> tuple[int, int, str]:
+    """What the last line on stderr says is left: records, traces, and the command."""
+    line = report.stderr.splitlines()[-1]
+    match = re.search(r"(\d+) records? of (\d+) traces? .*: (qitos-mlflow sync .*)$", line)
+    assert match, report.stderr
+    return int(match[1]), int(match[2]), match[3]
+
+
+def execute(command: str) -> str:
+    """Run a command line as it was shown to the user; returns what it says."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        shell=True,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
