@@ -9,6 +9,7 @@ for _name in list(os.environ):
     if _name.startswith(("MLFLOW_", "QITOS_")):
         del os.environ[_name]
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_MODEL_CATALOG_URI"] = ""  # No look at the internet for model prices.
 os.environ["QITOS_TRACE_PLUGINS"] = "none"
 
 from collections.abc import Iterator
