@@ -9,8 +9,9 @@ takes a lock: what must happen once is a `list.pop`, which is atomic.
 
 from __future__ import annotations
 
+import os
 import threading
-import uuid
+import time
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from types import TracebackType
@@ -42,8 +43,31 @@ NOT_FINISHED = "not finished when its trace ended"
 _open_spans: ContextVar[tuple[Span, ...]] = ContextVar("qitos_mlflow_open_spans", default=())
 
 
+_second = (-1, "")
+
+
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    """The time in UTC to the microsecond, as ISO 8601.
+
+    Twice a span, on the agent's thread: what stays the same for a second is written once
+    (`datetime.isoformat` takes five times as long).
+    """
+    global _second
+    second, rest_ns = divmod(time.time_ns(), 1_000_000_000)
+    known, text = _second
+    if second != known:
+        text = datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        _second = (second, text)
+    return f"{text}.{rest_ns // 1000:06d}+00:00"
+
+
+def new_id() -> str:
+    """A random UUID (version 4) with hyphens, in a third of the time `uuid.uuid4` takes."""
+    h = os.urandom(16).hex()
+    return f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{_VARIANT[h[16]]}{h[17:20]}-{h[20:]}"
+
+
+_VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 
 
 class Span:
@@ -214,7 +238,7 @@ class Trace:
             parent_id = parent if isinstance(parent, str) else None
         span = Span(
             self.trace_id,
-            span_id or str(uuid.uuid4()),
+            span_id or new_id(),
             data,
             parent_id,
             self._processor,

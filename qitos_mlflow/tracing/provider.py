@@ -6,13 +6,12 @@ A trace keeps the processors and the mode it was made with; `add_processor` and
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from qitos_mlflow import _guard
 from qitos_mlflow.tracing.config import TracingMode
-from qitos_mlflow.tracing.models import NoOpTrace, Span, Trace
+from qitos_mlflow.tracing.models import NoOpTrace, Span, Trace, new_id
 from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor, TraceProcessor
 from qitos_mlflow.tracing.redaction import (
     REDACTED,
@@ -97,12 +96,12 @@ class TracingProvider:
     @staticmethod
     def gen_trace_id() -> str:
         """A new id, a UUID with hyphens."""
-        return str(uuid.uuid4())
+        return new_id()
 
     @staticmethod
     def gen_span_id() -> str:
         """A new id, a UUID with hyphens."""
-        return str(uuid.uuid4())
+        return new_id()
 
     def shutdown(self) -> None:
         """Shut every processor down; may wait as long as they do."""
