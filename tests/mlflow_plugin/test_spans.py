@@ -16,6 +16,7 @@ from qitos_mlflow.mlflow_plugin.otlp import build_span, distinct, set_status, se
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.spans import TraceFold
 from qitos_mlflow.mlflow_plugin.traceinfo import locate
+from qitos_mlflow.mlflow_plugin.transport import Poisoned
 from tests.integration.server import MlflowServer
 from tests.mlflow_plugin.records import MS, START_NS, Records
 
@@ -318,7 +319,11 @@ def write(
         if data.spans:
             transport.write_spans(experiment, distinct(data.spans), 30)
         if data.changed:
-            transport.write_trace(locate(state.info(), experiment, run), 30)
+            info = locate(state.info(), experiment, run)
+            try:
+                transport.write_trace(info, 30)
+            except Poisoned:  # MLflow before 3.17 takes nothing away from a trace that has ended.
+                assert info["state"] == "IN_PROGRESS"
 
 
 def test_the_server_shows_what_the_agent_did(server: MlflowServer) -> None:
