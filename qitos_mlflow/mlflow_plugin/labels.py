@@ -55,7 +55,7 @@ def start_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tup
 def end_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_end record: stop reason, error, what was not known before."""
     metadata = _metadata(record)
-    error = _error_text(record.get("error")) or metadata.get("error")
+    error = error_text(record.get("error")) or metadata.get("error")
     outcome = {"stop_reason": metadata.get("stop_reason"), "qitos.error": error}
     return _picked(metadata, _METADATA_TAGS, lost) + [
         (tag, clean_text(value, limits.TAG_CHARS, lost)) for tag, value in outcome.items() if value
@@ -132,7 +132,8 @@ def _counts_text(counts: Mapping[str, int]) -> str:
     return clean_text(text, limits.TAG_CHARS)
 
 
-def _error_text(error: Any) -> str:
+def error_text(error: Any) -> str:
+    """An error as one line; empty for none."""
     if not isinstance(error, Mapping):
         return str(error) if error else ""
     return ": ".join(str(error[key]) for key in ("type", "message") if error.get(key))

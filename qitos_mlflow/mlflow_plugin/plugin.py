@@ -285,7 +285,8 @@ class MlflowPlugin:
         }
         if state.nesting is not None and (tags := state.nesting.end()):
             record["added"] = {"tags": tags}
-        state.pipeline.offer(capture.encode(record), keep=True)
+        # At once: whoever has waited for the agent looks at its trace next.
+        state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})

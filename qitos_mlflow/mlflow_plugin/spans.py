@@ -123,7 +123,7 @@ class TraceFold:
             last_ns: when the process was last known to live; None: its last record.
             reason: the root's error text and the tag ``qitos.killed``.
         """
-        self.tags["qitos.killed"] = clean_text(reason, limits.TRACE_TAG_CHARS)
+        self.tags["qitos.killed"] = self.response = clean_text(reason, limits.PREVIEW_CHARS)
         return self._end(max(clean_ns(last_ns), self.last_ns), "KILLED", reason, None)
 
     def _fold_start(self, record: Mapping[str, Any]) -> TraceData:
@@ -221,14 +221,20 @@ class TraceFold:
         for key, value in labels.end_tags(record, None):
             if key != "qitos.error":
                 self._tag(key, value)
-        if metadata.get("final_result") is not None:
-            self.response = attributes.preview(metadata["final_result"])
         error = record.get("error")
         exception = dict(error) if isinstance(error, Mapping) else None
         status = str(record.get("status") or "FINISHED")
         text = error if isinstance(error, str) else metadata.get("error")
+        stopped = f"stopped: {metadata.get('stop_reason') or status.lower()}"
         if text is None and exception is None and status != "FINISHED":
-            text = f"stopped: {metadata.get('stop_reason') or status.lower()}"
+            text = stopped
+        answer = metadata.get("final_result")
+        unfinished = metadata.get("stop_reason") not in (None, "final")
+        if answer is None and (text or exception or unfinished):
+            # Why there is no answer says more than what the model said last.
+            answer = text or labels.error_text(exception) or stopped
+        if answer not in (None, ""):
+            self.response = attributes.preview(answer)
         return self._end(
             clean_ns(record.get("time_ns")),
             status,
