@@ -1,4 +1,4 @@
-"""What the tests of faults share: the faults, what is promised in each, the command that is shown."""
+"""What the tests of faults share: the faults, the promises in each, the command that is shown."""
 
 from __future__ import annotations
 
