@@ -37,7 +37,7 @@ _UNSUPPORTED = {
     getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")
 }
 
-_held: set[str] = set()
+_held: dict[str, FileLock] = {}
 """Lock files held by this process: looking at them through the kernel could release them (NFS)."""
 
 
@@ -119,7 +119,7 @@ class FileLock:
                 os.close(descriptor)
                 return False
             self._descriptor = descriptor
-            _held.add(str(self.path))
+            _held[str(self.path)] = self
             return True
 
     def _take(self, descriptor: int) -> bool:
@@ -152,7 +152,7 @@ class FileLock:
         except OSError:
             pass  # The lock goes with the descriptor in any case.
         finally:
-            _held.discard(str(self.path))
+            _held.pop(str(self.path), None)
             if sys.platform != "win32":
                 os.close(descriptor)
 
@@ -164,7 +164,16 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-            _held.discard(str(self.path))
+            _held.pop(str(self.path), None)
+
+
+def _disown_all() -> None:
+    for lock in list(_held.values()):
+        lock.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 def is_held(path: Path) -> bool:

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qitos_mlflow.delivery.adopter import Adopt
 from qitos_mlflow.delivery.files import Paths
 from qitos_mlflow.delivery.queue import ByteQueue
 from qitos_mlflow.delivery.running import Running
@@ -47,6 +48,8 @@ class Pipeline:
         dropped: called on the worker's thread with each record that is lost after it was accepted,
             and the reason; the record is as refined, or as offered where refining failed. What
             was lost later, from memory or deleted files, is in `stats` only.
+        adopt: given the header of what a dead process has left in the spool, says how to open a
+            sink for it; None: it is none of this pipeline's business. Not asked offline.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Pipeline:
         queue_bytes: int,
         spool_bytes: int,
         dropped: Callable[[bytes, str], None] | None = None,
+        adopt: Adopt | None = None,
     ) -> None:
         def running() -> Running:
             segment = Segment(
@@ -69,7 +73,8 @@ class Pipeline:
                 memory_bytes=queue_bytes if open_sink is not None else 0,
             )
             queue = ByteQueue(queue_bytes)
-            return Running(queue, segment, refine, open_sink, dropped or (lambda _, __: None))
+            lost = dropped or (lambda _, __: None)
+            return Running(queue, segment, refine, open_sink, lost, adopt)
 
         self._make_running = running
         self._running = running()

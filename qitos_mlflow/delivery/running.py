@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from qitos_mlflow import _guard
+from qitos_mlflow.delivery.adopter import Adopt, Adopter
 from qitos_mlflow.delivery.cursor import Cursor
 from qitos_mlflow.delivery.parts import MemoryPart
 from qitos_mlflow.delivery.queue import Barrier, ByteQueue
@@ -35,6 +36,7 @@ class Running:
         refine: Callable[[bytes], bytes | None],
         open_sink: Callable[[], Sink] | None,
         dropped: Callable[[bytes, str], None],
+        adopt: Adopt | None,
     ) -> None:
         self.queue = queue
         self.segment = segment
@@ -44,10 +46,13 @@ class Running:
         """Held while a sink is opened, which may import much: no fork in the middle of that."""
         self._shipping: Shipping | None = None
         self._shipper: Shipper | None = None
+        self._adopter: Adopter | None = None
         if open_sink is not None:
             cursor = Cursor(segment.paths, segment.parts, segment.discard, self.stats)
             self._shipping = Shipping(cursor, self._opener(open_sink))
             self._shipper = Shipper(self._shipping, self.circuit)
+            if adopt is not None:
+                self._adopter = self._make_adopter(adopt)
         self._worker = Worker(queue, refine, segment, self.stats, self._wrote, dropped)
         self._worker_thread = threading.Thread(
             target=self._work, name="qitos-mlflow-worker", daemon=True
@@ -92,6 +97,8 @@ class Running:
             self._closing.release()
 
     def _close(self, deadline: float) -> None:
+        if self._adopter is not None:
+            self._adopter.stop()
         spooled_by = max(deadline, time.monotonic() + DISK_GRACE_S)
         if not self._reach(self._last, spooled_by):
             return
@@ -141,10 +148,20 @@ class Running:
 
     def _ship(self) -> None:
         assert self._shipper is not None
+        if self._adopter is not None:
+            self._adopter.start()
         self._shipper.run()
         # The last one out: close() has ended the worker before it stops the shipper, and may
         # itself be gone when a send that hung comes back.
         self._finish()
+
+    def _make_adopter(self, adopt: Adopt) -> Adopter:
+        def adopt_undisturbed(header: bytes) -> Callable[[], Sink] | None:
+            open_sink = adopt(header)
+            return None if open_sink is None else self._opener(open_sink)
+
+        directory = self.segment.paths.directory
+        return Adopter(directory, adopt_undisturbed, lambda: self.circuit.online is True)
 
     def _opener(self, open_sink: Callable[[], Sink]) -> Callable[[], Sink]:
         def open_undisturbed() -> Sink:

@@ -167,12 +167,10 @@ class Segment:
         self._own.release(remove=delete)
 
     def disown(self) -> None:
-        """In a forked child: close what was inherited, leave files and locks to the parent."""
+        """In a forked child: close what was inherited; the files are the parent's."""
         for part in self._parts:
             if isinstance(part, DiskPart):
                 part.seal()
-        self._own.disown()
-        self._shipping.disown()
 
     def _writable(self, time_ns: int) -> DiskPart | MemoryPart:
         part = self._parts[-1] if self._parts else None

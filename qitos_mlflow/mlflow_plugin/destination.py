@@ -87,6 +87,14 @@ def segment_header(settings: Settings, uri: str | None) -> bytes:
     return orjson.dumps(redact(header))
 
 
+def same_destination(header: bytes, other: bytes) -> bool:
+    """Whether two segments go to the same server or store."""
+    one, two = orjson.loads(header), orjson.loads(other)
+    # Without a URI it is MLflow's default, which may be a store in the working directory.
+    keys = ("tracking_uri",) if one["tracking_uri"] else ("tracking_uri", "cwd")
+    return all(one.get(key) == two.get(key) for key in keys)
+
+
 def _user() -> str:
     try:
         return getpass.getuser()

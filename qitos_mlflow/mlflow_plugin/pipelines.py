@@ -15,13 +15,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import Pipeline
-from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.destination import same_destination, segment_header
 from qitos_mlflow.mlflow_plugin.extension import ask_plugins
 from qitos_mlflow.mlflow_plugin.ledger import Ledger
 from qitos_mlflow.mlflow_plugin.refine import refine
@@ -138,6 +139,14 @@ class Pipelines:
 
             return open_sink(header, tracking_uri=uri, announce=self._announce)
 
+        def adopt(theirs: bytes) -> Callable[[], Any] | None:
+            if not same_destination(header, theirs):
+                return None
+            from qitos_mlflow.mlflow_plugin.sink import open_sink
+
+            # With our URI, which may have the credentials that theirs has not on disk.
+            return partial(open_sink, theirs, tracking_uri=uri, resumed=True)
+
         return Pipeline(
             header=header,
             refine=ledger.refine,
@@ -146,6 +155,7 @@ class Pipelines:
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
             dropped=ledger.lost,
+            adopt=adopt,
         )
 
     def _each(self, act: Callable[[Pipeline, float], bool], timeout_s: float) -> bool:

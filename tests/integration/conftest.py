@@ -14,7 +14,7 @@ import pytest
 from tests.integration.agents import Agent
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
-from tests.integration.stored import StoredRun, stored_runs
+from tests.integration.stored import StoredRun, stored_runs, stray_traces
 
 if TYPE_CHECKING:
     from tests.integration.browser import Browser
@@ -126,9 +126,12 @@ def control(run_agent: Callable[..., Agent]) -> Agent:
 
 
 @pytest.fixture
-def runs(mlflow_server: MlflowServer, experiment_name: str) -> Callable[[], list[StoredRun]]:
-    """What the server has stored of this test now."""
-    return lambda: stored_runs(mlflow_server.database, experiment_name)
+def runs(
+    mlflow_server: MlflowServer, experiment_name: str
+) -> Iterator[Callable[[], list[StoredRun]]]:
+    """What the server has stored of this test now; in the end there is no trace without a run."""
+    yield lambda: stored_runs(mlflow_server.database, experiment_name)
+    assert stray_traces(mlflow_server.database, experiment_name) == []
 
 
 @pytest.fixture(scope="session")

@@ -99,10 +99,22 @@ def stored_runs(database: Path, experiment_name: str) -> list[StoredRun]:
             "(experiment_id) WHERE experiments.name = ?",
             [experiment_name],
         ):
-            run = of_trace[trace]  # A span of a trace without a run would be a stray one.
-            run.spans.append(span)
-            run.open_spans += end is None
+            if (run := of_trace.get(trace)) is not None:
+                run.spans.append(span)
+                run.open_spans += end is None
         return list(runs.values())
+
+
+def stray_traces(database: Path, experiment_name: str) -> list[str]:
+    """MLflow traces of an experiment that belong to none of its runs; there should be none."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
+        found = store.execute(
+            "SELECT request_id FROM trace_info JOIN experiments USING (experiment_id) "
+            "WHERE experiments.name = ? AND request_id NOT IN (SELECT request_id FROM "
+            "trace_request_metadata JOIN runs ON value = run_uuid WHERE key = 'mlflow.sourceRun')",
+            [experiment_name],
+        )
+        return [row[0] for row in found]
 
 
 def assert_exactly_once(
