@@ -21,7 +21,11 @@ REQUEST_TIMEOUT_S = 10.0
 """Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
 
 POISONED_TRIES = 4
-"""A call that makes the server itself fail is tried this often, then treated as refused."""
+"""A call that makes the server itself fail is tried at least this often, ..."""
+POISONED_S = 20.0
+"""... and for so long, then treated as refused: a server whose database is away says the same of
+every call. Less than the patience of `qitos-mlflow sync`, which would never get past it (seconds).
+"""
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Call:
     group: object = None
     essential: Callable[[str], None] | None = None
     failures: int = 0
+    failing_since: float = 0.0
 
     def halves(self) -> tuple[Call, Call]:
         """The same call twice, each with half of the items."""
@@ -76,7 +81,10 @@ class MlflowShipment:
                 self._give_up(call, str(refusal))
             except Poisoned as failure:
                 call.failures += 1
-                if call.failures < POISONED_TRIES:
+                if call.failures == 1:
+                    call.failing_since = time.monotonic()
+                failing_s = time.monotonic() - call.failing_since
+                if call.failures < POISONED_TRIES or failing_s < POISONED_S:
                     raise RetryLater(str(failure)) from failure
                 self._calls.popleft()
                 self._give_up(call, str(failure))

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.mlflow_plugin import shipment as shipment_module
 from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.metrics import Metric
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.shipment import POISONED_TRIES
 from qitos_mlflow.mlflow_plugin.sink import MlflowSink, open_sink, open_transport
 from qitos_mlflow.mlflow_plugin.store import StoreTransport
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
@@ -393,7 +393,9 @@ def test_an_experiment_that_is_refused_is_asked_for_once(server: Server) -> None
     assert server.calls == ["experiment_id"] * 2
 
 
-def test_a_call_that_breaks_the_server_is_given_up_in_the_end(server: Server) -> None:
+def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An internal error is tried again, for it may pass; the one item that causes it is not."""
 
     def poison(call: str, what: Any) -> Exception | None:
@@ -407,9 +409,10 @@ def test_a_call_that_breaks_the_server_is_given_up_in_the_end(server: Server) ->
         for path in ("good.txt", "bad.txt", "better.txt")
     ]
     shipment = sink_to(server).prepare(lines(start, *files, *rest))
-    for _ in range(POISONED_TRIES - 1):
+    for _ in range(shipment_module.POISONED_TRIES + 3):
         with pytest.raises(RetryLater):
             shipment.send(TIMEOUT_S)
+    monkeypatch.setattr(shipment_module, "POISONED_S", 0.0)
     (letter,) = shipment.send(TIMEOUT_S)
     assert letter.reason == "INTERNAL_ERROR"
     assert set(server.artifacts) == {"good.txt", "better.txt"}
