@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.exchange import Exchange, Requester
-from qitos_mlflow.mlflow_plugin.transport import Refused, RunRef
+from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, Refused, RunRef
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.metrics import Metric
@@ -91,19 +91,23 @@ class RestTransport:
         )
         return _run_ref(_part(answer, "run"))
 
-    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
-        """The run tagged ``qitos.trace_id`` = `trace_id`, or None."""
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
         answer = self._api(
             "runs/search",
             {
                 "experiment_ids": [experiment_id],
                 "filter": f"tags.`qitos.trace_id` = '{trace_id}'",
-                "max_results": 1,
+                "order_by": ["attributes.start_time ASC"],
+                "max_results": MAX_FOUND,
             },
             timeout_s,
         )
-        runs = answer.get("runs") or []
-        return _run_ref(runs[0]) if runs else None
+        return [_run_ref(run) for run in answer.get("runs") or []]
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
+        self._api("runs/delete", {"run_id": run_id}, timeout_s)
 
     def log_batch(
         self,

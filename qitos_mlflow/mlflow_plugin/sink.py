@@ -28,7 +28,7 @@ from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment, batches
 from qitos_mlflow.mlflow_plugin.spans import TraceFold
 from qitos_mlflow.mlflow_plugin.traceinfo import locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport, delete_others
 
 _log = logging.getLogger("qitos_mlflow")
 
@@ -215,11 +215,13 @@ class MlflowSink:
     ) -> None:
         experiment_id = self._experiment(timeout_s)
         if trace.run is None and trace.maybe_created:
-            trace.run = self._transport.find_run(experiment_id, trace.trace_id, timeout_s)
+            found = self._transport.find_runs(experiment_id, trace.trace_id, timeout_s)
+            trace.run = found[0] if found else None
         if trace.run is None:
             if not trace.started:
                 raise Refused("NO_RUN", "the trace it belongs to has no run on this server")
             trace.maybe_created = True
+            trace.creations += 1
             run_name = self._settings.get("run_name") or trace.name
             trace.run = self._transport.create_run(
                 experiment_id,
@@ -307,6 +309,8 @@ class MlflowSink:
     def _end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         if ledger := trace.refused_ledger():
             self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)
+        if trace.creations > 1:
+            delete_others(self._transport, _run_of(trace), trace.trace_id, timeout_s)
         if not self._settings.get("auto_end_run", True) and trace.status != "KILLED":
             return
         status = trace.status or "FINISHED"

@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import absolute
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, Poisoned, Refused, RunRef
 
 if TYPE_CHECKING:
     import requests
@@ -180,13 +180,21 @@ class StoreTransport:
                 )
             )
 
-    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
-        """The run tagged ``qitos.trace_id`` = `trace_id`, or None."""
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
         with _failures():
             runs = self._mlflow.search_runs(
-                [experiment_id], f"tags.`qitos.trace_id` = '{trace_id}'", max_results=1
+                [experiment_id],
+                f"tags.`qitos.trace_id` = '{trace_id}'",
+                order_by=["attributes.start_time ASC"],
+                max_results=MAX_FOUND,
             )
-            return _run_ref(runs[0]) if runs else None
+            return [_run_ref(run) for run in runs]
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
+        with _failures():
+            self._mlflow.delete_run(run_id)
 
     def log_batch(
         self,

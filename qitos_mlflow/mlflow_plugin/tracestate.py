@@ -29,6 +29,8 @@ class TraceState:
         run: its MLflow run, once created.
         maybe_created: an attempt to create the run was made whose outcome is not known, here or
             in another process: look for it first.
+        creations: how often creating it was tried. Beyond the first, an earlier attempt may still
+            come through, where a database is locked for longer than a request lasts.
         refused: why the server will not have the run; every record of the trace is dead then.
         started: its trace_start record has been seen.
         ended: its run is to end, or has.
@@ -46,6 +48,7 @@ class TraceState:
     start_ms: int = 0
     run: RunRef | None = None
     maybe_created: bool = False
+    creations: int = 0
     refused: str | None = None
     started: bool = False
     ended: bool = False

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.metrics import Metric
 
 
+MAX_FOUND = 10
+"""Runs that `find_runs` returns at most; there is one, or one more for each unanswered creation."""
+
+
 class Refused(QitosMlflowError):
     """The server will never take this call; trying again is useless.
 
@@ -67,10 +71,13 @@ class Transport(Protocol):
         tags: Sequence[tuple[str, str]],
         timeout_s: float,
     ) -> RunRef:
-        """Create a run. Not idempotent: after a failure look for it with `find_run` first."""
+        """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
 
-    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
-        """The run tagged ``qitos.trace_id`` = `trace_id`, or None."""
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
 
     def log_batch(
         self,
@@ -114,3 +121,13 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give up connections."""
+
+
+def delete_others(transport: Transport, run: RunRef, trace_id: str, timeout_s: float) -> None:
+    """Delete all runs of a trace but `run`.
+
+    They are of attempts to create it that went unanswered and came through later: all empty.
+    """
+    for other in transport.find_runs(run.experiment_id, trace_id, timeout_s):
+        if other.run_id != run.run_id:
+            transport.delete_run(other.run_id, timeout_s)

@@ -75,14 +75,18 @@ class Server:
 
         return self._answer("create_run", dict(tags), create)
 
-    def find_run(self, experiment_id: str, trace_id: str, timeout_s: float) -> RunRef | None:
-        def find() -> RunRef | None:
-            for run_id, run in self.runs.items():
-                if run["tags"].get("qitos.trace_id") == trace_id:
-                    return RunRef(run_id, experiment_id, run["name"], "", 0)
-            return None
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        def find() -> list[RunRef]:
+            return [
+                RunRef(run_id, experiment_id, run["name"], "", 0)
+                for run_id, run in self.runs.items()
+                if run["tags"].get("qitos.trace_id") == trace_id
+            ]
 
-        return self._answer("find_run", trace_id, find)
+        return self._answer("find_runs", trace_id, find)
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
 
     def log_batch(
         self,
@@ -269,8 +273,24 @@ def test_a_run_whose_creation_went_unanswered_is_found_again(server: Server) -> 
     server.fail_after = lambda call, _: None
     assert shipment.send(TIMEOUT_S) == []
     assert list(server.runs) == ["run-0"]
-    assert server.calls.count("create_run") == server.calls.count("find_run") == 1
+    assert server.calls.count("create_run") == server.calls.count("find_runs") == 1
     assert server.calls.count("log_batch") == server.calls.count("end_run") == 1
+
+
+def test_a_run_whose_creation_comes_through_late_is_deleted(server: Server) -> None:
+    """A database that is locked for longer than a request lasts makes no stray run."""
+    server.fail = lambda call, _: RetryLater("timeout") if call == "create_run" else None
+    start, *rest = a_trace()
+    sink = sink_to(server)
+    shipment = sink.prepare(lines(start))
+    with pytest.raises(RetryLater):
+        shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    assert shipment.send(TIMEOUT_S) == []
+    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    assert len(server.runs) == 2
+    assert ship(sink, *rest) == []
+    assert list(server.runs) == ["run-0"]
 
 
 def test_out_of_time_it_goes_on_where_it_stopped(server: Server) -> None:
