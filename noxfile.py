@@ -49,6 +49,10 @@ def run_suite(
     else:
         session.install(f"{wheel}[test]")
 
+    # Deadlines, kills and two shared cores: a test that fails once and then passes is reported as
+    # rerun, one that is broken fails every time.
+    session.install("pytest-rerunfailures")
+
     tree = scratch / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     unwanted = shutil.ignore_patterns(
@@ -60,7 +64,17 @@ def run_suite(
     where = "from qitos_mlflow import __file__ as f; print(f); assert 'site-packages' in f"
     session.run("python", "-c", where)
     session.run(
-        *("python", "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "-m", marks),
+        *(
+            "python",
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--durations=15",
+            "--reruns=2",
+            "-m",
+            marks,
+        ),
         *arguments,
         *session.posargs,
         # What tests/packaging installs: the wheel under test, and the tree it was made from.
