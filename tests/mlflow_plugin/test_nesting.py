@@ -12,6 +12,7 @@ import pytest
 from mlflow.tracing import provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import trace as otel
+from opentelemetry.context import Context
 
 from qitos_mlflow.mlflow_plugin.ids import span_id, trace_id
 from qitos_mlflow.mlflow_plugin.nesting import Nesting
@@ -26,7 +27,11 @@ TRACE = "0123456789abcdef0123456789abcdef"
 def _mlflow_goes_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MLflow's own calls go to `HERE`, where nobody listens."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", HERE)
+    contexts = provider.get_context_api()
+    # Other tests of this process leave spans that never end; here none is current at first.
+    token = contexts.attach(Context())
     yield
+    contexts.detach(token)
     InMemoryTraceManager.reset()
 
 
