@@ -71,7 +71,7 @@ def leftover(report: Report) -> tuple[int, int, str]:
     return int(match[1]), int(match[2]), match[3]
 
 
-def execute(command: str) -> str:
+def execute(command: str, timeout_s: float = 60.0) -> str:
     """Run a command line as it was shown to the user; returns what it says."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -80,7 +80,7 @@ def execute(command: str) -> str:
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
