@@ -93,7 +93,7 @@ def test_sync_again_finds_nothing(proxy: Proxy, logging_agent: Start, runs: Runs
     command = leftover(report)[2]
     assert "1 segment finished" in execute(command)
     assert_exactly_once(report, runs())
-    assert execute("qitos-mlflow sync").startswith("0 records delivered")
+    assert execute("qitos-mlflow sync").strip().startswith("0 records delivered")
     assert_exactly_once(report, runs())
 
 
