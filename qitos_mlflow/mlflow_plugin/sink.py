@@ -260,20 +260,25 @@ class MlflowSink:
         run_id = None if trace.run is None else trace.run.run_id
         experiment_id = self._experiment(timeout_s)
         info = locate(items[0], experiment_id, run_id)
-        if trace.tree is not None:
+        if trace.told:
             info["trace_metadata"] |= self._cost(trace.tree, experiment_id, timeout_s)
         try:
             with self._without_traces():
                 self._transport.write_trace(info, timeout_s)
+                if not trace.told:  # Only now the server can tell which spans are the trace's.
+                    trace.told = True
+                    if cost := self._cost(trace.tree, experiment_id, timeout_s):
+                        info["trace_metadata"] |= cost
+                        self._transport.write_trace(info, timeout_s)
         except (Refused, Poisoned):
             # While a trace goes another one follows. Servers before 3.12 refuse an info that lacks
             # what they know, such as tokens of MLflow's own spans.
             if trace.ended:
                 raise
 
-    def _cost(self, tree: TraceFold, experiment_id: str, timeout_s: float) -> dict[str, str]:
+    def _cost(self, tree: TraceFold | None, experiment_id: str, timeout_s: float) -> dict[str, str]:
         """The metadata that says what a trace cost; empty where nobody knows."""
-        if not self._tells_cost:
+        if tree is None or not self._tells_cost:
             return {}
         try:
             cost = trace_cost(self._transport, experiment_id, tree, timeout_s)

@@ -39,6 +39,7 @@ class TraceState:
         recorded: spans that ended in the agent, as its end says.
         dropped: of those, how many were lost before delivery, by reason.
         refused_spans: of those, how many the server refused for good.
+        told: the server has an info of its tree.
     """
 
     trace_id: str
@@ -57,6 +58,7 @@ class TraceState:
     recorded: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     refused_spans: int = 0
+    told: bool = False
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)

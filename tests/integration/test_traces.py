@@ -16,9 +16,7 @@ import pluggy
 import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
-from mlflow.entities import SpanStatusCode, Trace, TraceInfo, TraceState
-from mlflow.version import VERSION
-from packaging.version import Version
+from mlflow.entities import SpanStatusCode, Trace, TraceState
 
 from qitos_mlflow import tracing
 from qitos_mlflow.cli import main
@@ -39,9 +37,6 @@ PATIENT = {"QITOS_MLFLOW_FLUSH_TIMEOUT_S": str(FLUSH_S)}
 """The machine that tests run on may be busy with others."""
 LIVE_TIMEOUT_S = 30.0
 MODEL = "gpt-4o-mini"
-HAS_PRICES = hasattr(TraceInfo, "cost")
-ADDS_COST_UP_THE_TREE = Version(VERSION) >= Version("3.17")
-"""A span's cost hides that of the spans below it, as its tokens do; MLflow 3.12 adds both."""
 INPUT_USD, OUTPUT_USD = 0.15e-6, 0.6e-6
 """MLflow's price of that model's tokens."""
 
@@ -174,11 +169,6 @@ def ancestors(span_id: str, parents: dict[str, str | None]) -> list[str]:
     return [] if above is None else [above, *ancestors(above, parents)]
 
 
-def cost(info: TraceInfo) -> dict[str, float] | None:
-    """What the trace cost (USD), None where that is not known."""
-    return info.cost if HAS_PRICES else None
-
-
 def by_name(trace: Trace, name: str) -> Any:
     """The trace's one span of this name."""
     (span,) = [span for span in trace.data.spans if span.name == name]
@@ -212,7 +202,7 @@ def test_the_demos_agents(
         assert info.state == (TraceState.ERROR if failed else TraceState.OK)
         assert info.trace_metadata["mlflow.trace.session"] == "desk-questions"
         assert info.trace_metadata["mlflow.trace.user"]
-        assert cost(info) is None, "nobody has prices of scripted models"
+        assert info.cost is None, "nobody has prices of scripted models"
         expected = {
             "mlflow.traceName": task.agent,
             "qitos.agent": task.agent,
@@ -293,13 +283,10 @@ def test_the_cost(store: Store, experiment_name: str) -> None:
         "output_tokens": 30,
         "total_tokens": 6030,
     }
-    if not HAS_PRICES:
-        assert "mlflow.trace.cost" not in info.trace_metadata
-        return
     costs = [span.llm_cost for span in logged_trace.search_spans(span_type="CHAT_MODEL")]
     inputs = [one["input_cost"] for one in costs]
     assert sorted(inputs) == pytest.approx([1000 * n * INPUT_USD for n in (1, 2, 3)])
-    assert cost(info) == pytest.approx(
+    assert info.cost == pytest.approx(
         {
             "input_cost": 6000 * INPUT_USD,
             "output_cost": 30 * OUTPUT_USD,
@@ -484,11 +471,11 @@ def test_a_replay_changes_nothing(
         trace = store.only(experiment_name)
         same(trace, heard, heard.only().trace_id)
         info = trace.info
-        seen.append((info.token_usage, cost(info), info.state, info.execution_duration))
+        seen.append((info.token_usage, info.cost, info.state, info.execution_duration))
         assert len(info.assessments) == 2
         only_run(store.client, experiment_name)
     assert seen[0] == seen[1]
-    assert HAS_PRICES is (seen[0][1] is not None)
+    assert seen[0][1] is not None
 
 
 def test_requests_are_few(
@@ -532,7 +519,7 @@ def test_content_can_be_kept_out(store: Store, heard: Recorder, experiment_name:
     same(trace, heard, heard.only().trace_id)
     usage = tokens(heard, heard.only().trace_id)
     assert trace.info.token_usage["total_tokens"] == usage["total_tokens"] > 0
-    assert HAS_PRICES is (cost(trace.info) is not None)
+    assert trace.info.cost["total_cost"] > 0
     assert [one.feedback.value for one in trace.info.assessments] == [1.0]
     (event,) = by_name(trace, "fail").events
     assert event.attributes["exception.type"] == "LookupError"
@@ -679,8 +666,7 @@ def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
     ours = [span for span in trace.search_spans(span_type="CHAT_MODEL") if span.name == MODEL]
     used = [span.attributes["mlflow.chat.tokenUsage"]["total_tokens"] for span in ours]
     assert trace.info.token_usage["total_tokens"] == sum(used)
-    if ADDS_COST_UP_THE_TREE:
-        prices = [span.llm_cost["total_cost"] for span in ours]
-        assert cost(trace.info)["total_cost"] == pytest.approx(sum(prices))
+    prices = [span.llm_cost["total_cost"] for span in ours]
+    assert trace.info.cost["total_cost"] == pytest.approx(sum(prices))
     (own,) = store.traces(f"{experiment_name} of its own")
     assert [span.name for span in own.data.spans] == ["application", "afterwards"]
