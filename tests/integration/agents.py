@@ -85,9 +85,8 @@ class Agent:
         environment["MLFLOW_MODEL_CATALOG_URI"] = ""  # See server.py: local stores look up too.
         environment["PYTHONPATH"] = str(ROOT)
         environment.update(env or {})
-        module = "tests.integration.agent_script"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(asdict(self.config))],
+            self.command(),
             cwd=directory,
             env=environment,
             stdin=subprocess.PIPE,
@@ -106,6 +105,11 @@ class Agent:
         ]
         for thread in self._threads:
             thread.start()
+
+    def command(self) -> list[str]:
+        """What the process runs."""
+        module = "tests.integration.agent_script"
+        return [sys.executable, "-m", module, json.dumps(asdict(self.config))]
 
     @property
     def pid(self) -> int:

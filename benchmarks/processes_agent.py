@@ -1,0 +1,27 @@
+"""An agent's process of `benchmarks.processes`: agents, with the transport to be measured."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import wrapt
+
+from tests.integration.agent_script import main
+
+
+def choose_transport(sink: Any) -> None:
+    """Let sinks have the transport that the command line names."""
+    from qitos_mlflow.mlflow_plugin.rest import RestTransport
+    from qitos_mlflow.mlflow_plugin.store import StoreTransport, mlflow_requester
+
+    sink.open_transport = {
+        "requests": lambda uri, cwd=None: RestTransport(uri, mlflow_requester(uri)),
+        "client": lambda uri, cwd=None: StoreTransport(uri),
+    }[sys.argv[2]]
+
+
+if __name__ == "__main__":
+    if sys.argv[2] in ("requests", "client"):
+        wrapt.register_post_import_hook(choose_transport, "qitos_mlflow.mlflow_plugin.sink")
+    main()
