@@ -164,10 +164,9 @@ def measure(way: str, count: int, server: MlflowServer, directory: Path) -> list
             trace = event["trace_id"]
             if event["callback"] == "on_trace_end" and trace in visible.ends:
                 ends.append(visible.ends[trace] - event["time_s"])
-            elif event["type"] == "step" and event["callback"] == "on_span_end":
-                steps += [
-                    seen - event["time_s"] for seen in [visible.steps.pop(trace, None)] if seen
-                ]
+            is_step = event["type"] == "step" and event["callback"] == "on_span_end"
+            if is_step and trace in visible.steps:  # The first one; of later ones nothing is known.
+                steps.append(visible.steps.pop(trace) - event["time_s"])
     values = (
         statistics.median(rss for rss, _ in memories),
         statistics.median(pss for _, pss in memories),
