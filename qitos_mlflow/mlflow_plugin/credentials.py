@@ -111,6 +111,15 @@ _SHAPE = re.compile(
     rb"|lsv2_[A-Za-z0-9_]{16,}|dapi[0-9a-f]{32}|r8_[A-Za-z0-9]{20,}"
     rb"|eyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}"
 )
+_DOTTED = {
+    b"ya29.": re.compile(rb"ya29\.[\w-]{20,}"),  # Google
+    b"SG.": re.compile(rb"SG\.[\w-]{16,}\.[\w-]{16,}"),  # SendGrid
+}
+"""Shapes whose first unbroken run is too short to be looked at."""
+_CURL_USER = re.compile(
+    rb"curl(?:[^\\\r\n]|\\[\s\S]){0,512}?[ \t](?:-[a-zA-Z]{0,8}[uU]|--(?:proxy-)?user)"
+    rb"[ \t=]{0,4}[\"']?([^\s\"':]{1,256}:[^\s\"']{1,256})"
+)
 _SHAPE_STARTS = frozenset(
     b"sk rk wh gh gi gl xo xa AK AS AR AI hf np py gs nv pp tv ls da r8 ey".split()
 )
@@ -266,6 +275,13 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
                 yield word.span()
         elif _is_basic(word.group()):
             yield word.span()
+    for first, dotted in _DOTTED.items():
+        for at in _places(data, first):
+            if token := dotted.match(data, at):
+                yield token.span()
+    for at in _places(data, b"curl "):
+        if user := _CURL_USER.match(data, at):
+            yield user.span(1)
     for at in _places(data, b"@"):
         url = data.rfind(b"://", max(0, at - 516), at)
         user = _USER.match(data, url, at) if url >= 0 else None

@@ -670,3 +670,35 @@ def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
     assert trace.info.cost["total_cost"] == pytest.approx(sum(prices))
     (own,) = store.traces(f"{experiment_name} of its own")
     assert [span.name for span in own.data.spans] == ["application", "afterwards"]
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_files_go_with_the_run(store: Store, experiment_name: str, tmp_path: Path) -> None:
+    """The answer and QitOS's own run directory are the run's artifacts, byte for byte."""
+    answers = [answer("Known.", "3"), answer("Known.", "4")]
+    with logged(store.uri, experiment_name=experiment_name) as processor:
+        DeskAgent("filer", ScriptedModel("scripted-small", answers[:1]), []).run(
+            task="What is 1 + 2?", trace=True, render=False
+        )
+        assert processor.force_flush(FLUSH_S) is True
+    (manifest,) = (
+        path for path in tmp_path.rglob("manifest.json") if "artifacts" not in path.parts
+    )
+    run = only_run(store.client, experiment_name)
+    copy = Path(store.client.download_artifacts(run.id, "", str(tmp_path / "copy")))
+    assert (copy / "final_answer.txt").read_text() == "3"
+    for name in ("manifest.json", "events.jsonl", "steps.jsonl"):
+        assert (copy / "qitos" / name).read_text() == (manifest.parent / name).read_text()
+
+
+def test_files_can_be_left_out(server: Store, experiment_name: str) -> None:
+    """With `log_artifacts=False` the run has none."""
+    with logged(server.uri, experiment_name=experiment_name, log_artifacts=False) as processor:
+        DeskAgent("filer", ScriptedModel("scripted-small", [answer("Known.", "3")]), []).run(
+            task="What is 1 + 2?", trace=True, render=False
+        )
+        assert processor.force_flush(FLUSH_S) is True
+    run = only_run(server.client, experiment_name)
+    assert server.client.list_artifacts(run.id) == []

@@ -85,6 +85,8 @@ SHAPES = [
     "hf_abcdefABCDEF0123456789abcdefABCDEF",
     "glpat-abcDEF0123456789abcd",
     "gsk_abcdefABCDEF0123456789",
+    "ya29." + "a0AfH6SMBabcdefABCDEF-0123_456",
+    "SG." + "abcdefABCDEF01234567.abcdefABCDEF0123456789-_x",
     JWT,
 ]
 
@@ -114,6 +116,9 @@ TEXTS = [
     "Authorization: Bearer {}\nHost: a",
     "curl -H 'Authorization: token {}' http://a/b",
     'curl -H "x-api-key: {}" http://a/b',
+    "curl -u user:{} http://a/b",
+    "curl -sSu 'user:{}' http://a/b",
+    "curl http://a/b \\\n  --user=user:{}",
     "Cookie: session={}; theme={}",
     "set-cookie: sid={}; Path=/",
     "Authorization=Basic {}",
@@ -182,6 +187,8 @@ INNOCENT_TEXTS = [
     "compass: north; passed: 12, passing=3, passes: 4; monkey: 5; turkey=1",
     "task-abcdefghijklmnopqrst risk-assessment-of-things sk-learn-contrib-packages",
     "npm i @scope/pkg@1.2.3",
+    "docker run -u 1000:1000 img; curl -s http://a/b; sudo -u root ls /a:b",
+    "see section SG.1 and ya29.",
     "the token was accepted, the key is under the mat",
     '{"password": null, "api_key": ""}',
     "eyJust a word. ASIA and Asia. xoxo",
@@ -245,7 +252,16 @@ def test_any_text_passes(text: str) -> None:
 ADVERSARIAL = [
     *("sk-", "eyJaaaaaaaa.", "-----BEGIN RSA PRIVATE KEY-----", "key", "key=", "token:", "a_"),
     *("://a:b", "://a@", 'password="', 'password=\\"', "password=[", 'key="\\"', "passpass"),
-    *("cre=", "--token ", "<password>", "bearer aaaaaaaa ", "Basic aaaaaaaaaaaaaaaa"),
+    *(
+        "cre=",
+        "--token ",
+        "<password>",
+        "bearer aaaaaaaa ",
+        "curl ",
+        "curl -u a",
+        "SG.a",
+        "Basic aaaaaaaaaaaaaaaa",
+    ),
 ]
 
 
