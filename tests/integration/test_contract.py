@@ -336,6 +336,9 @@ def test_a_script_that_is_interrupted(
         from qitos_mlflow import MlflowTraceProcessor
         from qitos.tracing import add_trace_processor
 
+        # A job in the background of a shell without job control begins with the signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         def work():
             os.kill(os.getpid(), signal.SIGINT)
 
