@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEGMENT_SUFFIX = ".seg"
-SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".own", ".ship", ".dead", ".bad")
+ASIDE_SUFFIXES = (".dead", ".bad")
+"""Files that stay when their segment is delivered."""
+SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".own", ".ship", *ASIDE_SUFFIXES)
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_DIRECTORY = 0o700

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import codec
+from qitos_mlflow.delivery.cap import Cap
 from qitos_mlflow.delivery.files import Paths, make_directory, new_stem
 from qitos_mlflow.delivery.locks import FileLock, boot_id
 from qitos_mlflow.delivery.parts import DiskPart, MemoryPart
@@ -31,8 +32,6 @@ PART_BYTES = 16 * 1024 * 1024
 MEMORY_PART_BYTES = 1024 * 1024
 DISK_RETRY_S = 5.0
 """How often a disk that failed is tried again (seconds)."""
-SCAN_S = 2.0
-"""How often the size of the whole directory is looked up, at most (seconds)."""
 KEEP_SHARE = 1.1
 """Trace starts and ends are taken until the directory is this many times its cap."""
 
@@ -81,7 +80,7 @@ class Segment:
         self._ship = ship
         self._memory_bytes = memory_bytes
         self._part_bytes = part_bytes
-        self._cap = _Cap(directory, cap_bytes)
+        self._cap = Cap(directory, cap_bytes)
         self._own = FileLock(self.paths.own)
         self._shipping = FileLock(self.paths.ship)
         self._parts: list[DiskPart | MemoryPart] = []
@@ -95,34 +94,37 @@ class Segment:
         `time_ns` is the wall clock's time now.
         """
         losses: list[Loss] = []
-        part = self._writable(time_ns)
-        on_disk = isinstance(part, DiskPart)
-        lines: list[bytes] = []
-        taken: list[Record] = []
-        for record in records:
-            line = codec.encode(codec.RECORD, record.data, time_ns)
-            if on_disk and not self._cap.take(len(line), record.keep):
-                losses.append(Loss(record.data, SPOOL_FULL))
-            else:
-                lines.append(line)
-                taken.append(record)
+        lines = [codec.encode(codec.RECORD, record.data, time_ns) for record in records]
+        part = self._writable(records[0], lines[0], time_ns)
         done = 0
         while done < len(lines):
-            whole = part.append(lines[done:])
+            upto = len(lines)
+            if isinstance(part, DiskPart):
+                upto = self._fitting(records, lines, done)
+            whole = part.append(lines[done:upto])
             self.end = part.base + part.size
             done += whole
             if done == len(lines):
                 break
-            if isinstance(part, DiskPart):
-                part = self._after(part.failure or SPOOL_UNWRITABLE, time_ns)
+            if isinstance(part, DiskPart) and done < upto:
+                failure = part.failure or SPOOL_UNWRITABLE
+                if failure == SPOOL_REMOVED:  # Which says nothing against the disk.
+                    part = self._disk_or_memory(records[done], lines[done], time_ns)
+                else:
+                    part = self._fall_back(failure)
+            elif isinstance(part, DiskPart) and self._memory_bytes:
+                part = self._fall_back(SPOOL_FULL)
+            elif isinstance(part, DiskPart):
+                losses.append(Loss(records[done].data, SPOOL_FULL))
+                done += 1
             elif whole or part.size:
                 part = self._add_memory()
             else:  # It was made with all the room there is.
-                if taken[done].keep and self._memory_bytes:
+                if records[done].keep and self._memory_bytes:
                     part.append_anyway(lines[done])
                     self.end = part.base + part.size
                 else:
-                    losses.append(Loss(taken[done].data, self._disk_failure))
+                    losses.append(Loss(records[done].data, self._disk_failure))
                 done += 1
         return losses
 
@@ -172,31 +174,34 @@ class Segment:
             if isinstance(part, DiskPart):
                 part.seal()
 
-    def _writable(self, time_ns: int) -> DiskPart | MemoryPart:
+    def _writable(self, record: Record, line: bytes, time_ns: int) -> DiskPart | MemoryPart:
         part = self._parts[-1] if self._parts else None
         if isinstance(part, DiskPart) and part.size < self._part_bytes:
             return part
-        if isinstance(part, MemoryPart) and time.monotonic() < self._disk_retry_at:
+        # What begins and ends traces goes to the disk for longer: see whether it takes this one.
+        now = time.monotonic() >= self._disk_retry_at
+        now = now or (record.keep and self._disk_failure == SPOOL_FULL)
+        if isinstance(part, MemoryPart) and not now:
             return part if part.size < MEMORY_PART_BYTES else self._add_memory()
-        return self._disk_or_memory(time_ns)
+        return self._disk_or_memory(record, line, time_ns)
 
-    def _after(self, failure: str, time_ns: int) -> DiskPart | MemoryPart:
-        # A file that somebody deleted says nothing against the disk.
-        removed = failure == SPOOL_REMOVED
-        return self._disk_or_memory(time_ns) if removed else self._fall_back(failure)
+    def _fitting(self, records: Sequence[Record], lines: Sequence[bytes], start: int) -> int:
+        """The first line from `start` on that the directory has no room for; counts the others."""
+        for index in range(start, len(lines)):
+            if not self._cap.has_room(len(lines[index]), _share(records[index])):
+                return index
+            self._cap.add(len(lines[index]))
+        return len(lines)
 
-    def _disk_or_memory(self, time_ns: int) -> DiskPart | MemoryPart:
+    def _disk_or_memory(self, record: Record, line: bytes, time_ns: int) -> DiskPart | MemoryPart:
+        """A new part, for `line` and what follows."""
         try:
-            return self._add_disk(time_ns)
+            return self._add_disk(record, line, time_ns) or self._fall_back(SPOOL_FULL)
         except OSError as error:
             return self._fall_back(reason_of(error), error)
 
-    def _add_disk(self, time_ns: int) -> DiskPart:
-        make_directory(self.paths.directory)
-        # Locks first: who sees a part without an owner takes it for a dead process's.
-        for lock in (self._own, self._shipping) if self._ship else (self._own,):
-            if not lock.acquire_patiently():
-                raise OSError(f"{lock.path} is locked by another process")
+    def _add_disk(self, record: Record, line: bytes, time_ns: int) -> DiskPart | None:
+        """A new part on disk; None when the directory has no room for one with `line` in it."""
         about = {
             "magic": MAGIC,
             "host": socket.gethostname(),
@@ -206,8 +211,15 @@ class Segment:
         }
         head = codec.encode(codec.FILE, json.dumps(about).encode(), time_ns)
         head += codec.encode(codec.CALLER, self._header, time_ns)
+        if not self._cap.has_room(len(head) + len(line), _share(record)):
+            return None
+        make_directory(self.paths.directory)
+        # Locks first: who sees a part without an owner takes it for a dead process's.
+        for lock in (self._own, self._shipping) if self._ship else (self._own,):
+            if not lock.acquire_patiently():
+                raise OSError(f"{lock.path} is locked by another process")
         part = DiskPart.create(self.paths.part(self.end), self.end, head)
-        self._cap.take(len(head), keep=True)
+        self._cap.add(len(head))
         self._add(part)
         self._disk_failure = ""
         return part
@@ -243,37 +255,5 @@ class Segment:
         self.end = part.base + part.size
 
 
-class _Cap:
-    """What the whole directory may still take, looked up now and then, counted in between."""
-
-    def __init__(self, directory: Path, cap_bytes: int) -> None:
-        self._directory = directory
-        self._cap_bytes = cap_bytes
-        self._used_bytes = 0
-        self._scan_at = float("-inf")
-
-    def take(self, size: int, keep: bool) -> bool:
-        """Count `size` bytes in, unless they go beyond the cap."""
-        if time.monotonic() >= self._scan_at:
-            self._used_bytes = directory_bytes(self._directory)
-            self._scan_at = time.monotonic() + SCAN_S
-        limit = self._cap_bytes * KEEP_SHARE if keep else self._cap_bytes
-        if self._used_bytes + size > limit:
-            return False
-        self._used_bytes += size
-        return True
-
-
-def directory_bytes(directory: Path) -> int:
-    """What the files of `directory` take; files that vanish meanwhile count as nothing."""
-    total = 0
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                try:
-                    total += entry.stat(follow_symlinks=False).st_size
-                except OSError:
-                    pass
-    except OSError:
-        pass
-    return total
+def _share(record: Record) -> float:
+    return KEEP_SHARE if record.keep else 1.0

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from qitos_mlflow.delivery import cap
 from qitos_mlflow.delivery import segment as segment_module
 from qitos_mlflow.delivery.cursor import Cursor, load_ack
 from qitos_mlflow.delivery.files import Paths
@@ -243,7 +244,7 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
 
 def test_the_cap_refuses_spans_first(tmp_path: Path) -> None:
     """At the cap spans are refused; what is to be kept is taken up to 110 % of it, then not."""
-    segment = make_segment(tmp_path, cap_bytes=10_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
     filler = b"x" * 950
     refused = [append(segment, [filler]) for _ in range(12)]
     assert refused[:8] == [[]] * 8
@@ -259,8 +260,54 @@ def test_the_cap_refuses_spans_first(tmp_path: Path) -> None:
 def test_the_cap_is_for_the_whole_directory(tmp_path: Path) -> None:
     """What other processes have spooled counts as well."""
     (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
-    segment = make_segment(tmp_path, cap_bytes=10_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
     assert append(segment, [b"x"]) == [SPOOL_FULL]
+    segment.close(delete=True)
+
+
+def test_a_full_directory_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records go on in order from memory, up to its bound, and to the disk when it has room."""
+    monkeypatch.setattr(cap, "SCAN_S", 0.0)
+    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    backlog = tmp_path / "other-1-2-3.0000000000000000.seg"
+    backlog.write_bytes(b"x" * 9_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=3000)
+    cursor = own_cursor(segment)
+    assert append(segment, [b"on disk", b"x" * 1000, b"in memory"]) == []
+    assert append(segment, [b"y" * 3000, b"more"]) == [SPOOL_FULL]
+    assert segment.unsaved == 3
+    assert read_all(cursor, segment.end) == [b"on disk", b"x" * 1000, b"in memory", b"more"]
+    backlog.unlink()
+    assert append(segment, [b"on disk again"]) == []
+    assert segment.unsaved == 0
+    crash(segment)
+    assert list(waiting_records(segment.paths)) == [b"on disk again"]
+
+
+def test_a_full_directory_takes_what_ends_a_run(tmp_path: Path) -> None:
+    """Between 100 % and 110 % of the cap starts and ends are on disk, in order with the rest."""
+    (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000)
+    cursor = own_cursor(segment)
+    for record in numbered(3):
+        assert append(segment, [b"start"], keep=True) == []
+        assert append(segment, [record]) == []
+    assert append(segment, [b"x" * 1000], keep=True) == []
+    assert segment.unsaved == 4
+    assert list(waiting_records(segment.paths)) == [b"start"] * 3
+    expected = [record for span in numbered(3) for record in (b"start", span)]
+    assert read_all(cursor, segment.end) == [*expected, b"x" * 1000]
+    segment.close(delete=True)
+
+
+def test_what_is_kept_aside_does_not_keep_records_out(tmp_path: Path) -> None:
+    """Dead letters and bad lines of anybody do not count to the cap of the records."""
+    for suffix in ("dead", "bad"):
+        (tmp_path / f"other-1-2-3.{suffix}").write_bytes(b"x" * 20_000)
+    segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
+    assert append(segment, [b"x"]) == []
     segment.close(delete=True)
 
 
