@@ -6,21 +6,38 @@ default. Nothing here imports mlflow or qitos or touches the disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import platformdirs
 
+from qitos_mlflow._guard import warn
 from qitos_mlflow.errors import SettingsError
 
 MIB = 1024 * 1024
 
 TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
+
+SCHEMES = frozenset(
+    {"http", "https", "file", "sqlite", "mysql", "mssql", "postgresql"}
+    | {"databricks", "databricks-uc", "uc"}
+)
+"""The tracking stores of MLflow itself; packages add others in the entry-point group below."""
+
+STORE_GROUP = "mlflow.tracking_store"
+
+TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
+
+OWN = "QITOS_MLFLOW_"
+"""What our variables begin with."""
 
 
 def _flag(value: object) -> bool:
@@ -35,39 +52,94 @@ def _flag(value: object) -> bool:
 
 
 def _seconds(value: object) -> float:
-    number = float(str(value))
-    if not 0 <= number < 86_400:
-        raise ValueError("expected a number of seconds from 0 to 86400")
-    return number
+    with contextlib.suppress(ValueError):
+        number = float(str(value))
+        if 0 <= number < 86_400:
+            return number
+    raise ValueError("expected a number of seconds from 0 to 86400, such as 2.5")
 
 
 def _bytes(value: object) -> int:
-    number = int(str(value))
-    if number < 1:
-        raise ValueError("expected a whole number of bytes, at least 1")
-    return number
+    with contextlib.suppress(ValueError):
+        number = int(str(value))
+        if number >= 1:
+            return number
+    raise ValueError(f"expected a whole number of bytes, at least 1, such as {MIB}")
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("expected a text that is not empty")
+        raise ValueError("expected a text that is not empty, such as 'my-agents'")
     return value
 
 
 def _optional_text(value: object) -> str | None:
-    return None if value is None or value == "" else _text(value)
+    return None if value == "" else _text(value)
+
+
+def _optional_uri(value: object) -> str | None:
+    return None if value == "" else usable_uri(value)
 
 
 def _tags(value: object) -> Mapping[str, str]:
     if isinstance(value, str):  # From the environment.
-        value = json.loads(value)
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
     if not isinstance(value, Mapping):
-        raise ValueError('expected tags such as {"env": "dev"}')
-    return {str(key): str(item) for key, item in value.items()}
+        raise ValueError('expected a mapping, in the environment as JSON, such as {"env": "dev"}')
+    return {str(key): str(item) for key, item in value.items() if item is not None}
 
 
 def _directory(value: object) -> Path:
-    return Path(os.fspath(value) if isinstance(value, (str, os.PathLike)) else str(value))
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError("expected a directory, such as '/var/spool/qitos'")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}: give the directory without ~") from error
+
+
+def usable_uri(value: object) -> str:
+    """`value` as a tracking URI of a kind that MLflow has a store for; a plain path is one too.
+
+    Asks the installed packages only where MLflow itself has no such store. Connects to nothing.
+
+    Raises:
+        ValueError: it is none; the text says what to give instead, and may repeat parts of it.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("expected a URI such as http://localhost:5000, or a path")
+    text = text.strip()
+    scheme, colon, rest = text.partition(":")
+    scheme = scheme.lower()
+    if scheme in {"http", "https"}:
+        _check_host(text)
+    # One letter is a drive of Windows; "mysql+pymysql" names the driver as well.
+    elif colon and re.fullmatch(r"[\w.+-]{2,}", scheme) and scheme.split("+")[0] not in SCHEMES:
+        if rest.partition("/")[0].isdigit():
+            raise ValueError(f"it has no scheme; did you mean http://{text}?")
+        if scheme[0].isalpha() and not _added(scheme):
+            known = ", ".join(sorted(SCHEMES))
+            raise ValueError(f"MLflow has no store {scheme!r}; it has: {known}")
+    return text
+
+
+def _check_host(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        host, _port = parts.hostname, parts.port  # Each of the three may raise.
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a URI such as http://localhost:5000") from error
+    if not host:
+        raise ValueError("it names no host; expected a URI such as http://localhost:5000")
+
+
+def _added(scheme: str) -> bool:
+    from importlib_metadata import entry_points
+
+    return any(entry.name == scheme for entry in entry_points(group=STORE_GROUP))
 
 
 def default_spool_dir() -> Path:
@@ -91,7 +163,7 @@ class Settings:
         _optional_text, None, "MLflow run name; falls back to the trace's name"
     )
     tracking_uri: str | None = _option(
-        _optional_text,
+        _optional_uri,
         None,
         "tracking server; when not set, MLflow's own default (MLFLOW_TRACKING_URI, else its "
         "local store)",
@@ -133,9 +205,9 @@ class Settings:
     def resolve(cls, **given: Any) -> Settings:
         """Settings from `given`, the environment and the defaults, in that order.
 
-        An argument that is None counts as not given. Each option's variable is
-        ``QITOS_MLFLOW_`` and its name in capitals; the experiment is also taken from
-        ``MLFLOW_EXPERIMENT_NAME``.
+        An argument that is None counts as not given. Which variables an option has says
+        `env_names`. One that begins with ``QITOS_MLFLOW_`` and is no option's is one warning.
+        ``MLFLOW_TRACKING_URI`` is only checked: it is read when a trace starts.
 
         Raises:
             TypeError: an option of that name does not exist.
@@ -153,19 +225,45 @@ class Settings:
                     if os.environ.get(variable):
                         value, source = os.environ[variable], f"environment variable {variable}"
                         break
-            if value is None:
-                continue
-            try:
-                values[name] = option.metadata["parse"](value)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise SettingsError(f"{source}={value!r} cannot be used: {error}") from error
+            if value is not None:
+                values[name] = _parsed(option.metadata["parse"], value, source)
+        if not values.get("tracking_uri") and (uri := os.environ.get(TRACKING_VARIABLE)):
+            _parsed(usable_uri, uri, f"environment variable {TRACKING_VARIABLE}")
+        _warn_of_unknown()
         return cls(**values)
 
 
 def env_names(option: str) -> tuple[str, ...]:
     """The environment variables that set `option`, the first one set wins."""
     extra = next(f.metadata["env"] for f in fields(Settings) if f.name == option)
-    if extra == "":  # Given in code only, or by MLflow's own variable when the sink asks.
+    if extra == "":  # Given in code only, or by MLflow's own variable when a trace starts.
         return ()
-    own = f"QITOS_MLFLOW_{option.upper()}"
+    own = f"{OWN}{option.upper()}"
     return (own, extra) if extra else (own,)
+
+
+def _parsed(parse: Callable[[Any], Any], value: object, source: str) -> Any:
+    try:
+        return parse(value)
+    except (TypeError, ValueError) as error:
+        # Tags are free text: no rule finds every secret in them.
+        shown = f", a {type(value).__name__}," if parse is _tags else f"={value!r}"
+        message = f"{source}{shown} cannot be used: {error}"
+    from qitos_mlflow.mlflow_plugin.redaction import redact_text
+
+    raise SettingsError(redact_text(message))  # Without a cause: that one is not redacted.
+
+
+def _warn_of_unknown() -> None:
+    known = {name for option in fields(Settings) for name in env_names(option.name)}
+    for name in sorted(os.environ):
+        if name.startswith(OWN) and name not in known:
+            ours = ", ".join(sorted(other for other in known if other.startswith(OWN)))
+            instead = INSTEAD.get(name, f"there are: {ours}")
+            warn(f"settings.{name}", "%s is set, but there is no such setting; %s", name, instead)
+
+
+INSTEAD = {
+    f"{OWN}TRACKING_URI": f"use {TRACKING_VARIABLE}",
+    f"{OWN}AUTO_END_RUN": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
+}

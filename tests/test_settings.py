@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
+import traceback
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow import MlflowTraceProcessor, _guard
 from qitos_mlflow.errors import SettingsError
-from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+from qitos_mlflow.mlflow_plugin.destination import (
+    is_http,
+    segment_header,
+    tracking_uri,
+    without_credentials,
+)
 from qitos_mlflow.settings import MIB, Settings, env_names
 
 NAMES = [option.name for option in fields(Settings)]
@@ -112,8 +119,9 @@ def test_texts_of_the_environment_are_read(
         ("queue_bytes", "1.5"),
         ("experiment_name", " "),
         ("experiment_name", 7),
-        ("tags", ["env"]),
-        ("tags", "env=dev"),
+        ("tracking_uri", 5000),
+        ("spool_dir", ""),
+        ("spool_dir", 5),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
@@ -121,6 +129,137 @@ def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=f"argument {option}=") as raised:
         MlflowTraceProcessor(**{option: value})
     assert repr(value) in str(raised.value)
+    assert re.search("expected .+", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        ("localhost:5000", "did you mean http://localhost:5000?"),
+        ("127.0.0.1:5000/mlflow", "did you mean http://127.0.0.1:5000/mlflow?"),
+        ("htp://x", "MLflow has no store 'htp'"),
+        ("http://", "names no host"),
+        ("http://[::1", "such as http://localhost:5000"),
+        ("http://localhost:port", "such as http://localhost:5000"),
+    ],
+)
+def test_a_destination_that_mlflow_cannot_have_is_refused(
+    uri: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, from either source, with what to give instead: no record is ever sent there."""
+    with pytest.raises(SettingsError, match=f"argument tracking_uri={re.escape(repr(uri))}") as one:
+        Settings.resolve(tracking_uri=uri)
+    assert advice in str(one.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(SettingsError, match="environment variable MLFLOW_TRACKING_URI=") as two:
+        Settings.resolve()
+    assert advice in str(two.value)
+    assert Settings.resolve(tracking_uri="http://here").tracking_uri == "http://here"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "databricks",
+        "uc",
+        "./mlruns",
+        "a:b/c",
+        "mysql+pymysql://h/d",
+        "HTTP://h",
+        " http://h ",
+        "C:\\r",
+    ],
+)
+def test_every_kind_of_destination_is_taken(uri: str) -> None:
+    """Whatever MLflow has a store for, paths included."""
+    assert Settings.resolve(tracking_uri=uri).tracking_uri == uri.strip()
+
+
+def test_a_destination_may_be_a_path_and_an_empty_one_is_none() -> None:
+    """A `Path` is taken as its text; a text without content as nothing given."""
+    assert Settings.resolve(tracking_uri=Path("runs")).tracking_uri == "runs"
+    assert Settings.resolve(tracking_uri="").tracking_uri is None
+
+
+@pytest.mark.parametrize("uri", ["http://[::1", "http://u:secret@[::1", "http://h:port", "", ":"])
+def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that became unusable since is one more destination, which nobody can reach."""
+    settings = Settings.resolve()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert is_http(tracking_uri(settings)) is uri.startswith("http")
+    assert b"secret" not in segment_header(settings, uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:pass@host:1/p?a=b@c", "http://host:1/p?a=b@c"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("sqlite:////home/a@b/x.db", "sqlite:////home/a@b/x.db"),
+        ("mysql+pymysql://u:p@x@host/d", "mysql+pymysql://host/d"),
+    ],
+)
+def test_credentials_are_left_out_of_a_destination(uri: str, shown: str) -> None:
+    """User and password, and nothing else."""
+    assert without_credentials(uri) == shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("QITOS_MLFLOW_TAGS", "api_key=sk-proj-secretsecretsecret"),
+        ("QITOS_MLFLOW_TAGS", '{"note": "hush, secret"'),
+        ("QITOS_MLFLOW_QUEUE_BYTES", "sk-proj-secretsecretsecretsecret"),
+        ("MLFLOW_TRACKING_URI", "htp://user:secret@host"),
+        ("MLFLOW_TRACKING_URI", "http://user:secret@[::1"),
+    ],
+)
+def test_errors_hold_no_credentials(
+    variable: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are logged, with their causes: what looks like a credential is left out."""
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(SettingsError, match=variable) as raised:
+        Settings.resolve()
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("tags", [["env"], "env=dev", "7"])
+def test_tags_that_cannot_be_used_are_told_by_their_kind(tags: Any) -> None:
+    """Tags are free text, so the error names what was given, but shows none of it."""
+    with pytest.raises(SettingsError, match=r"argument tags, a (list|str), .*expected a mapping"):
+        Settings.resolve(tags=tags)
+
+
+def test_a_directory_may_be_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tilde is the home directory, as in a shell; nobody's home is an error."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("USERPROFILE", "/home/someone")
+    monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", "~/spool")
+    assert Settings.resolve().spool_dir == Path("/home/someone/spool")
+    with pytest.raises(SettingsError, match="without ~"):
+        Settings.resolve(spool_dir="~no-such-user-here/spool")
+
+
+@pytest.mark.parametrize(
+    ("variable", "advice"),
+    [
+        ("QITOS_MLFLOW_TRACKING_URI", "use MLFLOW_TRACKING_URI"),
+        ("QITOS_MLFLOW_AUTO_END_RUN", "in code"),
+        ("QITOS_MLFLOW_RUNNAME", "QITOS_MLFLOW_RUN_NAME"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_told_once(
+    variable: str, advice: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelt variable is one warning with the names there are."""
+    monkeypatch.setattr(_guard, "_last_logged", {})
+    monkeypatch.setenv(variable, "x")
+    Settings.resolve()
+    Settings.resolve()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert variable in said
+    assert advice in said
 
 
 def test_the_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +291,11 @@ def test_settings_do_not_change() -> None:
 
 
 def test_tags_are_texts() -> None:
-    """Tags of any kind are taken as their texts."""
-    assert Settings.resolve(tags={"number": 2, 3: None}).tags == {"number": "2", "3": "None"}
+    """Tags of any kind are taken as their texts; one that is None is not given."""
+    assert Settings.resolve(tags={"number": 2, 3: True, "a": None}).tags == {
+        "number": "2",
+        "3": "True",
+    }
 
 
 @pytest.mark.parametrize(

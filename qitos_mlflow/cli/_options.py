@@ -4,44 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SCHEMES = frozenset(
-    {"http", "https", "file", "sqlite", "mysql", "mssql", "postgresql"}
-    | {"databricks", "databricks-uc", "uc"}
-)
-"""What MLflow itself takes; packages add others in the entry-point group below."""
-
-STORE_GROUP = "mlflow.tracking_store"
-
 
 def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Accept a tracking URI of a kind MLflow knows; a plain path is one too."""
+    """Accept what is a tracking URI as a setting, too."""
+    from qitos_mlflow.settings import usable_uri
+
     if value is None:
         return None
-    value = value.strip()
-    if not value:
+    if not value.strip():
         raise click.BadParameter("it is empty; give a URI such as http://localhost:5000")
-    scheme = urlsplit(value).scheme.lower()
-    if scheme in {"http", "https"} and not urlsplit(value).hostname:
-        raise click.BadParameter(f"{value!r} names no host; such as http://localhost:5000")
-    # One letter is a drive of Windows; "mysql+pymysql" names the driver as well.
-    if len(scheme) > 1 and scheme.split("+")[0] not in SCHEMES and not _added(scheme):
-        if urlsplit(value).path.split("/")[0].isdigit():
-            raise click.BadParameter(f"{value!r} has no scheme; did you mean http://{value}?")
-        known = ", ".join(sorted(SCHEMES))
-        raise click.BadParameter(f"{value!r}: MLflow has no store {scheme!r}; it has: {known}")
-    return value
-
-
-def _added(scheme: str) -> bool:
-    from importlib_metadata import entry_points
-
-    return any(entry.name == scheme for entry in entry_points(group=STORE_GROUP))
+    try:
+        return usable_uri(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: {error}") from error
 
 
 def tags(

@@ -19,7 +19,13 @@ class Answer(NamedTuple):
 def ask(uri: str | None) -> Answer:
     """Ask the server at `uri` for its version, or else its health. Blocks some `TIMEOUT_S`."""
     from qitos_mlflow.mlflow_plugin.destination import is_http
+    from qitos_mlflow.settings import usable_uri
 
+    if uri is not None and not is_http(uri):
+        try:
+            usable_uri(uri)
+        except ValueError as error:
+            return Answer(uri, False, str(error))
     if uri is None or not is_http(uri):
         return Answer(uri or "MLflow's local store", None, "local, no server needed")
     import requests

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import socket
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import orjson
 
@@ -51,16 +51,13 @@ def absolute(uri: str, cwd: str) -> str:
 
 
 def is_http(uri: str | None) -> bool:
-    """True when `uri` is reached over http(s)."""
-    return uri is not None and urlsplit(uri).scheme in HTTP
+    """True when `uri` is reached over http(s). Never raises."""
+    return uri is not None and uri.partition(":")[0].lower() in HTTP
 
 
 def without_credentials(uri: str) -> str:
-    """`uri` without user and password, fit for disk and screen."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """`uri` without user and password, fit for disk and screen. Never raises."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", uri, count=1)
 
 
 def segment_header(settings: Settings, uri: str | None) -> bytes:

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.destination import absolute
+from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
 from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, Poisoned, Refused, RunRef
 
 if TYPE_CHECKING:
@@ -141,8 +141,13 @@ class StoreTransport:
     @property
     def _mlflow(self) -> Any:
         if self._client is None:
-            prepare_sqlite(self.uri)
-            self._client = MlflowClient(tracking_uri=self.uri)
+            try:
+                prepare_sqlite(self.uri)
+                self._client = MlflowClient(tracking_uri=self.uri)
+            except Exception as error:
+                # A store that cannot be opened says nothing about the records: none is refused.
+                where = without_credentials(self.uri)
+                raise RetryLater(f"{where} cannot be opened: {str(error)[:300]}") from error
         return self._client
 
     def experiment_id(self, name: str, timeout_s: float) -> str:

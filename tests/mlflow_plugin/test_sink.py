@@ -486,3 +486,10 @@ def test_the_transport_for_each_destination(tmp_path: Any) -> None:
     default = open_transport(None, "/elsewhere")
     assert isinstance(default, StoreTransport)
     assert default.uri == "sqlite:////elsewhere/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["htp://x", "localhost:5000", "postgresql+missing://h/d"])
+def test_a_store_that_cannot_be_opened_refuses_no_record(uri: str) -> None:
+    """An unusable destination says nothing about the records: they are kept for a better one."""
+    with pytest.raises(RetryLater, match="cannot be opened"):
+        open_transport(uri)
