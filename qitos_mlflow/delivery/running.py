@@ -105,12 +105,12 @@ class Running:
         self._worker.refuse()  # What came in between refusing offers and the worker's end.
         self._shipped(deadline)
         if self._shipper is not None and not self._no_shipper:
-            self._shipper.stop()
+            self._shipper.stop(deadline)
             stopped_by = max(deadline, time.monotonic() + STOP_GRACE_S)
             self._shipper_thread.join(max(0.0, stopped_by - time.monotonic()))
         else:
-            if self._shipping is not None:
-                self._shipping.close()
+            if self._shipper is not None:
+                self._shipper.finish(deadline)
             self._finish()
 
     def _reach(self, barrier: Barrier, deadline: float) -> bool:
@@ -176,7 +176,7 @@ class Running:
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
                 self.stats.drop(part.failure, lost)
-        shipped = self._shipping is not None and self._nothing_left()
+        shipped = self._shipper is not None and self._shipper.finished
         try:
             self.segment.close(delete=shipped or self.segment.end == 0)
         except OSError as error:

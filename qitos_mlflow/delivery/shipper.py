@@ -21,6 +21,8 @@ SEND_TIMEOUT_S = 15.0
 """Longest a sink is given for one shipment (seconds)."""
 PROBE_TIMEOUT_S = 5.0
 """The same after a failure: enough for a server that is back."""
+LAST_TIMEOUT_S = 0.1
+"""To end what is left open there is at least this much, however late it is (seconds)."""
 WAITED_FOR_DELAY_S = 1.0
 """While somebody waits in flush() or close(), attempts are no further apart than this."""
 
@@ -38,6 +40,9 @@ class Shipper:
         self._hurry = False
         self._waiters = 0
         self._stopping = False
+        self._stop_by = 0.0
+        self.finished = False
+        """Whether all was shipped when it ended, and nothing was left open on the server."""
         self._ended = False
 
     def written(self, position: int, *, urgent: bool) -> None:
@@ -83,9 +88,13 @@ class Shipper:
             self.attempt(max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic())))
         return True
 
-    def stop(self) -> None:
-        """End `run` after the step under way; what is not shipped stays in the segment."""
+    def stop(self, deadline: float) -> None:
+        """End `run` after the step under way; what is not shipped stays in the segment.
+
+        Until `deadline` (monotonic), it still ends what the records leave open.
+        """
         with self._changed:
+            self._stop_by = deadline
             self._stopping = True
             self._changed.notify_all()
 
@@ -94,11 +103,28 @@ class Shipper:
         try:
             while self._wait_for_work():
                 self.attempt()
+            self.finish(self._stop_by)
         finally:
             self._shipping.close()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def finish(self, deadline: float) -> None:
+        """No more records will come: end what those shipped have left open, close the sink.
+
+        Never raises; `finished` tells whether anything is left to do.
+        """
+        try:
+            if 0 < self._written <= self._shipping.position:
+                timeout_s = max(LAST_TIMEOUT_S, deadline - time.monotonic())
+                self._shipping.abandon(min(SEND_TIMEOUT_S, timeout_s), closed=True)
+                self.finished = True
+        except RetryLater:
+            pass  # Whoever finds the segment does it.
+        except Exception as error:  # noqa: BLE001 - the process ends as it would have
+            _guard.report("delivery.finish", error)
+        self._shipping.close()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """One step and what follows from how it went. Never raises."""

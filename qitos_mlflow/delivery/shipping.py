@@ -65,16 +65,18 @@ class Shipping:
         self._send(sink, self._chunk, timeout_s)
         return True
 
-    def abandon(self, timeout_s: float) -> None:
-        """Send what ends the traces that a dead process left open.
+    def abandon(self, timeout_s: float, *, closed: bool = False) -> None:
+        """Send what ends the traces left open by a process that died, or has `closed` in order.
 
         Raises:
             RetryLater: call again later.
         """
+        if closed and self._sink is None:
+            return  # It has sent nothing that could be open.
         sink = self._open()
         try:
             if self._shipment is None:
-                self._shipment = sink.abandoned(self._cursor.last_time_ns)
+                self._shipment = sink.abandoned(self._cursor.last_time_ns, closed=closed)
             if self._shipment is not None:
                 self._cursor.bury(self._shipment.send(timeout_s))
                 self._shipment = None

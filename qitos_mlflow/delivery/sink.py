@@ -66,11 +66,12 @@ class Sink(Protocol):
         """
         ...
 
-    def abandoned(self, last_time_ns: int) -> Shipment | None:
-        """What ends the traces left open: their process is gone, no more records will come.
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
+        """What ends the traces left open: no more records will come. None: there are none.
 
-        Called once after the last record, by whoever delivers the segment of a dead process.
-        `last_time_ns` is the wall clock's time of the last record. None: nothing is open.
+        Called once after the last record, by whoever delivers the segment of a dead process, and
+        with `closed` by the process itself, which has closed in order: what it means to stay open
+        stays open. `last_time_ns` is the wall clock's time of the last record.
         """
         ...
 

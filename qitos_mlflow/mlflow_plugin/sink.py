@@ -131,11 +131,13 @@ class MlflowSink:
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
         return self._shipment(touched, dead)
 
-    def abandoned(self, last_time_ns: int) -> MlflowShipment | None:
-        """End the traces whose process died as KILLED."""
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> MlflowShipment | None:
+        """End as KILLED the traces whose process died, or has closed without their end."""
+        if closed and not self._settings.get("auto_end_run", True):
+            return None  # Their user ends them.
         open_traces = {key: trace for key, trace in self._traces.items() if not trace.ended}
         for trace in open_traces.values():
-            trace.kill(last_time_ns)
+            trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
         return self._shipment(open_traces, []) if open_traces else None
 
     def state(self) -> bytes:

@@ -84,11 +84,11 @@ class TraceState:
         if self.tree is not None:
             self._add_to_tree(self.tree.fold(record))
 
-    def kill(self, last_time_ns: int) -> None:
-        """End the trace of a process that is gone."""
-        self._add(self.totals.abandoned(last_time_ns))
+    def kill(self, last_time_ns: int, reason: str) -> None:
+        """End the trace whose end will not come; `reason` says why."""
+        self._add(self.totals.abandoned(last_time_ns, reason))
         if self.tree is not None:
-            self._add_to_tree(self.tree.abandoned(last_time_ns))
+            self._add_to_tree(self.tree.abandoned(last_time_ns, reason))
 
     def _add_to_tree(self, data: TraceData) -> None:
         self.spans += data.spans

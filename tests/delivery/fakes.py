@@ -26,6 +26,7 @@ class FakeServer:
         self.answers.set()
         self.abandoned: list[tuple[int, int]] = []
         self.opened: list[bytes] = []
+        self.left_open: bytes | None = None  # What ends it, when its process closes in order.
 
     def receive(self, record: bytes) -> str | None:
         """Accept one record; a text is the reason it is refused for."""
@@ -83,7 +84,10 @@ class FakeSink:
         self.mapped += len(records)
         return FakeShipment(self.server, records)
 
-    def abandoned(self, last_time_ns: int) -> Shipment | None:
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
+        if closed:
+            left_open = [] if self.server.left_open is None else [self.server.left_open]
+            return FakeShipment(self.server, left_open) if left_open else None
         self.server.abandoned.append((self.mapped, last_time_ns))
         return FakeShipment(self.server, [b"killed"])
 

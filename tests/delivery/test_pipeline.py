@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.delivery import Pipeline, RetryLater, Shipment, shipping
+from qitos_mlflow.delivery import Outcome, Pipeline, RetryLater, Shipment, deliver_segment, shipping
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
@@ -325,6 +325,33 @@ def test_close_is_final_and_may_be_repeated(make: Make, server: FakeServer) -> N
     assert pipeline.stats.dropped == {"closed": 2}
     assert server.accepted == [b"one"]
     assert pipeline.flush(0)
+
+
+def test_closing_ends_what_the_records_left_open(
+    make: Make, server: FakeServer, spool: Path
+) -> None:
+    """Where the end of a trace was lost, its process ends it when it closes."""
+    server.left_open = b"ended"
+    pipeline = make()
+    pipeline.offer(b"one")
+    assert pipeline.close(LONG_S)
+    assert server.accepted == [b"one", b"ended"]
+    assert list(spool.iterdir()) == []
+
+
+def test_what_closing_could_not_end_is_left_to_others(
+    make: Make, server: FakeServer, spool: Path
+) -> None:
+    """The segment stays, although all of its records are delivered, until its traces are ended."""
+    server.left_open = b"ended"
+    server.breaks_after = 1
+    pipeline = make()
+    pipeline.offer(b"one")
+    pipeline.close(LONG_S)
+    server.breaks_after = None
+    assert deliver_segment(pipeline.paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [b"one", b"killed"]
+    assert list(spool.iterdir()) == []
 
 
 def test_close_without_time_still_saves_to_disk(make: Make, server: FakeServer) -> None:

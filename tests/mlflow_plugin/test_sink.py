@@ -211,6 +211,17 @@ def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
     assert server.runs["run-1"]["tags"]["qitos.killed"]
 
 
+def test_an_end_that_was_lost(server: Server) -> None:
+    """A process that closes in order leaves no run RUNNING, unless it is to be left open."""
+    for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
+        sink = sink_to(server, auto_end_run=auto_end_run)
+        ship(sink, *a_trace(f"lost {auto_end_run}")[:-1])
+        if (left_open := sink.abandoned(0, closed=True)) is not None:
+            left_open.send(TIMEOUT_S)
+        assert [run["status"] for run in server.runs.values()][-1] == status
+    assert server.runs["run-0"]["tags"]["qitos.killed"] == "its end was lost"
+
+
 def test_without_traces_there_are_runs_only(server: Server) -> None:
     """With `log_traces` off no span and no trace is sent."""
     ship(sink_to(server, log_traces=False), *a_trace())
