@@ -131,11 +131,12 @@ class Cursor:
             self._keep_aside(chunk.bad)
         parts = self._parts()
         frees = len(parts) > 1 and parts[1].base <= chunk.end
+        # Once a part is gone, this is the only place where the sink's state is.
+        last_copy = frees or any(part.base for part in parts[:1])
         line = codec.encode(codec.ACK, b"%x %b" % (chunk.end, state or b""), chunk.time_ns)
         stored = False
         try:
-            # Once parts are gone, this is the only place where the sink's state is.
-            replace_private(self._paths.ack, line, durable=frees)
+            replace_private(self._paths.ack, line, durable=last_copy)
             stored = True
         except OSError as error:
             # Harmless by itself: after a crash, records are sent a second time.

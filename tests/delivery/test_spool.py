@@ -24,6 +24,8 @@ from qitos_mlflow.delivery.stats import DISK_FULL, SPOOL_FULL, SPOOL_UNWRITABLE,
 from tests.delivery.fakes import MIB, numbered
 
 NOW = 1_800_000_000_000_000_000
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""For examples by the hundred, where waiting for the disk proves nothing."""
 
 
 def make_segment(directory: Path, **changes: int) -> Segment:
@@ -125,6 +127,27 @@ def test_nothing_is_deleted_that_is_not_acknowledged_on_disk(tmp_path: Path) -> 
     assert list(waiting_records(segment.paths)) == numbered(20)
 
 
+def test_an_acknowledgement_that_is_the_last_copy_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a part is gone the sink's state cannot be made again: a power cut must not empty it."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    segment = make_segment(tmp_path, part_bytes=300)
+    cursor = own_cursor(segment)
+    append(segment, numbered(1))
+    read_all(cursor, segment.end)
+    assert synced == []  # The records are still there.
+    for count, record in enumerate(numbered(20), start=1):
+        append(segment, [record])
+        gone = segment.parts()[0].base > 0 or len(segment.parts()) > 1
+        before = len(synced)
+        read_all(cursor, segment.end)
+        assert len(synced) == before + gone, count
+    assert gone
+    segment.close(delete=True)
+
+
 def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
     """While the owner appends, an incomplete last line is no torn one."""
     segment = make_segment(tmp_path)
@@ -159,7 +182,7 @@ PAYLOADS = st.lists(st.binary(max_size=12), min_size=1, max_size=4)
 @given(PAYLOADS)
 def test_cut_anywhere(payloads: list[bytes]) -> None:
     """A segment cut at any byte gives back every record whose line is whole; the rest is kept."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         segment = make_segment(Path(name))
         append(segment, payloads)
         crash(segment)
@@ -180,7 +203,7 @@ def test_cut_anywhere(payloads: list[bytes]) -> None:
 @given(PAYLOADS, st.integers(1, 255))
 def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
     """One damaged byte, wherever it is, costs the record it is in and no other."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         segment = make_segment(Path(name))
         append(segment, payloads)
         crash(segment)
@@ -416,7 +439,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
+        self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
         self.number = 0
         self.model: list[bytes] = []  # What is neither acknowledged nor deleted.
         self.crashed: list[tuple[Paths, list[bytes]]] = []
