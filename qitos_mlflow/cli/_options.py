@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -41,6 +42,13 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     """Accept any text but an empty one."""
     if value is not None and not value.strip():
         raise click.BadParameter("it is empty; leave the option out for the default")
+    return value
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Accept any number but infinity and NaN, which no wait ever reaches."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds; such as 30")
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qitos_mlflow.cli._options import tracking_uri
+from qitos_mlflow.cli._options import finite, tracking_uri
 from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
@@ -39,6 +39,7 @@ PATIENCE_S = 30.0
     "patience_s",
     metavar="SECONDS",
     type=click.FloatRange(min=0),
+    callback=finite,
     default=PATIENCE_S,
     show_default=True,
     help="Give up when the server takes nothing for so long; not with --follow.",

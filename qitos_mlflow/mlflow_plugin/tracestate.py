@@ -24,7 +24,7 @@ class TraceState:
         trace_id: QitOS's id.
         totals: the run's fold over its records.
         tree: the MLflow trace's fold over its records; None when no traces are logged.
-        name: the trace's name.
+        name: the trace's name, or the one that its tags give.
         start_ms: when it started, milliseconds since the epoch.
         run: its MLflow run, once created.
         maybe_created: an attempt to create the run was made whose outcome is not known, here or
@@ -98,7 +98,13 @@ class TraceState:
     def _add(self, data: RunData) -> None:
         self.metrics += data.metrics
         self.params += data.params
-        self.tags += data.tags
+        for key, value in data.tags:
+            # A name that was given as MLflow's tag. Refused beside another one when the run is
+            # created; of a run that there is it is a new name.
+            if key == "mlflow.runName" and self.run is None:
+                self.name = value or self.name
+            else:
+                self.tags.append((key, value))
         if data.status is not None:
             self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
 

@@ -239,6 +239,14 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     assert [(run.name, run.status) for run in runs(store, experiment)] == [("bare", "FINISHED")]
 
 
+@pytest.mark.parametrize("patience", ["nan", "inf", "-1"])
+def test_patience_has_an_end(cli: Run, patience: str) -> None:
+    """A patience that would never be over is refused."""
+    done = cli("sync", "--patience", patience)
+    assert done.returncode == 2
+    assert "--patience" in done.stderr
+
+
 def test_losses_and_dead_letters_are_told_by_reason(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:

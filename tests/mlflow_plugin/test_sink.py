@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -197,6 +198,30 @@ def test_the_run_has_the_name_it_was_given(server: Server) -> None:
     """A configured name goes before the trace's."""
     ship(sink_to(server, run_name="gaia-eval-001"), *a_trace())
     assert server.runs["run-0"]["name"] == "gaia-eval-001"
+
+
+@pytest.mark.parametrize(("run_name", "wanted"), [(None, "by-tag"), ("gaia", "gaia")])
+def test_a_run_may_be_named_by_mlflows_tag(
+    server: Server, run_name: str | None, wanted: str, tmp_path: Path
+) -> None:
+    """It goes before the trace's name; as a tag of a new run MLflow would refuse it."""
+    settings = {"run_name": run_name, "tags": {"mlflow.runName": "by-tag", "env": "dev"}}
+    ship(sink_to(server, **settings), *a_trace())
+    run = server.runs["run-0"]
+    assert (run["name"], run["tags"]["env"]) == (wanted, "dev")
+    assert "mlflow.runName" not in run["tags"]
+    store = open_transport(f"sqlite:///{tmp_path}/runs.db")
+    assert ship(MlflowSink(store, {**SETTINGS, **settings}), *a_trace()) == []
+
+
+def test_a_run_can_be_named_anew_while_it_goes(server: Server) -> None:
+    """For a run that there is, the tag is a new name."""
+    start, *others = a_trace()
+    sink = sink_to(server)
+    ship(sink, start)
+    others[0]["added"] = {"tags": {"mlflow.runName": "later"}}
+    ship(sink, *others)
+    assert server.runs["run-0"]["tags"]["mlflow.runName"] == "later"
 
 
 def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
