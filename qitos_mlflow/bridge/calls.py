@@ -47,8 +47,9 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
     agent_run = _begin(engine, args, kwargs)
     if agent_run is None:
         return wrapped(*args, **kwargs)
-    hook = _attach(engine, BridgeHook(agent_run))
+    hook = BridgeHook(agent_run)
     try:
+        _attach(engine, hook)
         result = wrapped(*args, **kwargs)
         _detach(engine, hook)
         agent_run.end(result=result)
@@ -69,19 +70,10 @@ def init_session(
         return wrapped(*args, **kwargs)
     try:
         result = wrapped(*args, **kwargs)
+        _keep_session(engine, agent_run)
     except BaseException as error:
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
-    try:
-        agent_run.session_began(engine)
-        # Before what our processors do at exit, which they registered when the trace began.
-        atexit.unregister(_end_leftover_sessions)
-        atexit.register(_end_leftover_sessions)
-        weakref.finalize(engine, _abandon, id(engine)).atexit = False
-        _sessions[id(engine)] = agent_run
-    except Exception as error:  # noqa: BLE001 - a session nobody could end gets no trace
-        report("bridge.init_session", error)
-        agent_run.end()
     return result
 
 
@@ -92,8 +84,9 @@ def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
         return wrapped(*args, **kwargs)
     before = here.get()
     here.set(Place(agent_run, agent_run.root))
-    hook = _attach(engine, BridgeHook(agent_run, in_session=True))
+    hook = BridgeHook(agent_run, in_session=True)
     try:
+        _attach(engine, hook)
         result = wrapped(*args, **kwargs)
         _detach(engine, hook)
         agent_run.session_stepped(None)
@@ -175,18 +168,35 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
             return None
         patches.fit()
         return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
-    except Exception as error:  # noqa: BLE001 - the agent runs without us
-        report("bridge.begin", error)
+    except BaseException as error:
+        place = here.get()
+        if place is not None and place is not before and place.run.before is before:
+            place.run.end(error=error)  # It began here, and nobody else knows of it.
         here.set(before)
+        if not isinstance(error, Exception):  # Ctrl-C just now
+            raise
+        report("bridge.begin", error)  # the agent runs without us
         return None
 
 
-def _attach(engine: Any, hook: BridgeHook) -> BridgeHook:
+def _keep_session(engine: Any, agent_run: AgentRun) -> None:
+    try:
+        agent_run.session_began(engine)
+        # Before what our processors do at exit, which they registered when the trace began.
+        atexit.unregister(_end_leftover_sessions)
+        atexit.register(_end_leftover_sessions)
+        weakref.finalize(engine, _abandon, id(engine)).atexit = False
+        _sessions[id(engine)] = agent_run
+    except Exception as error:  # noqa: BLE001 - a session nobody could end gets no trace
+        report("bridge.init_session", error)
+        agent_run.end()
+
+
+def _attach(engine: Any, hook: BridgeHook) -> None:
     try:
         engine.hooks.append(hook)
     except Exception as error:  # noqa: BLE001 - a trace without steps is better than none
         report("bridge.attach", error)
-    return hook
 
 
 def _detach(engine: Any, hook: BridgeHook) -> None:

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qitos_mlflow._guard import report
+
 if TYPE_CHECKING:
     from qitos_mlflow.bridge.run import AgentRun
 
@@ -64,18 +66,34 @@ class BackgroundPool(ThreadPoolExecutor):
 
 
 def _standing_at(place: Place, fn: Callable[..., Any]) -> Callable[..., Any]:
-    otel = None if place.detached else sys.modules.get("opentelemetry.context")
-    carried = otel.get_current() if otel is not None else None
+    otel = None if place.detached else _otel_context()
+    carried = _try(otel, "get_current")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before = here.get()
         here.set(place)
-        token = otel.attach(carried) if otel is not None else None
+        token = None if carried is None else _try(otel, "attach", carried)
         try:
             return fn(*args, **kwargs)
         finally:
-            if otel is not None and token is not None:
-                otel.detach(token)
+            if token is not None:
+                _try(otel, "detach", token)
             here.set(before)
 
     return call
+
+
+def _otel_context() -> Any:
+    """OpenTelemetry's contexts; None where they are not imported, or about to be by a thread."""
+    module = sys.modules.get("opentelemetry.context")
+    spec = getattr(module, "__spec__", None)
+    return None if spec is None or getattr(spec, "_initializing", False) else module
+
+
+def _try(otel: Any, name: str, *args: Any) -> Any:
+    """What this function of OpenTelemetry's returns; None without it. Never raises."""
+    try:
+        return None if otel is None else getattr(otel, name)(*args)
+    except Exception as error:  # noqa: BLE001 - in the agent's pool, around the agent's call
+        report("bridge.context", error)
+        return None

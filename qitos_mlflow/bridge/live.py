@@ -6,6 +6,7 @@ from a context variable that other traces and threads share.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from contextvars import Token
@@ -14,6 +15,7 @@ from typing import Any
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge.extract import describe
+from qitos_mlflow.tracing.models import NOT_FINISHED
 
 __all__ = ["LiveTrace", "somebody_listens"]
 
@@ -35,17 +37,43 @@ def _wants_trace(processor: Any) -> bool:
         return True
 
 
+_forks = 0
+"""How often the process forked on the way from its first ancestor to this one."""
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
 class LiveTrace:
-    """A trace that is going on, shared by the agents in it. Any thread."""
+    """A trace that is going on, shared by the agents in it. Any thread.
+
+    A process forked off within it has no part in it: the trace is the parent's to end.
+    """
 
     def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
         self.trace: Any = tracing.get_tracing_provider().create_trace(
             name, group_id=group_id, metadata=metadata
         )
-        self.closed = False
+        self._ended = False
+        self._forks = _forks
         self._open: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self.trace.__enter__()
+        self._lock = threading.RLock()  # A signal handler may run an agent while it is held.
+        try:
+            self.trace.__enter__()
+        except BaseException as error:  # Ctrl-C while a processor was told
+            self.trace.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more spans: it has ended, or is that of a parent process."""
+        return self._ended or self._forks != _forks
 
     def start(self, data: Any, parent: Any) -> Any:
         """Start a span below `parent` (a span, or None for the top)."""
@@ -56,7 +84,7 @@ class LiveTrace:
         with self._lock:
             self._open[span.span_id] = span
         if self.closed:  # ended by another thread meanwhile: nothing may stay open
-            self.finish(span)
+            self.finish(span, NOT_FINISHED)
         return span
 
     def finish(self, span: Any, error: BaseException | str | None = None) -> None:
@@ -65,6 +93,8 @@ class LiveTrace:
         An exception is on ``span.exception`` while the processors see the span, and no longer:
         its traceback keeps the agent's local variables alive.
         """
+        if self._forks != _forks:  # Before the lock, which another thread may have held.
+            return
         with self._lock:
             if self._open.pop(span.span_id, None) is None:
                 return
@@ -84,19 +114,23 @@ class LiveTrace:
             self.trace.metadata.update(metadata)
 
     def end(self, error: BaseException | None) -> None:
-        """End the trace. Agents still running in it lose their spans, see `AgentRun.open`.
+        """End the trace; once, and only in its own process.
+
+        Agents still running in it lose their spans, see `AgentRun.open`.
 
         Call it inside the handler of `error`: a host's own trace tells its processors nothing,
         they look at ``sys.exc_info()``.
         """
+        if self.closed:
+            return
         with self._lock:
-            if self.closed:
+            if self._ended:
                 return
-            self.closed = True
+            self._ended = True
             left = list(self._open.values())
         for span in reversed(left):
             try:
-                self.finish(span)
+                self.finish(span, NOT_FINISHED)
             except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
                 report("bridge.end", problem)
         if error is None:

@@ -54,13 +54,16 @@ class AgentRun:
             self.live = before.run.live
             self.owns_trace = False
             self._parent = before.span
-        self.open(
-            tracing.AgentSpanData(
-                self._metadata["agent_name"],
-                model=self._metadata.get("model_name"),
-                tools=self._metadata.get("tools"),
-            )
+        data = tracing.AgentSpanData(
+            self._metadata["agent_name"],
+            model=self._metadata.get("model_name"),
+            tools=self._metadata.get("tools"),
         )
+        try:
+            self.open(data)
+        except BaseException as error:  # Nobody else can end what has begun.
+            self.end(error=error)
+            raise
 
     @property
     def root(self) -> Any:
