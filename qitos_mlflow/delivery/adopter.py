@@ -47,6 +47,8 @@ class Adopter:
         self._directory = directory
         self._adopt = adopt
         self._online = online
+        self.busy = True
+        """Whether there may be something to finish: until the first look, and during each."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qitos-mlflow-adopter", daemon=True)
 
@@ -67,8 +69,10 @@ class Adopter:
             delay_s = FIRST_LOOK_S
             if self._online():
                 delay_s = LOOK_EVERY_S
+                self.busy = True
                 for paths in self._segments():
                     self._finish(paths)
+            self.busy = False
 
     def _segments(self) -> Iterator[Paths]:
         try:

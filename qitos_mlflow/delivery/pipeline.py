@@ -4,7 +4,8 @@
 
 The worker only fills the disk and the shipper only empties it, so a server that hangs does not
 delay the moment from which a record survives the process. Import and construction start nothing;
-the first offer does. A forked child begins anew: its own queue, segment and threads.
+the first offer does, and what has nothing to do goes to rest (see `Running`). A forked child
+begins anew: its own queue, segment and threads.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from pathlib import Path
 
 from qitos_mlflow.delivery.adopter import Adopt
 from qitos_mlflow.delivery.files import Paths
-from qitos_mlflow.delivery.queue import ByteQueue
-from qitos_mlflow.delivery.running import Running
+from qitos_mlflow.delivery.queue import Barrier
+from qitos_mlflow.delivery.running import Asks, Running, Shared
 from qitos_mlflow.delivery.segment import Segment
 from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool import waiting_records
 from qitos_mlflow.delivery.stats import CLOSED, QUEUE_FULL, Snapshot
 
+DISK_GRACE_S = 0.25
+"""From `refuse` on the worker has at least this long: what does not reach the disk is lost."""
 FORK_WAIT_S = 10.0
 """Longest time a fork waits for a sink that is just being opened (seconds): `import mlflow` and
 the creation of a local store take five; a sink for a server, 0.2."""
@@ -50,6 +53,8 @@ class Pipeline:
             was lost later, from memory or deleted files, is in `stats` only.
         adopt: given the header of what a dead process has left in the spool, says how to open a
             sink for it; None: it is none of this pipeline's business. Not asked offline.
+        may_rest: asked on the worker's thread when nothing has come for a while. False while
+            records may come that belong to earlier ones: each rest begins a new segment.
     """
 
     def __init__(
@@ -61,9 +66,12 @@ class Pipeline:
         directory: Path,
         queue_bytes: int,
         spool_bytes: int,
-        dropped: Callable[[bytes, str], None] | None = None,
+        dropped: Callable[[bytes, str], None] = lambda _, __: None,
         adopt: Adopt | None = None,
+        may_rest: Callable[[], bool] = lambda: True,
     ) -> None:
+        asks = Asks(refine, open_sink, dropped, adopt, may_rest)
+
         def running() -> Running:
             segment = Segment(
                 directory,
@@ -72,14 +80,23 @@ class Pipeline:
                 cap_bytes=spool_bytes,
                 memory_bytes=queue_bytes if open_sink is not None else 0,
             )
-            queue = ByteQueue(queue_bytes)
-            lost = dropped or (lambda _, __: None)
-            return Running(queue, segment, refine, open_sink, lost, adopt)
+            return Running(self._shared, segment, asks, self._rested)
 
+        self._queue_bytes = queue_bytes
         self._make_running = running
-        self._running = running()
         self._closed = False
+        self._begin()
         _pipelines.add(self)
+
+    def _begin(self) -> None:
+        self._shared = Shared(self._queue_bytes)
+        self._running = self._make_running()
+        self._earlier: list[Paths] = []
+        # Held while threads are at work, and for ever after `close`: as an atomic flag.
+        self._awake = threading.Lock()
+        self._last = Barrier(last=True)
+        self._refused_at = 0.0
+        self._closing = threading.RLock()  # A signal handler may close while this thread does.
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` on its way; False when it is refused, which is counted.
@@ -91,15 +108,15 @@ class Pipeline:
             keep: take it also when the queue is full.
             urgent: send it at once: somebody waits for what comes of it.
         """
-        running = self._running
+        shared = self._shared
         if self._closed:
-            running.stats.drop(CLOSED)
+            shared.stats.drop(CLOSED)
             return False
-        taken = running.queue.offer(payload, keep, urgent)
+        taken = shared.queue.offer(payload, keep, urgent)
         if not taken:
-            running.stats.drop(QUEUE_FULL)
-        if not running.used:
-            running.start()
+            shared.stats.drop(QUEUE_FULL)
+        if not self._awake.locked():
+            self._wake()
         return taken
 
     def flush(self, timeout_s: float) -> bool:
@@ -108,46 +125,106 @@ class Pipeline:
         False when `timeout_s` passes first, or offline while nobody else has delivered it. Any
         thread. Tries a server that failed once more at once.
         """
-        running = self._running
-        return not running.used or running.flush(time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        if not self._awake.locked():
+            return self._nothing_left()
+        if not self._spooled(Barrier(), deadline):
+            return False
+        # The one that has reached the barrier, or a later one: then the earlier went to rest.
+        return self._running.shipped(deadline) and self._nothing_left()
+
+    def refuse(self) -> None:
+        """Take no more; what was taken goes to the disk now. Any thread; waits for nothing."""
+        self._closed = True
+        if self._awake.locked() and not self._refused_at:
+            self._refused_at = time.monotonic()
+            self._shared.queue.put(self._last)
 
     def close(self, timeout_s: float) -> bool:
         """Flush, end the threads, give up the locks; True when nothing is left.
 
         Later offers are refused. Any thread, any number of times. Takes at most `timeout_s`, and
-        a quarter of a second for the disk where that is less. What is left is in the spool.
+        a tenth of a second for the locks; where that is less, a quarter of a second from `refuse`
+        on for the disk. What is left is in the spool; but for what is `unsaved`.
         """
-        self._closed = True
-        running = self._running
-        return not running.used or running.close(time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self.refuse()
+        if not self._awake.locked():
+            return self._nothing_left()
+        if not self._closing.acquire(timeout=max(0.0, timeout_s)):
+            return False
+        try:
+            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
+                self._running.leave()
+                if not self._last.reached.is_set():
+                    return False
+            self._running.end(deadline)
+            return self._nothing_left()
+        finally:
+            self._closing.release()
 
     @property
     def stats(self) -> Snapshot:
         """What became of the records of this process so far."""
-        return self._running.stats.snapshot()
+        return self._shared.stats.snapshot()
 
     @property
     def online(self) -> bool | None:
         """Whether the last attempt to reach the server succeeded; None before the first ended."""
-        return self._running.circuit.online
+        return self._shared.circuit.online
 
     @property
     def paths(self) -> Paths:
         """The files of this process's segment; there are none before the first record."""
         return self._running.segment.paths
 
+    @property
+    def segments(self) -> list[Paths]:
+        """All segments of this process that may hold records, oldest first."""
+        return [*self._earlier, self.paths]
+
     def waiting(self) -> Iterator[bytes]:
         """The records that wait on disk, in order. Reads them: not for hot paths."""
-        return waiting_records(self.paths)
+        for paths in self.segments:
+            yield from waiting_records(paths)
 
     @property
     def unsaved(self) -> int:
-        """How many records wait in memory, in place of a disk: lost if the process ends now."""
-        return self._running.segment.unsaved
+        """How many records wait in memory: lost if the process ends now."""
+        return self._running.unsaved
+
+    def _wake(self) -> None:
+        if self._awake.acquire(blocking=False):
+            self._running.start()
+
+    def _rested(self) -> None:
+        """Threads and files are gone. On the worker's thread, as the last that it does."""
+        self._earlier = [paths for paths in self.segments if paths.parts()]
+        self._running = self._make_running()
+        self._awake.release()
+        if not self._shared.queue.empty:  # Offered meanwhile, by somebody who found it awake.
+            self._wake()
+
+    def _spooled(self, barrier: Barrier, deadline: float) -> bool:
+        """Have all that was offered so far in the segment, by `deadline` (monotonic)."""
+        if self._last.reached.is_set():
+            return True
+        if barrier is not self._last:
+            self._shared.queue.put(barrier)
+        if not self._awake.locked():
+            self._wake()
+        running = self._running
+        if running.no_worker:
+            running.work_here(barrier)
+        return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
+
+    def _nothing_left(self) -> bool:
+        earlier = any(True for paths in self._earlier for _ in waiting_records(paths))
+        return self._running.nothing_left() and not earlier
 
     def _after_fork(self) -> None:
         self._running.segment.disown()
-        self._running = self._make_running()
+        self._begin()
 
 
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
@@ -158,7 +235,7 @@ def _before_fork() -> None:
     # A module that a thread is importing during a fork stays locked in the child for ever: its
     # own import of mlflow would hang. The wait is bounded, so that it cannot deadlock.
     deadline = time.monotonic() + FORK_WAIT_S
-    locks = [pipeline._running.opening for pipeline in list(_pipelines)]
+    locks = [pipeline._shared.opening for pipeline in list(_pipelines)]
     _forking.locks = [
         lock for lock in locks if lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
     ]

@@ -44,6 +44,7 @@ class ByteQueue:
         self._held_bytes = 0
         self.more = False
         """Whether the last drain stopped because it had enough. Worker only."""
+        self._barriers = 0  # As inexact.
         self._items: queue.SimpleQueue[Item | Barrier] = queue.SimpleQueue()
         self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
         self._hurry.acquire()
@@ -64,8 +65,19 @@ class ByteQueue:
 
     def put(self, barrier: Barrier) -> None:
         """Place a barrier behind everything offered so far and end the worker's linger."""
+        self._barriers += 1
         self._items.put(barrier)
         self._end_linger()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the worker would find nothing."""
+        return self._items.empty()
+
+    @property
+    def records(self) -> int:
+        """How many payloads wait, about."""
+        return max(0, self._items.qsize() - self._barriers)
 
     def _end_linger(self) -> None:
         try:
@@ -77,21 +89,24 @@ class ByteQueue:
         """Let payloads gather for up to `timeout_s`; a barrier ends it. Worker only."""
         self._hurry.acquire(timeout=timeout_s)
 
-    def drain(self, *, wait: bool = True) -> list[Item | Barrier]:
+    def drain(self, *, wait: bool = True, timeout_s: float | None = None) -> list[Item | Barrier]:
         """The oldest items, about `DRAIN_BYTES` of them. Worker only.
 
         Args:
             wait: block until there is one; otherwise the list may be empty.
+            timeout_s: block no longer than this; then the list is empty.
         """
         taken: list[Item | Barrier] = []
         taken_bytes = 0
         self.more = False
         try:
-            item = self._items.get(block=wait)
+            item = self._items.get(wait, timeout_s)
             while True:
                 taken.append(item)
                 if isinstance(item, Item):
                     taken_bytes += len(item.payload) + ITEM_OVERHEAD_BYTES
+                else:
+                    self._barriers -= 1
                 if taken_bytes >= DRAIN_BYTES:
                     self.more = True
                     break

@@ -1,10 +1,16 @@
-"""What a pipeline has in one process: queue, segment, threads. Wires them, starts and ends them."""
+"""The threads and files of a pipeline while it is at work: worker, segment, shipper, adopter.
+
+They begin with a record and end with `end`, or by themselves: where nothing has come for `REST_S`,
+everything is delivered and no more is expected, they go to rest, and the next record begins with
+new ones. So a pipeline that nobody uses any more, closed or not, costs nothing.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.adopter import Adopt, Adopter
@@ -20,122 +26,121 @@ from qitos_mlflow.delivery.spool import waiting_records
 from qitos_mlflow.delivery.stats import Stats
 from qitos_mlflow.delivery.worker import Worker
 
-DISK_GRACE_S = 0.25
-"""close() gives the worker at least this long: what does not reach the disk is lost."""
+REST_S = 3.0
+"""After so long without a record threads and files may go; waking costs a few requests."""
+REST_WITHIN_S = 1.0
+"""To end what is left open before a rest (seconds); records that come meanwhile wait in memory."""
 STOP_GRACE_S = 0.1
-"""close() gives the shipper at least this long to see that it shall stop, and free its lock."""
+"""The shipper is given this long to see that it shall stop, and free its lock (seconds)."""
 
 
-class Running:
-    """What a pipeline has in one process."""
+class Shared:
+    """What a pipeline has in one process, at work or at rest."""
 
-    def __init__(
-        self,
-        queue: ByteQueue,
-        segment: Segment,
-        refine: Callable[[bytes], bytes | None],
-        open_sink: Callable[[], Sink] | None,
-        dropped: Callable[[bytes, str], None],
-        adopt: Adopt | None,
-    ) -> None:
-        self.queue = queue
-        self.segment = segment
+    def __init__(self, queue_bytes: int) -> None:
+        self.queue = ByteQueue(queue_bytes)
         self.stats = Stats()
         self.circuit = Circuit()
         self.opening = threading.RLock()
         """Held while a sink is opened, which may import much: no fork in the middle of that."""
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What a pipeline's threads ask of its owner; see `Pipeline` for each."""
+
+    refine: Callable[[bytes], bytes | None]
+    open_sink: Callable[[], Sink] | None
+    dropped: Callable[[bytes, str], None]
+    adopt: Adopt | None
+    may_rest: Callable[[], bool]
+
+
+class Running:
+    """A pipeline at work, once started.
+
+    Args:
+        shared: what outlasts it.
+        segment: where records go; its own.
+        asks: what its threads call.
+        rested: told on the worker's thread, as the last that it does, that all is at rest.
+    """
+
+    def __init__(
+        self, shared: Shared, segment: Segment, asks: Asks, rested: Callable[[], None]
+    ) -> None:
+        self.segment = segment
+        self.no_worker = False
+        """Where no thread can be started (the interpreter is shutting down: 3.12 and later),
+        flush and close do its work themselves."""
+        self._no_shipper = False
+        self._shared = shared
+        self._may_rest = asks.may_rest
+        self._rested = rested
         self._shipping: Shipping | None = None
         self._shipper: Shipper | None = None
         self._adopter: Adopter | None = None
-        if open_sink is not None:
-            cursor = Cursor(segment.paths, segment.parts, segment.discard, self.stats)
-            self._shipping = Shipping(cursor, self._opener(open_sink))
-            self._shipper = Shipper(self._shipping, self.circuit)
-            if adopt is not None:
-                self._adopter = self._make_adopter(adopt)
-        self._worker = Worker(queue, refine, segment, self.stats, self._wrote, dropped)
+        if asks.open_sink is not None:
+            cursor = Cursor(segment.paths, segment.parts, segment.discard, shared.stats)
+            self._shipping = Shipping(cursor, self._opener(asks.open_sink))
+            self._shipper = Shipper(self._shipping, shared.circuit)
+            if asks.adopt is not None:
+                self._adopter = self._make_adopter(asks.adopt)
+        self._worker = Worker(
+            shared.queue, asks.refine, segment, shared.stats, self._wrote, asks.dropped
+        )
         self._worker_thread = threading.Thread(
             target=self._work, name="qitos-mlflow-worker", daemon=True
         )
         self._shipper_thread = threading.Thread(
             target=self._ship, name="qitos-mlflow-shipper", daemon=True
         )
-        self._once = threading.Lock()  # Taken by the first offer and never released.
-        # Where no thread can be started (the interpreter is shutting down: 3.12 and later), flush
-        # and close do its work themselves.
-        self._no_worker = False
-        self._no_shipper = False
-        self._working_here = threading.Lock()
-        self._closing = threading.Lock()
-        self._last = Barrier(last=True)
+        self._working_here = threading.RLock()
+        self._unattended = False
         self._finished = False
 
-    @property
-    def used(self) -> bool:
-        """Whether anything was ever offered."""
-        return self._once.locked()
-
     def start(self) -> None:
-        """Start the worker's thread, once; it starts the shipper's."""
-        if self._once.acquire(blocking=False):
-            self._no_worker = not _start(self._worker_thread)
-            self._no_shipper = self._no_worker
+        """Start the worker's thread; it starts the shipper's. Once."""
+        self.no_worker = not _start(self._worker_thread)
+        self._no_shipper = self.no_worker
 
-    def flush(self, deadline: float) -> bool:
-        """Wait until all offered so far is acknowledged, or for `deadline` (monotonic)."""
-        return self._reach(Barrier(), deadline) and self._shipped(deadline)
+    def work_here(self, barrier: Barrier) -> None:
+        """Do the worker's work on this thread until it reaches `barrier`."""
+        with self._working_here:
+            self._worker.run_to(barrier)
 
-    def close(self, deadline: float) -> bool:
-        """Flush and end both threads; True when nothing is left."""
-        if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return False
-        try:
-            if not self._finished:
-                self._close(deadline)
-            return self._nothing_left()
-        finally:
-            self._closing.release()
-
-    def _close(self, deadline: float) -> None:
-        if self._adopter is not None:
-            self._adopter.stop()
-        spooled_by = max(deadline, time.monotonic() + DISK_GRACE_S)
-        if not self._reach(self._last, spooled_by):
-            return
-        self._worker.refuse()  # What came in between refusing offers and the worker's end.
-        self._shipped(deadline)
-        if self._shipper is not None and not self._no_shipper:
-            self._shipper.stop(deadline)
-            stopped_by = max(deadline, time.monotonic() + STOP_GRACE_S)
-            self._shipper_thread.join(max(0.0, stopped_by - time.monotonic()))
-        else:
-            if self._shipper is not None:
-                self._shipper.finish(deadline)
-            self._finish()
-
-    def _reach(self, barrier: Barrier, deadline: float) -> bool:
-        """Bring everything offered so far to the segment."""
-        if self._last.reached.is_set():
-            return True
-        if self._no_worker:
-            with self._working_here:
-                self._worker.run_to(barrier)
-            return True
-        self.queue.put(barrier)
-        return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
-
-    def _shipped(self, deadline: float) -> bool:
+    def shipped(self, deadline: float) -> bool:
+        """Wait until all in the segment is acknowledged, or for `deadline` (monotonic)."""
         if self._shipper is None:
-            return self._nothing_left()
+            return self.nothing_left()
         if self._no_shipper:
             with self._working_here:
                 return self._shipper.ship_here(self.segment.end, deadline)
         return self._shipper.wait_shipped(self.segment.end, deadline)
 
-    def _nothing_left(self) -> bool:
+    def end(self, deadline: float) -> None:
+        """After the worker's end: ship until `deadline` and end all else."""
+        if not self._finished:
+            if self._adopter is not None:
+                self._adopter.stop()
+            self._worker.refuse()  # What came in between refusing offers and the worker's end.
+            self.shipped(deadline)
+            self._stop(deadline)
+
+    def leave(self) -> None:
+        """Have the worker end all else when it has written what it has: nobody waits for it."""
+        self._unattended = True
+
+    def nothing_left(self) -> bool:
+        """Whether all in the segment is delivered; offline, by others."""
         if self._shipping is not None:
             return self._shipping.position >= self.segment.end
         return next(waiting_records(self.segment.paths), None) is None
+
+    @property
+    def unsaved(self) -> int:
+        """How many records are in memory only."""
+        return self._shared.queue.records + self._worker.held + self.segment.unsaved
 
     def _wrote(self, urgent: bool) -> None:
         if self._shipper is not None:
@@ -144,15 +149,39 @@ class Running:
     def _work(self) -> None:
         if self._shipper is not None:
             self._no_shipper = not _start(self._shipper_thread)
-        self._worker.run()
+        rests = self._worker.run(REST_S, self._is_idle)
+        if rests or self._unattended:
+            self._stop(time.monotonic() + REST_WITHIN_S)
+        if rests:
+            self._rested()
+
+    def _is_idle(self) -> bool:
+        if self._adopter is not None and self._adopter.busy:
+            return False
+        try:
+            return (self._shipping is None or self.nothing_left()) and self._may_rest()
+        except Exception as error:  # noqa: BLE001 - the owner's bug must not end the thread
+            _guard.report("delivery.may_rest", error)
+            return False
+
+    def _stop(self, deadline: float) -> None:
+        if self._adopter is not None:
+            self._adopter.stop()
+        if self._shipper is not None and not self._no_shipper:
+            self._shipper.stop(deadline)
+            self._shipper_thread.join(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
+        else:
+            if self._shipper is not None:
+                self._shipper.finish(deadline)
+            self._finish()
 
     def _ship(self) -> None:
         assert self._shipper is not None
         if self._adopter is not None:
             self._adopter.start()
         self._shipper.run()
-        # The last one out: close() has ended the worker before it stops the shipper, and may
-        # itself be gone when a send that hung comes back.
+        # The last one out: the worker has ended before the shipper is stopped, and who stopped it
+        # may itself be gone when a send that hung comes back.
         self._finish()
 
     def _make_adopter(self, adopt: Adopt) -> Adopter:
@@ -161,11 +190,11 @@ class Running:
             return None if open_sink is None else self._opener(open_sink)
 
         directory = self.segment.paths.directory
-        return Adopter(directory, adopt_undisturbed, lambda: self.circuit.online is True)
+        return Adopter(directory, adopt_undisturbed, lambda: self._shared.circuit.online is True)
 
     def _opener(self, open_sink: Callable[[], Sink]) -> Callable[[], Sink]:
         def open_undisturbed() -> Sink:
-            with self.opening:
+            with self._shared.opening:
                 return open_sink()
 
         return open_undisturbed
@@ -175,7 +204,7 @@ class Running:
         for part in self.segment.parts():
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
-                self.stats.drop(part.failure, lost)
+                self._shared.stats.drop(part.failure, lost)
         shipped = self._shipper is not None and self._shipper.finished
         try:
             self.segment.close(delete=shipped or self.segment.end == 0)

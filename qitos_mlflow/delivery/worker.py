@@ -42,27 +42,37 @@ class Worker:
         self._stats = stats
         self._wrote = wrote
         self._dropped = dropped
+        self.held = 0
+        """Records taken from the queue that are not appended yet."""
 
-    def run(self) -> None:
-        """Work until the last barrier is reached."""
+    def run(self, idle_s: float, may_rest: Callable[[], bool]) -> bool:
+        """Work until the last barrier is reached (False), or there is nothing to do (True).
+
+        Args:
+            idle_s: how long nothing has to come before `may_rest` is asked.
+            may_rest: whether that is reason enough.
+        """
         while True:
             # Under load the queue is only looked into every LINGER_S; nobody waits in get(), so
             # that an offer needs no system call to wake this thread.
-            items = self._queue.drain()
+            items = self._queue.drain(timeout_s=idle_s)
+            if not items:
+                if may_rest():
+                    return True
+                continue
             if not self._queue.more and not any(isinstance(i, Item) and i.urgent for i in items):
                 # A burst of spans is the agent at work: let it have the interpreter to itself.
                 self._queue.linger(LINGER_S)
                 items += self._queue.drain(wait=False)
             while items:
                 if not self._append(items):
-                    return
+                    return False
                 if not self._queue.more:
                     self._queue.linger(LINGER_S)
                 items = self._queue.drain(wait=False)
 
     def run_to(self, barrier: Barrier) -> None:
-        """Do on this thread what `run` would do, up to `barrier`."""
-        self._queue.put(barrier)
+        """Do on this thread what `run` would do, up to `barrier`, which is in the queue."""
         while not barrier.reached.is_set():
             self._append(self._queue.drain(wait=False))
 
@@ -79,6 +89,7 @@ class Worker:
     def _append(self, items: Sequence[Item | Barrier]) -> bool:
         """Append the items; False when the last barrier was among them."""
         batch: list[Item] = []
+        self.held = sum(isinstance(item, Item) for item in items)
         for index, item in enumerate(items):
             if isinstance(item, Item):
                 if item.keep:  # It may tell what was lost: refined when all before it is settled.
@@ -89,6 +100,7 @@ class Worker:
             self._append_batch(batch)
             batch = []
             if item.last:
+                self.held = 0
                 self.refuse(items[index + 1 :])
             item.reached.set()
             if item.last:
@@ -115,6 +127,8 @@ class Worker:
             _guard.report("delivery.worker", error)
             for record in records:
                 self._lose(record.data, WORKER_FAILED)
+        finally:
+            self.held -= len(batch)
 
     def _refined(self, payload: bytes) -> bytes | None:
         try:

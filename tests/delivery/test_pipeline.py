@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.delivery import Outcome, Pipeline, RetryLater, Shipment, deliver_segment, shipping
+from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
@@ -375,7 +376,7 @@ def test_an_offer_that_races_with_close_is_counted(make: Make) -> None:
         return payload
 
     pipeline = make(refine=refine)
-    queue = pipeline._running.queue
+    queue = pipeline._shared.queue
     pipeline.offer(b"one")
     assert busy.wait(LONG_S)
     closer = threading.Thread(target=lambda: pipeline.close(LONG_S))
@@ -488,3 +489,161 @@ def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeSe
     assert pipeline.flush(LONG_S)
     assert server.accepted.count(b"from the handler") == inside[0]
     assert server.accepted.count(b"from the agent") == sent
+
+
+def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServer) -> None:
+    """What the worker has not written when time is up is told as unsaved, and written all the
+    same if the process lives on; then all threads end."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def refine(payload: bytes) -> bytes:
+        busy.set()
+        go_on.wait(LONG_S)
+        return payload
+
+    pipeline = make(refine=refine)
+    records = numbered(5)
+    for record in records:
+        pipeline.offer(record)
+    assert busy.wait(LONG_S)
+    assert not pipeline.close(0.0)
+    assert pipeline.unsaved == 5
+    running = pipeline._running
+    go_on.set()
+    for thread in (running._worker_thread, running._shipper_thread):
+        thread.join(LONG_S)
+        assert not thread.is_alive()
+    assert pipeline.unsaved == 0
+    assert [*server.accepted, *pipeline.waiting()] == records
+    assert pipeline.close(0.0) == (server.accepted == records)
+
+
+# -- rest ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines go to rest as soon as they can."""
+    monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.01)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline = time.monotonic() + LONG_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def at_rest(pipeline: Pipeline) -> bool:
+    """Whether nothing of it runs."""
+    return not pipeline._awake.locked()
+
+
+def test_a_pipeline_with_nothing_to_do_goes_to_rest(
+    make: Make, server: FakeServer, spool: Path, soon: None
+) -> None:
+    """Threads and files go once all is delivered, come back with the next record; counts stay."""
+    threads = threading.active_count()
+    pipeline = make()
+    for number, record in enumerate(numbered(3)):
+        assert pipeline.offer(record, urgent=True)
+        until(lambda: at_rest(pipeline))
+        until(lambda: threading.active_count() == threads)
+        assert list(spool.iterdir()) == []
+        assert server.accepted == numbered(number + 1)
+        assert pipeline.flush(0)
+    assert (pipeline.stats.recorded, pipeline.stats.delivered) == (3, 3)
+    assert len(server.opened) == 3
+    assert pipeline.close(0)
+    assert not pipeline.offer(b"late")
+    assert pipeline.stats.dropped == {"closed": 1}
+
+
+@pytest.mark.usefixtures("soon")
+def test_no_rest_while_more_is_expected(make: Make, server: FakeServer) -> None:
+    """Records that belong together stay in one segment, however long the agent thinks."""
+    asked, expecting = threading.Event(), True
+
+    def may_rest() -> bool:
+        asked.set()
+        return not expecting
+
+    pipeline = make(may_rest=may_rest)
+    pipeline.offer(b"start", urgent=True)
+    assert asked.wait(LONG_S)
+    assert not at_rest(pipeline)
+    expecting = False
+    until(lambda: at_rest(pipeline))
+    assert server.accepted == [b"start"]
+
+
+@pytest.mark.usefixtures("soon")
+def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None:
+    """While the server is away, what waits for it is waited for."""
+    server.down = RetryLater("503")
+    asked = threading.Event()
+    pipeline = make(may_rest=lambda: asked.set() or True)
+    pipeline.offer(b"one")
+    assert not pipeline.flush(0.2)
+    assert not at_rest(pipeline)
+    assert not asked.is_set()
+    server.down = None
+    assert pipeline.flush(LONG_S)
+    until(lambda: at_rest(pipeline))
+
+
+def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
+    """Offline each rest leaves a segment behind, which is told of until somebody delivers it."""
+    pipeline = make(None)
+    for record in numbered(2):
+        pipeline.offer(record)
+        until(lambda: at_rest(pipeline))
+        assert not pipeline.flush(0)
+    assert list(pipeline.waiting()) == numbered(2)
+    assert len([paths for paths in pipeline.segments if paths.parts()]) == 2
+    assert not pipeline.close(0)
+
+
+@pytest.mark.usefixtures("soon")
+def test_nothing_is_lost_between_work_and_rest(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records, flushes and a close that come as the threads are just going are taken care of."""
+    monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.0001)
+    monkeypatch.setattr("qitos_mlflow.delivery.worker.LINGER_S", 0.0001)
+    pipeline = make()
+    records = numbered(300)
+    for number, record in enumerate(records):
+        assert pipeline.offer(record, urgent=True)
+        if number % 3 == 0:
+            assert pipeline.flush(LONG_S)
+            assert server.accepted == records[: number + 1]
+        else:
+            time.sleep(0.0001 * (number % 7))
+    assert pipeline.close(LONG_S)
+    assert server.accepted == records
+    assert len(server.opened) > 1
+
+
+def test_closing_many_takes_no_longer_than_closing_one(make: Make, tmp_path: Path) -> None:
+    """Once all refuse, the time for the disk runs for all of them at once."""
+    go_on = threading.Event()
+    pipelines = []
+    for number in range(8):
+        busy = threading.Event()
+
+        def refine(payload: bytes, busy: threading.Event = busy) -> bytes:
+            busy.set()
+            go_on.wait(LONG_S)
+            return payload
+
+        pipelines.append(make(refine=refine, directory=tmp_path / str(number)))
+        pipelines[-1].offer(b"one")
+        assert busy.wait(LONG_S)
+    began = time.monotonic()
+    for pipeline in pipelines:
+        pipeline.refuse()
+    assert not any(pipeline.close(began - time.monotonic()) for pipeline in pipelines)
+    assert time.monotonic() - began < 4 * DISK_GRACE_S
+    go_on.set()
