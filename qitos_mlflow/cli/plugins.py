@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+LOCAL_STORE = "MLflow's local store"
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -30,16 +32,29 @@ def survey() -> dict[str, Any]:
     """
     startup_line = {"active": any(getattr(f, "qitos_watcher", False) for f in sys.meta_path)}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-    from qitos_mlflow.plugins.loader import GROUP, VARIABLE, discover, load
+    from qitos_mlflow.plugins.loader import GROUP, discover, load
+    from qitos_mlflow.plugins.selection import VARIABLE
 
     return {
         "group": GROUP,
         "variable": {"name": VARIABLE, "value": os.environ.get(VARIABLE)},
         "startup_line": startup_line,
+        "destination": destination(),
         "host": host(),
         # Where nothing at all is to be loaded, the loader does not even look.
         "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor()) or discover()],
     }
+
+
+def destination() -> str | None:
+    """Where the installed MLflow plugin logs to, without credentials; None: nowhere."""
+    from qitos_mlflow.mlflow_plugin.destination import without_credentials
+    from qitos_mlflow.plugins.selection import named
+    from qitos_mlflow.settings import TRACKING_VARIABLE
+
+    if uri := os.environ.get(TRACKING_VARIABLE):
+        return without_credentials(uri)
+    return LOCAL_STORE if named("mlflow") else None
 
 
 def host() -> dict[str, Any]:
@@ -92,4 +107,13 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         startup = "not active in this Python; use: qitos-mlflow run, or import qitos_mlflow.auto"
     chosen = "not set" if value is None else repr(value)
-    return [("qitos", qitos), ("start-up line", startup), (found["variable"]["name"], chosen)]
+    where = found["destination"] or (
+        "none set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
+        "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store"
+    )
+    return [
+        ("qitos", qitos),
+        ("start-up line", startup),
+        (found["variable"]["name"], chosen),
+        ("destination", where),
+    ]

@@ -98,3 +98,25 @@ def test_a_host_with_its_own_tracing_is_seen(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "host"))
     told = json.loads(cli("plugins", "--json").stdout)
     assert told["host"]["own_tracing"] is True
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted", "told"),
+    [
+        ({}, None, "none set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI"),
+        (
+            {"MLFLOW_TRACKING_URI": "http://user:secret@host:5000"},
+            "http://host:5000",
+            "destination  http://host:5000",
+        ),
+        ({"QITOS_TRACE_PLUGINS": "mlflow"}, "MLflow's local store", "MLflow's local store"),
+    ],
+)
+def test_it_is_told_where_runs_go(
+    cli: Run, variables: dict[str, str], wanted: str | None, told: str
+) -> None:
+    """Nothing is logged without a destination, and nobody would know why."""
+    assert json.loads(cli("plugins", "--json", **variables).stdout)["destination"] == wanted
+    shown = cli("plugins", **variables).stdout
+    assert told in shown
+    assert "secret" not in shown
