@@ -160,7 +160,9 @@ class Settings:
         _text, "qitos", "MLflow experiment, created when missing", env="MLFLOW_EXPERIMENT_NAME"
     )
     run_name: str | None = _option(
-        _optional_text, None, "MLflow run name; falls back to the trace's name"
+        _optional_text,
+        None,
+        "MLflow run name; falls back to the trace's name, by default the agent's",
     )
     tracking_uri: str | None = _option(
         _optional_uri,

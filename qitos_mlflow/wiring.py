@@ -43,7 +43,7 @@ def autolog(
 
     Args:
         experiment_name: MLflow experiment, created when missing.
-        run_name: name of the runs; None: the agent's name.
+        run_name: name of the runs; None: the trace's name, by default the agent's.
         tracking_uri: tracking server; None: MLflow's own default.
         tags: tags of every run.
         disable: stop logging to MLflow, also by the automatically loaded plugin; runs that are

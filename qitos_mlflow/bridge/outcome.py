@@ -9,8 +9,10 @@ from qitos_mlflow.bridge.extract import describe, first, mapping, text_of
 
 SUCCESS_STOPS = frozenset({"success", "final", "env_terminal"})
 ERROR_STOPS = frozenset(
-    {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch", "context_overflow"}
+    {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch"}
+    | {"context_overflow", "empty_model_response", "error"}
 )
+"""Stop reasons of a run that could not go on, of all hosts together."""
 
 
 def outcome_of(

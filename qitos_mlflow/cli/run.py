@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from qitos_mlflow._startup import OFF
 from qitos_mlflow.cli import Handover, Refused, _options
 
 
@@ -31,7 +32,7 @@ from qitos_mlflow.cli import Handover, Refused, _options
     "--run-name",
     metavar="NAME",
     callback=_options.not_empty,
-    help="Name of the MLflow runs.  [default: the agent's]",
+    help="Name of the MLflow runs.  [default: the trace's name, by default the agent's]",
 )
 @click.option(
     "--tag",
@@ -82,7 +83,7 @@ def environment(
 def selection(before: str) -> str:
     """`QITOS_TRACE_PLUGINS` with mlflow among the plugins; those chosen before stay chosen."""
     names = [name.strip().lower() for name in before.split(",") if name.strip()]
-    names = [name for name in names if name not in {"none", "off", "0", "no:mlflow"}]
+    names = [name for name in names if name not in {*OFF, "no:mlflow"}]
     if names and all(name.startswith("no:") for name in names):
         names.insert(0, "all")
     if not {"mlflow", "all", "*"} & set(names):

@@ -2,7 +2,8 @@
 
 On the agent's thread: `plugin` (hooks), `capture` (span -> bytes), `active_run`. On the worker:
 `refine` (bytes -> redacted record). On the shipper: `sink` (records -> calls, mapped by the pure
-`metrics` and `spans`), `rest` and `store` (calls -> MLflow). Only `store` imports mlflow.
+`metrics` and `spans`), `rest` and `store` (calls -> MLflow). Only `store` imports mlflow;
+`readback`, for the commands, does too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 from enum import IntEnum
 
 from qitos_mlflow import tracing
-from qitos_mlflow.plugins.loader import named
+from qitos_mlflow.plugins.selection import named
 from qitos_mlflow.settings import Settings
 
 _log = logging.getLogger("qitos_mlflow")

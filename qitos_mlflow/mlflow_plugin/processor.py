@@ -39,7 +39,7 @@ class MlflowTraceProcessor(PluginTraceProcessor):
     Args:
         experiment_name: MLflow experiment, created when missing. When not given,
             ``MLFLOW_EXPERIMENT_NAME`` is asked first.
-        run_name: name of the runs; None: the trace's name.
+        run_name: name of the runs; None: the trace's name, by default the agent's.
         tracking_uri: tracking server; None: MLflow's own default for the installed version
             (``MLFLOW_TRACKING_URI``, else its local store), asked for when a trace starts.
         tags: tags of every run.

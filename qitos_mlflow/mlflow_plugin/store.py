@@ -1,8 +1,9 @@
 """MLflow through MLflow itself: local stores, and http for what only its client can do.
 
-The only module that imports mlflow. It is imported on the shipper's thread, and only where the
-destination needs it; everything goes through clients bound to the destination's URI, so nothing
-of MLflow's process-wide state is read or changed.
+The only module of the library that imports mlflow (the commands' `readback` does, too). It is
+imported on the shipper's thread, and only where the destination needs it; everything goes through
+clients bound to the destination's URI, so nothing of MLflow's process-wide state is read
+or changed.
 """
 
 from __future__ import annotations

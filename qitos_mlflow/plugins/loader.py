@@ -18,10 +18,7 @@ import importlib_metadata
 
 from qitos_mlflow import _guard
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.plugins.selection import VARIABLE as VARIABLE
-from qitos_mlflow.plugins.selection import Selection as Selection
-from qitos_mlflow.plugins.selection import canonical
-from qitos_mlflow.plugins.selection import named as named
+from qitos_mlflow.plugins.selection import VARIABLE, Selection, canonical
 
 GROUP = "qitos.trace_plugins"
 """The entry-point group."""

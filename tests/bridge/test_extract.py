@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.outcome import is_interrupt, issues_of, outcome_of, outcome_of_exception
+from qitos_mlflow.bridge.outcome import (
+    ERROR_STOPS,
+    is_interrupt,
+    issues_of,
+    outcome_of,
+    outcome_of_exception,
+)
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
+from qitos_mlflow.mlflow_plugin.status import FAILED_REASONS
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,11 @@ def test_an_exception_without_text_is_called_by_its_type() -> None:
     assert outcome_of_exception(Mute(), None)["error"] == "Mute"
     assert is_interrupt(SystemExit())
     assert not is_interrupt(Mute())
+
+
+def test_a_run_whose_stop_reason_is_a_failure_has_failed_in_mlflow() -> None:
+    """Bridge and MLflow plugin each have a list, and neither may know the other's: they agree."""
+    assert ERROR_STOPS == FAILED_REASONS
 
 
 def test_the_hosts_own_reason_wins_over_the_exceptions() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from qitos_mlflow.plugins import loader
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.plugins.loader import PluginInfo, Selection, discover, load
+from qitos_mlflow.plugins.loader import PluginInfo, discover, load
+from qitos_mlflow.plugins.selection import VARIABLE, Selection
 from qitos_mlflow.tracing import Span, StepSpanData
 from tests.hosts import run_on
 from tests.plugins.conftest import Distributions
@@ -335,4 +336,4 @@ def _installed_here() -> bool:
 
 def test_the_group() -> None:
     """The entry-point group and the variable are those promised."""
-    assert (loader.GROUP, loader.VARIABLE) == ("qitos.trace_plugins", "QITOS_TRACE_PLUGINS")
+    assert (loader.GROUP, VARIABLE) == ("qitos.trace_plugins", "QITOS_TRACE_PLUGINS")

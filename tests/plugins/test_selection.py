@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qitos_mlflow.plugins.selection import VARIABLE, Selection, named
+from qitos_mlflow._startup import OFF
+from qitos_mlflow.plugins.selection import NOTHING_WORDS, VARIABLE, Selection, named
 
 INSTALLED = [("mlflow", "qitos-mlflow"), ("my-sink", "Acme_Traces"), ("wandb", "other")]
 
@@ -94,3 +95,8 @@ def test_every_text_is_a_selection(text: str) -> None:
     for name, distribution in INSTALLED:
         assert selection.rank(name, distribution) is None or not selection.nothing
         assert Selection.parse(f"{text},no:{name}").rank(name, distribution) is None
+
+
+def test_the_start_up_line_has_the_same_words_for_nothing() -> None:
+    """It has a list of its own, because it must not import ours."""
+    assert {"", *NOTHING_WORDS} == set(OFF)
