@@ -8,8 +8,18 @@ sum is asked for before an info is sent, and sent with it. Servers before 3.10 h
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
+
+import orjson
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold
-from qitos_mlflow.mlflow_plugin.transport import Transport
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport
+
+_log = logging.getLogger("qitos_mlflow")
 
 MARGIN_MS = 60_000
 """Spans may begin before their trace where somebody set the clock."""
@@ -17,31 +27,80 @@ MARGIN_MS = 60_000
 KINDS = ("input_cost", "output_cost")
 """MLflow's metrics of one span's cost (USD)."""
 
+TIMEOUT_S = 3.0
+"""Longest wait for a sum (seconds)."""
+TRIES = 3
+"""After so many failures in a row traces go without their cost: it must hold nothing back."""
+PAUSE_S = 60.0
+"""So long no cost is asked for then (seconds)."""
+
+
+class Costs:
+    """Asks one server what traces cost. Used by one thread."""
+
+    def __init__(self, transport: Transport, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._transport = transport
+        self._answers = True
+        self._failures = 0
+        self._asks_at = 0.0
+
+    def metadata(self, tree: TraceFold, experiment_id: str, timeout_s: float) -> dict[str, str]:
+        """The metadata that says what a trace cost; empty where nobody knows.
+
+        Raises:
+            RetryLater: the server did not say; not more than `TRIES` times in a row.
+        """
+        if not self._answers or self.clock() < self._asks_at:
+            return {}
+        try:
+            cost = trace_cost(self._transport, experiment_id, tree, min(timeout_s, TIMEOUT_S))
+        except Refused as refusal:
+            self._answers = False
+            self._warn(refusal)
+            return {}
+        except (RetryLater, Poisoned) as failure:
+            self._failures += 1
+            if self._failures < TRIES:
+                # Not its Retry-After: all else waits for this.
+                raise RetryLater(f"no cost: {failure}") from failure
+            if self._failures == TRIES:
+                self._warn(failure)
+            self._asks_at = self.clock() + PAUSE_S
+            return {}
+        self._failures = 0
+        return {"mlflow.trace.cost": orjson.dumps(cost).decode()} if cost else {}
+
+    def _warn(self, reason: Exception) -> None:
+        _log.warning(
+            "%s does not tell what model calls cost, so traces have no cost: %.200s",
+            without_credentials(self._transport.uri),
+            reason,
+        )
+
 
 def trace_cost(
     transport: Transport, experiment_id: str, tree: TraceFold, timeout_s: float
 ) -> dict[str, float] | None:
     """The cost in USD of a trace's spans that are there, as MLflow's ``mlflow.trace.cost``.
 
-    None if the server has no price. Only our generations are counted: provider spans that MLflow's
-    autologging put below them have a price too, of the same tokens.
+    None if the server has no price, or more names than `MAX_PRICED` would have to be asked for.
+    Only our generations are counted, by their names: provider spans that MLflow's autologging put
+    below them have a price too, of the same tokens.
 
     Raises:
-        RetryLater: the server cannot be reached now.
+        RetryLater, Poisoned: the server does not answer now.
         Refused: the server does not tell what spans cost.
     """
     of_trace = _equals("trace.tag.`qitos.trace_id`", tree.id)
-    if not tree.priced or of_trace is None:
-        return None
     of_spans = [_equals("span.name", name) for name in tree.priced]
-    if len(of_spans) > MAX_PRICED or None in of_spans:
-        of_spans = [None]
+    if of_trace is None or None in of_spans or len(of_spans) > MAX_PRICED:
+        return None
     start_ms = max(0, tree.start_ns // 1_000_000 - MARGIN_MS)
     window_ms = (start_ms, tree.last_ns // 1_000_000 + MARGIN_MS)
     costs = dict.fromkeys(KINDS, 0.0)
     priced = False
-    for of_span in of_spans:
-        filters = [of_trace, of_span] if of_span else [of_trace]
+    for filters in ([of_trace, of_span] for of_span in of_spans if of_span):
         for kind in KINDS:
             amount = transport.sum_spans(experiment_id, kind, filters, window_ms, timeout_s)
             if amount is None:

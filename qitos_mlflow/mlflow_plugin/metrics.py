@@ -183,7 +183,7 @@ class RunState:
         value = clean_metric(success, self.lost, booleans=True)
         if value is not None:
             metrics.append(Metric("success", value, clean_ms(end_ns), self.last_step))
-        params = self._new_params(metadata)
+        params = self._new_params({**self.constant_params, **metadata})
         tags = labels.end_tags(record, self.lost)
         dropped = _mapping(record.get("dropped"))
         recorded = record.get("recorded")

@@ -23,8 +23,9 @@ REQUEST_TIMEOUT_S = 10.0
 POISONED_TRIES = 4
 """A call that makes the server itself fail is tried at least this often, ..."""
 POISONED_S = 20.0
-"""... and for so long, then treated as refused: a server whose database is away says the same of
-every call. Less than the patience of `qitos-mlflow sync`, which would never get past it (seconds).
+"""... and for so long, then treated as refused if the server is well otherwise: one whose database
+is away says the same of every call. Less than the patience of `qitos-mlflow sync`, which would
+never get past it (seconds).
 """
 
 
@@ -55,10 +56,22 @@ class Call:
 
 
 class MlflowShipment:
-    """`delivery.Shipment` over a list of calls. Used by one thread."""
+    """`delivery.Shipment` over a list of calls. Used by one thread.
 
-    def __init__(self, calls: Iterable[Call], dead: Iterable[DeadLetter] = ()) -> None:
+    Args:
+        calls: to be made, in order.
+        dead: what was refused before.
+        healthy: whether the server is well; asked before a call that breaks it is given up.
+    """
+
+    def __init__(
+        self,
+        calls: Iterable[Call],
+        dead: Iterable[DeadLetter] = (),
+        healthy: Callable[[float], bool] = lambda timeout_s: True,
+    ) -> None:
         self._calls = deque(calls)
+        self._healthy = healthy
         self._dead = list(dead)
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
@@ -86,6 +99,9 @@ class MlflowShipment:
                 failing_s = time.monotonic() - call.failing_since
                 if call.failures < POISONED_TRIES or failing_s < POISONED_S:
                     raise RetryLater(str(failure)) from failure
+                if not self._healthy(min(left, REQUEST_TIMEOUT_S)):
+                    call.failures = 0
+                    raise RetryLater(f"the server is out of order: {failure}") from failure
                 self._calls.popleft()
                 self._give_up(call, str(failure))
             else:

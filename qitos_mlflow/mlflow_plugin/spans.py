@@ -24,8 +24,8 @@ from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
 from qitos_mlflow.mlflow_plugin.otlp import build_span, set_status
 from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 
-MAX_PRICED = 4
-"""Names of generations remembered, each of which is two requests when the trace ends."""
+MAX_PRICED = 20
+"""Names of generations, each of which is two requests when the trace's cost is asked for."""
 
 MAX_ASSESSMENTS = 500
 """Assessments that an info repeats: servers before 3.12 refuse one that lacks what they have."""
@@ -96,6 +96,10 @@ class TraceFold:
     def after_end(cls, qitos_trace_id: str) -> TraceFold:
         """What is left to know of a trace that has ended, for spans that come later."""
         return cls(id=qitos_trace_id, begun=True)
+
+    def move(self) -> None:
+        """Begin anew where nothing of the trace is there yet."""
+        self.begun = self.root_closed = False
 
     # -- records -----------------------------------------------------------------------------
 

@@ -16,6 +16,15 @@ from qitos_mlflow.mlflow_plugin.spans import TraceData, TraceFold
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where the first part of a trace is: another server's address, run and number of spans."""
+
+    uri: str
+    run_id: str
+    spans: int
+
+
 @dataclass
 class TraceState:
     """What the sink knows of one trace.
@@ -31,6 +40,8 @@ class TraceState:
             in another process: look for it first.
         creations: how often creating it was tried. Beyond the first, an earlier attempt may still
             come through, where a database is locked for longer than a request lasts.
+        elsewhere: where part of the trace was delivered, if that is not where the rest goes.
+        start_tags: tags of the run as of its start.
         refused: why the server will not have the run; every record of the trace is dead then.
         started: its trace_start record has been seen.
         ended: its run is to end, or has.
@@ -38,7 +49,7 @@ class TraceState:
         end_ms: when it ended.
         recorded: spans that ended in the agent, as its end says.
         dropped: of those, how many were lost before delivery, by reason.
-        refused_spans: of those, how many the server refused for good.
+        lost_spans: of those, how many are not on the server although delivery got to them.
         told: the server has an info of its tree.
     """
 
@@ -50,6 +61,8 @@ class TraceState:
     run: RunRef | None = None
     maybe_created: bool = False
     creations: int = 0
+    elsewhere: Elsewhere | None = None
+    start_tags: list[tuple[str, str]] = field(default_factory=list)
     refused: str | None = None
     started: bool = False
     ended: bool = False
@@ -57,7 +70,7 @@ class TraceState:
     end_ms: int = 0
     recorded: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    refused_spans: int = 0
+    lost_spans: dict[str, int] = field(default_factory=dict)
     told: bool = False
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
@@ -81,6 +94,8 @@ class TraceState:
             self.recorded = int(record.get("recorded") or 0)
             self.dropped = dict(record.get("dropped") or {})
         self._add(self.totals.fold(record))
+        if record["kind"] == "trace_start":
+            self.start_tags = list(dict(self.tags).items())  # Servers refuse a key given twice.
         if self.tree is not None:
             self._add_to_tree(self.tree.fold(record))
 
@@ -108,12 +123,42 @@ class TraceState:
         if data.status is not None:
             self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
 
-    def refused_ledger(self) -> list[tuple[str, str]]:
-        """The loss ledger once more, if the server refused spans; else nothing."""
-        if not self.refused_spans:
+    def move(self, uri: str) -> None:
+        """Forget what the server at `uri` has: what is to come goes to another one."""
+        if self.run is not None:
+            self.elsewhere = Elsewhere(uri, self.run.run_id, self.totals.spans)
+        self.run, self.maybe_created, self.creations, self.told = None, True, 0, False
+        self.lost_spans = {}
+        self.totals.params = []  # The end of a trace has them all again.
+        if self.tree is not None:
+            self.tree.move()
+
+    def creation_tags(self) -> list[tuple[str, str]]:
+        """Tags that a new run is created with."""
+        if self.elsewhere is None:
+            return self.start_tags
+        return [*self.start_tags, ("qitos.partial", f"begun on {self.elsewhere.uri}")]
+
+    def settle(self) -> None:
+        """Take account of where the run is, now that it is known."""
+        if self.run is not None and self.elsewhere is not None:
+            # Else it is the same server by another name.
+            if self.run.run_id != self.elsewhere.run_id:
+                self.lost_spans["elsewhere"] = self.elsewhere.spans
+            self.elsewhere = None
+
+    def count_refused(self, span: Span) -> None:
+        """Count a span that the server refused, but for the root that stands for the trace."""
+        if span.parent_span_id or (self.tree is not None and self.tree.root is not None):
+            self.lost_spans["refused"] = self.lost_spans.get("refused", 0) + 1
+
+    def corrected_ledger(self) -> list[tuple[str, str]]:
+        """The loss ledger once more, if spans are not on the server after all; else nothing."""
+        if not self.lost_spans:
             return []
-        delivered = max(0, self.totals.spans - self.refused_spans)
-        dropped = {**self.dropped, "refused": self.refused_spans}
+        lost = sum(self.lost_spans.values())
+        delivered = max(0, self.totals.spans - lost)
+        dropped = {**self.dropped, **self.lost_spans}
         return ledger_tags(max(self.recorded, self.totals.spans), delivered, dropped)
 
     def sent(self) -> None:
@@ -129,18 +174,21 @@ class TraceState:
         plain["tree"] = None if self.tree is None else self.tree.to_json()
         plain["totals"] = self.totals.to_json()
         plain["run"] = None if self.run is None else self.run.to_json()
+        plain["elsewhere"] = None if self.elsewhere is None else vars(self.elsewhere)
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> TraceState:
         """The state that `to_json` described."""
-        run, tree = plain.get("run"), plain.get("tree")
+        run, tree, elsewhere = plain.get("run"), plain.get("tree"), plain.get("elsewhere")
         return cls(
             **{
                 **plain,
                 "totals": RunState.from_json(plain["totals"]),
                 "tree": TraceFold.from_json(tree) if tree else None,
                 "run": RunRef(**run) if run else None,
+                "elsewhere": Elsewhere(**elsewhere) if elsewhere else None,
+                "start_tags": [(key, value) for key, value in plain["start_tags"]],
             }
         )
 

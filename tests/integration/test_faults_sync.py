@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.integration.stored import (
     assert_survived_kill,
     ledger,
     stored_runs,
+    stray_traces,
 )
 
 Runs = Callable[[], list[StoredRun]]
@@ -182,6 +184,44 @@ def test_sync_to_another_server(
     assert_survived_kill(killed, of(killed, found))
     assert_exactly_once(report, of(report, found))
     assert stored_runs(mlflow_server.database, experiment_name) == []
+
+
+def test_the_rest_of_a_run_goes_to_another_server(
+    mlflow_server: MlflowServer,
+    proxy: Proxy,
+    logging_agent: Start,
+    runs: Runs,
+    experiment_name: str,
+    tmp_path: Path,
+) -> None:
+    """What was begun on a server that is gone is finished on another, and says what it lacks."""
+    agent = logging_agent({"exit_timeout_s": 0.1}, gates=["mid"])
+    agent.wait_for("mid")
+    acks = (tmp_path / "spool").glob
+    until(lambda: [ack for ack in acks("*.ack") if re.search(rb'"spans":[1-9]', ack.read_bytes())])
+    proxy.set(Refuse())
+    agent.go()
+    report = agent.finish()
+    second = MlflowServer(tmp_path / "second")
+    second.start()
+    try:
+        said = execute(f"qitos-mlflow sync --tracking-uri {second.uri}")
+    finally:
+        second.kill()
+    assert "refused" not in said
+    [first] = runs()
+    [run] = stored_runs(second.database, experiment_name)
+    assert (first.status, run.status) == ("RUNNING", "FINISHED")
+    assert run.trace_id == first.trace_id
+    assert run.tags["qitos.partial"] == f"begun on {proxy.uri}"
+    assert first.params.items() <= run.params.items()
+    recorded, delivered, dropped = ledger(run)
+    assert recorded == len(report.spans())
+    assert 0 < delivered < recorded
+    assert dropped == f"elsewhere={recorded - delivered}"
+    assert len(run.spans) == delivered
+    assert len({*first.spans, *run.spans}) == recorded
+    assert stray_traces(second.database, experiment_name) == []
 
 
 def test_a_damaged_line_is_a_counted_loss(

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin import shipment as shipment_module
+from qitos_mlflow.mlflow_plugin.cost import PAUSE_S, TRIES
 from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.metrics import Metric
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.sink import MlflowSink, open_sink, open_transport
+from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.store import StoreTransport
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 from qitos_mlflow.settings import Settings
@@ -32,9 +34,10 @@ SETTINGS = {"experiment_name": "qitos", "tags": {"env": "dev"}, "plugin_version"
 class Server:
     """A transport to a server that there is not: keeps what it is told, and fails on command."""
 
-    uri = "http://user:password@fake.test"
-
-    def __init__(self) -> None:
+    def __init__(self, host: str = "fake.test") -> None:
+        self.host = host
+        self.uri = f"http://user:password@{host}"
+        self.cost: float | None = None
         self.calls: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.spans: dict[str, Any] = {}
@@ -52,6 +55,11 @@ class Server:
             raise failure
         return result
 
+    def _run(self, run_id: str) -> dict[str, Any]:
+        if run_id not in self.runs:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", run_id)
+        return self.runs[run_id]
+
     def experiment_id(self, name: str, timeout_s: float) -> str:
         return self._answer("experiment_id", name, lambda: "7")
 
@@ -63,8 +71,10 @@ class Server:
         tags: Sequence[tuple[str, str]],
         timeout_s: float,
     ) -> RunRef:
+        prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
+
         def create() -> RunRef:
-            run_id = f"run-{len(self.runs)}"
+            run_id = f"{prefix}{len(self.runs)}"
             self.runs[run_id] = {
                 "name": name,
                 "tags": dict(tags),
@@ -98,7 +108,7 @@ class Server:
         timeout_s: float,
     ) -> None:
         def log() -> None:
-            run = self.runs[run_id]
+            run = self._run(run_id)
             for key, value in params:
                 if run["params"].get(key, value) != value:
                     raise Refused("INVALID_PARAMETER_VALUE", f"param {key} changes")
@@ -110,7 +120,7 @@ class Server:
         self._answer("log_batch", [*metrics, *params, *tags], log)
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        self._answer("end_run", status, lambda: self.runs[run_id].update(status=status))
+        self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
@@ -120,7 +130,7 @@ class Server:
         self._answer("write_spans", [span.name for span in spans], lambda: self.spans.update(found))
 
     def sum_spans(self, *question: Any) -> float | None:
-        return self._answer("sum_spans", question, lambda: None)
+        return self._answer("sum_spans", question, lambda: self.cost)
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         self._answer("write_artifact", path, lambda: self.artifacts.update({path: data}))
@@ -367,6 +377,117 @@ def test_spans_after_the_end_of_their_trace(server: Server) -> None:
     assert "NO_RUN" in letter.reason
 
 
+# -- another destination ---------------------------------------------------------------------
+
+
+def test_the_rest_goes_to_another_server(server: Server) -> None:
+    """What was begun on one server is finished on another, and says that part of it is there."""
+    sink = sink_to(server)
+    records = a_trace(spans=6)
+    assert ship(sink, *records[:4]) == []
+    assert b"password" not in sink.state()
+    other = Server("other.test")
+    moved = sink_to(other, resumed=True)
+    moved.restore(sink.state())
+    assert ship(moved, *records[4:6]) == []
+    again = sink_to(other, resumed=True)
+    again.restore(moved.state())
+    assert ship(again, *records[6:]) == []
+    (run,) = other.runs.values()
+    assert run["status"] == "FINISHED"
+    tags = run["tags"]
+    assert tags["qitos.partial"] == "begun on http://fake.test"
+    assert (tags["env"], tags["qitos.trace_id"]) == ("dev", "trace-1")
+    assert run["params"] == {"qitos_mlflow_version": "1.2.3"}
+    assert other.values("other.test-0")["total_steps"] == [6]
+    assert other.values("other.test-0")["step/number"] == [3, 4, 5]
+    assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("6", "3")
+    assert tags["qitos.spans.dropped"] == "elsewhere=3"
+    (info,) = other.traces.values()
+    assert info["trace_metadata"]["mlflow.sourceRun"] == "other.test-0"
+    assert len(other.spans) == 3 + 1  # With the root.
+
+
+def test_the_same_server_by_another_name(server: Server) -> None:
+    """Where the run is found, nothing is elsewhere and no second run is made."""
+    sink = sink_to(server)
+    records = a_trace()
+    ship(sink, *records[:3])
+    server.uri = "http://alias.test"
+    again = sink_to(server, resumed=True)
+    again.restore(sink.state())
+    assert ship(again, *records[3:]) == []
+    (run,) = server.runs.values()
+    assert run["status"] == "FINISHED"
+    assert not {"qitos.partial", "qitos.spans.dropped"} & run["tags"].keys()
+    assert run["params"] == {"seed": "7", "qitos_mlflow_version": "1.2.3"}
+
+
+# -- cost ------------------------------------------------------------------------------------
+
+
+def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
+    """A trace with a generation that has a price."""
+    make = Records(trace_id)
+    usage = {"prompt_tokens": 5, "completion_tokens": 1}
+    return [make.start(), make.span("generation", model="m", token_usage=usage), make.end()]
+
+
+@pytest.mark.parametrize("failure", [RetryLater("HTTP 503"), Poisoned("HTTP 500")])
+def test_a_cost_that_is_not_told_holds_nothing_back(
+    server: Server, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a few failures traces go without a cost, told once; it is asked for again later."""
+    now = [0.0]
+    server.fail = lambda call, _: failure if call == "sum_spans" else None
+    sink = sink_to(server)
+    sink._calls._costs.clock = lambda: now[0]
+    shipment = sink.prepare(lines(*a_priced_trace("one")))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(TRIES - 1):
+            with pytest.raises(RetryLater):
+                shipment.send(TIMEOUT_S)
+        assert shipment.send(TIMEOUT_S) == []
+        assert ship(sink, *a_priced_trace("two")) == []
+        assert server.calls.count("sum_spans") == TRIES
+        now[0] += PAUSE_S
+        assert ship(sink, *a_priced_trace("three")) == []
+    assert server.calls.count("sum_spans") == TRIES + 1
+    assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
+    assert caplog.text.count("have no cost") == 1
+    assert "password" not in caplog.text
+    server.fail = lambda call, _: None
+    server.cost = 0.5
+    now[0] += PAUSE_S
+    ship(sink, *a_priced_trace("four"))
+    costs = [info["trace_metadata"].get("mlflow.trace.cost") for info in server.traces.values()]
+    assert costs[:3] == [None] * 3
+    assert orjson.loads(costs[3])["total_cost"] == 1.0
+
+
+@pytest.mark.parametrize(("names", "cost"), [(MAX_PRICED, 1.0 * MAX_PRICED), (99, None)])
+def test_the_cost_is_that_of_our_generations(
+    server: Server, names: int, cost: float | None
+) -> None:
+    """Each name is asked for; of more than that nothing is said rather than what others spent."""
+    server.cost = 0.5
+    make = Records()
+    usage = {"prompt_tokens": 5}
+    spans = [make.span("generation", model=f"m{n}", token_usage=usage) for n in range(names)]
+    assert ship(sink_to(server), make.start(), *spans, make.end()) == []
+    (info,) = server.traces.values()
+    told = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
+    assert told.get("total_cost") == cost
+
+
+def test_a_server_without_prices_is_asked_once(server: Server) -> None:
+    """Where the question is refused, it is not asked again."""
+    server.fail = lambda call, _: Refused("HTTP 404", "") if call == "sum_spans" else None
+    sink = sink_to(server)
+    assert ship(sink, *a_priced_trace("one")) == ship(sink, *a_priced_trace("two")) == []
+    assert server.calls.count("sum_spans") == 1
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 
@@ -449,6 +570,48 @@ def test_an_experiment_that_is_refused_is_asked_for_once(server: Server) -> None
     assert server.calls == ["experiment_id"] * 2
 
 
+def test_an_experiment_that_is_replaced(server: Server) -> None:
+    """The id of an experiment that is gone is looked up again, and the run created there."""
+    sink = sink_to(server)
+    ship(sink, *a_trace("one"))
+    gone = ["7"]
+    server.experiment_id = lambda name, timeout_s: "8"  # type: ignore[method-assign]
+    create = server.create_run
+
+    def refuse(experiment_id: str, *rest: Any) -> RunRef:
+        if experiment_id in gone:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", f"No Experiment with id={experiment_id}")
+        return create(experiment_id, *rest)
+
+    server.create_run = refuse  # type: ignore[method-assign]
+    assert ship(sink, *a_trace("two")) == []
+    assert len(server.runs) == 2
+    gone.append("8")
+    assert len(ship(sink, *a_trace("three"))) == 5
+    gone.clear()
+    assert ship(sink, *a_trace("four")) == []
+
+
+def test_refused_traces_leave_nothing_behind(server: Server) -> None:
+    """Once it has ended nothing is kept of a refused trace; one that did not end is no run."""
+    server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
+    sink = sink_to(server)
+    empty = sink.state()
+    for number in range(3):
+        records = a_trace(f"t{number}")
+        assert len(ship(sink, *records[:2])) == 2
+        again = sink_to(server)
+        again.restore(sink.state())
+        sink = again
+        assert len(ship(sink, *records[2:])) == 3
+    assert len(ship(sink, *a_trace("whole"))) == 5
+    assert sink.state() == empty
+    ship(sink, *a_trace("open")[:2])
+    assert len(sink.state()) < 200
+    server.fail = lambda call, _: None
+    assert sink.abandoned(0) is None
+
+
 def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +636,29 @@ def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
     assert letter.reason == "INTERNAL_ERROR"
     assert set(server.artifacts) == {"good.txt", "better.txt"}
     assert server.runs["run-0"]["status"] == "FINISHED"
+
+
+def test_a_broken_server_is_no_reason_to_give_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails while the server itself is out of order is kept, for however long that takes."""
+    monkeypatch.setattr(shipment_module, "POISONED_S", 0.0)
+    shipment = sink_to(server).prepare(lines(*a_trace()))
+
+    def broken(call: str, _: Any) -> Exception | None:
+        away = server.runs and call in ("write_spans", "experiment_id")
+        return Poisoned("HTTP 422") if away else None
+
+    server.fail = broken
+    for _ in range(3 * shipment_module.POISONED_TRIES):
+        with pytest.raises(RetryLater):
+            shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: Poisoned("HTTP 422") if call == "write_spans" else None
+    with pytest.raises(RetryLater):  # What failed before says nothing of a server that is back.
+        shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    assert shipment.send(TIMEOUT_S) == []
+    assert len(server.spans) == 4
 
 
 def test_a_server_without_traces_has_runs(server: Server, caplog: pytest.LogCaptureFixture) -> None:

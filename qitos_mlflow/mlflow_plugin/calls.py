@@ -1,0 +1,183 @@
+"""What the sink's calls do on a `Transport`: find or create runs, log, write spans and infos.
+
+Receives `TraceState`s and what is to be written of them; raises what the transport raises. Doing
+a call twice comes to the same as doing it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin import limits
+from qitos_mlflow.mlflow_plugin.cost import Costs
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
+from qitos_mlflow.mlflow_plugin.traceinfo import locate
+from qitos_mlflow.mlflow_plugin.tracestate import TraceState
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport, delete_others
+
+_log = logging.getLogger("qitos_mlflow")
+
+Announce = Callable[[str, RunRef], None]
+
+NO_TRACES = frozenset({"HTTP 404", "HTTP 405", "HTTP 501", "NOT_IMPLEMENTED"})
+"""What a server without MLflow's trace endpoints answers to them."""
+
+NO_RUN = "NO_RUN"
+"""Our own code: there is no run on this server that the call could be about."""
+
+
+class Calls:
+    """The calls of one segment. Used by one thread.
+
+    Args:
+        transport: carries them.
+        settings: the segment's header.
+        announce: told each run as it is created.
+    """
+
+    def __init__(
+        self, transport: Transport, settings: Mapping[str, Any], announce: Announce | None
+    ) -> None:
+        self._transport = transport
+        self._settings = settings
+        self._announce = announce
+        self._experiment_id: str | None = None
+        self._costs = Costs(transport)
+        self.log_traces = bool(settings.get("log_traces", True))
+
+    def create_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
+        """Find the trace's run, or create it where there is none."""
+        cached = self._experiment_id is not None
+        try:
+            self._find_or_create(trace, timeout_s)
+        except Refused as refusal:
+            if refusal.code == NO_RUN:
+                raise
+            # The experiment may have been deleted, and another one made by its name.
+            self._experiment_id = None
+            if not cached:
+                raise
+            self._find_or_create(trace, timeout_s)
+        if self._announce is not None and trace.run is not None:
+            self._announce(trace.trace_id, trace.run)
+
+    def _find_or_create(self, trace: TraceState, timeout_s: float) -> None:
+        experiment_id = self._experiment(timeout_s)
+        if trace.run is None and trace.maybe_created:
+            found = self._transport.find_runs(experiment_id, trace.trace_id, timeout_s)
+            trace.run = found[0] if found else None
+        if trace.run is None:
+            if not trace.started:
+                raise Refused(NO_RUN, "the trace it belongs to has no run on this server")
+            # An attempt that went unanswered may still come through.
+            trace.creations += 2 if trace.maybe_created else 1
+            trace.maybe_created = True
+            run_name = self._settings.get("run_name") or trace.name
+            trace.run = self._transport.create_run(
+                experiment_id,
+                trace.start_ms,
+                limits.clean_text(run_name, limits.RUN_NAME_CHARS),
+                [("mlflow.source.type", "LOCAL"), *trace.creation_tags()][: limits.BATCH_TAGS],
+                timeout_s,
+            )
+        trace.settle()
+
+    def _experiment(self, timeout_s: float) -> str:
+        if self._experiment_id is None:
+            name = limits.clean_text(self._settings["experiment_name"], limits.EXPERIMENT_CHARS)
+            self._experiment_id = self._transport.experiment_id(name, timeout_s)
+        return self._experiment_id
+
+    def server_is_well(self, timeout_s: float) -> bool:
+        """Whether the server answers a simple question from its database."""
+        self._experiment_id = None
+        try:
+            self._experiment(timeout_s)
+        except Refused:  # It looked, and does not want to.
+            return True
+        except (Poisoned, RetryLater):
+            return False
+        return True
+
+    def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """Log metrics, params and tags of the run."""
+        metrics = [item for kind, item in items if kind == "metric"]
+        params = [item for kind, item in items if kind == "param"]
+        tags = [item for kind, item in items if kind == "tag"]
+        self._transport.log_batch(_run_of(trace).run_id, metrics, params, tags, timeout_s)
+
+    def write_spans(
+        self, traces: Mapping[bytes, TraceState], spans: Sequence[Any], timeout_s: float
+    ) -> None:
+        """Write spans of any of these traces, by their OpenTelemetry ids."""
+        # Those of a refused run are dead letters already.
+        spans = [span for span in spans if traces[span.trace_id].refused is None]
+        if spans and self.log_traces:
+            with self._without_traces():
+                self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
+
+    def write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """Write what is known of the trace as a whole."""
+        if not self.log_traces or trace.tree is None:
+            return
+        run_id = None if trace.run is None else trace.run.run_id
+        experiment_id = self._experiment(timeout_s)
+        info = locate(items[0], experiment_id, run_id)
+        if trace.told:
+            info["trace_metadata"] |= self._costs.metadata(trace.tree, experiment_id, timeout_s)
+        try:
+            with self._without_traces():
+                self._transport.write_trace(info, timeout_s)
+                if not trace.told:  # Only now the server can tell which spans are the trace's.
+                    trace.told = True
+                    if cost := self._costs.metadata(trace.tree, experiment_id, timeout_s):
+                        info["trace_metadata"] |= cost
+                        self._transport.write_trace(info, timeout_s)
+        except (Refused, Poisoned):
+            # While a trace goes another one follows. Servers before 3.12 refuse an info that lacks
+            # what they know, such as tokens of MLflow's own spans.
+            if trace.ended:
+                raise
+
+    @contextlib.contextmanager
+    def _without_traces(self) -> Iterator[None]:
+        """Go on with runs alone where a server is too old, or a store too simple, for traces."""
+        try:
+            yield
+        except Refused as refusal:
+            if refusal.code not in NO_TRACES:
+                raise
+            self.log_traces = False
+            _log.warning(
+                "%s cannot store traces (%s): runs are logged, span trees are not",
+                without_credentials(self._transport.uri),
+                refusal.code,
+            )
+
+    def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """Write files of the run."""
+        for path, content in items:
+            self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
+
+    def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
+        """Complete the run's account of its spans and end it."""
+        if trace.tree is not None and not self.log_traces:
+            trace.lost_spans["no_traces"] = trace.totals.spans
+        if ledger := trace.corrected_ledger():
+            self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)
+        if trace.creations > 1:
+            delete_others(self._transport, _run_of(trace), trace.trace_id, timeout_s)
+        if not self._settings.get("auto_end_run", True) and trace.status != "KILLED":
+            return
+        status = trace.status or "FINISHED"
+        self._transport.end_run(_run_of(trace).run_id, status, trace.end_ms, timeout_s)
+
+
+def _run_of(trace: TraceState) -> RunRef:
+    if trace.run is None:
+        raise Refused(NO_RUN, trace.refused or "its run was not created")
+    return trace.run
