@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.mlflow_plugin import chat, limits
+from qitos_mlflow.mlflow_plugin.chat_parts import with_rest
 from qitos_mlflow.mlflow_plugin.limits import clean_text
 from qitos_mlflow.mlflow_plugin.usage import Usage, parse_usage
 
@@ -35,6 +36,9 @@ SPAN_TYPES = {
 
 _PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "bedrock", "ollama", "deepseek")
 """Names by which MLflow looks prices up, and which hosts' model classes contain."""
+
+_SHOWN = ("finish_reason", "model_name", "provider", "cached")
+"""Fields of the host's summary of an answer that have a place of their own."""
 
 
 def span_name(record: Mapping[str, Any]) -> str:
@@ -115,17 +119,16 @@ def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -
     model = data.get("model") or response.get("model_name")
     found: dict[str, Any] = {}
     if request is not None:
-        inputs: dict[str, Any] = {"messages": chat.request_messages(request)}
+        messages, parameters = chat.request(request)
+        inputs: dict[str, Any] = {"messages": messages}
         if model:
             inputs["model"] = str(model)
-        found["mlflow.spanInputs"] = inputs
+        found["mlflow.spanInputs"] = with_rest(inputs, parameters)
         given = request.get("tools") if isinstance(request, Mapping) else None
         listed = data.get("tools") or given or response.get("tools") or tools
         found["mlflow.chat.tools"] = chat.tool_definitions(listed)
     if output is not None or response.get("tool_calls"):
-        found["mlflow.spanOutputs"] = chat.response_choice(
-            output, {"model_name": model, **response}
-        )
+        found["mlflow.spanOutputs"] = chat.response(output, {"model_name": model, **response})
     if found:
         found["mlflow.message.format"] = "openai"
     if model:
@@ -134,6 +137,8 @@ def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -
     found["qitos.provider"] = response.get("provider")
     found["qitos.finish_reason"] = response.get("finish_reason")
     found["qitos.cached"] = response.get("cached")
+    shown = (*_SHOWN, "tool_calls") if isinstance(response.get("tool_calls"), list) else _SHOWN
+    found["qitos.response"] = {k: v for k, v in response.items() if k not in shown} or None
     usage = parse_usage(data.get("token_usage"))
     if usage is not None:
         found["mlflow.chat.tokenUsage"] = token_usage(usage)

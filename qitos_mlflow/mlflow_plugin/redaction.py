@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.mlflow_plugin.credentials import find_credentials, names_credential
+from qitos_mlflow.mlflow_plugin.inlined import note_large
 from qitos_mlflow.mlflow_plugin.limits import CUT_HERE
 
 MARKER = "[redacted]"
@@ -151,7 +152,7 @@ def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 
 def _fit(value: Any, max_bytes: int) -> Any:
     if isinstance(value, str):
-        return trim(value, max_bytes)
+        return trim(note_large(value, max_bytes), max_bytes)
     if not isinstance(value, (dict, list)):
         return value
     size = len(orjson.dumps(value))
@@ -159,7 +160,7 @@ def _fit(value: Any, max_bytes: int) -> Any:
         return value
     each = max_bytes // 2
     while each >= 256:
-        smaller = _trim_all(value, each)
+        smaller = _trim_all(note_large(value, each), each)
         if len(orjson.dumps(smaller)) <= max_bytes:
             return smaller
         each //= 4

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.mlflow_plugin.artifacts import read
+from qitos_mlflow.mlflow_plugin.inlined import MAX_INLINED_CHARS, note_large
 from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
 
 Additions = Callable[[dict[str, Any]], dict[str, Any]]
@@ -42,10 +43,13 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
         failure = record.get(key)
         if isinstance(failure, dict) and "frames" in failure:
             failure["stacktrace"] = _stack(failure)
+    whole = record["kind"] == "artifact"
+    if len(payload) > MAX_INLINED_CHARS and not whole:
+        # Before all else: pictures neither cost time nor take the room of what can be read.
+        record = note_large(record)
     record = {key: value if key in OURS else redact(value) for key, value in record.items()}
-    if (
-        len(payload) > field_bytes and record["kind"] != "artifact"
-    ):  # Redacted first: a cut could leave half a secret.
+    if len(payload) > field_bytes and not whole:
+        # Redacted first: a cut could leave half a secret.
         record = trim_fields(record, field_bytes)
     if additions is not None and (added := additions(record)):
         for part, values in (record.get("added") or {}).items():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow.mlflow_plugin import artifacts
-from qitos_mlflow.mlflow_plugin.capture import describe, encode
+from qitos_mlflow.mlflow_plugin.capture import cut, describe, encode
 from qitos_mlflow.mlflow_plugin.redaction import MARKER
 from qitos_mlflow.mlflow_plugin.refine import nanoseconds, refine
 
@@ -102,6 +102,105 @@ def test_a_record_within_its_limit_is_not_touched() -> None:
     """Only a record that is too large is trimmed at all."""
     record = {"output": "x" * 900, "data": {"list": ["y" * 50]}}
     assert refined(record, field_bytes=1_024) == {"kind": "span", **record}
+
+
+# -- pictures --------------------------------------------------------------------------------
+
+BASE64 = "iVBORw0KGgo" + "A" * 400_000
+DATA_URL = f"data:image/png;base64,{BASE64}"
+URL_NOTE = f"[image/png, {len(DATA_URL)} characters]"
+NOTE = f"[image/png, {len(BASE64)} characters]"
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 12, 40])
+def test_pictures_do_not_count_against_a_chat(pictures: int) -> None:
+    """However many there are, each becomes a note of its true size, and no text is cut."""
+    system = {"role": "system", "content": "You see. " * 5_000}
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": DATA_URL}}]}
+    record = refined({"data": {"input_content": [system, *[picture] * pictures]}})
+    first, *others = record["data"]["input_content"]
+    assert first == system
+    assert len(others) == pictures
+    assert all(one["content"][0]["image_url"]["url"] == URL_NOTE for one in others)
+
+
+@pytest.mark.parametrize(
+    ("block", "noted"),
+    [
+        (
+            {"type": "image", "source": {"media_type": "image/png", "data": BASE64}},
+            {"type": "image", "source": {"media_type": "image/png", "data": NOTE}},
+        ),
+        (
+            {"inlineData": {"mimeType": "image/png", "data": BASE64}},
+            {"inlineData": {"mimeType": "image/png", "data": NOTE}},
+        ),
+        (
+            {"inline_data": {"mime_type": "image/png", "data": BASE64}},
+            {"inline_data": {"mime_type": "image/png", "data": NOTE}},
+        ),
+        (
+            {"input_audio": {"format": "wav", "data": BASE64}},
+            {"input_audio": {"format": "wav", "data": NOTE.replace("image/png", "wav")}},
+        ),
+        ({"images": [BASE64]}, {"images": [NOTE.replace("image/png", "image")]}),
+        ({"file": DATA_URL.replace("image/png", "")}, {"file": f"[data, {len(DATA_URL) - 9} "
+                                                               "characters]"}),
+    ],
+)  # fmt: skip
+def test_large_files_become_notes_wherever_they_are(block: Any, noted: Any) -> None:
+    """Base64 beside its media type, as each provider has it, is a file too."""
+    assert refined({"data": {"tool_args": [block]}})["data"]["tool_args"] == [noted]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"format": "json", "data": '{"a": "b"} ' * 10_000},
+        {"mimeType": "text/html", "data": "<p>text</p>" * 10_000},
+        "data: it is text " * 10_000,
+        {"data": BASE64},
+        "A" * 100_000,
+    ],
+)
+def test_long_texts_are_no_files(value: Any) -> None:
+    """What a person can read stays, though it stands where files stand."""
+    assert refined({"output": value})["output"] == value
+
+
+def test_small_pictures_go_whole_or_not_at_all() -> None:
+    """Pictures that are too many for the field are never cut, nor is a text cut before them."""
+    url = DATA_URL[:30_000]
+    messages = [{"role": "system", "content": "s" * 5_000}, *[{"url": url}] * 40]
+    first, *others = refined({"data": {"input_content": messages}})["data"]["input_content"]
+    assert first == messages[0]
+    assert {one["url"] for one in others} == {"[image/png, 30000 characters]"}
+
+
+def test_a_picture_that_capture_cut_tells_its_true_size() -> None:
+    """A tool that returns nothing but a picture longer than the field: its note is right too."""
+    assert refined({"output": cut(DATA_URL, 100_000)})["output"] == URL_NOTE
+
+
+def test_no_secret_comes_through_a_picture() -> None:
+    """The note of a file that is none has nothing of it; its media type is redacted like all."""
+    number = uuid.uuid4().hex
+    secret = f"sk-{number}{number}"
+    for value in (
+        f"data:text/plain,api_key={number} " + "x" * 40_000,
+        f"data:{secret}/{secret};base64," + "A" * 40_000,
+        {"mime_type": secret, "data": "A" * 40_000},
+        {"mime_type": f"https://user:{number}@host/", "data": "A" * 40_000},
+        {"name": "api_key", "value": DATA_URL + number},
+        ["--api-key", DATA_URL + number],
+    ):
+        assert number not in orjson.dumps(refined({"output": value})).decode()
+
+
+def test_a_picture_as_the_answer_is_a_whole_file() -> None:
+    """Artifacts are never cut, pictures in them neither."""
+    record = {"kind": "artifact", "path": "final_answer.txt", "content": DATA_URL}
+    assert refined(record)["content"] == DATA_URL
 
 
 # -- exceptions ------------------------------------------------------------------------------
