@@ -130,8 +130,8 @@ def _check_host(uri: str) -> None:
     try:
         parts = urlsplit(uri)
         host, _port = parts.hostname, parts.port  # Each of the three may raise.
-    except ValueError as error:
-        raise ValueError(f"{error}; expected a URI such as http://localhost:5000") from error
+    except ValueError:  # Its text may hold a part of the password.
+        raise ValueError("its host or port is none; such as http://localhost:5000") from None
     if not host:
         raise ValueError("it names no host; expected a URI such as http://localhost:5000")
 
@@ -248,11 +248,15 @@ def _parsed(parse: Callable[[Any], Any], value: object, source: str) -> Any:
     try:
         return parse(value)
     except (TypeError, ValueError) as error:
-        # Tags are free text: no rule finds every secret in them.
-        shown = f", a {type(value).__name__}," if parse is _tags else f"={value!r}"
-        message = f"{source}{shown} cannot be used: {error}"
+        message = str(error)
+    from qitos_mlflow.mlflow_plugin.destination import without_credentials
     from qitos_mlflow.mlflow_plugin.redaction import redact_text
 
+    # Tags are free text: no rule finds every secret in them.
+    shown = f", a {type(value).__name__}," if parse is _tags else f"={value!r}"
+    if isinstance(value, str) and parse in (usable_uri, _optional_uri):
+        shown = f"={without_credentials(value)!r}"
+    message = f"{source}{shown} cannot be used: {message}"
     raise SettingsError(redact_text(message))  # Without a cause: that one is not redacted.
 
 

@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Accept what is a tracking URI as a setting, too."""
+    from qitos_mlflow.mlflow_plugin.destination import without_credentials
     from qitos_mlflow.settings import usable_uri
 
     if value is None:
@@ -22,7 +23,8 @@ def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None
     try:
         return usable_uri(value)
     except ValueError as error:
-        raise click.BadParameter(f"{value!r}: {error}") from error
+        shown = without_credentials(value.strip())
+        raise click.BadParameter(f"{shown!r}: {error}") from None
 
 
 def tags(

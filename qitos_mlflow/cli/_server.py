@@ -18,31 +18,37 @@ class Answer(NamedTuple):
 
 def ask(uri: str | None) -> Answer:
     """Ask the server at `uri` for its version, or else its health. Blocks some `TIMEOUT_S`."""
-    from qitos_mlflow.mlflow_plugin.destination import is_http
+    from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
     from qitos_mlflow.settings import usable_uri
 
-    if uri is not None and not is_http(uri):
+    if uri is None:
+        return Answer("MLflow's local store", None, "local, no server needed")
+    shown = without_credentials(uri)
+    if not is_http(uri):
         try:
             usable_uri(uri)
         except ValueError as error:
-            return Answer(uri, False, str(error))
-    if uri is None or not is_http(uri):
-        return Answer(uri or "MLflow's local store", None, "local, no server needed")
-    import requests
+            return Answer(shown, False, str(error))
+        return Answer(shown, None, "not an http server, so not asked")
+    from configparser import Error as BadCredentialsFile
+    from contextlib import closing
+
+    from urllib3.exceptions import HTTPError
 
     from qitos_mlflow.mlflow_plugin.exchange import SessionRequester
 
-    request = SessionRequester(uri)
     try:
-        version = request("GET", "/version", None, {}, TIMEOUT_S)
-        if version.ok and len(version.text) < 40:  # Otherwise it is somebody's web page.
-            return Answer(uri, True, f"MLflow {version.text.strip()}")
-        health = request("GET", "/health", None, {}, TIMEOUT_S)
-    except requests.RequestException as error:
-        return Answer(uri, False, _cause(error))
-    finally:
-        request.close()
-    return Answer(uri, health.ok, f"HTTP {health.status_code}")
+        with closing(SessionRequester(uri)) as request:
+            version = request("GET", "/version", None, {}, TIMEOUT_S)
+            if version.ok and len(version.text) < 40:  # Otherwise it is somebody's web page.
+                return Answer(shown, True, f"MLflow {version.text.strip()}")
+            health = request("GET", "/health", None, {}, TIMEOUT_S)
+    except (ValueError, BadCredentialsFile) as error:  # Its text holds what was configured.
+        kind = type(error).__name__
+        return Answer(shown, False, f"{kind}: check the URI and MLflow's settings of credentials")
+    except (OSError, HTTPError) as error:
+        return Answer(shown, False, _cause(error))
+    return Answer(shown, health.ok, f"HTTP {health.status_code}")
 
 
 def _cause(error: BaseException) -> str:

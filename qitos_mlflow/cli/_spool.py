@@ -64,9 +64,12 @@ def header_of(segment: SegmentInfo) -> dict[str, Any]:
 
 def destination_of(header: dict[str, Any]) -> str:
     """The header's destination, for people."""
+    from qitos_mlflow.mlflow_plugin.destination import without_credentials
+
     if not header:
         return "unknown"
-    return header.get("tracking_uri") or f"{DEFAULT_STORE} in {header.get('cwd')}"
+    uri = header.get("tracking_uri")
+    return without_credentials(uri) if uri else f"{DEFAULT_STORE} in {header.get('cwd')}"
 
 
 def age(time_ns: int) -> str:

@@ -50,14 +50,16 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     """All there is to say, as JSON has it. Reads every record that waits; asks each server."""
     from qitos_mlflow.cli._server import ask
     from qitos_mlflow.delivery import inspect_segment
-    from qitos_mlflow.mlflow_plugin.destination import is_http
+    from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
     from qitos_mlflow.settings import Settings
 
     lost: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     segments = []
-    servers = {tracking_uri or destination(Settings.resolve())}
+    configured = tracking_uri or destination(Settings.resolve())
+    # By what is shown of them; only what is configured here has the credentials as well.
+    servers = {without_credentials(configured or ""): configured}
     for paths_of_segment in segments_in(paths):
         segment = inspect_segment(paths_of_segment)
         if not (segment.size_bytes or segment.dead_letters or segment.bad_lines):
@@ -68,14 +70,14 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
         if segment.size_bytes and is_http(uri := header_of(segment).get("tracking_uri")):
-            servers.add(uri)
+            servers.setdefault(without_credentials(uri), uri)
     return {
         "directories": [str(path) for path in paths or (default_directory(),)],
         "segments": segments,
         "waiting": sum(segment["waiting"] for segment in segments),
         "dead_letters": dict(refused.most_common()),
         "lost": dict(lost.most_common()),
-        "servers": [ask(uri)._asdict() for uri in sorted(servers, key=str)],
+        "servers": [ask(uri)._asdict() for _, uri in sorted(servers.items())],
     }
 
 

@@ -13,10 +13,18 @@ from typing import Any
 import orjson
 
 from qitos_mlflow import __version__
-from qitos_mlflow.mlflow_plugin.redaction import redact
+from qitos_mlflow.mlflow_plugin.redaction import redact, redact_text
 from qitos_mlflow.settings import Settings
 
 HTTP = ("http", "https")
+
+_USER_INFO = re.compile(
+    # Up to the "@" of the host; beyond a slash only after what cannot be a port: SQLAlchemy takes
+    # any password as it is.
+    r"\A(?P<scheme>[^:/?#]+:?//)(?:[^/?#]*@|[^@:/?#]*:(?!\d+(?:[/?#]|$))[^@]*@)"
+    # Without the slashes nothing can be reached, but the password is one all the same.
+    r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
+)
 
 
 def tracking_uri(settings: Settings) -> str | None:
@@ -51,13 +59,17 @@ def absolute(uri: str, cwd: str) -> str:
 
 
 def is_http(uri: str | None) -> bool:
-    """True when `uri` is reached over http(s). Never raises."""
-    return uri is not None and uri.partition(":")[0].lower() in HTTP
+    """True when `uri` is reached over http(s)."""
+    scheme, mark, _ = (uri or "").partition(":")
+    return bool(mark) and scheme.lower() in HTTP
 
 
 def without_credentials(uri: str) -> str:
-    """`uri` without user and password, fit for disk and screen. Never raises."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", uri, count=1)
+    """`uri` without user, password and secrets in its query, fit for disk and screen.
+
+    Takes any text, URIs that nothing can be reached by as well.
+    """
+    return redact_text(_USER_INFO.sub(lambda found: found["scheme"] or "", uri))
 
 
 def segment_header(settings: Settings, uri: str | None) -> bytes:

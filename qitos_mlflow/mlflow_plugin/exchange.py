@@ -18,13 +18,15 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 import requests
+from urllib3.exceptions import HTTPError
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import without_credentials
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, failure, readable
 
 CONNECT_TIMEOUT_S = 3.0
 """Longest wait for a connection; a server that is there answers in milliseconds."""
@@ -35,6 +37,14 @@ TOO_LARGE = frozenset({413, 414, 431})
 """What a proxy may refuse by itself: this request, not those that are smaller."""
 UNPROCESSABLE = 422
 """MLflow's span endpoint says so of every failure of its own, a broken database included."""
+NOT_IMPLEMENTED = 501
+"""It also says what a file store can never do."""
+WITH_BODY = frozenset({307, 308})
+"""Redirects that requests follows with the request as it was; after others it leaves the body out,
+and what then answers, a login page or MLflow itself, has not been told anything."""
+PAGE_BYTES = 1000
+"""So much of a page that is no JSON is read for a reason."""
+PROTOBUF = "application/x-protobuf"
 LENGTHS = ("Content-Length", "Transfer-Encoding")
 """A server that keeps connections open says with one of these where its answer ends."""
 
@@ -110,7 +120,7 @@ class Exchange:
         response = self.send(method, path, body, headers, timeout_s)
         answer = _object(response)
         if answer is None:
-            raise RetryLater(f"HTTP {response.status_code}: the answer is not MLflow's")
+            raise self._foreign(response)
         return answer
 
     def send(
@@ -123,15 +133,23 @@ class Exchange:
     ) -> requests.Response:
         """Send one request; returns the answer of a server that has done what it was asked.
 
+        MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
+
         Raises:
             RetryLater: not reachable, overloaded, not authorised, or not MLflow that answers.
             Poisoned: MLflow broke on it.
             Refused: MLflow will never take it.
         """
         response = self._answer(method, path, body, headers, timeout_s)
-        if response.status_code < 300:
-            return response
-        raise self._failure(path, response, timeout_s)
+        hops = response.history
+        if body is not None and any(hop.status_code not in WITH_BODY for hop in hops):
+            raise RetryLater(_moved(response.url))
+        if response.status_code >= 300:
+            raise self._failure(path, response, timeout_s)
+        kind = response.headers.get("Content-Type", "")
+        if response.content and PROTOBUF not in kind and _object(response) is None:
+            raise self._foreign(response)
+        return response
 
     def _answer(
         self,
@@ -144,9 +162,12 @@ class Exchange:
         """The answer, whatever its status, if it is whole."""
         try:
             response = self._request(method, path, body, headers, timeout_s)
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise RetryLater(f"{self._host!r} is no usable tracking URI: {error}") from error
-        except (requests.RequestException, OSError) as error:
+        except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
+            kind = type(error).__name__
+            raise RetryLater(
+                f"{kind}: {self._host!r} is no usable tracking URI, or a header is broken"
+            ) from None
+        except (OSError, HTTPError) as error:
             raise RetryLater(f"{type(error).__name__} from {self._host}") from error
         if not response.content and not any(name in response.headers for name in LENGTHS):
             # requests takes an answer that was cut amid its headers for a whole one.
@@ -162,19 +183,25 @@ class Exchange:
         if status in UNAUTHORISED:
             return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
         if status < 400:
-            return RetryLater(f"{code}: the server moved to {response.headers.get('Location')!r}")
+            return RetryLater(f"{code}: {_moved(response.headers.get('Location'))}")
         answer = _object(response) or {}
-        message = str(answer.get("message") or answer.get("detail") or response.text)[:300]
+        page = response.content[:PAGE_BYTES].decode("utf-8", "replace")
+        message = str(answer.get("message") or answer.get("detail") or page)
         if "error_code" in answer:
             code = str(answer["error_code"])
         elif (status >= 500 and not answer) or (
             status not in TOO_LARGE and not self._is_mlflow(timeout_s)
         ):
             # Something in front of MLflow is out of order, or it is being exchanged.
-            return RetryLater(f"{code} from {self._host}, which is not MLflow's answer")
-        if status >= 500 or (status == UNPROCESSABLE and "error_code" not in answer):
-            return Poisoned(f"{path}: {code}: {message}")
-        return Refused(code, message)
+            return self._foreign(response)
+        failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
+        if failed or (status == UNPROCESSABLE and "error_code" not in answer):
+            return Poisoned(f"{path}: {code}: {readable(message)}")
+        return failure(code, message)
+
+    def _foreign(self, response: requests.Response) -> RetryLater:
+        code = f"HTTP {response.status_code}"
+        return RetryLater(f"{code} from {self._host}, which is not MLflow's answer")
 
     def _is_mlflow(self, timeout_s: float) -> bool:
         """Whether it is MLflow that answers now: an endpoint that all versions have says so."""
@@ -190,6 +217,16 @@ class Exchange:
         close = getattr(self._request, "close", None)
         if close is not None:
             close()
+
+
+def _moved(address: str | None) -> str:
+    """That the server is elsewhere; login pages put tokens into the rest of their address."""
+    try:
+        parts = urlsplit(address or "")
+        where = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "another path"
+    except ValueError:
+        where = "nowhere"
+    return f"the server moved to {where}"
 
 
 def _object(response: requests.Response) -> dict[str, Any] | None:

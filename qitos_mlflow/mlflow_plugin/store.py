@@ -9,6 +9,7 @@ or changed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,14 @@ from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
-from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, Poisoned, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.transport import (
+    MAX_FOUND,
+    Poisoned,
+    Refused,
+    RunRef,
+    failure,
+    readable,
+)
 
 if TYPE_CHECKING:
     import requests
@@ -32,7 +40,8 @@ if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.exchange import Requester
     from qitos_mlflow.mlflow_plugin.metrics import Metric
 
-RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
+"""A place for artifacts that says one of these is not this machine's: the server's own disk."""
 
 
 def default_tracking_uri(cwd: str | None) -> str:
@@ -66,23 +75,39 @@ def mlflow_requester(uri: str) -> Requester:
                 extra_headers=dict(headers),
                 data=body,
             )
-        except MlflowException as error:
-            raise RetryLater(str(error)[:300]) from error
+        except Exception as error:  # Whatever the client or a plugin for it finds wrong.
+            raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
         return response
 
     return request
 
 
 def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:
-    """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it."""
+    """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it.
+
+    Raises the failures of `Transport`. A place that this process can never write to refuses the
+    file, lest all that comes after it waits for ever.
+    """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     folder, _, name = path.rpartition("/")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _failures():
         local = Path(directory, name)
         local.write_bytes(data)
-        repository = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
-        repository.log_artifact(str(local), folder or None)
+        try:
+            repository = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+            repository.log_artifact(str(local), folder or None)
+        except (MlflowException, NotImplementedError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {readable(error)}"
+            number = getattr(error, "errno", None)
+            if isinstance(error, ImportError) or number in UNWRITABLE:
+                where = without_credentials(artifact_uri)
+                raise Refused("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
+            if isinstance(error, OSError) and number is not None:
+                raise
+            raise Poisoned(reason) from error  # A cloud's own; it may pass.
 
 
 @contextlib.contextmanager
@@ -91,15 +116,11 @@ def _failures() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        if error.error_code in RETRYABLE:
-            raise RetryLater(str(error)[:300]) from error
-        if error.error_code == "INTERNAL_ERROR":
-            raise Poisoned(str(error)[:300]) from error
-        raise Refused(str(error.error_code), str(error)[:300]) from error
+        raise failure(str(error.error_code), str(error)) from error
     except NotImplementedError as error:
-        raise Refused("NOT_IMPLEMENTED", str(error)) from error
+        raise Refused("NOT_IMPLEMENTED", readable(error)) from error
     except OSError as error:
-        raise RetryLater(f"{type(error).__name__}: {error}") from error
+        raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
 
 
 def prepare_sqlite(uri: str) -> None:
@@ -129,27 +150,27 @@ class StoreTransport:
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
     A local store has no timeouts to set (sqlite waits up to 20 s for a lock, on this thread).
+
+    Raises:
+        RetryLater: there is no such store, or it cannot be opened.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._client: Any = None
-        # All that a store imports at its first use, and that is most of it, is imported here, while
-        # a fork waits for the sink to be opened: amid an import it would leave a broken child.
-        with contextlib.suppress(Refused, Poisoned), _failures():
-            self._mlflow.search_experiments(max_results=1)
-
-    @property
-    def _mlflow(self) -> Any:
-        if self._client is None:
-            try:
-                prepare_sqlite(self.uri)
-                self._client = MlflowClient(tracking_uri=self.uri)
-            except Exception as error:
-                # A store that cannot be opened says nothing about the records: none is refused.
-                where = without_credentials(self.uri)
-                raise RetryLater(f"{where} cannot be opened: {str(error)[:300]}") from error
-        return self._client
+        try:
+            prepare_sqlite(uri)
+            self._mlflow: Any = MlflowClient(tracking_uri=uri)
+            # All that a store imports at its first use, and that is most of it, is imported here,
+            # while a fork waits for the sink to be opened: amid an import it would leave a broken
+            # child.
+            with contextlib.suppress(Refused), _failures():
+                self._mlflow.search_experiments(max_results=1)
+        except RetryLater:
+            raise
+        except Exception as error:  # Nothing is lost by a store that is misnamed or not there yet.
+            told = without_credentials(uri)
+            reason = readable(str(error).replace(uri, told))
+            raise RetryLater(f"cannot open {told}: {type(error).__name__}: {reason}") from error
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""

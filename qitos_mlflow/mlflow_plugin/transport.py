@@ -10,13 +10,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.mlflow_plugin.redaction import redact_text
 
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
     from qitos_mlflow.mlflow_plugin.metrics import Metric
 
+
+RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+
+DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed")
+"""What SQLAlchemy's errors speak of. All but OperationalError are BAD_REQUEST to MLflow
+(store/db/utils.py), a pool without connections and a refused value alike."""
+
+REASON_CHARS = 300
 
 MAX_FOUND = 10
 """Runs that `find_runs` returns at most; there is one, or one more for each unanswered creation."""
@@ -36,6 +46,22 @@ class Refused(QitosMlflowError):
 
 class Poisoned(QitosMlflowError):
     """The server failed on this call (MLflow's INTERNAL_ERROR); it may be the call's own fault."""
+
+
+def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
+    """The exception that MLflow's error code stands for; `message` is its text."""
+    text = readable(message)
+    if code in RETRYABLE:
+        return RetryLater(f"{code}: {text}")
+    database = code == "BAD_REQUEST" and any(word in message for word in DATABASE_WORDS)
+    if database or code == "INTERNAL_ERROR":
+        return Poisoned(f"{code}: {text}")
+    return Refused(code, text)
+
+
+def readable(text: object) -> str:
+    """What somebody else wrote of a failure, fit for logs and dead letters."""
+    return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
 
 
 @dataclass(frozen=True)

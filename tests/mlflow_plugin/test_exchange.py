@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import orjson
 import pytest
 import requests
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.exchange import Exchange
+from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, Exchange
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused
+from qitos_mlflow.mlflow_plugin.sink import NO_TRACES
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 
 PATH = "/api/2.0/mlflow/runs/log-batch"
 PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
 NOT_FOUND = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}'
 PAGE = b"<html>default backend</html>"
+SECRET = "s3cr3t-of-somebody"
+UNUSABLE = (
+    "ftp2://{}h",
+    "http://{}a..b:5000",
+    "http://{}[bad:5000",
+    "http://{}h:999999",
+    "http://{}/",
+)
 
 
 class Server:
-    """A `Requester` that answers as it is told; `probe` is its answer to who it is."""
+    """A `Requester` that answers as it is told; `probe` is its answer to who it is.
+
+    `hops` are the statuses of the redirects that were followed on the way to the answer.
+    """
 
     def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.answer = (status, body, headers)
+        self.hops: tuple[int, ...] = ()
         self.probe: tuple[int, bytes, dict[str, str]] = (200, MLFLOW, {})
         self.paths: list[str] = []
 
@@ -41,13 +56,17 @@ class Server:
         response.status_code = status
         response._content = content
         response.headers.update({"Content-Length": str(len(content)), **given})
+        response.url = f"https://sso.example/login?token={SECRET}"
+        for hop in self.hops if path != PROBE else ():
+            response.history.append(requests.Response())
+            response.history[-1].status_code = hop
         return response
 
 
 def outcome(server: Server) -> BaseException | None:
     """What a call on `server` raises."""
     try:
-        Exchange("http://u:secret@host:5000", server).json("POST", PATH, b"{}", 1.0)
+        Exchange(f"http://u:{SECRET}@host:5000", server).json("POST", PATH, b"{}", 1.0)
     except (RetryLater, Refused, Poisoned) as error:
         return error
     return None
@@ -124,13 +143,123 @@ def test_a_server_that_breaks_is_not_refusing(status: int, body: bytes) -> None:
     assert isinstance(outcome(Server(status, body)), Poisoned)
 
 
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"detail": "REST OTLP span logging is not supported by FileStore"}', "HTTP 501"),
+        (b'{"error_code": "NOT_IMPLEMENTED", "message": "no"}', "NOT_IMPLEMENTED"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(body: bytes, code: str) -> None:
+    """A store without spans says so with 501; to try again is useless."""
+    refusal = outcome(Server(501, body))
+    assert isinstance(refusal, Refused)
+    assert refusal.code == code
+    assert code in NO_TRACES
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00",
+        "(psycopg2.InterfaceError) connection already closed",
+        "(pymysql.err.DataError) x (Background on this error at: https://sqlalche.me/e/20/9h9h)",
+    ],
+)
+def test_a_database_that_fails_is_not_refusing(message: str) -> None:
+    """MLflow calls most errors of its database a bad request."""
+    body = orjson.dumps({"error_code": "BAD_REQUEST", "message": message})
+    assert isinstance(outcome(Server(400, body)), Poisoned)
+    body = orjson.dumps({"error_code": "BAD_REQUEST", "message": "no such field"})
+    assert isinstance(outcome(Server(400, body)), Refused)
+
+
+def write(server: Server) -> None:
+    """Write a span and a file, whose answers say nothing."""
+    transport = RestTransport("http://host", server)
+    transport.write_spans("0", [Span(name="a")], 1.0)
+    transport.write_artifact(RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0), "a.txt", b"a", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", PROTOBUF),  # /v1/traces of 3.12 and 3.17.
+        (b"", ""),  # Artifacts of 3.17.
+        (b"{}", "application/json"),  # Artifacts of 3.12.
+        (b"\n\x00", PROTOBUF),
+    ],
+)
+def test_what_mlflow_answers_to_spans_and_files(body: bytes, kind: str) -> None:
+    """MLflow's own answers are successes, also behind a redirect that keeps the request."""
+    server = Server(200, body, **{"Content-Type": kind})
+    write(server)
+    server.hops = (308, 307)
+    write(server)
+
+
+@pytest.mark.parametrize("path", ["write_spans", "write_artifact"])
+def test_a_page_has_stored_nothing(path: str) -> None:
+    """A page that is served for every address does not count as stored."""
+    transport = RestTransport("http://host", Server(200, PAGE, **{"Content-Type": "text/html"}))
+    with pytest.raises(RetryLater):
+        if path == "write_spans":
+            transport.write_spans("0", [Span(name="a")], 1.0)
+        else:
+            run = RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0)
+            transport.write_artifact(run, "a.txt", b"a", 1.0)
+
+
+@pytest.mark.parametrize("hop", [301, 302, 303])
+@pytest.mark.parametrize("status", [200, 404, 405, 500])
+def test_a_redirect_that_drops_the_request_has_stored_nothing(hop: int, status: int) -> None:
+    """After such a redirect not even MLflow's own answer is one to what was sent."""
+    server = Server(status, NOT_FOUND if status >= 400 else b"{}")
+    server.hops = (307, hop)
+    later = outcome(server)
+    assert isinstance(later, RetryLater)
+    assert str(later) == "the server moved to https://sso.example"
+
+
+def test_a_question_may_be_redirected() -> None:
+    """What has no body loses none."""
+    server = Server(200, MLFLOW)
+    server.hops = (301,)
+    assert Exchange("http://host", server).json("GET", PATH, None, 1.0)
+
+
+@pytest.mark.parametrize("uri", UNUSABLE)
+def test_an_unusable_uri_loses_nothing(uri: str) -> None:
+    """It can be corrected, so records wait; and what is said of it holds no password."""
+    with pytest.raises(RetryLater) as later:
+        RestTransport(uri.format(f"user:{SECRET}@")).experiment_id("name", 1.0)
+    assert SECRET not in str(later.value)
+
+
+def test_a_broken_header_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that cannot be sent is a reason to wait, but not to be told to everybody."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{SECRET}\n")
+    with pytest.raises(RetryLater) as later:
+        RestTransport("http://127.0.0.1:9").experiment_id("name", 1.0)
+    assert SECRET not in str(later.value)
+
+
 def test_reasons_hold_no_credentials() -> None:
-    """Reasons are logged and shown."""
-    server = Server(404, PAGE)
-    server.probe = (404, PAGE, {})
-    for answer in [(404, PAGE, {}), (500, PAGE, {}), (301, b"", {})]:
-        server.answer = answer
-        assert "secret" not in str(outcome(server))
+    """Reasons are logged, shown and kept with dead letters."""
+    login = f"https://u:{SECRET}@sso.example/login?token={SECRET}"
+    echo = orjson.dumps({"error_code": "INTERNAL_ERROR", "message": f"could not reach {login}"})
+    answers: list[tuple[int, bytes, dict[str, str]]] = [
+        *((status, body, {}) for status in (400, 404, 422, 500, 501) for body in (PAGE, echo)),
+        *((301, b"", {"Location": where}) for where in (login, f"/a?token={SECRET}", "http://[")),
+        (301, b"", {}),
+    ]
+    for probe in ((404, PAGE, {}), (200, MLFLOW, {})):
+        for answer in answers:
+            server = Server(200)
+            server.answer, server.probe = answer, probe
+            reason = outcome(server)
+            assert reason is not None
+            assert SECRET not in str(reason)
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 408, 429, 500, 502, 503, 504])

@@ -1,0 +1,56 @@
+"""What may be said of a destination."""
+
+from __future__ import annotations
+
+import pytest
+
+from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
+
+SECRET = "s3cr3t-of-somebody"
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("http://u:{}@host:5000/base", "http://host:5000/base"),
+        ("http://{}@host", "http://host"),
+        ("https://u:a@{}@host", "https://host"),
+        ("https://u:a/{}@host", "https://host"),
+        ("https://u:#{}@host", "https://host"),
+        ("http://u:{}@[bad:5000", "http://[bad:5000"),
+        ("http://u:{}@a..b", "http://a..b"),
+        ("http:/u:{}@host", "host"),
+        ("user:{}@host:5000", "host:5000"),
+        ("postgresql+psycopg2://u:{}@host:5432/db", "postgresql+psycopg2://host:5432/db"),
+        ("postgresql://host/db?password={}", "postgresql://host/db?password=[redacted]"),
+        ("http://host/?token={}", "http://host/?token=[redacted]"),
+    ],
+)
+def test_credentials_are_left_out(uri: str, told: str) -> None:
+    """Whatever the form of a URI, and whether it can be used or not."""
+    assert without_credentials(uri.format(SECRET)) == told
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://localhost:5000", "http://host:5000/path@x", "http://[::1]:5000/"),
+        *("sqlite:////home/a@b/mlflow.db", "file:///home/a:b@c", "file:a@b", "/home/u:p@h/mlruns"),
+        *("databricks", "databricks://profile", "C:\\a@b\\mlruns", "s3://bucket/a@b", ""),
+    ],
+)
+def test_all_else_stays(uri: str) -> None:
+    """It is where the records are delivered to."""
+    assert without_credentials(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "http"),
+    [
+        *((uri, True) for uri in ("http://h", "HTTPS://h", "http://[bad", "http:/h")),
+        *((uri, False) for uri in (None, "", "http", "httpx://h", "/http:/x", "sqlite:///a")),
+    ],
+)
+def test_what_is_reached_over_http(uri: str | None, http: bool) -> None:
+    """The scheme alone says it."""
+    assert is_http(uri) is http
