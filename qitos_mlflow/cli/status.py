@@ -69,7 +69,8 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         refused += reasons(paths_of_segment.dead)
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
-        if segment.size_bytes and is_http(uri := header_of(segment).get("tracking_uri")):
+        uri = header_of(segment).get("tracking_uri")
+        if segment.size_bytes and uri and is_http(uri):
             servers.setdefault(without_credentials(uri), uri)
     return {
         "directories": [str(path) for path in paths or (default_directory(),)],

@@ -170,7 +170,8 @@ class StoreTransport:
         except Exception as error:  # Nothing is lost by a store that is misnamed or not there yet.
             told = without_credentials(uri)
             reason = readable(str(error).replace(uri, told))
-            raise RetryLater(f"cannot open {told}: {type(error).__name__}: {reason}") from error
+            kind = type(error).__name__
+            raise RetryLater(f"{told} cannot be opened: {kind}: {reason}") from error
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""

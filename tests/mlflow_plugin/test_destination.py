@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from qitos_mlflow.errors import SettingsError
 from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
+from qitos_mlflow.settings import Settings
 
 SECRET = "s3cr3t-of-somebody"
 
@@ -42,6 +44,16 @@ def test_credentials_are_left_out(uri: str, told: str) -> None:
 def test_all_else_stays(uri: str) -> None:
     """It is where the records are delivered to."""
     assert without_credentials(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://u:{}@h:x", "http://u:a/{}@h", "http://u:{}@[bad", "foo://u:{}@h", "user:{}@h:1"]
+)
+def test_a_refused_setting_does_not_tell_its_password(uri: str) -> None:
+    """The message goes to a screen or a log."""
+    with pytest.raises(SettingsError) as refusal:
+        Settings.resolve(tracking_uri=uri.format(SECRET))
+    assert SECRET not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
