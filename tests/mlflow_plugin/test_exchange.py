@@ -10,9 +10,9 @@ import requests
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.calls import NO_TRACES
 from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, Exchange
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.sink import NO_TRACES
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 
 PATH = "/api/2.0/mlflow/runs/log-batch"
