@@ -4,6 +4,7 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
 
     <stem>.<base>.seg   a part: the lines whose positions begin at <base> (16 hex digits)
     <stem>.ack          how far records were accepted, and the sink's state at that point
+    <stem>.ack.tmp      the next one while it is written
     <stem>.own          lock of the process that appends
     <stem>.ship         lock of the process that ships
     <stem>.dead         records the server refused for good, JSON lines; stays
@@ -17,17 +18,19 @@ import re
 import secrets
 import socket
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SEGMENT_SUFFIX = ".seg"
 ASIDE_SUFFIXES = (".dead", ".bad")
 """Files that stay when their segment is delivered."""
-SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".own", ".ship", *ASIDE_SUFFIXES)
+SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".ack.tmp", ".own", ".ship", *ASIDE_SUFFIXES)
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_DIRECTORY = 0o700
-_NAME = re.compile(r"(?P<stem>[\w-]+)(?:\.(?P<base>[0-9a-f]{16}))?(?P<suffix>\.[a-z]+)")
+_NAME = re.compile(r"(?P<stem>[\w-]+)(?:\.(?P<base>[0-9a-f]{16}))?(?P<suffix>\.[a-z.]+)")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Paths:
 
     directory: Path
     stem: str
+    listed: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
+    """The names of its files when the directory was last read; None: it was not.
+
+    Reading it for each of many segments would take a time that grows with their square.
+    """
 
     @property
     def ack(self) -> Path:
@@ -66,11 +74,18 @@ class Paths:
         """The part whose first line has position `base`."""
         return self.directory / f"{self.stem}.{base:016x}{SEGMENT_SUFFIX}"
 
-    def parts(self) -> list[tuple[int, Path]]:
-        """The parts there are now, with their bases, in order."""
+    def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
+        """The parts there were when the directory was last read, with their bases, in order.
+
+        With `now`, and where it has not been read, it is read for this.
+        """
+        names: Iterable[str] | None = self.listed
+        if now or names is None:
+            names = (name for name in _names(self.directory) if name.startswith(self.stem))
         return sorted(
-            (int(path.name.rsplit(".", 2)[1], 16), path)
-            for path in self.directory.glob(f"{self.stem}.*{SEGMENT_SUFFIX}")
+            (int(name.rsplit(".", 2)[1], 16), self.directory / name)
+            for name in names
+            if name.endswith(SEGMENT_SUFFIX) and stem_of(name) == self.stem
         )
 
 
@@ -80,9 +95,25 @@ def new_stem() -> str:
     return f"{host}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
 
 
-def stem_of(path: Path) -> str | None:
+def list_directory(directory: Path) -> dict[str, tuple[str, ...]]:
+    """The names of the files of each segment in `directory`, by stem; empty when it is missing."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in _names(directory):
+        if (stem := stem_of(name)) is not None:
+            found[stem].append(name)
+    return {stem: tuple(names) for stem, names in found.items()}
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - thousands of files, without a Path for each
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+
+
+def stem_of(file_name: str) -> str | None:
     """The segment a file belongs to, by its name; None when it is no file of the spool."""
-    name = _NAME.fullmatch(path.name)
+    name = _NAME.fullmatch(file_name)
     if name is None or name["suffix"] not in SUFFIXES:
         return None
     if (name["base"] is not None) != (name["suffix"] == SEGMENT_SUFFIX):
@@ -136,12 +167,21 @@ def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
 
     With `durable`, `data` is on the disk before it takes the place of the old content.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_of(path)
     descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        write_all(descriptor, data)
-        if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
+        try:
+            write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where the new content of `path` is written; a process that is killed may leave it."""
+    return path.with_name(path.name + ".tmp")

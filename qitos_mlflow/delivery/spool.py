@@ -7,7 +7,7 @@ dead one left. Safe beside running agents: only locks decide who may do what.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from qitos_mlflow.delivery import codec
 from qitos_mlflow.delivery.cursor import Chunk, Cursor
-from qitos_mlflow.delivery.files import Paths, stem_of
+from qitos_mlflow.delivery.files import Paths, list_directory, stem_of, temporary_of
 from qitos_mlflow.delivery.locks import FileLock, is_held
 from qitos_mlflow.delivery.parts import DiskPart, Part
 from qitos_mlflow.delivery.stats import Stats
@@ -52,14 +52,17 @@ class SegmentInfo:
 def find_segments(path: Path) -> list[Paths]:
     """The segments in the directory `path`, oldest first, or the one whose file `path` is."""
     if path.is_dir():
-        stems = {stem for entry in path.iterdir() if (stem := stem_of(entry))}
-        return sorted((Paths(path, stem) for stem in stems), key=lambda paths: _age(paths.stem))
-    stem = stem_of(path)
+        found = [Paths(path, stem, names) for stem, names in list_directory(path).items()]
+        return sorted(found, key=lambda paths: _age(paths.stem))
+    stem = stem_of(path.name)
     return [Paths(path.parent, stem)] if stem else []
 
 
 def inspect_segment(paths: Paths) -> SegmentInfo:
-    """Look at one segment; reads all of its records. Changes nothing."""
+    """Look at one segment; reads all of its records. Changes nothing.
+
+    Those that `find_segments` has found are taken to have the parts they had then.
+    """
     alive = is_held(paths.own)
     head = read_head(paths)
     cursor = _looking(paths)
@@ -97,15 +100,16 @@ class Head(NamedTuple):
 
 def read_head(paths: Paths) -> Head:
     """What the segment says about itself: every part does, so that one can be damaged."""
-    for _, path in paths.parts():
-        try:
-            with path.open("rb") as file:
-                lines = [codec.decode(file.readline().rstrip(codec.LF)) for _ in range(2)]
-        except OSError:
-            continue
-        first, second = lines
-        if first and first.kind == codec.FILE and second and second.kind == codec.CALLER:
-            return Head(json.loads(first.payload), second.payload, first.time_ns)
+    for now in (False, True):
+        for _, path in paths.parts(now=now):
+            try:
+                with path.open("rb") as file:
+                    lines = [codec.decode(file.readline().rstrip(codec.LF)) for _ in range(2)]
+            except OSError:
+                continue
+            first, second = lines
+            if first and first.kind == codec.FILE and second and second.kind == codec.CALLER:
+                return Head(json.loads(first.payload), second.payload, first.time_ns)
     return Head({}, None, 0)
 
 
@@ -114,8 +118,10 @@ class Claim:
 
     def __init__(self, paths: Paths, lock: FileLock, stats: Stats) -> None:
         self.paths = paths
-        self.cursor = Cursor(paths, lambda: _parts(paths), self._discard, stats)
+        self.cursor = Cursor(paths, self.parts, self._discard, stats)
         self._lock = lock
+        self._listed: list[Part] = []
+        self._complete = False
 
     def owner_alive(self) -> bool:
         """Whether more records may come."""
@@ -127,17 +133,25 @@ class Claim:
         Raises:
             OSError: something cannot be deleted; another claim may try again.
         """
-        _delete(self.paths, self._lock)
+        _delete(self.paths, self._lock, self.parts())
 
     def release(self) -> None:
         """Let others ship it."""
         self._lock.release()
 
+    def parts(self) -> list[Part]:
+        """The parts there are now, in order."""
+        if not self._complete:
+            self._complete = not self.owner_alive()  # Before looking: nothing comes after that.
+            self._listed = _parts(self.paths, now=True)
+        return self._listed
+
     def _discard(self, position: int, *, disk: bool) -> None:
-        parts = _parts(self.paths)
-        for part, following in pairwise(parts):
-            if disk and following.base <= position:
-                part.remove()
+        parts = self.parts()
+        done = [part for part, after in pairwise(parts) if disk and after.base <= position]
+        self._listed = [part for part in parts if part not in done]
+        for part in done:
+            part.remove()
 
 
 def claim(paths: Paths, stats: Stats) -> Claim | None:
@@ -149,16 +163,17 @@ def claim(paths: Paths, stats: Stats) -> Claim | None:
         OSError: the spool cannot be written.
     """
     lock = FileLock(paths.ship)
-    if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
+    if not any(map(Path.exists, (paths.ship, paths.own, paths.ack))) and not paths.parts(now=True):
         return None
     if not lock.acquire_patiently():
         return None
-    if paths.parts():
-        return Claim(paths, lock, stats)
+    taken = Claim(paths, lock, stats)
+    if taken.parts():
+        return taken
     if is_held(paths.own):
         lock.release()  # Its owner is about to write the first part, or to delete the last.
     else:
-        _delete(paths, lock)
+        _delete(paths, lock, [])
     return None
 
 
@@ -171,17 +186,18 @@ def purge(paths: Paths) -> bool:
     lock = FileLock(paths.ship)
     if is_held(paths.own) or not lock.acquire():
         return False
-    _delete(paths, lock)
+    _delete(paths, lock, _parts(paths, now=True))
     for path in (paths.dead, paths.bad):
         path.unlink(missing_ok=True)
     return True
 
 
-def _delete(paths: Paths, lock: FileLock) -> None:
+def _delete(paths: Paths, lock: FileLock, parts: Sequence[Part]) -> None:
     try:
-        for _, path in paths.parts():
+        for part in parts:
+            part.remove()
+        for path in (paths.ack, temporary_of(paths.ack)):
             path.unlink(missing_ok=True)
-        paths.ack.unlink(missing_ok=True)
         own = FileLock(paths.own)
         if own.acquire(create=False):
             own.release(remove=True)
@@ -192,7 +208,8 @@ def _delete(paths: Paths, lock: FileLock) -> None:
 
 
 def _looking(paths: Paths) -> Cursor:
-    return Cursor(paths, lambda: _parts(paths), lambda *_, **__: None, Stats())
+    parts = _parts(paths)
+    return Cursor(paths, lambda: parts, lambda *_, **__: None, Stats())
 
 
 def _chunks(cursor: Cursor, *, sealed: bool) -> Iterator[Chunk]:
@@ -204,8 +221,8 @@ def _chunks(cursor: Cursor, *, sealed: bool) -> Iterator[Chunk]:
         cursor.skip(chunk)
 
 
-def _parts(paths: Paths) -> list[Part]:
-    return [DiskPart(path, base) for base, path in paths.parts()]
+def _parts(paths: Paths, *, now: bool = False) -> list[Part]:
+    return [DiskPart(path, base) for base, path in paths.parts(now=now)]
 
 
 def _age(stem: str) -> int:

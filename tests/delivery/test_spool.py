@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qitos_mlflow.delivery import cap
 from qitos_mlflow.delivery import segment as segment_module
 from qitos_mlflow.delivery.cursor import Cursor, load_ack
-from qitos_mlflow.delivery.files import Paths
+from qitos_mlflow.delivery.files import Paths, replace_private
 from qitos_mlflow.delivery.segment import Record, Segment
 from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import find_segments, inspect_segment, purge, waiting_records
@@ -432,6 +433,53 @@ def test_other_files_in_the_directory_are_left_alone(tmp_path: Path) -> None:
     assert find_segments(segment.paths.parts()[0][1]) == [segment.paths]
     assert purge(segment.paths)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_an_acknowledgement_half_written_goes_with_its_segment(tmp_path: Path) -> None:
+    """What a kill leaves beside the acknowledgement belongs to the segment."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"one"])
+    crash(segment)
+    half = tmp_path / f"{segment.paths.ack.name}.tmp"
+    half.write_bytes(b"the sink's state")
+    assert find_segments(half) == [segment.paths]
+    assert purge(segment.paths)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_acknowledgement_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is not filled further by what could not be written to it."""
+
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_private(tmp_path / "x.ack", b"state", durable=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_segments_take_one_look_at_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking at thousands of segments does not read a directory of thousands for each."""
+    for _ in range(5):
+        segment = make_segment(tmp_path)
+        append(segment, numbered(3))
+        crash(segment)
+    looks: list[Path] = []
+    listdir = os.listdir
+
+    def counted(path: Path) -> list[str]:
+        looks.append(path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    found = [inspect_segment(paths) for paths in find_segments(tmp_path)]
+    assert [info.waiting for info in found] == [3] * 5
+    assert looks == [tmp_path]
 
 
 class SpoolMachine(RuleBasedStateMachine):
