@@ -136,7 +136,7 @@ class BridgeHook:
         data.model = summary.get("model_name") or data.model
         data.output_content = payload.get("raw_output")
         data.model_response = summary
-        data.token_usage = token_usage(usage)
+        data.token_usage = token_usage(usage, summary.get("provider"))
         self._run.close(generation)
 
     # -- act -------------------------------------------------------------------------------
@@ -213,6 +213,7 @@ class BridgeHook:
             span.data.critic_name = extract.critic_name(critic, output)
             span.data.output_content = output
             span.data.score = score
+            span.output = {"judged_by_model": extract.judged_by_model(critic)}
             run.close(span)
         run.critics = []
 

@@ -59,6 +59,8 @@ class AgentRun:
             model=self._metadata.get("model_name"),
             tools=self._metadata.get("tools"),
         )
+        if not self.owns_trace and hasattr(data, "task"):  # a host's own would not export it
+            data.task = self._metadata.get("task")
         try:
             self.open(data)
         except BaseException as error:  # Nobody else can end what has begun.

@@ -10,8 +10,10 @@ from qitos_mlflow.bridge.extract import first, known, mapping
 
 PROMPT_KEYS = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount",
                "inputTokens", "prompt_eval_count")  # fmt: skip
-COMPLETION_KEYS = ("completion_tokens", "output_tokens", "candidates_token_count",
-                   "candidatesTokenCount", "outputTokens", "eval_count")  # fmt: skip
+COMPLETION_KEYS = ("completion_tokens", "output_tokens", "outputTokens", "eval_count")
+ANSWER_KEYS = ("candidates_token_count", "candidatesTokenCount")
+"""Gemini's count of what is in its answer; what it thought before that is counted apart."""
+THOUGHT_KEYS = ("thoughts_token_count", "thoughtsTokenCount")
 TOTAL_KEYS = ("total_tokens", "total_token_count", "totalTokenCount", "totalTokens")
 CACHE_READ_KEYS = ("cache_read_input_tokens", "cache_read_tokens", "cached_content_token_count",
                    "cachedContentTokenCount", "cacheReadInputTokens")  # fmt: skip
@@ -20,16 +22,30 @@ CACHE_CREATION_KEYS = ("cache_creation_input_tokens", "cache_creation_tokens",
 DETAIL_KEYS = ("prompt_tokens_details", "input_tokens_details")
 
 
-def token_usage(usage: Any) -> dict[str, int] | None:
+def token_usage(usage: Any, provider: Any = None) -> dict[str, int] | None:
     """Token counts under one spelling; None when there are no real ones.
 
-    Only integers pass. `usage` is what the provider's answer carried, never an estimate.
+    Only integers pass. Tokens of thoughts are part of the completion.
+
+    Args:
+        usage: what the provider's answer carried, never an estimate.
+        provider: the host's name for who answered.
     """
     if not isinstance(usage, Mapping):
         return None
     prompt = _count(usage, PROMPT_KEYS)
     completion = _count(usage, COMPLETION_KEYS)
     total = _count(usage, TOTAL_KEYS)
+    if completion is None:
+        counts = [_count(usage, keys) for keys in (ANSWER_KEYS, THOUGHT_KEYS)]
+        completion = sum(count or 0 for count in counts) if any(counts) else counts[0]
+    if (
+        prompt is not None
+        and total is not None
+        and total > prompt + (completion or 0)
+        and any(name in str(provider).lower() for name in ("gemini", "google"))
+    ):
+        completion = total - prompt  # QitOS 0.3.0 hands on all of Gemini's counts but the thoughts.
     if prompt is None and completion is None and total is None:
         return None
     if total is None:

@@ -85,7 +85,9 @@ def of_span(record: Mapping[str, Any], tools: list[str] | None = None) -> dict[s
     if kind == "generation":
         found |= _generation(data, output, tools)
     elif kind == "agent":
+        task = data.get("task")
         found |= {
+            "mlflow.spanInputs": None if task is None else {"task": task},
             "mlflow.spanOutputs": output,
             "qitos.model": data.get("model"),
             "qitos.tools": data.get("tools"),

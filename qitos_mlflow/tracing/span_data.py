@@ -7,7 +7,7 @@ kept as given, neither copied nor checked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -76,9 +76,18 @@ class AgentSpanData(_FieldSpanData):
     model: str | None = None
     tools: list[str] | None = None
     output_type: str | None = None
+    task: Any = field(default=None, init=False)
+    """What it was given to do, where the metadata of its trace does not say; not on every host."""
 
     def __post_init__(self) -> None:
         self.tools = self.tools or []
+
+    def export(self) -> dict[str, Any]:
+        """As the others, but without `task` if not given."""
+        exported = super().export()
+        if self.task is None:
+            del exported["task"]
+        return exported
 
 
 @dataclass(eq=False, repr=False)

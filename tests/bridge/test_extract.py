@@ -26,6 +26,9 @@ from qitos_mlflow.mlflow_plugin.status import FAILED_REASONS
         ({"input_tokens": 3, "output_tokens": 4}, (3, 4, 7)),
         ({"promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 9}, (3, 4, 9)),
         ({"prompt_token_count": 3, "candidates_token_count": 4}, (3, 4, 7)),
+        ({"promptTokenCount": 3, "candidatesTokenCount": 4, "thoughtsTokenCount": 5}, (3, 9, 12)),
+        ({"prompt_token_count": 3, "thoughts_token_count": 5}, (3, 5, 8)),
+        ({"promptTokenCount": 3, "candidatesTokenCount": 0}, (3, 0, 3)),
         ({"inputTokens": 3, "outputTokens": 4, "totalTokens": 7}, (3, 4, 7)),
         ({"prompt_eval_count": 3, "eval_count": 4}, (3, 4, 7)),
         ({"prompt_tokens": None, "input_tokens": 3, "completion_tokens": 4}, (3, 4, 7)),
@@ -42,6 +45,29 @@ def test_every_spelling_of_token_counts_is_one(usage: dict[str, Any], expected: 
     assert all(type(value) is int for value in found.values())
     keys = ("prompt_tokens", "completion_tokens", "total_tokens")
     assert tuple(found.get(key) for key in keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("usage", "provider", "completion"),
+    [
+        ((10, 5, 115), "GeminiModel", 105),
+        ((10, 5, 115), "google", 105),
+        ((10, None, 110), "GeminiModel", 100),
+        ((10, 5, 15), "GeminiModel", 5),
+        ((10, 5, 12), "GeminiModel", 5),
+        ((None, 5, 115), "GeminiModel", 5),
+        ((10, 5, 115), "OpenAIModel", 5),
+        ((10, 5, 115), None, 5),
+    ],
+)
+def test_geminis_thoughts_are_part_of_its_completion(
+    usage: tuple[Any, ...], provider: Any, completion: int
+) -> None:
+    """The host leaves them out of all its counts but the total."""
+    keys = ("prompt_tokens", "completion_tokens", "total_tokens")
+    found = token_usage(dict(zip(keys, usage, strict=True)), provider)
+    assert found is not None
+    assert (found["completion_tokens"], found["total_tokens"]) == (completion, usage[2])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def test_an_agent_in_a_tool_is_a_subtree_of_its_trace(recorder: Recorder) -> Non
     (work, _) = recorder.of("tool")
     assert inner_agent.parent_id == work.span.span_id
     assert inner_agent.output == "42"
+    assert inner_agent.data["task"] == "inner"
+    assert "task" not in outer_agent.data  # Its trace has it.
     assert outer_agent.output == "outer"
     inner_tree = ["step", ["decide", ["generation"], "act", ["tool"], "reduce"]]
     inner_tree += ["step", ["decide", ["generation"], "reduce"]]

@@ -11,6 +11,7 @@ from qitos import Decision, Engine, Task
 from qitos.core.task import TaskBudget
 from qitos.engine import RuntimeBudget
 from qitos.engine.critic import Critic
+from qitos.models import GeminiModel
 
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, ScriptAgent, act, answer, toolbox
 from tests.bridge.recorder import Recorder
@@ -120,6 +121,33 @@ def test_a_generation_has_messages_output_model_and_usage(recorder: Recorder) ->
         "model_name": "scripted-1-2026",
         "provider": "offline",
         "metadata": {"id": "r1"},
+    }
+
+
+def test_thoughts_of_the_hosts_gemini_are_counted(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own model hands on prompt, answer and total; what is missing was thought."""
+
+    class Answer:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def raise_for_status(self) -> None: ...
+
+        def json(self) -> Any:
+            counts = {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 115}
+            return {
+                "candidates": [{"content": {"parts": [{"text": "42"}]}}],
+                "usageMetadata": {**counts, "thoughtsTokenCount": 100},
+            }
+
+    monkeypatch.setattr("requests.post", Answer)
+    agent = ModelAgent(GeminiModel(api_key="none"))
+    Engine(agent=agent, budget=RuntimeBudget(max_steps=1)).run("sum")
+    assert recorder.of("generation")[0].data["token_usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 105,
+        "total_tokens": 115,
     }
 
 
@@ -323,6 +351,16 @@ def test_each_critic_is_a_span_with_its_verdict(recorder: Recorder) -> None:
     assert [node.data["score"] for node in spans] == [0.25, None, None]
     assert spans[0].data["output_content"]["reason"] == "fine"
     assert spans[0].data["input_content"]["decision"] == {"mode": "final", "final_answer": "x"}
+    assert [node.output for node in spans] == [{"judged_by_model": False}] * 3
+
+
+@pytest.mark.parametrize("attribute", ["llm", "model"])
+def test_a_critic_with_a_model_is_told_apart(recorder: Recorder, attribute: str) -> None:
+    """Whoever reads a verdict can tell a model's from a rule's."""
+    critic = Judge({"action": "continue", "score": 1})
+    setattr(critic, attribute, Model(FINAL))
+    Engine(agent=ScriptAgent(Decision.final("x")), critics=[critic]).run("sum")
+    assert recorder.of("critic")[0].output == {"judged_by_model": True}
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_spans_without_a_parent_hang_below_the_root() -> None:
         (("guardrail", {}), "guardrail", "GUARDRAIL", None, None),
         (("brand_new", {"x": 1}), "brand_new", "BRAND_NEW", {"x": 1}, None),
         (("agent", {"name": "helper", "output": "done"}), "helper", "AGENT", None, "done"),
+        (("agent", {"name": "helper", "task": "t"}), "helper", "AGENT", {"task": "t"}, None),
     ],
 )  # fmt: skip
 def test_each_span_type_has_its_place(
