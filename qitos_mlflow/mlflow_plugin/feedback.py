@@ -11,7 +11,9 @@ from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.limits import clean_text
 
-_JUDGE = re.compile(r"llm|judge|gpt|claude|model", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_MODELS = frozenset({"llm", "judge", "gpt", "claude", "gemini"})
+"""Words in the name of a critic that is a model; ``RemodelBudget`` and ``ModelCheck`` are none."""
 
 
 def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any] | None:
@@ -31,7 +33,8 @@ def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
     at = rfc3339(limits.clean_ns(record.get("end_ns")))
     judge = verdict.get("model") or _mapping(verdict.get("details")).get("model")
-    by_model = bool(judge) or _JUDGE.search(name) is not None
+    told = _mapping(record.get("output")).get("judged_by_model") is True  # False: none was found.
+    by_model = told or bool(judge) or _names_model(name)
     own = str(record.get("span_id", ""))
     facts = {"step": record.get("step"), "action": verdict.get("action")}
     feedback: dict[str, Any] = {
@@ -53,6 +56,10 @@ def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any
     if verdict.get("reason"):
         feedback["rationale"] = clean_text(verdict["reason"], limits.TAG_CHARS)
     return feedback
+
+
+def _names_model(name: str) -> bool:
+    return not _MODELS.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
 def rfc3339(ns: int) -> str:

@@ -16,6 +16,9 @@ _PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_token_co
 _COMPLETION = ("completion_tokens", "output_tokens", "candidatesTokenCount",
                "candidates_token_count", "completionTokenCount", "outputTokens",
                "completionTokens", "outputTokenCount", "eval_count")  # fmt: skip
+_GEMINI = ("candidatesTokenCount", "candidates_token_count")
+_THOUGHTS = ("thoughtsTokenCount", "thoughts_token_count")
+"""Gemini counts these beside its answer's; others' answers have theirs in them already."""
 _TOTAL = ("total_tokens", "totalTokenCount", "total_token_count", "totalTokens")
 _CACHE_READ = ("cache_read_tokens", "cache_read_input_tokens", "cachedContentTokenCount",
                "cached_content_token_count", "cacheReadInputTokens", "cached_tokens")  # fmt: skip
@@ -54,6 +57,11 @@ def parse_usage(raw: Any, lost: Counter[str] | None = None) -> Usage | None:
     )
     prompt = _first(raw, _PROMPT, lost)
     completion = _first(raw, _COMPLETION, lost)
+    thoughts = _first(raw, _THOUGHTS, lost)
+    if completion is None:
+        completion = thoughts if _absent(raw, _COMPLETION) else None
+    elif thoughts is not None and _first(raw, _GEMINI, None) == completion:
+        completion += thoughts
     total = _first(raw, _TOTAL, lost)
     if prompt is not None and completion is not None:
         total = prompt + completion

@@ -151,6 +151,18 @@ def test_a_failed_run_is_no_success() -> None:
         ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 99}, (3, 4, 7)),
         ({"input_tokens": 3, "output_tokens": 4}, (3, 4, 7)),
         ({"promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 7}, (3, 4, 7)),
+        # Gemini counts thoughts apart; the others' are in the answer's count already.
+        ({"promptTokenCount": 3, "candidatesTokenCount": 4, "thoughtsTokenCount": 5}, (3, 9, 12)),
+        ({"prompt_token_count": 3, "thoughts_token_count": 5}, (3, 5, 8)),
+        ({"prompt_tokens": 3, "completion_tokens": 9, "thoughts_token_count": 5}, (3, 9, 12)),
+        (
+            {
+                "prompt_tokens": 3,
+                "completion_tokens": 4,
+                "completion_tokens_details": {"reasoning_tokens": 2},
+            },
+            (3, 4, 7),
+        ),
         ({"inputTokens": 3, "outputTokens": 4}, (3, 4, 7)),
         ({"prompt_eval_count": 3, "eval_count": 4}, (3, 4, 7)),
         ({"total_tokens": 7}, (None, None, 7)),
