@@ -55,7 +55,9 @@ def describe(error: BaseException) -> dict[str, Any]:
     }
 
 
-def span_record(span: Any, step: int | None, content: bool, field_chars: int) -> bytes:
+def span_record(
+    span: Any, step: int | None, content: bool, field_chars: int, late: int = 0
+) -> bytes:
     """The record of a span that has just ended.
 
     Args:
@@ -63,6 +65,7 @@ def span_record(span: Any, step: int | None, content: bool, field_chars: int) ->
         step: number of the agent's step it belongs to, None outside any.
         content: False leaves out inputs, outputs and error texts; numbers and names stay.
         field_chars: longest text kept of one field (characters).
+        late: how many spans have ended after their trace, this one included; 0 before its end.
     """
     data = {**span.data.export()}
     kind = data.pop("type", None) or span.data.type
@@ -77,6 +80,8 @@ def span_record(span: Any, step: int | None, content: bool, field_chars: int) ->
         "ended_at": span.ended_at,
         "error": span.error,
     }
+    if late:
+        record["late"] = late
     # orjson writes NaN and infinity as null; as text they are dropped *and counted*.
     if kind == "critic":
         data["score"] = _finite(data.get("score"))

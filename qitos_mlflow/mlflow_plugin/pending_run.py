@@ -71,7 +71,8 @@ def run_class(fluent: Any) -> Any:
 
         def __init__(self, pending: PendingRun) -> None:
             self.pending = pending
-            self._lock = threading.Lock()
+            # Reentrant: a signal handler may log too, while this thread waits.
+            self._lock = threading.RLock()
             self._known = False
             unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
             super().__init__(entities.Run(unknown, entities.RunData()))
@@ -82,8 +83,10 @@ def run_class(fluent: Any) -> Any:
             if not self._known:
                 with self._lock:
                     if not self._known:
-                        self._info = self._find()
-                        self._known = True
+                        info = self._find()
+                        if not self._known:
+                            self._info = info
+                            self._known = True
             return self._info
 
         def _find(self) -> Any:

@@ -15,20 +15,16 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow import tracing
+from qitos_mlflow._guard import report, warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import artifacts, capture
-from qitos_mlflow.mlflow_plugin.active_run import (
-    ActiveRun,
-    let_go,
-    mlflow_in_use,
-    parent_run_id,
-)
+from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
+from qitos_mlflow.mlflow_plugin.ending import end_before_mlflow
 from qitos_mlflow.mlflow_plugin.nesting import Nesting
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
@@ -40,7 +36,10 @@ from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
 ENDED_TRACES = 256
-"""Ended traces remembered, for spans of theirs that finish late on other threads."""
+"""Ended traces remembered, for spans of theirs that begin late on other threads."""
+
+OPEN_TRACES = 4096
+"""The same of those with spans that have not ended."""
 
 
 @dataclass
@@ -57,7 +56,10 @@ class _Trace:
     awaits_root: bool = False
     recorded: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    late: int = 0
     ended: bool = False
+    over: bool = False
+    """Its end has been offered."""
 
 
 class MlflowPlugin:
@@ -72,15 +74,13 @@ class MlflowPlugin:
         self.settings = settings
         self.origin = origin
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
-        self._pipelines = Pipelines(settings, self._announce, self._at_exit)
+        self._pipelines = Pipelines(settings, self._announce, self._end_killed, self._is_over)
         # Reentrant: the garbage collector may end a trace while this thread holds it.
         self._lock = threading.RLock()
         self._closed = False
         self._when_idle: Callable[[], object] | None = None
         self._said: set[str] = set()
-        if hasattr(os, "register_at_fork"):
-            # Weakly: a plugin nobody holds any more must not live until the process ends.
-            os.register_at_fork(after_in_child=partial(_call, weakref.WeakMethod(self._after_fork)))
+        _plugins.add(self)
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class MlflowPlugin:
                 run,
                 uri,
                 adopt_uri=not settings.auto_end_run,
-                on_push=self._pipelines.end_before_mlflow,
+                on_push=end_before_mlflow,
             ),
             run=run,
             nesting=Nesting(str(trace.trace_id), run, uri) if settings.log_traces else None,
@@ -170,15 +170,20 @@ class MlflowPlugin:
         if step is None:
             parent = state.steps.get(span.parent_span_id)
             step = span.data.step_number if span.data.type == "step" and parent is None else parent
+        late = 0
+        if state.ended:
+            late = state.late = state.late + 1
         try:
-            payload = capture.span_record(span, step, state.content, self.settings.field_bytes)
+            payload = capture.span_record(
+                span, step, state.content, self.settings.field_bytes, late
+            )
         except Exception:
             state.dropped["capture_failed"] += 1  # Data of somebody's own; told by who called us.
             raise
         if state.pipeline.offer(payload):
             state.recorded += 1
         else:
-            state.dropped["queue_full"] += 1
+            state.dropped["closed" if self._closed else "queue_full"] += 1
         state.active.follow()
 
     @hookimpl
@@ -193,10 +198,14 @@ class MlflowPlugin:
         failure = getattr(trace, "error", None)
         if failure is None and not hasattr(trace, "error"):
             failure = capture.failure_in_flight(state.handling)
-        metadata = self._metadata(trace, state.content)
-        if self.settings.log_artifacts and state.content:
-            for record in artifacts.of_trace(str(trace.trace_id), metadata):
-                state.pipeline.offer(capture.encode(record))
+        metadata: dict[str, Any] = {}
+        try:
+            metadata = self._metadata(trace, state.content)
+            if self.settings.log_artifacts and state.content:
+                for record in artifacts.of_trace(str(trace.trace_id), metadata):
+                    state.pipeline.offer(capture.encode(record))
+        except Exception as error:  # noqa: BLE001 - the end itself must not be lost
+            report("plugin.trace_end", error)
         self._end(str(trace.trace_id), state, metadata, failure)
         state.active.leave(open=not self.settings.auto_end_run)
         self._tell_if_idle()
@@ -225,22 +234,26 @@ class MlflowPlugin:
 
         Idempotent, any thread. Returns True when nothing is left to deliver.
         """
+        self._end_all(status, why)
+        return self._pipelines.close(timeout_s)
+
+    def _end_killed(self) -> None:
+        self._end_all("KILLED", "the process ended before the trace did")
+
+    def _end_all(self, status: str, why: str) -> None:
         with self._lock:
             self._closed = True
             going = [(key, state) for key, state in self._traces.items() if not state.ended]
         if self.settings.auto_end_run or status == "KILLED":
             for trace_id, state in going:
                 self._end(trace_id, state, {"qitos.closed": why}, None, status)
-        return self._pipelines.close(timeout_s)
-
-    def _at_exit(self) -> None:
-        """Deliver what can be delivered before the interpreter goes; say what is left."""
-        timeout_s = self.settings.exit_timeout_s
-        if not self.close(timeout_s, "KILLED", "the process ended before the trace did"):
-            self._pipelines.say_what_is_left()
-        let_go()
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _is_over(self) -> bool:
+        """Whether no trace is going."""
+        with self._lock:
+            return all(state.over for state in self._traces.values())
 
     def _tell_if_idle(self) -> None:
         if self._when_idle is not None:
@@ -268,25 +281,30 @@ class MlflowPlugin:
                 return
             state.ended = True
         state.handling = None  # Its traceback keeps the agent's local variables alive.
-        error: Any = None
-        if failure is not None:
-            error = capture.describe(failure)
-            if not state.content:
-                error = {"type": error["type"], "message": capture.WITHHELD}
         record = {
             "kind": "trace_end",
             "trace_id": trace_id,
             "time_ns": time.time_ns(),
             "metadata": metadata,
-            "status": status or run_status(metadata, failure),
-            "error": error,
+            "status": status or ("FINISHED" if failure is None else "FAILED"),
+            "error": None,
             "recorded": state.recorded + sum(state.dropped.values()),
             "dropped": dict(state.dropped),
         }
-        if state.nesting is not None and (tags := state.nesting.end()):
-            record["added"] = {"tags": tags}
+        try:
+            record["status"] = status or run_status(metadata, failure)
+            if failure is not None:
+                error = capture.describe(failure)
+                if not state.content:
+                    error = {"type": error["type"], "message": capture.WITHHELD}
+                record["error"] = error
+            if state.nesting is not None and (tags := state.nesting.end()):
+                record["added"] = {"tags": tags}
+        except Exception as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
+            report("plugin.end", error)
         # At once: whoever has waited for the agent looks at its trace next.
         state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
+        state.over = True
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})
@@ -294,10 +312,17 @@ class MlflowPlugin:
 
     def _forget_oldest(self) -> None:
         """Keep the last ended traces only; those still going stay however many they are."""
-        if len(self._traces) > ENDED_TRACES:
-            for trace_id, state in list(self._traces.items())[:-ENDED_TRACES]:
-                if state.ended:
-                    del self._traces[trace_id]
+        excess = len(self._traces) - OPEN_TRACES
+        for trace_id, state in list(self._traces.items())[:-ENDED_TRACES]:
+            excess -= 1
+            if state.ended and (not state.steps or excess >= 0):
+                self._traces.pop(trace_id, None)
+                if state.steps:
+                    warn(
+                        "plugin.forgotten",
+                        "%s spans of a trace that ended long ago have not ended; they are lost",
+                        len(state.steps),
+                    )
 
     def _after_fork(self) -> None:
         """In a forked child: the parent's traces are the parent's."""
@@ -306,9 +331,17 @@ class MlflowPlugin:
         self._pipelines.after_fork()
 
 
-def _call(weak: weakref.WeakMethod[Any]) -> None:
-    if (method := weak()) is not None:
-        method()
+# Weakly: a plugin nobody holds any more must not live until the process ends.
+_plugins: weakref.WeakSet[MlflowPlugin] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for plugin in list(_plugins):
+        plugin._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def entry_point() -> MlflowPlugin:

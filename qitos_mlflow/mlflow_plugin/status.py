@@ -19,10 +19,15 @@ FAILED_REASONS = frozenset(
 
 def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
     """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
-    if metadata.get("status") == "interrupted":
+    # Anybody writes the metadata: what is no text may not even be comparable.
+    status, reason = (
+        value if isinstance(value, str) else None
+        for value in (metadata.get("status"), metadata.get("stop_reason"))
+    )
+    if status == "interrupted":
         return "KILLED"
     if failure is not None:
         return "FAILED" if isinstance(failure, Exception) else "KILLED"
-    if metadata.get("status") == "error" or metadata.get("stop_reason") in FAILED_REASONS:
+    if status == "error" or reason in FAILED_REASONS:
         return "FAILED"
     return "FINISHED"
