@@ -186,7 +186,9 @@ def assert_survived_kill(report: Report, runs: Iterable[StoredRun]) -> float:
         assert len(set(run.spans)) == len(run.spans), run
         assert run.traces == [trace_id(trace)], run
         _assert_points(run, arrived)
-        assert ledger(run) == (len(arrived), len(arrived), ""), run.tags
+        # The tree's root is there although the record of its end, an agent's, may be lost.
+        count = len(arrived)
+        assert ledger(run) in {(n, n, "") for n in (count, count - arrived.count("agent"))}, run.tags
     return max(lost_s)
 
 
