@@ -188,7 +188,9 @@ def assert_survived_kill(report: Report, runs: Iterable[StoredRun]) -> float:
         _assert_points(run, arrived)
         # The tree's root is there although the record of its end, an agent's, may be lost.
         count = len(arrived)
-        assert ledger(run) in {(n, n, "") for n in (count, count - arrived.count("agent"))}, run.tags
+        assert ledger(run) in {(n, n, "") for n in (count, count - arrived.count("agent"))}, (
+            run.tags
+        )
     return max(lost_s)
 
 
