@@ -62,10 +62,11 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     servers = {without_credentials(configured or ""): configured}
     for paths_of_segment in segments_in(paths):
         segment = inspect_segment(paths_of_segment)
-        if not (segment.size_bytes or segment.dead_letters or segment.bad_lines):
+        if not (segment.size_bytes or segment.dead_letters or segment.bad_lines or segment.losses):
             continue  # Its process is just beginning or just done.
         segments.append(_described(segment))
-        lost += lost_spans(paths_of_segment)
+        # What the end of a trace tells is in the counts as well, but for what was never offered.
+        lost += lost_spans(paths_of_segment) | Counter(segment.losses)
         refused += reasons(paths_of_segment.dead)
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
@@ -130,6 +131,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "waiting": segment.waiting,
         "dead_letters": segment.dead_letters,
         "bad_lines": segment.bad_lines,
+        "lost": dict(segment.losses),
         "bytes": segment.size_bytes,
         "last_record_ns": segment.last_time_ns,
     }

@@ -5,16 +5,14 @@ The same for the process that appends and for any other that delivers the segmen
 
 from __future__ import annotations
 
-import base64
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import codec
-from qitos_mlflow.delivery.files import Paths, append_private, replace_private
+from qitos_mlflow.delivery.aside import Aside
+from qitos_mlflow.delivery.files import Paths, replace_private
 from qitos_mlflow.delivery.parts import Part
 from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.stats import SPOOL_REMOVED, Stats
@@ -61,10 +59,11 @@ class Cursor:
     """Reads on from the last acknowledgement. One thread only, but for `position`.
 
     Args:
-        paths: where acknowledgement, dead letters and bad lines are kept.
+        paths: where the acknowledgement is kept.
         parts: returns the parts there are now, in order.
         discard: frees parts before a position (``discard(position, disk=...)``).
         stats: what dead letters, bad lines and deliveries are counted in.
+        aside: takes what cannot be delivered.
     """
 
     def __init__(
@@ -73,12 +72,14 @@ class Cursor:
         parts: Callable[[], Sequence[Part]],
         discard: Callable[..., None],
         stats: Stats,
+        aside: Aside | None = None,
     ) -> None:
         ack = load_ack(paths)
         self.position = ack.position if ack else 0
         self.state = ack.state if ack else None
         """The sink's state at `position`; None before the first acknowledgement."""
         self.last_time_ns = ack.time_ns if ack else 0
+        self.aside = aside or Aside(paths, stats)
         self._paths = paths
         self._parts = parts
         self._discard = discard
@@ -126,9 +127,8 @@ class Cursor:
 
     def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
         """Record that everything up to the chunk's end was accepted or buried."""
-        self.bury(dead)
-        if chunk.bad:
-            self._keep_aside(chunk.bad)
+        self.aside.bury(dead)
+        self.aside.keep_bad(chunk.bad)
         parts = self._parts()
         frees = len(parts) > 1 and parts[1].base <= chunk.end
         # Once a part is gone, this is the only place where the sink's state is.
@@ -144,38 +144,12 @@ class Cursor:
         self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
         if chunk.part is not None:
             chunk.part.acknowledged += len(chunk.records)
-        self._stats.add(delivered=len(chunk.records) - len(dead), bad_lines=len(chunk.bad))
+        self._stats.add(delivered=len(chunk.records) - len(dead))
         if chunk.lost:
             self._stats.drop(SPOOL_REMOVED, chunk.lost)
+        self.aside.save_losses()
         if frees:
             self._discard(chunk.end, disk=stored)
-
-    def bury(self, dead: Sequence[DeadLetter]) -> None:
-        """Keep what the server refused for good, with the reasons."""
-        if not dead:
-            return
-        self._stats.add(dead_letters=len(dead))
-        _guard.warn(
-            "delivery.dead",
-            "the server refused %s record(s) for good, the first one because: %s; see %s",
-            len(dead),
-            dead[0].reason,
-            self._paths.dead,
-        )
-        lines = b"".join(_dead_line(letter) for letter in dead)
-        try:
-            append_private(self._paths.dead, lines)
-        except OSError as error:
-            _guard.warn("delivery.bury", "cannot write %s: %s", self._paths.dead, error)
-
-    def _keep_aside(self, bad: Sequence[bytes]) -> None:
-        _guard.warn(
-            "delivery.bad", "%s torn or corrupt line(s), kept in %s", len(bad), self._paths.bad
-        )
-        try:
-            append_private(self._paths.bad, b"".join(line + codec.LF for line in bad))
-        except OSError as error:
-            _guard.warn("delivery.aside", "cannot write %s: %s", self._paths.bad, error)
 
 
 def _read_part(
@@ -214,12 +188,3 @@ def _take(raw: bytes, chunk: Chunk) -> int:
             chunk.records.append(intact.payload)
             chunk.time_ns = max(chunk.time_ns, intact.time_ns)
     return sum(map(len, chunk.records[before:]))
-
-
-def _dead_line(letter: DeadLetter) -> bytes:
-    content: dict[str, object] = {"time_ns": time.time_ns(), "reason": letter.reason}
-    try:
-        content["record"] = letter.record.decode()
-    except UnicodeDecodeError:
-        content["record_base64"] = base64.b64encode(letter.record).decode()
-    return json.dumps(content).encode() + codec.LF

@@ -9,6 +9,7 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
     <stem>.ship         lock of the process that ships
     <stem>.dead         records the server refused for good, JSON lines; stays
     <stem>.bad          torn and corrupt lines, as found; stays
+    <stem>.lost         losses by reason, JSON; stays
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SEGMENT_SUFFIX = ".seg"
-ASIDE_SUFFIXES = (".dead", ".bad")
+ASIDE_SUFFIXES = (".dead", ".bad", ".lost", ".lost.tmp")
 """Files that stay when their segment is delivered."""
 SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".ack.tmp", ".own", ".ship", *ASIDE_SUFFIXES)
 
@@ -69,6 +70,11 @@ class Paths:
     def bad(self) -> Path:
         """Torn and corrupt lines."""
         return self.directory / f"{self.stem}.bad"
+
+    @property
+    def lost(self) -> Path:
+        """Losses by reason."""
+        return self.directory / f"{self.stem}.lost"
 
     def part(self, base: int) -> Path:
         """The part whose first line has position `base`."""

@@ -149,6 +149,7 @@ class Pipeline:
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()
+        self._running.save_losses()  # Those of offers refused since the last time.
         if not self._awake.locked():
             return self._nothing_left()
         if not self._closing.acquire(timeout=max(0.0, timeout_s)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.adopter import Adopt, Adopter
+from qitos_mlflow.delivery.aside import Aside
 from qitos_mlflow.delivery.cursor import Cursor
 from qitos_mlflow.delivery.parts import MemoryPart
 from qitos_mlflow.delivery.queue import Barrier, ByteQueue
@@ -26,6 +27,8 @@ from qitos_mlflow.delivery.spool import waiting_records
 from qitos_mlflow.delivery.stats import Stats
 from qitos_mlflow.delivery.worker import Worker
 
+ASIDE_SHARE = 0.1
+"""What is kept aside may take so much of the spool's size, beyond it."""
 REST_S = 3.0
 """After so long without a record threads and files may go; waking costs a few requests."""
 REST_WITHIN_S = 1.0
@@ -77,11 +80,14 @@ class Running:
         self._shared = shared
         self._may_rest = asks.may_rest
         self._rested = rested
+        self._aside = Aside(segment.paths, shared.stats, int(segment.cap_bytes * ASIDE_SHARE))
         self._shipping: Shipping | None = None
         self._shipper: Shipper | None = None
         self._adopter: Adopter | None = None
         if asks.open_sink is not None:
-            cursor = Cursor(segment.paths, segment.parts, segment.discard, shared.stats)
+            cursor = Cursor(
+                segment.paths, segment.parts, segment.discard, shared.stats, self._aside
+            )
             self._shipping = Shipping(cursor, self._opener(asks.open_sink))
             self._shipper = Shipper(self._shipping, shared.circuit)
             if asks.adopt is not None:
@@ -142,7 +148,12 @@ class Running:
         """How many records are in memory only."""
         return self._shared.queue.records + self._worker.held + self.segment.unsaved
 
+    def save_losses(self) -> None:
+        """Have what was lost on disk, for other processes to see."""
+        self._aside.save_losses()
+
     def _wrote(self, urgent: bool) -> None:
+        self.save_losses()
         if self._shipper is not None:
             self._shipper.written(self.segment.end, urgent=urgent)
 
@@ -205,6 +216,7 @@ class Running:
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
                 self._shared.stats.drop(part.failure, lost)
+        self.save_losses()
         shipped = self._shipper is not None and self._shipper.finished
         try:
             self.segment.close(delete=shipped or self.segment.end == 0)

@@ -76,6 +76,7 @@ class Segment:
         self.end = 0
         """Position behind the last record appended; all before it can be read."""
         self.paths = Paths(directory, new_stem())
+        self.cap_bytes = cap_bytes
         self._header = header
         self._ship = ship
         self._memory_bytes = memory_bytes

@@ -78,7 +78,7 @@ class Shipping:
             if self._shipment is None:
                 self._shipment = sink.abandoned(self._cursor.last_time_ns, closed=closed)
             if self._shipment is not None:
-                self._cursor.bury(self._shipment.send(timeout_s))
+                self._cursor.aside.bury(self._shipment.send(timeout_s))
                 self._shipment = None
         except RetryLater:
             raise

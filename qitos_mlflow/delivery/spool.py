@@ -7,13 +7,14 @@ dead one left. Safe beside running agents: only locks decide who may do what.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qitos_mlflow.delivery import codec
+from qitos_mlflow.delivery.aside import load_losses
 from qitos_mlflow.delivery.cursor import Chunk, Cursor
 from qitos_mlflow.delivery.files import Paths, list_directory, stem_of, temporary_of
 from qitos_mlflow.delivery.locks import FileLock, is_held
@@ -47,6 +48,8 @@ class SegmentInfo:
     dead_letters: int
     bad_lines: int
     """Torn or corrupt lines kept aside so far."""
+    losses: Mapping[str, int]
+    """Records lost, by reason."""
 
 
 def find_segments(path: Path) -> list[Paths]:
@@ -81,6 +84,7 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
         size_bytes=sum(_size(path) for _, path in paths.parts()),
         dead_letters=_lines(paths.dead),
         bad_lines=_lines(paths.bad),
+        losses=load_losses(paths.lost),
     )
 
 
@@ -118,7 +122,7 @@ class Claim:
 
     def __init__(self, paths: Paths, lock: FileLock, stats: Stats) -> None:
         self.paths = paths
-        self.cursor = Cursor(paths, self.parts, self._discard, stats)
+        self.cursor = Cursor(paths, self.parts, self._discard, Stats(stats))
         self._lock = lock
         self._listed: list[Part] = []
         self._complete = False
@@ -187,7 +191,7 @@ def purge(paths: Paths) -> bool:
     if is_held(paths.own) or not lock.acquire():
         return False
     _delete(paths, lock, _parts(paths, now=True))
-    for path in (paths.dead, paths.bad):
+    for path in (paths.dead, paths.bad, paths.lost, temporary_of(paths.lost)):
         path.unlink(missing_ok=True)
     return True
 

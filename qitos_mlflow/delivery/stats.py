@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+ASIDE_FULL = "aside_full"
+"""Refused by the server or damaged, and what is kept of such has reached its share."""
 CLOSED = "closed"
 """Offered after close()."""
 DISK_FULL = "disk_full"
@@ -52,13 +54,20 @@ class Snapshot:
 
 
 class Stats:
-    """Counts that any thread may add to and read."""
+    """Counts that any thread may add to and read.
 
-    def __init__(self) -> None:
+    Args:
+        total: counts everything as well.
+    """
+
+    def __init__(self, total: Stats | None = None) -> None:
+        self._total = total
         # Reentrant: a signal handler may offer a record while this thread counts one.
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._saved: Counter[str] = Counter()
+        self._saving = threading.Lock()
 
     def add(
         self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0, bad_lines: int = 0
@@ -71,11 +80,29 @@ class Stats:
                 dead_letters=dead_letters,
                 bad_lines=bad_lines,
             )
+        if self._total is not None:
+            self._total.add(
+                recorded=recorded,
+                delivered=delivered,
+                dead_letters=dead_letters,
+                bad_lines=bad_lines,
+            )
 
     def drop(self, reason: str, records: int = 1) -> None:
         """Count records lost for `reason`."""
         with self._lock:
             self._dropped[reason] += records
+        if self._total is not None:
+            self._total.drop(reason, records)
+
+    def save_losses(self, save: Callable[[Counter[str]], None]) -> None:
+        """Call `save` with the losses that are not saved yet, if any; still so when it raises."""
+        with self._saving:
+            with self._lock:
+                dropped = self._dropped.copy()
+            if new := dropped - self._saved:
+                save(new)
+                self._saved = dropped
 
     def snapshot(self) -> Snapshot:
         """The counts now; what one thread has added is seen whole."""

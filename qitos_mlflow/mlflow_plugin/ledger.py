@@ -1,12 +1,12 @@
-"""Spans lost between the agent and the spool, told by the end of their trace.
+"""What was lost between the agent and the spool, told by the end of its trace.
 
 On the worker's thread only: whatever comes before a trace's end is on disk, or known to be lost,
-when that is refined. A trace that does not end tells nothing.
+when that is refined. What is lost later, or of a trace that does not end, only the spool tells.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 
 import orjson
@@ -21,22 +21,29 @@ class Ledger:
 
     def __init__(self, refine: Callable[[bytes], bytes | None]) -> None:
         self._refine = refine
-        self._lost: dict[str, Counter[str]] = defaultdict(Counter)
+        self._lost: dict[str, Counter[tuple[str, str]]] = {}  # Of the traces that are going.
 
     def lost(self, record: bytes, reason: str) -> None:
         """Count a record that was lost, as refined or, where that failed, as captured."""
         fields = orjson.loads(record)
-        if fields["kind"] == "span":
-            self._lost[fields["trace_id"]][reason] += 1
+        if (lost := self._lost.get(fields["trace_id"])) is not None:
+            lost[fields["kind"], reason] += 1
 
     def refine(self, payload: bytes) -> bytes | None:
-        """The refined record; a trace's end with the losses that are known by now."""
+        """The refined record; a trace's end with the losses that are known by now.
+
+        Its `dropped` counts spans by reason, its `lost` the rest by kind and reason.
+        """
         record = self._refine(payload)
-        if not self._lost or record is None or b'"trace_end"' not in record:
+        if record is None or b'"trace_' not in record:
             return record
         fields = orjson.loads(record)
-        if fields["kind"] != "trace_end" or fields["trace_id"] not in self._lost:
+        if fields["kind"] == "trace_start":
+            self._lost[fields["trace_id"]] = Counter()
+        if fields["kind"] != "trace_end" or not (lost := self._lost.pop(fields["trace_id"], None)):
             return record
-        lost = self._lost.pop(fields["trace_id"])
-        fields["dropped"] = dict(lost + Counter(fields["dropped"]))
+        for (kind, reason), number in lost.items():
+            counts, key = ("dropped", reason) if kind == "span" else ("lost", f"{kind}_{reason}")
+            known = fields.setdefault(counts, {})
+            known[key] = known.get(key, 0) + number
         return orjson.dumps(fields)

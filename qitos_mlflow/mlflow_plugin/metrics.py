@@ -185,6 +185,7 @@ class RunState:
             metrics.append(Metric("success", value, clean_ms(end_ns), self.last_step))
         params = self._new_params({**self.constant_params, **metadata})
         tags = labels.end_tags(record, self.lost)
+        self.lost.update(_mapping(record.get("lost")))
         dropped = _mapping(record.get("dropped"))
         recorded = record.get("recorded")
         tags += labels.ledger_tags(

@@ -56,6 +56,7 @@ class _Trace:
     awaits_root: bool = False
     recorded: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     late: int = 0
     ended: bool = False
     over: bool = False
@@ -203,7 +204,8 @@ class MlflowPlugin:
             metadata = self._metadata(trace, state.content)
             if self.settings.log_artifacts and state.content:
                 for record in artifacts.of_trace(str(trace.trace_id), metadata):
-                    state.pipeline.offer(capture.encode(record))
+                    if not state.pipeline.offer(capture.encode(record)):
+                        state.lost["artifact_queue_full"] += 1
         except Exception as error:  # noqa: BLE001 - the end itself must not be lost
             report("plugin.trace_end", error)
         self._end(str(trace.trace_id), state, metadata, failure)
@@ -290,6 +292,7 @@ class MlflowPlugin:
             "error": None,
             "recorded": state.recorded + sum(state.dropped.values()),
             "dropped": dict(state.dropped),
+            "lost": dict(state.lost),
         }
         try:
             record["status"] = status or run_status(metadata, failure)

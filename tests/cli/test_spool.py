@@ -22,7 +22,6 @@ from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.readback import LoggedRun, read_runs
 from qitos_mlflow.settings import Settings
 from tests.cli.conftest import Run, environment
-from tests.waiting import eventually
 
 NOWHERE = "http://127.0.0.1:9"
 DEADLINE_S = 60.0
@@ -100,6 +99,14 @@ def status() -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     told: dict[str, Any] = json.loads(done.output)
     return told
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until `true`, for a process that has no other way to tell."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def runs(store: str, experiment: str) -> tuple[LoggedRun, ...]:
@@ -254,6 +261,21 @@ def test_losses_and_dead_letters_are_told_by_reason(
     (reason,) = status()["dead_letters"]
     assert reason.startswith("not a record")
     assert f"1 refused for good: {reason}" in cli("status").stdout
+
+
+def test_what_a_process_lost_is_told_when_it_is_gone(
+    tmp_path: Path, cli: Run, store: str, experiment: str
+) -> None:
+    """Losses outlive the segment they are of, each counted once, until they are purged."""
+    part = write_segment(tmp_path, store, experiment, *trace(dropped={"disk_full": 2}, recorded=2))
+    lost = {"disk_full": 2, "closed": 1}
+    part.with_name(part.name.split(".")[0] + ".lost").write_text(json.dumps(lost))
+    assert status()["lost"] == lost
+    assert cli("sync").returncode == 0
+    assert status()["lost"] == lost
+    assert cli("spool", "purge", "--yes").returncode == 0
+    assert status()["segments"] == []
+    assert list(part.parent.iterdir()) == []
 
 
 def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from qitos_mlflow.delivery import (
 from qitos_mlflow.delivery.locks import FileLock
 from qitos_mlflow.delivery.segment import Record, Segment
 from tests.delivery.fakes import MIB, FakeServer, make_pipeline, numbered
-from tests.waiting import eventually
 
 LONG_S = 60.0
 NOW = 1_800_000_000_000_000_000
@@ -171,11 +169,13 @@ def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
         for name in (b"a", b"b"):
             pipeline = make_pipeline(spool, None)
             pipeline.offer(name)
-            eventually(partial(pipeline.flush, LONG_S))
+            while not pipeline.flush(LONG_S):
+                stop.wait(0.01)
             assert server.accepted[-1] == name
             pipeline.offer(name + b" end")
             pipeline.close(LONG_S)
-            eventually(lambda: not any(spool.iterdir()))
+            while any(spool.iterdir()):
+                stop.wait(0.01)
     finally:
         stop.set()
         sidecar.join(LONG_S)
@@ -194,7 +194,8 @@ def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     )
     sidecar.start()
     assert there.attempted.wait(LONG_S)
-    eventually(lambda: b"killed" in there.accepted)
+    while b"killed" not in there.accepted:
+        stop.wait(0.01)
     stop.set()
     sidecar.join(LONG_S)
     assert there.accepted == [b"for the one there", b"killed"]

@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.delivery import Outcome, Pipeline, RetryLater, Shipment, deliver_segment, shipping
+from qitos_mlflow.delivery import (
+    Outcome,
+    Pipeline,
+    RetryLater,
+    Shipment,
+    deliver_segment,
+    inspect_segment,
+    shipping,
+)
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
-from tests.waiting import eventually
 
 LONG_S = 60.0
 """A deadline that is not to be reached."""
@@ -282,7 +289,8 @@ def test_a_hanging_server_never_delays_the_disk(make: Make, server: FakeServer) 
     assert server.attempted.wait(LONG_S)
     for record in numbered(20):
         pipeline.offer(record)
-    eventually(lambda: len(list(pipeline.waiting())) == 21)
+    while len(list(pipeline.waiting())) < 21:
+        time.sleep(0.001)
     assert pipeline.stats.delivered == 0
 
 
@@ -301,7 +309,8 @@ def test_deadlines_hold_with_a_server_that_hangs(
     assert hung < SEND_TIMEOUT_S / 2
     assert len(list(pipeline.waiting())) == 1
     server.answers.set()
-    eventually(lambda: not any(spool.iterdir()))  # The send is back, the last thread tidies up.
+    while any(spool.iterdir()):  # The send comes back, and the last thread tidies up.
+        time.sleep(0.001)
     assert server.accepted == [b"one"]
     assert pipeline.close(LONG_S)
     assert pipeline.flush(0)
@@ -435,6 +444,19 @@ def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None
     assert told == [2, 4]
 
 
+def test_losses_can_be_seen_by_other_processes(make: Make, spool: Path) -> None:
+    """What a process has lost is in the spool, while it lives and afterwards."""
+    pipeline = make(None, spool_bytes=3000)
+    for _ in range(3):
+        pipeline.offer(b"x" * 2000)
+    assert not pipeline.flush(LONG_S)
+    assert inspect_segment(pipeline.paths).losses == {"spool_full": 2}
+    pipeline.close(LONG_S)
+    assert not pipeline.offer(b"late")
+    pipeline.close(LONG_S)
+    assert inspect_segment(pipeline.paths).losses == {"spool_full": 2, "closed": 1}
+
+
 def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:
     """Offline the records wait on disk, and flush and close say that they do."""
     pipeline = make(None)
@@ -526,6 +548,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.01)
 
 
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline = time.monotonic() + LONG_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def at_rest(pipeline: Pipeline) -> bool:
     """Whether nothing of it runs."""
     return not pipeline._awake.locked()
@@ -539,8 +569,8 @@ def test_a_pipeline_with_nothing_to_do_goes_to_rest(
     pipeline = make()
     for number, record in enumerate(numbered(3)):
         assert pipeline.offer(record, urgent=True)
-        eventually(lambda: at_rest(pipeline))
-        eventually(lambda: threading.active_count() == threads)
+        until(lambda: at_rest(pipeline))
+        until(lambda: threading.active_count() == threads)
         assert list(spool.iterdir()) == []
         assert server.accepted == numbered(number + 1)
         assert pipeline.flush(0)
@@ -565,7 +595,7 @@ def test_no_rest_while_more_is_expected(make: Make, server: FakeServer) -> None:
     assert asked.wait(LONG_S)
     assert not at_rest(pipeline)
     expecting = False
-    eventually(lambda: at_rest(pipeline))
+    until(lambda: at_rest(pipeline))
     assert server.accepted == [b"start"]
 
 
@@ -581,7 +611,7 @@ def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None
     assert not asked.is_set()
     server.down = None
     assert pipeline.flush(LONG_S)
-    eventually(lambda: at_rest(pipeline))
+    until(lambda: at_rest(pipeline))
 
 
 def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
@@ -589,7 +619,7 @@ def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
     pipeline = make(None)
     for record in numbered(2):
         pipeline.offer(record)
-        eventually(lambda: at_rest(pipeline))
+        until(lambda: at_rest(pipeline))
         assert not pipeline.flush(0)
     assert list(pipeline.waiting()) == numbered(2)
     assert len([paths for paths in pipeline.segments if paths.parts()]) == 2

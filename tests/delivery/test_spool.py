@@ -16,12 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qitos_mlflow.delivery import cap
 from qitos_mlflow.delivery import segment as segment_module
+from qitos_mlflow.delivery.aside import Aside
 from qitos_mlflow.delivery.cursor import Cursor, load_ack
 from qitos_mlflow.delivery.files import Paths, replace_private
 from qitos_mlflow.delivery.segment import Record, Segment
 from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import find_segments, inspect_segment, purge, waiting_records
-from qitos_mlflow.delivery.stats import DISK_FULL, SPOOL_FULL, SPOOL_UNWRITABLE, Stats
+from qitos_mlflow.delivery.stats import ASIDE_FULL, DISK_FULL, SPOOL_FULL, SPOOL_UNWRITABLE, Stats
 from tests.delivery.fakes import MIB, numbered
 
 NOW = 1_800_000_000_000_000_000
@@ -264,6 +265,41 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
     assert stats.snapshot().delivered == 0
     segment.close(delete=True)
     assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
+
+
+def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
+    """Beyond it dead letters and bad lines are counted, where other processes see them."""
+    segment, stats = make_segment(tmp_path), Stats()
+    aside = Aside(segment.paths, stats, cap_bytes=1000)
+    cursor = Cursor(segment.paths, segment.parts, segment.discard, stats, aside)
+    append(segment, numbered(4))
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    chunk.bad += [b"x" * 700, b"y" * 700]
+    cursor.acknowledge(chunk, b"s", [DeadLetter(b"z" * 100, "no")] * 4)
+    info = inspect_segment(segment.paths)
+    assert (info.dead_letters, info.bad_lines) == (4, 0)
+    assert info.losses == stats.snapshot().dropped == {ASIDE_FULL: 2}
+    assert (stats.snapshot().dead_letters, stats.snapshot().bad_lines) == (4, 0)
+    crash(segment)
+    assert purge(segment.paths)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losses_are_saved_once(tmp_path: Path) -> None:
+    """Each loss is in one segment's file, whatever could not be written and whoever adds more."""
+    stats = Stats()
+    first, second = (Paths(tmp_path / "spool", stem) for stem in ("a", "b"))
+    stats.drop(SPOOL_FULL)
+    Aside(first, stats).save_losses()  # There is no directory.
+    (tmp_path / "spool").mkdir()
+    Aside(first, stats).save_losses()
+    stats.drop(DISK_FULL, 2)
+    Aside(second, stats).save_losses()
+    others = Stats()
+    others.drop(DISK_FULL)
+    Aside(second, others).save_losses()
+    found = [inspect_segment(paths).losses for paths in (first, second)]
+    assert found == [{SPOOL_FULL: 1}, {DISK_FULL: 3}]
 
 
 def test_the_cap_refuses_spans_first(tmp_path: Path) -> None:

@@ -227,6 +227,12 @@ def test_params_are_written_once() -> None:
     ]
 
 
+def test_what_was_lost_beside_spans_is_told() -> None:
+    """Files and the like that never reached the server are in the run's account of values."""
+    data = fold(Records().start(), Records().end(lost={"artifact_disk_full": 2}))
+    assert ("qitos.values.dropped", "artifact_disk_full=2") in data.tags
+
+
 def test_long_and_odd_metadata_is_trimmed_not_lost() -> None:
     """A 20,000-character value and an illegal name arrive, shortened and counted."""
     data = fold(

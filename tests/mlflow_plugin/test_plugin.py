@@ -217,6 +217,16 @@ def test_what_the_queue_refuses_is_counted(
     assert found[-1]["dropped"] == {"queue_full": 1}
 
 
+def test_a_file_that_the_queue_refuses_is_counted(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """An answer too large for the queue is lost, and the end of the trace tells."""
+    attach(queue_bytes=20_000)
+    with create_trace("agent") as trace:
+        trace.metadata["final_result"] = "x" * 30_000
+    assert records()[-1]["lost"] == {"artifact_queue_full": 1}
+
+
 # -- life ------------------------------------------------------------------------------------
 
 
