@@ -105,35 +105,19 @@ class PluginTraceProcessor(TraceProcessor):
 
     def on_trace_start(self, trace: Trace) -> None:
         """Call ``qitos_trace_start`` of each plugin."""
-        for call in self._calls["qitos_trace_start"]:
-            try:
-                call.hook(trace=trace)
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
+        self._tell("qitos_trace_start", trace=trace)
 
     def on_trace_end(self, trace: Trace) -> None:
         """Call ``qitos_trace_end`` of each plugin."""
-        for call in self._calls["qitos_trace_end"]:
-            try:
-                call.hook(trace=trace)
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
+        self._tell("qitos_trace_end", trace=trace)
 
     def on_span_start(self, span: Span) -> None:
         """Call ``qitos_span_start`` of each plugin."""
-        for call in self._calls["qitos_span_start"]:
-            try:
-                call.hook(span=span)
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
+        self._tell("qitos_span_start", span=span)
 
     def on_span_end(self, span: Span) -> None:
         """Call ``qitos_span_end`` of each plugin."""
-        for call in self._calls["qitos_span_end"]:
-            try:
-                call.hook(span=span)
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
+        self._tell("qitos_span_end", span=span)
 
     def on_record(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """What the plugins' ``qitos_record`` say of copies of `record`, each with who says it."""
@@ -164,10 +148,13 @@ class PluginTraceProcessor(TraceProcessor):
 
     def shutdown(self) -> None:
         """Shut each plugin down; blocks as long as they do, one after another."""
-        for call in self._calls["qitos_shutdown"]:
+        self._tell("qitos_shutdown")
+
+    def _tell(self, hook: str, **event: Any) -> None:
+        for call in self._calls[hook]:
             try:
-                call.hook()
-            except Exception as error:  # noqa: BLE001
+                call.hook(**event)
+            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
                 _guard.report(call.where, error)
 
     def _arrange(self, managers: dict[str, pluggy.PluginManager]) -> None:

@@ -22,6 +22,7 @@ from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.readback import LoggedRun, read_runs
 from qitos_mlflow.settings import Settings
 from tests.cli.conftest import Run, environment
+from tests.waiting import eventually
 
 NOWHERE = "http://127.0.0.1:9"
 DEADLINE_S = 60.0
@@ -99,14 +100,6 @@ def status() -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     told: dict[str, Any] = json.loads(done.output)
     return told
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    """Wait until `true`, for a process that has no other way to tell."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def runs(store: str, experiment: str) -> tuple[LoggedRun, ...]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from qitos_mlflow.delivery import RetryLater, Sink, adopter, find_segments, inspect_segment
 from tests.delivery.fakes import FakeServer, make_pipeline, numbered
+from tests.waiting import eventually
 
 LONG_S = 30.0
 ROOT = Path(__file__).parents[2]
@@ -71,14 +71,6 @@ def die(directory: Path, *, mode: str = "online", header: str = "{}", first: int
     subprocess.run(command, cwd=ROOT, check=False)
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for another thread to have done something."""
-    deadline = time.monotonic() + LONG_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 posix = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 
 
@@ -89,7 +81,7 @@ def test_a_living_process_finishes_a_dead_ones_segment(
     """Its records arrive in order, its open traces are ended, its files are gone."""
     die(tmp_path)
     live(lambda header: lambda: server.sink(header))
-    until(lambda: len(find_segments(tmp_path)) == 1)
+    eventually(lambda: len(find_segments(tmp_path)) == 1)
     assert server.accepted == [b"own", *numbered(3), b"killed"]
     assert [mapped for mapped, _ in server.abandoned] == [3]
 
@@ -112,8 +104,8 @@ def test_only_what_is_asked_for_is_adopted(
         return server.sink if header == b"{}" else None
 
     live(adopt)
-    until(lambda: b"killed" in server.accepted)
-    until(lambda: asked.count(b'{"to": "elsewhere"}') >= 2)
+    eventually(lambda: b"killed" in server.accepted)
+    eventually(lambda: asked.count(b'{"to": "elsewhere"}') >= 2)
     assert set(asked) == {b"{}", b'{"to": "elsewhere"}'}
     assert server.accepted == [b"own", *numbered(3, 20), b"killed"]
     left = [inspect_segment(paths) for paths in find_segments(tmp_path)]
@@ -142,7 +134,7 @@ def test_adoption_never_stands_in_the_way(
     assert pipeline.close(LONG_S)
     assert server.accepted == [b"one", b"two"]
     go_on.set()
-    until(lambda: not inspect_segment(find_segments(tmp_path)[0]).shipping)
+    eventually(lambda: not inspect_segment(find_segments(tmp_path)[0]).shipping)
 
 
 @posix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from qitos_mlflow.delivery import (
 from qitos_mlflow.delivery.locks import FileLock
 from qitos_mlflow.delivery.segment import Record, Segment
 from tests.delivery.fakes import MIB, FakeServer, make_pipeline, numbered
+from tests.waiting import eventually
 
 LONG_S = 60.0
 NOW = 1_800_000_000_000_000_000
@@ -169,13 +171,11 @@ def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
         for name in (b"a", b"b"):
             pipeline = make_pipeline(spool, None)
             pipeline.offer(name)
-            while not pipeline.flush(LONG_S):
-                stop.wait(0.01)
+            eventually(partial(pipeline.flush, LONG_S))
             assert server.accepted[-1] == name
             pipeline.offer(name + b" end")
             pipeline.close(LONG_S)
-            while any(spool.iterdir()):
-                stop.wait(0.01)
+            eventually(lambda: not any(spool.iterdir()))
     finally:
         stop.set()
         sidecar.join(LONG_S)
@@ -194,8 +194,7 @@ def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     )
     sidecar.start()
     assert there.attempted.wait(LONG_S)
-    while b"killed" not in there.accepted:
-        stop.wait(0.01)
+    eventually(lambda: b"killed" in there.accepted)
     stop.set()
     sidecar.join(LONG_S)
     assert there.accepted == [b"for the one there", b"killed"]

@@ -23,6 +23,7 @@ from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
+from tests.waiting import eventually
 
 LONG_S = 60.0
 """A deadline that is not to be reached."""
@@ -289,8 +290,7 @@ def test_a_hanging_server_never_delays_the_disk(make: Make, server: FakeServer) 
     assert server.attempted.wait(LONG_S)
     for record in numbered(20):
         pipeline.offer(record)
-    while len(list(pipeline.waiting())) < 21:
-        time.sleep(0.001)
+    eventually(lambda: len(list(pipeline.waiting())) == 21)
     assert pipeline.stats.delivered == 0
 
 
@@ -309,8 +309,7 @@ def test_deadlines_hold_with_a_server_that_hangs(
     assert hung < SEND_TIMEOUT_S / 2
     assert len(list(pipeline.waiting())) == 1
     server.answers.set()
-    while any(spool.iterdir()):  # The send comes back, and the last thread tidies up.
-        time.sleep(0.001)
+    eventually(lambda: not any(spool.iterdir()))  # The send is back, the last thread tidies up.
     assert server.accepted == [b"one"]
     assert pipeline.close(LONG_S)
     assert pipeline.flush(0)
@@ -548,14 +547,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.01)
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what other threads do."""
-    deadline = time.monotonic() + LONG_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def at_rest(pipeline: Pipeline) -> bool:
     """Whether nothing of it runs."""
     return not pipeline._awake.locked()
@@ -569,8 +560,8 @@ def test_a_pipeline_with_nothing_to_do_goes_to_rest(
     pipeline = make()
     for number, record in enumerate(numbered(3)):
         assert pipeline.offer(record, urgent=True)
-        until(lambda: at_rest(pipeline))
-        until(lambda: threading.active_count() == threads)
+        eventually(lambda: at_rest(pipeline))
+        eventually(lambda: threading.active_count() == threads)
         assert list(spool.iterdir()) == []
         assert server.accepted == numbered(number + 1)
         assert pipeline.flush(0)
@@ -595,7 +586,7 @@ def test_no_rest_while_more_is_expected(make: Make, server: FakeServer) -> None:
     assert asked.wait(LONG_S)
     assert not at_rest(pipeline)
     expecting = False
-    until(lambda: at_rest(pipeline))
+    eventually(lambda: at_rest(pipeline))
     assert server.accepted == [b"start"]
 
 
@@ -611,7 +602,7 @@ def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None
     assert not asked.is_set()
     server.down = None
     assert pipeline.flush(LONG_S)
-    until(lambda: at_rest(pipeline))
+    eventually(lambda: at_rest(pipeline))
 
 
 def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
@@ -619,7 +610,7 @@ def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
     pipeline = make(None)
     for record in numbered(2):
         pipeline.offer(record)
-        until(lambda: at_rest(pipeline))
+        eventually(lambda: at_rest(pipeline))
         assert not pipeline.flush(0)
     assert list(pipeline.waiting()) == numbered(2)
     assert len([paths for paths in pipeline.segments if paths.parts()]) == 2

@@ -7,12 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,6 +26,7 @@ from tests.integration.stored import (
     stored_runs,
     stray_traces,
 )
+from tests.waiting import eventually
 
 Runs = Callable[[], list[StoredRun]]
 Start = Callable[..., Agent]
@@ -44,14 +43,6 @@ def kill_in_mid_run(agent: Agent) -> Report:
 def of(report: Report, runs: list[StoredRun]) -> list[StoredRun]:
     """The runs of one agent's process."""
     return [run for run in runs if run.trace_id in report.trace_ids()]
-
-
-def until(holds: Callable[[], Any]) -> None:
-    """Wait for another process to have done something."""
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -78,7 +69,7 @@ def test_the_next_agent_finishes_what_a_killed_one_left(
     proxy.set(None)
     other = logging_agent(gates=["over"])
     other.wait_for("over")
-    until(lambda: [run for run in runs() if run.status == "KILLED"])
+    eventually(lambda: [run for run in runs() if run.status == "KILLED"])
     other.go()
     report = other.finish()
     found = runs()
@@ -150,12 +141,12 @@ def test_a_sidecar_delivers_for_agents_that_work_offline(
         agents = [run_agent(options=options, traces=2, gates=["mid"]) for _ in range(2)]
         for agent in agents:
             agent.wait_for("mid")
-        until(lambda: len([r for r in runs() if r.status == "RUNNING" and r.points]) == 2)
+        eventually(lambda: len([r for r in runs() if r.status == "RUNNING" and r.points]) == 2)
         killed, other = agents
         killed.signal(signal.SIGKILL)
         other.go()
         reports = [agent.finish() for agent in agents]
-        until(lambda: sorted(r.status for r in runs()) == ["FINISHED", "FINISHED", "KILLED"])
+        eventually(lambda: sorted(r.status for r in runs()) == ["FINISHED", "FINISHED", "KILLED"])
         follower.terminate()
         assert follower.wait(WAIT_S) == 0
     found = runs()
@@ -198,7 +189,9 @@ def test_the_rest_of_a_run_goes_to_another_server(
     agent = logging_agent({"exit_timeout_s": 0.1}, gates=["mid"])
     agent.wait_for("mid")
     acks = (tmp_path / "spool").glob
-    until(lambda: [ack for ack in acks("*.ack") if re.search(rb'"spans":[1-9]', ack.read_bytes())])
+    eventually(
+        lambda: [ack for ack in acks("*.ack") if re.search(rb'"spans":[1-9]', ack.read_bytes())]
+    )
     proxy.set(Refuse())
     agent.go()
     report = agent.finish()

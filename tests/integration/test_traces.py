@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,11 +30,11 @@ from tests.integration.agents import Agent
 from tests.integration.logged import logged, only_run, run_script
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
+from tests.waiting import eventually
 
 FLUSH_S = 90.0
 PATIENT = {"QITOS_MLFLOW_FLUSH_TIMEOUT_S": str(FLUSH_S)}
 """The machine that tests run on may be busy with others."""
-LIVE_TIMEOUT_S = 30.0
 MODEL = "gpt-4o-mini"
 INPUT_USD, OUTPUT_USD = 0.15e-6, 0.6e-6
 """MLflow's price of that model's tokens."""
@@ -401,15 +400,6 @@ def test_five_thousand_spans(store: Store, heard: Recorder, experiment_name: str
 
 
 RunAgent = Callable[..., Agent]
-
-
-def eventually(look: Callable[[], Any]) -> Any:
-    """What `look` returns once that is true; for a server that has no other way to tell."""
-    deadline = time.monotonic() + LIVE_TIMEOUT_S
-    while not (seen := look()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return seen
 
 
 def test_a_trace_is_live_and_survives_its_process(
