@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -113,9 +114,8 @@ class Nesting:
                 # Its exporter looks the spans up there, some seconds after they have ended.
                 forget = threading.Thread(target=self._forget, daemon=True)
                 forget.name = "qitos-mlflow-nesting"
-                forget.start()
-        except RuntimeError:
-            pass  # No thread is started any more: the interpreter exits, and forgets it all.
+                with suppress(RuntimeError):  # At the interpreter's exit, which forgets it all.
+                    forget.start()
         except Exception as error:  # noqa: BLE001
             report("nesting.end", error)
         return tags
