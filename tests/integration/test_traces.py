@@ -414,11 +414,10 @@ def test_a_trace_is_live_and_survives_its_process(
         found = server.traces(experiment_name)
         steps = [s for t in found for s in t.data.spans if s.name.startswith("step ")]
         # The spans come first, and what is known of their trace with the next request.
-        if len(steps) == 3 and found[0].info.state == TraceState.IN_PROGRESS:
-            return found[0]
-        return None
+        return found[0] if len(steps) == 3 and found[0].info.token_usage else None
 
     trace = eventually(steps_seen)
+    assert trace.info.state == TraceState.IN_PROGRESS
     assert trace.info.request_preview == "task 0"
     assert trace.info.token_usage["total_tokens"] > 0
     run_id = trace.info.trace_metadata["mlflow.sourceRun"]
