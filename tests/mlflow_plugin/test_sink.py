@@ -705,9 +705,9 @@ def test_the_transport_for_each_destination(tmp_path: Any) -> None:
     store = open_transport("sqlite:///runs.db", str(tmp_path))
     assert isinstance(store, StoreTransport)
     assert store.uri == f"sqlite:///{tmp_path}/runs.db"
-    default = open_transport(None, "/elsewhere")
+    default = open_transport(None, str(tmp_path / "elsewhere"))
     assert isinstance(default, StoreTransport)
-    assert default.uri == "sqlite:////elsewhere/mlflow.db"
+    assert default.uri == f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
 
 
 @pytest.mark.parametrize("uri", ["htp://x", "localhost:5000", "postgresql+missing://h/d"])
