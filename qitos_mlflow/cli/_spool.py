@@ -44,14 +44,41 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
     chosen = tuple(paths)
     found: dict[Paths, None] = {}
     for path in chosen or (default_directory(),):
-        segments = find_segments(path)
-        if chosen and not segments and not path.is_dir():
+        try:
+            segments = find_segments(path)
+            known = bool(segments) or path.is_dir() or not (chosen or path.exists())
+        except OSError as error:
+            raise Refused(f"{str(path)!r} cannot be read: {reason_of(error)}") from error
+        if not known:
             raise Refused(
-                f"{str(path)!r} is neither a directory nor a file of a spool; without a path, "
-                f"{default_directory()} is meant"
+                f"{str(path)!r} is neither a directory nor a file of a spool; "
+                + (
+                    f"without a path, {default_directory()} is meant"
+                    if chosen
+                    else "check QITOS_MLFLOW_SPOOL_DIR"
+                )
             )
         found.update(dict.fromkeys(segments))
     return list(found)
+
+
+def look_at(paths: Iterable[Path]) -> tuple[list[SegmentInfo], dict[Paths, str]]:
+    """The segments that are meant; those that cannot be read are told apart, with the reason."""
+    from qitos_mlflow.delivery import inspect_segment
+
+    seen, unreadable = [], {}
+    for segment in segments_in(paths):
+        try:
+            seen.append(inspect_segment(segment))
+        except OSError as error:
+            unreadable[segment] = reason_of(error)
+    return seen, unreadable
+
+
+def reason_of(error: OSError) -> str:
+    """Such as "Permission denied: /spool/x.seg"."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {error.filename}" if error.filename else reason
 
 
 def header_of(segment: SegmentInfo) -> dict[str, Any]:

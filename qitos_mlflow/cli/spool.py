@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qitos_mlflow.cli._spool import paths_argument, plural, segments_in
+from qitos_mlflow.cli._spool import look_at, paths_argument, plural, reason_of
 
 
 @click.group()
@@ -22,24 +22,30 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
 
     Those of living processes are left alone, and so are those that are being delivered.
     """
-    from qitos_mlflow.delivery import inspect_segment
     from qitos_mlflow.delivery import purge as purge_segment
 
-    segments = [inspect_segment(segment) for segment in segments_in(paths)]
+    segments, failures = look_at(paths)
     idle = [segment for segment in segments if not (segment.owner_alive or segment.shipping)]
-    if not idle:
-        click.echo("Nothing to delete" + _in_use(len(segments)))
-        return
-    waiting = sum(segment.waiting for segment in idle)
-    click.echo(
-        f"{plural(len(idle), 'segment')} with {plural(waiting, 'record')} not delivered yet "
-        f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}"
-    )
-    if not yes:
-        click.confirm("Delete them?", abort=True)
-    deleted = sum(purge_segment(segment.paths) for segment in idle)
-    click.echo(f"{plural(deleted, 'segment')} deleted" + _in_use(len(segments) - deleted))
-
-
-def _in_use(count: int) -> str:
-    return f"; {plural(count, 'segment')} in use" if count else ""
+    deleted = 0
+    if idle:
+        waiting = sum(segment.waiting for segment in idle)
+        refused = sum(segment.dead_letters for segment in idle)
+        click.echo(
+            f"{plural(len(idle), 'segment')} with {plural(waiting, 'record')} not delivered yet "
+            + (f"and {plural(refused, 'record')} refused for good " if refused else "")
+            + f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}"
+        )
+        if not yes:
+            click.confirm("Delete them?", abort=True)
+    for segment in idle:
+        try:
+            deleted += purge_segment(segment.paths)
+        except OSError as error:
+            failures[segment.paths] = reason_of(error)
+    in_use = len(segments) - deleted - sum(s.paths in failures for s in segments)
+    done = f"{plural(deleted, 'segment')} deleted" if deleted else "Nothing deleted"
+    click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
+    for failed, reason in failures.items():
+        click.echo(f"{failed.stem} cannot be deleted: {reason}", err=True)
+    if failures:
+        raise SystemExit(1)

@@ -15,9 +15,10 @@ from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
     header_of,
+    look_at,
     paths_argument,
     plural,
-    segments_in,
+    reason_of,
 )
 
 if TYPE_CHECKING:
@@ -44,12 +45,13 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
         click.echo(json.dumps(found, indent=2))
     else:
         _show(found)
+    if any(segment["error"] for segment in found["segments"]):
+        raise SystemExit(1)
 
 
 def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     """All there is to say, as JSON has it. Reads every record that waits; asks each server."""
     from qitos_mlflow.cli._server import ask
-    from qitos_mlflow.delivery import inspect_segment
     from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
     from qitos_mlflow.settings import Settings
@@ -60,19 +62,25 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     configured = tracking_uri or destination(Settings.resolve())
     # By what is shown of them; only what is configured here has the credentials as well.
     servers = {without_credentials(configured or ""): configured}
-    for paths_of_segment in segments_in(paths):
-        segment = inspect_segment(paths_of_segment)
+    seen, unreadable = look_at(paths)
+    for segment in seen:
         if not (segment.size_bytes or segment.dead_letters or segment.bad_lines or segment.losses):
             continue  # Its process is just beginning or just done.
+        try:
+            # What the end of a trace tells is in the counts as well, but for what was never
+            # offered.
+            lost += lost_spans(segment.paths) | Counter(segment.losses)
+        except OSError as error:
+            unreadable[segment.paths] = reason_of(error)
+            continue
         segments.append(_described(segment))
-        # What the end of a trace tells is in the counts as well, but for what was never offered.
-        lost += lost_spans(paths_of_segment) | Counter(segment.losses)
-        refused += reasons(paths_of_segment.dead)
+        refused += reasons(segment.paths.dead)
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
         uri = header_of(segment).get("tracking_uri")
         if segment.size_bytes and uri and is_http(uri):
             servers.setdefault(without_credentials(uri), uri)
+    segments += [_unreadable(paths, reason) for paths, reason in unreadable.items()]
     return {
         "directories": [str(path) for path in paths or (default_directory(),)],
         "segments": segments,
@@ -114,15 +122,29 @@ def reasons(dead: Path) -> Counter[str]:
     return found
 
 
+def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
+    return {
+        **{"segment": paths.stem, "directory": str(paths.directory), "error": reason},
+        **{"destination": "unknown", "experiment": None, "process": _process(paths)},
+        **{"host": "", "pid": 0, "owner": "unknown", "offline": False, "shipping": False},
+        **dict.fromkeys(("waiting", "dead_letters", "bad_lines", "bytes", "last_record_ns"), 0),
+    }
+
+
+def _process(paths: Paths) -> str:
+    # Delivered to its end, a segment is gone but for what was refused; its name still tells.
+    return paths.stem.rsplit("-", 2)[0]
+
+
 def _described(segment: SegmentInfo) -> dict[str, Any]:
     header = header_of(segment)
     return {
         "segment": segment.paths.stem,
         "directory": str(segment.paths.directory),
+        "error": None,
         "destination": destination_of(header) if segment.size_bytes else "",
         "experiment": header.get("experiment_name"),
-        # Delivered to its end, a segment is gone but for what was refused; its name still tells.
-        "process": segment.paths.stem.rsplit("-", 2)[0],
+        "process": _process(segment.paths),
         "host": segment.host,
         "pid": segment.pid,
         "owner": "alive" if segment.owner_alive else "dead",
@@ -166,5 +188,8 @@ def _show(found: dict[str, Any]) -> None:
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
+    for segment in found["segments"]:
+        if segment["error"]:
+            click.echo(f"{segment['segment']} cannot be read: {segment['error']}", err=True)
     if any(s["waiting"] and s["owner"] == "dead" for s in found["segments"]):
         click.echo("Deliver what dead processes left with: qitos-mlflow sync")

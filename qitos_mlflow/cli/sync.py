@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,14 @@ from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
     header_of,
+    look_at,
     paths_argument,
     plural,
-    segments_in,
+    reason_of,
 )
 
 if TYPE_CHECKING:
-    from qitos_mlflow.delivery import Outcome, SegmentInfo, Stats
+    from qitos_mlflow.delivery import Outcome, Paths, SegmentInfo, Stats
 
 PATIENCE_S = 30.0
 """So long a server may take nothing before `sync` leaves the rest for another time."""
@@ -57,8 +59,13 @@ def sync(
     from qitos_mlflow.mlflow_plugin.sink import open_sink
     from qitos_mlflow.settings import Settings
 
+    def uri_of(header: dict[str, Any]) -> str | None:
+        return tracking_uri or _with_credentials(header.get("tracking_uri"))
+
     ways = {
-        "open_sink": partial(open_sink, tracking_uri=tracking_uri, resumed=True),
+        "open_sink": lambda header: open_sink(
+            header, tracking_uri=uri_of(json.loads(header)), resumed=True
+        ),
         # A segment whose own header is damaged goes where it is told to, or nowhere.
         "default_header": tracking_uri and segment_header(Settings.resolve(), tracking_uri),
     }
@@ -67,11 +74,22 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    delivery = Sync(ways, patience_s)
-    delivery.run([look for look in _look(paths) if look.paths.parts()])
-    delivery.tell(tracking_uri)
+    segments, unreadable = look_at(paths)
+    delivery = Sync(ways, patience_s, uri_of)
+    delivery.problems.update(unreadable)
+    delivery.run([segment for segment in segments if segment.paths.parts()])
+    delivery.tell()
     if delivery.unfinished:
         raise SystemExit(1)
+
+
+def _with_credentials(recorded: str | None) -> str | None:
+    """A segment's URI, with what MLFLOW_TRACKING_URI has in it and a segment must not."""
+    from qitos_mlflow.mlflow_plugin.destination import tracking_uri, without_credentials
+    from qitos_mlflow.settings import Settings
+
+    configured = tracking_uri(Settings.resolve())
+    return configured if configured and without_credentials(configured) == recorded else recorded
 
 
 class Sync:
@@ -80,18 +98,28 @@ class Sync:
     Args:
         ways: how `deliver_segment` opens sinks.
         patience_s: how long a server may take nothing before its segments are left.
+        uri_of: where the segment with a header goes.
     """
 
-    def __init__(self, ways: dict[str, Any], patience_s: float) -> None:
+    def __init__(
+        self,
+        ways: dict[str, Any],
+        patience_s: float,
+        uri_of: Callable[[dict[str, Any]], str | None],
+    ) -> None:
         from qitos_mlflow.delivery import Stats
 
         self.stats = Stats()
-        self.ends: list[tuple[SegmentInfo, Outcome]] = []
+        self.outcomes: Counter[Outcome] = Counter()
+        self.problems: dict[Paths, str] = {}
+        """Why segments are left that nobody else is delivering; empty where that is said once."""
         self._ways = ways
         self._patience_s = patience_s
+        self._uri_of = uri_of
         self._stop = threading.Event()
         self._interrupted = False
-        self._silent: set[str] = set()
+        self._silent: dict[tuple[str, str | None], str] = {}
+        self._failure = ""
         self._settled = 0
         self._settled_at = 0.0
 
@@ -99,48 +127,72 @@ class Sync:
         """Deliver `segments`, with a progress bar where there is a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        from qitos_mlflow.delivery import Outcome, deliver_segment
-
         segments = list(segments)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         progress = Progress(*columns, transient=True)
         progress.disable = not progress.console.is_terminal
         with _signals(self._interrupt), progress:
             bar = progress.add_task("records", total=sum(s.waiting for s in segments))
-
-            def moved(_: Stats) -> None:
-                progress.update(bar, completed=self._look())
-
             for segment in segments:
-                to = destination_of(header_of(segment))
-                if self._interrupted or to in self._silent:
-                    self.ends.append((segment, Outcome.UNFINISHED))
-                    continue
-                self._stop.clear()
-                self._settled_at = time.monotonic()
-                outcome = deliver_segment(
-                    segment.paths, stop=self._stop, stats=self.stats, progress=moved, **self._ways
-                )
-                self.ends.append((segment, outcome))
-                if outcome is Outcome.UNFINISHED:
-                    self._silent.add(to)  # Its other segments would wait as long, in vain.
+                self._deliver(segment, lambda: progress.update(bar, completed=self._look()))
+
+    def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> None:
+        from qitos_mlflow.delivery import Outcome, deliver_segment
+        from qitos_mlflow.mlflow_plugin.destination import without_credentials
+
+        header = header_of(segment)
+        uri, experiment = self._uri_of(header), header.get("experiment_name")
+        to = without_credentials(uri) if uri else destination_of(header)
+        if self._interrupted or self._silent.keys() & {(to, None), (to, experiment)}:
+            self.problems[segment.paths] = ""
+            return
+        self._stop.clear()
+        self._settled_at = time.monotonic()
+        self._failure = "it does not get on"
+        try:
+            outcome = deliver_segment(
+                segment.paths,
+                stop=self._stop,
+                stats=self.stats,
+                progress=lambda _: moved(),
+                failed=self._failed,
+                **self._ways,
+            )
+        except OSError as error:
+            self.problems[segment.paths] = reason_of(error)
+            return
+        self.outcomes[outcome] += 1
+        if outcome is Outcome.UNREADABLE:
+            self.problems[segment.paths] = (
+                "its header is damaged, so it does not say where it is to go. Say it: "
+                f"qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}"
+            )
+        elif outcome is Outcome.UNFINISHED:
+            self.problems[segment.paths] = ""
+            if not self._interrupted:
+                self._give_up(to, experiment, uri)
+
+    def _give_up(self, to: str, experiment: str | None, uri: str | None) -> None:
+        """Try no further segment that would wait as long, in vain."""
+        from qitos_mlflow.cli._server import ask
+
+        answer = ask(uri)
+        if answer.reachable is False:
+            self._silent[to, None] = answer.detail
+        else:  # Its other experiments may be open to us.
+            self._silent[to, experiment] = self._failure
 
     @property
-    def unfinished(self) -> list[tuple[SegmentInfo, Outcome]]:
-        """The segments that are left and that nobody else is delivering."""
-        from qitos_mlflow.delivery import Outcome
+    def unfinished(self) -> int:
+        """How many segments are left that nobody else is delivering."""
+        return len(self.problems)
 
-        left = {Outcome.UNFINISHED, Outcome.UNREADABLE}
-        return [(segment, outcome) for segment, outcome in self.ends if outcome in left]
-
-    def tell(self, tracking_uri: str | None) -> None:
+    def tell(self) -> None:
         """Print what was delivered, what was not, and the next step."""
-        from qitos_mlflow.cli._server import ask
         from qitos_mlflow.delivery import Outcome
 
         counts = self.stats.snapshot()
-        done = sum(outcome is Outcome.FINISHED for _, outcome in self.ends)
-        busy = sum(outcome is Outcome.BUSY for _, outcome in self.ends)
+        done, busy = self.outcomes[Outcome.FINISHED], self.outcomes[Outcome.BUSY]
         click.echo(
             f"{plural(counts.delivered, 'record')} delivered, {plural(done, 'segment')} finished"
             + (f", {busy} delivered by others" if busy else "")
@@ -150,18 +202,14 @@ class Sync:
                 f"{plural(counts.dead_letters, 'record')} refused by the server for good; "
                 "the reasons: qitos-mlflow status"
             )
-        for to in sorted(self._silent):
-            answer = ask(tracking_uri or to)
-            click.echo(f"{answer.uri} takes nothing: {answer.detail}", err=True)
-        for segment, outcome in self.unfinished:
-            if outcome is Outcome.UNREADABLE:
-                click.echo(
-                    f"{segment.paths.stem} does not say where it is to go: its header is damaged. "
-                    f"Say it: qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}",
-                    err=True,
-                )
-        if self.unfinished:
-            click.echo(f"{plural(len(self.unfinished), 'segment')} kept for another time", err=True)
+        for (to, experiment), reason in self._silent.items():
+            what = f"nothing for experiment {experiment!r}" if experiment else "nothing"
+            click.echo(f"{to} takes {what}: {reason}", err=True)
+        for paths, reason in self.problems.items():
+            if reason:
+                click.echo(f"{paths.stem}: {reason}", err=True)
+        if self.problems:
+            click.echo(f"{plural(self.unfinished, 'segment')} kept for another time", err=True)
 
     def _look(self) -> int:
         """How many records are settled; stops the segment when that has not grown for long."""
@@ -173,15 +221,12 @@ class Sync:
             self._stop.set()
         return settled
 
+    def _failed(self, reason: str) -> None:
+        self._failure = reason
+
     def _interrupt(self) -> None:
         self._interrupted = True
         self._stop.set()
-
-
-def _look(paths: tuple[Path, ...]) -> list[SegmentInfo]:
-    from qitos_mlflow.delivery import inspect_segment
-
-    return [inspect_segment(segment) for segment in segments_in(paths)]
 
 
 def _follow(directory: Path, ways: dict[str, Any]) -> None:

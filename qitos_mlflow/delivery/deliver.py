@@ -95,6 +95,7 @@ def deliver_segment(
     stop: threading.Event | None = None,
     stats: Stats | None = None,
     progress: Callable[[Stats], None] | None = None,
+    failed: Callable[[str], None] | None = None,
     default_header: bytes | None = None,
 ) -> Outcome:
     """Deliver what a segment has now; blocks, and waits while the server is away.
@@ -105,7 +106,8 @@ def deliver_segment(
         timeout_s: give up after this long; None waits for the server for ever.
         stop: set it to end early.
         stats: counts what is delivered, by default nobody's.
-        progress: called after each step, with `stats`.
+        progress: called after each step and every `POLL_S` while waiting, with `stats`.
+        failed: told why a step failed that is tried again.
         default_header: for a segment whose own cannot be read.
 
     Raises:
@@ -122,14 +124,17 @@ def deliver_segment(
             left = SEND_TIMEOUT_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 break
-            outcome = taken.step(min(SEND_TIMEOUT_S, left))
+            if delay := taken.circuit.delay_s:
+                stop.wait(min(delay, left, POLL_S))  # A server may ask for minutes.
+                outcome = None
+            else:
+                outcome = taken.step(min(SEND_TIMEOUT_S, left))
+                if failed is not None and taken.problem is not None:
+                    failed(taken.problem)
             if progress is not None:
                 progress(stats)
             if outcome is not None:
                 return outcome
-            delay = taken.circuit.delay_s
-            if delay:
-                stop.wait(delay if deadline is None else min(delay, max(0.0, left)))
         return Outcome.UNFINISHED
     finally:
         taken.close()
@@ -180,7 +185,12 @@ def _round(
 ) -> bool:
     """One step for each segment; True when none of them had anything to ship."""
     idle = True
-    for paths in find_segments(directory) if directory.is_dir() else ():
+    try:
+        segments = find_segments(directory) if directory.is_dir() else []
+    except OSError as error:
+        _guard.warn("delivery.follow", "cannot look into %s: %s", directory, error)
+        return idle
+    for paths in segments:
         if stop.is_set():
             break
         try:

@@ -52,3 +52,9 @@ def python() -> Run:
 def cli() -> Run:
     """Runs `qitos-mlflow args…` in the test's directory."""
     return run_cli
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local store shared by the tests of a module, each of which has an experiment of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"

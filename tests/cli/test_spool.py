@@ -47,12 +47,6 @@ agent.run(task="Ask.", trace=False, render=False)
 """
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A local store shared by these tests, each of which has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-
-
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> str:
     """The experiment of this test."""

@@ -1,0 +1,217 @@
+"""What the commands make of passwords, broken spools and unwilling servers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qitos_mlflow import delivery
+from qitos_mlflow.cli import main
+from qitos_mlflow.cli._server import ask
+from qitos_mlflow.cli.sync import Sync
+from qitos_mlflow.delivery import RetryLater, find_segments, inspect_segment
+from tests.cli.conftest import Run
+from tests.cli.test_spool import NOWHERE, trace, write_segment
+
+SECRET = "s3cr3t-of-somebody"
+UNUSABLE = f"http://user:{SECRET}@a..b:5000"
+
+AGENT = """\
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import SpanType, StepSpanData, add_trace_processor, create_trace
+
+processor = MlflowTraceProcessor(tracking_uri=sys.argv[1], exit_timeout_s=0.2)
+add_trace_processor(processor)
+with create_trace("x") as trace:
+    trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
+processor.force_flush(4.0)
+"""
+
+
+def invoke(*args: str) -> Result:
+    """Run `qitos-mlflow args…` in this process."""
+    return CliRunner().invoke(main, args)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The URI of a server that says it is MLflow, and refuses all else."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"3.17.2" if self.path == "/version" else b"{}"
+            self.send_response(200 if self.path == "/version" else 403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def break_segment(part: Path) -> None:
+    """Make the file of a segment unreadable, for root as well."""
+    part.unlink()
+    part.mkdir()
+
+
+@pytest.mark.parametrize("uri", [NOWHERE.replace("//", f"//user:{SECRET}@"), UNUSABLE])
+def test_no_password_is_shown_or_kept(tmp_path: Path, python: Run, uri: str) -> None:
+    """Not by an agent's logs, not by a command, not in the spool."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    done = python("agent.py", uri)
+    assert done.returncode == 0, done.stderr
+    shown = [done.stdout + done.stderr]
+    environ = {"MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "default"}
+    for command in [
+        ("status",),
+        ("status", "--json"),
+        ("status", "--tracking-uri", uri),
+        ("sync", "--patience", "0"),
+        ("sync", "--patience", "0", "--tracking-uri", uri),
+        ("sync", "--tracking-uri", f"user:{SECRET}@host:5000"),
+        ("demo", "--tracking-uri", f"http://user:{SECRET}/@host"),
+    ]:
+        done = python("-m", "qitos_mlflow.cli", *command, **environ)
+        shown.append(done.stdout + done.stderr)
+        assert "Traceback" not in done.stderr
+    shown += [path.read_bytes().decode("latin-1") for path in (tmp_path / "spool").iterdir()]
+    assert [text for text in shown if SECRET in text] == []
+    (segment,) = find_segments(tmp_path / "spool")
+    looked = inspect_segment(segment)
+    assert (looked.waiting, looked.dead_letters, looked.bad_lines) == (3, 0, 0)
+
+
+def test_a_server_is_asked_once_and_with_its_password(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments have the server without the password that the configuration has."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", f"//user:{SECRET}@"))
+    write_segment(tmp_path, server, "qitos", *trace())
+    found = json.loads(invoke("status", "--json").output)
+    assert [s["uri"] for s in found["servers"]] == [server]
+
+
+@pytest.mark.parametrize("uri", ["http://a..b", "http://[bad", "http://h:999999", "http://"])
+def test_asking_never_raises(uri: str) -> None:
+    """`status` tells of a URI that cannot be used as of a server that is away."""
+    assert ask(uri).reachable is False
+
+
+def test_a_broken_file_of_credentials_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read for every request to a server."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text("no section\n")
+    assert ask(NOWHERE).reachable is False
+
+
+def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: str) -> None:
+    """It is named with its reason, and the exit code tells; all others are delivered."""
+    broken = write_segment(tmp_path, store, "broken", *trace())
+    write_segment(tmp_path, store, "well", *trace())
+    break_segment(broken)
+    told = invoke("status", "--json")
+    assert told.exit_code == 1
+    errors = [segment["error"] for segment in json.loads(told.output)["segments"]]
+    assert sorted(map(bool, errors)) == [False, True]
+    shown = invoke("status")
+    assert shown.exit_code == 1
+    assert f"{broken.name.split('.')[0]} cannot be read: Is a directory" in shown.output
+    done = invoke("sync")
+    assert done.exit_code == 1
+    assert "2 records delivered, 1 segment finished" in done.output
+    assert "Is a directory" in done.output
+    purged = invoke("spool", "purge", "--yes")
+    assert purged.exit_code == 1
+    assert "cannot be deleted: Is a directory" in purged.output
+
+
+class Unwilling:
+    """A sink whose server refuses one experiment, for a long time, and takes all else."""
+
+    def __init__(self, header: bytes) -> None:
+        self.locked = json.loads(header)["experiment_name"] == "locked"
+
+    def restore(self, state: bytes) -> None: ...
+
+    def prepare(self, records: Any) -> Unwilling:
+        return self
+
+    def send(self, timeout_s: float) -> list[Any]:
+        if self.locked:
+            raise RetryLater("HTTP 403: not yours", 300.0)
+        return []
+
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> None:
+        return None
+
+    def state(self) -> bytes:
+        return b""
+
+    def close(self) -> None: ...
+
+
+def test_one_refused_experiment_does_not_stop_the_others(
+    tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patience ends also while the server asks for more; what is not locked is delivered."""
+    for experiment in ("locked", "open", "locked"):
+        write_segment(tmp_path, server, experiment, *trace())
+    ways = {"open_sink": Unwilling, "default_header": None}
+    sync = Sync(ways, 0.1, lambda header: header["tracking_uri"])
+    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
+    sync.tell()
+    told = capsys.readouterr()
+    assert told.out == "2 records delivered, 1 segment finished\n"
+    assert told.err.splitlines() == [
+        f"{server} takes nothing for experiment 'locked': HTTP 403: not yours",
+        "2 segments kept for another time",
+    ]
+
+
+@pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])
+def test_a_spool_that_is_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """A wrong setting is told with its name."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "file"))
+    done = invoke(*command)
+    assert done.exit_code == 2
+    assert "check QITOS_MLFLOW_SPOOL_DIR" in done.output
+
+
+@pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])
+def test_a_directory_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """The message has the reason and the path."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(delivery, "find_segments", refuse)
+    done = invoke(*command, str(tmp_path))
+    assert done.exit_code == 2
+    assert f"{str(tmp_path)!r} cannot be read: Permission denied" in done.output
