@@ -43,7 +43,7 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
         except OSError as error:
             failures[segment.paths] = reason_of(error)
     in_use = len(segments) - deleted - sum(s.paths in failures for s in segments)
-    done = f"{plural(deleted, 'segment')} deleted" if deleted else "Nothing deleted"
+    done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
     click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
     for failed, reason in failures.items():
         click.echo(f"{failed.stem} cannot be deleted: {reason}", err=True)
