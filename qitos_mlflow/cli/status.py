@@ -123,12 +123,23 @@ def reasons(dead: Path) -> Counter[str]:
 
 
 def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
-    return {
-        **{"segment": paths.stem, "directory": str(paths.directory), "error": reason},
-        **{"destination": "unknown", "experiment": None, "process": _process(paths)},
-        **{"host": "", "pid": 0, "owner": "unknown", "offline": False, "shipping": False},
-        **dict.fromkeys(("waiting", "dead_letters", "bad_lines", "bytes", "last_record_ns"), 0),
-    }
+    from qitos_mlflow.delivery import SegmentInfo
+
+    counts = dict.fromkeys(("waiting", "size_bytes", "dead_letters", "bad_lines"), 0)
+    nothing = SegmentInfo(
+        paths=paths,
+        header=None,
+        host="",
+        pid=0,
+        offline=False,
+        started_ns=0,
+        last_time_ns=0,
+        owner_alive=False,
+        shipping=False,
+        losses={},
+        **counts,
+    )
+    return {**_described(nothing), "owner": "unknown", "error": reason}
 
 
 def _process(paths: Paths) -> str:
