@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, waiting_records
+from qitos_mlflow.mlflow_plugin import pipelines
 from qitos_mlflow.mlflow_plugin import plugin as plugin_module
 from qitos_mlflow.mlflow_plugin.origin import Origin
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
@@ -173,6 +175,47 @@ def test_a_tool_error_is_the_tools(
     assert end["status"] == "FINISHED"
 
 
+@pytest.mark.parametrize(
+    "metadata", [{"stop_reason": ["final"]}, {"stop_reason": {}}, {"status": ["error"]}]
+)
+def test_odd_metadata_costs_no_trace_its_end(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled, metadata: dict[str, Any]
+) -> None:
+    """Whatever somebody has written where a text belongs, the run ends."""
+    attach()
+    with create_trace("agent") as trace:
+        trace.metadata.update(metadata)
+    end = records()[-1]
+    assert (end["kind"], end["status"]) == ("trace_end", "FINISHED")
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no")])
+@pytest.mark.parametrize("bug", ["run_status", "_metadata"])
+def test_a_bug_costs_no_trace_its_end(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    swallowed: list[tuple[str, BaseException]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    bug: str,
+) -> None:
+    """What fails while the end is written down is reported; the run ends all the same."""
+
+    def fails(*_: object) -> Any:
+        raise RuntimeError("a bug")
+
+    attach()
+    with nullcontext() if error is None else pytest.raises(ValueError), create_trace("agent"):
+        monkeypatch.setattr(plugin_module if bug == "run_status" else MlflowPlugin, bug, fails)
+        if error is not None:
+            raise error
+    end = records()[-1]
+    assert end["kind"] == "trace_end"
+    assert end["status"] == ("FINISHED" if error is None else "FAILED")
+    assert [str(one) for _, one in swallowed] == ["a bug"]
+    swallowed.clear()
+
+
 # -- the ledger ------------------------------------------------------------------------------
 
 
@@ -225,6 +268,35 @@ def test_a_file_that_the_queue_refuses_is_counted(
     with create_trace("agent") as trace:
         trace.metadata["final_result"] = "x" * 30_000
     assert records()[-1]["lost"] == {"artifact_queue_full": 1}
+
+
+def test_what_ends_after_its_trace_is_numbered(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """The account that the end gave is completed by the spans that come late."""
+    attach()
+    with ThreadPoolExecutor(1) as elsewhere:
+        with create_trace("agent") as trace:
+            late = [trace.create_span(SpanType.STEP, tracing.StepSpanData(n)) for n in range(2)]
+            for span in late:
+                elsewhere.submit(span.start).result()
+            step(trace, tracing.StepSpanData(2))
+        for span in late:
+            elsewhere.submit(span.finish).result()
+    spans = [record for record in records() if record["kind"] == "span"]
+    assert [span.get("late") for span in spans] == [None, 1, 2]
+
+
+def test_what_comes_after_the_end_is_refused_as_such(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """Only what comes faster than the disk takes it is counted as the queue's."""
+    processor = attach(auto_end_run=False)
+    with create_trace("agent") as trace:
+        processor.shutdown()
+        step(trace, tracing.StepSpanData(0))
+        [state] = processor.mlflow_plugin._traces.values()
+        assert state.dropped == {"closed": 1}
 
 
 # -- life ------------------------------------------------------------------------------------
@@ -300,6 +372,49 @@ def test_ended_traces_are_forgotten_in_the_end(
             with create_trace(f"{number}") as trace:
                 others.append(trace.trace_id)
         assert list(plugin._traces) == [going.trace_id, *others[-3:]]
+
+
+def test_a_trace_with_open_spans_is_not_forgotten(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its spans may end yet, on other threads; beyond a bound the oldest are given up, told."""
+    monkeypatch.setattr(plugin_module, "ENDED_TRACES", 1)
+    monkeypatch.setattr(plugin_module, "OPEN_TRACES", 3)
+    attach()
+    open_spans = []
+    with ThreadPoolExecutor(1) as elsewhere:
+        for number in range(6):
+            with create_trace(f"{number}") as trace:
+                span = trace.create_span(SpanType.STEP, tracing.StepSpanData(number))
+                open_spans.append(elsewhere.submit(span.start).result())
+        assert "spans of a trace that ended long ago" in caplog.text
+        for span in open_spans:
+            elsewhere.submit(span.finish).result()
+    steps = [record["step"] for record in records() if record["kind"] == "span"]
+    assert steps == [3, 4, 5]
+
+
+def test_a_signal_handler_may_shut_down_while_a_trace_starts(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing that the same thread holds keeps it waiting; the trace that began is whole."""
+    processor = attach()
+    watch = pipelines.ending.watch
+
+    def interrupted(one: pipelines.Pipelines) -> None:
+        watch(one)
+        processor.force_flush()
+        processor.shutdown()
+
+    monkeypatch.setattr(pipelines.ending, "watch", interrupted)
+    with create_trace("agent"):
+        pass
+    assert [record["kind"] for record in records()] == ["trace_start", "trace_end"]
 
 
 class Local:

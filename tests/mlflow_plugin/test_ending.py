@@ -1,0 +1,94 @@
+"""The end of a process: one deadline and one line, however many processors it has."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys, time
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import SpanType, StepSpanData, add_trace_processor, create_trace
+
+uri, count, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+for number in range(count):
+    add_trace_processor(
+        MlflowTraceProcessor(
+            f"e{number}",
+            tracking_uri=uri or f"http://127.0.0.1:9/{number}",
+            exit_timeout_s=timeout_s,
+            offline=not uri,
+        )
+    )
+with create_trace("x") as trace:
+    trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
+"""
+
+
+def run(*args: object, code: str = SCRIPT) -> tuple[float, str]:
+    """How long `code` was held up at its end (seconds), and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(time.monotonic(), flush=True)", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    return time.monotonic() - float(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """A server that takes every request and answers none."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compares the clocks of two processes")
+def test_the_deadline_is_the_processs(hanging: str) -> None:
+    """Five processors hold the process up no longer than one does, and one line tells of all."""
+    held_s, said = run(hanging, 5, 1.0)
+    assert held_s < 3.0
+    [line] = said.splitlines()
+    match = re.search(r": (\d+) records of 1 trace kept .*: qitos-mlflow sync (.*)$", line)
+    assert match, line
+    assert int(match[1]) == 15
+    assert len(match[2].split()) == 5
+
+
+def test_many_files_are_told_by_their_directory(tmp_path: Path) -> None:
+    """The line stays one that can be read."""
+    said = run("", 12, 1.0)[1]
+    assert said.endswith(f"sync {tmp_path / 'spool'}\n")
+
+
+IN_MEMORY = """
+from qitos_mlflow.mlflow_plugin import pipelines
+
+refine, entered = pipelines.refine, []
+
+def slow(payload, *rest):
+    entered.append(payload)
+    time.sleep(60)
+
+import time
+pipelines.refine = slow
+"""
+
+
+def test_what_is_still_in_memory_is_told_as_lost() -> None:
+    """What the worker could not write in time is not passed over in silence."""
+    said = run("http://127.0.0.1:9", 1, 0.0, code=IN_MEMORY + SCRIPT)[1]
+    assert "3 records lost: neither the server nor the spool" in said
