@@ -48,7 +48,7 @@ class Adopter:
         self._adopt = adopt
         self._online = online
         self.busy = True
-        """Whether there may be something to finish: until the first look, and during each."""
+        """Whether there may be something to finish: not between two looks at all there is."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qitos-mlflow-adopter", daemon=True)
 
@@ -72,7 +72,7 @@ class Adopter:
                 self.busy = True
                 for paths in self._segments():
                     self._finish(paths)
-            self.busy = False
+                self.busy = False
 
     def _segments(self) -> Iterator[Paths]:
         try:

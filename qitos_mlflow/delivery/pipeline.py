@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 from qitos_mlflow.delivery.adopter import Adopt
@@ -80,8 +81,11 @@ class Pipeline:
                 cap_bytes=spool_bytes,
                 memory_bytes=queue_bytes if open_sink is not None else 0,
             )
-            return Running(self._shared, segment, asks, self._rested)
+            return Running(self._shared, segment, asks, self._hand_over, self._rested)
 
+        self._header = header
+        self._adopt = adopt
+        self._number = next(_numbers)
         self._queue_bytes = queue_bytes
         self._make_running = running
         self._closed = False
@@ -92,6 +96,7 @@ class Pipeline:
         self._shared = Shared(self._queue_bytes)
         self._running = self._make_running()
         self._earlier: list[Paths] = []
+        self._inherited: list[Paths] = []
         # Held while threads are at work, and for ever after `close`: as an atomic flag.
         self._awake = threading.Lock()
         self._last = Barrier(last=True)
@@ -150,19 +155,9 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         self.refuse()
         self._running.save_losses()  # Those of offers refused since the last time.
-        if not self._awake.locked():
-            return self._nothing_left()
-        if not self._closing.acquire(timeout=max(0.0, timeout_s)):
+        if self._awake.locked() and not self._end(deadline):
             return False
-        try:
-            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
-                self._running.leave()
-                if not self._last.reached.is_set():
-                    return False
-            self._running.end(deadline)
-            return self._nothing_left()
-        finally:
-            self._closing.release()
+        return self._nothing_left() and next(self.waiting(), None) is None
 
     @property
     def stats(self) -> Snapshot:
@@ -181,8 +176,8 @@ class Pipeline:
 
     @property
     def segments(self) -> list[Paths]:
-        """All segments of this process that may hold records, oldest first."""
-        return [*self._earlier, self.paths]
+        """All segments that may hold records of this pipeline, or of one that left them to it."""
+        return [*self._inherited, *self._earlier, self.paths]
 
     def waiting(self) -> Iterator[bytes]:
         """The records that wait on disk, in order. Reads them: not for hot paths."""
@@ -198,13 +193,47 @@ class Pipeline:
         if self._awake.acquire(blocking=False):
             self._running.start()
 
+    def _hand_over(self) -> bool:
+        """While the server is away, leave what waits for it to a later pipeline, if there is one.
+
+        Its adopter takes what nobody holds. Many pipelines that each wait on their own would take
+        all the threads and files that the process may have.
+        """
+        if self.online is not False or self.unsaved:
+            return False
+        for other in list(_pipelines):
+            if other._number > self._number and other._takes(self._header):
+                other._inherited = _not_empty([*other._inherited, *self.segments])
+                other._running.adopt()
+                return True
+        return False
+
+    def _takes(self, header: bytes) -> bool:
+        """Whether it is at work and would deliver a segment with this header."""
+        at_work = self._awake.locked() and not self._closed
+        return at_work and self._adopt is not None and self._adopt(header) is not None
+
     def _rested(self) -> None:
         """Threads and files are gone. On the worker's thread, as the last that it does."""
-        self._earlier = [paths for paths in self.segments if paths.parts()]
+        self._inherited = _not_empty(self._inherited)
+        self._earlier = _not_empty([*self._earlier, self.paths])
         self._running = self._make_running()
         self._awake.release()
         if not self._shared.queue.empty:  # Offered meanwhile, by somebody who found it awake.
             self._wake()
+
+    def _end(self, deadline: float) -> bool:
+        if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return False
+        try:
+            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
+                self._running.leave()
+                if not self._last.reached.is_set():
+                    return False
+            self._running.end(deadline)
+            return True
+        finally:
+            self._closing.release()
 
     def _spooled(self, barrier: Barrier, deadline: float) -> bool:
         """Have all that was offered so far in the segment, by `deadline` (monotonic)."""
@@ -228,6 +257,11 @@ class Pipeline:
         self._begin()
 
 
+def _not_empty(segments: list[Paths]) -> list[Paths]:
+    return [paths for paths in dict.fromkeys(segments) if paths.parts()]
+
+
+_numbers = count()
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 _forking = threading.local()
 

@@ -1,8 +1,9 @@
 """The threads and files of a pipeline while it is at work: worker, segment, shipper, adopter.
 
-They begin with a record and end with `end`, or by themselves: where nothing has come for `REST_S`,
-everything is delivered and no more is expected, they go to rest, and the next record begins with
-new ones. So a pipeline that nobody uses any more, closed or not, costs nothing.
+They begin with a record and end with `end`, or by themselves: where nothing has come for `REST_S`
+and no more is expected, they go to rest once everything is delivered, or left to another pipeline
+of this process while the server is away. The next record begins with new ones. So a pipeline that
+nobody uses any more, closed or not, costs nothing.
 """
 
 from __future__ import annotations
@@ -66,11 +67,17 @@ class Running:
         shared: what outlasts it.
         segment: where records go; its own.
         asks: what its threads call.
+        hand_over: has somebody else deliver what is left in the segment; False: there is nobody.
         rested: told on the worker's thread, as the last that it does, that all is at rest.
     """
 
     def __init__(
-        self, shared: Shared, segment: Segment, asks: Asks, rested: Callable[[], None]
+        self,
+        shared: Shared,
+        segment: Segment,
+        asks: Asks,
+        hand_over: Callable[[], bool],
+        rested: Callable[[], None],
     ) -> None:
         self.segment = segment
         self.no_worker = False
@@ -79,6 +86,7 @@ class Running:
         self._no_shipper = False
         self._shared = shared
         self._may_rest = asks.may_rest
+        self._hand_over = hand_over
         self._rested = rested
         self._aside = Aside(segment.paths, shared.stats, int(segment.cap_bytes * ASIDE_SHARE))
         self._shipping: Shipping | None = None
@@ -133,6 +141,11 @@ class Running:
             self.shipped(deadline)
             self._stop(deadline)
 
+    def adopt(self) -> None:
+        """Do not rest before the adopter has looked once more."""
+        if self._adopter is not None:
+            self._adopter.busy = True
+
     def leave(self) -> None:
         """Have the worker end all else when it has written what it has: nobody waits for it."""
         self._unattended = True
@@ -167,10 +180,15 @@ class Running:
             self._rested()
 
     def _is_idle(self) -> bool:
-        if self._adopter is not None and self._adopter.busy:
-            return False
         try:
-            return (self._shipping is None or self.nothing_left()) and self._may_rest()
+            if not self._may_rest():
+                return False
+            if self._shipping is None:
+                return True
+            if not self.nothing_left():
+                return self._hand_over()
+            adopting = self._adopter is not None and self._adopter.busy
+            return not (adopting and self._shared.circuit.online)
         except Exception as error:  # noqa: BLE001 - the owner's bug must not end the thread
             _guard.report("delivery.may_rest", error)
             return False

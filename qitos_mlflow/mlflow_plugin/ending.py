@@ -145,7 +145,9 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
     until = time.monotonic() + COUNT_S
     records, traces, complete = 0, set(), True
     files: list[Path] = []
-    for paths in (paths for one in left for pipeline in one.all() for paths in pipeline.segments):
+    pipelines = [pipeline for one in left for pipeline in one.all()]
+    # Each once: one pipeline may have left its own to another.
+    for paths in dict.fromkeys(paths for pipeline in pipelines for paths in pipeline.segments):
         before = records
         for record in waiting_records(paths) if complete else ():
             records += 1
@@ -155,7 +157,7 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
                 break
         if records > before or not complete:  # One file stands for all of its segment.
             files += [path for _, path in paths.parts()[:1]]
-    if unsaved := sum(pipeline.unsaved for one in left for pipeline in one.all()):
+    if unsaved := sum(pipeline.unsaved for pipeline in pipelines):
         spools = ", ".join(sorted({str(one.settings.spool_dir) for one in left}))
         _say(
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool {spools} has "

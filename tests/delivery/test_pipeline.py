@@ -594,12 +594,10 @@ def test_no_rest_while_more_is_expected(make: Make, server: FakeServer) -> None:
 def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None:
     """While the server is away, what waits for it is waited for."""
     server.down = RetryLater("503")
-    asked = threading.Event()
-    pipeline = make(may_rest=lambda: asked.set() or True)
+    pipeline = make()
     pipeline.offer(b"one")
     assert not pipeline.flush(0.2)
     assert not at_rest(pipeline)
-    assert not asked.is_set()
     server.down = None
     assert pipeline.flush(LONG_S)
     eventually(lambda: at_rest(pipeline))
@@ -636,6 +634,45 @@ def test_nothing_is_lost_between_work_and_rest(
     assert pipeline.close(LONG_S)
     assert server.accepted == records
     assert len(server.opened) > 1
+
+
+def test_what_waits_for_a_server_is_left_to_the_latest(
+    make: Make, server: FakeServer, spool: Path, soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many pipelines to a server that is away one waits, and delivers all when it is back."""
+    monkeypatch.setattr("qitos_mlflow.delivery.adopter.FIRST_LOOK_S", 0.01)
+    monkeypatch.setattr("qitos_mlflow.delivery.adopter.LOOK_EVERY_S", 0.01)
+    server.down = RetryLater("503")
+    pipelines = [make(adopt=lambda header: server.sink) for _ in range(4)]
+    for pipeline, record in zip(pipelines, numbered(4), strict=True):
+        pipeline.offer(record, urgent=True)
+    *others, latest = pipelines
+    until(lambda: all(map(at_rest, others)))
+    assert not at_rest(latest)
+    assert not others[0].flush(0)
+    assert len(set(latest.segments)) == 4
+    assert sorted(latest.waiting()) == numbered(4)
+    server.down = None
+    assert latest.flush(LONG_S)
+    until(lambda: at_rest(latest))
+    assert sorted(r for r in server.accepted if r != b"killed") == numbered(4)
+    assert list(spool.iterdir()) == []
+    assert all(pipeline.flush(0) and pipeline.close(0) for pipeline in pipelines)
+
+
+def test_what_was_left_to_a_pipeline_is_told_by_it(
+    make: Make, server: FakeServer, soon: None
+) -> None:
+    """It is the one to ask at the end of the process: the others may be gone."""
+    server.down = RetryLater("503")
+    first, last = (make(adopt=lambda header: server.sink) for _ in range(2))
+    last.offer(b"last", urgent=True)
+    first.offer(b"first", urgent=True)
+    until(lambda: at_rest(first))
+    assert not last.close(0)
+    assert list(last.waiting()) == [b"first", b"last"]
+    server.down = None
+    assert not last.close(0)
 
 
 def test_closing_many_takes_no_longer_than_closing_one(make: Make, tmp_path: Path) -> None:
