@@ -647,14 +647,14 @@ def test_what_waits_for_a_server_is_left_to_the_latest(
     for pipeline, record in zip(pipelines, numbered(4), strict=True):
         pipeline.offer(record, urgent=True)
     *others, latest = pipelines
-    until(lambda: all(map(at_rest, others)))
+    eventually(lambda: all(map(at_rest, others)))
     assert not at_rest(latest)
     assert not others[0].flush(0)
     assert len(set(latest.segments)) == 4
     assert sorted(latest.waiting()) == numbered(4)
     server.down = None
     assert latest.flush(LONG_S)
-    until(lambda: at_rest(latest))
+    eventually(lambda: at_rest(latest))
     assert sorted(r for r in server.accepted if r != b"killed") == numbered(4)
     assert list(spool.iterdir()) == []
     assert all(pipeline.flush(0) and pipeline.close(0) for pipeline in pipelines)
@@ -668,7 +668,7 @@ def test_what_was_left_to_a_pipeline_is_told_by_it(
     first, last = (make(adopt=lambda header: server.sink) for _ in range(2))
     last.offer(b"last", urgent=True)
     first.offer(b"first", urgent=True)
-    until(lambda: at_rest(first))
+    eventually(lambda: at_rest(first))
     assert not last.close(0)
     assert list(last.waiting()) == [b"first", b"last"]
     server.down = None

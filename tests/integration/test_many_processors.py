@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 from qitos_mlflow.tracing import SpanType, StepSpanData, create_trace
 from tests.integration.logged import runs_of
 from tests.integration.server import MlflowServer
+from tests.waiting import eventually
 
 LONG_S = 60.0
 
@@ -50,14 +50,6 @@ def ours() -> int:
     return sum(thread.name.startswith("qitos-mlflow") for thread in threading.enumerate())
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what other threads do."""
-    deadline = time.monotonic() + LONG_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 @pytest.mark.parametrize(("way", "tasks"), [("set_trace_processors", 50), ("autolog", 5)])
 def test_one_processor_a_task(
@@ -80,7 +72,7 @@ def test_one_processor_a_task(
             tracing.set_trace_processors([processor])
         plugins.add(processor.mlflow_plugin)  # type: ignore[attr-defined]
         task(number)
-        until(lambda: ours() == 0)
+        eventually(lambda: ours() == 0)
         files.append(len(list(Path("/proc/self/fd").iterdir())))
     assert max(files) - files[0] < 5
     del processor
@@ -113,6 +105,6 @@ def test_a_trace_that_goes_on_keeps_its_pipeline(
             for _ in range(2):
                 assert asked.acquire(timeout=LONG_S)
         assert ours() > 0
-    until(lambda: ours() == 0)
+    eventually(lambda: ours() == 0)
     [run] = runs_of(client, experiment_name)
     assert run.metrics["total_steps"] == 3
