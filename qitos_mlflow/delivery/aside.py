@@ -1,7 +1,7 @@
 """What stays of a segment when it is delivered: what nobody could take, and how much was lost.
 
     <stem>.dead   records the server refused for good
-    <stem>.bad    torn and corrupt lines
+    <stem>.bad    torn and corrupt lines; with a part's base in its name, an unreadable part
     <stem>.lost   losses by reason: JSON
 
 All of it has a share of the spool of its own, so that it never keeps records out; what goes beyond
@@ -65,6 +65,17 @@ class Aside:
             )
             kept = self._keep(self._paths.bad, (line + codec.LF for line in lines))
             self._stats.add(bad_lines=kept)
+
+    def keep_part(self, path: Path) -> None:
+        """Keep a part that cannot be read, for somebody who can."""
+        _guard.warn("delivery.part", "%s cannot be read; its records are given up", path)
+        try:
+            size = path.stat().st_size
+            if self._cap.has_room(size):
+                path.rename(path.with_suffix(".bad"))
+                self._cap.add(size)
+        except OSError as error:
+            _guard.warn("delivery.aside", "cannot keep %s: %s", path, error)
 
     def save_losses(self) -> None:
         """Bring the losses on disk up to date, for other processes. Any thread; blocks on it."""

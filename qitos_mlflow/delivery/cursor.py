@@ -5,6 +5,7 @@ The same for the process that appends and for any other that delivers the segmen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,9 +16,13 @@ from qitos_mlflow.delivery.aside import Aside
 from qitos_mlflow.delivery.files import Paths, replace_private
 from qitos_mlflow.delivery.parts import Part
 from qitos_mlflow.delivery.sink import DeadLetter
-from qitos_mlflow.delivery.stats import SPOOL_REMOVED, Stats
+from qitos_mlflow.delivery.stats import SPOOL_REMOVED, SPOOL_UNREADABLE, Stats
 
 READ_BYTES = 1024 * 1024
+READ_TRIES = 4
+"""A part that cannot be read is tried at least this often, ..."""
+READ_S = 20.0
+"""... and for so long, then given up. Less than the patience of `qitos-mlflow sync` (seconds)."""
 
 
 class Ack(NamedTuple):
@@ -41,6 +46,8 @@ class Chunk:
     records: list[bytes] = field(default_factory=list)
     bad: list[bytes] = field(default_factory=list)
     lost: int = 0
+    unreadable: bool = False
+    """The part cannot be read: what is lost is the rest of it."""
 
 
 def load_ack(paths: Paths) -> Ack | None:
@@ -64,6 +71,7 @@ class Cursor:
         discard: frees parts before a position (``discard(position, disk=...)``).
         stats: what dead letters, bad lines and deliveries are counted in.
         aside: takes what cannot be delivered.
+        patient: try again to read what cannot be read, for a while; otherwise skip it.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class Cursor:
         discard: Callable[..., None],
         stats: Stats,
         aside: Aside | None = None,
+        *,
+        patient: bool = True,
     ) -> None:
         ack = load_ack(paths)
         self.position = ack.position if ack else 0
@@ -84,6 +94,9 @@ class Cursor:
         self._parts = parts
         self._discard = discard
         self._stats = stats
+        self._patient = patient
+        self._read_failures = 0
+        self._failing_since = 0.0
 
     def read(self, *, end: int | None, sealed: bool, max_records: int, max_bytes: int) -> Chunk:
         """The next records; `end` of the chunk is `position` when there are none.
@@ -94,6 +107,9 @@ class Cursor:
                 is a torn one; otherwise it is left until it is complete.
             max_records: at most so many records.
             max_bytes: no further record once they have this size together.
+
+        Raises:
+            OSError: a part cannot be read; when that lasts, the next call goes on behind it.
         """
         chunk = Chunk(self.position, self.last_time_ns)
         # Parts are listed before they are read: one with a successor was complete by then.
@@ -115,11 +131,29 @@ class Cursor:
                 chunk.lost = part.records - part.acknowledged
                 chunk.end = limit
                 full = False
+            except OSError:
+                if chunk.records or chunk.bad:
+                    break  # Those first.
+                if not self._gives_up():
+                    raise
+                chunk.unreadable = True
+                chunk.lost = max(1, part.records - part.acknowledged)
+                chunk.end = part.base + part.size if limit is None else limit
+                full = False
             if not full and stop is not None and (end is None or stop <= end):
                 chunk.end = stop
             if chunk.records or chunk.bad or chunk.lost:
                 break
+        self._read_failures = 0
         return chunk
+
+    def _gives_up(self) -> bool:
+        """Whether reading has failed for long enough."""
+        if not self._read_failures:
+            self._failing_since = time.monotonic()
+        self._read_failures += 1
+        failing_s = time.monotonic() - self._failing_since
+        return not self._patient or (self._read_failures >= READ_TRIES and failing_s >= READ_S)
 
     def skip(self, chunk: Chunk) -> None:
         """Read on behind `chunk` without acknowledging it: for looking only."""
@@ -129,6 +163,8 @@ class Cursor:
         """Record that everything up to the chunk's end was accepted or buried."""
         self.aside.bury(dead)
         self.aside.keep_bad(chunk.bad)
+        if chunk.unreadable and chunk.part is not None and chunk.part.path is not None:
+            self.aside.keep_part(chunk.part.path)
         parts = self._parts()
         frees = len(parts) > 1 and parts[1].base <= chunk.end
         # Once a part is gone, this is the only place where the sink's state is.
@@ -143,10 +179,11 @@ class Cursor:
             _guard.warn("delivery.ack", "cannot write %s: %s", self._paths.ack, error)
         self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
         if chunk.part is not None:
-            chunk.part.acknowledged += len(chunk.records)
+            chunk.part.acknowledged += len(chunk.records) + chunk.lost
         self._stats.add(delivered=len(chunk.records) - len(dead))
         if chunk.lost:
-            self._stats.drop(SPOOL_REMOVED, chunk.lost)
+            reason = SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED
+            self._stats.drop(reason, chunk.lost)
         self.aside.save_losses()
         if frees:
             self._discard(chunk.end, disk=stored)

@@ -65,6 +65,11 @@ class Delivery:
             self.problem = later.reason
             self.circuit.failed(later.after_s)
             return None
+        except OSError as error:
+            self.problem = f"cannot read or delete {self._claim.paths.stem}: {error}"
+            self.circuit.failed()
+            _guard.warn("delivery.read", "%s", self.problem)
+            return None
         self.problem = None
         self.circuit.succeeded()
         return outcome

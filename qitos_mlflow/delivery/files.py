@@ -9,6 +9,7 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
     <stem>.ship         lock of the process that ships
     <stem>.dead         records the server refused for good, JSON lines; stays
     <stem>.bad          torn and corrupt lines, as found; stays
+    <stem>.<base>.bad   a part that could not be read; stays
     <stem>.lost         losses by reason, JSON; stays
 """
 
@@ -80,6 +81,11 @@ class Paths:
         """The part whose first line has position `base`."""
         return self.directory / f"{self.stem}.{base:016x}{SEGMENT_SUFFIX}"
 
+    def kept_aside(self) -> list[Path]:
+        """What stays when the segment is delivered. Reads the directory."""
+        names = list_directory(self.directory).get(self.stem, ())
+        return [self.directory / name for name in names if name.endswith(ASIDE_SUFFIXES)]
+
     def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
         """The parts there were when the directory was last read, with their bases, in order.
 
@@ -122,7 +128,8 @@ def stem_of(file_name: str) -> str | None:
     name = _NAME.fullmatch(file_name)
     if name is None or name["suffix"] not in SUFFIXES:
         return None
-    if (name["base"] is not None) != (name["suffix"] == SEGMENT_SUFFIX):
+    of_a_part = name["base"] is not None
+    if name["suffix"] != ".bad" and of_a_part != (name["suffix"] == SEGMENT_SUFFIX):
         return None
     return name["stem"]
 

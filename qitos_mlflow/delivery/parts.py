@@ -23,7 +23,12 @@ class Part(Protocol):
     records: int
     """Lines appended by this object; 0 where another process appends."""
     acknowledged: int
-    """Records of it that have been acknowledged."""
+    """Records of it that have been acknowledged, or given up."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its file, where it has one."""
+        ...
 
     @property
     def size(self) -> int:
@@ -39,6 +44,7 @@ class Part(Protocol):
 
         Raises:
             FileNotFoundError: the part is gone.
+            OSError: it cannot be read.
         """
         ...
 
@@ -57,6 +63,7 @@ class DiskPart:
         self.acknowledged = 0
         self.failure: str | None = None
         self._descriptor: int | None = None
+        self._made: os.stat_result | None = None
         self._size = 0
 
     @classmethod
@@ -69,6 +76,7 @@ class DiskPart:
         part = cls(path, base)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
+            part._made = os.fstat(part._descriptor)
             write_all(part._descriptor, head)
         except OSError:
             part.remove()
@@ -87,7 +95,7 @@ class DiskPart:
         data = memoryview(b"".join(lines))
         written = 0
         try:
-            if os.fstat(self._descriptor).st_nlink == 0:
+            if not self._in_place():
                 self.failure = SPOOL_REMOVED
                 return 0
             while written < len(data):
@@ -107,6 +115,14 @@ class DiskPart:
         self._size += written
         self.records += whole
         return whole
+
+    def _in_place(self) -> bool:
+        """Whether the file is still where it was made: not deleted, not kept aside."""
+        assert self._made is not None
+        try:
+            return os.path.samestat(self._made, self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def seal(self) -> None:
         """Nothing will be appended any more."""
@@ -137,6 +153,7 @@ class MemoryPart:
 
     def __init__(self, base: int, limit_bytes: int, failure: str) -> None:
         self.base = base
+        self.path: Path | None = None
         self.records = 0
         self.acknowledged = 0
         self.failure = failure

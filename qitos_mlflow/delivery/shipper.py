@@ -140,6 +140,9 @@ class Shipper:
                 "not delivered yet (%s); records are kept and tried again",
                 later.reason,
             )
+        except OSError as error:
+            self._circuit.failed()
+            _guard.warn("delivery.read", "cannot read the spool, trying again: %s", error)
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
             _guard.report("delivery.shipper", error)
             self._circuit.failed()

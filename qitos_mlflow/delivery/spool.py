@@ -191,7 +191,7 @@ def purge(paths: Paths) -> bool:
     if is_held(paths.own) or not lock.acquire():
         return False
     _delete(paths, lock, _parts(paths, now=True))
-    for path in (paths.dead, paths.bad, paths.lost, temporary_of(paths.lost)):
+    for path in paths.kept_aside():
         path.unlink(missing_ok=True)
     return True
 
@@ -213,7 +213,7 @@ def _delete(paths: Paths, lock: FileLock, parts: Sequence[Part]) -> None:
 
 def _looking(paths: Paths) -> Cursor:
     parts = _parts(paths)
-    return Cursor(paths, lambda: parts, lambda *_, **__: None, Stats())
+    return Cursor(paths, lambda: parts, lambda *_, **__: None, Stats(), patient=False)
 
 
 def _chunks(cursor: Cursor, *, sealed: bool) -> Iterator[Chunk]:

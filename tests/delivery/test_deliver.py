@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from qitos_mlflow.delivery import (
     purge,
 )
 from qitos_mlflow.delivery.locks import FileLock
+from qitos_mlflow.delivery.parts import DiskPart
 from qitos_mlflow.delivery.segment import Record, Segment
 from tests.delivery.fakes import MIB, FakeServer, make_pipeline, numbered
 from tests.waiting import eventually
@@ -225,6 +227,24 @@ def test_what_a_process_left_before_its_first_record_is_removed(tmp_path: Path) 
     paths.ship.touch()
     assert deliver_segment(paths, FakeServer().sink) is Outcome.FINISHED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_cannot_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a moment costs a dead process's segment nothing."""
+    server, read, failed = FakeServer(), DiskPart.read, threading.Event()
+    paths = left_behind(tmp_path, numbered(3))
+
+    def fail_once(part: DiskPart, offset: int, size: int) -> bytes:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        return read(part, offset, size)
+
+    monkeypatch.setattr(DiskPart, "read", fail_once)
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [*numbered(3), b"killed"]
 
 
 def test_dead_letters_outlive_their_segment_until_purged(tmp_path: Path) -> None:

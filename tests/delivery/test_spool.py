@@ -15,14 +15,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qitos_mlflow.delivery import cap
+from qitos_mlflow.delivery import cursor as cursor_module
 from qitos_mlflow.delivery import segment as segment_module
 from qitos_mlflow.delivery.aside import Aside
 from qitos_mlflow.delivery.cursor import Cursor, load_ack
 from qitos_mlflow.delivery.files import Paths, replace_private
+from qitos_mlflow.delivery.parts import DiskPart
 from qitos_mlflow.delivery.segment import Record, Segment
 from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import find_segments, inspect_segment, purge, waiting_records
-from qitos_mlflow.delivery.stats import ASIDE_FULL, DISK_FULL, SPOOL_FULL, SPOOL_UNWRITABLE, Stats
+from qitos_mlflow.delivery.stats import (
+    ASIDE_FULL,
+    DISK_FULL,
+    SPOOL_FULL,
+    SPOOL_UNREADABLE,
+    SPOOL_UNWRITABLE,
+    Stats,
+)
 from tests.delivery.fakes import MIB, numbered
 
 NOW = 1_800_000_000_000_000_000
@@ -516,6 +525,65 @@ def test_many_segments_take_one_look_at_the_directory(
     found = [inspect_segment(paths) for paths in find_segments(tmp_path)]
     assert [info.waiting for info in found] == [3] * 5
     assert looks == [tmp_path]
+
+
+def unreadable(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes a disk error of every read of the first part there is now."""
+    [(_, path), *_] = paths.parts(now=True)
+    read = DiskPart.read
+
+    def read_or_fail(part: DiskPart, offset: int, size: int) -> bytes:
+        if part.path == path and path.exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return read(part, offset, size)
+
+    monkeypatch.setattr(DiskPart, "read", read_or_fail)
+    return path
+
+
+@pytest.mark.parametrize("part_bytes", [300, MIB])
+def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    """It is tried again for a while, then kept aside, what was in it counted; the rest arrives."""
+    monkeypatch.setattr(cursor_module, "READ_S", 0.0)
+    segment, stats = make_segment(tmp_path, part_bytes=part_bytes), Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, numbered(4))
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"s", ())
+    path = unreadable(segment.paths, monkeypatch)
+    append(segment, [b"in the part" if part_bytes == MIB else b"in the next"])
+    for _ in range(cursor_module.READ_TRIES - 1):
+        with pytest.raises(OSError, match="Input/output"):
+            read_all(cursor, segment.end)
+    assert read_all(cursor, segment.end) == ([] if part_bytes == MIB else [b"in the next"])
+    append(segment, [b"after"])
+    assert read_all(cursor, segment.end) == [b"after"]
+    lost = 4 if part_bytes == MIB else 3
+    assert stats.snapshot().dropped == {SPOOL_UNREADABLE: lost}
+    info = inspect_segment(segment.paths)
+    assert (info.waiting, info.losses) == (0, {SPOOL_UNREADABLE: lost})
+    aside = path.with_suffix(".bad")
+    assert b'"n":3' in aside.read_bytes()
+    assert find_segments(aside) == [segment.paths]
+    crash(segment)
+    assert purge(segment.paths)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking skips an unreadable part at once, and changes nothing."""
+    segment = make_segment(tmp_path, part_bytes=300)
+    append(segment, numbered(4))
+    append(segment, [b"next"])
+    path = unreadable(segment.paths, monkeypatch)
+    assert list(waiting_records(segment.paths)) == [b"next"]
+    assert inspect_segment(segment.paths).waiting == 1
+    assert path.exists()
+    segment.close(delete=True)
 
 
 class SpoolMachine(RuleBasedStateMachine):
