@@ -71,8 +71,9 @@ class Calls:
             found = self._transport.find_runs(experiment_id, trace.trace_id, timeout_s)
             trace.run = found[0] if found else None
         if trace.run is None:
-            if not trace.started:
+            if not (trace.started or trace.ended):
                 raise Refused(NO_RUN, "the trace it belongs to has no run on this server")
+            trace.start_lost = not trace.started
             # An attempt that went unanswered may still come through.
             trace.creations += 2 if trace.maybe_created else 1
             trace.maybe_created = True
@@ -103,6 +104,11 @@ class Calls:
             return False
         return True
 
+    def check_run(self, trace: TraceState, timeout_s: float) -> None:
+        """Raise `Refused` if the run takes nothing: it was deleted."""
+        same = [("qitos.trace_id", trace.trace_id)]
+        self._transport.log_batch(_run_of(trace).run_id, [], [], same, timeout_s)
+
     def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Log metrics, params and tags of the run."""
         metrics = [item for kind, item in items if kind == "metric"]
@@ -121,27 +127,33 @@ class Calls:
                 self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
 
     def write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        """Write what is known of the trace as a whole."""
-        if not self.log_traces or trace.tree is None:
+        """Write what is known so far of the trace as a whole; if that fails, another one follows.
+
+        Servers before 3.12 refuse an info that lacks what they know, such as tokens of MLflow's own
+        spans.
+        """
+        try:
+            self.write_last_tree(trace, items, timeout_s)
+        except (Refused, Poisoned):
+            if trace.tree is not None:
+                trace.tree.news = True
+
+    def write_last_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """Write what is known of the trace as a whole, and will not be written again."""
+        if not self.log_traces or trace.tree is None or not (trace.started or trace.start_lost):
             return
         run_id = None if trace.run is None else trace.run.run_id
         experiment_id = self._experiment(timeout_s)
         info = locate(items[0], experiment_id, run_id)
         if trace.told:
             info["trace_metadata"] |= self._costs.metadata(trace.tree, experiment_id, timeout_s)
-        try:
-            with self._without_traces():
-                self._transport.write_trace(info, timeout_s)
-                if not trace.told:  # Only now the server can tell which spans are the trace's.
-                    trace.told = True
-                    if cost := self._costs.metadata(trace.tree, experiment_id, timeout_s):
-                        info["trace_metadata"] |= cost
-                        self._transport.write_trace(info, timeout_s)
-        except (Refused, Poisoned):
-            # While a trace goes another one follows. Servers before 3.12 refuse an info that lacks
-            # what they know, such as tokens of MLflow's own spans.
-            if trace.ended:
-                raise
+        with self._without_traces():
+            self._transport.write_trace(info, timeout_s)
+            if not trace.told:  # Only now the server can tell which spans are the trace's.
+                trace.told = True
+                if cost := self._costs.metadata(trace.tree, experiment_id, timeout_s):
+                    info["trace_metadata"] |= cost
+                    self._transport.write_trace(info, timeout_s)
 
     @contextlib.contextmanager
     def _without_traces(self) -> Iterator[None]:
@@ -165,7 +177,7 @@ class Calls:
 
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Complete the run's account of its spans and end it."""
-        if trace.tree is not None and not self.log_traces:
+        if self._settings.get("log_traces", True) and not self.log_traces:
             trace.lost_spans["no_traces"] = trace.totals.spans
         if ledger := trace.corrected_ledger():
             self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)

@@ -52,6 +52,13 @@ def start_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tup
     return _picked(record, _RECORD_TAGS, lost) + _picked(_metadata(record), _METADATA_TAGS, lost)
 
 
+def cleaned(tags: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
+    """Tags that somebody else named."""
+    return [
+        (clean_key(key), clean_text(value, limits.TAG_CHARS, lost)) for key, value in tags.items()
+    ]
+
+
 def end_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_end record: stop reason, error, what was not known before."""
     metadata = _metadata(record)

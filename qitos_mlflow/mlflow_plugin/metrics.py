@@ -164,10 +164,8 @@ class RunState:
         self.trace_id = str(record.get("trace_id", ""))
         self.start_ns = limits.clean_ns(record.get("time_ns"))
         self.last_ns = max(self.last_ns, self.start_ns)
-        tags = labels.start_tags(record, self.lost) + [
-            (clean_key(key), clean_text(value, limits.TAG_CHARS, self.lost))
-            for key, value in self.constant_tags.items()
-        ]
+        tags = labels.start_tags(record, self.lost)
+        tags += labels.cleaned(self.constant_tags, self.lost)
         metadata = _mapping(record.get("metadata"))
         return RunData([], self._new_params({**self.constant_params, **metadata}), tags)
 
@@ -188,9 +186,8 @@ class RunState:
         self.lost.update(_mapping(record.get("lost")))
         dropped = _mapping(record.get("dropped"))
         recorded = record.get("recorded")
-        tags += labels.ledger_tags(
-            recorded if isinstance(recorded, int) else self.spans, self.spans, dropped
-        )
+        recorded = max(recorded if isinstance(recorded, int) else 0, self.spans)
+        tags += labels.ledger_tags(recorded, self.spans, dropped)
         tags += labels.lost_tags(self.lost)
         return RunData(metrics, params, tags, status, clean_ms(end_ns))
 
@@ -207,11 +204,13 @@ class RunState:
         step = self.last_step if step is None else limits.clean_step(step)
         self.last_step = max(self.last_step, step)
 
+        run = RunData()
+        if record.get("late"):  # So many of this trace ended after it.
+            run.tags.append(("qitos.spans.late", str(record["late"])))
         latency_ms = None
         if start_ns is not None and end_ns is not None:
             latency_ms = max(0, limits.clean_ns(end_ns) - limits.clean_ns(start_ns)) / 1e6
         values: dict[str, Any] = {}
-        run = RunData()
         if kind == "generation":
             values = self._generation(data, run)
         elif kind == "step":

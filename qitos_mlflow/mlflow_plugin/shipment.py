@@ -29,6 +29,21 @@ never get past it (seconds).
 """
 
 
+@dataclass(frozen=True)
+class Group:
+    """What some calls are about; without it there is no use in making them.
+
+    Attributes:
+        records: what all of the calls come from.
+        check: raises `Refused` if the server will have nothing of it, whatever it be.
+        refuse: told why the server will not have it.
+    """
+
+    records: Sequence[bytes]
+    check: Callable[[float], None]
+    refuse: Callable[[str], None]
+
+
 @dataclass
 class Call:
     """One request: `send` with as many of `items` as are given.
@@ -37,22 +52,24 @@ class Call:
         send: makes the request; gets the items and a timeout in seconds.
         items: what the request carries; a refusal is traced to single ones by splitting.
         letter: the dead letter of one refused item.
-        group: what the call is about; calls of one group stand or fall with its essential one.
-        essential: the group's other calls depend on this one; told the reason if it is refused.
+        group: what the call is about.
+        essential: if this call is refused, the group is.
     """
 
     send: Callable[[Sequence[Any], float], None]
     items: Sequence[Any]
     letter: Callable[[Any], bytes]
-    group: object = None
-    essential: Callable[[str], None] | None = None
+    group: Group | None = None
+    essential: bool = False
+    is_part: bool = False
     failures: int = 0
     failing_since: float = 0.0
 
     def halves(self) -> tuple[Call, Call]:
         """The same call twice, each with half of the items."""
         middle = len(self.items) // 2
-        return replace(self, items=self.items[:middle]), replace(self, items=self.items[middle:])
+        one, other = self.items[:middle], self.items[middle:]
+        return replace(self, items=one, is_part=True), replace(self, items=other, is_part=True)
 
 
 class MlflowShipment:
@@ -90,8 +107,7 @@ class MlflowShipment:
             try:
                 call.send(call.items, min(left, REQUEST_TIMEOUT_S))
             except Refused as refusal:
-                self._calls.popleft()
-                self._give_up(call, str(refusal))
+                self._refused(call, refusal, min(left, REQUEST_TIMEOUT_S))
             except Poisoned as failure:
                 call.failures += 1
                 if call.failures == 1:
@@ -102,20 +118,37 @@ class MlflowShipment:
                 if not self._healthy(min(left, REQUEST_TIMEOUT_S)):
                     call.failures = 0
                     raise RetryLater(f"the server is out of order: {failure}") from failure
-                self._calls.popleft()
                 self._give_up(call, str(failure))
             else:
                 self._calls.popleft()
         return self._dead
 
+    def _refused(self, call: Call, refusal: Refused, timeout_s: float) -> None:
+        if call.group is not None and not call.essential and not call.is_part:
+            # Before its items are tried one by one: a run that was deleted takes none of them.
+            try:
+                call.group.check(timeout_s)
+            except Refused as whole:
+                self._bury(call.group, str(whole))
+                return
+            except Poisoned:
+                pass
+        self._give_up(call, str(refusal))
+
     def _give_up(self, call: Call, reason: str) -> None:
-        if call.essential is not None:
-            call.essential(reason)
-            self._calls = deque(other for other in self._calls if other.group is not call.group)
-        elif len(call.items) > 1:
+        if call.essential and call.group is not None:
+            self._bury(call.group, reason)
+            return
+        self._calls.popleft()
+        if len(call.items) > 1:
             self._calls.extendleft(reversed(call.halves()))
             return
         self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+
+    def _bury(self, group: Group, reason: str) -> None:
+        group.refuse(reason)
+        self._calls = deque(call for call in self._calls if call.group is not group)
+        self._dead.extend(DeadLetter(record, reason) for record in group.records)
 
 
 Item = tuple[str, Any]

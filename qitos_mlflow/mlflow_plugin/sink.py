@@ -8,7 +8,7 @@ replace or coincide on the server.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_cr
 from qitos_mlflow.mlflow_plugin.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.metrics import RunState
 from qitos_mlflow.mlflow_plugin.otlp import distinct
-from qitos_mlflow.mlflow_plugin.shipment import Call, MlflowShipment, batches
+from qitos_mlflow.mlflow_plugin.shipment import Call, Group, MlflowShipment, batches
 from qitos_mlflow.mlflow_plugin.spans import TraceFold
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
 from qitos_mlflow.mlflow_plugin.transport import Transport
@@ -164,24 +164,36 @@ class MlflowSink:
                 constant_params={"qitos_mlflow_version": self._settings.get("plugin_version", "")},
             )
             # Without its start, a span is one that came after the trace had ended: look its run up.
+            # A trace whose start was lost has none: one is made of what is known at its end.
             late = record["kind"] != "trace_start"
             tree = None
             if self._calls.log_traces:
                 tags = self._settings.get("tags") or {}
                 tree = TraceFold.after_end(trace_id) if late else TraceFold(constant_tags=tags)
             trace = TraceState(trace_id, totals, tree, maybe_created=self._resumed or late)
+            if late:
+                trace.lose_start(self._process)
             self._traces[trace_id] = trace
         return trace
 
     def _shipment(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> MlflowShipment:
         traces = list(touched.values())
+        groups = {trace.trace_id: self._group(trace) for trace in traces}
         # First, because an agent may be waiting for its run.
-        calls = [self._create_call(trace) for trace in traces if trace.run is None]
-        calls += [call for trace in traces for call in self._run_calls(trace)]
-        calls += self._tree_calls(traces)
+        calls = [
+            self._call(self._calls.create_run, trace, groups, ["run"], essential=True)
+            for trace in traces
+            if trace.run is None
+        ]
+        for trace in traces:
+            for chunk in batches(trace.metrics, trace.params, trace.tags):
+                calls.append(self._call(self._calls.log, trace, groups, chunk))
+            for artifact in trace.artifacts:
+                calls.append(self._call(self._calls.write_artifact, trace, groups, [artifact]))
+        calls += self._tree_calls(traces, groups)
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [
-            Call(partial(self._calls.end_run, trace), ["end"], partial(_letter, trace), trace)
+            self._call(self._calls.end_run, trace, groups, ["end"])
             for trace in traces
             if trace.ended
         ]
@@ -191,33 +203,43 @@ class MlflowSink:
             trace.sent()
         return MlflowShipment(calls, dead, self._calls.server_is_well)
 
-    def _create_call(self, trace: TraceState) -> Call:
-        create = partial(self._calls.create_run, trace)
-        return Call(create, trace.records, bytes, trace, essential=partial(self._refuse, trace))
+    def _tree_calls(
+        self, traces: Sequence[TraceState], groups: Mapping[str, Group]
+    ) -> Iterator[Call]:
+        """Spans first, then what is known of their traces (MLFLOW.md 5b)."""
+        spans = distinct(span for trace in traces for span in trace.spans)
+        if spans:
+            of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}
+            write = partial(self._calls.write_spans, of_id)
+            yield Call(write, spans, partial(_span_letter, of_id))
+        for trace in traces:
+            if trace.tree is not None and trace.tree_changed:
+                # While a trace goes another one follows, unless this one has what it would lack.
+                last = trace.ended or trace.tree.full
+                write_tree = self._calls.write_last_tree if last else self._calls.write_tree
+                yield self._call(write_tree, trace, groups, [trace.tree.info()])
+
+    def _group(self, trace: TraceState) -> Group:
+        check, refuse = partial(self._calls.check_run, trace), partial(self._refuse, trace)
+        return Group(trace.records, check, refuse)
+
+    @staticmethod
+    def _call(
+        send: Callable[[TraceState, Sequence[Any], float], None],
+        trace: TraceState,
+        groups: Mapping[str, Group],
+        items: Sequence[Any],
+        *,
+        essential: bool = False,
+    ) -> Call:
+        group = groups[trace.trace_id]
+        return Call(partial(send, trace), items, partial(_letter, trace), group, essential)
 
     def _refuse(self, trace: TraceState, reason: str) -> None:
         """Keep nothing of a trace but why the server will not have its run, until it ends."""
         trace.refused = reason
         if self._traces.pop(trace.trace_id, None) is not None:
             self._refused[trace.trace_id] = reason
-
-    def _run_calls(self, trace: TraceState) -> Iterator[Call]:
-        letter = partial(_letter, trace)
-        for chunk in batches(trace.metrics, trace.params, trace.tags):
-            yield Call(partial(self._calls.log, trace), chunk, letter, trace)
-        for artifact in trace.artifacts:
-            yield Call(partial(self._calls.write_artifact, trace), [artifact], letter, trace)
-
-    def _tree_calls(self, traces: Sequence[TraceState]) -> Iterator[Call]:
-        """Spans first, then what is known of their traces (MLFLOW.md 5b)."""
-        spans = distinct(span for trace in traces for span in trace.spans)
-        if spans:
-            of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}
-            yield Call(partial(self._calls.write_spans, of_id), spans, partial(_span_letter, of_id))
-        for trace in traces:
-            if trace.tree is not None and trace.tree_changed:
-                write = partial(self._calls.write_tree, trace)
-                yield Call(write, [trace.tree.info()], partial(_letter, trace), trace)
 
 
 def _letter(trace: TraceState, item: Any) -> bytes:

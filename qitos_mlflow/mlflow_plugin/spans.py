@@ -27,8 +27,8 @@ from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 MAX_PRICED = 20
 """Names of generations, each of which is two requests when the trace's cost is asked for."""
 
-MAX_ASSESSMENTS = 500
-"""Assessments that an info repeats: servers before 3.12 refuse one that lacks what they have."""
+MAX_ASSESSMENT_BYTES = 65_536
+"""Assessments that infos repeat, as JSON; they are part of what each acknowledgement writes."""
 
 MAX_TAGS = 200
 """Tags of one trace; what other plugins add beyond is left out."""
@@ -94,8 +94,14 @@ class TraceFold:
 
     @classmethod
     def after_end(cls, qitos_trace_id: str) -> TraceFold:
-        """What is left to know of a trace that has ended, for spans that come later."""
-        return cls(id=qitos_trace_id, begun=True)
+        """What is left to know of a trace that has ended, for spans that come later.
+
+        And of one whose start was lost: it has no root then, for nobody knows what it was called.
+        """
+        fold = cls(id=qitos_trace_id, begun=True, root_closed=True)
+        fold.metadata["mlflow.trace_schema.version"] = "3"
+        fold._tag("qitos.trace_id", qitos_trace_id)
+        return fold
 
     def move(self) -> None:
         """Begin anew where nothing of the trace is there yet."""
@@ -185,6 +191,7 @@ class TraceFold:
         own = str(record.get("span_id", ""))
         parent = record.get("parent_id")
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
+        self.start_ns = self.start_ns or clean_ns(start_ns)
         self.last_ns = max(self.last_ns, clean_ns(end_ns))
         found = {**attributes.of_span(record, self.tools), **additions.attributes(record)}
         kind = record.get("type")
@@ -216,8 +223,7 @@ class TraceFold:
         if kind == "critic" and (feedback := feedback_of(record, self.id)):
             self.assessments.append(feedback)
             self.news = True
-        changed = self.news and self.last_ns - self.told_ns >= TELL_EVERY_NS
-        changed |= len(self.assessments) >= MAX_ASSESSMENTS
+        changed = self.news and (self.last_ns - self.told_ns >= TELL_EVERY_NS or self.full)
         return TraceData([*began.spans, span], began.changed or changed)
 
     def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
@@ -275,9 +281,14 @@ class TraceFold:
         """
         self.news, self.told_ns = False, self.last_ns
         found = trace_info(self)
-        if len(self.assessments) >= MAX_ASSESSMENTS:
+        if self.full:
             self.assessments = []
         return found
+
+    @property
+    def full(self) -> bool:
+        """The next info is the last one with the assessments that there are."""
+        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
 
     # -- parts -------------------------------------------------------------------------------
 

@@ -5,12 +5,15 @@ Part of the sink's state; turns to JSON and back, so that another process can go
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin.labels import ledger_tags
+from qitos_mlflow.mlflow_plugin import labels
+from qitos_mlflow.mlflow_plugin.limits import clean_ms
 from qitos_mlflow.mlflow_plugin.metrics import Metric, RunData, RunState
 from qitos_mlflow.mlflow_plugin.spans import TraceData, TraceFold
 from qitos_mlflow.mlflow_plugin.transport import RunRef
@@ -44,6 +47,7 @@ class TraceState:
         start_tags: tags of the run as of its start.
         refused: why the server will not have the run; every record of the trace is dead then.
         started: its trace_start record has been seen.
+        start_lost: it has a run of its own without one.
         ended: its run is to end, or has.
         status: the run's status in the end.
         end_ms: when it ended.
@@ -65,6 +69,7 @@ class TraceState:
     start_tags: list[tuple[str, str]] = field(default_factory=list)
     refused: str | None = None
     started: bool = False
+    start_lost: bool = False
     ended: bool = False
     status: str | None = None
     end_ms: int = 0
@@ -84,12 +89,13 @@ class TraceState:
         """Fold in the next record; what it adds waits in the lists."""
         self.records.append(data)
         if record["kind"] == "artifact":
-            self.artifacts.append((record["path"], str(record["content"]).encode()))
+            self.artifacts.append((record["path"], _file(record["content"])))
             return
+        # Where the start was lost, its first record is the next best.
+        self.start_ms = self.start_ms or clean_ms(record.get("start_ns") or record.get("time_ns"))
         if record["kind"] == "trace_start":
             self.started = True
             self.name = str(record.get("name") or "")
-            self.start_ms = int(record.get("time_ns") or 0) // 1_000_000
         elif record["kind"] == "trace_end":
             self.recorded = int(record.get("recorded") or 0)
             self.dropped = dict(record.get("dropped") or {})
@@ -108,7 +114,8 @@ class TraceState:
     def _add_to_tree(self, data: TraceData) -> None:
         self.spans += data.spans
         # What came after its end does not change what is known of the trace.
-        self.tree_changed = self.started and (self.tree_changed or data.changed)
+        known = self.started or self.ended
+        self.tree_changed = known and (self.tree_changed or data.changed)
 
     def _add(self, data: RunData) -> None:
         self.metrics += data.metrics
@@ -122,6 +129,12 @@ class TraceState:
                 self.tags.append((key, value))
         if data.status is not None:
             self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
+
+    def lose_start(self, process: Mapping[str, Any]) -> None:
+        """Prepare for a run without its trace's start, should there be none already."""
+        tags = labels.start_tags({"trace_id": self.trace_id, **process}, None)
+        tags += [("qitos.start_lost", "true"), *labels.cleaned(self.totals.constant_tags, None)]
+        self.start_tags = list(dict(tags).items())
 
     def move(self, uri: str) -> None:
         """Forget what the server at `uri` has: what is to come goes to another one."""
@@ -159,7 +172,7 @@ class TraceState:
         lost = sum(self.lost_spans.values())
         delivered = max(0, self.totals.spans - lost)
         dropped = {**self.dropped, **self.lost_spans}
-        return ledger_tags(max(self.recorded, self.totals.spans), delivered, dropped)
+        return labels.ledger_tags(max(self.recorded, self.totals.spans), delivered, dropped)
 
     def sent(self) -> None:
         """Forget what was waiting: it is part of a shipment now."""
@@ -194,3 +207,10 @@ class TraceState:
 
 
 _WAITING = ("metrics", "params", "tags", "spans", "tree_changed", "artifacts", "records")
+
+
+def _file(content: Any) -> bytes:
+    """A text as it is, anything else as JSON."""
+    if isinstance(content, str):
+        return content.encode()
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2)

@@ -273,6 +273,9 @@ def test_tags_say_where_the_run_comes_from() -> None:
 def test_every_loss_is_on_the_run() -> None:
     """Spans recorded, delivered and dropped, with the reasons, are tags of the run."""
     make = Records()
+    tags = dict(fold(make.start(), make.span("step"), make.end()).tags)
+    assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("1", "1")
+    make = Records()
     spans = [make.span("step", step_number=n) for n in range(3)]
     data = fold(make.start(), *spans, make.end(recorded=6, dropped={"queue_full": 2, "late": 1}))
     tags = dict(data.tags)

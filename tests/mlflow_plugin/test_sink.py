@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Server:
         self.host = host
         self.uri = f"http://user:password@{host}"
         self.cost: float | None = None
+        self.numbers = count()
         self.calls: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.spans: dict[str, Any] = {}
@@ -74,7 +75,7 @@ class Server:
         prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
 
         def create() -> RunRef:
-            run_id = f"{prefix}{len(self.runs)}"
+            run_id = f"{prefix}{next(self.numbers)}"
             self.runs[run_id] = {
                 "name": name,
                 "tags": dict(tags),
@@ -267,9 +268,14 @@ def test_without_traces_there_are_runs_only(server: Server) -> None:
 def test_files_go_with_their_run(server: Server) -> None:
     """An artifact's content is written below its path."""
     start, *rest = a_trace()
-    file = {"kind": "artifact", "trace_id": "trace-1", "path": "final_answer.txt", "content": "42"}
-    ship(sink_to(server), start, file, *rest)
-    assert server.artifacts == {"final_answer.txt": b"42"}
+    contents = {"final_answer.txt": "42", "final_answer.json": {"sum": [4, None, "é"]}}
+    files = [
+        {"kind": "artifact", "trace_id": "trace-1", "path": path, "content": content}
+        for path, content in contents.items()
+    ]
+    ship(sink_to(server), start, *files, *rest)
+    assert server.artifacts["final_answer.txt"] == b"42"
+    assert orjson.loads(server.artifacts["final_answer.json"]) == contents["final_answer.json"]
 
 
 def test_the_processs_end(server: Server) -> None:
@@ -339,6 +345,16 @@ def test_a_run_whose_creation_comes_through_late_is_deleted(server: Server) -> N
     assert list(server.runs) == ["run-0"]
 
 
+def test_a_late_twin_of_a_process_that_died_is_deleted(server: Server) -> None:
+    """Whoever resumes does not know of attempts that may still come through."""
+    records = a_trace()
+    sink = sink_to(server, resumed=True)
+    ship(sink, *records[:2])
+    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    assert ship(sink, *records[2:]) == []
+    assert list(server.runs) == ["run-0"]
+
+
 def test_out_of_time_it_goes_on_where_it_stopped(server: Server) -> None:
     """A shipment that ran out of time has lost nothing."""
     shipment = sink_to(server).prepare(lines(*a_trace()))
@@ -369,12 +385,85 @@ def test_spans_after_the_end_of_their_trace(server: Server) -> None:
     sink = sink_to(server)
     ship(sink, *a_trace())
     late = Records().span("generation", step=9, token_usage={"prompt_tokens": 5})
-    late["span_id"] = "late"
+    late |= {"span_id": "late", "late": 1}
     assert ship(sink, late) == []
     assert server.values()["generation/prompt_tokens"] == [5]
     assert server.runs["run-0"]["status"] == "FINISHED"
+    assert server.runs["run-0"]["tags"]["qitos.spans.late"] == "1"
+    assert server.runs["run-0"]["tags"]["qitos.spans.delivered"] == "3"
     (letter,) = ship(sink, {**late, "trace_id": "nobody's"})
     assert "NO_RUN" in letter.reason
+
+
+# -- feedback --------------------------------------------------------------------------------
+
+
+def verdicts(make: Records, count: int) -> list[dict[str, Any]]:
+    """Critics' spans with much to say."""
+    said = {"action": "go on", "reason": "r" * 5_000}
+    return [
+        make.span("critic", critic_name="c", score=0.5, output_content=said) for _ in range(count)
+    ]
+
+
+def test_no_feedback_is_lost_and_little_is_remembered(server: Server) -> None:
+    """However many verdicts, each is sent; what the spool keeps of them is bounded."""
+    told: dict[str, Any] = {}
+
+    answers = cycle([None, None, Poisoned("HTTP 500")])
+
+    def tell(call: str, info: Any) -> Exception | None:
+        if call != "write_trace":
+            return None
+        if failure := next(answers):
+            return failure
+        told.update({one["assessment_id"]: one for one in info.get("assessments", [])})
+        return None
+
+    server.fail = tell
+    make = Records()
+    sink = sink_to(server)
+    ship(sink, make.start())
+    sizes = []
+    for _ in range(20):
+        shipment = sink.prepare(lines(*verdicts(make, 10)))
+        for _ in range(10):
+            try:
+                assert shipment.send(TIMEOUT_S) == []
+            except RetryLater:
+                continue
+            break
+        sizes.append(len(sink.state()))
+    assert max(sizes) < 150_000
+    answers = cycle([None])
+    assert ship(sink, make.end()) == []
+    assert len(told) == 200
+
+
+def test_feedback_that_is_refused_is_kept_aside(server: Server) -> None:
+    """Verdicts that no later info repeats are not dropped without a word."""
+    make = Records()
+    sink = sink_to(server)
+    ship(sink, make.start())
+    server.fail = lambda call, _: Refused("BAD", "no") if call == "write_trace" else None
+    assert ship(sink, *verdicts(make, 2)) == []
+    (letter,) = ship(sink, *verdicts(make, 20))
+    assert len(orjson.loads(letter.record)["item"]["assessments"]) == 22
+    server.fail = lambda call, _: None
+    assert ship(sink, make.end()) == []
+
+
+def test_an_info_that_failed_is_sent_again(server: Server) -> None:
+    """What a running trace could not tell is told some seconds later."""
+    make = Records()
+    sink = sink_to(server)
+    server.fail = lambda call, _: Poisoned("HTTP 500") if call == "write_trace" else None
+    ship(sink, make.start())
+    server.fail = lambda call, _: None
+    late = make.span("step", step_number=1)
+    late["end_ns"] += 6_000_000_000
+    ship(sink, late)
+    assert len(server.traces) == 1
 
 
 # -- another destination ---------------------------------------------------------------------
@@ -592,6 +681,51 @@ def test_an_experiment_that_is_replaced(server: Server) -> None:
     assert ship(sink, *a_trace("four")) == []
 
 
+def test_a_run_that_was_deleted(server: Server) -> None:
+    """A run that takes nothing any more is found out at once, and its trace's records kept."""
+    sink = sink_to(server)
+    records = a_trace(spans=200)
+    ship(sink, *records[:2])
+    server.runs.clear()
+    server.calls.clear()
+    other = a_trace("other")
+    dead = ship(sink, *records[2:100], *other)
+    assert [orjson.loads(letter.record) for letter in dead] == records[2:100]
+    assert {letter.reason for letter in dead} == {"RESOURCE_DOES_NOT_EXIST: run-0"}
+    assert server.calls.count("log_batch") == 3
+    assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
+    server.calls.clear()
+    assert len(ship(sink, *records[100:])) == 102
+    assert server.calls == []
+
+
+def test_a_run_that_was_deleted_before_its_end(server: Server) -> None:
+    """Whichever call finds it out."""
+    sink = sink_to(server)
+    *records, end = a_trace()
+    ship(sink, *records)
+    gone = Refused("INVALID_PARAMETER_VALUE", "must be in the 'active' state")
+    server.fail = lambda call, _: gone if call in ("log_batch", "end_run") else None
+    assert [orjson.loads(letter.record) for letter in ship(sink, end)] == [end]
+
+
+def test_the_start_of_a_trace_was_lost(server: Server) -> None:
+    """A run is made of what there is once its end is known, and says so."""
+    records = a_trace(spans=4)
+    sink = sink_to(server, user="me")
+    assert ship(sink, *records[1:]) == []
+    (run,) = server.runs.values()
+    wanted = {"qitos.start_lost": "true", "qitos.trace_id": "trace-1", "env": "dev"}
+    assert wanted.items() <= run["tags"].items()
+    assert run["tags"]["mlflow.user"] == "me"
+    assert run["status"] == "FINISHED"
+    assert (run["tags"]["qitos.spans.delivered"], server.values()["total_steps"]) == ("4", [4])
+    (info,) = server.traces.values()
+    assert info["trace_metadata"]["mlflow.sourceRun"] == "run-0"
+    assert info["request_time"].startswith("2026")
+    assert all(span.start_time_unix_nano for span in server.spans.values())
+
+
 def test_refused_traces_leave_nothing_behind(server: Server) -> None:
     """Once it has ended nothing is kept of a refused trace; one that did not end is no run."""
     server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
@@ -674,6 +808,9 @@ def test_a_server_without_traces_has_runs(server: Server, caplog: pytest.LogCapt
     assert [run["status"] for run in server.runs.values()] == ["FINISHED"] * 2
     assert server.calls.count("write_spans") == 1
     assert caplog.text.count("cannot store traces") == 1
+    for run in server.runs.values():
+        tags = run["tags"]
+        assert (tags["qitos.spans.delivered"], tags["qitos.spans.dropped"]) == ("0", "no_traces=3")
     assert "password" not in caplog.text
 
 

@@ -221,6 +221,17 @@ def test_an_abandoned_trace_is_an_error() -> None:
     assert (info["state"], info["execution_duration"]) == ("ERROR", "2.000s")
 
 
+def test_a_trace_without_its_start_has_no_root() -> None:
+    """Nobody knows what it was called or when it began: no root of 1970."""
+    make = Records()
+    spans, state = fold(make.span("step"), make.end(), fold_=TraceFold.after_end("trace-1"))
+    (span,) = spans
+    assert span.name == "step"
+    info = state.info()
+    assert (info["state"], info["request_time"]) == ("OK", "2026-09-21T14:13:20.000000Z")
+    assert info["tags"]["qitos.trace_id"] == "trace-1"
+
+
 def test_long_texts_keep_to_the_columns() -> None:
     """Previews, session, names and tags fit what PostgreSQL takes, without NUL."""
     long = "x\0" * 20_000
