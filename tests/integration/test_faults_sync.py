@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import orjson
 import pytest
 
 from tests.integration.agents import ROOT, Agent, Report
@@ -22,7 +23,9 @@ from tests.integration.stored import (
     StoredRun,
     assert_exactly_once,
     assert_survived_kill,
+    assert_whole,
     ledger,
+    spans_by_trace,
     stored_runs,
     stray_traces,
 )
@@ -235,3 +238,45 @@ def test_a_damaged_line_is_a_counted_loss(
     assert run.status == "FINISHED"
     assert ledger(run) == (count, count - 1, "lost_in_spool=1")
     assert len(run.spans) == count - 1
+
+
+def test_the_line_of_a_start_is_damaged(
+    proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path
+) -> None:
+    """The rest of the trace is a run all the same, which says what it lacks."""
+    proxy.set(Refuse())
+    report = logging_agent({"exit_timeout_s": 0.1}).finish()
+    [part] = (tmp_path / "spool").glob("*.seg")
+    data = part.read_bytes()
+    assert data.count(b'"kind":"trace_start"') == 1
+    part.write_bytes(data.replace(b'"kind":"trace_start"', b'"kind":"trace_stort"'))
+    proxy.set(None)
+    execute("qitos-mlflow sync")
+    [run] = runs()
+    count = len(report.spans())
+    assert run.status == "FINISHED"
+    assert run.tags["qitos.start_lost"] == "true"
+    assert ledger(run) == (count, count, "")
+    assert len(run.spans) == count
+
+
+def test_a_run_is_deleted_on_the_server(
+    mlflow_server: MlflowServer, proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path
+) -> None:
+    """Its agent goes on, what is left of it is kept aside, and the server is not stormed."""
+    agent = logging_agent(steps=20, traces=2, gates=["mid"])
+    agent.wait_for("mid")
+    until(runs)
+    [deleted] = runs()
+    mlflow_server.client.delete_run(deleted.run_id)
+    before = len(proxy.requests)
+    agent.go()
+    report = agent.finish()
+    assert report.returncode == 0, report.stderr
+    assert len(proxy.requests) - before < 40
+    [run] = runs()
+    assert_whole(run, spans_by_trace(report)[run.trace_id])
+    [dead] = (tmp_path / "spool").glob("*.dead")
+    letters = [orjson.loads(line) for line in dead.read_bytes().splitlines()]
+    assert {orjson.loads(letter["record"])["trace_id"] for letter in letters} == {deleted.trace_id}
+    assert all("must be in the 'active' state" in letter["reason"] for letter in letters)
