@@ -266,7 +266,7 @@ def test_a_run_is_deleted_on_the_server(
     """Its agent goes on, what is left of it is kept aside, and the server is not stormed."""
     agent = logging_agent(steps=20, traces=2, gates=["mid"])
     agent.wait_for("mid")
-    until(runs)
+    eventually(runs)
     [deleted] = runs()
     mlflow_server.client.delete_run(deleted.run_id)
     before = len(proxy.requests)
