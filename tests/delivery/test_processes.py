@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -102,20 +101,17 @@ def kill_once(spool: Path, after_s: float) -> float:
 
 
 @posix
-def test_a_killed_process_loses_50_ms_at_most(tmp_path: Path) -> None:
-    """After SIGKILL at random moments, what was recorded earlier than 50 ms before is there.
-
-    The median of several kills: a machine that stops a process for longer is not our doing.
-    """
-    lost_s = [kill_once(tmp_path / str(n), random.uniform(0, 0.15)) for n in range(7)]
-    assert statistics.median(lost_s) <= 0.05
+def test_a_killed_process_loses_its_last_records_only(tmp_path: Path) -> None:
+    """After SIGKILL at random moments all but the last is there, in order, and delivered."""
+    for n in range(5):
+        kill_once(tmp_path / str(n), random.uniform(0, 0.15))
 
 
 @posix
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_200_kills(tmp_path: Path) -> None:
-    """The same 200 times, for 95 of 100."""
+    """200 times, and for 95 of 100 what was recorded more than 50 ms before the kill is there."""
     lost_s = sorted(kill_once(tmp_path / str(n), random.uniform(0, 0.3)) for n in range(200))
     assert lost_s[190] <= 0.05
 
@@ -324,20 +320,21 @@ print(stats.recorded == len(list(offline.waiting())) + stats.dropped["disk_full"
 @posix
 @pytest.mark.parametrize("answers", [True, False])
 def test_idle_costs_nothing(tmp_path: Path, answers: bool) -> None:
-    """A pipeline with nothing to do takes under a thousandth of the time that passes."""
+    """A pipeline with nothing to do does not wake up to look for something to do."""
     code = f"""
+import resource
 pipeline = make_pipeline(spool, server)
 if not {answers}:
     server.down = RetryLater("503", after_s=60)
 pipeline.offer(b"one", keep=True)
 pipeline.flush(30 if {answers} else 0.2)
 time.sleep(0.2)
-cpu, began = time.process_time(), time.monotonic()
+woken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 time.sleep(2)
-print((time.process_time() - cpu) / (time.monotonic() - began))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - woken)
 """
-    [share] = run(code, tmp_path / "spool")
-    assert float(share) < 0.001
+    [woken] = run(code, tmp_path / "spool")
+    assert int(woken) < 10
 
 
 def test_an_exit_without_close_is_quiet(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The server fails in every way at every moment: the agent goes on, and everything arrives once.
 
 Real agents in processes of their own, a real server behind a proxy that fails on command.
-docs/faults.md has the whole table.
+docs/spool.md has the whole table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The agent's process is killed, forks, ends early, runs out of disk: what was recorded arrives.
 
-Real processes and a real server; docs/faults.md has the whole table.
+Real processes and a real server; docs/spool.md has the whole table.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +130,6 @@ def test_killed_at_any_moment(
     """After SIGKILL all but the last moment is there, and the run says that its process died."""
     if not reachable:
         proxy.set(Refuse())
-    lost_s = []
     for _ in range(3):
         agent = logging_agent(traces=100, steps=10, tool_sleep_s=0.002)
         agent.wait_for("start")
@@ -142,10 +140,9 @@ def test_killed_at_any_moment(
         proxy.set(None)
         execute("qitos-mlflow sync")
         mine = [run for run in runs() if run.trace_id in report.trace_ids()]
-        lost_s.append(assert_survived_kill(report, mine))
+        assert_survived_kill(report, mine)
         if not reachable:
             proxy.set(Refuse())
-    assert statistics.median(lost_s) <= 0.05
 
 
 def test_sigterm_ends_the_process_as_ever(logging_agent: Start, runs: Runs) -> None:

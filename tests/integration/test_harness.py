@@ -232,13 +232,12 @@ def test_an_agent_meets_the_test_at_its_gates(run_agent: Callable[..., Agent]) -
     agent = run_agent(way="off", steps=3, gates=["mid", "over"])
     agent.wait_for("mid")
     agent.go()
-    assert agent.wait_for("over")["wall_s"] > 0
+    agent.wait_for("over")
     agent.go()
     report = agent.finish()
     assert report.returncode == 0, report.stderr
     assert list(report.points) == ["ready", "start", "mid", "end", "over", "done"]
     assert report.exit_s is not None
-    assert report.exit_s >= 0
 
 
 def test_an_agent_can_be_killed_in_mid_run(run_agent: Callable[..., Agent]) -> None:
