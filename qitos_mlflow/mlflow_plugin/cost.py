@@ -17,7 +17,7 @@ import orjson
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.spans import MAX_PRICED, TraceFold
-from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport
+from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, Transport, equals
 
 _log = logging.getLogger("qitos_mlflow")
 
@@ -92,8 +92,8 @@ def trace_cost(
         RetryLater, Poisoned: the server does not answer now.
         Refused: the server does not tell what spans cost.
     """
-    of_trace = _equals("trace.tag.`qitos.trace_id`", tree.id)
-    of_spans = [_equals("span.name", name) for name in tree.priced]
+    of_trace = equals("trace.tag.`qitos.trace_id`", tree.id)
+    of_spans = [equals("span.name", name) for name in tree.priced]
     if of_trace is None or None in of_spans or len(of_spans) > MAX_PRICED:
         return None
     start_ms = max(0, tree.start_ns // 1_000_000 - MARGIN_MS)
@@ -108,11 +108,3 @@ def trace_cost(
             costs[kind] += amount
             priced = True
     return {**costs, "total_cost": sum(costs.values())} if priced else None
-
-
-def _equals(field: str, text: str) -> str | None:
-    """A filter, None for a text that MLflow's filters cannot hold."""
-    for quote in ("'", '"'):
-        if quote not in text:
-            return f"{field} = {quote}{text}{quote}"
-    return None

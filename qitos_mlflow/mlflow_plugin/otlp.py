@@ -97,9 +97,10 @@ def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | Non
         return
     details = exception or {}
     kind, message = details.get("type"), details.get("message")
-    if not kind and error:  # "ValueError: text", as the bridge writes errors
-        head, mark, tail = error.partition(": ")
-        kind, message = (head, tail) if mark and head.isidentifier() else ("Error", error)
+    if not kind:  # "ValueError: text", as the bridge writes errors
+        head, mark, tail = (error or "").partition(": ")
+        named = mark and head.isidentifier()
+        kind, message = (head, tail) if named else ("Error", error or message)
     text = error or (f"{kind}: {message}" if message else str(kind))
     span.status.code = Status.STATUS_CODE_ERROR
     span.status.message = clean_text(text, limits.TAG_CHARS)
@@ -129,12 +130,13 @@ def distinct(spans: Iterable[Span]) -> list[Span]:
     Spans of different traces may be mixed.
     """
     by_id = {(span.trace_id, span.span_id): span for span in spans}
-    for key, span in by_id.items():
-        above = (span.trace_id, span.parent_span_id)
-        seen = {key}
-        while above in by_id and above not in seen:
-            seen.add(above)
-            above = (span.trace_id, by_id[above].parent_span_id)
-        if above in seen:
-            span.parent_span_id = b""
+    seen: set[tuple[bytes, bytes]] = set()
+    for key in by_id:
+        way: set[tuple[bytes, bytes]] = set()
+        while key in by_id and key not in seen and key not in way:
+            way.add(key)
+            key = (key[0], by_id[key].parent_span_id)
+        if key in way:
+            by_id[key].parent_span_id = b""
+        seen |= way
     return list(by_id.values())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from qitos_mlflow.mlflow_plugin.destination import is_http
+from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
 
 PORT = 5000
 """Where the page of a local store is suggested to be opened: MLflow's own default port."""
@@ -44,17 +44,21 @@ class Readback:
 
     @property
     def server_command(self) -> str | None:
-        """The command that serves the page of a local store; None where a server runs already."""
+        """The command that serves the page of a local store; None where a server runs already.
+
+        A database's password is left out: it is for the screen.
+        """
         if is_http(self.tracking_uri) or self.tracking_uri.split(":")[0] in {"databricks", "uc"}:
             return None
-        uri = shlex.quote(self.tracking_uri)
+        uri = shlex.quote(without_credentials(self.tracking_uri))
         return f"{_mlflow()} server --backend-store-uri {uri} --port {PORT}"
 
     @property
     def page(self) -> str:
         """The address of the experiment's page, once its server runs."""
         served = self.server_command is not None
-        server = f"http://localhost:{PORT}" if served else self.tracking_uri.rstrip("/")
+        shown = without_credentials(self.tracking_uri).rstrip("/")
+        server = f"http://localhost:{PORT}" if served else shown
         return (
             server if self.experiment_id is None else f"{server}/#/experiments/{self.experiment_id}"
         )

@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.exchange import Exchange, Requester
-from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, TRACE_TAG, Refused, RunRef, equals
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.metrics import Metric
@@ -93,11 +93,14 @@ class RestTransport:
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
         """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+        tagged = equals(TRACE_TAG, trace_id)
+        if tagged is None:
+            return []
         answer = self._api(
             "runs/search",
             {
                 "experiment_ids": [experiment_id],
-                "filter": f"tags.`qitos.trace_id` = '{trace_id}'",
+                "filter": tagged,
                 "order_by": ["attributes.start_time ASC"],
                 "max_results": MAX_FOUND,
             },

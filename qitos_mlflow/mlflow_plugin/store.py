@@ -26,9 +26,11 @@ from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
 from qitos_mlflow.mlflow_plugin.transport import (
     MAX_FOUND,
+    TRACE_TAG,
     Poisoned,
     Refused,
     RunRef,
+    equals,
     failure,
     readable,
 )
@@ -210,10 +212,13 @@ class StoreTransport:
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
         """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+        tagged = equals(TRACE_TAG, trace_id)
+        if tagged is None:
+            return []
         with _failures():
             runs = self._mlflow.search_runs(
                 [experiment_id],
-                f"tags.`qitos.trace_id` = '{trace_id}'",
+                tagged,
                 order_by=["attributes.start_time ASC"],
                 max_results=MAX_FOUND,
             )

@@ -28,6 +28,9 @@ DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed
 
 REASON_CHARS = 300
 
+TRACE_TAG = "tags.`qitos.trace_id`"
+"""What a run's trace is searched by."""
+
 MAX_FOUND = 10
 """Runs that `find_runs` returns at most; there is one, or one more for each unanswered creation."""
 
@@ -100,7 +103,10 @@ class Transport(Protocol):
         """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
-        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most.
+
+        Empty for an id with both kinds of quotes in it, which MLflow cannot be asked for.
+        """
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         """Mark a run as deleted, as MLflow's pages do."""
@@ -147,6 +153,14 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give up connections."""
+
+
+def equals(field: str, text: str) -> str | None:
+    """A filter in MLflow's language; None for a text that it cannot hold."""
+    for quote in ("'", '"'):
+        if quote not in text:
+            return f"{field} = {quote}{text}{quote}"
+    return None
 
 
 def delete_others(transport: Transport, run: RunRef, trace_id: str, timeout_s: float) -> None:

@@ -175,6 +175,21 @@ def test_batches_have_no_double_and_no_circle() -> None:
     assert build_span(trace, a, a, "self", 1, 2, {}).parent_span_id == b""
 
 
+def test_only_the_circle_is_opened() -> None:
+    """What hangs on a circle keeps its parent, and a chain as long as any is soon walked."""
+    trace, ids = bytes(15) + b"t", [n.to_bytes(8, "big") for n in range(1, 50_001)]
+    above = [None, *ids[:-1]]
+    made = [
+        build_span(trace, own, parent, "s", 1, 2, {})
+        for own, parent in zip(ids, above, strict=True)
+    ]
+    made.reverse()  # From the bottom: the longest way for each.
+    assert all(span.parent_span_id for span in distinct(made)[:-1])
+    made[-1].parent_span_id = ids[1]  # The top two are a circle, all others hang on it.
+    cut = [span.span_id for span in distinct(made) if not span.parent_span_id]
+    assert cut in ([ids[0]], [ids[1]])
+
+
 @pytest.mark.parametrize(
     "value", [2**63, -(2**70), "\ud800", float("nan"), b"x", object(), {1: [None]}, {"a": "\0"}]
 )
@@ -416,6 +431,9 @@ def test_status_without_details_is_still_told() -> None:
     other = build_span(b"t" * 16, b"s" * 8, None, "n", 1, 2, {})
     set_status(other, "something odd", None)
     assert other.events[0].attributes[0].value.string_value == "Error"
+    for error, exception, text in [("", None, "Error"), (None, {"message": "no"}, "Error: no")]:
+        set_status(span, error, exception)
+        assert span.status.message == text
 
 
 def test_values_keep_their_types() -> None:

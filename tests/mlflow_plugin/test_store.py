@@ -116,3 +116,12 @@ def test_mlflows_own_client_loses_nothing_either(place: str) -> None:
     with pytest.raises(RetryLater) as later:
         RestTransport(uri, mlflow_requester(uri)).experiment_id("name", 0.5)
     assert SECRET not in str(later.value)
+
+
+@pytest.mark.parametrize("trace_id", ["it's", 'say "so"', "a' OR 'b"])
+def test_runs_are_found_by_any_id(store: StoreTransport, trace_id: str) -> None:
+    """An id with quotes in it is no other question."""
+    experiment = store.experiment_id("quotes", 1.0)
+    run = store.create_run(experiment, 1, "n", [("qitos.trace_id", trace_id)], 1.0)
+    assert [found.run_id for found in store.find_runs(experiment, trace_id, 1.0)] == [run.run_id]
+    assert store.find_runs(experiment, trace_id + "'\"", 1.0) == []
