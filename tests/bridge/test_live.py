@@ -31,7 +31,7 @@ FORKED_TOOL = """
     bridge.install()
 
     def tell(who):
-        (pipeline,) = processor.mlflow_plugin._pipelines._all()
+        (pipeline,) = processor.mlflow_plugin._pipelines.all()
         processor.force_flush()
         for payload in pipeline.waiting():
             record = orjson.loads(payload)
