@@ -70,24 +70,23 @@ def autolog(
             return
         from qitos_mlflow.mlflow_plugin.origin import Origin
         from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
+        from qitos_mlflow.settings import Settings
 
-        processor = MlflowTraceProcessor(
+        settings = Settings.resolve(
             experiment_name=experiment_name,
             run_name=run_name,
             tracking_uri=tracking_uri,
             tags=tags,
             **options,
         )
-        processor.mlflow_plugin.origin = Origin.AUTOLOG
         if _autolog is not None:
-            if (
-                _autolog in tracing.processors()
-                and _autolog.mlflow_plugin.settings == processor.mlflow_plugin.settings
-            ):
+            unchanged = _autolog.mlflow_plugin.settings == settings
+            if unchanged and _autolog in tracing.processors():
                 return
             _retire(_autolog)
-        _autolog = processor
-        tracing.add_trace_processor(processor)
+        _autolog = MlflowTraceProcessor(**vars(settings))
+        _autolog.mlflow_plugin.origin = Origin.AUTOLOG
+        tracing.add_trace_processor(_autolog)
 
 
 def activate() -> None:
