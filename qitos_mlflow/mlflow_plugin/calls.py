@@ -120,11 +120,16 @@ class Calls:
         self, traces: Mapping[bytes, TraceState], spans: Sequence[Any], timeout_s: float
     ) -> None:
         """Write spans of any of these traces, by their OpenTelemetry ids."""
-        # Those of a refused run are dead letters already.
-        spans = [span for span in spans if traces[span.trace_id].refused is None]
-        if spans and self.log_traces:
-            with self._without_traces():
-                self._transport.write_spans(self._experiment(timeout_s), spans, timeout_s)
+        by_experiment: dict[str, list[Any]] = {}
+        for span in spans:
+            trace = traces[span.trace_id]
+            if trace.refused is None:  # Those of a refused run are dead letters already.
+                by_experiment.setdefault(_run_of(trace).experiment_id, []).append(span)
+        if not self.log_traces:
+            return
+        with self._without_traces():
+            for experiment_id, some in by_experiment.items():
+                self._transport.write_spans(experiment_id, some, timeout_s)
 
     def write_tree(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write what is known so far of the trace as a whole; if that fails, another one follows.
@@ -142,9 +147,9 @@ class Calls:
         """Write what is known of the trace as a whole, and will not be written again."""
         if not self.log_traces or trace.tree is None or not (trace.started or trace.start_lost):
             return
-        run_id = None if trace.run is None else trace.run.run_id
-        experiment_id = self._experiment(timeout_s)
-        info = locate(items[0], experiment_id, run_id)
+        run = _run_of(trace)
+        experiment_id = run.experiment_id
+        info = locate(items[0], experiment_id, run.run_id)
         if trace.told:
             info["trace_metadata"] |= self._costs.metadata(trace.tree, experiment_id, timeout_s)
         with self._without_traces():
@@ -178,10 +183,12 @@ class Calls:
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Complete the run's account of its spans and end it."""
         if self._settings.get("log_traces", True) and not self.log_traces:
-            trace.lost_spans["no_traces"] = trace.totals.spans
+            trace.lost_spans.pop("no_traces", None)
+            trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
         if ledger := trace.corrected_ledger():
             self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)
-        if trace.creations > 1:
+        # Not if its start was lost: who has that may just be creating the run it belongs to.
+        if trace.creations > 1 and trace.started:
             delete_others(self._transport, _run_of(trace), trace.trace_id, timeout_s)
         if not self._settings.get("auto_end_run", True) and trace.status != "KILLED":
             return

@@ -134,7 +134,9 @@ class TraceState:
         """Prepare for a run without its trace's start, should there be none already."""
         tags = labels.start_tags({"trace_id": self.trace_id, **process}, None)
         tags += [("qitos.start_lost", "true"), *labels.cleaned(self.totals.constant_tags, None)]
-        self.start_tags = list(dict(tags).items())
+        found = dict(tags)
+        self.name = found.pop("mlflow.runName", self.name)  # See `_add`.
+        self.start_tags = list(found.items())
 
     def move(self, uri: str) -> None:
         """Forget what the server at `uri` has: what is to come goes to another one."""

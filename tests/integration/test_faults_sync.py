@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.agents import ROOT, Agent, Report
 from tests.integration.faults import execute, leftover
-from tests.integration.proxy import Latency, Proxy, Refuse
+from tests.integration.proxy import Fault, Hang, Latency, Proxy, Refuse, Status
 from tests.integration.server import MlflowServer
 from tests.integration.stored import (
     StoredRun,
@@ -280,3 +280,15 @@ def test_a_run_is_deleted_on_the_server(
     letters = [orjson.loads(line) for line in dead.read_bytes().splitlines()]
     assert {orjson.loads(letter["record"])["trace_id"] for letter in letters} == {deleted.trace_id}
     assert all("must be in the 'active' state" in letter["reason"] for letter in letters)
+
+
+@pytest.mark.parametrize("fault", [Status(503), Hang()], ids=["503", "hanging"])
+def test_a_cost_that_is_not_told_holds_nothing_back(
+    proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path, fault: Fault
+) -> None:
+    """A server that answers all but what model calls cost gets everything in time."""
+    proxy.set(fault, only="traces/metrics")
+    report = logging_agent({"exit_timeout_s": 30.0}).finish()
+    assert any("traces/metrics" in request.path for request in proxy.requests)
+    assert_exactly_once(report, runs())
+    assert list((tmp_path / "spool").glob("*.seg")) == []

@@ -497,6 +497,20 @@ def test_the_rest_goes_to_another_server(server: Server) -> None:
     assert len(other.spans) == 3 + 1  # With the root.
 
 
+def test_another_server_without_traces(server: Server) -> None:
+    """Each span that is not there is counted once, by one reason."""
+    sink = sink_to(server)
+    records = a_trace(spans=3)
+    ship(sink, *records[:2])
+    other = Server("other.test")
+    other.fail = lambda call, _: Refused("HTTP 404", "") if call == "write_spans" else None
+    moved = sink_to(other)
+    moved.restore(sink.state())
+    assert ship(moved, *records[2:]) == []
+    (run,) = other.runs.values()
+    assert run["tags"]["qitos.spans.dropped"] == "elsewhere=1, no_traces=2"
+
+
 def test_the_same_server_by_another_name(server: Server) -> None:
     """Where the run is found, nothing is elsewhere and no second run is made."""
     sink = sink_to(server)
@@ -712,12 +726,13 @@ def test_a_run_that_was_deleted_before_its_end(server: Server) -> None:
 def test_the_start_of_a_trace_was_lost(server: Server) -> None:
     """A run is made of what there is once its end is known, and says so."""
     records = a_trace(spans=4)
-    sink = sink_to(server, user="me")
+    sink = sink_to(server, user="me", tags={"env": "dev", "mlflow.runName": "by-tag"})
     assert ship(sink, *records[1:]) == []
     (run,) = server.runs.values()
     wanted = {"qitos.start_lost": "true", "qitos.trace_id": "trace-1", "env": "dev"}
     assert wanted.items() <= run["tags"].items()
-    assert run["tags"]["mlflow.user"] == "me"
+    assert (run["name"], run["tags"]["mlflow.user"]) == ("by-tag", "me")
+    assert "mlflow.runName" not in run["tags"]
     assert run["status"] == "FINISHED"
     assert (run["tags"]["qitos.spans.delivered"], server.values()["total_steps"]) == ("4", [4])
     (info,) = server.traces.values()
