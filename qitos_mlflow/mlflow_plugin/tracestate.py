@@ -121,9 +121,8 @@ class TraceState:
         self.metrics += data.metrics
         self.params += data.params
         for key, value in data.tags:
-            # A name that was given as MLflow's tag. Refused beside another one when the run is
-            # created; of a run that there is it is a new name.
-            if key == "mlflow.runName" and self.run is None:
+            # A name among the configured tags: MLflow refuses the run if it is given both ways.
+            if key == "mlflow.runName":
                 self.name = value or self.name
             else:
                 self.tags.append((key, value))

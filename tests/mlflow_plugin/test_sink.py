@@ -225,16 +225,6 @@ def test_a_run_may_be_named_by_mlflows_tag(
     assert ship(MlflowSink(store, {**SETTINGS, **settings}), *a_trace()) == []
 
 
-def test_a_run_can_be_named_anew_while_it_goes(server: Server) -> None:
-    """For a run that there is, the tag is a new name."""
-    start, *others = a_trace()
-    sink = sink_to(server)
-    ship(sink, start)
-    others[0]["added"] = {"tags": {"mlflow.runName": "later"}}
-    ship(sink, *others)
-    assert server.runs["run-0"]["tags"]["mlflow.runName"] == "later"
-
-
 def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
     """With `auto_end_run` off only the death of its process ends a run."""
     sink = sink_to(server, auto_end_run=False)
