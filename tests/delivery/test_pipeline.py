@@ -20,6 +20,7 @@ from qitos_mlflow.delivery import (
     shipping,
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
+from qitos_mlflow.delivery.segment import Loss, Record, Segment
 from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import BATCH_RECORDS
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
@@ -238,6 +239,36 @@ def test_refining_happens_off_the_agents_thread(make: Make, server: FakeServer) 
     assert server.accepted == [b"a ***"]
     assert threads == {"qitos-mlflow-worker"}
     assert pipeline.stats.dropped == {}
+
+
+def test_a_bug_of_the_worker_costs_the_records_at_hand_only(
+    make: Make,
+    server: FakeServer,
+    swallowed: list[tuple[str, BaseException]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are counted, told and seen by other processes; what comes after them is delivered."""
+    losses = Losses()
+    store = Segment.append
+
+    def fail(segment: Segment, records: Sequence[Record], time_ns: int) -> list[Loss]:
+        if any(record.data.startswith(b"bad") for record in records):
+            raise ValueError("a bug")
+        return store(segment, records, time_ns)
+
+    monkeypatch.setattr(Segment, "append", fail)
+    pipeline = make(dropped=losses)
+    for payload in (b"bad", b"bad too"):
+        pipeline.offer(payload)
+    assert pipeline.flush(LONG_S)
+    pipeline.offer(b"good")
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == [b"good"]
+    assert pipeline.stats.dropped == {"worker_failed": 2}
+    assert losses.records == [(b"bad", "worker_failed"), (b"bad too", "worker_failed")]
+    assert inspect_segment(pipeline.paths).losses == {"worker_failed": 2}
+    assert {where for where, _ in swallowed} == {"delivery.worker"}
+    swallowed.clear()
 
 
 def test_a_failing_refine_costs_its_record_only(

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qitos_mlflow.delivery import cap
 from qitos_mlflow.delivery import cursor as cursor_module
@@ -584,75 +583,3 @@ def test_what_cannot_be_read_can_be_looked_at(
     assert inspect_segment(segment.paths).waiting == 1
     assert path.exists()
     segment.close(delete=True)
-
-
-class SpoolMachine(RuleBasedStateMachine):
-    """Append, read, acknowledge, crash: nothing acknowledged comes again, nothing else is lost."""
-
-    @initialize()
-    def begin(self) -> None:
-        self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
-        self.number = 0
-        self.model: list[bytes] = []  # What is neither acknowledged nor deleted.
-        self.crashed: list[tuple[Paths, list[bytes]]] = []
-        self.open()
-
-    def open(self) -> None:
-        self.segment = make_segment(Path(self.directory.name), part_bytes=400)
-        self.cursor = own_cursor(self.segment)
-
-    @rule(count=st.integers(1, 6), tail=st.binary(max_size=30), keep=st.booleans())
-    def append(self, count: int, tail: bytes, keep: bool) -> None:
-        records = [b"%d " % (self.number + n) + tail for n in range(count)]
-        self.number += count
-        assert append(self.segment, records, keep=keep) == []
-        self.model += records
-
-    @rule(limit=st.integers(1, 5))
-    def acknowledge(self, limit: int) -> None:
-        chunk = self.cursor.read(
-            end=self.segment.end, sealed=True, max_records=limit, max_bytes=MIB
-        )
-        assert chunk.records == self.model[: len(chunk.records)]
-        assert chunk.records or not self.model or chunk.end > self.cursor.position
-        self.cursor.acknowledge(chunk, b"%d" % len(chunk.records), ())
-        del self.model[: len(chunk.records)]
-
-    @rule(limit=st.integers(1, 5))
-    def read_without_acknowledging(self, limit: int) -> None:
-        chunk = self.cursor.read(
-            end=self.segment.end, sealed=True, max_records=limit, max_bytes=MIB
-        )
-        assert chunk.records == self.model[: len(chunk.records)]
-
-    @precondition(lambda self: self.segment.end > 0)
-    @rule(torn=st.binary(max_size=20).filter(lambda b: b"\n" not in b))
-    def crash(self, torn: bytes) -> None:
-        crash(self.segment)
-        with self.segment.paths.parts()[-1][1].open("ab") as file:
-            file.write(torn)
-        self.crashed.append((self.segment.paths, self.model))
-        self.model = []
-        self.open()
-
-    @precondition(lambda self: self.crashed)
-    @rule()
-    def recover(self) -> None:
-        paths, waiting = self.crashed.pop()
-        assert inspect_segment(paths).waiting == len(waiting)
-        assert list(waiting_records(paths)) == waiting
-        assert purge(paths)
-
-    @invariant()
-    def other_processes_see_the_same(self) -> None:
-        if hasattr(self, "segment"):
-            assert list(waiting_records(self.segment.paths)) == self.model
-
-    def teardown(self) -> None:
-        if hasattr(self, "segment"):
-            self.segment.close(delete=True)
-            self.directory.cleanup()
-
-
-SpoolMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
-TestSpoolMachine = SpoolMachine.TestCase

@@ -1,0 +1,155 @@
+"""The life of a segment through cuts and deaths: what one process began, another one finishes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from qitos_mlflow.delivery import Outcome, Paths, RetryLater, Stats, deliver_segment
+from qitos_mlflow.delivery import shipping as shipping_module
+from qitos_mlflow.delivery.cursor import Cursor
+from qitos_mlflow.delivery.shipping import Shipping
+from qitos_mlflow.delivery.spool import claim, waiting_records
+from tests.delivery.fakes import FakeServer
+from tests.delivery.test_spool import MEMORY, NOW, append, crash, make_segment, own_cursor
+
+BATCH = 4
+CUTS = st.none() | st.integers(0, BATCH)
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+class Recording:
+    """One segment: what went in, and what the server got of it, in several lives."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        self.server = FakeServer()
+        self.recorded: list[bytes] = []
+        self.deaths = 0
+
+    def shipping(self, cursor: Cursor) -> Shipping:
+        return Shipping(cursor, self.server.sink)
+
+    def step(self, shipping: Shipping, end: int | None, *, dies: bool = False) -> bool:
+        """Ship a batch; with `dies`, the process does when the server has it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shipping_module, "BATCH_RECORDS", BATCH)
+            if dies:
+                patch.setattr(Cursor, "acknowledge", kill)
+            return shipping.step(end=end, sealed=True, timeout_s=1.0)
+
+    def check(self) -> None:
+        """All that was sent is in order; each death had the server get a batch again at most."""
+        expected = again = 0
+        for number in (int(record.split()[0]) for record in self.server.accepted):
+            if number < expected:
+                again += 1
+                assert expected - number <= BATCH
+            else:
+                assert number == expected
+            expected = number + 1
+        assert again <= self.deaths
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+class Lives(RuleBasedStateMachine):
+    """Append, ship, be cut off, die, be delivered by others: all arrives in order, and once.
+
+    But for what the server had and the process did not live to acknowledge: a batch at most.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.directory = tempfile.TemporaryDirectory(dir=MEMORY)
+        self.left: list[Recording] = []
+        self.open()
+
+    def open(self) -> None:
+        self.segment = make_segment(Path(self.directory.name), part_bytes=400)
+        self.cursor = own_cursor(self.segment)
+        self.now = Recording(self.segment.paths)
+        self.shipping = self.now.shipping(self.cursor)
+
+    @rule(count=st.integers(1, 6), tail=st.binary(max_size=30), keep=st.booleans())
+    def append(self, count: int, tail: bytes, keep: bool) -> None:
+        done = len(self.now.recorded)
+        records = [b"%d " % (done + n) + tail for n in range(count)]
+        assert append(self.segment, records, keep=keep) == []
+        self.now.recorded += records
+
+    @rule(cut_after=CUTS)
+    def ship(self, cut_after: int | None) -> None:
+        self.now.server.breaks_after = cut_after
+        try:
+            self.now.step(self.shipping, self.segment.end)
+        except RetryLater:
+            assert cut_after is not None
+        self.now.check()
+
+    @precondition(lambda self: self.segment.end > 0)
+    @rule(torn=st.binary(max_size=20).filter(lambda b: b"\n" not in b), cut_after=CUTS)
+    def die(self, torn: bytes, cut_after: int | None) -> None:
+        self.now.server.breaks_after = cut_after
+        try:
+            self.now.step(self.shipping, self.segment.end, dies=True)
+        except (Killed, RetryLater):
+            pass
+        crash(self.segment)
+        with self.segment.paths.parts()[-1][1].open("ab") as file:
+            file.write(torn)
+        self.now.deaths += 1
+        self.left.append(self.now)
+        self.open()
+
+    @precondition(lambda self: self.left)
+    @rule(steps=st.none() | st.integers(0, 3))
+    def deliver(self, steps: int | None) -> None:
+        """By another process, which may die as well."""
+        left = self.left.pop()
+        left.server.breaks_after = None
+        if steps is None:
+            assert deliver_segment(left.paths, left.server.sink) is Outcome.FINISHED
+            assert left.server.accepted.pop() == b"killed"
+            left.check()
+            assert list(dict.fromkeys(left.server.accepted)) == left.recorded
+            # The state rode with the acknowledgements: it knows of each record once.
+            assert left.server.abandoned == [(len(left.recorded), NOW)]
+            return
+        taken = claim(left.paths, Stats())
+        assert taken is not None
+        shipping = left.shipping(taken.cursor)
+        try:
+            for step in range(steps + 1):
+                left.step(shipping, None, dies=step == steps)
+        except Killed:
+            left.deaths += 1
+        taken.release()
+        left.check()
+        self.left.append(left)
+
+    @invariant()
+    def other_processes_see_the_same(self) -> None:
+        if hasattr(self, "segment"):
+            acknowledged = int(self.cursor.state or 0)
+            waiting = list(waiting_records(self.segment.paths))
+            assert waiting == self.now.recorded[acknowledged:]
+
+    def teardown(self) -> None:
+        if hasattr(self, "segment"):
+            self.segment.close(delete=True)
+            self.directory.cleanup()
+
+
+Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestLives = Lives.TestCase
