@@ -43,7 +43,9 @@ def read(record: dict[str, Any]) -> dict[str, Any] | None:
         if size > MAX_BYTES:
             record["content"] = f"{path} has {size} bytes; files over {MAX_BYTES} stay there\n"
         else:
-            record["content"] = path.read_text("utf-8", "replace")
+            record["content"] = path.read_bytes().decode(
+                "utf-8", "replace"
+            )  # Newlines as they are.
     except OSError:
         return None
     return record

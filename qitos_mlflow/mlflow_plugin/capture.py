@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
+from itertools import islice
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any
@@ -26,16 +27,21 @@ MAX_FRAMES = 64
 MAX_REPR = 2_000
 """Characters kept of an unknown object's `repr`."""
 
-MAX_DEPTH, MAX_NODES = 24, 20_000
-"""Bounds of the slow path for payloads that orjson refuses (cycles, lone surrogates, …)."""
+MAX_ARRAY = 1_000
+"""Elements of an array, or of whatever has a shape, that is written out; larger ones are told."""
 
-_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+MAX_DEPTH, MAX_NODES = 24, 20_000
+"""Bounds of all that orjson does not write by itself: somebody else's containers, and the slow path
+for payloads that it refuses (cycles, lone surrogates, …)."""
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """`record` as JSON; total: whatever it holds, something readable comes out."""
+    budget = [MAX_NODES]
     try:
-        return orjson.dumps(record, default=_known, option=_OPTIONS)
+        return orjson.dumps(
+            record, default=lambda value: _known(value, budget), option=orjson.OPT_NON_STR_KEYS
+        )
     except (TypeError, ValueError, RecursionError):
         return orjson.dumps(_plain(record, MAX_DEPTH, [MAX_NODES]))
 
@@ -147,20 +153,52 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _known(value: Any) -> Any:
-    """What orjson cannot write by itself, as something it can."""
+def _known(value: Any, budget: list[int]) -> Any:
+    """What orjson cannot write by itself, as something it can; cheap, however large it is."""
     try:
         if isinstance(value, (bytes, bytearray, memoryview)):
             return f"<{len(value)} bytes>"
+        if hasattr(type(value), "shape"):
+            return _array(value)
         if isinstance(value, Mapping):
-            return dict(value)
-        if isinstance(value, (Set, Sequence)):
-            return list(value)
+            pairs = _first(value.items(), budget)
+            if pairs and type(pairs[-1]) is str:
+                pairs[-1] = ("…", pairs[-1])
+            return dict(pairs)
+        if isinstance(value, (Set, Sequence, ValuesView)):
+            return _first(value, budget)
         if isinstance(value, PathLike):
             return fspath(value)
     except Exception:  # noqa: BLE001 - somebody else's class
         pass
     return _text_of(value)
+
+
+def _first(values: Collection[Any], budget: list[int]) -> list[Any]:
+    """As many of `values` as the budget allows, and how many there are where that is not all."""
+    items = list(islice(values, budget[0] + 1))
+    if len(items) > budget[0]:
+        items[-1] = f"{CUT_HERE}{len(values)} items in all]"
+    budget[0] = max(0, budget[0] - len(items))
+    return items
+
+
+def _array(value: Any) -> Any:
+    """A number or an array of numpy's, or something like it (a tensor, a data frame)."""
+    shape = tuple(value.shape)
+    if math.prod(shape) > MAX_ARRAY:
+        # Its repr may be slow, or copy it from another device.
+        kind = getattr(value, "dtype", "")
+        return f"<{type(value).__qualname__} {shape} {kind}".rstrip() + ">"
+    numpy = sys.modules.get("numpy")  # Perhaps half imported, by another thread.
+    array, scalar = (getattr(numpy, name, ()) for name in ("ndarray", "generic"))
+    plain: Any = value
+    if isinstance(value, array):
+        plain = value.tolist()
+    elif isinstance(value, scalar) and value.dtype.kind not in "mM":
+        plain = value.item()
+    # Of some types it is what it was; of a time, nanoseconds.
+    return plain if type(plain) in (bool, int, float, str, list) else _text_of(value)
 
 
 def _text_of(value: Any) -> str:
@@ -191,13 +229,16 @@ def _plain_of(value: Any, depth: int, budget: list[int]) -> Any:
         return int(value) if -(2**63) <= value < 2**64 else str(value)
     if isinstance(value, float):
         return float(value)
-    if isinstance(value, Mapping):
-        return {
-            _key(key, budget): _plain(item, depth - 1, budget) for key, item in list(value.items())
-        }
+    if isinstance(value, dict):
+        pairs = list(islice(value.items(), budget[0] + 1))
+        return {_key(key, budget): _plain(item, depth - 1, budget) for key, item in pairs}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item, depth - 1, budget) for item in list(value)]
-    return _plain(_known(value), depth - 1, budget)
+        items = list(islice(value, budget[0] + 1))
+        return [_plain(item, depth - 1, budget) for item in items]
+    if depth == 1:  # What comes of it would be too deep, and may be large.
+        return f"<{type(value).__qualname__}, cut>"
+    share = max(0, budget[0]) // 4  # What stands beside it needs some, too.
+    return _plain(_known(value, [share]), depth - 1, budget)
 
 
 def _key(key: Any, budget: list[int]) -> Any:

@@ -139,6 +139,14 @@ class HostilePath:
         (b"abc", "<3 bytes>"),
         (np.array([1, 2]), [1, 2]),
         (np.float64(1.5), 1.5),
+        (np.float32(1.5), 1.5),
+        (np.int64(7), 7),
+        (np.bool_(True), True),
+        (np.array([[1], [2]]), [[1], [2]]),
+        (np.array(3), 3),
+        (np.datetime64("2026-01-02"), "np.datetime64('2026-01-02')"),
+        (np.zeros((1080, 1920, 3), np.uint8), "<ndarray (1080, 1920, 3) uint8>"),
+        ({"a": 1}.values(), [1]),
         (Decimal("1.5"), "Decimal('1.5')"),
         (ValueError("why"), "why"),
         (range(3), [0, 1, 2]),
@@ -149,6 +157,61 @@ class HostilePath:
 def test_values_keep_their_form(value: Any, wanted: Any) -> None:
     """JSON is itself; what is like JSON becomes it; anything else is its text."""
     assert through(value) == wanted
+
+
+class Lazy(Sequence[int]):
+    """Larger than any memory; each item is one of its own."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return Lazy()
+
+    def __len__(self) -> int:
+        return 10**15
+
+
+class LazyMapping(Mapping[int, int]):
+    """The same, by key."""
+
+    def __getitem__(self, key: int) -> int:
+        return key
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10**15))
+
+    def __len__(self) -> int:
+        return 10**15
+
+
+class Frame:
+    """Like a data frame, or a tensor on another device."""
+
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __repr__(self) -> str:
+        assert math.prod(self._shape) <= capture.MAX_ARRAY, "slow"
+        return "a | b"
+
+
+@pytest.mark.parametrize("value", [range(10**15), Lazy(), LazyMapping()], ids=type)
+@pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
+def test_what_is_endless_is_cut(value: Any, beside: int) -> None:
+    """The agent's thread writes out a bounded part of it, and a note of what it was."""
+    payload = encode({"value": value, "beside": beside})
+    assert len(payload) < 5_000_000
+    assert b"items in all]" in payload or b"cut" in payload
+    if not isinstance(value, Lazy):
+        assert orjson.loads(payload)["beside"] in (beside, str(beside))
+
+
+def test_what_has_a_shape_is_told_by_it() -> None:
+    """Small ones are their text; the text of large ones may cost anything."""
+    assert through(Frame(2, 2)) == "a | b"
+    assert through(Frame(10**6, 3)) == "<Frame (1000000, 3)>"
 
 
 def test_what_was_captured_stays_as_it_was() -> None:
