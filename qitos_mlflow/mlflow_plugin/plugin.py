@@ -130,8 +130,6 @@ class MlflowPlugin:
             "time_ns": time.time_ns(),
             "parent_run_id": parent_run_id(uri),
             "content": content,
-            # The tree begins with its first span: the run is what somebody may be waiting for.
-            "awaits_root": True,
         }
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not run.out_of_reach()

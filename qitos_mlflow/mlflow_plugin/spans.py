@@ -168,9 +168,8 @@ class TraceFold:
         self._tag("mlflow.traceName", self.name, limits.KEY_CHARS)
         if metadata.get("task") is not None:
             self.request = attributes.preview(metadata["task"])
-        if record.get("awaits_root"):
-            return TraceData()
-        return self._begin()
+        # The tree begins with its first span: the run is what somebody may be waiting for.
+        return TraceData()
 
     def _fold_root(self, record: Mapping[str, Any]) -> TraceData:
         """An announced agent span becomes the root, unless the trace has one."""

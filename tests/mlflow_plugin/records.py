@@ -29,6 +29,17 @@ class Records:
             **fields,
         }
 
+    def announced(self, span_id: str = "A", name: str = "solver") -> dict[str, Any]:
+        """A span_start of the agent whose run the trace is."""
+        return {
+            "kind": "span_start",
+            "trace_id": self.trace_id,
+            "span_id": span_id,
+            "parent_id": None,
+            "type": "agent",
+            "data": {"name": name},
+        }
+
     def span(self, kind: str, *, step: int | None = 0, **fields: Any) -> dict[str, Any]:
         """A span of this type; fields that the record does not have are its data."""
         order = next(self._order)

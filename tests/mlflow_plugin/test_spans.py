@@ -52,8 +52,10 @@ def test_ids_follow_from_qitos_ids() -> None:
 
 
 def test_the_begin_is_an_unfinished_root() -> None:
-    """A trace starts as a root that ends at once, without a status: the page shows it going."""
-    (root,), state = fold(Records().start("solver", metadata={"agent_name": "a", "task": "2+2?"}))
+    """A trace begins as a root that ends at once, without a status: the page shows it going."""
+    start = Records().start("trace", metadata={"agent_name": "solver", "task": "2+2?"})
+    assert fold(start)[0] == []
+    (root,), state = fold(start, Records().announced())
     assert root.name == "solver"
     assert root.parent_span_id == b""
     assert root.start_time_unix_nano == root.end_time_unix_nano == START_NS
@@ -69,17 +71,9 @@ def test_the_begin_is_an_unfinished_root() -> None:
 def test_an_announced_agent_is_the_root() -> None:
     """The trace of one agent's run has that agent as its root, from the start to the end."""
     make = Records()
-    announced = {
-        "kind": "span_start",
-        "trace_id": "trace-1",
-        "span_id": "A",
-        "parent_id": None,
-        "type": "agent",
-        "data": {"name": "solver"},
-    }
     spans, _ = fold(
-        make.start("trace", awaits_root=True),
-        announced,
+        make.start("trace"),
+        make.announced(),
         make.span("step", step_number=0, parent_id="A"),
         make.span("agent", span_id="A", name="solver", output="4"),
         make.end(),
@@ -220,7 +214,7 @@ def test_odd_times_are_put_right(start: Any, end: Any) -> None:
 def test_a_linked_trace_points_to_its_parent() -> None:
     """A child that outlived its parent's trace carries a link to the span that started it."""
     metadata = {"linked_trace_id": "other", "linked_span_id": "x"}
-    (root,), state = fold(Records().start(metadata=metadata))
+    (root,), state = fold(Records().start(metadata=metadata), Records().announced())
     (link,) = root.links
     assert f"tr-{link.trace_id.hex()}" == trace_id("other")
     assert link.span_id == span_id("other", "x")
