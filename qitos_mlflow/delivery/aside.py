@@ -98,6 +98,8 @@ class Aside:
                 kept.append(line)
             else:
                 self._stats.drop(ASIDE_FULL)
+        if not kept:
+            return 0
         try:
             append_private(path, b"".join(kept))
         except OSError as error:

@@ -232,7 +232,7 @@ def _take(
         return Outcome.BUSY
     taken = claim(paths, stats)
     if taken is None:
-        return Outcome.BUSY if paths.parts(now=True) else Outcome.FINISHED
+        return Outcome.BUSY if paths.parts() and paths.parts(now=True) else Outcome.FINISHED
     header = default_header if head.caller is None else head.caller
     if header is None:
         taken.release()

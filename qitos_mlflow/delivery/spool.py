@@ -104,7 +104,8 @@ class Head(NamedTuple):
 
 def read_head(paths: Paths) -> Head:
     """What the segment says about itself: every part does, so that one can be damaged."""
-    for now in (False, True):
+    # Where there were parts when they were listed, there may be others by now.
+    for now in (False, True) if paths.parts() else ():
         for _, path in paths.parts(now=now):
             try:
                 with path.open("rb") as file:
@@ -167,7 +168,7 @@ def claim(paths: Paths, stats: Stats) -> Claim | None:
         OSError: the spool cannot be written.
     """
     lock = FileLock(paths.ship)
-    if not any(map(Path.exists, (paths.ship, paths.own, paths.ack))) and not paths.parts(now=True):
+    if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
         return None
     if not lock.acquire_patiently():
         return None

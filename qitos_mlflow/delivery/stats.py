@@ -98,13 +98,20 @@ class Stats:
             self._total.drop(reason, records)
 
     def save_losses(self, save: Callable[[Counter[str]], None]) -> None:
-        """Call `save` with the losses that are not saved yet, if any; still so when it raises."""
-        with self._saving:
+        """Call `save` with the losses that are not saved yet, if any; still so when it raises.
+
+        Where another thread is just doing that, it is left for the next call.
+        """
+        if not self._saving.acquire(blocking=False):
+            return
+        try:
             with self._lock:
                 dropped = self._dropped.copy()
             if new := dropped - self._saved:
                 save(new)
                 self._saved = dropped
+        finally:
+            self._saving.release()
 
     def snapshot(self) -> Snapshot:
         """The counts now; what one thread has added is seen whole."""
