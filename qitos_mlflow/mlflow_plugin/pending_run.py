@@ -6,6 +6,8 @@ whoever asks it for its id, which is the caller's own `mlflow.log_metric`, waits
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 import threading
 import time
@@ -22,6 +24,19 @@ three seconds); then the call goes on as it would without us."""
 
 POLL_S = 0.05
 """How soon a wait notices that the server is out of reach (seconds)."""
+
+
+def before_alarm_s() -> float:
+    """How long a wait may last that is to end before the process's alarm goes off (seconds).
+
+    Many limit the time of a task by an alarm whose handler raises. Raised in a wait of ours, it
+    would end in what keeps our failures from the agent, and the task would go on.
+    """
+    if not hasattr(signal, "getitimer"):  # Windows.
+        return math.inf
+    left_s, every_s = signal.getitimer(signal.ITIMER_REAL)
+    # One that comes again and again is a profiler's.
+    return math.inf if every_s or not left_s else max(0.0, left_s - POLL_S)
 
 
 class PendingRun:

@@ -27,7 +27,7 @@ from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 from qitos_mlflow.mlflow_plugin.ending import end_before_mlflow
 from qitos_mlflow.mlflow_plugin.nesting import Nesting
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
-from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
 from qitos_mlflow.mlflow_plugin.status import run_status
 from qitos_mlflow.mlflow_plugin.transport import RunRef
@@ -135,7 +135,7 @@ class MlflowPlugin:
         waits = is_http(uri) and mlflow_in_use() and not run.out_of_reach()
         pipeline.offer(capture.encode(record), keep=True, urgent=True)
         if waits:
-            run.wait(settings.start_timeout_s)
+            run.wait(min(settings.start_timeout_s, before_alarm_s()))
         state.active.follow()
 
     @hookimpl

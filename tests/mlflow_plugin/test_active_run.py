@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +17,7 @@ import pytest
 
 from qitos_mlflow.mlflow_plugin import pending_run
 from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, let_go, parent_run_id
-from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.transport import RunRef
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -262,6 +265,50 @@ def test_waiting_ends_with_hope() -> None:
 
 
 # -- parents ---------------------------------------------------------------------------------
+
+
+class OutOfTime(Exception):
+    """What a limit of a task's time raises."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such alarms")
+def test_waiting_ends_before_an_alarm() -> None:
+    """What an alarm's handler raises is raised in the agent, not in a wait of ours."""
+
+    def out_of_time(*_: object) -> None:
+        raise OutOfTime
+
+    tests_own = signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's.
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    try:
+        assert before_alarm_s() == math.inf
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert PendingRun().wait(min(TIMEOUT_S, before_alarm_s())) is None
+        with pytest.raises(OutOfTime):
+            time.sleep(TIMEOUT_S)
+        signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S, TIMEOUT_S)  # A profiler's.
+        assert before_alarm_s() == math.inf
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *tests_own)
+
+
+def test_a_signal_handler_may_ask_for_the_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits no longer than the thread that it interrupts, and both get the same run."""
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.pending_run.LATE_S", 0.0)
+    inside: list[str] = []
+
+    def out_of_reach() -> bool:
+        if not inside:  # As if interrupted here.
+            inside.append("")
+            inside.append(run.info.run_id)
+        return False
+
+    pending = PendingRun(out_of_reach)
+    run = pending_run.run_class(mlflow.tracking.fluent)(pending)
+    pending.created(ref())
+    assert run.info.run_id == ref().run_id
+    assert inside[1] == ref().run_id
 
 
 def test_the_parent_is_what_is_active(pending: PendingRun) -> None:
