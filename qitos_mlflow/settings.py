@@ -131,7 +131,9 @@ def _check_host(uri: str) -> None:
         parts = urlsplit(uri)
         host, _port = parts.hostname, parts.port  # Each of the three may raise.
     except ValueError:  # Its text may hold a part of the password.
-        raise ValueError("its host or port is none; such as http://localhost:5000") from None
+        raise ValueError(
+            "its host or port cannot be one; expected a URI such as http://localhost:5000"
+        ) from None
     if not host:
         raise ValueError("it names no host; expected a URI such as http://localhost:5000")
 

@@ -31,7 +31,21 @@ class Handover(BaseException):
         self.then = then
 
 
-class Commands(click.Group):
+class Group(click.Group):
+    """A group that tells which commands there are when an unknown one is given."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Click's answer, but an unknown name is told which ones there are."""
+        names = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in names:
+            known = ", ".join(names)
+            raise click.UsageError(f"no command {args[0]!r}; the commands are: {known}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Commands(Group):
     """The group of all commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -44,15 +58,6 @@ class Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Click's answer, but an unknown name is told which ones there are."""
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise click.UsageError(f"no command {args[0]!r}; the commands are: {known}", ctx)
-        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; our own errors are shown as messages, not as tracebacks."""
@@ -74,4 +79,8 @@ class Commands(click.Group):
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qitos-mlflow", prog_name="qitos-mlflow")
 def main() -> None:
-    """QitOS agent runs in MLflow."""
+    """QitOS agent runs in MLflow.
+
+    Begin with `demo`, then start your own agent with `run`. What an agent could not deliver waits
+    in the spool, a directory on this machine: `status` shows it, `sync` delivers it.
+    """

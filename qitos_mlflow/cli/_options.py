@@ -47,11 +47,15 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
-def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """Accept any number but infinity and NaN, which no wait ever reaches."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number of seconds; such as 30")
-    return value
+def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """Take a number of seconds; infinity and NaN are none, as no wait ever reaches them."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise click.BadParameter(f"{value!r} is no number of seconds; such as 30")
+    return number
 
 
 def tracking_uri(

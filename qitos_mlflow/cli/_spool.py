@@ -22,9 +22,13 @@ DEFAULT_STORE = "MLflow's local store"
 
 def paths_argument(command: F) -> F:
     """`PATH…`: spool directories, or single files of segments."""
-    return click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))(
-        command
-    )
+    return click.argument("paths", metavar="[PATH]...", nargs=-1, callback=_paths)(command)
+
+
+def _paths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Path, ...]:
+    if "" in values:  # A variable that is not set; to Path it is the working directory.
+        raise click.BadParameter("one is empty; leave it out for this user's spool")
+    return tuple(map(Path, values))
 
 
 def default_directory() -> Path:

@@ -53,10 +53,11 @@ def run(
     target: str,
     args: tuple[str, ...],
 ) -> None:
-    """Start an agent's script with logging on; ARGS are the script's own.
+    """Start an agent's script with logging on.
 
-    What the script prints, raises and exits with stays as it is. The same goes for processes it
-    starts: the settings are handed on in the environment.
+    TARGET is the script and ARGS are its own, as with python. What it prints, raises and exits with
+    stays as it is. Processes that it starts are logged as well: the settings are handed on in the
+    environment.
     """
     os.environ.update(environment(tracking_uri, experiment_name, run_name, dict(tags)))
     importlib.import_module("qitos_mlflow.auto")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from qitos_mlflow.cli import Group
 from qitos_mlflow.cli._spool import look_at, paths_argument, plural, reason_of
 
 
-@click.group()
+@click.group(cls=Group)
 def spool() -> None:
     """Look after the directory that records wait in."""
 
@@ -20,7 +21,10 @@ def spool() -> None:
 def purge(paths: tuple[Path, ...], yes: bool) -> None:
     """Delete segments with all their records, delivered or not.
 
-    Those of living processes are left alone, and so are those that are being delivered.
+    A segment is what one process has written. Those of living processes are left alone, and so are
+    those that are being delivered. Asks before it deletes.
+
+    PATH is the directory of a spool or a file in it; without one, this user's spool is meant.
     """
     from qitos_mlflow.delivery import purge as purge_segment
 

@@ -37,8 +37,11 @@ TORN = "torn or corrupt line in the spool"
 def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> None:
     """Show what waits in the spool and what was lost.
 
-    By process, whether it lives; dead letters and losses by their reasons; whether the servers
-    answer. Changes nothing. A run that has ended has its losses in its own tags as well.
+    By process, and whether it lives; what servers refused for good and what was lost, by reason;
+    whether the servers answer. Changes nothing. A run that has ended has its losses in its own tags
+    as well. Exits with 1 if a part of the spool cannot be read.
+
+    PATH is the directory of a spool or a file in it; without one, this user's spool is meant.
     """
     found = survey(paths, tracking_uri)
     if as_json:
@@ -177,15 +180,16 @@ def _show(found: dict[str, Any]) -> None:
 
     console = Console()
     if found["segments"]:
-        table = Table()
-        for heading in ("process", "owner", "destination", "waiting", "refused", "last record"):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("process", "owner", "waiting", "refused", "last record", "destination"):
             table.add_column(heading, overflow="fold")
         for segment in found["segments"]:
             owner = segment["owner"] + (", offline" if segment["offline"] else "")
             row = (
-                *(segment["process"], owner, segment["destination"]),
-                *(str(segment["waiting"]), str(segment["dead_letters"])),
+                *(segment["process"], owner, str(segment["waiting"])),
+                str(segment["dead_letters"]),
                 age(segment["last_record_ns"]) if segment["last_record_ns"] else "",
+                segment["destination"],
             )
             table.add_row(*map(escape, row))
         console.print(table)
@@ -196,6 +200,9 @@ def _show(found: dict[str, Any]) -> None:
         for reason, number in counts.items():
             line = " ".join(reason.split())
             click.echo(f"{number} {title}: {line[:REASON_CHARS]}")
+    if found["dead_letters"]:
+        kept = ", ".join(str(Path(where, "*.dead")) for where in _directories(found))
+        click.echo(f"What was refused is kept in {kept}; delete it with: qitos-mlflow spool purge")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
@@ -204,3 +211,7 @@ def _show(found: dict[str, Any]) -> None:
             click.echo(f"{segment['segment']} cannot be read: {segment['error']}", err=True)
     if any(s["waiting"] and s["owner"] == "dead" for s in found["segments"]):
         click.echo("Deliver what dead processes left with: qitos-mlflow sync")
+
+
+def _directories(found: dict[str, Any]) -> list[str]:
+    return sorted({segment["directory"] for segment in found["segments"]})

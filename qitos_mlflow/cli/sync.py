@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qitos_mlflow.cli._options import finite, tracking_uri
+from qitos_mlflow.cli._options import seconds, tracking_uri
 from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
@@ -28,33 +29,41 @@ from qitos_mlflow.cli._spool import (
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Outcome, Paths, SegmentInfo, Stats
 
-PATIENCE_S = 30.0
+PATIENCE_S = "30"
 """So long a server may take nothing before `sync` leaves the rest for another time."""
 
 
 @click.command()
 @paths_argument
-@click.option("--follow", is_flag=True, help="Go on with what comes, until interrupted: a sidecar.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Keep running and deliver what comes, as a sidecar, until interrupted.",
+)
 @tracking_uri(otherwise="what each segment has recorded")
 @click.option(
     "--patience",
     "patience_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
-    callback=finite,
+    callback=seconds,
     default=PATIENCE_S,
     show_default=True,
-    help="Give up when the server takes nothing for so long; not with --follow.",
+    help="Give up on a server that takes nothing for so long; not with --follow.",
 )
 def sync(
     paths: tuple[Path, ...], follow: bool, tracking_uri: str | None, patience_s: float
 ) -> None:
     """Deliver what is left in the spool.
 
-    Or in the directories and files given, which may be of another machine. Runs whose process
-    died are closed as KILLED. Living processes deliver for themselves, unless they work offline.
-    Any number of syncs may run at once, and beside running agents.
+    Agents deliver for themselves while they live, unless they work offline. This is for the rest:
+    the server was away for too long, or the process died, whose runs are closed as KILLED. Any
+    number of syncs may run at once, and beside running agents. Exits with 1 if something is left,
+    and says why.
+
+    PATH is the directory of a spool or a file in it, of another machine as well; without one, this
+    user's spool is meant.
     """
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of tables it makes.
     from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink import open_sink
     from qitos_mlflow.settings import Settings

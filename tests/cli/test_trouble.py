@@ -215,3 +215,28 @@ def test_a_directory_that_cannot_be_read_is_named(
     done = invoke(*command, str(tmp_path))
     assert done.exit_code == 2
     assert f"{str(tmp_path)!r} cannot be read: Permission denied" in done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("sync", "--patience", "soon"), "'soon' is no number of seconds; such as 30"),
+        (("sync", "--tracking-uri", "http://h:99999"), "'http://h:99999': its host or port"),
+        (("status", ""), "one is empty; leave it out for this user's spool"),
+        (("spool", "prune"), "no command 'prune'; the commands are: purge"),
+        (("stats",), "no command 'stats'; the commands are: demo, "),
+    ],
+)
+def test_a_wrong_word_is_told_with_the_right_ones(args: tuple[str, ...], told: str) -> None:
+    """The message names the value and what to give instead."""
+    done = invoke(*args)
+    assert done.exit_code == 2
+    assert told in done.output
+
+
+def test_where_refused_records_are_is_told(tmp_path: Path, store: str) -> None:
+    """Their reasons are counted; the records themselves are kept for whoever wants to look."""
+    write_segment(tmp_path, store, "kept", b"no record")
+    assert invoke("sync").exit_code == 0
+    shown = invoke("status").output
+    assert f"What was refused is kept in {tmp_path / 'spool' / '*.dead'}; delete it with" in shown
