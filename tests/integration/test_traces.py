@@ -413,8 +413,10 @@ def test_a_trace_is_live_and_survives_its_process(
     def steps_seen() -> Trace | None:
         found = server.traces(experiment_name)
         steps = [s for t in found for s in t.data.spans if s.name.startswith("step ")]
-        # The spans come first, and what is known of their trace with the next request.
-        return found[0] if len(steps) == 3 and found[0].info.token_usage else None
+        # The spans come first, and what is known of their trace with the next request; the server
+        # itself tells tokens of spans alone.
+        known = [t for t in found if "mlflow.sourceRun" in t.info.trace_metadata]
+        return known[0] if len(steps) == 3 and known and known[0].info.token_usage else None
 
     trace = eventually(steps_seen)
     assert trace.info.state == TraceState.IN_PROGRESS
