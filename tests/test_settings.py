@@ -19,7 +19,7 @@ from qitos_mlflow.mlflow_plugin.destination import (
     tracking_uri,
     without_credentials,
 )
-from qitos_mlflow.settings import MIB, Settings, env_names
+from qitos_mlflow.settings import MIB, Settings, env_names, usable_uri
 
 NAMES = [option.name for option in fields(Settings)]
 
@@ -173,6 +173,14 @@ def test_a_destination_that_mlflow_cannot_have_is_refused(
 def test_every_kind_of_destination_is_taken(uri: str) -> None:
     """Whatever MLflow has a store for, paths included."""
     assert Settings.resolve(tracking_uri=uri).tracking_uri == uri.strip()
+
+
+def test_no_store_of_mlflow_is_missing() -> None:
+    """The installed MLflow has no store of its own that would be refused."""
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    for scheme in filter(None, _tracking_store_registry._registry):
+        usable_uri(f"{scheme}://host/path")
 
 
 def test_a_destination_may_be_a_path_and_an_empty_one_is_none() -> None:
