@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,76 @@ class Lives(RuleBasedStateMachine):
 
 Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestLives = Lives.TestCase
+
+
+RECORDS = 30
+STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "ftruncate")
+"""What changes files: between any two of them a process may be killed."""
+
+
+class Received(list[bytes]):
+    """What a server accepted, in a file: it outlives the process that delivers to it."""
+
+    def __init__(self, log: int) -> None:
+        super().__init__()
+        self._log, self._write = log, os.write  # Ours are not among the steps.
+
+    def append(self, record: bytes) -> None:
+        self._write(self._log, record + b"\n")
+
+
+def die_at(step: int, paths: Paths, log: Path) -> bool:
+    """Deliver in a process that is killed before its step number `step`; False when it ends."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9)
+        return code == 9
+    try:
+        server, steps = FakeServer(), count(1)
+        server.accepted = Received(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+
+        def stepping(call: Callable[..., object]) -> Callable[..., object]:
+            def act(*args: object, **options: object) -> object:
+                if next(steps) == step:
+                    os._exit(9)
+                return call(*args, **options)
+
+            return act
+
+        for name in STEPS:
+            setattr(os, name, stepping(getattr(os, name)))
+        finished = deliver_segment(paths, server.sink) is Outcome.FINISHED
+        os._exit(0 if finished else 1)
+    finally:
+        os._exit(2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_delivery_may_be_killed_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file it was about to touch, the next one delivers the rest and tidies up."""
+    monkeypatch.setattr(shipping_module, "BATCH_RECORDS", BATCH)
+    died, step = True, 0
+    while died:
+        step += 1
+        with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+            spool, log = Path(name, "spool"), Path(name, "log")
+            segment = make_segment(spool, part_bytes=1000)
+            now = Recording(segment.paths)
+            now.recorded = [b"%d of many" % n for n in range(RECORDS)]
+            for record in now.recorded:
+                append(segment, [record])
+            crash(segment)
+            died = die_at(step, segment.paths, log)
+            now.deaths = 1
+            before = log.read_bytes().splitlines() if log.exists() else []
+            assert deliver_segment(segment.paths, now.server.sink) is Outcome.FINISHED
+            everything = before + now.server.accepted
+            now.server.accepted = [record for record in everything if record != b"killed"]
+            now.check()
+            assert list(dict.fromkeys(now.server.accepted)) == now.recorded
+            assert everything[-1] == b"killed"
+            assert [mapped for mapped, _ in now.server.abandoned] in ([RECORDS], [])
+            assert list(spool.iterdir()) == []
+    assert step > 3 * RECORDS / BATCH
