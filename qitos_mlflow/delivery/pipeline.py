@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 from qitos_mlflow.delivery.adopter import Adopt
-from qitos_mlflow.delivery.files import Paths
+from qitos_mlflow.delivery.files import SEGMENT_SUFFIX, Paths
 from qitos_mlflow.delivery.queue import Barrier
 from qitos_mlflow.delivery.running import Asks, Running, Shared
 from qitos_mlflow.delivery.segment import Segment
@@ -84,6 +84,7 @@ class Pipeline:
             return Running(self._shared, segment, asks, self._hand_over, self._rested)
 
         self._header = header
+        self._offline = open_sink is None
         self._adopt = adopt
         self._number = next(_numbers)
         self._queue_bytes = queue_bytes
@@ -177,7 +178,7 @@ class Pipeline:
     @property
     def segments(self) -> list[Paths]:
         """All segments that may hold records of this pipeline, or of one that left them to it."""
-        return [*self._inherited, *self._earlier, self.paths]
+        return list(dict.fromkeys([*self._inherited, *self._earlier, self.paths]))
 
     def waiting(self) -> Iterator[bytes]:
         """The records that wait on disk, in order. Reads them: not for hot paths."""
@@ -194,24 +195,26 @@ class Pipeline:
             self._running.start()
 
     def _hand_over(self) -> bool:
-        """While the server is away, leave what waits for it to a later pipeline, if there is one.
+        """Leave what waits for a server that is away, or offline for others, to a later pipeline.
 
-        Its adopter takes what nobody holds. Many pipelines that each wait on their own would take
-        all the threads and files that the process may have.
+        False where there is none. Its adopter takes what nobody holds; offline, it tells of it.
+        Many pipelines that each wait on their own would take all the threads and files that the
+        process may have.
         """
-        if self.online is not False or self.unsaved:
+        if (self.online is not False and not self._offline) or self.unsaved:
             return False
         for other in list(_pipelines):
-            if other._number > self._number and other._takes(self._header):
-                other._inherited = _not_empty([*other._inherited, *self.segments])
+            if other._number > self._number and other._takes_over(self):
+                other._inherited = list(dict.fromkeys([*other._inherited, *self.segments]))
                 other._running.adopt()
                 return True
         return False
 
-    def _takes(self, header: bytes) -> bool:
-        """Whether it is at work and would deliver a segment with this header."""
+    def _takes_over(self, other: Pipeline) -> bool:
         at_work = self._awake.locked() and not self._closed
-        return at_work and self._adopt is not None and self._adopt(header) is not None
+        if not at_work or self._offline or other._offline:
+            return at_work and self._offline and other._offline
+        return self._adopt is not None and self._adopt(other._header) is not None
 
     def _rested(self) -> None:
         """Threads and files are gone. On the worker's thread, as the last that it does."""
@@ -258,7 +261,12 @@ class Pipeline:
 
 
 def _not_empty(segments: list[Paths]) -> list[Paths]:
-    return [paths for paths in dict.fromkeys(segments) if paths.parts()]
+    there = {
+        path.name.partition(".")[0]
+        for directory in {paths.directory for paths in segments}
+        for path in directory.glob(f"*{SEGMENT_SUFFIX}")
+    }
+    return [paths for paths in dict.fromkeys(segments) if paths.stem in there]
 
 
 _numbers = count()

@@ -1,9 +1,9 @@
 """The threads and files of a pipeline while it is at work: worker, segment, shipper, adopter.
 
 They begin with a record and end with `end`, or by themselves: where nothing has come for `REST_S`
-and no more is expected, they go to rest once everything is delivered, or left to another pipeline
-of this process while the server is away. The next record begins with new ones. So a pipeline that
-nobody uses any more, closed or not, costs nothing.
+and no more is expected, they go to rest once everything is delivered, or while the server is away,
+or offline, left to another pipeline of this process. The next record begins with new ones. So of
+pipelines that nobody uses any more, closed or not, at most one costs anything.
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ class Running:
         try:
             if not self._may_rest():
                 return False
-            if self._shipping is None:
-                return True
-            if not self.nothing_left():
+            if self._shipping is None or not self.nothing_left():
                 return self._hand_over()
             adopting = self._adopter is not None and self._adopter.busy
             return not (adopting and self._shared.circuit.online)

@@ -37,21 +37,25 @@ class _Process:
     """What this process has to end."""
 
     def __init__(self) -> None:
-        # Weakly: what nobody holds, not even a thread, has delivered everything. Reentrant: a
-        # signal handler may begin a trace.
+        # Weakly: what nobody holds, not even a thread, has delivered everything, or is kept.
         self._used: weakref.WeakSet[Pipelines] = weakref.WeakSet()
-        self._offline: set[Pipelines] = set()  # Has not, and who else would tell of it.
-        self._lock = threading.RLock()
+        self._kept: set[Pipelines] = set()
+        self._told: weakref.WeakSet[Pipelines] = weakref.WeakSet()
+        self._lock = threading.RLock()  # Reentrant: a signal handler may begin a trace.
         self._watching = False
         self._before_mlflow = False
         self._began: float | None = None
 
     def watch(self, pipelines: Pipelines) -> None:
         with self._lock:
-            (self._offline if pipelines.settings.offline else self._used).add(pipelines)
+            self._used.add(pipelines)
             if not self._watching:
                 self._watching = True
                 _register()
+
+    def keep(self, pipelines: Pipelines) -> None:
+        with self._lock:
+            self._kept.add(pipelines)
 
     def end_before_mlflow(self) -> None:
         if not self._before_mlflow:
@@ -61,11 +65,9 @@ class _Process:
 
     def end(self) -> None:
         with self._lock:
-            ending = sorted(
-                {*self._used, *self._offline}, key=lambda one: one.settings.exit_timeout_s
-            )
-            self._used.clear()
-            self._offline.clear()
+            used = {*self._used, *self._kept} - {*self._told}
+            self._told.update(used)
+        ending = sorted(used, key=lambda one: one.settings.exit_timeout_s)
         if not ending:
             return
         if self._began is None:  # Not the last exit handler to come here: one deadline for all.
@@ -87,6 +89,11 @@ _process = _Process()
 def watch(pipelines: Pipelines) -> None:
     """Have `pipelines` ended before this process ends. Any thread, any number of times."""
     _process.watch(pipelines)
+
+
+def keep(pipelines: Pipelines) -> None:
+    """Have it told when this process ends that `pipelines` have left something in the spool."""
+    _process.keep(pipelines)
 
 
 def end_before_mlflow() -> None:

@@ -81,6 +81,8 @@ class Pipelines:
         for pipeline in pipelines:  # All of them first: the time for the disk runs at once.
             pipeline.refuse()
         closed = [pipeline.close(deadline - time.monotonic()) for pipeline in pipelines]
+        if not all(closed):
+            ending.keep(self)
         return all(closed)
 
     def begin_end(self) -> None:

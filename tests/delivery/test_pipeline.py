@@ -634,16 +634,19 @@ def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None
     eventually(lambda: at_rest(pipeline))
 
 
-def test_what_rests_offline_is_not_forgotten(make: Make, soon: None) -> None:
-    """Offline each rest leaves a segment behind, which is told of until somebody delivers it."""
-    pipeline = make(None)
-    for record in numbered(2):
+def test_offline_the_latest_tells_of_all(make: Make, soon: None) -> None:
+    """Of many pipelines that only write, the latest stays at work, so that each has one segment."""
+    pipelines = [make(None) for _ in range(3)]
+    for pipeline, record in zip(pipelines, numbered(3), strict=True):
         pipeline.offer(record)
-        eventually(lambda: at_rest(pipeline))
-        assert not pipeline.flush(0)
-    assert list(pipeline.waiting()) == numbered(2)
-    assert len([paths for paths in pipeline.segments if paths.parts()]) == 2
-    assert not pipeline.close(0)
+    *others, latest = pipelines
+    eventually(lambda: all(map(at_rest, others)))
+    assert not at_rest(latest)
+    assert not others[0].flush(0)
+    assert not others[0].close(0)
+    latest.flush(LONG_S)
+    assert sorted(latest.waiting()) == numbered(3)
+    assert not latest.close(0)
 
 
 @pytest.mark.usefixtures("soon")

@@ -74,6 +74,32 @@ def test_many_files_are_told_by_their_directory(tmp_path: Path) -> None:
     assert said.endswith(f"sync {tmp_path / 'spool'}\n")
 
 
+DROPPED = """
+import gc, sys, time
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import create_trace, set_trace_processors
+
+for number in range(3):
+    processor = MlflowTraceProcessor("e", tracking_uri=sys.argv[1], exit_timeout_s=0.0, **{options})
+    set_trace_processors([processor])
+    with create_trace("x"):
+        pass
+    {close}
+del processor
+set_trace_processors([])
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("close", ["pass", "processor.mlflow_plugin.close(0.0, 'FINISHED', '')"])
+def test_what_was_dropped_is_told_all_the_same(offline: bool, close: str) -> None:
+    """A processor that nobody holds any more has left what it has left."""
+    code = DROPPED.format(options={"offline": offline}, close=close)
+    said = run("http://127.0.0.1:9", code=code)[1]
+    assert "6 records of 3 traces kept" in said.splitlines()[-1]
+
+
 IN_MEMORY = """
 from qitos_mlflow.mlflow_plugin import pipelines
 
