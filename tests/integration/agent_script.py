@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -44,8 +46,22 @@ class Config:
     """Arguments of the processor or of `autolog`."""
     import_mlflow: bool = False
     """The script uses mlflow itself, so that the start of a trace may wait for its run."""
+    also: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a second processor, which logs the same once more."""
     clock_back_s: float = 0.0
-    """At the middle of the first run, the wall clock is set back by this much for Python."""
+    """The wall clock is set back by this much for Python,"""
+    clock_back_at: str = "mid"
+    """behind this point."""
+    fork_at: str = ""
+    """Behind this point a child is forked and waited for: `mid` is within an open trace."""
+    child_traces: int = 1
+    """Agent runs of the forked child, which are numbered from 1000."""
+    child_exits: bool = False
+    """It leaves by `sys.exit`; otherwise it flushes and leaves by `os._exit`."""
+    workers: int = 0
+    """At last so many processes of multiprocessing are started and waited for, of one run each,
+    numbered from 2000."""
+    start_method: str = "spawn"
     payload_bytes: int = 200
     """Length of each tool result, which also makes the messages grow."""
     tool_sleep_s: float = 0.0
@@ -73,20 +89,28 @@ class Gates:
 
     ready: everything is imported and attached, no run has begun.
     start, mid, end: in the first run: in its first and its middle tool call, and before its answer.
-    over: all runs have ended.
+    next: the first run has ended.
+    over: all runs of this process have ended.
+    child, joined: a forked child is about to leave, and has left.
+    worker-2000, worker-2001, …, workers: so for processes of multiprocessing.
     done: the last thing before the interpreter exits.
     """
 
-    def __init__(self, stops: list[str]) -> None:
-        self._stops = set(stops)
+    def __init__(self, config: Config, holds: Holds) -> None:
+        self._config = config
+        self._holds = holds
         self._lock = threading.Lock()
 
     def reach(self, point: str, **facts: Any) -> None:
-        line = json.dumps({"point": point, "time_s": time.monotonic(), **facts})
+        told = {"point": point, "time_s": time.monotonic(), "worst_ms": self._holds.worst_ms}
         with self._lock:
-            os.write(1, line.encode() + b"\n")
-        if point in self._stops:
+            os.write(1, json.dumps({**told, **facts}).encode() + b"\n")
+        if point in self._config.gates:
             sys.stdin.readline()
+        if point == self._config.clock_back_at:
+            set_clock_back(self._config.clock_back_s)
+        if point == self._config.fork_at:
+            fork(self._config, self._holds)
 
 
 class GarbageCollection(threading.local):
@@ -106,20 +130,40 @@ class GarbageCollection(threading.local):
             self.spent_s += time.perf_counter() - self._began_s
 
 
-class RunDelay(threading.local):
-    """Seconds in which this thread could have run, but the machine was busy with others. Linux."""
+class RunDelays:
+    """For how long each thread of this process could have run, had the machine not been busy.
+
+    All threads: who waits for the interpreter waits as long as the one that has it. Linux.
+    """
 
     def __init__(self) -> None:
-        try:
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-        except OSError:
-            self._file = -1
+        self._pid = 0
+        self._files: dict[str, int] = {}
 
-    def __call__(self) -> float:
-        """So far; 0 where the system does not tell."""
-        if self._file < 0:
-            return 0.0
-        return int(os.pread(self._file, 100, 0).split()[1]) / 1e9
+    def __call__(self) -> dict[str, int]:
+        """Nanoseconds so far; nothing where the system does not tell."""
+        if self._pid != os.getpid():  # A forked child has threads of its own.
+            self._pid, self._files = os.getpid(), {}
+        delays = {}
+        with contextlib.suppress(FileNotFoundError):
+            for thread in os.listdir("/proc/self/task"):  # noqa: PTH208 - it counts here
+                with contextlib.suppress(OSError):  # It has ended.
+                    delays[thread] = self._delay_ns(thread)
+        return delays
+
+    def since(self, before: dict[str, int]) -> float:
+        """Seconds, of all threads together, since `before` was told."""
+        now = self()
+        return sum(now[thread] - before.get(thread, 0) for thread in now) / 1e9
+
+    def _delay_ns(self, thread: str) -> int:
+        if thread not in self._files:
+            self._files[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+        try:
+            return int(os.pread(self._files[thread], 100, 0).split()[1])
+        except OSError:
+            os.close(self._files.pop(thread))
+            raise
 
 
 class Holds:
@@ -136,17 +180,19 @@ class Holds:
         self._lock = threading.Lock()
         self._garbage = GarbageCollection()
         gc.callbacks.append(self._garbage)
-        self._delay = RunDelay()
+        self._delays = RunDelays()
 
-    def watch(self, fan_out: type) -> None:
+    def watch(self) -> None:
         """Wrap the callbacks of the class that hands each event to all processors."""
+        from qitos_mlflow.tracing import SynchronousMultiTraceProcessor as FanOut
+
         for name in CALLBACKS:
-            setattr(fan_out, name, self._timed(name, getattr(fan_out, name)))
+            setattr(FanOut, name, self._timed(name, getattr(FanOut, name)))
 
     def _timed(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
         def timed(processor: Any, item: Any) -> None:
             self._write_down(name, item)
-            garbage_s, delay_s = self._garbage.spent_s, self._delay()
+            garbage_s, delays = self._garbage.spent_s, self._delays()
             wall_s, cpu_s = time.perf_counter(), time.thread_time()
             try:
                 callback(processor, item)
@@ -154,8 +200,9 @@ class Holds:
                 cpu_s = time.thread_time() - cpu_s
                 wall_s = time.perf_counter() - wall_s
                 garbage_s = self._garbage.spent_s - garbage_s
-                held_s = wall_s - garbage_s - (self._delay() - delay_s)
-                self._count(name, held_s * 1000, (cpu_s - garbage_s) * 1000)
+                cpu_s -= garbage_s
+                held_s = wall_s - garbage_s - self._delays.since(delays)
+                self._count(name, max(held_s, cpu_s) * 1000, cpu_s * 1000)
 
         return timed
 
@@ -218,7 +265,6 @@ def make_agent(config: Config, number: int, gates: Gates) -> Any:
             gates.reach("start")
         if number == 0 and step == config.steps // 2:
             gates.reach("mid")
-            set_clock_back(config.clock_back_s)
         until = time.thread_time() + config.tool_cpu_s
         while time.thread_time() < until:
             pass
@@ -275,6 +321,8 @@ def attach(config: Config) -> None:
         from qitos_mlflow.tracing import add_trace_processor
 
         add_trace_processor(MlflowTraceProcessor(**config.options))
+        if config.also:
+            add_trace_processor(MlflowTraceProcessor(**config.also))
     elif config.way == "autolog":
         import qitos_mlflow
 
@@ -302,6 +350,8 @@ def run(config: Config, number: int, gates: Gates) -> None:
             render=False,
             trace=config.run_dirs,
         )
+    if number == 0:
+        gates.reach("next")
 
 
 @contextlib.contextmanager
@@ -311,6 +361,60 @@ def _pool(threads: int) -> Iterator[Callable[..., Any]]:
         return
     with ThreadPoolExecutor(threads) as executor:
         yield lambda work, items: list(executor.map(work, items))
+
+
+def flush_all() -> bool:
+    """Flush every processor; whether all of them say that all is delivered."""
+    from qitos_mlflow.tracing import processors
+
+    return False not in [processor.force_flush() for processor in processors()]
+
+
+def fork(config: Config, holds: Holds) -> None:
+    """Have a forked child run agents and leave; return when it has."""
+    with warnings.catch_warnings():  # Forking with threads is the point here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        Gates(Config(), holds).reach("joined", status=status)
+        return
+    gates = Gates(Config(), holds)
+    for number in range(1000, 1000 + config.child_traces):
+        run(config, number, gates)
+    if config.child_exits:
+        gates.reach("child")
+        sys.exit()
+    if config.child_traces:
+        flush_all()
+    gates.reach("child")
+    os._exit(0)
+
+
+def start_workers(config: Config, gates: Gates, holds: Holds) -> None:
+    """Have processes of multiprocessing run an agent each; return when they have ended."""
+    context = multiprocessing.get_context(config.start_method)
+    numbers = range(2000, 2000 + config.workers)
+    ours = holds if config.start_method == "fork" else None
+    workers = [context.Process(target=work, args=(config, number, ours)) for number in numbers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for worker in workers:
+            worker.start()
+    for worker in workers:
+        worker.join()
+    gates.reach("workers", codes=[worker.exitcode for worker in workers])
+
+
+def work(config: Config, number: int, holds: Holds | None) -> None:
+    """What a process of multiprocessing does."""
+    if holds is None:  # A new interpreter knows nothing of its parent's processors.
+        holds = Holds(config.truth)
+        attach(config)
+        holds.watch()
+    gates = Gates(Config(), holds)
+    run(config, number, gates)
+    gates.reach(f"worker-{number}")
 
 
 def memory() -> dict[str, int]:
@@ -336,7 +440,8 @@ def main() -> None:
         **{one.name: given.pop(one.name) for one in fields(Config) if one.name in given}
     )
     assert not given, f"not options of an agent: {given}"
-    gates, holds = Gates(config.gates), Holds(config.truth)
+    holds = Holds(config.truth)
+    gates = Gates(config, holds)
 
     import qitos  # noqa: F401
 
@@ -344,9 +449,7 @@ def main() -> None:
         import mlflow  # noqa: F401
     attach(config)
     if config.way != "off":
-        from qitos_mlflow.tracing import SynchronousMultiTraceProcessor
-
-        holds.watch(SynchronousMultiTraceProcessor)
+        holds.watch()
     gates.reach("ready", **memory())
 
     began_s = time.monotonic()
@@ -354,17 +457,12 @@ def main() -> None:
         each(lambda number: run(config, number, gates), range(config.traces))
     gates.reach("over", wall_s=time.monotonic() - began_s, **memory())
 
-    flushed = None
-    if config.flush:
-        from qitos_mlflow.tracing import processors
-
-        results = [processor.force_flush() for processor in processors()]
-        flushed = False not in results
+    if config.workers:
+        start_workers(config, gates, holds)
     gates.reach(
         "done",
-        flushed=flushed,
+        flushed=flush_all() if config.flush else None,
         counts=holds.counts,
-        worst_ms=holds.worst_ms,
         slow=holds.slow,
         mlflow_imported="mlflow" in sys.modules,
         **memory(),

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.agent_script import Config
+from tests.integration.agent_script import CALLBACKS, Config
 
 ROOT = Path(__file__).parents[2]
 POINT_TIMEOUT_S = 60.0
@@ -42,9 +42,12 @@ class Report:
 
     @property
     def worst_ms(self) -> dict[str, float]:
-        """For each callback, the longest time it held an agent's thread."""
-        worst: dict[str, float] = self.points["done"]["worst_ms"]
-        return worst
+        """For each callback, the longest time it held an agent's thread, up to the last point.
+
+        Of this process and those it started.
+        """
+        told = [point["worst_ms"] for point in self.points.values()]
+        return {callback: max(worst[callback] for worst in told) for callback in CALLBACKS}
 
     @property
     def flushed(self) -> bool | None:
@@ -128,6 +131,18 @@ class Agent:
             )
             assert point in self._points, f"the agent did not reach {point!r}:\n{self._stderr()}"
             return self._points[point]
+
+    def wait_for_error(self, text: str, timeout_s: float = POINT_TIMEOUT_S) -> None:
+        """Block until `text` is on its stderr.
+
+        Raises:
+            AssertionError: it ended without, or took longer.
+        """
+        with self._news:
+            self._news.wait_for(
+                lambda: text in self._stderr() or self._ended_s is not None, timeout_s
+            )
+            assert text in self._stderr(), f"the agent did not say {text!r}:\n{self._stderr()}"
 
     def go(self) -> None:
         """Let it go on from the gate at which it waits."""

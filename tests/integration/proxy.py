@@ -121,7 +121,7 @@ class Proxy:
         self._run(self._set(fault, only, times))
 
     def wait_for(
-        self, seen: Callable[[list[Request]], bool], timeout_s: float = 30.0
+        self, seen: Callable[[list[Request]], object], timeout_s: float = 30.0
     ) -> list[Request]:
         """Block until `seen` holds of the requests so far; returns them.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,19 @@ ONE_A_SPAN = {
     "critic": ("critic/score",),
 }
 """Metrics that get one point from each span of a type."""
+
+
+class NotExactlyOnce(AssertionError):
+    """Something is missing or there twice: never chance, so noxfile.py does not run it again."""
+
+
+@contextmanager
+def never_rerun() -> Iterator[None]:
+    """Assertions that fail in here, or in a function decorated with it, are `NotExactlyOnce`."""
+    try:
+        yield
+    except AssertionError as error:
+        raise NotExactlyOnce(str(error)) from error
 
 
 @dataclass
@@ -105,6 +118,11 @@ def stored_runs(database: Path, experiment_name: str) -> list[StoredRun]:
         return list(runs.values())
 
 
+def runs_of(report: Report, runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """Of these runs, those of one agent and the processes it started."""
+    return [run for run in runs if run.trace_id in report.trace_ids()]
+
+
 def stray_traces(database: Path, experiment_name: str) -> list[str]:
     """MLflow traces of an experiment that belong to none of its runs; there should be none."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
@@ -117,6 +135,7 @@ def stray_traces(database: Path, experiment_name: str) -> list[str]:
         return [row[0] for row in found]
 
 
+@never_rerun()
 def assert_exactly_once(
     report: Report, runs: Iterable[StoredRun], *, status: str = "FINISHED"
 ) -> None:
@@ -135,6 +154,7 @@ def assert_exactly_once(
         assert_whole(run, ended[run.trace_id])
 
 
+@never_rerun()
 def assert_whole(run: StoredRun, spans: Mapping[str, str]) -> None:
     """A run has exactly these spans (see `spans_by_trace`), and each of their points once."""
     kinds = list(spans.values())
@@ -145,6 +165,7 @@ def assert_whole(run: StoredRun, spans: Mapping[str, str]) -> None:
     assert ledger(run) == (len(spans), len(spans), ""), run.tags
 
 
+@never_rerun()
 def assert_survived_kill(report: Report, runs: Iterable[StoredRun]) -> float:
     """What a killed process recorded is there once, but for the last moments, and its run ended.
 
@@ -202,6 +223,30 @@ def _assert_points(run: StoredRun, kinds: list[str]) -> None:
             assert len(points) == kinds.count(kind), (key, points)
             assert len({step for step, _ in points}) == len(points), (key, points)
     assert [value for _, value in run.points["total_steps"]] == [kinds.count("step")], run
+
+
+@never_rerun()
+def assert_losses_are_told(report: Report, runs: Iterable[StoredRun], reason: str) -> None:
+    """Each run of an agent process tells how many spans it lost; some were, for this reason.
+
+    A burst may also have been more than the queue holds.
+    """
+    recorded = spans_by_trace(report)
+    runs = list(runs)
+    assert sorted(run.trace_id for run in runs) == sorted(report.trace_ids())
+    told: dict[str, int] = defaultdict(int)
+    for run in runs:
+        count, delivered, dropped = ledger(run)
+        assert count == len(recorded[run.trace_id])
+        assert len(set(run.spans)) == len(run.spans), run
+        # Of the tree's root, the first version is there also where the last one is lost.
+        assert len(set(run.spans) & recorded[run.trace_id].keys()) - delivered in (0, 1), run
+        losses = dict(loss.split("=") for loss in dropped.split(", ") if loss)
+        assert sum(map(int, losses.values())) == count - delivered, run.tags
+        for why, number in losses.items():
+            told[why] += int(number)
+    assert told.keys() <= {reason, "queue_full"}, told
+    assert told[reason] > 0, told
 
 
 def spans_by_trace(report: Report) -> Mapping[str, dict[str, str]]:

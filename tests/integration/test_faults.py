@@ -1,7 +1,7 @@
 """The server fails in every way at every moment: the agent goes on, and everything arrives once.
 
 Real agents in processes of their own, a real server behind a proxy that fails on command.
-docs/spool.md has the whole table.
+docs/faults.md has the whole table.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import pytest
 from tests.integration.agents import Agent
 from tests.integration.faults import (
     FAULTS,
+    RETRYING,
     assert_ended_in_time,
     assert_not_held,
+    assert_nothing_left,
     execute,
     fault,
     leftover,
 )
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
-from tests.integration.stored import StoredRun, assert_exactly_once
+from tests.integration.stored import StoredRun, assert_exactly_once, runs_of
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "locked"])
@@ -40,16 +42,15 @@ def test_a_fault_that_passes(
     used = moment == "ready"
     agent = logging_agent(traces=2, steps=4, import_mlflow=used, gates=[moment, "over"])
     agent.wait_for(moment)
-    with fault(name, proxy, mlflow_server):
+    with fault(name, proxy, mlflow_server) as wait_until_met:
         agent.go()
         agent.wait_for("over")
-        if name not in {"refused", "locked"}:
-            proxy.wait_for(lambda seen: any(request.fault for request in seen))
+        wait_until_met(agent)
     agent.go()
     report = agent.finish()
     assert_not_held(report, control.finish())
     assert_ended_in_time(report, control.finish(), 5.0)
-    assert "qitos-mlflow sync" not in report.stderr
+    assert_nothing_left(report)
     assert_exactly_once(report, runs())
 
 
@@ -66,9 +67,10 @@ def test_a_fault_that_lasts_beyond_the_end(
     exit_timeout_s = 1.0
     agent = logging_agent({"exit_timeout_s": exit_timeout_s}, traces=2, steps=4, gates=["end"])
     agent.wait_for("end")
-    with fault(name, proxy, mlflow_server):
+    with fault(name, proxy, mlflow_server) as wait_until_met:
         agent.go()
         report = agent.finish()
+        wait_until_met(agent)
     assert_not_held(report, control.finish())
     assert_ended_in_time(report, control.finish(), exit_timeout_s)
     records, traces, command = leftover(report)
@@ -76,3 +78,44 @@ def test_a_fault_that_lasts_beyond_the_end(
     assert 0 < traces <= len(report.trace_ids())
     assert f"{records} record" in execute(command)
     assert_exactly_once(report, runs())
+
+
+def test_the_server_restarts(
+    mlflow_server: MlflowServer,
+    logging_agent: Callable[..., Agent],
+    control: Agent,
+    runs: Callable[[], list[StoredRun]],
+) -> None:
+    """Down while runs start, go on and end: those that outlast it deliver, sync does for others."""
+    exit_timeout_s = 1.0
+    options = {"tracking_uri": mlflow_server.uri}
+    staying = [
+        logging_agent(
+            options, traces=2, steps=4, import_mlflow=moment == "ready", gates=[moment, "over"]
+        )
+        for moment in ("ready", "mid")
+    ]
+    leaving = logging_agent(
+        {**options, "exit_timeout_s": exit_timeout_s}, traces=2, steps=4, gates=["end"]
+    )
+    for agent in [*staying, leaving]:
+        agent.wait_for(agent.config.gates[0])
+    mlflow_server.stop()
+    for agent in [*staying, leaving]:
+        agent.go()
+        agent.wait_for_error(RETRYING)
+    left = leaving.finish()
+    assert_ended_in_time(left, control.finish(), exit_timeout_s)
+    mlflow_server.start()
+    for agent in staying:
+        agent.wait_for("over")
+        agent.go()
+    reports = [agent.finish() for agent in staying]
+    for report in reports:
+        assert_ended_in_time(report, control.finish(), 5.0)
+        assert_nothing_left(report)
+    execute(leftover(left)[2])
+    for report in [*reports, left]:
+        assert_not_held(report, control.finish())
+        assert_exactly_once(report, runs_of(report, runs()))
+    assert len(runs()) == 2 * 3

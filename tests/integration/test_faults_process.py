@@ -1,23 +1,29 @@
 """The agent's process is killed, forks, ends early, runs out of disk: what was recorded arrives.
 
-Real processes and a real server; docs/spool.md has the whole table.
+Real processes and a real server; docs/faults.md has the whole table.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+import re
+import shlex
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.agents import Agent
+from tests.integration.agents import Agent, Report
 from tests.integration.faults import (
+    RETRYING,
     assert_ended_in_time,
     assert_not_held,
+    assert_nothing_left,
     execute,
     leftover,
 )
@@ -27,59 +33,15 @@ from tests.integration.server import MlflowServer
 from tests.integration.stored import (
     StoredRun,
     assert_exactly_once,
+    assert_losses_are_told,
     assert_survived_kill,
     ledger,
-    spans_by_trace,
+    runs_of,
 )
 
 Runs = Callable[[], list[StoredRun]]
 Start = Callable[..., Agent]
-
-FORKING = """
-    import os, sys, warnings
-    warnings.simplefilter("ignore", DeprecationWarning)  # Forking with threads is the point here.
-    from qitos_mlflow import MlflowTraceProcessor
-    from qitos_mlflow.tracing import add_trace_processor
-    from tests.integration.agent_script import Config, Gates, run
-
-    processor = MlflowTraceProcessor({experiment!r}, tracking_uri={uri!r})
-    add_trace_processor(processor)
-    run(Config(task_name="before"), 1, Gates([]))
-    child = os.fork()
-    if child == 0:
-        run(Config(task_name="child"), 1, Gates([]))
-        {leave}
-    run(Config(task_name="parent"), 1, Gates([]))
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-POOL = """
-    import multiprocessing, sys, warnings
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from qitos_mlflow import MlflowTraceProcessor
-    from qitos_mlflow.tracing import add_trace_processor
-    from tests.integration.agent_script import Config, Gates, run
-
-    def attach():
-        add_trace_processor(MlflowTraceProcessor({experiment!r}, tracking_uri={uri!r}))
-
-    def work(number):
-        if {method!r} != "fork":  # A new interpreter knows nothing of the parent's processors.
-            attach()
-        run(Config(task_name="worker"), number, Gates([]))
-
-    if __name__ == "__main__":
-        attach()
-        run(Config(task_name="parent"), 1, Gates([]))
-        context = multiprocessing.get_context({method!r})
-        workers = [context.Process(target=work, args=(n,)) for n in range(1, 4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert [worker.exitcode for worker in workers] == [0, 0, 0]
-"""
-
+MIB = 1024 * 1024
 
 SHORT = """
     from qitos_mlflow import MlflowTraceProcessor
@@ -110,11 +72,11 @@ IMPORTS = """
     sys.addaudithook(audit)
     from qitos_mlflow import MlflowTraceProcessor
     from qitos_mlflow.tracing import add_trace_processor
-    from tests.integration.agent_script import Config, Gates, run
+    from tests.integration.agent_script import Config, Gates, Holds, run
 
     processor = MlflowTraceProcessor({experiment!r}, tracking_uri={uri!r})
     add_trace_processor(processor)
-    run(Config(failing_steps=[1], scores=[0.5], run_dirs=True), 1, Gates([]))
+    run(Config(failing_steps=[1], scores=[0.5], run_dirs=True), 1, Gates(Config(), Holds("")))
     assert processor.force_flush(60.0)
     print(connected, late)
 """
@@ -139,40 +101,104 @@ def test_killed_at_any_moment(
         assert report.returncode == -signal.SIGKILL
         proxy.set(None)
         execute("qitos-mlflow sync")
-        mine = [run for run in runs() if run.trace_id in report.trace_ids()]
-        assert_survived_kill(report, mine)
+        assert_survived_kill(report, runs_of(report, runs()))
         if not reachable:
             proxy.set(Refuse())
 
 
-def test_sigterm_ends_the_process_as_ever(logging_agent: Start, runs: Runs) -> None:
+def test_sigterm_ends_the_process_as_ever(logging_agent: Start, control: Agent, runs: Runs) -> None:
     """The package handles no signals; what was recorded before is delivered later."""
-    agent = logging_agent(gates=["mid"], steps=4)
-    agent.wait_for("mid")
-    agent.signal(signal.SIGTERM)
-    report = agent.finish()
-    assert report.returncode == -signal.SIGTERM
+    agents = {
+        moment: logging_agent(gates=[moment], steps=4, traces=100, tool_sleep_s=0.002)
+        for moment in ("start", "mid", "end", "at random")
+    }
+    for moment, agent in agents.items():
+        if moment == "at random":
+            agent.wait_for("start")
+            time.sleep(random.uniform(0.0, 0.3))
+        else:
+            agent.wait_for(moment)
+        agent.signal(signal.SIGTERM)
+    reports = {moment: agent.finish() for moment, agent in agents.items()}
     execute("qitos-mlflow sync")
-    assert_survived_kill(report, runs())
-    [run] = runs()
-    assert (run.status, run.tags["qitos.killed"]) == ("KILLED", "the process died")
+    for moment, report in reports.items():
+        assert report.returncode == -signal.SIGTERM
+        assert_not_held(report, control.finish())
+        mine = runs_of(report, runs())
+        assert_survived_kill(report, mine)
+        if moment != "at random":
+            [run] = mine
+            assert (run.status, run.tags["qitos.killed"]) == ("KILLED", "the process died")
 
 
-@pytest.mark.parametrize("leave", ["sys.exit()", "processor.force_flush(30); os._exit(0)"])
-def test_fork(leave: str, mlflow_server: MlflowServer, experiment_name: str, runs: Runs) -> None:
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize(
+    "child",
+    [
+        pytest.param({"fork_at": "next", "child_exits": True}, id="exits"),
+        pytest.param({"fork_at": "next"}, id="flushes"),
+        pytest.param({"fork_at": "mid"}, id="in-a-tool"),
+        pytest.param({"fork_at": "mid", "child_traces": 0}, id="in-a-tool-for-nothing"),
+    ],
+)
+def test_fork(
+    child: dict[str, Any],
+    reachable: bool,
+    proxy: Proxy,
+    logging_agent: Start,
+    control: Agent,
+    runs: Runs,
+) -> None:
     """Parent and child each deliver their own, the child also when it leaves by `os._exit`."""
-    run_script(FORKING.format(experiment=experiment_name, uri=mlflow_server.uri, leave=leave))
-    assert_finished(runs(), ["before 1", "child 1", "parent 1"])
+    timeout_s = 30.0 if reachable else 1.0
+    options = {"exit_timeout_s": timeout_s, "flush_timeout_s": timeout_s}
+    agent = logging_agent(options, traces=2, steps=3, gates=["start"], **child)
+    agent.wait_for("start")
+    if not reachable:
+        proxy.set(Refuse())
+    agent.go()
+    report = agent.finish()
+    assert report.points["joined"]["status"] == 0
+    assert_not_held(report, control.finish())
+    assert_ended_in_time(report, control.finish(), timeout_s)
+    assert_ended_in_time(ended(report, "child", "joined"), control.finish(), timeout_s)
+    if reachable:
+        assert report.stderr == ""
+    else:
+        agent.wait_for_error(RETRYING)
+        proxy.set(None)
+        execute("qitos-mlflow sync")
+    assert_exactly_once(report, runs())
+    assert len(runs()) == 2 + child.get("child_traces", 1)
 
 
+@pytest.mark.parametrize("reachable", [True, False])
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_multiprocessing(
-    method: str, mlflow_server: MlflowServer, experiment_name: str, runs: Runs
+    method: str, reachable: bool, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
 ) -> None:
-    """Workers deliver before they end, however they are started; nothing is left."""
-    done = run_script(POOL.format(experiment=experiment_name, uri=mlflow_server.uri, method=method))
-    assert done.stderr == ""
-    assert_finished(runs(), ["parent 1", "worker 1", "worker 2", "worker 3"])
+    """Workers deliver before they end, however they are started; what they cannot, is left."""
+    timeout_s = 30.0 if reachable else 1.0
+    options = {"exit_timeout_s": timeout_s}
+    agent = logging_agent(options, gates=["over"], workers=3, start_method=method)
+    agent.wait_for("over")
+    if not reachable:
+        proxy.set(Refuse())
+    agent.go()
+    report = agent.finish()
+    assert report.points["workers"]["codes"] == [0, 0, 0]
+    assert_not_held(report, control.finish())
+    assert_ended_in_time(report, control.finish(), timeout_s)
+    last = max((f"worker-{n}" for n in range(2000, 2003)), key=lambda n: report.points[n]["time_s"])
+    assert_ended_in_time(ended(report, last, "workers"), control.finish(), timeout_s)
+    if reachable:
+        assert report.stderr == ""
+    else:
+        agent.wait_for_error(RETRYING)
+        proxy.set(None)
+        execute("qitos-mlflow sync")
+    assert_exactly_once(report, runs())
+    assert len(runs()) == 4
 
 
 def test_a_script_shorter_than_the_connection(
@@ -207,25 +233,64 @@ def test_work_pending_at_exit(
     agent.wait_for("done")
     agent.go()
     report = agent.finish()
+    assert_not_held(report, control.finish())
     assert_ended_in_time(report, control.finish(), 5.0)
     proxy.set(None)
     execute(leftover(report)[2])
     assert_exactly_once(report, runs())
 
 
-def test_the_clock_set_back(logging_agent: Start, control: Agent, runs: Runs) -> None:
-    """No wait is for the wall clock: a day back in mid-run holds nothing up and loses nothing."""
-    report = logging_agent(traces=2, steps=4, clock_back_s=86_400.0).finish()
+@pytest.mark.parametrize("fault", [Refuse(), Hang()])
+def test_work_of_two_processors_pending_at_exit(
+    fault: Fault,
+    proxy: Proxy,
+    logging_agent: Start,
+    control: Agent,
+    experiment_name: str,
+    runs: Runs,
+) -> None:
+    """However many processors there are, the process has one exit deadline."""
+    exit_timeout_s = 1.0
+    options = {"exit_timeout_s": exit_timeout_s}
+    too = f"{experiment_name} too"
+    also = {"tracking_uri": proxy.uri, "experiment_name": too, **options}
+    agent = logging_agent(options, also=also, gates=["start"])
+    agent.wait_for("start")
+    proxy.set(fault)
+    agent.go()
+    report = agent.finish()
     assert_not_held(report, control.finish())
-    assert_ended_in_time(report, control.finish(), 5.0)
+    assert_ended_in_time(report, control.finish(), exit_timeout_s)
+    proxy.set(None)
+    records, _, command = leftover(report)
+    segments = sorted(shlex.split(command)[2:], key=lambda path: too in Path(path).read_text())
+    assert len(segments) == 2
+    # One after the other: MLflow's id of a trace is QitOS's, so a server has it only once.
+    told = execute(f"qitos-mlflow sync {segments[0]}")
     assert_exactly_once(report, runs())
+    told += execute(f"qitos-mlflow sync {segments[1]}")
+    assert sum(map(int, re.findall(r"(\d+) records? delivered", told))) == records
 
 
+def test_the_clock_set_back(logging_agent: Start, control: Agent, runs: Runs) -> None:
+    """No wait is for the wall clock: a day back, at whatever moment, holds up and loses nothing."""
+    agents = [
+        logging_agent(traces=2, steps=4, clock_back_s=86_400.0, clock_back_at=moment)
+        for moment in ("ready", "mid", "end")
+    ]
+    for report in [agent.finish() for agent in agents]:
+        assert_not_held(report, control.finish())
+        assert_ended_in_time(report, control.finish(), 5.0)
+        assert_nothing_left(report)
+        assert_exactly_once(report, runs_of(report, runs()))
+    assert len(runs()) == 2 * 3
+
+
+@pytest.mark.parametrize("server", ["there", "comes back"])
 @pytest.mark.parametrize("place", ["full", "unwritable"])
-@pytest.mark.parametrize("reachable", [True, False])
 def test_no_disk_for_the_spool(
     place: str,
-    reachable: bool,
+    server: str,
     tmp_path: Path,
     small_disk: Callable[[int], Path],
     proxy: Proxy,
@@ -233,39 +298,93 @@ def test_no_disk_for_the_spool(
     control: Agent,
     runs: Runs,
 ) -> None:
-    """The agent goes on; delivery does so from memory; only what that cannot hold is lost."""
-    directory = small_disk(64 * 1024) if place == "full" else tmp_path / "file" / "spool"
-    if place == "unwritable":
-        directory.parent.touch()
-    if not reachable:
-        proxy.set(Refuse())
-    agent = logging_agent(
-        {"spool_dir": str(directory), **({} if reachable else {"queue_bytes": 400_000})},
-        traces=2,
-        steps=20,
-        payload_bytes=2000,
-        gates=["over"],
-    )
-    agent.wait_for("over")
+    """From a run's start, its middle or its end on: the agent goes on, delivery from memory does.
+
+    Only what memory cannot hold until the server is back is lost.
+    """
+    options = {"exit_timeout_s": 30.0, **({"queue_bytes": 100_000} if server != "there" else {})}
+    agents = {}
+    for moment in ("ready", "mid", "end"):
+        spool = small_disk(4 * MIB) if place == "full" else tmp_path / moment / "spool"
+        agents[spool] = logging_agent(
+            {**options, "spool_dir": str(spool)},
+            traces=2,
+            steps=10,
+            payload_bytes=12_000,
+            gates=[moment, "over"],
+        )
+    for spool, agent in agents.items():
+        [moment, _] = agent.config.gates
+        agent.wait_for(moment)
+        if server != "there":
+            proxy.set(Refuse())
+        if place == "full":
+            fill(spool)
+        elif moment == "ready":
+            spool.parent.touch()
+        else:
+            forbid_growth(agent, spool)
+    for agent in agents.values():
+        agent.go()
+    for agent in agents.values():
+        agent.wait_for("over")
+        agent.wait_for_error("cannot be written")
+        if server != "there":
+            agent.wait_for_error(RETRYING)
     proxy.set(None)
+    for agent in agents.values():
+        agent.go()
+        report = agent.finish()
+        assert_not_held(report, control.finish())
+        assert_nothing_left(report)
+        if server == "there":
+            assert_exactly_once(report, runs_of(report, runs()))
+        else:
+            beneath_a_file = place == "unwritable" and "ready" in agent.config.gates
+            reason = "spool_unwritable" if beneath_a_file else "disk_full"
+            assert_losses_are_told(report, runs_of(report, runs()), reason)
+    assert len(runs()) == 2 * 3
+
+
+def test_neither_disk_nor_server(
+    small_disk: Callable[[int], Path], proxy: Proxy, logging_agent: Start, control: Agent
+) -> None:
+    """The process ends in time all the same, and says how much is lost."""
+    exit_timeout_s = 1.0
+    spool = small_disk(1 * MIB)
+    options = {"spool_dir": str(spool), "exit_timeout_s": exit_timeout_s}
+    agent = logging_agent(options, traces=2, steps=4, gates=["ready"])
+    agent.wait_for("ready")
+    proxy.set(Refuse())
+    fill(spool)
     agent.go()
     report = agent.finish()
     assert_not_held(report, control.finish())
-    assert report.returncode == 0, report.stderr
-    if reachable:
-        assert_exactly_once(report, runs())
-        return
-    recorded = spans_by_trace(report)
-    reason = "disk_full" if place == "full" else "spool_unwritable"
-    lost = 0
-    for run in runs():
-        told, delivered, dropped = ledger(run)
-        assert told == len(recorded[run.trace_id])
-        # Of the tree's root, the first version is there also where the last one is lost.
-        assert len(set(run.spans) & recorded[run.trace_id].keys()) - delivered in (0, 1)
-        assert dropped == (f"{reason}={told - delivered}" if told > delivered else "")
-        lost += told - delivered
-    assert lost > 0
+    assert_ended_in_time(report, control.finish(), exit_timeout_s)
+    lost = re.search(r"(\d+) records lost: neither the server nor the spool", report.stderr)
+    assert lost, report.stderr
+    assert int(lost[1]) >= len(report.spans())
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte on it."""
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(bytes(4096))
+
+
+def forbid_growth(agent: Agent, spool: Path) -> None:
+    """Let the agent's files become no larger than its segment is now: writing it fails.
+
+    As on a disk that goes bad under an open file, for which permissions come too late.
+    """
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux lets one process limit the files of another")
+    [part] = spool.glob("*.seg")
+    size = part.stat().st_size
+    assert size > 100_000, "what it writes down for the test must not become larger than that"
+    resource.prlimit(agent.pid, resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_nothing_is_imported_once_requests_are_sent(
@@ -276,11 +395,7 @@ def test_nothing_is_imported_once_requests_are_sent(
     assert done.stdout == "True []\n"
 
 
-def assert_finished(runs: list[StoredRun], tasks: list[str]) -> None:
-    """There is one whole run for each task and no other."""
-    assert sorted(run.params["task"] for run in runs) == tasks
-    for run in runs:
-        assert run.status == "FINISHED"
-        recorded, delivered, dropped = ledger(run)
-        assert recorded == delivered == len(set(run.spans)) == len(run.spans)
-        assert not dropped
+def ended(report: Report, last: str, gone: str) -> Report:
+    """Of a process that another one awaited: it ended between these points."""
+    exit_s = report.points[gone]["time_s"] - report.points[last]["time_s"]
+    return replace(report, exit_s=exit_s)
