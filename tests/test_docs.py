@@ -1,7 +1,8 @@
-"""What the documentation says of settings is what the code has."""
+"""What the documentation says of settings and of tests is what the code has."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from qitos_mlflow.settings import Settings, env_names
 
+TESTS = Path(__file__).parent
+FAULTS_PAGE = TESTS.parent / "docs" / "faults.md"
 SETTINGS_PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 ROWS = [line for line in SETTINGS_PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
 
@@ -28,3 +31,16 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
     """docs/settings.md has no row for anything else."""
     documented = {row.split("`")[1] for row in ROWS}
     assert documented == {option.name for option in fields(Settings)}
+
+
+def test_each_test_that_is_documented_exists() -> None:
+    """docs/faults.md names no test that there is not."""
+    code: dict[str, str] = {}
+    for path in TESTS.rglob("test_*.py"):
+        code[path.name] = code.get(path.name, "") + path.read_text("utf-8")
+    page = FAULTS_PAGE.read_text("utf-8")
+    named = re.findall(r"`(?:tests/\w+/)?(test_\w+\.py|…)(?:::(test_\w+))?`", page)
+    assert named
+    for file, name in named:
+        among = code["test_faults_process.py" if file == "…" else file]
+        assert not name or f"def {name}(" in among, (file, name)
