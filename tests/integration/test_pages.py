@@ -67,8 +67,13 @@ def native_tool_calls() -> None:
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You know the weather."},
         {"role": "user", "content": [{"type": "text", "text": "Is this Oslo?"}, picture]},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "I look outside.", "signature": "s"}],
+            "tool_calls": [call],
+        },
         {"role": "tool", "tool_call_id": "call-1", "content": "rain, 4 degrees"},
+        {"role": "critic", "content": [{"type": "text", "text": "Be brief.", "cache_control": {}}]},
     ]
     data = tracing.GenerationSpanData(
         model="gpt-4o-mini",
@@ -153,10 +158,13 @@ def test_the_charts_of_a_run(browser: Browser, shown: Shown, images: Path) -> No
     assert "tea-taster (critic/score)" in text
 
 
-def test_the_traces_of_a_run(browser: Browser, shown: Shown) -> None:
+def test_the_traces_of_a_run(browser: Browser, shown: Shown, images: Path) -> None:
     """A run's tab Traces has its trace, with task, answer and the critic's average."""
     text = browser.page_shot(
-        shown.run("boiling-water", "traces"), wait_for_text=["Why is tea not as good", "Reviewer"]
+        shown.run("boiling-water", "traces"),
+        images / "run-traces.png",
+        wait_for_text=["Why is tea not as good", "Reviewer"],
+        size=WIDE,
     )
     assert "1 of 1" in text
     assert "0.67" in text
@@ -212,7 +220,7 @@ def test_native_tool_calls_and_pictures(browser: Browser, shown: Shown, tmp_path
         wait_for_text=["System", "User", "Tool"],
         size=HIGH,
     )
-    for piece in ("weather", "Oslo", "rain, 4 degrees", "It rains in"):
+    for piece in ("weather", "Oslo", "rain, 4 degrees", "It rains in", "Reasoning", "Be brief."):
         assert piece in text
     assert "base64" not in text, "the picture is shown, not its bytes"
 
@@ -229,10 +237,11 @@ def test_the_error(browser: Browser, shown: Shown, images: Path) -> None:
     assert "Traceback (most recent call last)" in text
 
 
-def test_the_feedback(browser: Browser, shown: Shown) -> None:
+def test_the_feedback(browser: Browser, shown: Shown, images: Path) -> None:
     """A critic's span has its verdict as feedback."""
     text = browser.page_shot(
         shown.trace("boiling-water"),
+        images / "trace-feedback.png",
         click=[shown.span("boiling-water", "Reviewer", 0)],
         wait_for_text=["Feedback (1)", "does not mention 70, almanac, 8849"],
     )
