@@ -223,7 +223,8 @@ def _moved(address: str | None) -> str:
     """That the server is elsewhere; login pages put tokens into the rest of their address."""
     try:
         parts = urlsplit(address or "")
-        where = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "another path"
+        host = parts.netloc.rpartition("@")[2]
+        where = f"{parts.scheme}://{host}" if host else "another path"
     except ValueError:
         where = "nowhere"
     return f"the server moved to {where}"
