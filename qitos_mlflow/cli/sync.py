@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import seconds, tracking_uri
 from qitos_mlflow.cli._spool import (
     default_directory,
@@ -243,8 +244,14 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
 
     from qitos_mlflow.delivery import Stats, follow
 
-    if directory.exists() and not directory.is_dir():
-        raise click.UsageError(f"--follow watches a directory; {str(directory)!r} is a file")
+    try:
+        there = directory.exists()
+        if there and not directory.is_dir():
+            raise click.UsageError(f"--follow watches a directory; {str(directory)!r} is a file")
+    except OSError as error:
+        raise Refused(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
+    wait = "" if there else ", which is not there yet"
+    click.echo(f"Delivering what comes to {directory}{wait}; Ctrl-C ends it", err=True)
     stop, stats = threading.Event(), Stats()
     with _signals(stop.set), Console().status("") as status:
 

@@ -300,8 +300,7 @@ class StoreTransport:
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""
-        with _failures():
-            write_artifact(run.artifact_uri, path, data, self.uri)
+        write_artifact(run.artifact_uri, path, data, self.uri)
 
     def close(self) -> None:
         """Nothing to give up: MLflow keeps its stores for the process."""
