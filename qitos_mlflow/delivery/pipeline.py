@@ -261,11 +261,14 @@ class Pipeline:
 
 
 def _not_empty(segments: list[Paths]) -> list[Paths]:
-    there = {
-        path.name.partition(".")[0]
-        for directory in {paths.directory for paths in segments}
-        for path in directory.glob(f"*{SEGMENT_SUFFIX}")
-    }
+    try:
+        there = {
+            path.name.partition(".")[0]
+            for directory in {paths.directory for paths in segments}
+            for path in directory.glob(f"*{SEGMENT_SUFFIX}")
+        }
+    except OSError:  # Nobody can tell.
+        return segments
     return [paths for paths in dict.fromkeys(segments) if paths.stem in there]
 
 

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -59,8 +60,7 @@ class _Trace:
     lost: Counter[str] = field(default_factory=Counter)
     late: int = 0
     ended: bool = False
-    over: bool = False
-    """Its end has been offered."""
+    over: bool = False  # Its end has been offered.
 
 
 class MlflowPlugin:
@@ -75,7 +75,8 @@ class MlflowPlugin:
         self.settings = settings
         self.origin = origin
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
-        self._pipelines = Pipelines(settings, self._announce, self._end_killed, self._is_over)
+        kill = partial(self._end_all, "KILLED", "the process ended before the trace did")
+        self._pipelines = Pipelines(settings, self._announce, kill, self._is_over)
         # Reentrant: the garbage collector may end a trace while this thread holds it.
         self._lock = threading.RLock()
         self._closed = False
@@ -169,12 +170,10 @@ class MlflowPlugin:
         if step is None:
             parent = state.steps.get(span.parent_span_id)
             step = span.data.step_number if span.data.type == "step" and parent is None else parent
-        late = 0
-        if state.ended:
-            late = state.late = state.late + 1
+        state.late += state.ended
         try:
             payload = capture.span_record(
-                span, step, state.content, self.settings.field_bytes, late
+                span, step, state.content, self.settings.field_bytes, state.late
             )
         except Exception:
             state.dropped["capture_failed"] += 1  # Data of somebody's own; told by who called us.
@@ -236,9 +235,6 @@ class MlflowPlugin:
         """
         self._end_all(status, why)
         return self._pipelines.close(timeout_s)
-
-    def _end_killed(self) -> None:
-        self._end_all("KILLED", "the process ended before the trace did")
 
     def _end_all(self, status: str, why: str) -> None:
         with self._lock:
