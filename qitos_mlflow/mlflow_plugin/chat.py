@@ -6,8 +6,8 @@ tool calls and tool results. What is in no known shape is shown as text or kept 
 never lost.
 
 The page shows no conversation at all once a role, or the type of a part, is one it does not know
-(MLflow 3.17, ModelTraceExplorer): roles are ``system``, ``user``, ``assistant`` and ``tool``, and
-thoughts are the message's ``reasoning``, not a part.
+(MLflow 3.12 to 3.17, ModelTraceExplorer): roles are ``system``, ``user``, ``assistant`` and
+``tool``, and thoughts are the message's ``reasoning``, not a part.
 """
 
 from __future__ import annotations

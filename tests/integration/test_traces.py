@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pluggy
 import pytest
 from click.testing import CliRunner
@@ -683,6 +684,20 @@ def test_files_go_with_the_run(store: Store, experiment_name: str, tmp_path: Pat
     assert (copy / "final_answer.txt").read_text() == "3"
     for name in ("manifest.json", "events.jsonl", "steps.jsonl"):
         assert (copy / "qitos" / name).read_text() == (manifest.parent / name).read_text()
+
+
+def test_an_answer_that_is_no_text_is_a_json_file(
+    server: Store, experiment_name: str, tmp_path: Path
+) -> None:
+    """A structured final answer is an artifact that reads back as it was."""
+    answer = {"cities": ["Oslo", "Åre"], "warm": False, "degrees": 4.5, "wind": None}
+    with logged(server.uri, experiment_name=experiment_name) as processor:
+        with create_trace("structured") as trace:
+            trace.metadata["final_result"] = answer
+        assert processor.force_flush(FLUSH_S) is True
+    run = only_run(server.client, experiment_name)
+    copy = server.client.download_artifacts(run.id, "final_answer.json", str(tmp_path))
+    assert orjson.loads(Path(copy).read_bytes()) == answer
 
 
 def test_files_can_be_left_out(server: Store, experiment_name: str) -> None:
