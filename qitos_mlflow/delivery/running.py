@@ -184,7 +184,8 @@ class Running:
             if not self._may_rest():
                 return False
             if self._shipping is None or not self.nothing_left():
-                return self._hand_over()
+                waited_for = self._shipper is not None and self._shipper.waited_for
+                return not waited_for and self._hand_over()
             adopting = self._adopter is not None and self._adopter.busy
             return not (adopting and self._shared.circuit.online)
         except Exception as error:  # noqa: BLE001 - the owner's bug must not end the thread
@@ -227,6 +228,8 @@ class Running:
         return open_undisturbed
 
     def _finish(self) -> None:
+        if self._finished:  # A signal handler has closed while this thread did.
+            return
         self._finished = True
         for part in self.segment.parts():
             lost = part.records - part.acknowledged

@@ -55,6 +55,11 @@ class Shipper:
                 self._urgent = position
             self._changed.notify_all()
 
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody is in `wait_shipped`."""
+        return self._waiters > 0
+
     def wait_shipped(self, position: int, deadline: float) -> bool:
         """Wait until all before `position` is accepted or buried; False when that fails.
 

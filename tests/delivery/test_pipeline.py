@@ -694,6 +694,28 @@ def test_what_waits_for_a_server_is_left_to_the_latest(
     assert all(pipeline.flush(0) and pipeline.close(0) for pipeline in pipelines)
 
 
+def test_what_is_waited_for_is_not_left_to_others(
+    make: Make, server: FakeServer, soon: None
+) -> None:
+    """Somebody who flushes while the server is away gets what comes of it when it is back."""
+    server.down = RetryLater("503")
+    asked = threading.Semaphore(0)
+    first = make(adopt=lambda header: server.sink, may_rest=lambda: asked.release() or True)
+    first.offer(b"first", urgent=True)
+    eventually(lambda: first.online is False)
+    flushed: list[bool] = []
+    flusher = threading.Thread(target=lambda: flushed.append(first.flush(LONG_S)))
+    flusher.start()
+    eventually(lambda: first._running._shipper.waited_for)  # type: ignore[union-attr]
+    last = make(adopt=lambda header: server.sink, may_rest=lambda: False)
+    last.offer(b"last")
+    for _ in range(10):
+        assert asked.acquire(timeout=LONG_S)
+    server.down = None
+    flusher.join(LONG_S)
+    assert flushed == [True]
+
+
 def test_what_was_left_to_a_pipeline_is_told_by_it(
     make: Make, server: FakeServer, soon: None
 ) -> None:
