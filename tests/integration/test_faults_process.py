@@ -92,18 +92,17 @@ def test_killed_at_any_moment(
     """After SIGKILL all but the last moment is there, and the run says that its process died."""
     if not reachable:
         proxy.set(Refuse())
-    for _ in range(3):
-        agent = logging_agent(traces=100, steps=10, tool_sleep_s=0.002)
+    agents = [logging_agent(traces=100, steps=10, tool_sleep_s=0.002) for _ in range(3)]
+    for agent in agents:
         agent.wait_for("start")
         time.sleep(random.uniform(0.0, 0.5))
         agent.signal(signal.SIGKILL)
-        report = agent.finish()
+    reports = [agent.finish() for agent in agents]
+    proxy.set(None)
+    execute("qitos-mlflow sync")
+    for report in reports:
         assert report.returncode == -signal.SIGKILL
-        proxy.set(None)
-        execute("qitos-mlflow sync")
         assert_survived_kill(report, runs_of(report, runs()))
-        if not reachable:
-            proxy.set(Refuse())
 
 
 def test_sigterm_ends_the_process_as_ever(logging_agent: Start, control: Agent, runs: Runs) -> None:
@@ -172,8 +171,14 @@ def test_fork(
     assert len(runs()) == 2 + child.get("child_traces", 1)
 
 
-@pytest.mark.parametrize("reachable", [True, False])
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+@pytest.mark.parametrize(
+    ("method", "reachable"),
+    [
+        *((method, True) for method in multiprocessing.get_all_start_methods()),
+        ("fork", False),
+        ("spawn", False),
+    ],
+)
 def test_multiprocessing(
     method: str, reachable: bool, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
 ) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -192,18 +191,6 @@ def test_the_bytes_of_requests_can_be_kept(
         assert proxy.requests[0].raw.endswith(b'{"filter": "x"}')
     finally:
         proxy.close()
-
-
-def test_the_server_restarts_on_its_port_with_its_data(
-    mlflow_server: MlflowServer, experiment_name: str
-) -> None:
-    """A restarted server has the same address and still knows what it was told."""
-    mlflow_server.client.create_experiment(experiment_name)
-    mlflow_server.stop()
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"{mlflow_server.uri}/health", timeout=TIMEOUT_S)
-    mlflow_server.start()
-    assert mlflow_server.client.get_experiment_by_name(experiment_name) is not None
 
 
 def test_the_server_freezes_and_thaws(
