@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,6 +51,8 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
     found: dict[Paths, None] = {}
     for path in chosen or (default_directory(),):
         try:
+            if path.is_dir():
+                os.scandir(path).close()  # An agent's spool that it may not read is no error.
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:
@@ -73,6 +77,10 @@ def look_at(paths: Iterable[Path]) -> tuple[list[SegmentInfo], dict[Paths, str]]
     seen, unreadable = [], {}
     for segment in segments_in(paths):
         try:
+            for _, part in segment.parts():
+                # What this user may not read is not for this user to give up.
+                with contextlib.suppress(FileNotFoundError), part.open("rb"):
+                    pass
             seen.append(inspect_segment(segment))
         except OSError as error:
             unreadable[segment] = reason_of(error)

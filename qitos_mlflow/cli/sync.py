@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +140,9 @@ class Sync:
         segments = list(segments)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         progress = Progress(*columns, transient=True)
-        progress.disable = not progress.console.is_terminal
-        with _signals(self._interrupt), progress:
+        # Elsewhere it would leave an empty line behind (rich 13).
+        shown = progress if progress.console.is_terminal else nullcontext()
+        with _signals(self._interrupt), shown:
             bar = progress.add_task("records", total=sum(s.waiting for s in segments))
             for segment in segments:
                 self._deliver(segment, lambda: progress.update(bar, completed=self._look()))

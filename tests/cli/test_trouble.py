@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from qitos_mlflow import delivery
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._server import ask
 from qitos_mlflow.cli.sync import Sync
@@ -211,7 +211,7 @@ def test_a_directory_that_cannot_be_read_is_named(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(delivery, "find_segments", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     done = invoke(*command, str(tmp_path))
     assert done.exit_code == 2
     assert f"{str(tmp_path)!r} cannot be read: Permission denied" in done.output
