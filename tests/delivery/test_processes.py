@@ -221,7 +221,9 @@ for thread in threads:
 print(pipeline.close(60))
 """
     assert run(code, tmp_path / "spool") == ["True"]
-    assert list((tmp_path / "spool").iterdir()) == []
+    # They offer faster than a busy machine may take: what is left is the count of that at most.
+    left = [inspect_segment(paths) for paths in find_segments(tmp_path / "spool")]
+    assert all(info.losses.keys() == {"queue_full"} and not info.size_bytes for info in left)
 
 
 @posix
