@@ -202,7 +202,7 @@ def _show(found: dict[str, Any]) -> None:
             click.echo(f"{number} {title}: {line[:REASON_CHARS]}")
     if found["dead_letters"]:
         kept = ", ".join(str(Path(where, "*.dead")) for where in _directories(found))
-        click.echo(f"What was refused is kept in {kept}; delete it with: qitos-mlflow spool purge")
+        click.echo(f"What was refused is kept in {kept}; nothing sends it again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")

@@ -239,4 +239,4 @@ def test_where_refused_records_are_is_told(tmp_path: Path, store: str) -> None:
     write_segment(tmp_path, store, "kept", b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
-    assert f"What was refused is kept in {tmp_path / 'spool' / '*.dead'}; delete it with" in shown
+    assert f"What was refused is kept in {tmp_path / 'spool' / '*.dead'}; nothing sends it" in shown
