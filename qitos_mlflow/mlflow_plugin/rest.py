@@ -51,6 +51,7 @@ class RestTransport:
         path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
         try:
             found = _part(self._exchange.json("GET", path, None, timeout_s), "experiment")
+            experiment_id = str(_part(found, "experiment_id"))
         except Refused as refusal:
             if refusal.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -59,9 +60,9 @@ class RestTransport:
                 raise Refused(
                     "INVALID_STATE",
                     f"experiment {name!r} is deleted; restore it with "
-                    f"`mlflow experiments restore --experiment-id {found['experiment_id']}`",
+                    f"`mlflow experiments restore --experiment-id {experiment_id}`",
                 )
-            return str(found["experiment_id"])
+            return experiment_id
         try:
             made = self._api("experiments/create", {"name": name}, timeout_s)
         except Refused as refusal:
@@ -204,9 +205,9 @@ class RestTransport:
         return self._exchange.json("POST", path, orjson.dumps(body), timeout_s)
 
 
-def _part(answer: Mapping[str, Any], key: str) -> Any:
+def _part(answer: Any, key: str) -> Any:
     """A part of an answer that MLflow always gives; without it, it is not MLflow that answers."""
-    if key not in answer:
+    if not isinstance(answer, dict) or key not in answer:
         raise RetryLater(f"an answer without {key!r}, which is not MLflow's")
     return answer[key]
 
@@ -215,11 +216,11 @@ def _pairs(items: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"key": key, "value": value} for key, value in items]
 
 
-def _run_ref(run: Mapping[str, Any]) -> RunRef:
-    info = run["info"]
+def _run_ref(run: Any) -> RunRef:
+    info = _part(run, "info")
     return RunRef(
-        run_id=info["run_id"],
-        experiment_id=str(info["experiment_id"]),
+        run_id=_part(info, "run_id"),
+        experiment_id=str(_part(info, "experiment_id")),
         run_name=info.get("run_name", ""),
         artifact_uri=info.get("artifact_uri", ""),
         start_ms=int(info.get("start_time") or 0),

@@ -107,9 +107,13 @@ def test_an_answer_that_is_no_object_is_not_mlflows(body: bytes) -> None:
     assert outcome(Server(200, b"{}")) is None
 
 
-def test_a_call_needs_what_mlflow_answers() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [b'{"hello": "world"}', b'{"run": {}, "experiment": 1}', b'{"run": {"info": 1}}'],
+)
+def test_a_call_needs_what_mlflow_answers(body: bytes) -> None:
     """Another program's JSON on the port creates no run."""
-    transport = RestTransport("http://host", Server(200, b'{"hello": "world"}'))
+    transport = RestTransport("http://host", Server(200, body))
     with pytest.raises(RetryLater):
         transport.create_run("0", 0, "name", [], 1.0)
     with pytest.raises(RetryLater):
