@@ -37,6 +37,9 @@ FORK_WAIT_S = 10.0
 """Longest time a fork waits for a sink that is just being opened (seconds): `import mlflow` and
 the creation of a local store take five; a sink for a server, 0.2."""
 
+LOOK_S = 0.05
+"""How often a flush looks whether somebody else has delivered what was left to him (seconds)."""
+
 
 class Pipeline:
     """Delivers payloads in order, at least once; what is not delivered stays on disk.
@@ -133,7 +136,7 @@ class Pipeline:
         """
         deadline = time.monotonic() + timeout_s
         if not self._awake.locked():
-            return self._nothing_left()
+            return self._delivered_by_others(deadline)
         if not self._spooled(Barrier(), deadline):
             return False
         # The one that has reached the barrier, or a later one: then the earlier went to rest.
@@ -203,11 +206,13 @@ class Pipeline:
         """
         if (self.online is not False and not self._offline) or self.unsaved:
             return False
-        for other in list(_pipelines):
-            if other._number > self._number and other._takes_over(self):
-                other._inherited = list(dict.fromkeys([*other._inherited, *self.segments]))
-                other._running.adopt()
-                return True
+        with _handing_over:  # To the last one, which has nobody to leave it to in turn.
+            others = [p for p in list(_pipelines) if p._number > self._number]
+            for other in sorted(others, key=lambda p: p._number, reverse=True):
+                if other._takes_over(self):
+                    other._inherited = list(dict.fromkeys([*other._inherited, *self.segments]))
+                    other._running.adopt()
+                    return True
         return False
 
     def _takes_over(self, other: Pipeline) -> bool:
@@ -251,6 +256,15 @@ class Pipeline:
             running.work_here(barrier)
         return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
 
+    def _delivered_by_others(self, deadline: float) -> bool:
+        """At rest: wait until those it was left to have delivered it all."""
+        while not self._nothing_left():
+            left_s = deadline - time.monotonic()
+            if self._offline or left_s <= 0:
+                return False
+            time.sleep(min(LOOK_S, left_s))  # It is files that tell; other processes may do it.
+        return True
+
     def _nothing_left(self) -> bool:
         earlier = any(True for paths in self._earlier for _ in waiting_records(paths))
         return self._running.nothing_left() and not earlier
@@ -272,6 +286,7 @@ def _not_empty(segments: list[Paths]) -> list[Paths]:
     return [paths for paths in dict.fromkeys(segments) if paths.stem in there]
 
 
+_handing_over = threading.Lock()
 _numbers = count()
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 _forking = threading.local()
@@ -293,6 +308,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _handing_over
+    _handing_over = threading.Lock()
     for pipeline in list(_pipelines):
         pipeline._after_fork()
 

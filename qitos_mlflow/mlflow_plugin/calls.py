@@ -7,10 +7,10 @@ a call twice comes to the same as doing it once.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.cost import Costs
@@ -18,8 +18,6 @@ from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.traceinfo import locate
 from qitos_mlflow.mlflow_plugin.tracestate import TraceState
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport, delete_others
-
-_log = logging.getLogger("qitos_mlflow")
 
 Announce = Callable[[str, RunRef], None]
 
@@ -169,9 +167,11 @@ class Calls:
             if refusal.code not in NO_TRACES:
                 raise
             self.log_traces = False
-            _log.warning(
+            server = without_credentials(self._transport.uri)
+            warn(
+                f"sink.no_traces {server}",
                 "%s cannot store traces (%s): runs are logged, span trees are not",
-                without_credentials(self._transport.uri),
+                server,
                 refusal.code,
             )
 

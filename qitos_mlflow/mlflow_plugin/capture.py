@@ -62,11 +62,12 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def span_record(
-    span: Any, step: int | None, content: bool, field_chars: int, late: int = 0
+    trace_id: str, span: Any, step: int | None, content: bool, field_chars: int, late: int = 0
 ) -> bytes:
     """The record of a span that has just ended.
 
     Args:
+        trace_id: of the trace it is recorded for.
         span: the host's Span; only its documented attributes are read.
         step: number of the agent's step it belongs to, None outside any.
         content: False leaves out inputs, outputs and error texts; numbers and names stay.
@@ -77,7 +78,7 @@ def span_record(
     kind = data.pop("type", None) or span.data.type
     record = {
         "kind": "span",
-        "trace_id": span.trace_id,
+        "trace_id": trace_id,
         "span_id": span.span_id,
         "parent_id": span.parent_span_id,
         "type": kind,
@@ -114,11 +115,11 @@ def span_record(
     return encode(record)
 
 
-def root_record(span: Any) -> dict[str, Any]:
+def root_record(trace_id: str, span: Any) -> dict[str, Any]:
     """The record that announces a trace's first span: the root its tree has from the start."""
     return {
         "kind": "span_start",
-        "trace_id": span.trace_id,
+        "trace_id": trace_id,
         "span_id": span.span_id,
         "parent_id": span.parent_span_id,
         "type": span.data.type,

@@ -12,20 +12,19 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import artifacts, capture
 from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 from qitos_mlflow.mlflow_plugin.ending import end_before_mlflow
+from qitos_mlflow.mlflow_plugin.going import GoingTrace, free_id, going
 from qitos_mlflow.mlflow_plugin.nesting import Nesting
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, before_alarm_s
@@ -43,26 +42,6 @@ OPEN_TRACES = 4096
 """The same of those with spans that have not ended."""
 
 
-@dataclass
-class _Trace:
-    """What the agent's side keeps of one trace while it goes."""
-
-    pipeline: Pipeline
-    content: bool
-    active: ActiveRun
-    run: PendingRun
-    nesting: Nesting | None
-    handling: BaseException | None
-    steps: dict[str, int | None] = field(default_factory=dict)
-    awaits_root: bool = False
-    recorded: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    late: int = 0
-    ended: bool = False
-    over: bool = False  # Its end has been offered.
-
-
 class MlflowPlugin:
     """MLflow support as a trace plugin. Construction starts nothing and touches nothing.
 
@@ -74,7 +53,7 @@ class MlflowPlugin:
     def __init__(self, settings: Settings, origin: Origin = Origin.BY_HAND) -> None:
         self.settings = settings
         self.origin = origin
-        self._traces: OrderedDict[str, _Trace] = OrderedDict()
+        self._traces: OrderedDict[str, GoingTrace] = OrderedDict()
         kill = partial(self._end_all, "KILLED", "the process ended before the trace did")
         self._pipelines = Pipelines(settings, self._announce, kill, self._is_over)
         # Reentrant: the garbage collector may end a trace while this thread holds it.
@@ -103,7 +82,11 @@ class MlflowPlugin:
         uri = tracking_uri(settings)
         pipeline = self._pipelines.to(uri)
         run = PendingRun(lambda: settings.offline or pipeline.online is False)
-        state = _Trace(
+        key = str(trace.trace_id)
+        trace_id = free_id(uri, key)
+        nests = settings.log_traces and trace_id == key  # MLflow's own spans are there once.
+        state = going[uri, trace_id] = GoingTrace(
+            id=trace_id,
             pipeline=pipeline,
             content=content,
             active=ActiveRun(
@@ -113,14 +96,13 @@ class MlflowPlugin:
                 on_push=end_before_mlflow,
             ),
             run=run,
-            nesting=Nesting(str(trace.trace_id), run, uri) if settings.log_traces else None,
+            nesting=Nesting(key, run, uri) if nests else None,
             handling=sys.exc_info()[1],
             # The bridge's traces are one agent's run, whose span is the root of the tree.
             awaits_root="agent_name" in (trace.metadata or {}),
         )
-        trace_id = str(trace.trace_id)
         with self._lock:
-            self._traces[trace_id] = state
+            self._traces[key] = state
             self._forget_oldest()
         record = {
             "kind": "trace_start",
@@ -152,7 +134,7 @@ class MlflowPlugin:
         state.steps[span.span_id] = step
         if state.awaits_root:
             state.awaits_root = False
-            record = capture.root_record(span)
+            record = capture.root_record(state.id, span)
             state.pipeline.offer(capture.encode(record), keep=True)
         state.active.follow()
         if state.nesting is not None:
@@ -173,7 +155,7 @@ class MlflowPlugin:
         state.late += state.ended
         try:
             payload = capture.span_record(
-                span, step, state.content, self.settings.field_bytes, state.late
+                state.id, span, step, state.content, self.settings.field_bytes, state.late
             )
         except Exception:
             state.dropped["capture_failed"] += 1  # Data of somebody's own; told by who called us.
@@ -200,12 +182,12 @@ class MlflowPlugin:
         try:
             metadata = self._metadata(trace, state.content)
             if self.settings.log_artifacts and state.content:
-                for record in artifacts.of_trace(str(trace.trace_id), metadata):
+                for record in artifacts.of_trace(state.id, metadata):
                     if not state.pipeline.offer(capture.encode(record)):
                         state.lost["artifact_queue_full"] += 1
         except Exception as error:  # noqa: BLE001 - the end itself must not be lost
             report("plugin.trace_end", error)
-        self._end(str(trace.trace_id), state, metadata, failure)
+        self._end(state, metadata, failure)
         state.active.leave(open=not self.settings.auto_end_run)
         self._tell_if_idle()
 
@@ -239,10 +221,10 @@ class MlflowPlugin:
     def _end_all(self, status: str, why: str) -> None:
         with self._lock:
             self._closed = True
-            going = [(key, state) for key, state in self._traces.items() if not state.ended]
+            states = [state for state in self._traces.values() if not state.ended]
         if self.settings.auto_end_run or status == "KILLED":
-            for trace_id, state in going:
-                self._end(trace_id, state, {"qitos.closed": why}, None, status)
+            for state in states:
+                self._end(state, {"qitos.closed": why}, None, status)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -260,14 +242,14 @@ class MlflowPlugin:
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """The run of a trace exists. Shipper's thread."""
-        state = self._traces.get(trace_id)
-        if state is not None:
+        with self._lock:
+            states = [state for state in self._traces.values() if state.id == trace_id]
+        for state in states:
             state.run.created(ref)
 
     def _end(
         self,
-        trace_id: str,
-        state: _Trace,
+        state: GoingTrace,
         metadata: dict[str, Any],
         failure: BaseException | None,
         status: str | None = None,
@@ -279,7 +261,7 @@ class MlflowPlugin:
         state.handling = None  # Its traceback keeps the agent's local variables alive.
         record = {
             "kind": "trace_end",
-            "trace_id": trace_id,
+            "trace_id": state.id,
             "time_ns": time.time_ns(),
             "metadata": metadata,
             "status": status or ("FINISHED" if failure is None else "FAILED"),

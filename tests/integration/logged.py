@@ -42,6 +42,7 @@ class LoggedRun:
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self._client = client
         self.id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
         self.name: str = run.info.run_name
         self.status: str = run.info.status
         self.metrics: dict[str, float] = run.data.metrics

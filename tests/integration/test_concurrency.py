@@ -199,13 +199,37 @@ def test_two_processors_at_once(
     client: MlflowClient,
     experiment_name: str,
 ) -> None:
-    """A second processor by hand logs the same trace once more, where it was told to."""
-    with logged(mlflow_server.uri, experiment_name=f"{experiment_name} too") as second:
+    """Each logs the whole trace where it was told to: a run and a tree of its own."""
+    names = (experiment_name, f"{experiment_name} too")
+    with logged(mlflow_server.uri, experiment_name=names[1]) as second:
         with create_trace("twice") as trace:
             generate(trace, 3).finish()
         assert log.force_flush() is True
         assert second.force_flush() is True
-    for name in (experiment_name, f"{experiment_name} too"):
+    for name in names:
         run = only_run(client, name)
         assert complete(run)
         assert run.metrics["total_tokens"] == 4
+        (tree,) = client.search_traces(locations=[run.experiment_id], run_id=run.id)
+        assert len(tree.data.spans) == 2
+
+
+def test_two_processors_into_one_experiment(
+    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str
+) -> None:
+    """They do not take each other's runs, whatever their tags say."""
+    some = [
+        logged(mlflow_server.uri, experiment_name=experiment_name, tags={"of": f"{number}"})
+        for number in range(2)
+    ]
+    with some[0] as first, some[1] as second:
+        with create_trace("twice") as trace:
+            generate(trace, 3).finish()
+        assert first.force_flush() is True
+        assert second.force_flush() is True
+    experiment = client.get_experiment_by_name(experiment_name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.tags["of"] for run in runs) == ["0", "1"]
+    assert {run.data.tags["qitos.spans.delivered"] for run in runs} == {"1"}
+    assert len({run.data.tags["qitos.trace_id"] for run in runs}) == 2

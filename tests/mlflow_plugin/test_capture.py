@@ -33,7 +33,7 @@ class Recorded(tracing.NoOpTraceProcessor):
         self.records: list[dict[str, Any]] = []
 
     def on_span_end(self, span: Any) -> None:
-        payload = span_record(span, 3, self.content, self.field_chars)
+        payload = span_record(span.trace_id, span, 3, self.content, self.field_chars)
         self.records.append(orjson.loads(payload))
 
 

@@ -1,0 +1,70 @@
+"""What the agent's side keeps of each trace while it goes; the plugin alone reads and writes it.
+
+Bounded by what is going: nothing here grows with a trace but one number for each open span.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain, count
+
+from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.mlflow_plugin.active_run import ActiveRun
+from qitos_mlflow.mlflow_plugin.nesting import Nesting
+from qitos_mlflow.mlflow_plugin.pending_run import PendingRun
+
+
+@dataclass
+class GoingTrace:
+    """One trace, as one processor logs it.
+
+    Attributes:
+        id: in its records and on the server; see `free_id`.
+        pipeline: where its records go.
+        content: whether they hold inputs and outputs.
+        active: its run as MLflow's active run.
+        run: its run, once there is one.
+        nesting: has MLflow's own spans below its spans.
+        handling: what was being handled when it started, which is none of its own failures.
+        steps: of each open span, the agent's step it belongs to.
+        awaits_root: its first span is to be announced.
+        recorded: spans that were taken.
+        dropped: spans that were not, by reason.
+        lost: other records that were not, by reason.
+        late: spans that ended after it.
+        ended: nothing but late spans is to come.
+        over: the record of its end has been offered.
+    """
+
+    id: str
+    pipeline: Pipeline
+    content: bool
+    active: ActiveRun
+    run: PendingRun
+    nesting: Nesting | None
+    handling: BaseException | None
+    steps: dict[str, int | None] = field(default_factory=dict)
+    awaits_root: bool = False
+    recorded: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    late: int = 0
+    ended: bool = False
+    over: bool = False
+
+
+going: weakref.WeakValueDictionary[tuple[str | None, str], GoingTrace] = (
+    weakref.WeakValueDictionary()
+)
+"""All that go in this process, by tracking URI and id."""
+
+
+def free_id(uri: str | None, trace_id: str) -> str:
+    """`trace_id`, or while a trace with that id is going to the same server, another one like it.
+
+    Run and trace are found on a server by it: two processors must not take each other's.
+    """
+    names = chain([trace_id], (f"{trace_id}~{number}" for number in count(2)))
+    return next(n for n in names if (other := going.get((uri, n))) is None or other.ended)
