@@ -67,7 +67,10 @@ class LiveTrace:
         try:
             self.trace.__enter__()
         except BaseException as error:  # Ctrl-C while a processor was told
-            self.trace.__exit__(type(error), error, error.__traceback__)
+            try:
+                self.trace.__exit__(type(error), error, error.__traceback__)
+            except Exception as another:  # noqa: BLE001 - somebody's processor, told once more
+                report("bridge.trace_end", another)
             raise
 
     @property

@@ -77,7 +77,8 @@ def sync(
             header, tracking_uri=uri_of(json.loads(header)), resumed=True
         ),
         # A segment whose own header is damaged goes where it is told to, or nowhere.
-        "default_header": tracking_uri and segment_header(Settings.resolve(), tracking_uri),
+        "default_header": tracking_uri
+        and segment_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
     }
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")

@@ -200,8 +200,9 @@ def _one_message(raw: Any) -> Fields:
 def _add_calls(message: Fields, told: list[Fields]) -> None:
     """Add the calls that the host tells of; most often they are the message's own."""
     own = message.get("tool_calls", [])
+    free = list(own)  # Two calls may be alike: each of the message's is that of one told at most.
     for call in told:
-        for known in own:
+        for known in free:
             same = _same(call["function"], known["function"])
             if call["id"] == known["id"] != "" or (same and "" in (call["id"], known["id"])):
                 known["id"] = known["id"] or call["id"]
@@ -209,6 +210,7 @@ def _add_calls(message: Fields, told: list[Fields]) -> None:
                     function = {k: v for k, v in call.pop("function").items() if k != "arguments"}
                     with_rest(known["function"], function)
                 with_rest(known, call)
+                free.remove(known)
                 break
         else:
             own = [*own, call]

@@ -46,6 +46,8 @@ def working_directory() -> str:
 
 def absolute(uri: str, cwd: str) -> str:
     """`uri` with a relative path made absolute, so that it means the same in any directory."""
+    if is_http(uri):
+        return uri.rstrip("/")  # One server, one name.
     scheme, mark, rest = uri.partition(":")
     if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("////"):
         path = rest[3:]

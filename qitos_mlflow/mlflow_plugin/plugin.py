@@ -77,6 +77,9 @@ class MlflowPlugin:
         """Record the start; wait for the run, bounded, where it can become the active run."""
         if not self.qitos_wants_trace():
             return
+        known = self._traces.get(str(trace.trace_id))
+        if known is not None and not known.ended:
+            return  # The same processor was added twice.
         settings = self.settings
         content = settings.capture_content and tracing.content_allowed(trace)
         uri = tracking_uri(settings)

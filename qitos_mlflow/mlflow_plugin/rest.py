@@ -43,7 +43,7 @@ class RestTransport:
     """`Transport` over http(s). Used by one thread."""
 
     def __init__(self, uri: str, requester: Requester | None = None) -> None:
-        self.uri = uri
+        self.uri = uri.rstrip("/")
         self._exchange = Exchange(uri, requester)
 
     def experiment_id(self, name: str, timeout_s: float) -> str:

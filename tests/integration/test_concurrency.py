@@ -193,6 +193,17 @@ def test_a_span_that_outlives_its_trace(
     assert [span.name for span in found.data.spans].count("generation") == 2
 
 
+def test_a_processor_that_was_added_twice(
+    log: MlflowTraceProcessor, client: MlflowClient, experiment_name: str
+) -> None:
+    """A notebook's cell that is run again leaves one run, and it ends."""
+    tracing.add_trace_processor(log)
+    with create_trace("once") as trace:
+        generate(trace, 3).finish()
+    assert log.force_flush() is True
+    assert only_run(client, experiment_name).status == "FINISHED"
+
+
 def test_two_processors_at_once(
     log: MlflowTraceProcessor,
     mlflow_server: MlflowServer,

@@ -322,6 +322,8 @@ def test_calls_that_the_host_tells_too_are_there_once() -> None:
     without_id = {"functionCall": {"name": "add", "args": {"a": 1}}}
     assert answered([without_id], tool_calls=told)["tool_calls"] == [CALL]
     assert len(answered([USE], tool_calls=[{"id": "c2", "name": "sub"}])["tool_calls"]) == 2
+    twice = [{"name": "add", "arguments": {"a": 1}}] * 2  # Alike, and two all the same.
+    assert len(answered("hi", tool_calls=twice)["tool_calls"]) == 2
 
 
 @pytest.mark.parametrize(
