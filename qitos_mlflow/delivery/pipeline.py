@@ -105,6 +105,7 @@ class Pipeline:
         self._awake = threading.Lock()
         self._last = Barrier(last=True)
         self._refused_at = 0.0
+        self._unattended = False
         self._closing = threading.RLock()  # A signal handler may close while this thread does.
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
@@ -135,19 +136,16 @@ class Pipeline:
         thread. Tries a server that failed once more at once.
         """
         deadline = time.monotonic() + timeout_s
-        if not self._awake.locked():
-            return self._delivered_by_others(deadline)
-        if not self._spooled(Barrier(), deadline):
+        if not self._at_rest and not self._spooled(Barrier(), deadline):
             return False
         # The one that has reached the barrier, or a later one: then the earlier went to rest.
-        return self._running.shipped(deadline) and self._nothing_left()
+        return self._running.shipped(deadline) and self._earlier_delivered(deadline)
 
     def refuse(self) -> None:
         """Take no more; what was taken goes to the disk now. Any thread; waits for nothing."""
         self._closed = True
-        if self._awake.locked() and not self._refused_at:
-            self._refused_at = time.monotonic()
-            self._shared.queue.put(self._last)
+        if not self._at_rest:
+            self._put_last()
 
     def close(self, timeout_s: float) -> bool:
         """Flush, end the threads, give up the locks; True when nothing is left.
@@ -159,9 +157,9 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         self.refuse()
         self._running.save_losses()  # Those of offers refused since the last time.
-        if self._awake.locked() and not self._end(deadline):
+        if not self._at_rest and not self._end(deadline):
             return False
-        return self._nothing_left() and next(self.waiting(), None) is None
+        return self._running.nothing_left() and next(self.waiting(), None) is None
 
     @property
     def stats(self) -> Snapshot:
@@ -193,6 +191,16 @@ class Pipeline:
         """How many records wait in memory: lost if the process ends now."""
         return self._running.unsaved
 
+    @property
+    def _at_rest(self) -> bool:
+        # In this order: a worker that has emptied the queue is still awake.
+        return self._shared.queue.empty and not self._awake.locked()
+
+    def _put_last(self) -> None:
+        if not self._refused_at:
+            self._refused_at = time.monotonic()
+            self._shared.queue.put(self._last)
+
     def _wake(self) -> None:
         if self._awake.acquire(blocking=False):
             self._running.start()
@@ -223,9 +231,13 @@ class Pipeline:
 
     def _rested(self) -> None:
         """Threads and files are gone. On the worker's thread, as the last that it does."""
-        self._inherited = _not_empty(self._inherited)
-        self._earlier = _not_empty([*self._earlier, self.paths])
+        with _handing_over:
+            self._inherited = _not_empty(self._inherited)
+            self._earlier = _not_empty([*self._earlier, self.paths])
+        self._shared.forget_outage()
         self._running = self._make_running()
+        if self._unattended:
+            self._running.leave()
         self._awake.release()
         if not self._shared.queue.empty:  # Offered meanwhile, by somebody who found it awake.
             self._wake()
@@ -234,7 +246,9 @@ class Pipeline:
         if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         try:
+            self._put_last()  # A record came in while others were refused.
             if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
+                self._unattended = True
                 self._running.leave()
                 if not self._last.reached.is_set():
                     return False
@@ -256,18 +270,14 @@ class Pipeline:
             running.work_here(barrier)
         return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
 
-    def _delivered_by_others(self, deadline: float) -> bool:
-        """At rest: wait until those it was left to have delivered it all."""
-        while not self._nothing_left():
+    def _earlier_delivered(self, deadline: float) -> bool:
+        """Wait until those to whom earlier segments were left have delivered them."""
+        while any(True for paths in self._earlier for _ in waiting_records(paths)):
             left_s = deadline - time.monotonic()
             if self._offline or left_s <= 0:
                 return False
             time.sleep(min(LOOK_S, left_s))  # It is files that tell; other processes may do it.
         return True
-
-    def _nothing_left(self) -> bool:
-        earlier = any(True for paths in self._earlier for _ in waiting_records(paths))
-        return self._running.nothing_left() and not earlier
 
     def _after_fork(self) -> None:
         self._running.segment.disown()

@@ -48,6 +48,11 @@ class Shared:
         self.opening = threading.RLock()
         """Held while a sink is opened, which may import much: no fork in the middle of that."""
 
+    def forget_outage(self) -> None:
+        """At rest nobody finds out when the server is back: begin again without an opinion."""
+        if not self.circuit.online:
+            self.circuit = Circuit()
+
 
 @dataclass(frozen=True)
 class Asks:
@@ -181,7 +186,8 @@ class Running:
 
     def _is_idle(self) -> bool:
         try:
-            if not self._may_rest():
+            # In this order: the end of what was going is in the queue before it is over.
+            if not self._may_rest() or not self._shared.queue.empty:
                 return False
             if self._shipping is None or not self.nothing_left():
                 waited_for = self._shipper is not None and self._shipper.waited_for

@@ -152,17 +152,22 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
     until = time.monotonic() + COUNT_S
     records, traces, complete = 0, set(), True
     files: list[Path] = []
+    directories: set[Path] = set()
     pipelines = [pipeline for one in left for pipeline in one.all()]
     # Each once: one pipeline may have left its own to another.
     for paths in dict.fromkeys(paths for pipeline in pipelines for paths in pipeline.segments):
+        directories.add(paths.directory)
+        complete = complete and time.monotonic() < until
+        if not complete:
+            continue
         before = records
-        for record in waiting_records(paths) if complete else ():
+        for record in waiting_records(paths):
             records += 1
             traces.add(orjson.loads(record).get("trace_id"))
             complete = time.monotonic() < until
             if not complete:
                 break
-        if records > before or not complete:  # One file stands for all of its segment.
+        if records > before:  # One file stands for all of its segment.
             files += [path for _, path in paths.parts()[:1]]
     if unsaved := sum(pipeline.unsaved for pipeline in pipelines):
         spools = ", ".join(sorted({str(one.settings.spool_dir) for one in left}))
@@ -170,8 +175,8 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool {spools} has "
             f"taken them in time"
         )
-    if files:  # None: a sidecar has delivered them meanwhile.
-        where = files if len(files) <= MAX_FILES else sorted({file.parent for file in files})
+    if files or not complete:  # Neither: a sidecar has delivered them meanwhile.
+        where = files if complete and len(files) <= MAX_FILES else sorted(directories)
         _say(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} kept that are not delivered yet; deliver them "

@@ -35,7 +35,7 @@ class GoingTrace:
         lost: other records that were not, by reason.
         late: spans that ended after it.
         ended: nothing but late spans is to come.
-        over: the record of its end has been offered.
+        over_s: when the record of its end had been offered (monotonic).
     """
 
     id: str
@@ -52,7 +52,7 @@ class GoingTrace:
     lost: Counter[str] = field(default_factory=Counter)
     late: int = 0
     ended: bool = False
-    over: bool = False
+    over_s: float | None = None
 
 
 going: weakref.WeakValueDictionary[tuple[str | None, str], GoingTrace] = (

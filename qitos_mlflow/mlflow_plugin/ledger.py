@@ -35,7 +35,7 @@ class Ledger:
         Its `dropped` counts spans by reason, its `lost` the rest by kind and reason.
         """
         record = self._refine(payload)
-        if record is None or b'"trace_' not in record:
+        if record is None or b'"kind":"trace_' not in record:
             return record
         fields = orjson.loads(record)
         if fields["kind"] == "trace_start":

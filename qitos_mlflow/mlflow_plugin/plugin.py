@@ -38,6 +38,9 @@ from qitos_mlflow.tracing.redaction import redacted_metadata
 ENDED_TRACES = 256
 """Ended traces remembered, for spans of theirs that begin late on other threads."""
 
+LATE_S = 60.0
+"""Spans that are going when their trace ends may keep its pipeline awake so long (seconds)."""
+
 OPEN_TRACES = 4096
 """The same of those with spans that have not ended."""
 
@@ -232,9 +235,13 @@ class MlflowPlugin:
     # -- parts -------------------------------------------------------------------------------
 
     def _is_over(self) -> bool:
-        """Whether no trace is going."""
+        """Whether no trace is going, and no late span of one is to be expected."""
+        late_s = time.monotonic() - LATE_S
         with self._lock:
-            return all(state.over for state in self._traces.values())
+            return all(
+                state.over_s is not None and (state.over_s < late_s or not state.steps)
+                for state in self._traces.values()
+            )
 
     def _tell_if_idle(self) -> None:
         if self._when_idle is not None:
@@ -286,7 +293,7 @@ class MlflowPlugin:
             report("plugin.end", error)
         # At once: whoever has waited for the agent looks at its trace next.
         state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
-        state.over = True
+        state.over_s = time.monotonic()
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})

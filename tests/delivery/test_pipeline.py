@@ -670,6 +670,51 @@ def test_nothing_is_lost_between_work_and_rest(
     assert len(server.opened) > 1
 
 
+def test_what_comes_while_it_goes_to_rest_belongs_to_the_same_segment(
+    make: Make, server: FakeServer, soon: None
+) -> None:
+    """A last record that comes when nothing has come for long is not cut off from its trace."""
+    is_over = []
+
+    def may_rest() -> bool:
+        if not is_over:
+            pipeline.offer(b"end")
+            is_over.append(True)
+        return True
+
+    server.left_open = b"killed"  # At its end a segment ends what is left open.
+    pipeline = make(may_rest=may_rest)
+    pipeline.offer(b"start", urgent=True)
+    eventually(lambda: server.accepted == [b"start", b"end", b"killed"])
+    eventually(lambda: at_rest(pipeline))
+    assert len(server.opened) == 1
+
+
+def test_a_flush_does_not_wait_for_what_comes_after_it(make: Make, server: FakeServer) -> None:
+    """Others record on; what was there before the call is delivered."""
+    pipeline = make()
+
+    def receive(record: bytes) -> None:
+        server.accepted.append(record)
+        if len(server.accepted) < 200:  # Each brings the next: there is always one on its way.
+            pipeline.offer(b"another", urgent=True)
+
+    server.refuses = lambda record: receive(record)
+    pipeline.offer(b"first", urgent=True)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted[0] == b"first"
+
+
+def test_an_outage_is_not_remembered_at_rest(make: Make, server: FakeServer, soon: None) -> None:
+    """Nobody finds out that the server is back, so the next record asks it without prejudice."""
+    server.down = RetryLater("503")
+    first, second = (make(adopt=lambda header: server.sink) for _ in range(2))
+    for pipeline in (first, second):
+        pipeline.offer(b"1", urgent=True)
+    eventually(lambda: at_rest(first))
+    assert first.online is None
+
+
 def test_what_waits_for_a_server_is_left_to_the_latest(
     make: Make, server: FakeServer, spool: Path, soon: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     held_s, said = run(hanging, 5, 1.0)
     assert held_s < 3.0
     [line] = said.splitlines()
-    match = re.search(r": (\d+) records of 1 trace kept .*: qitos-mlflow sync (.*)$", line)
+    match = re.search(r": (\d+) records of 5 traces kept .*: qitos-mlflow sync (.*)$", line)
     assert match, line
     assert int(match[1]) == 15
     assert len(match[2].split()) == 5
