@@ -282,7 +282,13 @@ def test_a_run_is_deleted_on_the_server(
     assert all("must be in the 'active' state" in letter["reason"] for letter in letters)
 
 
-@pytest.mark.parametrize("fault", [Status(503), Hang()], ids=["503", "hanging"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Status(503), id="503"),
+        pytest.param(Hang(), id="hanging", marks=pytest.mark.soak),
+    ],
+)
 def test_a_cost_that_is_not_told_holds_nothing_back(
     proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path, fault: Fault
 ) -> None:

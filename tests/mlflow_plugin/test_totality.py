@@ -88,7 +88,7 @@ _records = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=100)
 @given(st.lists(_records, min_size=1, max_size=6))
 def test_any_record_can_be_mapped(records: list[dict[str, Any]]) -> None:
     """Fields of any type in any order: the mapping goes on, and keeps to MLflow's limits."""
