@@ -4,8 +4,9 @@
 run; `Settings` holds what can be set. See README.md for the other ways in.
 """
 
-# Every Python process runs this file once the package is installed (see `_startup`), so it
-# imports nothing: `typing` alone takes 10 ms. Type checkers know this name for what it means.
+# Where Python reads `qitos_mlflow.start` (3.15 and later) every process runs this file (see
+# `_startup`), so it imports nothing: `typing` alone takes 10 ms. Type checkers know this name for
+# what it means.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ class Part(Protocol):
         ...
 
     def append(self, lines: Sequence[bytes]) -> int:
-        """Append lines; returns how many went in whole. Fewer than all: `failure` says why."""
+        """Append lines; returns how many went in whole."""
         ...
 
     def read(self, offset: int, size: int) -> bytes:

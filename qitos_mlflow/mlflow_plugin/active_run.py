@@ -1,10 +1,10 @@
 """Makes a trace's run MLflow's *active run* on the thread that runs the trace.
 
-A small, isolated step (CONTRACT: lifecycle) that may fail without consequence. MLflow keeps a
-stack of active runs per thread; its public way to push one costs three requests and the agent's
-time, so the run is put on the stack directly (`mlflow.tracking.fluent._active_run_stack`, the
-same in every supported version; tested on the oldest and the newest). mlflow is never imported
-here: where the process has not imported it, nobody can be relying on an active run.
+A small, isolated step that may fail without consequence. MLflow keeps a stack of active runs per
+thread; its public way to push one costs three requests and the agent's time, so the run is put on
+the stack directly (`mlflow.tracking.fluent._active_run_stack`, the same in every supported
+version; tested on the oldest and the newest). mlflow is never imported here: where the process has
+not imported it, nobody can be relying on an active run.
 """
 
 from __future__ import annotations

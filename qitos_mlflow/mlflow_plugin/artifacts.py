@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_FILES = ("manifest.json", "events.jsonl", "steps.jsonl")
-"""What a QitOS run directory holds (HOST.md 7)."""
+"""What a QitOS run directory (`runs/<run_id>/`) holds."""
 
 MAX_BYTES = 16 * 1024 * 1024
 """A larger file is left where it is, and the artifact says so."""

@@ -1,6 +1,6 @@
 """MLflow's attributes of one span: type, inputs, outputs, chat, tokens, model. Pure.
 
-Receives a span record, hands on plain values by attribute name (MLFLOW.md 5c).
+Receives a span record, hands on plain values by attribute name.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -
 
 
 def token_usage(usage: Usage) -> dict[str, int]:
-    """`usage` as MLflow spells it: whole numbers only, None breaks the batch (MLFLOW.md 5d)."""
+    """`usage` as MLflow spells it: whole numbers only; MLflow refuses a batch with None in it."""
     counts = {
         "input_tokens": usage.prompt or 0,
         "output_tokens": usage.completion or 0,

@@ -1,7 +1,7 @@
 """OpenTelemetry's protobuf spans from plain values. Pure.
 
 Attributes are sent as native values (nested lists and maps), as MLflow's own exporter does: JSON
-texts store the span's type with quotes in it, and break on MLflow 3.6 (MLFLOW.md 5c).
+texts store the span's type with quotes in it, and break on MLflow 3.6.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def build_span(
         trace: 16 bytes.
         span: 8 bytes.
         parent: 8 bytes, None for the root. A span cannot be its own parent: MLflow's server
-            would never finish adding up its tokens (MLFLOW.md 0.8).
+            would never finish adding up its tokens (observed: 100 % CPU for ever).
         name: anything.
         start_ns: nanoseconds since the epoch.
         end_ns: the same; not before the start.

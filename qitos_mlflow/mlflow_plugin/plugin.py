@@ -38,11 +38,11 @@ from qitos_mlflow.tracing.redaction import redacted_metadata
 ENDED_TRACES = 256
 """Ended traces remembered, for spans of theirs that begin late on other threads."""
 
-LATE_S = 60.0
-"""Spans that are going when their trace ends may keep its pipeline awake so long (seconds)."""
-
 OPEN_TRACES = 4096
-"""The same of those with spans that have not ended."""
+"""Traces remembered in all; beyond, ended ones whose spans are unfinished are forgotten too."""
+
+LATE_S = 60.0
+"""So long after its trace's end an unfinished span keeps the pipeline awake (seconds)."""
 
 
 class MlflowPlugin:

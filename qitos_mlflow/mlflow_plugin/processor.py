@@ -12,7 +12,7 @@ from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.wiring import ensure_bridge
 
-if find_spec("mlflow") is None:  # Looked for, not imported: that costs 1.2 s and 170 MB.
+if find_spec("mlflow") is None:  # Looked for, not imported: what that costs: docs/transport.md.
     raise MissingMlflowError(
         "MlflowTraceProcessor needs mlflow, which is not installed; "
         "install it with: pip install mlflow"

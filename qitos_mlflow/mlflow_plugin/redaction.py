@@ -1,7 +1,8 @@
-"""The one choke point for secrets: a decoded record goes in, a copy without credentials comes out.
+"""Takes credentials out: a decoded record goes in, a copy without them comes out.
 
-Runs on the worker, before the disk and the network, over the record as a whole: metadata, tags,
-inputs, outputs, errors, URLs. Two rules, both always on:
+Called by `refine` on the worker, before the disk and the network, over the record as a whole:
+metadata, tags, inputs, outputs, errors, URLs. (What QitOS's `ENABLED_WITHOUT_DATA` leaves out is
+another matter: `tracing.redaction`.) Two rules, both always on:
 
 * A key that names a credential loses its value, whatever the value is.
 * A text loses every part that has a credential's shape (an ``sk-…`` key, a JWT, a private key

@@ -1,10 +1,10 @@
 """MLflow over http(s): its documented REST and OTLP endpoints, without mlflow in the process.
 
-`import mlflow` costs 1.1 s of CPU and 155 MB and stalls the agent's threads for up to 87 ms
-(MLFLOW.md 5e, 8); this module costs a tenth. Authentication, TLS and workspace follow MLflow's
-environment variables; what only mlflow can do (SigV4, auth plugins, request header plugins,
-Databricks) goes through mlflow's own `http_request`, which `store.mlflow_requester` provides
-behind the same `Requester` call.
+`import mlflow` costs 1 to 2 s of CPU and some 130 MiB, and stalls the agent's threads for up to
+87 ms (docs/transport.md); this module costs a tenth. Authentication, TLS and workspace follow
+MLflow's environment variables; what only mlflow can do (SigV4, auth plugins, request header
+plugins) goes through mlflow's own `http_request`, which `store.mlflow_requester` provides behind
+the same `Requester` call.
 """
 
 from __future__ import annotations

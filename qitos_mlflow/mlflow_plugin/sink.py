@@ -206,7 +206,7 @@ class MlflowSink:
     def _tree_calls(
         self, traces: Sequence[TraceState], groups: Mapping[str, Group]
     ) -> Iterator[Call]:
-        """Spans first, then what is known of their traces (MLFLOW.md 5b)."""
+        """Spans first, then what is known of their traces (see `spans`)."""
         spans = distinct(span for trace in traces for span in trace.spans)
         if spans:
             of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}

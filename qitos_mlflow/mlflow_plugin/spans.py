@@ -4,8 +4,9 @@ Receives decoded, redacted records of one trace, in order; hands on OpenTelemetr
 demand the trace's info as JSON (MLflow's TraceInfoV3). Ids follow from QitOS's ids, so a record
 sent again replaces what it wrote before. No clock, no threads, no MLflow.
 
-The order to send in (MLFLOW.md 5b): spans first, then `TraceFold.info` whenever `TraceData.changed`
-says so. Beginning a trace with its info, or ending it before its root, leaves wrong times behind.
+The order to send in (observed on MLflow 3.6 to 3.17): spans first, then `TraceFold.info` whenever
+`TraceData.changed` says so. Beginning a trace with its info, or ending it before its root, leaves
+wrong times behind.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class TraceFold:
         if self.begun:
             return TraceData()
         self.begun = True
-        # Ended at once and without a status: the server shows the trace as going (MLFLOW.md 5b.1).
+        # Ended at once and without a status: the server shows the trace as IN_PROGRESS.
         return TraceData([self._root_span(self.start_ns, {})], changed=True)
 
     def _fold_span(self, record: Mapping[str, Any]) -> TraceData:
@@ -276,7 +277,7 @@ class TraceFold:
         """The trace's info as it stands, as MLflow's JSON; `locate` says where it belongs.
 
         Its assessments have ids of their own, so that the same one is there once. Totals are
-        always explicit: the server stops adding up by itself once it has an info (MLFLOW.md 5b.3).
+        always explicit: the server stops adding up by itself once it has an info (see `cost`).
         """
         self.news, self.told_ns = False, self.last_ns
         found = trace_info(self)

@@ -18,7 +18,7 @@ FAILED_REASONS = frozenset(
 
 
 def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
-    """MLflow's run status for how the trace ended (CONTRACT 1: FINISHED, FAILED or KILLED)."""
+    """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED."""
     # Anybody writes the metadata: what is no text may not even be comparable.
     status, reason = (
         value if isinstance(value, str) else None

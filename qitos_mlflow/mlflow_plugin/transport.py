@@ -1,4 +1,4 @@
-"""What the sink asks of an MLflow server, whatever carries it: `Transport` and its two failures.
+"""What the sink asks of an MLflow server, whatever carries it: `Transport`, and how calls fail.
 
 `rest` speaks to http(s) servers without mlflow in the process; `store` speaks to local stores
 through mlflow. Every call is synchronous, used by one thread, and bounded by `timeout_s`.

@@ -88,7 +88,8 @@ def qitos_trace_end(trace: Trace) -> None:
     """A trace was left: `metadata` is complete; `error`, where the host has it, is what left it.
 
     When: once a trace, also when an exception ends it.
-    Thread: the one that started the trace.
+    Thread: usually the one that started the trace; another one for a session that was abandoned,
+    or is left when the process ends.
     Blocking: no. The agent waits for the return.
     Return: ignored.
     Raise: kept from everyone else; this event is not repeated.

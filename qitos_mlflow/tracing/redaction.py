@@ -1,5 +1,7 @@
 """What may be told of a trace whose content may not: structure and numbers, nothing anyone wrote.
 
+(Credentials are another matter: `mlflow_plugin.redaction`.)
+
 Allow-lists, not block-lists: a field nobody thought of is content. A field that is on a list but
 holds something else than a name or a number (a dict under ``name``, a page of text under
 ``tool_name``) is content as well. Pure functions; nothing given is changed.

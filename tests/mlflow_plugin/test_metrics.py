@@ -1,4 +1,4 @@
-"""A trace's records become the metrics, params and tags of CONTRACT 1, to the digit."""
+"""A trace's records become the metrics, params and tags that README promises, to the digit."""
 
 from __future__ import annotations
 
