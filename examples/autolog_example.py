@@ -5,6 +5,8 @@ delivered in the background, at the latest when the process ends.
 """
 
 import qitos_mlflow
+
+# Stands in for your own agent: a real QitOS agent with a scripted model.
 from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, answer
 
 

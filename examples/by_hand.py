@@ -3,9 +3,11 @@
 Needs no key and no network. The run goes to MLFLOW_TRACKING_URI or MLflow's local store.
 """
 
-from qitos_mlflow import MlflowTraceProcessor  # isort: skip  # serves qitos.tracing to QitOS 0.3
+# First, for where the start-up line does not run (python -I, -S): QitOS 0.3 has no qitos.tracing.
+from qitos_mlflow import MlflowTraceProcessor  # isort: skip
 from qitos.tracing import add_trace_processor
 
+# Stands in for your own agent: a real QitOS agent with a scripted model.
 from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer, calculate
 
 processor = MlflowTraceProcessor(

@@ -7,6 +7,8 @@ network. The runs go to MLFLOW_TRACKING_URI or MLflow's local store.
 from concurrent.futures import ThreadPoolExecutor
 
 from qitos_mlflow import MlflowTraceProcessor
+
+# Stands in for your own agent: a real QitOS agent with a scripted model.
 from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer, calculate
 from qitos_mlflow.tracing import add_trace_processor
 

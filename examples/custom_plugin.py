@@ -38,6 +38,8 @@ class ToolTimes:
 
 if __name__ == "__main__":
     import qitos_mlflow.auto  # noqa: F401  # the start-up line does this where it runs
+
+    # Stands in for your own agent: a real QitOS agent with a scripted model.
     from qitos_mlflow.cli._demo_agent import (
         DeskAgent,
         ScriptedModel,

@@ -28,6 +28,8 @@ class ToolSizes:
 
 if __name__ == "__main__":
     from qitos_mlflow import MlflowTraceProcessor
+
+    # Stands in for your own agent: a real QitOS agent with a scripted model.
     from qitos_mlflow.cli._demo_agent import (
         DeskAgent,
         ScriptedModel,

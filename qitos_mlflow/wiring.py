@@ -48,7 +48,7 @@ def autolog(
         tags: tags of every run.
         disable: stop logging to MLflow, also by the automatically loaded plugin; runs that are
             going are logged to their end. A processor registered by hand stays.
-        **options: any other field of `Settings`.
+        **options: any other field of `Settings`; they are listed in docs/settings.md.
 
     Raises:
         SettingsError: a value cannot be used.

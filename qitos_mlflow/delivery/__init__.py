@@ -3,6 +3,15 @@
 Receives opaque records, hands them to a `Sink`. Imports neither qitos nor mlflow and never looks
 inside a record. `Pipeline` is the agent's side; `deliver_segment` and `follow` deliver what other
 processes left; docs/spool.md says what survives what.
+
+    queue -> worker -> segment   what this process appends: `parts`, in lines of `codec`
+    segment -> cursor            reads it in chunks, and acknowledges
+    shipper                      the thread: *when* something is sent
+    shipping                     one segment to one sink, *how*: read, prepare, send, acknowledge
+    Shipment (sink)              one batch at the sink
+    deliver                      the same for segments of other processes; adopter: its thread here
+    pipeline                     all of it as one object; running: its threads while at work
+    spool, locks, cap, aside, files: what is on disk. retry: when to try again. stats: counts
 """
 
 from __future__ import annotations

@@ -1,9 +1,19 @@
 """The MLflow plugin: hook calls in, records out to delivery; records back in, calls to MLflow out.
 
-On the agent's thread: `plugin` (hooks), `capture` (span -> bytes), `active_run`. On the worker:
-`refine` (bytes -> redacted record). On the shipper: `sink` (records -> calls, mapped by the pure
-`metrics` and `spans`), `rest` and `store` (calls -> MLflow). Only `store` imports mlflow;
-`readback`, for the commands, does too.
+Where each module stands:
+
+    agent's thread   origin (which plugin logs a run), plugin (hooks) -> going (what is kept of each
+                     open trace), capture (span -> bytes), artifacts, active_run + pending_run
+                     (MLflow's active run), nesting (MLflow's own spans below ours), status
+    worker           refine <- redaction + credentials, inlined (pictures), extension + additions
+                     (other plugins), ledger (losses)
+    shipper          sink -> tracestate: metrics + labels + sample (the run), spans + traceinfo +
+                     attributes + chat + chat_parts + feedback + otlp (the trace); for both: usage,
+                     ids, limits. calls + cost -> shipment -> transport: rest + exchange, or store
+    process          destination, pipelines (one for each destination), ending (at exit),
+                     processor (registered by hand), readback (for the commands only)
+
+Only `store` imports mlflow; `readback`, for the commands, does too.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class MlflowTraceProcessor(PluginTraceProcessor):
 
     No callback waits for the server, but `on_trace_start`, which may wait up to `start_timeout_s`
     for the run to be created when mlflow is in use in the process, so that the run can be
-    MLflow's active run on this thread. No callback raises.
+    MLflow's active run on this thread, where MLflow's own calls go to the same server. No
+    callback raises.
 
     Args:
         experiment_name: MLflow experiment, created when missing. When not given,
@@ -45,7 +46,8 @@ class MlflowTraceProcessor(PluginTraceProcessor):
         tags: tags of every run.
         auto_end_run: end the run when the trace ends. False leaves it open, as MLflow's active
             run on the thread that ran the trace.
-        **options: any other field of `Settings`, such as ``capture_content=False``.
+        **options: any other field of `Settings`, such as ``capture_content=False``; they are
+            listed in docs/settings.md.
 
     Raises:
         SettingsError: a value cannot be used; the text names it.

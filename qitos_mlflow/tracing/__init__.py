@@ -1,4 +1,4 @@
-"""The tracing API of the host: its own `qitos.tracing` where it has one, else ours.
+"""The tracing API of the host, the QitOS that is installed: its own where it has one, else ours.
 
 Receives what the bridge and the user's code trace; hands it on to the processors. Which of the
 two it is, is settled when a name is first used, and `host_has_tracing` tells. Beside the host's
