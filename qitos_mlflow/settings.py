@@ -132,7 +132,7 @@ def _check_host(uri: str) -> None:
         host, _port = parts.hostname, parts.port  # Each of the three may raise.
     except ValueError:  # Its text may hold a part of the password.
         raise ValueError(
-            "its host or port cannot be one; expected a URI such as http://localhost:5000"
+            "its host or port is not valid; expected a URI such as http://localhost:5000"
         ) from None
     if not host:
         raise ValueError("it names no host; expected a URI such as http://localhost:5000")
@@ -209,8 +209,8 @@ class Settings:
     def resolve(cls, **given: Any) -> Settings:
         """Settings from `given`, the environment and the defaults, in that order.
 
-        An argument that is None counts as not given. Which variables an option has says
-        `env_names`. One that begins with ``QITOS_MLFLOW_`` and is no option's is one warning.
+        An argument that is None counts as not given. `env_names` tells which variables an option
+        has. One that begins with ``QITOS_MLFLOW_`` and is no option's is one warning.
         ``MLFLOW_TRACKING_URI`` is only checked: it is read when a trace starts.
 
         Raises:

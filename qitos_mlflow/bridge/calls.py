@@ -130,7 +130,7 @@ def execute_one(
 def call_tool(
     wrapped: Wrapped, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``ActionExecutor._call_tool``: keeps the exception, of which the result has but the text."""
+    """``ActionExecutor._call_tool``: keeps the exception; the result has only its text."""
     place = here.get()
     if place is None or not place.tool:
         return wrapped(*args, **kwargs)

@@ -54,7 +54,7 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number < math.inf:
-        raise click.BadParameter(f"{value!r} is no number of seconds; such as 30")
+        raise click.BadParameter(f"{value!r} is not a number of seconds, such as 30")
     return number
 
 

@@ -66,8 +66,8 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     show(found)
     if len(found.runs) < len(TASKS):
         click.echo(
-            f"Only {len(found.runs)} of {len(TASKS)} runs are there. Why the server refused the "
-            "others says\n\n  qitos-mlflow status",
+            f"Only {len(found.runs)} of {len(TASKS)} runs are there. To see why the server refused "
+            "the others, run\n\n  qitos-mlflow status",
             err=True,
         )
         raise SystemExit(1)

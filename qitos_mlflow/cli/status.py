@@ -210,7 +210,7 @@ def _show(found: dict[str, Any]) -> None:
         if segment["error"]:
             click.echo(f"{segment['segment']} cannot be read: {segment['error']}", err=True)
     if any(s["waiting"] and s["owner"] == "dead" for s in found["segments"]):
-        click.echo("Deliver what dead processes left with: qitos-mlflow sync")
+        click.echo("Deliver what dead processes left behind: qitos-mlflow sync")
 
 
 def _directories(found: dict[str, Any]) -> list[str]:

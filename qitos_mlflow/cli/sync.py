@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qitos_mlflow.delivery import Outcome, Paths, SegmentInfo, Stats
 
 PATIENCE_S = "30"
-"""So long a server may take nothing before `sync` leaves the rest for another time."""
+"""So long (seconds, as --help shows it) a server may take nothing before `sync` leaves the rest."""
 
 
 @click.command()
@@ -160,7 +160,7 @@ class Sync:
             return
         self._stop.clear()
         self._settled_at = time.monotonic()
-        self._failure = "it does not get on"
+        self._failure = "no progress"
         try:
             outcome = deliver_segment(
                 segment.paths,
@@ -176,7 +176,7 @@ class Sync:
         self.outcomes[outcome] += 1
         if outcome is Outcome.UNREADABLE:
             self.problems[segment.paths] = (
-                "its header is damaged, so it does not say where it is to go. Say it: "
+                "its header is damaged, so its destination is unknown. Name it: "
                 f"qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}"
             )
         elif outcome is Outcome.UNFINISHED:

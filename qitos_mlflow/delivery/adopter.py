@@ -48,7 +48,7 @@ class Adopter:
         self._adopt = adopt
         self._online = online
         self.busy = True
-        """Whether there may be something to finish: not between two looks at all there is."""
+        """Whether there may be something to finish; False from a look at everything to the next."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qitos-mlflow-adopter", daemon=True)
 

@@ -55,8 +55,8 @@ class Pipeline:
         dropped: called on the worker's thread with each record that is lost after it was accepted,
             and the reason; the record is as refined, or as offered where refining failed. What
             was lost later, from memory or deleted files, is in `stats` only.
-        adopt: given the header of what a dead process has left in the spool, says how to open a
-            sink for it; None: it is none of this pipeline's business. Not asked offline.
+        adopt: given the header of what a dead process has left in the spool, returns how to open
+            a sink for it, or None to leave it alone. Not asked offline.
         may_rest: asked on the worker's thread when nothing has come for a while. False while
             records may come that belong to earlier ones: each rest begins a new segment.
     """
@@ -150,9 +150,9 @@ class Pipeline:
     def close(self, timeout_s: float) -> bool:
         """Flush, end the threads, give up the locks; True when nothing is left.
 
-        Later offers are refused. Any thread, any number of times. Takes at most `timeout_s`, and
-        a tenth of a second for the locks; where that is less, a quarter of a second from `refuse`
-        on for the disk. What is left is in the spool; but for what is `unsaved`.
+        Later offers are refused. Any thread, any number of times. Blocks for at most `timeout_s`
+        and a tenth of a second for the locks, but leaves the worker at least `DISK_GRACE_S` from
+        `refuse` on. What is left is in the spool, except what is `unsaved`.
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()

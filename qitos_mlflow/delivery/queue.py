@@ -44,7 +44,7 @@ class ByteQueue:
         self._held_bytes = 0
         self.more = False
         """Whether the last drain stopped because it had enough. Worker only."""
-        self._barriers = 0  # As inexact.
+        self._barriers = 0  # Not exact either.
         self._items: queue.SimpleQueue[Item | Barrier] = queue.SimpleQueue()
         self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
         self._hurry.acquire()

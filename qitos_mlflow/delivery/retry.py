@@ -14,7 +14,7 @@ from collections.abc import Callable
 FIRST_DELAY_S = 0.5
 """Upper bound of the first delay; each further failure in a row doubles the bound."""
 MAX_DELAY_S = 60.0
-"""Upper bound of every delay without Retry-After: a server is back for at most this long unseen."""
+"""Upper bound of delays without Retry-After: how long a server that is back may go unnoticed."""
 MAX_RETRY_AFTER_S = 300.0
 """A server may ask for this much and no more: a wrong header must not silence an agent for days."""
 RETRY_AFTER_SPREAD_S = 1.0

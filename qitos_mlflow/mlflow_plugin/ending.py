@@ -92,7 +92,7 @@ def watch(pipelines: Pipelines) -> None:
 
 
 def keep(pipelines: Pipelines) -> None:
-    """Have it told when this process ends that `pipelines` have left something in the spool."""
+    """When this process ends, tell that `pipelines` left something in the spool."""
     _process.keep(pipelines)
 
 
@@ -179,8 +179,9 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
         where = files if complete and len(files) <= MAX_FILES else sorted(directories)
         _say(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
-            f"{_count(len(traces), 'trace')} kept that are not delivered yet; deliver them "
-            f"with: qitos-mlflow sync {' '.join(shlex.quote(str(path)) for path in where)}"
+            f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
+            "delivered yet; deliver with: "
+            f"qitos-mlflow sync {' '.join(shlex.quote(str(path)) for path in where)}"
         )
 
 

@@ -165,13 +165,13 @@ class Exchange:
         except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
             kind = type(error).__name__
             raise RetryLater(
-                f"{kind}: {self._host!r} is no usable tracking URI, or a header is broken"
+                f"{kind}: {self._host!r} is not a usable tracking URI, or a header is malformed"
             ) from None
         except (OSError, HTTPError) as error:
             raise RetryLater(f"{type(error).__name__} from {self._host}") from error
         if not response.content and not any(name in response.headers for name in LENGTHS):
             # requests takes an answer that was cut amid its headers for a whole one.
-            raise RetryLater(f"a cut answer from {self._host}")
+            raise RetryLater(f"a truncated answer from {self._host}")
         return response
 
     def _failure(self, path: str, response: requests.Response, timeout_s: float) -> Exception:

@@ -27,7 +27,7 @@ class GoingTrace:
         active: its run as MLflow's active run.
         run: its run, once there is one.
         nesting: has MLflow's own spans below its spans.
-        handling: what was being handled when it started, which is none of its own failures.
+        handling: the exception being handled when it started: not a failure of its own.
         steps: of each open span, the agent's step it belongs to.
         awaits_root: its first span is to be announced.
         recorded: spans that were taken.

@@ -52,7 +52,7 @@ SPAN_TYPE_CHARS = 500
 """Type of a span; model and provider names (column)."""
 
 CUT_HERE = "… [cut: "
-"""Where `capture` cut a text; how long it was follows, and the end of the text."""
+"""Begins the note that `capture` puts where it cut a text; its original length follows."""
 
 MAX_INT64 = 2**63 - 1
 """Steps, timestamps and times beyond this break the server or the column (run)."""

@@ -14,7 +14,7 @@ _log = logging.getLogger("qitos_mlflow")
 
 
 class Origin(IntEnum):
-    """How a plugin came in; it stands down for one that came in by a higher way."""
+    """How a plugin was registered. It stands down for one of a higher value."""
 
     INSTALLED = 0
     AUTOLOG = 1

@@ -35,7 +35,7 @@ class Group:
 
     Attributes:
         records: what all of the calls come from.
-        check: raises `Refused` if the server will have nothing of it, whatever it be.
+        check: raises `Refused` if the server takes nothing at all of this group.
         refuse: told why the server will not have it.
     """
 

@@ -63,7 +63,7 @@ def qitos_span_start(span: Span) -> None:
 
     When: once a span, before what it stands for is done.
     Thread: the one that does it: the agent's, or a tool's.
-    Blocking: no. The agent waits for the return, a hundred times a minute.
+    Blocking: no. The agent waits for the return, at every span.
     Return: ignored.
     Raise: kept from everyone else; the span's end still comes.
     Since: 0.1.0
@@ -76,7 +76,7 @@ def qitos_span_end(span: Span) -> None:
 
     When: once a span; after the trace's end for a span that outlives it on another thread.
     Thread: any, not always the one that started the span.
-    Blocking: no. The agent waits for the return, a hundred times a minute.
+    Blocking: no. The agent waits for the return, at every span.
     Return: ignored.
     Raise: kept from everyone else; this event is not repeated.
     Since: 0.1.0

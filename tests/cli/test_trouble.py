@@ -220,7 +220,7 @@ def test_a_directory_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("sync", "--patience", "soon"), "'soon' is no number of seconds; such as 30"),
+        (("sync", "--patience", "soon"), "'soon' is not a number of seconds, such as 30"),
         (("sync", "--tracking-uri", "http://h:99999"), "'http://h:99999': its host or port"),
         (("status", ""), "one is empty; leave it out for this user's spool"),
         (("spool", "prune"), "no command 'prune'; the commands are: purge"),

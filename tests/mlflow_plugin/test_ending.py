@@ -62,7 +62,7 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     held_s, said = run(hanging, 5, 1.0)
     assert held_s < 3.0
     [line] = said.splitlines()
-    match = re.search(r": (\d+) records of 5 traces kept .*: qitos-mlflow sync (.*)$", line)
+    match = re.search(r": (\d+) records of 5 traces are kept .*: qitos-mlflow sync (.*)$", line)
     assert match, line
     assert int(match[1]) == 15
     assert len(match[2].split()) == 5
@@ -97,7 +97,7 @@ def test_what_was_dropped_is_told_all_the_same(offline: bool, close: str) -> Non
     """A processor that nobody holds any more has left what it has left."""
     code = DROPPED.format(options={"offline": offline}, close=close)
     said = run("http://127.0.0.1:9", code=code)[1]
-    assert "6 records of 3 traces kept" in said.splitlines()[-1]
+    assert "6 records of 3 traces are kept" in said.splitlines()[-1]
 
 
 IN_MEMORY = """
