@@ -1,4 +1,4 @@
-"""Keeps our own failures away from the agent: each is counted and logged, none is raised.
+"""Keeps our own failures away from the agent: they are logged, never raised.
 
 Every place that must not raise catches ``Exception`` and hands it to `report`. Tests listen
 through `watch` and fail on anything reported, so that a swallowed bug is never a silent one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 
 LOG_EVERY_S = 60.0
@@ -18,12 +17,9 @@ _log = logging.getLogger("qitos_mlflow")
 _last_logged: dict[str, float] = {}
 _watchers: list[Callable[[str, BaseException], None]] = []
 
-counts: Counter[str] = Counter()
-"""How often each place has reported, since the process began."""
-
 
 def report(where: str, error: BaseException) -> None:
-    """Count `error`, which was kept from the agent, and log it at most once a minute a place.
+    """Log `error`, which was kept from the agent, at most once a minute for each place.
 
     Args:
         where: the place, a constant such as ``"bridge.on_after_act"``.
@@ -32,7 +28,6 @@ def report(where: str, error: BaseException) -> None:
     Any thread; never blocks, never raises.
     """
     try:
-        counts[where] += 1
         warn(where, "%s failed: %s: %s", where, type(error).__name__, error)
         _log.debug("traceback of the failure in %s", where, exc_info=error)
         for watcher in list(_watchers):

@@ -18,11 +18,12 @@ class Answer(NamedTuple):
 
 def ask(uri: str | None) -> Answer:
     """Ask the server at `uri` for its version, or else its health. Blocks some `TIMEOUT_S`."""
+    from qitos_mlflow.cli._spool import DEFAULT_STORE
     from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
     from qitos_mlflow.settings import usable_uri
 
     if uri is None:
-        return Answer("MLflow's local store", None, "local, no server needed")
+        return Answer(DEFAULT_STORE, None, "local, no server needed")
     shown = without_credentials(uri)
     if not is_http(uri):
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-LOCAL_STORE = "MLflow's local store"
+from qitos_mlflow.cli._spool import DEFAULT_STORE
 
 
 @click.command()
@@ -54,7 +54,7 @@ def destination() -> str | None:
 
     if uri := os.environ.get(TRACKING_VARIABLE):
         return without_credentials(uri)
-    return LOCAL_STORE if named("mlflow") else None
+    return DEFAULT_STORE if named("mlflow") else None
 
 
 def host() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.stats import SPOOL_REMOVED, SPOOL_UNREADABLE, Stats
 
 READ_BYTES = 1024 * 1024
+"""Read at once; four times as much where one line is longer."""
 READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0

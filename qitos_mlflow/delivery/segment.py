@@ -30,6 +30,7 @@ MAGIC = "qitos-mlflow-spool"
 PART_BYTES = 16 * 1024 * 1024
 """A part is followed by the next at this size: what is acknowledged frees the disk this soon."""
 MEMORY_PART_BYTES = 1024 * 1024
+"""The same of a part in memory, which is freed as a whole."""
 DISK_RETRY_S = 5.0
 """How often a disk that failed is tried again (seconds)."""
 KEEP_SHARE = 1.1

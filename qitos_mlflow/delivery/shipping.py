@@ -13,7 +13,9 @@ from qitos_mlflow.delivery.cursor import Chunk, Cursor
 from qitos_mlflow.delivery.sink import DeadLetter, RetryLater, Shipment, Sink
 
 BATCH_RECORDS = 500
+"""Records of one step, at most: what is sent again after a crash before its acknowledgement."""
 BATCH_BYTES = 4 * 1024 * 1024
+"""The same in bytes; so much is sent without waiting for more."""
 SEND_BUGS = 3
 """A shipment that fails this often with anything but `RetryLater` is taken apart."""
 

@@ -22,7 +22,9 @@ from qitos_mlflow.delivery.parts import DiskPart, Part
 from qitos_mlflow.delivery.stats import Stats
 
 READ_RECORDS = 1000
+"""Records that are in memory at once while a segment is looked through."""
 READ_BYTES = 1024 * 1024
+"""The same in bytes."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import orjson
 
 from qitos_mlflow import __version__
 from qitos_mlflow.mlflow_plugin.redaction import redact, redact_text
-from qitos_mlflow.settings import Settings
+from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 HTTP = ("http", "https")
 
@@ -32,7 +32,7 @@ def tracking_uri(settings: Settings) -> str | None:
 
     `mlflow.set_tracking_uri` sets the variable as well, so the variable is all there is to ask.
     """
-    uri = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    uri = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE) or None
     return None if uri is None else absolute(uri, working_directory())
 
 

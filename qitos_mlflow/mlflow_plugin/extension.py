@@ -21,7 +21,7 @@ def ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
     """What the plugins attached to the global provider add to `record`, as plain JSON.
 
     Where two say the same name, the one asked later stays. What one says wrongly is left out as a
-    whole, counted and logged under its name.
+    whole, and logged under its name.
     """
     found: dict[str, Any] = {}
     if record["kind"] not in KINDS:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.ids import digest, span_id, trace_id
-from qitos_mlflow.mlflow_plugin.limits import clean_text
+from qitos_mlflow.mlflow_plugin.limits import clean_text, mapping
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MODELS = frozenset({"llm", "judge", "gpt", "claude", "gemini"})
@@ -22,8 +22,8 @@ def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any
     The value is the score, or the critic's action where it gave none. The id follows from the
     span's, so that writing it again with the trace's info replaces it.
     """
-    data = _mapping(record.get("data"))
-    verdict = _mapping(data.get("output_content"))
+    data = mapping(record.get("data"))
+    verdict = mapping(data.get("output_content"))
     score = data.get("score")
     value: Any = limits.clean_metric(None if isinstance(score, str) else score)
     if value is None:
@@ -32,8 +32,8 @@ def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any
         return None
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
     at = rfc3339(limits.clean_ns(record.get("end_ns")))
-    judge = verdict.get("model") or _mapping(verdict.get("details")).get("model")
-    told = _mapping(record.get("output")).get("judged_by_model") is True  # False: none was found.
+    judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
+    told = mapping(record.get("output")).get("judged_by_model") is True  # False: none was found.
     by_model = told or bool(judge) or _names_model(name)
     own = str(record.get("span_id", ""))
     facts = {"step": record.get("step"), "action": verdict.get("action")}
@@ -70,7 +70,3 @@ def rfc3339(ns: int) -> str:
 
 _LAST_S = 253_402_300_799
 """The end of the year 9999, which neither datetime nor protobuf can pass."""
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

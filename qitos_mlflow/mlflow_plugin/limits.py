@@ -16,6 +16,7 @@ import math
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 BATCH_METRICS = 1000
@@ -40,8 +41,6 @@ RUN_NAME_CHARS = 250
 
 TRACE_TAG_CHARS = 4096
 """Value of a trace's tag (MLflow's own client cuts here; column: 8000)."""
-TRACE_METADATA_CHARS = 8000
-"""Value of a trace's metadata (column; MLflow's own client cuts at 250)."""
 SESSION_CHARS = 250
 """Session id of a trace (column; SQLite servers refuse longer ones too: run)."""
 PREVIEW_CHARS = 1000
@@ -170,6 +169,11 @@ def clean_ms(ns: Any) -> int:
 def clean_ns(ns: Any) -> int:
     """`ns` as whole nanoseconds within 0 and 64 bits; 0 for what is no number."""
     return max(0, clean_step(ns))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value`, or an empty mapping where it is none."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _count(lost: Counter[str] | None, reason: str) -> None:

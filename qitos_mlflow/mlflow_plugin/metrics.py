@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin import additions, labels, limits
-from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_metric, clean_ms, clean_text
+from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_metric, clean_ms, clean_text, mapping
 from qitos_mlflow.mlflow_plugin.sample import Sample
 from qitos_mlflow.mlflow_plugin.usage import parse_usage
 
@@ -80,7 +80,6 @@ class RunState:
 
     constant_tags: dict[str, str] = field(default_factory=dict)
     constant_params: dict[str, str] = field(default_factory=dict)
-    trace_id: str = ""
     start_ns: int | None = None
     last_ns: int = 0
     last_step: int = 0
@@ -161,18 +160,17 @@ class RunState:
         return RunData(self._totals(end_ns), [], tags, "KILLED", clean_ms(end_ns))
 
     def _fold_start(self, record: Mapping[str, Any]) -> RunData:
-        self.trace_id = str(record.get("trace_id", ""))
         self.start_ns = limits.clean_ns(record.get("time_ns"))
         self.last_ns = max(self.last_ns, self.start_ns)
         tags = labels.start_tags(record, self.lost)
         tags += labels.cleaned(self.constant_tags, self.lost)
-        metadata = _mapping(record.get("metadata"))
+        metadata = mapping(record.get("metadata"))
         return RunData([], self._new_params({**self.constant_params, **metadata}), tags)
 
     def _fold_end(self, record: Mapping[str, Any]) -> RunData:
         end_ns = limits.clean_ns(record.get("time_ns"))
         self.last_ns = max(self.last_ns, end_ns)
-        metadata = _mapping(record.get("metadata"))
+        metadata = mapping(record.get("metadata"))
         status = record.get("status") or "FINISHED"
         metrics = self._totals(end_ns)
         success = metadata.get("success")
@@ -183,8 +181,8 @@ class RunState:
             metrics.append(Metric("success", value, clean_ms(end_ns), self.last_step))
         params = self._new_params({**self.constant_params, **metadata})
         tags = labels.end_tags(record, self.lost)
-        self.lost.update(_mapping(record.get("lost")))
-        dropped = _mapping(record.get("dropped"))
+        self.lost.update(mapping(record.get("lost")))
+        dropped = mapping(record.get("dropped"))
         recorded = record.get("recorded")
         recorded = max(recorded if isinstance(recorded, int) else 0, self.spans)
         tags += labels.ledger_tags(recorded, self.spans, dropped)
@@ -192,7 +190,7 @@ class RunState:
         return RunData(metrics, params, tags, status, clean_ms(end_ns))
 
     def _fold_span(self, record: Mapping[str, Any]) -> RunData:
-        data = _mapping(record.get("data"))
+        data = mapping(record.get("data"))
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
         at_ns = limits.clean_ns(end_ns if end_ns is not None else start_ns)
         self.spans += 1
@@ -335,10 +333,6 @@ class RunState:
         return [
             Metric(key, value, at_ms, self.last_step) for key, value in cleaned if value is not None
         ]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _text_of_names(value: Any) -> str:

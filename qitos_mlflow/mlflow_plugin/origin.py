@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from qitos_mlflow import tracing
 from qitos_mlflow.plugins.selection import named
-from qitos_mlflow.settings import Settings
+from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 _log = logging.getLogger("qitos_mlflow")
 
@@ -48,7 +48,7 @@ def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
             return True
     if origin is Origin.AUTOLOG or settings.tracking_uri:
         return False
-    if os.environ.get("MLFLOW_TRACKING_URI") or named("mlflow"):
+    if os.environ.get(TRACKING_VARIABLE) or named("mlflow"):
         return False
     _say_once(
         said,

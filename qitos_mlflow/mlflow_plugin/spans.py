@@ -21,7 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from qitos_mlflow.mlflow_plugin import additions, attributes, labels, limits
 from qitos_mlflow.mlflow_plugin.feedback import feedback_of
 from qitos_mlflow.mlflow_plugin.ids import otel_trace_id, span_id
-from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text
+from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_ns, clean_text, mapping
 from qitos_mlflow.mlflow_plugin.otlp import build_span, set_status
 from qitos_mlflow.mlflow_plugin.traceinfo import trace_info
 
@@ -142,7 +142,7 @@ class TraceFold:
         self.name = str(record.get("name") or "trace")
         self.start_ns = clean_ns(record.get("time_ns"))
         self.last_ns = max(self.last_ns, self.start_ns)
-        metadata = _mapping(record.get("metadata"))
+        metadata = mapping(record.get("metadata"))
         session = (
             record.get("group_id") or metadata.get("benchmark_name") or metadata.get("task_id")
         )
@@ -176,7 +176,7 @@ class TraceFold:
         """An announced agent span becomes the root, unless the trace has one."""
         if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
             self.root = str(record.get("span_id"))
-            self.name = str(_mapping(record.get("data")).get("name") or self.name)
+            self.name = str(mapping(record.get("data")).get("name") or self.name)
         return self._begin()
 
     def _begin(self) -> TraceData:
@@ -214,7 +214,7 @@ class TraceFold:
             end_ns,
             found,
         )
-        set_status(span, _text_or_none(record.get("error")), _mapping(record.get("exception")))
+        set_status(span, _text_or_none(record.get("error")), mapping(record.get("exception")))
         if is_root:
             self.root_closed = True
             # The agent's time, without what its trace waited for its run.
@@ -227,7 +227,7 @@ class TraceFold:
         return TraceData([*began.spans, span], began.changed or changed)
 
     def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
-        metadata = _mapping(record.get("metadata"))
+        metadata = mapping(record.get("metadata"))
         for key, value in labels.end_tags(record, None):
             if key != "qitos.error":
                 self._tag(key, value)
@@ -332,10 +332,6 @@ class TraceFold:
 
     def _tag(self, key: str, value: object, length: int = limits.TRACE_TAG_CHARS) -> None:
         self.tags[clean_key(key)] = clean_text(value, length)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -27,6 +27,7 @@ DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed
 (store/db/utils.py), a pool without connections and a refused value alike."""
 
 REASON_CHARS = 300
+"""Kept of what a server or a library says of a failure: one line of a log, no page of HTML."""
 
 TRACE_TAG = "tags.`qitos.trace_id`"
 """What a run's trace is searched by."""

@@ -2,8 +2,8 @@
 
 True of every hook: an implementation may leave out arguments it does not need; what it raises
 (`Exception`) is kept from the agent, from the other plugins and from the rest of the same event,
-counted, and logged with the plugin's name at most once a minute. KeyboardInterrupt and SystemExit
-go through. `trace` and `span` are the host's objects, live and shared: look, copy, do not change.
+and logged with the plugin's name at most once a minute. KeyboardInterrupt and SystemExit go
+through. `trace` and `span` are the host's objects, live and shared: look, copy, do not change.
 An implementation marked ``wrapper=True`` wraps its own plugin's implementation only. Plugins are
 called in the order they were registered; ``tryfirst`` and ``trylast`` go before and after that.
 """

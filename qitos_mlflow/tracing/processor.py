@@ -46,7 +46,7 @@ class SynchronousMultiTraceProcessor(TraceProcessor):
 
     Any thread may add, remove and tell at once: those who tell go through the tuple there was
     when they began. Telling takes no lock. A processor's `Exception` is kept from the caller and
-    from the other processors, counted, and logged at most once a minute.
+    from the other processors, and logged at most once a minute.
     """
 
     def __init__(self, processors: Iterable[TraceProcessor] | None = None) -> None:
