@@ -36,7 +36,7 @@ STORE_GROUP = "mlflow.tracking_store"
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
-OWN = "QITOS_MLFLOW_"
+PREFIX = "QITOS_MLFLOW_"
 """What our variables begin with."""
 
 
@@ -242,7 +242,7 @@ def env_names(option: str) -> tuple[str, ...]:
     extra = next(f.metadata["env"] for f in fields(Settings) if f.name == option)
     if extra == "":  # Given in code only, or by MLflow's own variable when a trace starts.
         return ()
-    own = f"{OWN}{option.upper()}"
+    own = f"{PREFIX}{option.upper()}"
     return (own, extra) if extra else (own,)
 
 
@@ -265,13 +265,13 @@ def _parsed(parse: Callable[[Any], Any], value: object, source: str) -> Any:
 def _warn_of_unknown() -> None:
     known = {name for option in fields(Settings) for name in env_names(option.name)}
     for name in sorted(os.environ):
-        if name.startswith(OWN) and name not in known:
-            ours = ", ".join(sorted(other for other in known if other.startswith(OWN)))
+        if name.startswith(PREFIX) and name not in known:
+            ours = ", ".join(sorted(other for other in known if other.startswith(PREFIX)))
             instead = INSTEAD.get(name, f"there are: {ours}")
             warn(f"settings.{name}", "%s is set, but there is no such setting; %s", name, instead)
 
 
 INSTEAD = {
-    f"{OWN}TRACKING_URI": f"use {TRACKING_VARIABLE}",
-    f"{OWN}AUTO_END_RUN": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
+    f"{PREFIX}TRACKING_URI": f"use {TRACKING_VARIABLE}",
+    f"{PREFIX}AUTO_END_RUN": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
 }

@@ -12,7 +12,7 @@ ERROR_STOPS = frozenset(
     {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch"}
     | {"context_overflow", "empty_model_response", "error"}
 )
-"""Stop reasons of a run that could not go on, of all hosts together."""
+"""Stop reasons of a run that could not go on, of all hosts; as `mlflow_plugin.status` has them."""
 
 
 def outcome_of(

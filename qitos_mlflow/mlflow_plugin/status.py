@@ -14,7 +14,10 @@ FAILED_REASONS = frozenset(
         "error",
     }
 )
-"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason)."""
+"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason).
+
+The same as `bridge.outcome.ERROR_STOPS`; traces that the bridge did not make come here as well.
+"""
 
 
 def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
