@@ -1,14 +1,17 @@
 """What the agent's side keeps of each trace while it goes; the plugin alone reads and writes it.
 
-Bounded by what is going: nothing here grows with a trace but one number for each open span.
+Bounded by what is going: nothing here grows with a trace but one number for each open span, and
+one id for each thread.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain, count
+from typing import Any
 
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.active_run import ActiveRun
@@ -35,6 +38,7 @@ class GoingTrace:
         lost: other records that were not, by reason.
         late: spans that ended after it.
         ended: nothing but late spans is to come.
+        end_told: the host has told of its end.
         over_s: when the record of its end had been offered (monotonic).
     """
 
@@ -52,7 +56,37 @@ class GoingTrace:
     lost: Counter[str] = field(default_factory=Counter)
     late: int = 0
     ended: bool = False
+    end_told: bool = False
     over_s: float | None = None
+    _here: threading.local = field(default_factory=threading.local)
+
+    # Where the same processor was added twice, it is told of everything twice in a row.
+
+    def begin_span(self, span: Any) -> bool:
+        """Take note of a span and the agent's step it belongs to; False where that is done."""
+        if span.span_id in self.steps:
+            return False
+        # The outermost step counts, so that charts line up with nested agents too.
+        step = self.steps.get(span.parent_span_id)
+        if step is None and span.data.type == "step":
+            step = span.data.step_number
+        self.steps[span.span_id] = step
+        return True
+
+    def has_just_ended(self, span: Any) -> bool:
+        """Whether `span` was the last one to end on this thread, and has not begun again."""
+        last = getattr(self._here, "ended", None)
+        return last == span.span_id and span.span_id not in self.steps
+
+    def end_span(self, span: Any) -> int | None:
+        """Take note of a span's end; returns the agent's step it belongs to, None for none."""
+        self._here.ended = span.span_id
+        step = self.steps.pop(span.span_id, None)
+        if step is None:
+            step = self.steps.get(span.parent_span_id)
+        if step is None and span.data.type == "step":
+            step = span.data.step_number
+        return step
 
 
 going: weakref.WeakValueDictionary[tuple[str | None, str], GoingTrace] = (

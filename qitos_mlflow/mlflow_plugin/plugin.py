@@ -131,13 +131,8 @@ class MlflowPlugin:
     def qitos_span_start(self, span: Any) -> None:
         """Remember which of the agent's steps the span belongs to: the x axis of its metrics."""
         state = self._traces.get(span.trace_id)
-        if state is None:
+        if state is None or not state.begin_span(span):
             return
-        # The outermost step counts, so that charts line up with nested agents too.
-        step = state.steps.get(span.parent_span_id)
-        if step is None and span.data.type == "step":
-            step = span.data.step_number
-        state.steps[span.span_id] = step
         if state.awaits_root:
             state.awaits_root = False
             record = capture.root_record(state.id, span)
@@ -150,14 +145,11 @@ class MlflowPlugin:
     def qitos_span_end(self, span: Any) -> None:
         """Freeze the span and offer it to the pipeline."""
         state = self._traces.get(span.trace_id)
-        if state is None:
+        if state is None or state.has_just_ended(span):
             return
         if state.nesting is not None:
             state.nesting.leave(span)
-        step = state.steps.pop(span.span_id, None)
-        if step is None:
-            parent = state.steps.get(span.parent_span_id)
-            step = span.data.step_number if span.data.type == "step" and parent is None else parent
+        step = state.end_span(span)
         state.late += state.ended
         try:
             payload = capture.span_record(
@@ -176,8 +168,9 @@ class MlflowPlugin:
     def qitos_trace_end(self, trace: Any) -> None:
         """Record the end with its status, and give MLflow's active run back."""
         state = self._traces.get(str(trace.trace_id))
-        if state is None:
+        if state is None or state.end_told:
             return
+        state.end_told = True
         if state.ended:  # By `close`, from whichever thread.
             state.active.leave(open=False)
             return

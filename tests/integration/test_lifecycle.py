@@ -10,6 +10,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from qitos_mlflow import tracing
 from qitos_mlflow.tracing import create_trace
 from tests.bridge.agents import FINAL, Model, ModelAgent, toolbox
 from tests.integration.logged import AGENT, logged, only_run, run_script, runs_of
@@ -37,11 +38,15 @@ def mlflow_here(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("mlflow_here")
-def test_a_run_left_open_goes_on(
-    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str
-) -> None:
-    """With `auto_end_run=False` the run is active after its trace, until the caller ends it."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_left_open_goes_on(client: MlflowClient, experiment_name: str, times: int) -> None:
+    """With `auto_end_run=False` the run is active after its trace, until the caller ends it.
+
+    Also where the same processor was added twice.
+    """
     with logged(None, experiment_name=experiment_name, auto_end_run=False) as processor:
+        for _ in range(times - 1):
+            tracing.add_trace_processor(processor)
         ModelAgent(Model(FINAL)).run("sum", render=False)
         mlflow.log_metric("custom/accuracy", 0.92)
         assert processor.force_flush() is True

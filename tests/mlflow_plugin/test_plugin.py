@@ -216,6 +216,25 @@ def test_a_bug_costs_no_trace_its_end(
     swallowed.clear()
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_processor_added_twice_logs_once(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled, when: str
+) -> None:
+    """Everything is told to it twice, from the start or from some moment on, and recorded once."""
+    processor = attach()
+    if when == "before":
+        tracing.add_trace_processor(processor)
+    with create_trace("agent") as trace:
+        outer = trace.create_span(SpanType.STEP, tracing.StepSpanData(0)).start()
+        if when == "meanwhile":
+            tracing.add_trace_processor(processor)
+        outer.finish()
+        step(trace, tracing.ToolSpanData(tool_name="t"))
+    *others, end = records()
+    assert [record["kind"] for record in others] == ["trace_start", "span", "span"]
+    assert (end["kind"], end["recorded"]) == ("trace_end", 2)
+
+
 # -- the ledger ------------------------------------------------------------------------------
 
 
