@@ -4,9 +4,10 @@ Receives decoded, redacted records of one trace, in order; hands on `RunData`. T
 the trace are kept in a `RunState`, which turns to JSON and back, so that delivery goes on in
 another process exactly where it stopped. No clock, no threads, no MLflow.
 
-In short: metrics at each span's end are drawn over the agent's step number, with the span's end as
-their time; the totals follow when the trace ends, at the last step. Tool calls are tool and MCP
-spans, and act spans that name an action (the bridge never makes both for one call).
+In short: metrics at each span's end are drawn over the agent's step number (the
+outermost agent's, where agents are nested), with the span's end as their time; the totals follow
+when the trace ends, at the last step. Tool calls are tool and MCP spans, and act spans that name
+an action (the bridge never makes both for one call).
 """
 
 from __future__ import annotations
@@ -196,9 +197,9 @@ class RunState:
         self.spans += 1
         self.last_ns = max(self.last_ns, at_ns)
         kind = record.get("type")
-        step = record.get("step")
-        if kind == "step" and data.get("step_number") is not None:
-            step = data["step_number"]
+        step = record.get("step")  # The outermost agent's.
+        if step is None and kind == "step":
+            step = data.get("step_number")
         step = self.last_step if step is None else limits.clean_step(step)
         self.last_step = max(self.last_step, step)
 

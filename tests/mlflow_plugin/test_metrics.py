@@ -310,6 +310,17 @@ def test_a_span_without_a_step_belongs_to_the_last_one() -> None:
     assert {m.step for m in data.metrics} == {4}
 
 
+def test_a_nested_agents_steps_are_drawn_at_the_outer_agents() -> None:
+    """They overlay nothing, and the totals are at a step that the outer agent had."""
+    make = Records()
+    nested = [make.span("step", step_number=number, step=0) for number in range(4)]
+    own = [make.span("step", step_number=number, step=number) for number in range(2)]
+    data = fold(make.start(), *nested, *own, make.end())
+    points = [(m.step, m.value) for m in data.metrics if m.key == "step/number"]
+    assert points == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 0), (1, 1)]
+    assert {m.step for m in data.metrics if m.key.startswith("total_")} == {1}
+
+
 def test_odd_tool_names_keep_metrics_of_their_own() -> None:
     """Tools whose names differ only in illegal characters are not added up."""
     make = Records()
