@@ -129,6 +129,10 @@ class Pipeline:
             self._wake()
         return taken
 
+    def count_lost(self, reason: str, records: int = 1) -> None:
+        """Count records that were lost on their way to `offer`. Any thread; never blocks."""
+        self._shared.stats.drop(reason, records)
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything offered before the call is acknowledged.
 

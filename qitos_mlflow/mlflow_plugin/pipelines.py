@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin import ending
 from qitos_mlflow.mlflow_plugin.destination import same_destination, segment_header
@@ -45,6 +46,7 @@ class Pipelines:
         self._may_rest = may_rest
         self._losses_told = 0
         self._pipelines: dict[str | None, Pipeline] = {}
+        self._inherited: dict[str, Pipeline] = {}
         # Reentrant: a signal handler may flush or shut down while this thread holds it.
         self._lock = threading.RLock()
 
@@ -91,10 +93,27 @@ class Pipelines:
         for pipeline in self.all():
             pipeline.refuse()
 
-    def after_fork(self) -> None:
-        """In a forked child: locks that another thread held are free again."""
+    def after_fork(self, traces: Mapping[str, Pipeline]) -> None:
+        """In a forked child: locks that another thread held are free again.
+
+        Args:
+            traces: the parent's traces, by id, and where they go.
+        """
         self._lock = threading.RLock()
         self._losses_told = 0
+        self._inherited.update(traces)
+
+    def lose_if_inherited(self, trace_id: str) -> None:
+        """Count a span that has begun here, if its trace is that of a parent process."""
+        pipeline = self._inherited.get(trace_id)
+        if pipeline is not None:
+            pipeline.count_lost("forked")
+            ending.watch(self)  # Its end brings the count to the disk.
+            warn(
+                "plugin.forked",
+                "spans of a trace that began in the process this one was forked from are lost; "
+                "begin a trace in this one",
+            )
 
     def _new(self, uri: str | None) -> Pipeline:
         settings = self.settings

@@ -20,10 +20,9 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.mlflow_plugin import artifacts, capture
+from qitos_mlflow.mlflow_plugin import artifacts, capture, ending
 from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
-from qitos_mlflow.mlflow_plugin.ending import end_before_mlflow
 from qitos_mlflow.mlflow_plugin.going import GoingTrace, free_id, going
 from qitos_mlflow.mlflow_plugin.nesting import Nesting
 from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
@@ -99,7 +98,7 @@ class MlflowPlugin:
                 run,
                 uri,
                 adopt_uri=not settings.auto_end_run,
-                on_push=end_before_mlflow,
+                on_push=ending.end_before_mlflow,
             ),
             run=run,
             nesting=Nesting(key, run, uri) if nests else None,
@@ -131,7 +130,10 @@ class MlflowPlugin:
     def qitos_span_start(self, span: Any) -> None:
         """Remember which of the agent's steps the span belongs to: the x axis of its metrics."""
         state = self._traces.get(span.trace_id)
-        if state is None or not state.begin_span(span):
+        if state is None:
+            self._pipelines.lose_if_inherited(span.trace_id)
+            return
+        if not state.begin_span(span):
             return
         if state.awaits_root:
             state.awaits_root = False
@@ -157,6 +159,7 @@ class MlflowPlugin:
             )
         except Exception:
             state.dropped["capture_failed"] += 1  # Data of somebody's own; told by who called us.
+            state.pipeline.count_lost("capture_failed")
             raise
         if state.pipeline.offer(payload):
             state.recorded += 1
@@ -300,6 +303,7 @@ class MlflowPlugin:
             if state.ended and (not state.steps or excess >= 0):
                 self._traces.pop(trace_id, None)
                 if state.steps:
+                    state.pipeline.count_lost("forgotten", len(state.steps))
                     warn(
                         "plugin.forgotten",
                         "%s spans of a trace that ended long ago have not ended; they are lost",
@@ -309,8 +313,8 @@ class MlflowPlugin:
     def _after_fork(self) -> None:
         """In a forked child: the parent's traces are the parent's."""
         self._lock = threading.RLock()
+        self._pipelines.after_fork({key: state.pipeline for key, state in self._traces.items()})
         self._traces = OrderedDict()
-        self._pipelines.after_fork()
 
 
 # Weakly: a plugin nobody holds any more must not live until the process ends.

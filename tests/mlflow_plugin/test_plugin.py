@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,7 +22,7 @@ import orjson
 import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
-from qitos_mlflow.delivery import find_segments, waiting_records
+from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
 from qitos_mlflow.mlflow_plugin import pipelines
 from qitos_mlflow.mlflow_plugin import plugin as plugin_module
 from qitos_mlflow.mlflow_plugin.origin import Origin
@@ -26,6 +31,7 @@ from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
 
 Spooled = Callable[[], list[dict[str, Any]]]
+Lost = Callable[[], dict[str, int]]
 
 
 @pytest.fixture
@@ -65,6 +71,21 @@ def records(attach: Callable[..., MlflowTraceProcessor], spool: Path) -> Spooled
             for segment in find_segments(spool)
             for record in waiting_records(segment)
         ]
+
+    return read
+
+
+@pytest.fixture
+def lost(spool: Path) -> Lost:
+    """Shut every processor down, and return the losses that `qitos-mlflow status` will tell of."""
+
+    def read() -> dict[str, int]:
+        for processor in tracing.processors():
+            processor.shutdown()
+        found: Counter[str] = Counter()
+        for segment in find_segments(spool):
+            found.update(inspect_segment(segment).losses)
+        return dict(found)
 
     return read
 
@@ -252,13 +273,15 @@ class Unreadable(tracing.SpanData):
 def test_what_cannot_be_captured_is_counted(
     attach: Callable[..., MlflowTraceProcessor],
     records: Spooled,
+    lost: Lost,
     swallowed: list[tuple[str, BaseException]],
 ) -> None:
-    """A span whose data raises is lost, told, and in the trace's account; the rest goes on."""
+    """A span whose data raises is lost, told, and in both accounts; the rest goes on."""
     attach()
     with create_trace("agent") as trace:
         step(trace, Unreadable())
         step(trace, tracing.StepSpanData(0))
+    assert lost() == {"capture_failed": 1}
     end = records()[-1]
     assert (end["recorded"], end["dropped"]) == (2, {"capture_failed": 1})
     assert [str(error) for _, error in swallowed] == ["not today"]
@@ -316,6 +339,52 @@ def test_what_comes_after_the_end_is_refused_as_such(
         step(trace, tracing.StepSpanData(0))
         [state] = processor.mlflow_plugin._traces.values()
         assert state.dropped == {"closed": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
+    """Its trace is the parent's: the child warns, its flush says so, and `status` will.
+
+    What the parent began is the parent's alone, whoever leaves it.
+    """
+    script = """
+        import os, sys
+        from qitos_mlflow import MlflowTraceProcessor, tracing
+        from qitos_mlflow.tracing import SpanType, StepSpanData, create_trace
+
+        processor = MlflowTraceProcessor("forks", offline=True)
+        tracing.add_trace_processor(processor)
+        with create_trace("outer") as trace:
+            own = trace.create_span(SpanType.STEP, StepSpanData(0)).start()
+            child = os.fork()
+            if child == 0:
+                own.finish()
+                assert processor.force_flush() is True
+                trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
+                assert processor.force_flush() is False
+                sys.exit()
+            assert os.waitpid(child, 0)[1] == 0
+            own.finish()
+        processor.shutdown()
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        env={**os.environ, "QITOS_MLFLOW_SPOOL_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "begin a trace in this one" in done.stderr
+    ended = [
+        record
+        for segment in find_segments(tmp_path)
+        for record in map(orjson.loads, waiting_records(segment))
+        if record["kind"] == "trace_end"
+    ]
+    assert [(end["recorded"], end["dropped"]) for end in ended] == [(1, {})]
+    losses = [inspect_segment(segment).losses for segment in find_segments(tmp_path)]
+    assert sorted(map(dict, losses), key=len) == [{}, {"forked": 1}]
 
 
 # -- life ------------------------------------------------------------------------------------
@@ -396,10 +465,11 @@ def test_ended_traces_are_forgotten_in_the_end(
 def test_a_trace_with_open_spans_is_not_forgotten(
     attach: Callable[..., MlflowTraceProcessor],
     records: Spooled,
+    lost: Lost,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its spans may end yet, on other threads; beyond a bound the oldest are given up, told."""
+    """Its spans may end yet, on other threads; beyond a bound the oldest are lost, and counted."""
     monkeypatch.setattr(plugin_module, "ENDED_TRACES", 1)
     monkeypatch.setattr(plugin_module, "OPEN_TRACES", 3)
     attach()
@@ -412,6 +482,7 @@ def test_a_trace_with_open_spans_is_not_forgotten(
         assert "spans of a trace that ended long ago" in caplog.text
         for span in open_spans:
             elsewhere.submit(span.finish).result()
+    assert lost() == {"forgotten": 3}
     steps = [record["step"] for record in records() if record["kind"] == "span"]
     assert steps == [3, 4, 5]
 
