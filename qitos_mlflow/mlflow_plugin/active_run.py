@@ -19,8 +19,13 @@ from typing import Any
 
 import wrapt
 
-from qitos_mlflow._guard import report
-from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, working_directory
+from qitos_mlflow._guard import report, warn
+from qitos_mlflow.mlflow_plugin.destination import (
+    absolute,
+    is_http,
+    without_credentials,
+    working_directory,
+)
 from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, is_ours, run_class
 
 
@@ -87,7 +92,7 @@ class ActiveRun:
         uri: where the trace goes; None for MLflow's default.
         adopt_uri: set MLflow's tracking URI to `uri` if none is set. The one documented change
             of MLflow's global state: with ``auto_end_run=False`` the calls that continue the
-            run must find it.
+            run must find it. Where another one is set, they will not: that is logged.
         on_push: called when the run has become active, or may soon.
     """
 
@@ -101,7 +106,7 @@ class ActiveRun:
     ) -> None:
         self._pending = run
         self._uri = uri
-        self._adopt_uri = adopt_uri and uri is not None
+        self._adopt_uri = adopt_uri
         self._on_push = on_push
         # Of a local store it is known that the run will come, and soon.
         self._patient = not is_http(uri)
@@ -174,15 +179,29 @@ class ActiveRun:
     def _push(self, fluent: Any, stack: list[Any]) -> None:
         self._settled = True
         module: Any = sys.modules["mlflow"]
-        if self._adopt_uri and not module.is_tracking_uri_set():
+        if self._adopt_uri and self._uri is not None and not module.is_tracking_uri_set():
             module.set_tracking_uri(self._uri)
         if not same_place(self._uri):
+            if self._adopt_uri:
+                self._say_elsewhere(str(module.get_tracking_uri()))
             return
         self._pushed = run_class(fluent)(self._pending)
         self._pushed.left_open = self._open
         self._stack = stack
         stack.append(self._pushed)
         self._on_push()
+
+    def _say_elsewhere(self, mlflows: str) -> None:
+        ours = "MLflow's local store" if self._uri is None else without_credentials(self._uri)
+        theirs = without_credentials(mlflows)
+        warn(
+            f"active_run.elsewhere {ours} {theirs}",
+            "the run is left open at %s, and MLflow's own calls go to %s: to go on in that run, "
+            "have mlflow.set_tracking_uri or MLFLOW_TRACKING_URI name its place before the agent "
+            "runs",
+            ours,
+            theirs,
+        )
 
 
 _numbers = count()

@@ -4,10 +4,10 @@ Receives decoded, redacted records of one trace, in order; hands on `RunData`. T
 the trace are kept in a `RunState`, which turns to JSON and back, so that delivery goes on in
 another process exactly where it stopped. No clock, no threads, no MLflow.
 
-In short: metrics at each span's end are drawn over the agent's step number (the
-outermost agent's, where agents are nested), with the span's end as their time; the totals follow
-when the trace ends, at the last step. Tool calls are tool and MCP spans, and act spans that name
-an action (the bridge never makes both for one call).
+In short: metrics at each span's end are drawn over the agent's step number (the outermost agent's,
+where agents are nested), with the span's end as their time; the totals follow when the trace ends,
+at the last step. Tool calls are tool and MCP spans, and act spans that name an action (the bridge
+never makes both for one call).
 """
 
 from __future__ import annotations

@@ -170,6 +170,23 @@ def test_not_where_the_callers_own_calls_go_elsewhere(pending: PendingRun, uri: 
     assert active_id() is None
 
 
+@pytest.mark.parametrize("uri", [None, "http://user:secret@left.test"])
+def test_left_open_where_the_callers_calls_do_not_go(
+    pending: PendingRun, uri: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run to go on in that MLflow's own calls will not find: one warning with both places."""
+    pending.created(ref())
+    for adopt_uri in (False, True):
+        run = ActiveRun(pending, uri, adopt_uri=adopt_uri)
+        run.follow()
+        run.leave(open=True)
+        assert (SERVER in caplog.text) is adopt_uri
+    place = "MLflow's local store" if uri is None else "http://left.test"
+    assert place in caplog.text
+    assert "secret" not in caplog.text
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("mlflows", "ours"),
     [
