@@ -190,8 +190,8 @@ class Calls:
         # Not if its start was lost: who has that may just be creating the run it belongs to.
         if trace.creations > 1 and trace.started:
             delete_others(self._transport, _run_of(trace), trace.trace_id, timeout_s)
-        if not self._settings.get("auto_end_run", True) and trace.status != "KILLED":
-            return
+        if not self._settings.get("auto_end_run", True) and not trace.cut_off:
+            return  # Its user ends it, also where the agent failed or was interrupted.
         status = trace.status or "FINISHED"
         self._transport.end_run(_run_of(trace).run_id, status, trace.end_ms, timeout_s)
 

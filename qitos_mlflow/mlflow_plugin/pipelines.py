@@ -66,8 +66,8 @@ class Pipelines:
     def flush(self, timeout_s: float) -> bool:
         """Deliver all that was offered so far; True when it is on the server.
 
-        False when `timeout_s` passes first, and, once for each loss, when something was lost or
-        refused since the last time this was asked.
+        False when `timeout_s` passes first, and, once for each loss, when something was lost,
+        damaged or refused since the last time this was asked.
         """
         deadline = time.monotonic() + timeout_s
         pipelines = self.all()
@@ -148,4 +148,4 @@ class Pipelines:
 
 def _losses(pipeline: Pipeline) -> int:
     counts = pipeline.stats
-    return counts.dead_letters + sum(counts.dropped.values())
+    return counts.dead_letters + counts.bad_lines + sum(counts.dropped.values())

@@ -37,6 +37,9 @@ class MlflowTraceProcessor(PluginTraceProcessor):
     MLflow's active run on this thread, where MLflow's own calls go to the same server. No
     callback raises.
 
+    `force_flush` returns True when nothing waits any more, and nothing was lost or refused since it
+    was last called.
+
     Args:
         experiment_name: MLflow experiment, created when missing. When not given,
             ``MLFLOW_EXPERIMENT_NAME`` is asked first.
@@ -44,8 +47,8 @@ class MlflowTraceProcessor(PluginTraceProcessor):
         tracking_uri: tracking server; None: MLflow's own default for the installed version
             (``MLFLOW_TRACKING_URI``, else its local store), asked for when a trace starts.
         tags: tags of every run.
-        auto_end_run: end the run when the trace ends. False leaves it open, as MLflow's active
-            run on the thread that ran the trace.
+        auto_end_run: end the run when the trace ends. False leaves it open, however the trace
+            ended, as MLflow's active run on the thread that ran it.
         **options: any other field of `Settings`, such as ``capture_content=False``; they are
             listed in docs/settings.md.
 

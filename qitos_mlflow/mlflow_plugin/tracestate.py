@@ -49,6 +49,7 @@ class TraceState:
         started: its trace_start record has been seen.
         start_lost: it has a run of its own without one.
         ended: its run is to end, or has.
+        cut_off: not the trace itself ended it, but the end of its process.
         status: the run's status in the end.
         end_ms: when it ended.
         recorded: spans that ended in the agent, as its end says.
@@ -71,6 +72,7 @@ class TraceState:
     started: bool = False
     start_lost: bool = False
     ended: bool = False
+    cut_off: bool = False
     status: str | None = None
     end_ms: int = 0
     recorded: int = 0
@@ -99,6 +101,8 @@ class TraceState:
         elif record["kind"] == "trace_end":
             self.recorded = int(record.get("recorded") or 0)
             self.dropped = dict(record.get("dropped") or {})
+            metadata = record.get("metadata")
+            self.cut_off = isinstance(metadata, Mapping) and "qitos.closed" in metadata
         self._add(self.totals.fold(record))
         if record["kind"] == "trace_start":
             self.start_tags = list(dict(self.tags).items())  # Servers refuse a key given twice.
@@ -107,6 +111,7 @@ class TraceState:
 
     def kill(self, last_time_ns: int, reason: str) -> None:
         """End the trace whose end will not come; `reason` says why."""
+        self.cut_off = True
         self._add(self.totals.abandoned(last_time_ns, reason))
         if self.tree is not None:
             self._add_to_tree(self.tree.abandoned(last_time_ns, reason))

@@ -341,6 +341,18 @@ def test_what_comes_after_the_end_is_refused_as_such(
         assert state.dropped == {"closed": 1}
 
 
+def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProcessor]) -> None:
+    """It is True when nothing waits, and nothing was lost or damaged since the last one."""
+    processor = attach()
+    pipeline = processor.mlflow_plugin._pipelines.to("http://mlflow.test")
+    assert processor.force_flush() is True
+    for happened in ({"bad_lines": 1}, {"dead_letters": 1}):
+        pipeline._shared.stats.add(**happened)
+        assert [processor.force_flush() for _ in range(2)] == [False, True]
+    pipeline.count_lost("queue_full")
+    assert [processor.force_flush() for _ in range(2)] == [False, True]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
     """Its trace is the parent's: the child warns, its flush says so, and `status` will.

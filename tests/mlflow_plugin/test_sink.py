@@ -237,6 +237,20 @@ def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
     assert server.runs["run-1"]["tags"]["qitos.killed"]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "status"),
+    [({"status": "interrupted"}, "RUNNING"), ({"qitos.closed": "the process ended"}, "KILLED")],
+)
+def test_a_run_to_be_left_open_of_an_agent_that_was_interrupted(
+    server: Server, metadata: dict[str, Any], status: str
+) -> None:
+    """It stays open like any other, for the caller to go on in; the end of the process ends it."""
+    *others, end = a_trace()
+    sink = sink_to(server, auto_end_run=False)
+    ship(sink, *others, {**end, "status": "KILLED", "metadata": metadata})
+    assert server.runs["run-0"]["status"] == status
+
+
 def test_an_end_that_was_lost(server: Server) -> None:
     """A process that closes in order leaves no run RUNNING, unless it is to be left open."""
     for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
