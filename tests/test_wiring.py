@@ -139,6 +139,25 @@ def test_autolog_and_the_installed_plugin(monkeypatch: pytest.MonkeyPatch) -> No
     assert not adapter.wants_trace()
 
 
+def test_a_subclass_of_the_hosts_own_processor(caplog: pytest.LogCaptureFixture) -> None:
+    """It logs to MLflow as well: autolog stands down for it, and names whose it is."""
+
+    class MlflowTraceProcessor(tracing.NoOpTraceProcessor):
+        """Stands for that of a later host."""
+
+    class Theirs(MlflowTraceProcessor):
+        """Somebody's extension of it."""
+
+    qitos_mlflow.autolog()
+    (autologging,) = tracing.processors()
+    theirs = Theirs()
+    tracing.add_trace_processor(theirs)
+    assert not autologging.wants_trace()
+    tracing.remove_trace_processor(theirs)
+    assert autologging.wants_trace()
+    assert f"{__name__}.MlflowTraceProcessor" in caplog.text
+
+
 def test_a_processor_by_hand_goes_before_all() -> None:
     """For one registered by hand autolog stands down, and takes over when that one is taken out."""
     qitos_mlflow.autolog()

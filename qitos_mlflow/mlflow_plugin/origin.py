@@ -37,13 +37,14 @@ def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
         plugin = getattr(processor, "mlflow_plugin", None)
         if plugin is not None and plugin.origin > origin:
             return True
-        if plugin is None and type(processor).__name__ == "MlflowTraceProcessor":
+        theirs = None if plugin is not None else _hosts_own(type(processor))
+        if theirs is not None:
             _say_once(
                 said,
                 logging.WARNING,
                 "qitos-mlflow stands down for the host's own %s.MlflowTraceProcessor; take it "
                 "out, or use qitos_mlflow.MlflowTraceProcessor in its place.",
-                type(processor).__module__,
+                theirs.__module__,
             )
             return True
     if origin is Origin.AUTOLOG or settings.tracking_uri:
@@ -57,6 +58,11 @@ def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
         "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store.",
     )
     return True
+
+
+def _hosts_own(kind: type) -> type | None:
+    """The host's own MLflow processor, if `kind` is that or a subclass of it."""
+    return next((base for base in kind.__mro__ if base.__name__ == "MlflowTraceProcessor"), None)
 
 
 def _say_once(said: set[str], level: int, message: str, *args: object) -> None:
