@@ -8,8 +8,8 @@ Where each module stands:
     worker           refine <- redaction + credentials, inlined (pictures), extension + additions
                      (other plugins), ledger (losses)
     shipper          sink -> tracestate: metrics + labels + sample (the run), spans + traceinfo +
-                     attributes + chat + chat_parts + feedback + otlp (the trace); for both: usage,
-                     ids, limits. calls + cost -> shipment -> transport: rest + exchange, or store
+                     attributes + chat + chat_parts + feedback + otlp (the trace); for both: ids,
+                     limits. calls + cost -> shipment -> transport: rest + exchange, or store
     process          destination, pipelines (one for each destination), ending (at exit),
                      processor (registered by hand), readback (for the commands only)
 

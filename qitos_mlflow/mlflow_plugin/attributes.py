@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
+from qitos_mlflow._usage import Usage, parse_usage
 from qitos_mlflow.mlflow_plugin import chat, limits
 from qitos_mlflow.mlflow_plugin.chat_parts import with_rest
 from qitos_mlflow.mlflow_plugin.limits import clean_text
-from qitos_mlflow.mlflow_plugin.usage import Usage, parse_usage
 
 SPAN_TYPES = {
     "agent": "AGENT",

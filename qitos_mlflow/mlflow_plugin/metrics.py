@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qitos_mlflow._usage import parse_usage
 from qitos_mlflow.mlflow_plugin import additions, labels, limits
 from qitos_mlflow.mlflow_plugin.limits import clean_key, clean_metric, clean_ms, clean_text, mapping
 from qitos_mlflow.mlflow_plugin.sample import Sample
-from qitos_mlflow.mlflow_plugin.usage import parse_usage
 
 MAX_NAMES = 100
 """Tools, and models, with numbers of their own; what comes later counts under `OTHERS`."""

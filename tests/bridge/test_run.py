@@ -109,9 +109,9 @@ def test_a_generation_has_messages_output_model_and_usage(recorder: Recorder) ->
     assert data["input_content"][-1] == {"role": "user", "content": "task: sum"}
     assert data["output_content"] == FINAL
     assert data["token_usage"] == {
-        "prompt_tokens": 11,
+        "prompt_tokens": 15,
         "completion_tokens": 5,
-        "total_tokens": 16,
+        "total_tokens": 20,
         "cache_read_tokens": 4,
     }
     assert data["model_response"] == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import orjson
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from qitos_mlflow.mlflow_plugin import labels
 from qitos_mlflow.mlflow_plugin.metrics import MAX_NAMES, OTHERS, Metric, RunData, RunState
 from qitos_mlflow.mlflow_plugin.sample import SIZE, Sample
-from qitos_mlflow.mlflow_plugin.usage import parse_usage
 from tests.mlflow_plugin.records import MS, START_NS, Records
 
 
@@ -143,51 +141,6 @@ def test_a_failed_run_is_no_success() -> None:
     assert last(data)["success"] == 0
     assert ("qitos.error", "ValueError: bad") in data.tags
     assert data.status == "FAILED"
-
-
-@pytest.mark.parametrize(
-    ("raw", "counts"),
-    [
-        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 99}, (3, 4, 7)),
-        ({"input_tokens": 3, "output_tokens": 4}, (3, 4, 7)),
-        ({"promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 7}, (3, 4, 7)),
-        # Gemini counts thoughts apart; the others' are in the answer's count already.
-        ({"promptTokenCount": 3, "candidatesTokenCount": 4, "thoughtsTokenCount": 5}, (3, 9, 12)),
-        ({"prompt_token_count": 3, "thoughts_token_count": 5}, (3, 5, 8)),
-        ({"prompt_tokens": 3, "completion_tokens": 9, "thoughts_token_count": 5}, (3, 9, 12)),
-        (
-            {
-                "prompt_tokens": 3,
-                "completion_tokens": 4,
-                "completion_tokens_details": {"reasoning_tokens": 2},
-            },
-            (3, 4, 7),
-        ),
-        ({"inputTokens": 3, "outputTokens": 4}, (3, 4, 7)),
-        ({"prompt_eval_count": 3, "eval_count": 4}, (3, 4, 7)),
-        ({"total_tokens": 7}, (None, None, 7)),
-        ({"prompt_tokens": 3, "total_tokens": 7}, (3, 4, 7)),
-        ({"prompt_tokens": 3.0, "completion_tokens": 4}, (3, 4, 7)),
-        ({"prompt_tokens": None, "input_tokens": 3, "completion_tokens": 4}, (3, 4, 7)),
-    ],
-)
-def test_every_spelling_of_usage_is_read(raw: dict[str, Any], counts: tuple[int, ...]) -> None:
-    """Providers spell token counts differently; the run has one spelling."""
-    lost: Counter[str] = Counter()
-    usage = parse_usage(raw, lost)
-    assert usage is not None
-    assert (usage.prompt, usage.completion, usage.total) == counts
-    assert not lost
-
-
-@pytest.mark.parametrize("bad", ["12", "nan", math.nan, math.inf, -1, 1.5, True, [], {}, 10**400])
-def test_a_bad_count_loses_only_itself(bad: Any) -> None:
-    """What is no count is dropped and counted, its neighbours stay."""
-    lost: Counter[str] = Counter()
-    usage = parse_usage({"prompt_tokens": 5, "completion_tokens": bad, "total_tokens": 9}, lost)
-    assert usage is not None
-    assert (usage.prompt, usage.completion, usage.total) == (5, None, 9)
-    assert lost == {"bad_value": 1}
 
 
 def test_no_usage_logs_no_tokens() -> None:
