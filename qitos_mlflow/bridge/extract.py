@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
@@ -266,14 +267,13 @@ def critic_scores(
     scores: list[float | None] = []
     for output in outputs:
         said = mapping(output)
-        score: Any = said.get("score")
-        real = isinstance(score, (int, float)) and not isinstance(score, bool)
+        score = _number(said.get("score"))
         if left:
             verdict, scored = left[0]
             if all(said.get(k) == getattr(verdict, k, None) for k in ("action", "reason", "score")):
                 del left[0]
-                real = real and scored
-        scores.append(float(score) if real else None)
+                score = score if scored else None
+        scores.append(score)
     return scores
 
 
@@ -299,6 +299,15 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def known(*values: Any) -> Any:
     """The first of these that is not None, else None."""
     return next((value for value in values if value is not None), None)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, Number):  # Numpy's and `Decimal` are, too.
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]  # What cannot be one raises.
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _class_name(value: Any) -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qitos_mlflow.bridge import extract
@@ -118,6 +121,30 @@ def test_only_a_counter_of_hits_counts_as_one() -> None:
     assert cache_hits(SimpleNamespace(llm=Anything())) is None
     assert cache_hits(SimpleNamespace(llm=SimpleNamespace(_hits=3))) == 3
     assert cache_hits(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (0.5, 0.5),
+        (1, 1.0),
+        (Decimal("0.5"), 0.5),
+        (Fraction(1, 2), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(1), 1.0),
+        (True, None),
+        ("0.5", None),
+        (None, None),
+        (0.5j, None),
+        pytest.param(10**400, None, id="huge"),
+        (Decimal("sNaN"), None),
+    ],
+)
+def test_a_critics_score_is_any_number(score: Any, expected: float | None) -> None:
+    """Other libraries' numbers count too; what no float can be is no score, and harms no other."""
+    (found, other) = extract.critic_scores([{"score": score}, {"score": 0.25}], [])
+    assert (found, other) == (expected, 0.25)
+    assert found is None or type(found) is float
 
 
 def test_private_keys_leave_messages_otherwise_as_they_are() -> None:
