@@ -1,7 +1,8 @@
 """What happens around each call of the host: a run, a session, a tool.
 
-Every function here is a `wrapt` wrapper. The original is called exactly once, with what it was
-called with, whatever becomes of us; what it returns or raises goes on as the same object.
+Every public function here is called in a method's place, see `Patches.wrap`. The original is
+called exactly once, with what it was called with, whatever becomes of us; what it returns or
+raises goes on as the same object.
 """
 
 from __future__ import annotations

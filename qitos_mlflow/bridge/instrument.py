@@ -8,7 +8,6 @@ from types import ModuleType
 from qitos_mlflow._guard import warn
 from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.calls import patches
-from qitos_mlflow.bridge.context import here
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -52,11 +51,11 @@ def _wrap_tools_and_critics() -> None:
     if executor is None:
         warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
     else:
-        patches.wrap(executor, "_execute_one", calls.execute_one, when=here.get)
-        patches.wrap(executor, "_call_tool", calls.call_tool, when=here.get)
+        patches.wrap(executor, "_execute_one", calls.execute_one)
+        patches.wrap(executor, "_call_tool", calls.call_tool)
     verdict = getattr(_module("qitos.engine.critic_result"), "CriticResult", None)
     if verdict is not None:
-        patches.wrap(verdict, "from_dict", calls.critic_result, when=here.get)
+        patches.wrap(verdict, "from_dict", calls.critic_result)
 
 
 def _module(name: str) -> ModuleType | None:

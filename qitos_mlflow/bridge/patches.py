@@ -6,14 +6,13 @@ does not fit is left out with one line in the log.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import wrapt
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.bridge.context import BackgroundPool, ContextPool
@@ -37,27 +36,31 @@ class Patches:
         self._made: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
         self._postponed: list[Callable[[], None]] = []
 
-    def wrap(
-        self,
-        owner: type[Any],
-        name: str,
-        wrapper: Callable[..., Any],
-        when: Callable[[], Any] | None = None,
-    ) -> None:
+    def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
         """Put `wrapper` around a method that `owner` itself defines, if it is as expected.
 
         Args:
             owner: the host's class.
             name: of the method.
-            wrapper: called in its place, as `wrapt` calls wrappers.
-            when: asked at each call; falsy calls the original, without a detour through Python.
+            wrapper: called in its place, with the bound original, what that is bound to, and the
+                arguments as a tuple and a dict.
         """
-        original = vars(owner).get(name)
+        original: Any = vars(owner).get(name)
         function = getattr(original, "__func__", original)  # a class method is not callable itself
         if not _takes_arguments(function):
             warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
             return
-        ours = wrapt.FunctionWrapper(original, wrapper, when)
+
+        of_class = isinstance(original, classmethod)
+
+        # A function, not wrapt's proxy of one: bound to an Engine, that can neither be pickled
+        # (a process pool's `submit(engine.run)`), copied, nor be in a `weakref.WeakMethod`.
+        @functools.wraps(function)
+        def method(bound_to: Any, /, *args: Any, **kwargs: Any) -> Any:
+            at = (None, bound_to) if of_class else (bound_to, type(bound_to))
+            return wrapper(original.__get__(*at), bound_to, args, kwargs)
+
+        ours: Any = classmethod(method) if of_class else method
         setattr(owner, name, ours)
         self._made.append((owner, name, original, ours))
 

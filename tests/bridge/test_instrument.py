@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from qitos import Decision, Engine
+from qitos import Decision, Engine, ToolRegistry
 from qitos.engine.action_executor import ActionExecutor
 
 from qitos_mlflow import _guard, bridge, tracing
+from qitos_mlflow.bridge.patches import Patches
 from tests.bridge.agents import ScriptAgent, act
 from tests.bridge.recorder import Recorder
 
@@ -48,6 +52,51 @@ def test_the_wrapped_methods_look_like_the_originals(recorder: Recorder) -> None
     after = looks()
     bridge.uninstall()
     assert after == looks()
+
+
+def test_what_can_be_done_with_the_original_methods_can_be_done_with_ours(
+    installed: None,
+) -> None:
+    """Pickled (for a process pool), copied, referred to weakly, called by the class: all work."""
+    assert inspect.isfunction(Engine.run)
+    assert pickle.loads(pickle.dumps(Engine.run)) is Engine.run
+    agent = ScriptAgent(Decision.final("x"))
+    agent.tool_registry = ToolRegistry()  # The others are of functions that cannot be pickled.
+    engine = Engine(agent=agent)
+    assert inspect.ismethod(engine.run)
+    assert copy.copy(engine.run) == engine.run
+    assert weakref.WeakMethod(engine.run)() == engine.run
+    for duplicate in (copy.deepcopy(engine.run), pickle.loads(pickle.dumps(engine.run))):
+        assert duplicate.__self__ is not engine
+        assert duplicate("sum").state.final_result == "x"
+    assert Engine.run(engine, task="sum").state.final_result == "x"
+
+
+def test_a_class_method_stays_one() -> None:
+    """Called on its class or a subclass it is bound to that, by our wrapper too."""
+
+    class Host:
+        @classmethod
+        def make(cls, what: str) -> tuple[type, str]:
+            return cls, what
+
+    class Sub(Host):
+        pass
+
+    seen: list[Any] = []
+
+    def wrapper(wrapped: Any, owner: Any, args: Any, kwargs: Any) -> Any:
+        seen.append((owner, args, kwargs))
+        return wrapped(*args, **kwargs)
+
+    original = vars(Host)["make"]
+    patches = Patches()
+    patches.wrap(Host, "make", wrapper)
+    assert (Host.make("a"), Sub.make(what="b")) == ((Host, "a"), (Sub, "b"))
+    assert seen == [(Host, ("a",), {}), (Sub, (), {"what": "b"})]
+    assert copy.deepcopy(Sub.make)("c") == (Sub, "c")
+    patches.undo()
+    assert vars(Host)["make"] is original
 
 
 def test_somebody_elses_wrapper_around_ours_survives(recorder: Recorder) -> None:
