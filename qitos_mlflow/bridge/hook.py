@@ -45,6 +45,10 @@ class BridgeHook:
         self._run = run
         self._in_session = in_session
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in a copied Engine, hears nothing: what that runs has hooks of its own."""
+        return BridgeHook, (None,)
+
     # -- step ------------------------------------------------------------------------------
 
     @_callback

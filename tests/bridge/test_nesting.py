@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -110,6 +111,27 @@ def test_the_same_engine_in_its_own_tool_is_a_subtree_too(recorder: Recorder) ->
     outer_agent, inner_agent = recorder.of("agent")
     assert recorder.nodes[inner_agent.parent_id or ""].type == "tool"
     assert recorder.children(outer_agent.span.span_id)[0].type == "step"
+
+
+def test_an_engine_copied_within_its_run_is_an_engine_of_its_own(recorder: Recorder) -> None:
+    """What an agent tries on a deep copy of its Engine is a subtree, heard of once."""
+    engine: Any = None
+
+    def copied() -> str:
+        copy = deepcopy(engine)
+        copy.agent.script = [Decision.final("tried")]
+        return str(copy.run("try").state.final_result)
+
+    engine = Engine(agent=calling(copied))
+    engine.run("outer")
+    tried = ["agent", ["step", ["decide", "reduce"]]]
+    assert recorder.tree() == [
+        "agent",
+        [
+            *("step", ["decide", "act", ["tool", tried], "reduce"]),
+            *("step", ["decide", "reduce"]),
+        ],
+    ]
 
 
 def test_a_subclass_that_goes_through_run_is_traced_once(recorder: Recorder) -> None:
