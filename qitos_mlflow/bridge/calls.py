@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from qitos_mlflow import tracing
@@ -262,8 +263,9 @@ def _end_session(engine_id: int, stop_reason: str | None = None) -> None:
 def _end_leftover_sessions(engine_id: int | None = None) -> None:
     """End this Engine's session and those whose Engine is gone; all of them for None."""
     place = here.get()
-    while _abandoned:
-        _abandoned.popleft().end()
+    with suppress(IndexError):  # Until there are none, whichever thread takes the last.
+        while True:
+            _abandoned.popleft().end()
     here.set(place)
     for left in [engine_id] if engine_id is not None else list(_sessions):
         _end_session(left)

@@ -16,6 +16,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge.extract import describe
 from qitos_mlflow.tracing.models import NOT_FINISHED
+from qitos_mlflow.tracing.noop import NoOpTrace
 
 __all__ = ["LiveTrace", "somebody_listens"]
 
@@ -131,15 +132,22 @@ class LiveTrace:
                 return
             self._ended = True
             left = list(self._open.values())
-        for span in reversed(left):
-            try:
-                self.finish(span, NOT_FINISHED)
-            except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
-                report("bridge.end", problem)
-        if error is None:
-            self.trace.__exit__(None, None, None)
-        else:
-            self.trace.__exit__(type(error), error, error.__traceback__)
+        trace = self.trace
+        try:
+            for span in reversed(left):
+                try:
+                    self.finish(span, NOT_FINISHED)
+                except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
+                    report("bridge.end", problem)
+        finally:  # Whatever comes in between (Ctrl-C), the trace is told of its end.
+            # Contexts copied within the trace lead here as long as they live, and a traceback
+            # does: neither may keep the spans, nor the trace the traceback.
+            self.trace = NoOpTrace()
+            self.trace.trace_id = trace.trace_id
+            if error is None:
+                trace.__exit__(None, None, None)
+            else:
+                trace.__exit__(type(error), error, error.__traceback__)
 
 
 def _leave_context(span: Any) -> None:

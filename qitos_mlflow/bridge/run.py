@@ -69,8 +69,8 @@ class AgentRun:
 
     @property
     def root(self) -> Any:
-        """The AGENT span."""
-        return self.stack[0]
+        """The AGENT span while it is open, then None."""
+        return self.stack[0] if self.stack else None
 
     def open(self, data: Any, parent: Any = None) -> Any:
         """Open a span below `parent`, by default the innermost open one, and stand there."""
@@ -120,11 +120,17 @@ class AgentRun:
         here.set(self.before)
 
     def session_stepped(self, error: BaseException | None) -> None:
-        """Close what the step left open; `error` is what left it, and the session may go on."""
-        self.close_above(self.root, error)
-        self._session_failure = None
-        if error is not None:
-            self._session_failure = outcome_of_exception(error, self.state)
+        """Close what the step left open; `error` is what left it, and the session may go on.
+
+        It may be over, too: ended by a new one in the middle of its step. Never raises Exception.
+        """
+        try:
+            self.close_above(self.root, error)
+            self._session_failure = None
+            if error is not None:
+                self._session_failure = outcome_of_exception(error, self.state)
+        except Exception as problem:  # noqa: BLE001 - the agent's thread
+            report("bridge.step", problem)
 
     def end(
         self,
@@ -171,8 +177,12 @@ class AgentRun:
         except Exception as problem:  # noqa: BLE001 - somebody's processor
             report("bridge.end", problem)
         self.ended = True
-        self.failure = self.state = None  # a traceback keeps frames alive
         here.set(self.before)
+        # Contexts copied within the run keep it, and may be where the next one begins, and so on:
+        # nothing of the content, nor what was before, may stay with it.
+        self.failure = self.state = self.before = None
+        self.stack, self.critics, self.verdicts = [], [], []
+        self._innermost.clear()
 
     def _close_all(self, error: BaseException | None, outcome: dict[str, Any]) -> None:
         if not self.stack:

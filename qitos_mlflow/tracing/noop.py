@@ -65,8 +65,10 @@ class NoOpTrace:
         span_id: str | None = None,
         parent: Span | NoOpSpan | str | None = None,
     ) -> NoOpSpan:
-        """A span that does nothing."""
-        return NoOpSpan()
+        """A span that does nothing, and has `data` for those who add to it."""
+        span = NoOpSpan()
+        span.data = data
+        return span
 
     @property
     def spans(self) -> list[Span]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import deque
 from typing import Any
 
 import pytest
@@ -319,6 +320,37 @@ def test_a_new_session_ends_the_one_before(recorder: Recorder) -> None:
     assert [trace.metadata["task"] for trace in recorder.ended] == ["one"]
     engine.run("three")
     assert [trace.metadata["task"] for trace in recorder.ended] == ["one", "two", "three"]
+
+
+def test_a_session_ended_in_the_middle_of_its_step(recorder: Recorder) -> None:
+    """A step in which a new session begins returns as it would without us."""
+
+    class Resets:
+        def on_after_reduce(self, ctx: Any, engine: Any) -> None:
+            engine.hooks.remove(self)
+            engine.init_session("two")
+
+    engine = Engine(agent(act("add")))
+    state, observation = engine.init_session("one")
+    engine.hooks.append(Resets())
+    assert engine.step(state, observation).observation == {"action_results": [2]}
+    assert [trace.metadata["task"] for trace in recorder.ended] == ["one"]
+    engine.run("three")
+    assert [trace.metadata["task"] for trace in recorder.ended] == ["one", "two", "three"]
+
+
+def test_two_threads_that_find_an_abandoned_session(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them ends it; the other one's run is traced all the same."""
+
+    class Raced(deque[Any]):
+        def popleft(self) -> Any:
+            raise IndexError  # The other thread was faster.
+
+    monkeypatch.setattr(calls, "_abandoned", Raced(["a session"]))
+    Engine(agent(FINAL)).run("next")
+    recorder.only()
 
 
 def test_a_session_whose_engine_is_gone_is_ended(recorder: Recorder) -> None:

@@ -137,6 +137,29 @@ def test_ctrl_c_as_a_run_begins(recorder: Recorder, moment: str) -> None:
     assert isinstance(recorder.ended[0].error, KeyboardInterrupt)
 
 
+def test_ctrl_c_as_a_trace_ends(recorder: Recorder) -> None:
+    """Where it arrives while what is left open is closed, the trace ends all the same."""
+    live = LiveTrace("a", None, {})
+    live.start(tracing.CustomSpanData(name="left open"), None)
+    interrupting = Interrupting("on_span_end")
+    tracing.add_trace_processor(interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        live.end(None)
+    tracing.remove_trace_processor(interrupting)
+    assert [trace.trace_id for trace in recorder.ended] == [live.trace.trace_id]
+
+
+def test_a_late_start_is_heard_of_by_nobody(recorder: Recorder) -> None:
+    """What starts as its trace ends on another thread is no part of it, and harms nobody."""
+    live = LiveTrace("a", None, {})
+    live.end(None)
+    span = live.start(tracing.ToolSpanData(tool_name="late"), None)
+    span.data.output_content = "x"
+    live.annotate({"late": True})
+    live.finish(span)
+    assert recorder.nodes == {}
+
+
 def test_ctrl_c_between_the_beginning_and_the_run(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
