@@ -28,7 +28,7 @@ def report(where: str, error: BaseException) -> None:
     Any thread; never blocks, never raises.
     """
     try:
-        warn(where, "%s failed: %s: %s", where, type(error).__name__, error)
+        warn(where, "%s failed: %s", where, in_words(error))
         _log.debug("traceback of the failure in %s", where, exc_info=error)
         for watcher in list(_watchers):
             watcher(where, error)
@@ -45,6 +45,14 @@ def warn(key: str, message: str, *args: object, level: int = logging.WARNING) ->
         return
     _last_logged[key] = now
     _log.log(level, message, *args)
+
+
+def in_words(error: BaseException) -> str:
+    """``"Type: text"``, or the type alone when somebody's ``__str__`` fails. Never raises."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
 
 
 def watch(watcher: Callable[[str, BaseException], None]) -> Callable[[], None]:

@@ -100,7 +100,7 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the agent
-        why = f"{type(error).__name__}: {error}"
+        why = _guard.in_words(error)
         _guard.warn(
             f"plugins.load.{info.distribution}:{info.name}",
             "trace plugin %s of %s %s was not loaded: %s",

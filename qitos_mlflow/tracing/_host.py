@@ -128,7 +128,7 @@ def load() -> dict[str, Any] | None:
         names = {name: found for name, found in _names(package) if found is not None}
         missing = sorted(REQUIRED - names.keys())
     except Exception as error:  # noqa: BLE001 - whatever the host's code may raise
-        _warn(f"{type(error).__name__}: {error}")
+        _warn(_guard.in_words(error))
         return None
     if missing:
         _warn(f"it has no {', '.join(missing)}")

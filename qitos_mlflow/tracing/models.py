@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from qitos_mlflow._guard import in_words
 from qitos_mlflow.tracing.config import TracingMode
 from qitos_mlflow.tracing.noop import NoOpSpan as NoOpSpan
 from qitos_mlflow.tracing.noop import NoOpTrace as NoOpTrace
@@ -131,7 +132,7 @@ class Span:
             self.started_at = self.ended_at
         if isinstance(error, BaseException):
             self.exception = error
-            self.error = _in_words(error)
+            self.error = in_words(error)
         elif error is not None:
             self.error = error
         spans = _open_spans.get()
@@ -277,7 +278,7 @@ class Trace:
         elsewhere = {thread.ident for thread in threading.enumerate()} - {here}
         error: str = NOT_FINISHED
         if self.error is not None:
-            error = f"{NOT_FINISHED} with {_in_words(self.error)}"
+            error = f"{NOT_FINISHED} with {in_words(self.error)}"
         for span in reversed(self.spans):
             started = span._thread_id is not None
             if started and span._unfinished and span._thread_id not in elsewhere:
@@ -295,10 +296,3 @@ class Trace:
 
 def _unfinished_of(spans: tuple[Span, ...]) -> tuple[Span, ...]:
     return tuple(span for span in spans if span._unfinished)
-
-
-def _in_words(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - a __str__ of someone's own
-        return type(error).__name__

@@ -57,6 +57,14 @@ def test_a_good_plugin(installed: Distributions) -> None:
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("def broken(:", "SyntaxError"),
         (
+            """
+            class Mute(Exception):
+                def __str__(self): return self.nothing
+            raise Mute
+            """,
+            "Mute",
+        ),
+        (
             "@hookimpl\ndef qitos_span_end(span, nonsense): ...",
             "PluginValidationError",
         ),
