@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qitos_mlflow._guard import warn
+from qitos_mlflow._guard import report, warn
 from qitos_mlflow.bridge.context import BackgroundPool, ContextPool
 
 __all__ = ["Patches"]
@@ -72,9 +72,13 @@ class Patches:
         """Make the postponed replacements, and replace the pools imported by now."""
         if self._postponed:
             with self.lock:
-                for fitting in self._postponed:
-                    fitting()
-                self._postponed.clear()
+                try:
+                    for fitting in self._postponed:
+                        fitting()
+                except Exception as error:  # noqa: BLE001 - runs are traced without what is missing
+                    report("bridge.fit", error)
+                finally:  # What was made must not be made once more.
+                    self._postponed.clear()
         for module_name, pool in POOLS.items():
             module = sys.modules.get(module_name)
             if getattr(module, "ThreadPoolExecutor", None) is not ThreadPoolExecutor:

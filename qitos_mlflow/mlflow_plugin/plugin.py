@@ -287,9 +287,10 @@ class MlflowPlugin:
                 record["added"] = {"tags": tags}
         except Exception as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
             report("plugin.end", error)
-        # At once: whoever has waited for the agent looks at its trace next.
-        state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
-        state.over_s = time.monotonic()
+        finally:  # Also after Ctrl-C: nobody ends it once more.
+            # At once: whoever has waited for the agent looks at its trace next.
+            state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
+            state.over_s = time.monotonic()
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})

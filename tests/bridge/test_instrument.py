@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from qitos import Decision, Engine, ToolRegistry
+from qitos.engine import action_executor
 from qitos.engine.action_executor import ActionExecutor
 
 from qitos_mlflow import _guard, bridge, tracing
+from qitos_mlflow.bridge import instrument
 from qitos_mlflow.bridge.patches import Patches
 from tests.bridge.agents import ScriptAgent, act
 from tests.bridge.recorder import Recorder
@@ -207,6 +209,28 @@ def test_a_host_without_the_expected_methods_is_traced_without_them(
     ]
     assert recorder.tree() == ["agent", ["step", ["decide", "reduce"]]]
     bridge.uninstall()
+
+
+def test_a_replacement_that_fails_is_not_made_once_more(
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    swallowed: list[tuple[str, BaseException]],
+) -> None:
+    """The runs are traced without it, the first and the next, and each tool call once."""
+    bridge.uninstall()
+
+    def broken(name: str) -> Any:
+        if name.endswith("critic_result"):
+            raise OSError(name)
+        return action_executor
+
+    monkeypatch.setattr(instrument, "_module", broken)
+    bridge.install()
+    for _ in range(2):
+        ScriptAgent(act("add", a=1, b=1), Decision.final("x")).run("sum", render=False)
+    assert [len(recorder.of("tool", trace.trace_id)) for trace in recorder.ended] == [1, 1]
+    assert [where for where, _ in swallowed] == ["bridge.fit"]
+    swallowed.clear()
 
 
 def test_installing_at_once_from_many_threads_installs_once(recorder: Recorder) -> None:

@@ -256,6 +256,22 @@ def test_a_processor_added_twice_logs_once(
     assert (end["kind"], end["recorded"]) == ("trace_end", 2)
 
 
+def test_ctrl_c_costs_no_trace_its_end(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it arrives while the end is written down, it goes through, and so does the end."""
+
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    attach()
+    with pytest.raises(KeyboardInterrupt), create_trace("agent"):
+        monkeypatch.setattr(plugin_module, "run_status", interrupted)
+    assert records()[-1]["kind"] == "trace_end"
+
+
 # -- the ledger ------------------------------------------------------------------------------
 
 
