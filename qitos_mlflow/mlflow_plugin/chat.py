@@ -134,6 +134,9 @@ def _definition(fields: Fields) -> Fields | None:
     if not name:
         return None
     schema = take(rest, "parameters", "input_schema", "inputSchema", kind=dict)
+    if schema is not None and isinstance(schema.get("properties"), dict):
+        parameters = {key: _parameter(value) for key, value in schema["properties"].items()}
+        schema = {**schema, "properties": parameters}
     function = {
         "name": as_text(name),
         "parameters": schema,
@@ -141,6 +144,15 @@ def _definition(fields: Fields) -> Fields | None:
     }
     kept = {key: value for key, value in function.items() if value is not None}
     return {"type": "function", "function": with_rest(kept, rest)}
+
+
+def _parameter(schema: Any) -> Any:
+    """`schema` without a list of types, for which MLflow's page (3.12) shows no tool at all."""
+    if not isinstance(schema, dict) or not isinstance(schema.get("type"), list):
+        return schema
+    # Not "string | null": MLflow's judges would not take that for a type.
+    rest = {key: value for key, value in schema.items() if key != "type"}
+    return with_rest({"anyOf": [{"type": one} for one in schema["type"]]}, rest)
 
 
 # -- answers -------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_mlflow_reads_the_messages() -> None:
     ]
     for message in request_messages(conversation):
         ChatMessage.model_validate(message)
-    schema = {"type": "object", "properties": {}}
+    schema = {"type": "object", "properties": {"a": {"type": ["string", "null"]}}}
     for tool in tool_definitions(["search", {"name": "add", "input_schema": schema}]) or []:
         ChatTool.model_validate(tool)
 
@@ -181,6 +181,19 @@ def test_tools_are_defined() -> None:
         {"type": "function", "function": {"name": "sub", "parameters": schema}},
     ]
     assert tool_definitions(None) is None
+
+
+def test_a_parameter_of_several_types_hides_no_tool() -> None:
+    """A page that takes one type as text shows a tool of OpenAI's strict mode, too."""
+    several = {"type": ["string", "null"], "description": "d"}
+    schema = {"type": "object", "properties": {"a": several, "b": {"type": "integer"}, "c": True}}
+    (tool,) = tool_definitions([{"name": "add", "parameters": schema}]) or []
+    assert tool["function"]["parameters"]["properties"] == {
+        "a": {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "d"},
+        "b": {"type": "integer"},
+        "c": True,
+    }
+    assert several["type"] == ["string", "null"]
 
 
 def test_the_last_text_is_found() -> None:
