@@ -156,6 +156,13 @@ _HEADERS = (b"authorization", b"cookie")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]*")
 _NAME_LOOK_BYTES = 48
 
+_ESCAPE = re.compile(
+    rb"(?<=\\)(?:[nrfv]|t(?!oken)|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"  # \n in JSON or a repr
+    rb"|(?<=%)[0-9A-Fa-f]{2}"  # %3D in a URL
+    rb"|(?<=[\[;])[0-9]{1,3}m|(?<=\x1b\[)[mK]"  # ESC[1;32m, a terminal's colours
+)
+"""The letters and digits of an escape, which look like the beginning of the word behind it."""
+
 _STEMS = tuple(
     re.compile(stem)  # Each begins with one letter, which re looks for with memchr.
     for stem in (rb"k(?:ey|en|ie)", rb"cre", rb"p(?:ass|wd)", rb"auth")
@@ -177,6 +184,11 @@ def _places(data: bytes, stem: bytes) -> Iterator[int]:
     while at >= 0:
         yield at
         at = data.find(stem, at + len(stem))
+
+
+def _word_start(data: bytes, at: int) -> int:
+    escape = _ESCAPE.match(data, at)
+    return escape.end() if escape else at
 
 
 def _value_span(
@@ -239,7 +251,7 @@ def _named(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
             label = _NAME.match(data, at)
             assert before is not None
             assert label is not None
-            start = at - before.end()
+            start = _word_start(data, at - before.end())
             name = data[start : label.end()]
             separator = data[label.end() : field.end()]
             if separator.isspace() and not name.startswith(b"--"):
@@ -258,6 +270,7 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
     start = runs.find(_RUN)
     while start >= 0:
         end = runs.find(b" ", start)
+        start = _word_start(data, start)
         if data[start : start + 2] in _SHAPE_STARTS:
             shape = _SHAPE.match(data, start)
             if shape:

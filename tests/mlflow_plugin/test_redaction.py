@@ -95,7 +95,9 @@ SHAPES = [
 @pytest.mark.parametrize(
     "around",
     ["{}", "use {} please", "x={}", "'{}'", '{{"v": "{}"}}', "https://h/p?q={}&r=1", "(see {}, ok)",
-     "https://h/{}/x", "größe {}\n", "{}.", "k:{}"],
+     "https://h/{}/x", "größe {}\n", "{}.", "k:{}",
+     '{{"c": "x\\n{}\\ty"}}', '"{{\\"c\\": \\"x\\\\n{}\\\\n\\"}}"', "\x1b[32m{}\x1b[0m",
+     "\\u001b[0m{}", "q%3D{}", "\\uff1a{}"],
 )  # fmt: skip
 def test_credentials_are_known_by_their_shape(secret: str, around: str) -> None:
     """A provider's key is found in any text, whatever stands around it."""
@@ -143,6 +145,16 @@ TEXTS = [
     "password: str = '{}'",
     "secrets = ['{}']",
     "token%3D{}",
+    '{{"content": "line\\ntoken={}\\n"}}',
+    "Message(content='line\\n\\tsecret: {}')",
+    '{{"c": "{{\\"d\\": \\"x\\\\nauth={}\\"}}"}}',
+    "\x1b[1;32mtoken={}\x1b[0m",
+    "\x1b[01;31m\x1b[Ktoken={}\x1b[m",
+    "C:\\token={}",
+    "cd x;mysql_pass={}",
+    "h%3Fa%3D1%26token%3D{}",
+    "h%3Ftoken%3D{}",
+    '{{"c": "line\\n--token {} --x"}}',
     "-----BEGIN RSA PRIVATE KEY-----\nMIIE{}\n-----END RSA PRIVATE KEY-----",
     "-----BEGIN PRIVATE KEY-----\\nMIIE{}\\n-----END PRIVATE KEY-----",
     "-----BEGIN OPENSSH PRIVATE KEY-----\n{}",
@@ -260,6 +272,9 @@ ADVERSARIAL = [
         "curl ",
         "curl -u a",
         "SG.a",
+        "\\n",
+        "\\ntoken",
+        "[1;",
         "Basic aaaaaaaaaaaaaaaa",
     ),
 ]
