@@ -143,6 +143,11 @@ _QUOTE = re.compile(rb"\s{0,64}[rbuRBU]{0,2}(\\{0,8}[\"'])")
 _PLAIN = re.compile(
     rb"[ \t]{0,64}(?:(?:bearer|basic|digest|token)[ \t]{1,4})?([^\s\"'&;<>\\]+)", re.IGNORECASE
 )
+_NAME_IN_QUOTES = re.compile(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
+_NO_TEXT = re.compile(
+    rb"[ \t]{0,64}(\{|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
+)
+"""The beginning of an object or a list in JSON or a repr, or a number."""
 _LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]+)")
 _XML = re.compile(rb">([^<>]{1,4096})</")
 _HARMLESS = re.compile(
@@ -156,6 +161,7 @@ _HEADERS = (b"authorization", b"cookie")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]*")
 _NAME_LOOK_BYTES = 48
 
+_ESCAPING = frozenset(b"\\%[;")
 _ESCAPE = re.compile(
     rb"(?<=\\)(?:[nrfv]|t(?!oken)|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"  # \n in JSON or a repr
     rb"|(?<=%)[0-9A-Fa-f]{2}"  # %3D in a URL
@@ -191,13 +197,15 @@ def _word_start(data: bytes, at: int) -> int:
     return escape.end() if escape else at
 
 
-def _value_span(
-    data: bytes, at: int, name: bytes, before: int, separator: bytes
-) -> tuple[int, int] | None:
+Found = tuple[int, int, bytes]
+"""Start and end of a credential, and the quotes that the marker in its place needs, else empty."""
+
+
+def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes) -> Found | None:
     """Where the value is that begins at `at`, or None if nothing there needs hiding."""
     if not separator:  # <password>…</password>
         found = _XML.match(data, at) if data[before : before + 1] == b"<" else None
-        return found.span(1) if found else None
+        return (*found.span(1), b"") if found else None
     quote = _QUOTE.match(data, at)
     if quote:
         mark = quote.group(1)
@@ -206,14 +214,21 @@ def _value_span(
             end = data.find(mark, end + len(mark))
         if end < 0:
             end = len(data)
-        return (quote.end(), end) if end > quote.end() else None
+        return (quote.end(), end, b"") if end > quote.end() else None
+    in_quotes = _NAME_IN_QUOTES.match(separator)
+    if in_quotes and (found := _NO_TEXT.match(data, at)):
+        start, end = found.span(1)
+        if data[start] in b"[{":
+            end = _closing(data, start)
+        return start, end, in_quotes.group(1)
     low_name = name.lower()
-    found = (_LINE if low_name.endswith(_HEADERS) else _PLAIN).match(data, at)
+    pattern = _LINE if low_name.endswith(_HEADERS) else _PLAIN
+    found = pattern.match(data, at)
     if found is None:
         return None
     start, end = found.span(1)
     if data[start] in b"[{":
-        return start, _closing(data, start)
+        return start, _closing(data, start), b""
     if _HARMLESS.match(data, start, min(end, start + 64)):
         return None
     if (
@@ -222,7 +237,7 @@ def _value_span(
         and _PLAIN_WORD.match(data, start, end)
     ):
         return None  # "unexpected token: identifier" is prose
-    return start, end
+    return start, end, b""
 
 
 def _closing(data: bytes, start: int) -> int:
@@ -234,7 +249,7 @@ def _closing(data: bytes, start: int) -> int:
     return len(data)
 
 
-def _named(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
+def _named(data: bytes, low: bytes) -> Iterator[Found]:
     """Values that stand beside a credential's name."""
     for stem in _STEMS:
         done = 0
@@ -270,7 +285,8 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
     start = runs.find(_RUN)
     while start >= 0:
         end = runs.find(b" ", start)
-        start = _word_start(data, start)
+        if data[start - 1] in _ESCAPING:
+            start = _word_start(data, start)
         if data[start : start + 2] in _SHAPE_STARTS:
             shape = _SHAPE.match(data, start)
             if shape:
@@ -315,7 +331,8 @@ def _is_basic(value: bytes) -> bool:
         return False
 
 
-def find_credentials(data: bytes) -> list[tuple[int, int]]:
-    """Start and end of every credential in `data` (UTF-8), in order; they may overlap."""
+def find_credentials(data: bytes) -> list[Found]:
+    """Every credential in `data` (UTF-8), in order; they may overlap."""
     low = data.lower()
-    return sorted([*_named(data, low), *_shaped(data, low)])
+    shaped = ((start, end, b"") for start, end in _shaped(data, low))
+    return sorted([*_named(data, low), *shaped])

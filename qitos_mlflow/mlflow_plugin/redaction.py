@@ -14,6 +14,7 @@ What counts as either: `credentials`.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -52,9 +53,9 @@ def _redacted(text: str) -> str:
         return text
     parts: list[bytes] = []
     kept = 0
-    for start, end in spans:
+    for start, end, quote in spans:
         if start >= kept:
-            parts += (data[kept:start], MARKER.encode())
+            parts += (data[kept:start], quote, MARKER.encode(), quote)
         kept = max(kept, end)
     parts.append(data[kept:])
     return b"".join(parts).decode("utf-8", "surrogatepass")
@@ -112,6 +113,22 @@ def _redact_list(value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
         # ["--api-key", "…"]: a command line split into words.
         hide_next = isinstance(item, str) and item.startswith("--") and names_credential(item[2:])
     return kept
+
+
+def redact_json(text: str) -> str:
+    """`text`, a JSON document, without credentials and still JSON; unchanged if it has none.
+
+    What is no JSON, like the torn last line of a file, is redacted as text.
+    """
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return redact_text(text)
+    kept = redact(value)
+    # Both rules: of a key that is there twice, only the last value was looked at.
+    if kept == value and redact_text(text) == text:
+        return text
+    return json.dumps(kept, ensure_ascii=False)  # As QitOS writes it.
 
 
 def trim(text: str, max_bytes: int) -> str:

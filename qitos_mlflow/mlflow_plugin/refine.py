@@ -15,7 +15,7 @@ import orjson
 
 from qitos_mlflow.mlflow_plugin.artifacts import read
 from qitos_mlflow.mlflow_plugin.inlined import MAX_INLINED_CHARS, note_large
-from qitos_mlflow.mlflow_plugin.redaction import redact, trim_fields
+from qitos_mlflow.mlflow_plugin.redaction import redact, redact_json, trim_fields
 
 Additions = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -47,7 +47,11 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
     if len(payload) > MAX_INLINED_CHARS and not whole:
         # Before all else: pictures neither cost time nor take the room of what can be read.
         record = note_large(record)
+    content = record.pop("content") if _is_json_file(record) else None
     record = {key: value if key in OURS else redact(value) for key, value in record.items()}
+    if content is not None:
+        lines = content.split("\n") if record["path"].endswith(".jsonl") else [content]
+        record["content"] = "\n".join(map(redact_json, lines))
     if len(payload) > field_bytes and not whole:
         # Redacted first: a cut could leave half a secret.
         record = trim_fields(record, field_bytes)
@@ -56,6 +60,12 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
+
+
+def _is_json_file(record: dict[str, Any]) -> bool:
+    if record["kind"] != "artifact" or not isinstance(record.get("content"), str):
+        return False
+    return str(record["path"]).endswith((".json", ".jsonl"))
 
 
 def nanoseconds(iso: str | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from typing import Any
 
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.mlflow_plugin.capture import cut
 from qitos_mlflow.mlflow_plugin.credentials import names_credential
-from qitos_mlflow.mlflow_plugin.redaction import MARKER, redact, redact_text, trim, trim_fields
+from qitos_mlflow.mlflow_plugin.redaction import (
+    MARKER,
+    redact,
+    redact_json,
+    redact_text,
+    trim,
+    trim_fields,
+)
 
 SECRET = "hunter2xyz9"
 
@@ -177,6 +185,38 @@ def test_what_is_around_a_credential_stays() -> None:
     assert redact_text("Basic dXNlcjpwYXNzd29yZA== rest") == f"Basic {MARKER} rest"
 
 
+@pytest.mark.parametrize(
+    "value", [{}, {"a": ["b", {"c": 1}]}, [], ["x"], 0, 7, -1.5e-7, float("nan"), "x", None, True]
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
+    """What takes the place of a number, list or object can be read, and nothing beside it goes."""
+    told = {"a": {"cookies": value}, "list": [{"token": value}], "status": 200}
+    text = json.dumps(told, indent=indent)
+    hidden = json.loads(redact_text(text))
+    assert hidden["status"] == 200
+    assert hidden["a"]["cookies"] in (MARKER, None, True)
+    assert hidden["list"][0]["token"] in (MARKER, None, True)
+    assert json.loads(json.loads(redact_text(json.dumps(text)))) == hidden
+    assert redact_text("{'cookies': {'a': 1}, 'b': 2}") == f"{{'cookies': '{MARKER}', 'b': 2}}"
+
+
+def test_a_json_document_is_redacted_by_its_structure() -> None:
+    """A document keeps its form: hidden are names, pairs and texts, whatever escapes they have."""
+    told = {"headers": [{"name": "Cookie", "value": "a"}], "text": f"x\ntoken={SECRET}", "pin": {}}
+    hidden = {
+        "headers": [{"name": "Cookie", "value": MARKER}],
+        "text": f"x\ntoken={MARKER}",
+        "pin": {},
+    }
+    assert json.loads(redact_json(json.dumps(told))) == hidden
+    assert redact_json(json.dumps(hidden, indent=2)) == json.dumps(hidden, indent=2)
+    assert SECRET not in redact_json(f'{{"a": "token={SECRET}", "a": 1}}')  # A key twice.
+    deep = '{"a":' * 300 + f'"token={SECRET}"' + "}" * 300
+    for broken in ("", f'{{"token": "{SECRET}', f'{{"a": NaN, "token": "{SECRET}"}}', deep):
+        assert SECRET not in redact_json(broken)
+
+
 INNOCENT_TEXTS = [
     "prompt_tokens=5 total_tokens: 12, max_tokens=100",
     'usage: {"prompt_tokens": 12, "completion_tokens": 7, "total_tokens": 19}',
@@ -252,6 +292,14 @@ def test_any_value_passes(value: Any) -> None:
     """Whatever the value, there is a result, and a second pass finds nothing more to hide."""
     once = redact(value)
     assert redact(once) == once
+
+
+@given(_json)
+def test_any_document_stays_a_document(value: Any) -> None:
+    """JSON stays JSON, and a second pass finds nothing more to hide."""
+    once = redact_json(json.dumps(value))
+    assert redact(json.loads(once)) == json.loads(once)
+    assert redact_json(once) == once
 
 
 @given(st.text(alphabet="sk-eyJ.=:\"'\\ {[@/<>abAB12\nkeytokenpasswordBearer", max_size=200))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -247,6 +248,28 @@ def test_a_file_travels_with_its_run(tmp_path: Path) -> None:
     assert number not in content
     file.unlink()
     assert refined(record) is None
+
+
+def test_a_json_file_stays_json(tmp_path: Path) -> None:
+    """Each line of QitOS's own files can be read afterwards; a torn last line is text."""
+    number = uuid.uuid4().hex
+    event = {"payload": {"cookies": {"sid": number}, "password": 7, "text": f"x\nauth={number}"}}
+    plain = '{"ok":   true}'
+    torn = f'{{"payload": {{"password": "{number}"'
+    file = tmp_path / "events.jsonl"
+    file.write_text("\n".join([json.dumps(event), plain, torn]))
+    record = {"kind": "artifact", "path": "qitos/events.jsonl", "file": str(file)}
+    first, second, third = refined(record)["content"].split("\n")
+    assert json.loads(first)["payload"] == {
+        "cookies": MARKER,
+        "password": MARKER,
+        "text": f"x\nauth={MARKER}",
+    }
+    assert second == plain
+    assert third == torn.replace(number, MARKER)
+    file.write_text(json.dumps(event, indent=2))
+    record["path"] = "qitos/manifest.json"
+    assert json.loads(refined(record)["content"]) == json.loads(first)
 
 
 def test_a_huge_file_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
