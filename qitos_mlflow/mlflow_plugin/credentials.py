@@ -160,6 +160,8 @@ _BRACKET = re.compile(rb"[\[\]{}]")
 _HEADERS = (b"authorization", b"cookie")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]*")
 _NAME_LOOK_BYTES = 48
+_HARMLESS_LOOK_BYTES = 256
+"""Longer values are neither `_HARMLESS` nor one word: only then is a value read to its end."""
 
 _ESCAPING = frozenset(b"\\%[;")
 _ESCAPE = re.compile(
@@ -223,7 +225,7 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
         return start, end, in_quotes.group(1)
     low_name = name.lower()
     pattern = _LINE if low_name.endswith(_HEADERS) else _PLAIN
-    found = pattern.match(data, at)
+    found = pattern.match(data, at, at + _HARMLESS_LOOK_BYTES)
     if found is None:
         return None
     start, end = found.span(1)
@@ -237,7 +239,8 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
         and _PLAIN_WORD.match(data, start, end)
     ):
         return None  # "unexpected token: identifier" is prose
-    return start, end, b""
+    whole = pattern.match(data, at)
+    return start, whole.end() if whole else end, b""
 
 
 def _closing(data: bytes, start: int) -> int:

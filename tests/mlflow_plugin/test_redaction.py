@@ -323,6 +323,13 @@ ADVERSARIAL = [
         "\\n",
         "\\ntoken",
         "[1;",
+        "token=***,",
+        "token=self.",
+        "token: $(",
+        "cookie: os.",
+        '"token":7',
+        '"token":7e,',
+        '"token":{},',
         "Basic aaaaaaaaaaaaaaaa",
     ),
 ]
