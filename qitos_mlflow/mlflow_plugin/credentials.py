@@ -54,11 +54,12 @@ _TOKEN_COUNTED = _words(
 """What stands before ``token`` when it means a piece of text or a page, not a pass."""
 
 _HARMLESS_END = _words(
-    "age arn at budget changed class cost count created details enabled endpoint env expiration "
-    "expired expires expiry field file format header hint in index kind label length limit limits "
-    "location max min name names number path policy position prompt provider rate ratio required "
-    "reset rotation rule rules size source status strategy strength ttl type types updated uri url "
-    "usage valid variable version window"
+    "accepted age arn at budget changed class conflict correct cost count created details enabled "
+    "endpoint env error errors exception expiration expired expires expiry failed failure field "
+    "file format found header hint in index invalid kind label length limit limits location max "
+    "method min missing mode name names number path policy position prompt provider rate ratio "
+    "required reset rotation rule rules scheme size source status strategy strength ttl type "
+    "types updated uri url usage valid variable version window"
 )
 """Last words of names that speak about a credential without being one."""
 
@@ -234,11 +235,11 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
     if _HARMLESS.match(data, start, min(end, start + 64)):
         return None
     if (
-        low_name in {b"token", b"auth", b"key"}
+        low_name.rpartition(b".")[2] in {b"token", b"auth", b"key"}
         and b"=" not in separator
         and _PLAIN_WORD.match(data, start, end)
     ):
-        return None  # "unexpected token: identifier" is prose
+        return None  # "unexpected token: identifier" is prose, "app.auth:User" a log line
     whole = pattern.match(data, at)
     return start, whole.end() if whole else end, b""
 

@@ -56,7 +56,8 @@ INNOCENT_KEYS = words(
     next_page_token secretary key keys primary_key foreign_key sort_key cache_key key_name keyboard
     monkey author authority password_policy password_reset_url token_limit api_key_name api_key_env
     compass passed pass_rate passing bypass model name tool_name session_id span_id user cookbook
-    credit credits description total_token_cost
+    credit credits description total_token_cost auth_method auth_error auth_failed password_correct
+    credentials_found cookies_accepted NoCredentialsError secret_missing
 """
 )
 
@@ -244,6 +245,11 @@ INNOCENT_TEXTS = [
     "the token was accepted, the key is under the mat",
     '{"password": null, "api_key": ""}',
     "eyJust a word. ASIA and Asia. xoxo",
+    "botocore.exceptions.NoCredentialsError: Unable to locate credentials",
+    "google.auth.exceptions.DefaultCredentialsError: Your default credentials were not found.",
+    "AuthError: denied; CookieConflictError: There are multiple cookies with name",
+    "SecretNotFound: prod/db does not exist; MissingSecretError: set it first",
+    "INFO:app.auth:User logged in",
     "日本語の文章です。 password はここにありません",
 ]
 
