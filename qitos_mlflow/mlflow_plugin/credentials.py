@@ -84,12 +84,11 @@ def _is_credential(words: list[str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _cached_names_credential(name: str) -> bool:
-    plain = re.split(r"[^a-z0-9]+", name.lower())
-    return any(
-        _is_credential(words)
-        for words in ([w for w in plain if w], [w.lower() for w in _WORD.findall(name)])
-        if words
-    )
+    plain = re.findall(r"[a-z0-9]+", name.lower())
+    camel = [word.lower() for word in _WORD.findall(name)]
+    if camel and camel[-1] in _HARMLESS_END:  # google.auth.DefaultCredentialsError
+        return False
+    return any(_is_credential(words) for words in (plain, camel) if words)
 
 
 def names_credential(name: str) -> bool:
@@ -112,15 +111,19 @@ _SHAPE = re.compile(
     rb"|lsv2_[A-Za-z0-9_]{16,}|dapi[0-9a-f]{32}|r8_[A-Za-z0-9]{20,}"
     rb"|eyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}"
 )
-_DOTTED = {
+_BY_PART = {
     b"ya29.": re.compile(rb"ya29\.[\w-]{20,}"),  # Google
     b"SG.": re.compile(rb"SG\.[\w-]{16,}\.[\w-]{16,}"),  # SendGrid
+    b"hooks.slack.com/services/": re.compile(rb"hooks\.slack\.com/services/([\w/]{16,})"),
+    b"api.telegram.org/bot": re.compile(rb"api\.telegram\.org/bot([0-9]+:[\w-]{16,})"),
+    b"curl ": re.compile(
+        rb"curl(?:[^\\\r\n]|\\[\s\S]){0,512}?[ \t](?:-[a-zA-Z]{0,8}[uU]|--(?:proxy-)?user)"
+        rb"[ \t=]{0,4}[\"']?([^\s\"':]{1,256}:[^\s\"']{1,256})"
+    ),
 }
-"""Shapes whose first unbroken run is too short to be looked at."""
-_CURL_USER = re.compile(
-    rb"curl(?:[^\\\r\n]|\\[\s\S]){0,512}?[ \t](?:-[a-zA-Z]{0,8}[uU]|--(?:proxy-)?user)"
-    rb"[ \t=]{0,4}[\"']?([^\s\"':]{1,256}:[^\s\"']{1,256})"
-)
+"""Shapes whose first unbroken run is too short to be looked at, by a part that each has."""
+_SIGNATURE = re.compile(rb"(?i)&(?:amp;)?(?:x-(?:amz|goog)-)?sig(?:nature)?=([\w%.~+/=-]{16,})")
+"""In URLs of AWS, Azure and Google, which have other parameters before it."""
 _SHAPE_STARTS = frozenset(
     b"sk rk wh gh gi gl xo xa AK AS AR AI hf np py gs nv pp tv ls da r8 ey".split()
 )
@@ -140,15 +143,16 @@ _FIELD = re.compile(
     rb"|:=|=>|==?|:(?!//)|%3[AaDd]|(?=>))"
 )
 _OPTION_END = re.compile(rb"[A-Za-z0-9_-]{0,48}[ \t]{1,8}(?!-)")
-_QUOTE = re.compile(rb"\s{0,64}[rbuRBU]{0,2}(\\{0,8}[\"'])")
+_QUOTE = re.compile(rb"\s{0,64}[rbufRBUF]{0,2}(\\{0,8}[\"'])")
 _PLAIN = re.compile(
-    rb"[ \t]{0,64}(?:(?:bearer|basic|digest|token)[ \t]{1,4})?([^\s\"'&;<>\\]+)", re.IGNORECASE
+    rb"(?i)[ \t]{0,64}(?:(?:bearer|basic|digest|token|\*\*)[ \t]{1,4}){0,2}([^\s\"'&;<>\\]+)"
 )
 _NAME_IN_QUOTES = re.compile(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
 _NO_TEXT = re.compile(
     rb"[ \t]{0,64}(\{|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
 )
 """The beginning of an object or a list in JSON or a repr, or a number."""
+_TUPLE = re.compile(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
 _LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]+)")
 _XML = re.compile(rb">([^<>]{1,4096})</")
 _HARMLESS = re.compile(
@@ -200,6 +204,12 @@ def _word_start(data: bytes, at: int) -> int:
     return escape.end() if escape else at
 
 
+def _name_start(data: bytes, end: int) -> int:
+    name = _NAME.match(data[max(0, end - _NAME_LOOK_BYTES) : end][::-1])
+    assert name is not None
+    return _word_start(data, end - name.end())
+
+
 Found = tuple[int, int, bytes]
 """Start and end of a credential, and the quotes that the marker in its place needs, else empty."""
 
@@ -209,8 +219,7 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
     if not separator:  # <password>…</password>
         found = _XML.match(data, at) if data[before : before + 1] == b"<" else None
         return (*found.span(1), b"") if found else None
-    quote = _QUOTE.match(data, at)
-    if quote:
+    if quote := _QUOTE.match(data, at):
         mark = quote.group(1)
         end = data.find(mark, quote.end())
         while end > 0 and data[end - 1] == 92:  # a backslash: this quote is the value's own
@@ -221,9 +230,10 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
     in_quotes = _NAME_IN_QUOTES.match(separator)
     if in_quotes and (found := _NO_TEXT.match(data, at)):
         start, end = found.span(1)
-        if data[start] in b"[{":
-            end = _closing(data, start)
+        end = _closing(data, start) if data[start] in b"[{" else end
         return start, end, in_quotes.group(1)
+    if found := _TUPLE.match(data, at):  # auth=('user', '…')
+        return (*found.span(1), b"")
     low_name = name.lower()
     pattern = _LINE if low_name.endswith(_HEADERS) else _PLAIN
     found = pattern.match(data, at, at + _HARMLESS_LOOK_BYTES)
@@ -235,7 +245,7 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
     if _HARMLESS.match(data, start, min(end, start + 64)):
         return None
     if (
-        low_name.rpartition(b".")[2] in {b"token", b"auth", b"key"}
+        re.split(rb"[. ]", low_name)[-1] in {b"token", b"auth", b"key"}
         and b"=" not in separator
         and _PLAIN_WORD.match(data, start, end)
     ):
@@ -266,19 +276,18 @@ def _named(data: bytes, low: bytes) -> Iterator[Found]:
                 field = _OPTION_END.match(data, at)  # --token …
             if field is None:
                 continue
-            before = _NAME.match(data[max(0, at - _NAME_LOOK_BYTES) : at][::-1])
             label = _NAME.match(data, at)
-            assert before is not None
             assert label is not None
-            start = _word_start(data, at - before.end())
+            start = _name_start(data, at)
+            if low[start : label.end()] == b"key" and data[start - 1 : start] == b" ":
+                start = _name_start(data, start - 1)  # API key: …
             name = data[start : label.end()]
             separator = data[label.end() : field.end()]
             if separator.isspace() and not name.startswith(b"--"):
                 continue
             if not names_credential(name.decode("ascii")):
                 continue
-            span = _value_span(data, field.end(), name, start - 1, separator)
-            if span:
+            if span := _value_span(data, field.end(), name, start - 1, separator):
                 yield span
                 done = span[1]
 
@@ -308,13 +317,11 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
                 yield word.span()
         elif _is_basic(word.group()):
             yield word.span()
-    for first, dotted in _DOTTED.items():
-        for at in _places(data, first):
-            if token := dotted.match(data, at):
-                yield token.span()
-    for at in _places(data, b"curl "):
-        if user := _CURL_USER.match(data, at):
-            yield user.span(1)
+    yield from (signature.span(1) for signature in _SIGNATURE.finditer(data))
+    for part, pattern in _BY_PART.items():
+        for at in _places(data, part):
+            if found := pattern.match(data, at):
+                yield found.span(found.lastindex or 0)
     for at in _places(data, b"@"):
         url = data.rfind(b"://", max(0, at - 516), at)
         user = _USER.match(data, url, at) if url >= 0 else None
