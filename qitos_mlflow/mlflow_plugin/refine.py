@@ -65,7 +65,7 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
 def _is_json_file(record: dict[str, Any]) -> bool:
     if record["kind"] != "artifact" or not isinstance(record.get("content"), str):
         return False
-    return str(record["path"]).endswith((".json", ".jsonl"))
+    return str(record.get("path")).endswith((".json", ".jsonl"))
 
 
 def nanoseconds(iso: str | None) -> int | None:
