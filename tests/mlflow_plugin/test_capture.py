@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
+import subprocess
+import sys
+import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from qitos_mlflow.mlflow_plugin import capture
 from qitos_mlflow.mlflow_plugin.capture import describe, encode, span_record
 from qitos_mlflow.tracing import SpanType, create_trace
 
+ROOT = Path(__file__).parents[2]
 ROOM = 1_000_000
 
 
@@ -58,6 +63,14 @@ def through(value: Any) -> Any:
 
 class Colour(enum.Enum):
     RED = "red"
+
+
+class Shade(str, enum.Enum):
+    RED = "dark red"
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
 
 
 @dataclass
@@ -132,7 +145,17 @@ class HostilePath:
         ({"a": [1, 2.5, None, True, "ä"]}, {"a": [1, 2.5, None, True, "ä"]}),
         ((1, 2), [1, 2]),
         ({1: "a", None: "b", 1.5: "c"}, {"1": "a", "null": "b", "1.5": "c"}),
-        (Colour.RED, "red"),
+        ({True: "a", math.nan: "b"}, {"true": "a", "null": "b"}),
+        ({Colour.RED: 1, Shade.RED: {Size.SMALL: 2}}, {"red": 1, "dark red": {"1": 2}}),
+        ({date(2026, 1, 2): 1}, {"2026-01-02": 1}),
+        ({uuid.UUID(int=7): 1}, {"00000000-0000-0000-0000-000000000007": 1}),
+        ({("a", 1): [{("b",): 2}]}, {'["a",1]': [{'["b"]': 2}]}),
+        ([Colour.RED, Shade.RED, Size.SMALL], ["red", "dark red", 1]),
+        (OrderedDict(a=(1,)), {"a": [1]}),
+        (Counter("aab"), {"a": 2, "b": 1}),
+        (uuid.UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+        (datetime(2026, 1, 2, 3, 4, 5, 6), "2026-01-02T03:04:05.000006"),
+        ([date(2026, 1, 2), time(3, 4)], ["2026-01-02", "03:04:00"]),
         (Point(1, Point(2, None)), {"x": 1, "y": {"x": 2, "y": None}}),
         (datetime(2026, 1, 2, tzinfo=timezone.utc), "2026-01-02T00:00:00+00:00"),
         (Path("/a/b"), "/a/b"),
@@ -146,6 +169,7 @@ class HostilePath:
         (np.array(3), 3),
         (np.datetime64("2026-01-02"), "np.datetime64('2026-01-02')"),
         (np.zeros((1080, 1920, 3), np.uint8), "<ndarray (1080, 1920, 3) uint8>"),
+        (np.array([{"a": b"b"}], object), [{"a": "<1 bytes>"}]),
         ({"a": 1}.values(), [1]),
         (Decimal("1.5"), "Decimal('1.5')"),
         (ValueError("why"), "why"),
@@ -261,6 +285,14 @@ def test_what_json_cannot_hold() -> None:
     assert len(encode({"deep": deep})) < 1_000
     assert len(encode({"wide": [cycle] * 100})) < 3_000_000
     assert len(through(Endless())) < 3_000
+
+
+@pytest.mark.parametrize("who", ["alone", "threads"])
+def test_what_changes_meanwhile_harms_nobody(who: str) -> None:
+    """Whether its own code or another thread changes a payload: the process lives on."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.mlflow_plugin.changing", who]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "no crash"), done
 
 
 ODD = st.one_of(
