@@ -154,6 +154,7 @@ class MlflowPlugin:
         step = state.end_span(span)
         state.late += state.ended
         try:
+            # As characters: each is a byte at least, and `refine` cuts to the byte.
             payload = capture.span_record(
                 state.id, span, step, state.content, self.settings.field_bytes, state.late
             )
