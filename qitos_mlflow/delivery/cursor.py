@@ -5,6 +5,7 @@ The same for the process that appends and for any other that delivers the segmen
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0
 """... and for so long, then given up. Less than the patience of `qitos-mlflow sync` (seconds)."""
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Of the process or the system: says nothing about the file, however long it lasts."""
 
 
 class Ack(NamedTuple):
@@ -52,10 +55,16 @@ class Chunk:
 
 
 def load_ack(paths: Paths) -> Ack | None:
-    """The acknowledgement on disk; None when there is none or it is corrupt: send it all again."""
+    """The acknowledgement on disk; None when there is none or it is corrupt: send it all again.
+
+    Raises:
+        OSError: there is one, and the process has no descriptor or memory left to read it with.
+    """
     try:
         line = codec.decode(paths.ack.read_bytes().rstrip(codec.LF))
-    except OSError:
+    except OSError as error:
+        if error.errno in EXHAUSTED and paths.ack.exists():
+            raise
         return None
     if line is None or line.kind != codec.ACK:
         return None
@@ -132,10 +141,10 @@ class Cursor:
                 chunk.lost = part.records - part.acknowledged
                 chunk.end = limit
                 full = False
-            except OSError:
+            except OSError as error:
                 if chunk.records or chunk.bad:
                     break  # Those first.
-                if not self._gives_up():
+                if not self._gives_up(error):
                     raise
                 chunk.unreadable = True
                 chunk.lost = max(1, part.records - part.acknowledged)
@@ -148,8 +157,10 @@ class Cursor:
         self._read_failures = 0
         return chunk
 
-    def _gives_up(self) -> bool:
-        """Whether reading has failed for long enough."""
+    def _gives_up(self, error: OSError) -> bool:
+        """Whether reading has failed for long enough, and because of the part."""
+        if self._patient and error.errno in EXHAUSTED:
+            return False
         if not self._read_failures:
             self._failing_since = time.monotonic()
         self._read_failures += 1

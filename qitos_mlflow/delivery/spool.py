@@ -167,16 +167,20 @@ def claim(paths: Paths, stats: Stats) -> Claim | None:
     Removes what a process left that died before it wrote or after it deleted the records.
 
     Raises:
-        OSError: the spool cannot be written.
+        OSError: the spool cannot be read or written.
     """
     lock = FileLock(paths.ship)
     if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
         return None
     if not lock.acquire_patiently():
         return None
-    taken = Claim(paths, lock, stats)
-    if taken.parts():
-        return taken
+    try:
+        taken = Claim(paths, lock, stats)
+        if taken.parts():
+            return taken
+    except BaseException:
+        lock.release()
+        raise
     if is_held(paths.own):
         lock.release()  # Its owner is about to write the first part, or to delete the last.
     else:

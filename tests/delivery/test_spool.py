@@ -22,7 +22,13 @@ from qitos_mlflow.delivery.files import Paths, replace_private
 from qitos_mlflow.delivery.parts import DiskPart
 from qitos_mlflow.delivery.segment import Record, Segment
 from qitos_mlflow.delivery.sink import DeadLetter
-from qitos_mlflow.delivery.spool import find_segments, inspect_segment, purge, waiting_records
+from qitos_mlflow.delivery.spool import (
+    claim,
+    find_segments,
+    inspect_segment,
+    purge,
+    waiting_records,
+)
 from qitos_mlflow.delivery.stats import (
     ASIDE_FULL,
     DISK_FULL,
@@ -528,14 +534,14 @@ def test_many_segments_take_one_look_at_the_directory(
     assert looks == [tmp_path]
 
 
-def unreadable(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes a disk error of every read of the first part there is now."""
+def unreadable(paths: Paths, monkeypatch: pytest.MonkeyPatch, code: int = errno.EIO) -> Path:
+    """Makes an error of every read of the first part there is now."""
     [(_, path), *_] = paths.parts(now=True)
     read = DiskPart.read
 
     def read_or_fail(part: DiskPart, offset: int, size: int) -> bytes:
         if part.path == path and path.exists():
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(code, os.strerror(code))
         return read(part, offset, size)
 
     monkeypatch.setattr(DiskPart, "read", read_or_fail)
@@ -571,6 +577,51 @@ def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
     crash(segment)
     assert purge(segment.paths)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_process_that_has_run_out_of_files_gives_no_part_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """What the process lacks is no reason to give up what is on the disk, however long it lasts."""
+    monkeypatch.setattr(cursor_module, "READ_S", 0.0)
+    segment, stats = make_segment(tmp_path), Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, numbered(4))
+    with monkeypatch.context() as patch:
+        unreadable(segment.paths, patch, code)
+        for _ in range(2 * cursor_module.READ_TRIES):
+            with pytest.raises(OSError, match=os.strerror(code)):
+                read_all(cursor, segment.end)
+    assert read_all(cursor, segment.end) == numbered(4)
+    assert stats.snapshot().dropped == {}
+    segment.close(delete=True)
+
+
+def test_a_claim_that_runs_out_of_files_leaves_the_segment_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither keeps the lock nor goes on without the state of the sink."""
+    segment = make_segment(tmp_path)
+    append(segment, numbered(4))
+    read_all(own_cursor(segment), segment.end)
+    crash(segment)
+    [paths] = find_segments(tmp_path)
+    read_bytes = Path.read_bytes
+
+    def exhausted(path: Path) -> bytes:
+        if path == paths.ack:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", exhausted)
+        with pytest.raises(OSError, match="Too many"):
+            claim(paths, Stats())
+    taken = claim(paths, Stats())
+    assert taken is not None
+    assert taken.cursor.state == b"state"
+    taken.release()
 
 
 def test_what_cannot_be_read_can_be_looked_at(
