@@ -113,8 +113,9 @@ class Cursor:
 
         Args:
             end: read no further than this position; None for all there is.
-            sealed: nobody is appending between here and `end`, so that an incomplete last line
-                is a torn one; otherwise it is left until it is complete.
+            sealed: nobody is appending between here and `end` (always where that is given), so
+                that an incomplete last line is a torn one; otherwise it is left until it is
+                complete.
             max_records: at most so many records.
             max_bytes: no further record once they have this size together.
 
@@ -136,10 +137,6 @@ class Cursor:
                     part, chunk, limit, sealed or stop is not None, max_records, max_bytes
                 )
             except FileNotFoundError:
-                if limit is None:
-                    break
-                chunk.lost = part.records - part.acknowledged
-                chunk.end = limit
                 full = False
             except OSError as error:
                 if chunk.records or chunk.bad:
@@ -147,11 +144,13 @@ class Cursor:
                 if not self._gives_up(error):
                     raise
                 chunk.unreadable = True
-                chunk.lost = max(1, part.records - part.acknowledged)
+                chunk.lost = _missing(part, chunk)
                 chunk.end = part.base + part.size if limit is None else limit
                 full = False
-            if not full and stop is not None and (end is None or stop <= end):
-                chunk.end = stop
+            if not full and limit is not None and chunk.end < limit:
+                # Nobody appends there any more: the file was deleted, or cut short.
+                chunk.lost = _missing(part, chunk)
+                chunk.end = limit
             if chunk.records or chunk.bad or chunk.lost:
                 break
         self._read_failures = 0
@@ -192,13 +191,21 @@ class Cursor:
         self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
         if chunk.part is not None:
             chunk.part.acknowledged += len(chunk.records) + chunk.lost
-        self._stats.add(delivered=len(chunk.records) - len(dead))
+        # Of one record the server may refuse many items.
+        self._stats.add(delivered=max(0, len(chunk.records) - len(dead)))
         if chunk.lost:
             reason = SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED
             self._stats.drop(reason, chunk.lost)
         self.aside.save_losses()
         if frees:
             self._discard(chunk.end, disk=stored)
+
+
+def _missing(part: Part, chunk: Chunk) -> int:
+    """How many records of `part` are neither settled nor in `chunk`; others' count as one."""
+    if not part.records:
+        return 1
+    return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.bad))
 
 
 def _read_part(

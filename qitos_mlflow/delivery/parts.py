@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
+from qitos_mlflow import _guard
 from qitos_mlflow.delivery.files import open_private, write_all
 from qitos_mlflow.delivery.stats import SPOOL_REMOVED, reason_of
 
@@ -117,18 +118,22 @@ class DiskPart:
         return whole
 
     def _in_place(self) -> bool:
-        """Whether the file is still where it was made: not deleted, not kept aside."""
+        """Whether the file is still where it was made, and whole: nobody has deleted or cut it."""
         assert self._made is not None
         try:
-            return os.path.samestat(self._made, self.path.stat())
+            now = self.path.stat()
         except FileNotFoundError:
             return False
+        return os.path.samestat(self._made, now) and now.st_size == self._size
 
     def seal(self) -> None:
         """Nothing will be appended any more."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+            try:
+                os.close(descriptor)
+            except OSError as error:  # Whether the lines are there shows when they are read.
+                _guard.warn("delivery.close", "cannot close %s: %s", self.path, error)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the file. Keeps nothing open."""

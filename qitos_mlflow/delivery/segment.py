@@ -162,13 +162,15 @@ class Segment:
 
     def close(self, *, delete: bool) -> None:
         """Stop appending and give up the locks; with `delete` remove what is not to stay."""
-        for part in self.parts():
-            if isinstance(part, DiskPart):
-                part.remove() if delete else part.seal()
-        if delete:
-            self.paths.ack.unlink(missing_ok=True)
-        self._shipping.release(remove=delete)
-        self._own.release(remove=delete)
+        try:
+            for part in self.parts():
+                if isinstance(part, DiskPart):
+                    part.remove() if delete else part.seal()
+            if delete:
+                self.paths.ack.unlink(missing_ok=True)
+        finally:
+            self._shipping.release(remove=delete)
+            self._own.release(remove=delete)
 
     def disown(self) -> None:
         """In a forked child: close what was inherited; the files are the parent's."""

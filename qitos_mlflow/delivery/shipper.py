@@ -154,6 +154,8 @@ class Shipper:
         else:
             if sent:
                 self._circuit.succeeded()
+            elif self._shipping.position < end:  # Nothing there where something must be.
+                self._circuit.failed()
         with self._changed:
             # What one step had no room for has waited; the rest came while it was sent.
             self._first_waiting_at = began - (LINGER_S if self._shipping.position < end else 0.0)

@@ -33,6 +33,7 @@ from qitos_mlflow.delivery.stats import (
     ASIDE_FULL,
     DISK_FULL,
     SPOOL_FULL,
+    SPOOL_REMOVED,
     SPOOL_UNREADABLE,
     SPOOL_UNWRITABLE,
     Stats,
@@ -281,6 +282,17 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
 
 
+def test_one_record_that_makes_many_dead_letters_is_one_not_delivered(tmp_path: Path) -> None:
+    """What the server refuses are parts of records; deliveries are never less than none."""
+    segment, stats = make_segment(tmp_path), Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, [b"one"])
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"s", [DeadLetter(b"item %d" % n, "no") for n in range(5)])
+    assert (stats.snapshot().delivered, stats.snapshot().dead_letters) == (0, 5)
+    segment.close(delete=True)
+
+
 def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
     """Beyond it dead letters and bad lines are counted, where other processes see them."""
     segment, stats = make_segment(tmp_path), Stats()
@@ -454,6 +466,112 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
     assert read_all(cursor, segment.end) == [b"after"]
     assert stats.snapshot().dropped == {"spool_removed": 3}
     segment.close(delete=True)
+
+
+@pytest.mark.parametrize("left", [0, 150])
+def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path, left: int) -> None:
+    """Somebody who empties it to free the disk: its records are counted, what follows arrives."""
+    segment, stats = make_segment(tmp_path), Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, numbered(4))
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    cursor.acknowledge(chunk, b"s", ())
+    [(_, path)] = segment.paths.parts()
+    os.truncate(path, left)
+    assert read_all(cursor, segment.end) == []
+    assert cursor.position == segment.end
+    append(segment, [b"after"])
+    assert read_all(cursor, segment.end) == [b"after"]
+    assert stats.snapshot().dropped == {SPOOL_REMOVED: 3}
+    segment.close(delete=True)
+
+
+def test_a_file_cut_short_between_two_records_is_not_written_on(tmp_path: Path) -> None:
+    """What came before the cut and what comes after arrives; what was cut off is counted."""
+    segment, stats = make_segment(tmp_path), Stats()
+    cursor = own_cursor(segment, stats)
+    append(segment, numbered(1))
+    whole = segment.end
+    append(segment, numbered(2, start=1))
+    [(_, path)] = segment.paths.parts()
+    os.truncate(path, whole)
+    append(segment, [b"after"])
+    assert read_all(cursor, segment.end) == [*numbered(1), b"after"]
+    assert stats.snapshot().dropped == {SPOOL_REMOVED: 2}
+    segment.close(delete=True)
+
+
+def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of a chunk that are read before the file goes are delivered, and not counted lost."""
+    monkeypatch.setattr(cursor_module, "READ_BYTES", 300)
+    segment, stats = make_segment(tmp_path), Stats()
+    append(segment, numbered(20))
+    [(_, path)] = segment.paths.parts()
+    read = DiskPart.read
+
+    def read_and_delete(part: DiskPart, offset: int, size: int) -> bytes:
+        data = read(part, offset, size)
+        path.unlink()
+        return data
+
+    monkeypatch.setattr(DiskPart, "read", read_and_delete)
+    cursor = own_cursor(segment, stats)
+    chunk = cursor.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    assert chunk.records == numbered(len(chunk.records))
+    assert 0 < len(chunk.records) < 20
+    cursor.acknowledge(chunk, b"s", ())
+    assert stats.snapshot().dropped == {SPOOL_REMOVED: 20 - len(chunk.records)}
+    segment.close(delete=True)
+
+
+def test_a_file_that_cannot_be_closed_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota that close() reports once more: the rest goes to memory, later to the disk again."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"one"])
+    [part] = segment.parts()
+    assert isinstance(part, DiskPart)
+    full, write, close = part._descriptor, os.write, os.close
+
+    def write_or_fail(descriptor: int, data: bytes) -> int:
+        if descriptor == full:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(descriptor, data)
+
+    def close_and_fail(descriptor: int) -> None:
+        close(descriptor)
+        if descriptor == full:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write_or_fail)
+        patch.setattr(os, "close", close_and_fail)
+        assert append(segment, [b"two"]) == []
+    assert append(segment, [b"three"]) == []
+    assert read_all(own_cursor(segment), segment.end) == [b"one", b"two", b"three"]
+    segment.close(delete=True)
+
+
+def test_locks_are_given_up_whatever_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment whose files cannot be removed is there for others to finish."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"one"])
+    read_all(own_cursor(segment), segment.end)
+
+    def fail(part: DiskPart) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskPart, "remove", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            segment.close(delete=True)
+    assert purge(segment.paths)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
