@@ -110,11 +110,13 @@ class FileLock:
                 return False
             try:
                 taken = self._take(descriptor)
-                if taken and not _is_at(descriptor, self.path):
-                    continue  # Its last holder removed it meanwhile: take the new one.
+                removed = taken and not _is_at(descriptor, self.path)
             except BaseException:
                 os.close(descriptor)
                 raise
+            if removed:  # By its last holder meanwhile: take the new one.
+                os.close(descriptor)
+                continue
             if not taken:
                 os.close(descriptor)
                 return False

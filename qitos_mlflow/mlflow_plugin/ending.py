@@ -79,7 +79,7 @@ class _Process:
             deadline = self._began + pipelines.settings.exit_timeout_s
             if not _guarded(pipelines.close, deadline - time.monotonic()):
                 left.append(pipelines)
-        _say_what_is_left(left)
+        _guarded(_say_what_is_left, left)  # Which fails where stderr is a closed pipe.
         let_go()
 
 

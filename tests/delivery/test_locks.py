@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.delivery import locks
+from qitos_mlflow.delivery.files import open_private
 from qitos_mlflow.delivery.locks import FileLock, is_held
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,9 @@ def test_a_lock_file_deleted_under_its_holder_is_taken_anew(tmp_path: Path) -> N
     lock.release()
 
 
-def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(tmp_path: Path) -> None:
+def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who finishes a segment deletes its lock; who took that in the same instant retries."""
     path = tmp_path / "a.own"
     removals = [path]
@@ -92,10 +95,21 @@ def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(tmp_path: Path) -> 
             removals.pop().unlink()
         return locks._kernel_lock(descriptor)
 
+    opened: list[int] = []
+
+    def open_after_closing(path: Path, flags: int) -> int:
+        for descriptor in opened:
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(descriptor)
+        opened.append(open_private(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr(locks, "open_private", open_after_closing)
     lock = FileLock(path, lock_after_removal)
     assert lock.acquire()
     assert path.exists()
     assert not _other_process_acquires(path)
+    assert len(opened) == 2
     lock.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import socket
 import subprocess
@@ -9,8 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from qitos_mlflow.mlflow_plugin import ending
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +122,41 @@ def test_what_is_still_in_memory_is_told_as_lost() -> None:
     """What the worker could not write in time is not passed over in silence."""
     said = run("http://127.0.0.1:9", 1, 0.0, code=IN_MEMORY + SCRIPT)[1]
     assert "3 records lost: neither the server nor the spool" in said
+
+
+class ClosedPipe(io.StringIO):
+    """What stderr is once its reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class LeftSomething:
+    """Pipelines that could not deliver all they had."""
+
+    settings = SimpleNamespace(exit_timeout_s=0.0, spool_dir=Path("spool"))
+
+    def begin_end(self) -> None:
+        """Nothing is under way."""
+
+    def close(self, timeout_s: float) -> bool:
+        return False
+
+    def all(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(segments=[], unsaved=1)]
+
+
+def test_what_cannot_be_printed_does_not_keep_mlflows_run(
+    monkeypatch: pytest.MonkeyPatch, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """MLflow's exit handler finds no active run of ours, whose server may be gone."""
+    let_go: list[bool] = []
+    monkeypatch.setattr(ending, "let_go", lambda: let_go.append(True))
+    monkeypatch.setattr(sys, "stderr", ClosedPipe())
+    process = ending._Process()
+    pipelines = LeftSomething()
+    process.keep(pipelines)  # type: ignore[arg-type]
+    process.end()
+    assert let_go == [True]
+    assert [type(error) for _, error in swallowed] == [BrokenPipeError]
+    swallowed.clear()
