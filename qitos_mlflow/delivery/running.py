@@ -254,6 +254,13 @@ class Running:
 def _start(thread: threading.Thread) -> bool:
     try:
         thread.start()
-    except RuntimeError:  # No more threads: shutting down, or a limit of the system.
+    except RuntimeError as error:  # No more threads: shutting down, or a limit of the system.
+        if "shutdown" not in str(error):
+            _guard.warn(
+                "delivery.thread",
+                "%s (%s): what is recorded waits for the next flush or the end of the process",
+                error,
+                thread.name,
+            )
         return False
     return True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qitos_mlflow import _guard
 from qitos_mlflow.delivery import (
     Outcome,
     Pipeline,
@@ -498,13 +499,26 @@ def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:
     assert pipeline.online is None
 
 
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("can't create new thread at interpreter shutdown", 0),  # 3.12 and later, always.
+        ("can't start new thread", 1),  # The system's limit: somebody has to know.
+    ],
+)
 def test_where_no_thread_can_start_flush_does_the_work(
-    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    make: Make,
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
+    told: int,
 ) -> None:
-    """An interpreter shutting down (3.12 and later) refuses threads; records still arrive."""
+    """Where no thread is to be had records still arrive."""
+    monkeypatch.setattr(_guard, "_last_logged", {})
 
     def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
+        raise RuntimeError(reason)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
@@ -516,6 +530,7 @@ def test_where_no_thread_can_start_flush_does_the_work(
         pipeline.offer(b"more")
         assert pipeline.close(LONG_S)
     assert server.accepted == [*numbered(10), b"more"]
+    assert caplog.text.count(reason) == told
 
 
 def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeServer) -> None:
