@@ -24,6 +24,12 @@ from qitos_mlflow.delivery.stats import Stats
 
 POLL_S = 0.5
 """How often `follow` looks for new records and segments (seconds)."""
+OPEN = 64
+"""So many segments `follow` has in hand: a lock, a connection and some MiB of records each."""
+TURN_S = 5.0
+"""So long the segment of a dead process may go on before the next one has its turn (seconds)."""
+PATIENCE_S = 60.0
+"""A segment that has failed for this long makes room for others (seconds)."""
 
 OpenSink = Callable[[bytes], Sink]
 """Makes a sink for a segment's header; may raise, then it is tried again."""
@@ -51,9 +57,17 @@ class Delivery:
         self.circuit = Circuit()
         self.problem: str | None = None
         """Why the last step failed; None after a success."""
+        self.owner_alive = True
+        """Whether its owner was alive at the last step."""
         self._claim = taken
         self._shipping = Shipping(taken.cursor, open_sink)
         self._finished = False
+        self._failing_since = 0.0
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether others may have its place: it does not fail, or has done so for long."""
+        return self.problem is None or time.monotonic() - self._failing_since >= PATIENCE_S
 
     def step(self, timeout_s: float) -> Outcome | None:
         """Ship some; None when there may be more to do, now or after ``circuit.delay_s``."""
@@ -62,20 +76,25 @@ class Delivery:
         try:
             outcome = self._step(timeout_s)
         except RetryLater as later:
-            self.problem = later.reason
-            self.circuit.failed(later.after_s)
+            self._failed(later.reason, later.after_s)
             return None
         except OSError as error:
-            self.problem = f"cannot read or delete {self._claim.paths.stem}: {error}"
-            self.circuit.failed()
+            self._failed(f"cannot read or delete {self._claim.paths.stem}: {error}")
             _guard.warn("delivery.read", "%s", self.problem)
             return None
         self.problem = None
         self.circuit.succeeded()
         return outcome
 
+    def _failed(self, problem: str, after_s: float | None = None) -> None:
+        if self.problem is None:
+            self._failing_since = time.monotonic()
+        self.problem = problem
+        self.circuit.failed(after_s)
+
     def _step(self, timeout_s: float) -> Outcome | None:
-        alive = self._claim.owner_alive()  # Before reading: what it wrote until then is read.
+        # Before reading: what it wrote until then is read.
+        alive = self.owner_alive = self._claim.owner_alive()
         if self._shipping.step(end=None, sealed=not alive, timeout_s=timeout_s):
             return None
         if alive:
@@ -167,61 +186,104 @@ def follow(
         default_header: for segments whose own cannot be read.
     """
     stats = stats or Stats()
-    deliveries: dict[Paths, Delivery] = {}
+    following = _Following(directory, open_sink, stats, default_header, stop)
     try:
         while True:
-            idle = _round(directory, open_sink, deliveries, stats, default_header, stop)
+            idle = following.round()
             if progress is not None:
                 progress(stats)
             if stop.wait(POLL_S if idle else 0.0):
                 return
     finally:
-        for delivery in deliveries.values():
-            delivery.close()
+        following.close()
 
 
-def _round(
-    directory: Path,
-    open_sink: OpenSink,
-    deliveries: dict[Paths, Delivery],
-    stats: Stats,
-    default_header: bytes | None,
-    stop: threading.Event,
-) -> bool:
-    """One step for each segment; True when none of them had anything to ship."""
-    idle = True
-    try:
-        segments = find_segments(directory) if directory.is_dir() else []
-    except OSError as error:
-        _guard.warn("delivery.follow", "cannot look into %s: %s", directory, error)
-        return idle
-    for paths in segments:
-        if stop.is_set():
-            break
+class _Following:
+    """The segments of a directory that `follow` has in hand, `OPEN` at most."""
+
+    def __init__(
+        self,
+        directory: Path,
+        open_sink: OpenSink,
+        stats: Stats,
+        default_header: bytes | None,
+        stop: threading.Event,
+    ) -> None:
+        self._directory = directory
+        self._open_sink = open_sink
+        self._stats = stats
+        self._default_header = default_header
+        self._stop = stop
+        self._deliveries: dict[Paths, Delivery] = {}
+        self._put_off: dict[Paths, float] = {}
+        """Those that made room for others because they failed, and when (monotonic)."""
+
+    def round(self) -> bool:
+        """A turn for each segment; True when none of them has more to ship now."""
+        idle = True
         try:
-            delivery = deliveries.get(paths)
-            if delivery is None:
-                taken = _take(paths, open_sink, stats, default_header)
-                if isinstance(taken, Outcome):
-                    if taken is Outcome.UNREADABLE:
-                        _guard.warn(
-                            f"delivery.header.{paths.stem}",
-                            "%s has no readable header, so its destination is not known",
-                            paths.stem,
-                        )
-                    continue
-                delivery = deliveries[paths] = taken
-            if delivery.circuit.delay_s:
-                continue
-            outcome = delivery.step(SEND_TIMEOUT_S)
+            segments = find_segments(self._directory) if self._directory.is_dir() else []
         except OSError as error:
-            _guard.warn("delivery.follow", "cannot deliver %s: %s", paths.stem, error)
-            continue
-        if outcome is None and delivery.problem is None:
-            idle = False
-        if outcome is Outcome.FINISHED:
-            deliveries.pop(paths).close()
-    return idle
+            _guard.warn("delivery.follow", "cannot look into %s: %s", self._directory, error)
+            self.close()  # It may be for want of the descriptors that they have.
+            return idle
+        for paths in sorted(segments, key=lambda paths: self._put_off.get(paths, 0.0)):
+            if self._stop.is_set():
+                break
+            try:
+                delivery = self._deliveries.get(paths) or self._begin(paths)
+                if delivery is None or delivery.circuit.delay_s:
+                    continue
+                outcome = self._turn(delivery)
+            except OSError as error:
+                _guard.warn("delivery.follow", "cannot deliver %s: %s", paths.stem, error)
+                continue
+            if outcome is None and delivery.problem is None:
+                idle = False
+            if outcome is Outcome.FINISHED:
+                self._deliveries.pop(paths).close()
+        return idle
+
+    def close(self) -> None:
+        """Let others have the segments; what is delivered of them is on the disk."""
+        while self._deliveries:
+            self._deliveries.popitem()[1].close()
+
+    def _begin(self, paths: Paths) -> Delivery | None:
+        """Take a segment in hand; None where that is impossible, now or at all."""
+        spare = None
+        if len(self._deliveries) >= OPEN:
+            # The one taken last, so that most of them keep their connections from round to round.
+            waiting = (p for p, delivery in reversed(self._deliveries.items()) if delivery.may_wait)
+            spare = next(waiting, None)
+            if spare is None:
+                return None
+        taken = _take(paths, self._open_sink, self._stats, self._default_header)
+        if isinstance(taken, Outcome):
+            if taken is Outcome.UNREADABLE:
+                _guard.warn(
+                    f"delivery.header.{paths.stem}",
+                    "%s has no readable header, so its destination is not known",
+                    paths.stem,
+                )
+            return None
+        if spare is not None:
+            leaving = self._deliveries.pop(spare)
+            leaving.close()
+            if leaving.problem is not None:
+                self._put_off[spare] = time.monotonic()
+        self._put_off.pop(paths, None)
+        self._deliveries[paths] = taken
+        return taken
+
+    def _turn(self, delivery: Delivery) -> Outcome | None:
+        """A step; where the owner is gone, as many as it takes to be rid of the segment."""
+        until = time.monotonic() + TURN_S
+        while True:
+            outcome = delivery.step(SEND_TIMEOUT_S)
+            over = outcome is not None or delivery.problem is not None or delivery.owner_alive
+            if over or self._stop.is_set() or time.monotonic() >= until:
+                return outcome
 
 
 def _take(

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qitos_mlflow.delivery import DeadLetter, Pipeline, RetryLater, Shipment
+from qitos_mlflow.delivery import DeadLetter, Paths, Pipeline, RetryLater, Shipment
+from qitos_mlflow.delivery.segment import Record, Segment
 
 MIB = 1024 * 1024
+NOW = 1_800_000_000_000_000_000
 
 
 class FakeServer:
@@ -133,3 +135,16 @@ def make_pipeline(directory: Path, server: FakeServer | None, **changes: object)
 def numbered(count: int, start: int = 0) -> list[bytes]:
     """Records that can be told apart and look like ours."""
     return [b'{"kind":"span","n":%d}' % n for n in range(start, start + count)]
+
+
+def left_behind(
+    directory: Path, records: list[bytes], header: bytes = b"{}", part_bytes: int = 500
+) -> Paths:
+    """A segment as a killed process leaves it."""
+    segment = Segment(
+        directory, header, ship=True, cap_bytes=1024 * MIB, memory_bytes=0, part_bytes=part_bytes
+    )
+    for record in records:
+        segment.append([Record(record, False)], NOW)
+    segment.close(delete=False)
+    return segment.paths

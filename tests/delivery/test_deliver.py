@@ -14,6 +14,7 @@ from qitos_mlflow.delivery import (
     Paths,
     RetryLater,
     Stats,
+    deliver,
     deliver_segment,
     find_segments,
     follow,
@@ -22,25 +23,18 @@ from qitos_mlflow.delivery import (
 )
 from qitos_mlflow.delivery.locks import FileLock
 from qitos_mlflow.delivery.parts import DiskPart
-from qitos_mlflow.delivery.segment import Record, Segment
-from tests.delivery.fakes import MIB, FakeServer, make_pipeline, numbered
+from tests.delivery.fakes import (
+    MIB,
+    NOW,
+    FakeServer,
+    FakeSink,
+    left_behind,
+    make_pipeline,
+    numbered,
+)
 from tests.waiting import eventually
 
 LONG_S = 60.0
-NOW = 1_800_000_000_000_000_000
-
-
-def left_behind(
-    directory: Path, records: list[bytes], header: bytes = b"{}", part_bytes: int = 500
-) -> Paths:
-    """A segment as a killed process leaves it."""
-    segment = Segment(
-        directory, header, ship=True, cap_bytes=1024 * MIB, memory_bytes=0, part_bytes=part_bytes
-    )
-    for record in records:
-        segment.append([Record(record, False)], NOW)
-    segment.close(delete=False)
-    return segment.paths
 
 
 def test_a_dead_process_is_delivered_to_its_end(tmp_path: Path) -> None:
@@ -201,6 +195,88 @@ def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     sidecar.join(LONG_S)
     assert there.accepted == [b"for the one there", b"killed"]
     assert away.accepted == []
+
+
+def test_dead_processes_are_finished_one_after_the_other(tmp_path: Path) -> None:
+    """However many there are, a sidecar never has more than one of them open."""
+    server, stop, stats = FakeServer(), threading.Event(), Stats()
+    for _ in range(5):
+        left_behind(tmp_path, numbered(40))
+    sinks: list[FakeSink] = []
+    open_before: list[int] = []
+
+    def open_sink(header: bytes) -> FakeSink:
+        open_before.append(sum(not sink.closed for sink in sinks))
+        sinks.append(server.sink(header))
+        return sinks[-1]
+
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop, stats=stats))
+    sidecar.start()
+    eventually(lambda: not any(tmp_path.iterdir()))
+    stop.set()
+    sidecar.join(LONG_S)
+    assert open_before == [0] * 5
+    assert server.accepted == [*numbered(40), b"killed"] * 5
+    assert stats.snapshot().delivered == 200
+
+
+def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments whose server is away are in hand a few at a time, and each has its turn."""
+    monkeypatch.setattr(deliver, "OPEN", 2)
+    monkeypatch.setattr(deliver, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(deliver, "POLL_S", 0.01)
+    away, there, stop = FakeServer(), FakeServer(), threading.Event()
+    away.down = RetryLater("503")
+    for n in range(7):
+        left_behind(tmp_path, [b"%d" % n], header=b"away")
+    left_behind(tmp_path, [b"for the one there"], header=b"there")
+    servers = {b"away": away, b"there": there}
+    sinks: list[FakeSink] = []
+    most_open = 0
+
+    def open_sink(header: bytes) -> FakeSink:
+        nonlocal most_open
+        sinks.append(servers[header].sink(header))
+        most_open = max(most_open, sum(not sink.closed for sink in sinks))
+        return sinks[-1]
+
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop))
+    sidecar.start()
+    eventually(lambda: b"killed" in there.accepted)
+    assert away.accepted == []
+    away.down = None
+    eventually(lambda: not any(tmp_path.iterdir()))
+    stop.set()
+    sidecar.join(LONG_S)
+    assert most_open == 2
+    assert there.accepted == [b"for the one there", b"killed"]
+    assert sorted(away.accepted) == sorted([*(b"%d" % n for n in range(7)), *[b"killed"] * 7])
+
+
+def test_more_living_processes_than_a_sidecar_has_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take turns; none waits for another one to end."""
+    monkeypatch.setattr(deliver, "OPEN", 2)
+    monkeypatch.setattr(deliver, "POLL_S", 0.01)
+    server, stop = FakeServer(), threading.Event()
+    pipelines = [make_pipeline(tmp_path, None) for _ in range(4)]
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, server.sink, stop=stop))
+    sidecar.start()
+    try:
+        for round_ in (b"first", b"second"):
+            for n, pipeline in enumerate(pipelines):
+                pipeline.offer(b"%b %d" % (round_, n))
+            for pipeline in pipelines:
+                eventually(partial(pipeline.flush, LONG_S))
+        for pipeline in pipelines:
+            pipeline.close(LONG_S)
+        eventually(lambda: not any(tmp_path.iterdir()))
+    finally:
+        stop.set()
+        sidecar.join(LONG_S)
+    records = [b"%b %d" % (which, n) for which in (b"first", b"second") for n in range(4)]
+    assert sorted(server.accepted) == sorted([*records, *[b"killed"] * 4])
 
 
 @pytest.mark.parametrize("default", [None, b"given by hand"])

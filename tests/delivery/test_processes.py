@@ -27,7 +27,7 @@ import logging, os, sys, threading, time
 from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import RetryLater
-from tests.delivery.fakes import FakeServer, make_pipeline, numbered
+from tests.delivery.fakes import FakeServer, FakeSink, left_behind, make_pipeline, numbered
 spool = Path(sys.argv[1])
 server = FakeServer()
 logging.getLogger("qitos_mlflow").setLevel(logging.ERROR)  # Outages are no news here.
@@ -317,6 +317,35 @@ print(stats.recorded == len(list(offline.waiting())) + stats.dropped["disk_full"
     records = list(waiting_records(paths))
     assert records == [b"%05d" % n + b"x" * 95 for n in range(len(records))]
     assert len(records) > 100
+
+
+@posix
+def test_a_sidecar_delivers_more_segments_than_it_may_have_files(tmp_path: Path) -> None:
+    """A segment a task, a thousand tasks: their number is no reason to stand still."""
+    code = """
+import resource
+from qitos_mlflow.delivery import follow
+class Sink(FakeSink):
+    connection = None
+    def prepare(self, records):
+        if self.connection is None:
+            self.connection = os.open(os.devnull, os.O_RDONLY)
+        return super().prepare(records)
+    def close(self):
+        if self.connection is not None:
+            os.close(self.connection)
+for n in range(40):
+    left_behind(spool, numbered(6))
+used = len(os.listdir("/dev/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, used + 20))
+stop = threading.Event()
+def progress(stats):
+    if not any(spool.iterdir()):
+        stop.set()
+follow(spool, lambda header: Sink(server), stop=stop, progress=progress)
+print(len(server.accepted))
+"""
+    assert run(code, tmp_path / "spool") == [str(40 * 7)]
 
 
 @posix
