@@ -34,6 +34,9 @@ def read(record: dict[str, Any]) -> dict[str, Any] | None:
     """`record` with the content of its file in place of the name; None when there is no file.
 
     On the worker: reads the disk.
+
+    Raises:
+        OSError: there is one that cannot be read.
     """
     if "file" not in record:
         return record
@@ -46,6 +49,6 @@ def read(record: dict[str, Any]) -> dict[str, Any] | None:
             record["content"] = path.read_bytes().decode(
                 "utf-8", "replace"
             )  # Newlines as they are.
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return record
