@@ -8,6 +8,7 @@ program on the port or half an answer say nothing about the request, which is se
 from __future__ import annotations
 
 import configparser
+import io
 
 # Not used here: requests imports it with its first request, and a process that forks amid that
 # leaves a child whose own first request hangs. A fork waits while a sink is opened, not later.
@@ -30,6 +31,8 @@ from qitos_mlflow.mlflow_plugin.transport import Poisoned, failure, readable
 
 CONNECT_TIMEOUT_S = 3.0
 """Longest wait for a connection; a server that is there answers in milliseconds."""
+SMALL_BYTES = 64 * 1024
+"""A body up to this size fits into the system's buffers and is sent without waiting."""
 
 OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
@@ -94,12 +97,18 @@ class SessionRequester:
         timeout_s: float,
     ) -> requests.Response:
         """Send one request; `timeout_s` bounds the connection and each wait for data."""
+        data: bytes | io.BytesIO | None = body
+        connect_s = min(CONNECT_TIMEOUT_S, timeout_s)
+        if body is not None and len(body) > SMALL_BYTES:
+            # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
+            # piece with as long for each.
+            data, connect_s = io.BytesIO(body), timeout_s
         return self._session.request(
             method,
             self._base + path,
-            data=body,
+            data=data,
             headers=dict(headers),
-            timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+            timeout=(connect_s, timeout_s),
         )
 
     def close(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
 
 import orjson
 import pytest
@@ -11,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.calls import NO_TRACES
-from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, Exchange
+from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, SMALL_BYTES, Exchange
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 
@@ -287,3 +290,102 @@ def test_retry_after_is_obeyed(header: str, seconds: float | None) -> None:
     later = outcome(Server(429, b"", **{"Retry-After": header}))
     assert isinstance(later, RetryLater)
     assert later.after_s == seconds
+
+
+# -- over a socket -----------------------------------------------------------------------------
+
+
+class Listener:
+    """A server of one thread on a socket: reads requests as slowly as it is told, answers ``{}``.
+
+    Attributes:
+        redirects: so many requests are answered by a redirect to the same path.
+        reads_for_s: at least so long does the reading of each body take, without ever pausing.
+        bodies: what was received.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.listen()
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.redirects = 0
+        self.reads_for_s = 0.0
+        self.bodies: list[bytes] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    while self._answer(connection):
+                        pass
+                except OSError:  # The client has given up.
+                    pass
+
+    def _answer(self, connection: socket.socket) -> bool:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (byte := connection.recv(1)):
+                return False
+            head += byte
+        headers = dict(line.lower().split(b": ") for line in head.splitlines()[1:-1])
+        length, body = int(headers[b"content-length"]), bytearray()
+        began = time.monotonic()
+        while len(body) < length:
+            if not (some := connection.recv(min(65536, length - len(body)))):
+                return False
+            body += some
+            if time.monotonic() - began < self.reads_for_s:
+                time.sleep(0.01)
+        self.bodies.append(bytes(body))
+        if self.redirects:
+            self.redirects -= 1
+            status, where = b"308 Permanent Redirect", b"Location: /elsewhere\r\n"
+        else:
+            status, where = b"200 OK", b""
+        connection.sendall(
+            b"HTTP/1.1 " + status + b"\r\n" + where + b"Content-Type: application/json\r\n"
+            b"Content-Length: 2\r\n\r\n{}"
+        )
+        return True
+
+    def close(self) -> None:
+        """End the thread."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    listener = Listener()
+    yield listener
+    listener.close()
+
+
+def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> None:
+    """The timeout is that of a server that takes nothing, not of one that takes it slowly."""
+    listener.reads_for_s = 1.5
+    body = bytes(16 * 1024 * 1024)  # More than a system's buffers hold.
+    exchange = Exchange(listener.uri)
+    exchange.send("PUT", "/file", body, {}, 1.0)
+    exchange.close()
+    assert listener.bodies == [body]
+
+
+@pytest.mark.parametrize("size", [0, 1, SMALL_BYTES, SMALL_BYTES + 1])
+def test_a_body_goes_along_with_a_redirect(listener: Listener, size: int) -> None:
+    """Of whatever size, it is sent anew, and with its length."""
+    listener.redirects = 1
+    body = b"x" * size
+    exchange = Exchange(listener.uri)
+    exchange.send("PUT", "/file", body, {}, 10.0)
+    exchange.close()
+    assert listener.bodies == [body, body]
