@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow import __version__
+from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.redaction import redact, redact_text
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
@@ -78,10 +80,20 @@ def segment_header(settings: Settings, uri: str | None) -> bytes:
     """What a spool segment says of itself: destination, run settings and process, as JSON.
 
     Credentials are left out; whoever delivers the segment later supplies them as MLflow does.
+
+    Raises:
+        QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
     """
+    cwd = working_directory()
+    place = without_credentials(cwd if uri is None else uri)
+    if _in_utf8(place).decode() != place:
+        raise QitosMlflowError(
+            f"cannot log to {place!a}, whose name is not UTF-8: work in another directory, or "
+            "set MLFLOW_TRACKING_URI to a server or an absolute path"
+        )
     header: dict[str, Any] = {
         "tracking_uri": None if uri is None else without_credentials(uri),
-        "cwd": working_directory(),
+        "cwd": cwd,
         "experiment_name": settings.experiment_name,
         "run_name": settings.run_name,
         "tags": dict(settings.tags),
@@ -95,7 +107,7 @@ def segment_header(settings: Settings, uri: str | None) -> bytes:
         "host": socket.gethostname(),
         "plugin_version": __version__,
     }
-    return orjson.dumps(redact(header))
+    return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
 
 
 def same_destination(header: bytes, other: bytes) -> bool:
@@ -104,6 +116,11 @@ def same_destination(header: bytes, other: bytes) -> bool:
     # Without a URI it is MLflow's default, which may be a store in the working directory.
     keys = ("tracking_uri",) if one["tracking_uri"] else ("tracking_uri", "cwd")
     return all(one.get(key) == two.get(key) for key in keys)
+
+
+def _in_utf8(text: str) -> bytes:
+    """`text`, with ``?`` for what the system has named in another encoding (surrogates)."""
+    return text.encode("utf-8", "replace")
 
 
 def _user() -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
+import orjson
 import pytest
 
-from qitos_mlflow.errors import SettingsError
-from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
+from qitos_mlflow.errors import QitosMlflowError, SettingsError
+from qitos_mlflow.mlflow_plugin.destination import is_http, segment_header, without_credentials
 from qitos_mlflow.settings import Settings
 
 SECRET = "s3cr3t-of-somebody"
@@ -66,3 +71,33 @@ def test_a_refused_setting_does_not_tell_its_password(uri: str) -> None:
 def test_what_is_reached_over_http(uri: str | None, http: bool) -> None:
     """The scheme alone says it."""
     assert is_http(uri) is http
+
+
+@pytest.fixture
+def latin_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory, a script and a tag that are named in another encoding."""
+    name = os.fsdecode(b"M\xfcller")
+    directory = tmp_path / name
+    try:
+        directory.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.setenv("QITOS_MLFLOW_TAGS", f'{{"owner": "{name}"}}')
+
+
+@pytest.mark.usefixtures("latin_1")
+def test_names_in_another_encoding_are_written_with_question_marks() -> None:
+    """They are there for people to read; the records arrive all the same."""
+    header = orjson.loads(segment_header(Settings.resolve(), "http://host"))
+    assert (header["source"], header["tags"]) == ("M?ller.py", {"owner": "M?ller"})
+    assert header["tracking_uri"] == "http://host"
+
+
+@pytest.mark.usefixtures("latin_1")
+@pytest.mark.parametrize("uri", [None, os.fsdecode(b"sqlite:////M\xfcller/mlflow.db")])
+def test_a_destination_in_another_encoding_is_no_other_one(uri: str | None) -> None:
+    """Where the name itself is the destination, nothing is written beside it."""
+    with pytest.raises(QitosMlflowError, match="not UTF-8"):
+        segment_header(Settings.resolve(), uri)
