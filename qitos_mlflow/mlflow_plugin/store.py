@@ -244,6 +244,7 @@ class StoreTransport:
                 [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in metrics],
                 [Param(*pair) for pair in params],
                 [RunTag(*pair) for pair in tags],
+                synchronous=True,  # Whatever MLFLOW_ENABLE_ASYNC_LOGGING says of the user's calls.
             )
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:

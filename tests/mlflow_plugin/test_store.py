@@ -52,12 +52,21 @@ def test_a_database_that_fails_is_not_refusing(
 ) -> None:
     """Without a free connection MLflow's store speaks of a bad request."""
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise MlflowException("QueuePool limit of size 5 overflow 10 reached", BAD_REQUEST)
 
     monkeypatch.setattr(store._mlflow, "log_batch", fail)
     with pytest.raises(Poisoned):
         store.log_batch("run", [], [], [], 1.0)
+
+
+def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
+    store: StoreTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal reaches us whatever MLflow's switch for the user's own calls says."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    with pytest.raises(Refused):
+        store.log_batch("0" * 32, [], [("param", "value")], [], 1.0)
 
 
 @pytest.mark.parametrize(
