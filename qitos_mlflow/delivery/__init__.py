@@ -19,7 +19,7 @@ from __future__ import annotations
 from qitos_mlflow.delivery.deliver import Outcome, deliver_segment, follow
 from qitos_mlflow.delivery.files import Paths
 from qitos_mlflow.delivery.pipeline import Pipeline
-from qitos_mlflow.delivery.sink import DeadLetter, RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.sink import DeadLetter, OutOfTime, RetryLater, Shipment, Sink
 from qitos_mlflow.delivery.spool import (
     SegmentInfo,
     find_segments,
@@ -31,6 +31,7 @@ from qitos_mlflow.delivery.stats import Snapshot, Stats
 
 __all__ = [
     "DeadLetter",
+    "OutOfTime",
     "Outcome",
     "Paths",
     "Pipeline",

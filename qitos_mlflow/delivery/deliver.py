@@ -18,7 +18,7 @@ from qitos_mlflow.delivery.locks import is_held
 from qitos_mlflow.delivery.retry import Circuit
 from qitos_mlflow.delivery.shipper import PROBE_TIMEOUT_S, SEND_TIMEOUT_S
 from qitos_mlflow.delivery.shipping import Shipping
-from qitos_mlflow.delivery.sink import RetryLater, Sink
+from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool import Claim, claim, find_segments, read_head
 from qitos_mlflow.delivery.stats import Stats
 
@@ -71,10 +71,12 @@ class Delivery:
 
     def step(self, timeout_s: float) -> Outcome | None:
         """Ship some; None when there may be more to do, now or after ``circuit.delay_s``."""
-        if self.circuit.online is False:
+        if self.circuit.probing:
             timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
         try:
             outcome = self._step(timeout_s)
+        except OutOfTime:
+            outcome = None
         except RetryLater as later:
             self._failed(later.reason, later.after_s)
             return None

@@ -15,6 +15,8 @@ FIRST_DELAY_S = 0.5
 """Upper bound of the first delay; each further failure in a row doubles the bound."""
 MAX_DELAY_S = 60.0
 """Upper bound of delays without Retry-After: how long a server that is back may go unnoticed."""
+PROBES = 2
+"""So many attempts after a failure have little time each; then it may be time that they lack."""
 MAX_RETRY_AFTER_S = 300.0
 """A server may ask for this much and no more: a wrong header must not silence an agent for days."""
 RETRY_AFTER_SPREAD_S = 1.0
@@ -41,6 +43,11 @@ class Circuit:
     def online(self) -> bool | None:
         """Whether the last attempt succeeded; None before the first one ended."""
         return False if self._failures else True if self._succeeded else None
+
+    @property
+    def probing(self) -> bool:
+        """Whether the next attempt is to find out no more than whether the server is back."""
+        return 0 < self._failures <= PROBES
 
     @property
     def delay_s(self) -> float:

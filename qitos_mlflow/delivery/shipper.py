@@ -13,14 +13,14 @@ import time
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.retry import Circuit
 from qitos_mlflow.delivery.shipping import BATCH_BYTES, Shipping
-from qitos_mlflow.delivery.sink import RetryLater
+from qitos_mlflow.delivery.sink import OutOfTime, RetryLater
 
 LINGER_S = 1.0
 """Spans gather this long before they are sent: seen within 2 s, and few requests (seconds)."""
 SEND_TIMEOUT_S = 15.0
 """Longest a sink is given for one shipment (seconds)."""
 PROBE_TIMEOUT_S = 5.0
-"""The same after a failure: enough for a server that is back."""
+"""The same right after a failure: enough for a server that is back."""
 LAST_TIMEOUT_S = 0.1
 """To end what is left open there is at least this much, however late it is (seconds)."""
 WAITED_FOR_DELAY_S = 1.0
@@ -133,11 +133,13 @@ class Shipper:
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """One step and what follows from how it went. Never raises."""
-        if self._circuit.online is False:
+        if self._circuit.probing:
             timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
         began, end = time.monotonic(), self._written
         try:
             sent = self._shipping.step(end=end, sealed=True, timeout_s=timeout_s)
+        except OutOfTime:
+            self._circuit.succeeded()
         except RetryLater as later:
             self._circuit.failed(later.after_s)
             _guard.warn(

@@ -33,6 +33,13 @@ class RetryLater(Exception):
         self.after_s = after_s
 
 
+class OutOfTime(RetryLater):
+    """Raised by a sink: the server does what it is asked, but there is more to do than time."""
+
+    def __init__(self) -> None:
+        super().__init__("out of time", 0.0)
+
+
 class Shipment(Protocol):
     """Some records, mapped and on their way."""
 
@@ -44,6 +51,7 @@ class Shipment(Protocol):
 
         Raises:
             RetryLater: the server cannot be reached or is busy.
+            OutOfTime: it is well; the rest is sent by the next call.
         """
         ...
 

@@ -9,24 +9,43 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin import limits
 from qitos_mlflow.mlflow_plugin.metrics import Metric
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused
 
 REQUEST_TIMEOUT_S = 10.0
 """Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
+FAIR_SHARE = 0.1
+"""Of the time given: with less left no further call is begun, lest it fail for that alone."""
 
-POISONED_TRIES = 4
-"""A call that makes the server itself fail is tried at least this often, ..."""
-POISONED_S = 20.0
-"""... and for so long, then treated as refused if the server is well otherwise: one whose database
-is away says the same of every call. Less than the patience of `qitos-mlflow sync`, which would
-never get past it (seconds).
+FAILING_TRIES = 4
+"""A call that fails is tried as it is at least this often, ..."""
+FAILING_S = 20.0
+"""... and for so long (seconds): less than the patience of `qitos-mlflow sync`, which would never
+get past it. Then one that makes the server itself fail is treated as refused if the server is well
+otherwise: one whose database is away says the same of every call. One that is not answered is made
+in halves: it may be too large for the time it has, or a firewall minds one item of it.
 """
+
+
+@dataclass
+class Failing:
+    """How often a call has failed in one way, and since when (monotonic, seconds)."""
+
+    times: int = 0
+    since: float = 0.0
+
+    def again(self) -> bool:
+        """Count one more time; True when it has been often and long enough."""
+        now = time.monotonic()
+        self.times += 1
+        if self.times == 1:
+            self.since = now
+        return self.times >= FAILING_TRIES and now - self.since >= FAILING_S
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,9 @@ class Call:
         letter: the dead letter of one refused item.
         group: what the call is about.
         essential: if this call is refused, the group is.
+        checked: the server was asked whether it takes anything of the group.
+        broke: how often the server broke on it; its halves go on counting.
+        failed: the same of attempts that came to nothing.
     """
 
     send: Callable[[Sequence[Any], float], None]
@@ -61,15 +83,15 @@ class Call:
     letter: Callable[[Any], bytes]
     group: Group | None = None
     essential: bool = False
-    is_part: bool = False
-    failures: int = 0
-    failing_since: float = 0.0
+    checked: bool = False
+    broke: Failing = field(default_factory=Failing)
+    failed: Failing = field(default_factory=Failing)
 
     def halves(self) -> tuple[Call, Call]:
         """The same call twice, each with half of the items."""
         middle = len(self.items) // 2
         one, other = self.items[:middle], self.items[middle:]
-        return replace(self, items=one, is_part=True), replace(self, items=other, is_part=True)
+        return replace(self, items=one), replace(self, items=other)
 
 
 class MlflowShipment:
@@ -95,12 +117,16 @@ class MlflowShipment:
         """Make the remaining calls; returns what was refused for good.
 
         Raises:
-            RetryLater: the server cannot be reached, or `timeout_s` is over; calling again
-                goes on with the call that failed.
+            RetryLater: the server cannot be reached; calling again goes on with the call that
+                failed.
+            OutOfTime: some calls were made, and `timeout_s` is over.
         """
         deadline = time.monotonic() + timeout_s
+        answered = False
         while self._calls:
             left = deadline - time.monotonic()
+            if answered and left < FAIR_SHARE * timeout_s:
+                raise OutOfTime
             if left <= 0:
                 raise RetryLater("out of time", 0.0)
             call = self._calls[0]
@@ -109,22 +135,23 @@ class MlflowShipment:
             except Refused as refusal:
                 self._refused(call, refusal, min(left, REQUEST_TIMEOUT_S))
             except Poisoned as failure:
-                call.failures += 1
-                if call.failures == 1:
-                    call.failing_since = time.monotonic()
-                failing_s = time.monotonic() - call.failing_since
-                if call.failures < POISONED_TRIES or failing_s < POISONED_S:
+                if not call.broke.again():
                     raise RetryLater(str(failure)) from failure
                 if not self._healthy(min(left, REQUEST_TIMEOUT_S)):
-                    call.failures = 0
+                    call.broke.times = 0
                     raise RetryLater(f"the server is out of order: {failure}") from failure
                 self._give_up(call, str(failure))
+            except RetryLater:
+                if call.failed.again() and len(call.items) > 1:
+                    self._halve(call)
+                raise
             else:
                 self._calls.popleft()
+            answered = True
         return self._dead
 
     def _refused(self, call: Call, refusal: Refused, timeout_s: float) -> None:
-        if call.group is not None and not call.essential and not call.is_part:
+        if call.group is not None and not call.essential and not call.checked:
             # Before its items are tried one by one: a run that was deleted takes none of them.
             try:
                 call.group.check(timeout_s)
@@ -133,17 +160,21 @@ class MlflowShipment:
                 return
             except Poisoned:
                 pass
+            call.checked = True
         self._give_up(call, str(refusal))
 
     def _give_up(self, call: Call, reason: str) -> None:
         if call.essential and call.group is not None:
             self._bury(call.group, reason)
-            return
+        elif len(call.items) > 1:
+            self._halve(call)
+        else:
+            self._calls.popleft()
+            self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+
+    def _halve(self, call: Call) -> None:
         self._calls.popleft()
-        if len(call.items) > 1:
-            self._calls.extendleft(reversed(call.halves()))
-            return
-        self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+        self._calls.extendleft(reversed(call.halves()))
 
     def _bury(self, group: Group, reason: str) -> None:
         group.refuse(reason)

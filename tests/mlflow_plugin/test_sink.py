@@ -781,10 +781,10 @@ def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
         for path in ("good.txt", "bad.txt", "better.txt")
     ]
     shipment = sink_to(server).prepare(lines(start, *files, *rest))
-    for _ in range(shipment_module.POISONED_TRIES + 3):
+    for _ in range(shipment_module.FAILING_TRIES + 3):
         with pytest.raises(RetryLater):
             shipment.send(TIMEOUT_S)
-    monkeypatch.setattr(shipment_module, "POISONED_S", 0.0)
+    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
     (letter,) = shipment.send(TIMEOUT_S)
     assert letter.reason == "INTERNAL_ERROR"
     assert set(server.artifacts) == {"good.txt", "better.txt"}
@@ -795,7 +795,7 @@ def test_a_broken_server_is_no_reason_to_give_up(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the server itself is out of order is kept, for however long that takes."""
-    monkeypatch.setattr(shipment_module, "POISONED_S", 0.0)
+    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
     shipment = sink_to(server).prepare(lines(*a_trace()))
 
     def broken(call: str, _: Any) -> Exception | None:
@@ -803,7 +803,7 @@ def test_a_broken_server_is_no_reason_to_give_up(
         return Poisoned("HTTP 422") if away else None
 
     server.fail = broken
-    for _ in range(3 * shipment_module.POISONED_TRIES):
+    for _ in range(3 * shipment_module.FAILING_TRIES):
         with pytest.raises(RetryLater):
             shipment.send(TIMEOUT_S)
     server.fail = lambda call, _: Poisoned("HTTP 422") if call == "write_spans" else None

@@ -1,0 +1,71 @@
+"""What follows from an attempt: the time of the next one, and what is known of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qitos_mlflow.delivery import Outcome, OutOfTime, RetryLater, Stats, deliver_segment
+from qitos_mlflow.delivery.retry import Circuit
+from qitos_mlflow.delivery.segment import Record, Segment
+from qitos_mlflow.delivery.shipper import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, Shipper
+from tests.delivery.fakes import MIB, FakeServer
+
+
+class Steps:
+    """Stands in for `Shipping`: each step is what `step` makes of the time it is given."""
+
+    position = 0
+
+    def __init__(self, step: Callable[[float], None]) -> None:
+        self.given_s: list[float] = []
+        self._step = step
+
+    def step(self, *, end: int | None, sealed: bool, timeout_s: float) -> bool:
+        self.given_s.append(timeout_s)
+        self._step(timeout_s)
+        return True
+
+
+def test_what_takes_long_gets_through_after_a_failure() -> None:
+    """The short attempts that follow a failure are few: some batches need more time than that."""
+
+    def slow(timeout_s: float) -> None:
+        if len(steps.given_s) == 1 or timeout_s < 6:
+            raise RetryLater("ReadTimeout")
+
+    steps, circuit = Steps(slow), Circuit()
+    shipper = Shipper(steps, circuit)  # type: ignore[arg-type]
+    for _ in range(4):
+        shipper.attempt()
+    assert steps.given_s == [SEND_TIMEOUT_S, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S, SEND_TIMEOUT_S]
+    assert circuit.online
+
+
+def test_a_server_that_has_much_to_do_is_there() -> None:
+    """The next part follows at once, and traces that begin may wait for their run."""
+
+    def answered(timeout_s: float) -> None:
+        raise OutOfTime
+
+    circuit = Circuit()
+    circuit.failed()
+    Shipper(Steps(answered), circuit).attempt()  # type: ignore[arg-type]
+    assert (circuit.online, circuit.delay_s) == (True, 0.0)
+
+
+def test_much_to_do_is_no_problem_of_a_segment(tmp_path: Path) -> None:
+    """Delivered by others, a segment that takes more than one attempt is not failing."""
+    segment = Segment(tmp_path, b"{}", ship=True, cap_bytes=MIB, memory_bytes=0, part_bytes=MIB)
+    segment.append([Record(b"record", False)], 1)
+    segment.close(delete=False)
+    server = FakeServer()
+    server.down = OutOfTime()
+    problems: list[str] = []
+
+    def go_on(stats: Stats) -> None:
+        server.down = None
+
+    outcome = deliver_segment(segment.paths, server.sink, progress=go_on, failed=problems.append)
+    assert (outcome, problems) == (Outcome.FINISHED, [])
+    assert server.accepted == [b"record", b"killed"]
