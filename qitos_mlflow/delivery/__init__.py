@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from qitos_mlflow.delivery.deliver import Outcome, deliver_segment, follow
 from qitos_mlflow.delivery.files import Paths
-from qitos_mlflow.delivery.pipeline import Pipeline
+from qitos_mlflow.delivery.pipeline import Pipeline, importing
 from qitos_mlflow.delivery.sink import DeadLetter, OutOfTime, RetryLater, Shipment, Sink
 from qitos_mlflow.delivery.spool import (
     SegmentInfo,
@@ -44,6 +44,7 @@ __all__ = [
     "deliver_segment",
     "find_segments",
     "follow",
+    "importing",
     "inspect_segment",
     "purge",
     "waiting_records",

@@ -34,8 +34,8 @@ from qitos_mlflow.delivery.stats import CLOSED, QUEUE_FULL, Snapshot
 DISK_GRACE_S = 0.25
 """From `refuse` on the worker has at least this long: what does not reach the disk is lost."""
 FORK_WAIT_S = 10.0
-"""Longest time a fork waits for a sink that is just being opened (seconds): `import mlflow` and
-the creation of a local store take five; a sink for a server, 0.2."""
+"""Longest time a fork waits for a sink that is just being opened, or importing (seconds): `import
+mlflow` and the creation of a local store take five; a sink for a server, 0.2."""
 
 LOOK_S = 0.05
 """How often a flush looks whether somebody else has delivered what was left to him (seconds)."""
@@ -304,13 +304,19 @@ _handing_over = threading.Lock()
 _numbers = count()
 _pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 _forking = threading.local()
+_importing = threading.RLock()
+
+
+def importing() -> threading.RLock:
+    """The lock under which a sink that is open already imports much: no fork amid that."""
+    return _importing
 
 
 def _before_fork() -> None:
     # A module that a thread is importing during a fork stays locked in the child for ever: its
     # own import of mlflow would hang. The wait is bounded, so that it cannot deadlock.
     deadline = time.monotonic() + FORK_WAIT_S
-    locks = [pipeline._shared.opening for pipeline in list(_pipelines)]
+    locks = [_importing, *(pipeline._shared.opening for pipeline in list(_pipelines))]
     _forking.locks = [
         lock for lock in locks if lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
     ]
@@ -322,8 +328,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _handing_over
+    global _handing_over, _importing
     _handing_over = threading.Lock()
+    _importing = threading.RLock()
     for pipeline in list(_pipelines):
         pipeline._after_fork()
 

@@ -18,7 +18,7 @@ import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.exchange import Exchange, Requester
 from qitos_mlflow.mlflow_plugin.transport import MAX_FOUND, TRACE_TAG, Refused, RunRef, equals
 
@@ -186,7 +186,8 @@ class RestTransport:
         """Create or replace an artifact, through the server where it serves artifacts."""
         parts = urlsplit(run.artifact_uri)
         if parts.scheme != "mlflow-artifacts":
-            from qitos_mlflow.mlflow_plugin.store import write_artifact
+            with importing():  # mlflow.
+                from qitos_mlflow.mlflow_plugin.store import write_artifact
 
             write_artifact(run.artifact_uri, path, data, self.uri)
             return

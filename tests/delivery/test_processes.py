@@ -252,6 +252,38 @@ print(os.waitpid(child, 0)[1], pipeline.close(30), server.accepted)
 
 
 @posix
+def test_a_fork_does_not_split_a_later_import(tmp_path: Path) -> None:
+    """The same of what a sink imports once it is open; and the child may import as well."""
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.5); done = True")
+    code = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+sys.path.insert(0, {str(tmp_path)!r})
+import signal
+from qitos_mlflow.delivery import importing
+sending = threading.Event()
+class Sink(type(server.sink())):
+    def state(self):
+        if self.mapped:
+            with importing():
+                sending.set()
+                import slow_module
+        return super().state()
+pipeline = make_pipeline(spool, server, open_sink=lambda: Sink(server))
+pipeline.offer(b"one", urgent=True)
+sending.wait(30)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    with importing():
+        import slow_module
+    os._exit(0 if slow_module.done else 1)
+print(os.waitpid(child, 0)[1], pipeline.close(30), server.accepted)
+"""
+    assert run(code, tmp_path / "spool") == ["0 True [b'one']"]
+
+
+@posix
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(tmp_path: Path, method: str) -> None:
     """Workers of multiprocessing deliver for themselves, however they are started."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.store import StoreTransport, mlflow_requester
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef, Transport
@@ -116,6 +118,32 @@ def test_a_repository_that_needs_a_password_does_not_tell_it(
         RestTransport("http://host").write_artifact(run, "b.txt", b"b", 1.0)
     assert "sftp://host/a" in str(refusal.value)
     assert SECRET not in str(refusal.value)
+
+
+def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To a server that stores no artifacts itself, mlflow is imported once one is written."""
+    name = "qitos_mlflow.mlflow_plugin.store"
+    free: list[bool] = []
+
+    def try_lock() -> None:
+        free.append(importing().acquire(blocking=False))
+
+    class Finder:
+        @staticmethod
+        def find_spec(module: str, *_: object) -> None:
+            if module == name:
+                forking = threading.Thread(target=try_lock)
+                forking.start()
+                forking.join()
+
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    run = RunRef("r", "0", "n", tmp_path.as_uri(), 0)
+    RestTransport("http://host").write_artifact(run, "a.txt", b"a", 1.0)
+    assert free == [False]
+    assert (tmp_path / "a.txt").read_bytes() == b"a"
 
 
 @pytest.mark.parametrize("place", ["user:{}@127.0.0.1:9", "user:{}@a..b:5000", "user:{}@[bad"])
