@@ -63,19 +63,24 @@ class Delivery:
         self._shipping = Shipping(taken.cursor, open_sink)
         self._finished = False
         self._failing_since = 0.0
+        self._out_of_time = False
 
     @property
     def may_wait(self) -> bool:
         """Whether others may have its place: it does not fail, or has done so for long."""
+        if self._out_of_time:
+            return False  # It would begin anew with what it is sending.
         return self.problem is None or time.monotonic() - self._failing_since >= PATIENCE_S
 
     def step(self, timeout_s: float) -> Outcome | None:
         """Ship some; None when there may be more to do, now or after ``circuit.delay_s``."""
         if self.circuit.probing:
             timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
+        self._out_of_time = False
         try:
             outcome = self._step(timeout_s)
         except OutOfTime:
+            self._out_of_time = True
             outcome = None
         except RetryLater as later:
             self._failed(later.reason, later.after_s)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qitos_mlflow.delivery import Outcome, OutOfTime, RetryLater, Stats, deliver_segment
+from qitos_mlflow.delivery.deliver import Delivery
 from qitos_mlflow.delivery.retry import Circuit
-from qitos_mlflow.delivery.segment import Record, Segment
 from qitos_mlflow.delivery.shipper import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, Shipper
-from tests.delivery.fakes import MIB, FakeServer
+from qitos_mlflow.delivery.spool import claim
+from tests.delivery.fakes import FakeServer
+from tests.delivery.test_deliver import left_behind
 
 
 class Steps:
@@ -56,9 +58,7 @@ def test_a_server_that_has_much_to_do_is_there() -> None:
 
 def test_much_to_do_is_no_problem_of_a_segment(tmp_path: Path) -> None:
     """Delivered by others, a segment that takes more than one attempt is not failing."""
-    segment = Segment(tmp_path, b"{}", ship=True, cap_bytes=MIB, memory_bytes=0, part_bytes=MIB)
-    segment.append([Record(b"record", False)], 1)
-    segment.close(delete=False)
+    paths = left_behind(tmp_path, [b"record"])
     server = FakeServer()
     server.down = OutOfTime()
     problems: list[str] = []
@@ -66,6 +66,21 @@ def test_much_to_do_is_no_problem_of_a_segment(tmp_path: Path) -> None:
     def go_on(stats: Stats) -> None:
         server.down = None
 
-    outcome = deliver_segment(segment.paths, server.sink, progress=go_on, failed=problems.append)
+    outcome = deliver_segment(paths, server.sink, progress=go_on, failed=problems.append)
     assert (outcome, problems) == (Outcome.FINISHED, [])
     assert server.accepted == [b"record", b"killed"]
+
+
+def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
+    """Put off, a segment would begin anew with records that take long, and never be through."""
+    server = FakeServer()
+    taken = claim(left_behind(tmp_path, [b"record"]), Stats())
+    assert taken is not None
+    delivery = Delivery(taken, server.sink)
+    server.down = OutOfTime()
+    delivery.step(1.0)
+    assert not delivery.may_wait
+    server.down = None
+    delivery.step(1.0)
+    assert delivery.may_wait
+    delivery.close()
