@@ -3,8 +3,9 @@
 Where each module stands:
 
     agent's thread   origin (which plugin logs a run), plugin (hooks) -> going (what is kept of each
-                     open trace), capture (span -> bytes), artifacts, active_run + pending_run
-                     (MLflow's active run), nesting (MLflow's own spans below ours), status
+                     open trace), capture + encoding (span -> bytes), artifacts, active_run +
+                     pending_run (MLflow's active run), nesting (MLflow's own spans below ours),
+                     status
     worker           refine <- redaction + credentials, inlined (pictures), extension + additions
                      (other plugins), ledger (losses)
     shipper          sink -> tracestate: metrics + labels + sample (the run), spans + traceinfo +

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow import tracing
-from qitos_mlflow.mlflow_plugin import capture
+from qitos_mlflow.mlflow_plugin import capture, encoding
 from qitos_mlflow.mlflow_plugin.capture import describe, encode, span_record
 from qitos_mlflow.tracing import SpanType, create_trace
 
@@ -175,6 +175,7 @@ class HostilePath:
         (ValueError("why"), "why"),
         (range(3), [0, 1, 2]),
         (frozenset({7}), [7]),
+        ({"a": (b"b", (datetime(2026, 1, 2),))}, {"a": ["<1 bytes>", ["2026-01-02T00:00:00"]]}),
         (int, "<class 'int'>"),
     ],
 )
@@ -217,7 +218,7 @@ class Frame:
         return self._shape
 
     def __repr__(self) -> str:
-        assert math.prod(self._shape) <= capture.MAX_ARRAY, "slow"
+        assert math.prod(self._shape) <= encoding.MAX_ARRAY, "slow"
         return "a | b"
 
 
@@ -285,6 +286,31 @@ def test_what_json_cannot_hold() -> None:
     assert len(encode({"deep": deep})) < 1_000
     assert len(encode({"wide": [cycle] * 100})) < 3_000_000
     assert len(through(Endless())) < 3_000
+
+
+class Bare:
+    """Something with attributes."""
+
+
+@pytest.mark.parametrize("unchecked", [True, False])
+def test_a_flat_dict_is_known_as_such_only_while_it_is(
+    unchecked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However something with insides came into a dict, it is looked into."""
+    if not unchecked:
+        monkeypatch.setattr(encoding, "_nested", bool)
+    bare = Bare()
+    bare.a = bare.b = 1  # type: ignore[attr-defined]
+    attributes = vars(bare)
+    bare.a = Colour.RED  # type: ignore[attr-defined]
+    copied, added, merged, kept = {"a": 1}, {"a": 1}, {"a": 1}, {"a": b"b", "at": (1, b"b")}
+    copied = {**copied, "a": Colour.RED}  # type: ignore[dict-item]
+    added.setdefault("b", Colour.RED)  # type: ignore[arg-type]
+    merged |= {"a": Colour.RED}  # type: ignore[dict-item]
+    for value in (attributes, copied, added, merged, dict.fromkeys("a", Colour.RED)):
+        assert encoding._nested(value)
+        assert Colour.RED.value in through([value])[0].values()
+    assert through([kept]) == [{"a": "<1 bytes>", "at": [1, "<1 bytes>"]}]
 
 
 @pytest.mark.parametrize("who", ["alone", "threads"])
