@@ -197,8 +197,11 @@ def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     assert away.accepted == []
 
 
-def test_dead_processes_are_finished_one_after_the_other(tmp_path: Path) -> None:
+def test_dead_processes_are_finished_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many there are, a sidecar never has more than one of them open."""
+    monkeypatch.setattr(deliver, "TURN_S", LONG_S)
     server, stop, stats = FakeServer(), threading.Event(), Stats()
     for _ in range(5):
         left_behind(tmp_path, numbered(40))
