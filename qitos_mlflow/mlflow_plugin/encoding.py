@@ -12,6 +12,7 @@ import gc
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time
 from enum import Enum
@@ -129,7 +130,7 @@ def _known(value: Any, budget: list[int]) -> Any:
         if issubclass(kind, int):
             return int.__int__(value)
         if issubclass(kind, dict):
-            return dict(dict.items(value))  # None of its own code, here and below.
+            return dict(dict.items(value))  # By none of its own code.
         if issubclass(kind, list):
             return [*list.__iter__(value)]
         if issubclass(kind, Enum):
@@ -140,15 +141,14 @@ def _known(value: Any, budget: list[int]) -> Any:
             return str(value)
         if is_dataclass(kind):
             return _attributes(value)
+        if hasattr(kind, "__pydantic_fields_set__") or hasattr(kind, "__fields_set__"):
+            return _first_pairs(_attributes(value), budget)
         if isinstance(value, (bytes, bytearray, memoryview)):
             return f"<{len(value)} bytes>"
         if hasattr(kind, "shape"):
             return _array(value)
         if isinstance(value, Mapping):
-            pairs = _first(value.items(), budget)
-            if pairs and type(pairs[-1]) is str:
-                pairs[-1] = ("…", pairs[-1])
-            return dict(pairs)
+            return _first_pairs(value, budget)
         if isinstance(value, (Set, Sequence, ValuesView)):
             return _first(value, budget)
         if isinstance(value, PathLike):
@@ -159,13 +159,25 @@ def _known(value: Any, budget: list[int]) -> Any:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The public attributes of a dataclass's instance; one with slots may not have set them all."""
-    held = {**getattr(value, "__dict__", {})} or {
-        field.name: getattr(value, field.name)
-        for field in fields(value)
-        if hasattr(value, field.name)
-    }
+    """The public attributes of a dataclass's or pydantic's instance, as far as they are set.
+
+    By none of its own code, but where a dataclass has slots.
+    """
+    held: dict[str, Any] = {}
+    for name in ("__dict__", "__pydantic_extra__"):
+        with suppress(AttributeError):
+            held.update(object.__getattribute__(value, name) or {})
+    if not held and is_dataclass(value):
+        names = (field.name for field in fields(value))
+        held = {name: getattr(value, name) for name in names if hasattr(value, name)}
     return {name: item for name, item in held.items() if name[:1] != "_"}
+
+
+def _first_pairs(value: Mapping[Any, Any], budget: list[int]) -> dict[Any, Any]:
+    pairs = _first(value.items(), budget)
+    if pairs and type(pairs[-1]) is str:
+        pairs[-1] = ("…", pairs[-1])
+    return dict(pairs)
 
 
 def _first(values: Collection[Any], budget: list[int]) -> list[Any]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pydantic
+import pydantic.v1
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +79,33 @@ class Size(enum.IntEnum):
 class Point:
     x: int
     y: Any
+
+
+class Call(pydantic.BaseModel):
+    """As the clients of OpenAI and Anthropic give them out; none of its code is run."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    name: str
+    arguments: Any = None
+    password: str = "hunter2"
+    _client: Any = None
+
+    def raises(self, *_: Any) -> Any:
+        raise RuntimeError("its own code")
+
+    __repr__ = __str__ = __iter__ = __getattr__ = __hash__ = raises  # type: ignore[assignment]
+    model_dump = dict = raises
+
+    @property
+    def length(self) -> int:
+        raise RuntimeError("its own code")
+
+
+class OldCall(pydantic.v1.BaseModel):
+    """The same, of pydantic 1."""
+
+    name: str
+    shape: Any = None
 
 
 class Hostile:
@@ -286,6 +315,29 @@ def test_what_json_cannot_hold() -> None:
     assert len(encode({"deep": deep})) < 1_000
     assert len(encode({"wide": [cycle] * 100})) < 3_000_000
     assert len(through(Endless())) < 3_000
+
+
+def test_models_keep_their_fields() -> None:
+    """A pydantic model is what it holds, extra fields too, not what it says of itself."""
+    inner = Call(name="inner", arguments=[Path("/a")])
+    call = Call.model_construct(name="f", arguments={"x": inner}, more=(1, OldCall(name="g")))
+    call._client = Hostile()
+    assert through(call) == {
+        "name": "f",
+        "arguments": {"x": {"name": "inner", "arguments": ["/a"], "password": "hunter2"}},
+        "password": "hunter2",
+        "more": [1, {"name": "g", "shape": None}],
+    }
+    unset = object.__new__(Call)
+    assert through(unset) == {}
+    assert len(through(Call(name="x" * 50_000))["name"]) == 50_000
+
+
+def test_models_share_the_bounds_of_containers() -> None:
+    """Many models are cut as much as many mappings are."""
+    record = through([Call(name="f") for _ in range(30_000)])
+    assert record[0]["name"] == "f"
+    assert record[-1] == {"…": "… [cut: 3 items in all]"}
 
 
 class Bare:
