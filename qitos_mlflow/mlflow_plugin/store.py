@@ -75,7 +75,7 @@ def mlflow_requester(uri: str) -> Requester:
                 raise_on_status=False,
                 timeout=timeout_s,
                 extra_headers=dict(headers),
-                data=body,
+                data=body,  # As bytes: what signs a request reads them.
             )
         except Exception as error:  # Whatever the client or a plugin for it finds wrong.
             raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.calls import NO_TRACES
-from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, SMALL_BYTES, Exchange
+from qitos_mlflow.mlflow_plugin.exchange import PROTOBUF, SMALL_BYTES, Exchange, SessionRequester
 from qitos_mlflow.mlflow_plugin.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.transport import Poisoned, Refused, RunRef
 
@@ -373,8 +373,13 @@ def listener() -> Iterator[Listener]:
 def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> None:
     """The timeout is that of a server that takes nothing, not of one that takes it slowly."""
     listener.reads_for_s = 1.5
-    body = bytes(16 * 1024 * 1024)  # More than a system's buffers hold.
-    exchange = Exchange(listener.uri)
+    body = bytes(16 * 1024 * 1024)
+    requester = SessionRequester(listener.uri)
+    # With a small buffer it is the reader that sets the pace, on any system.
+    buffer = (socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    adapter = requester._session.get_adapter(listener.uri)
+    adapter.init_poolmanager(1, 1, socket_options=[buffer])  # type: ignore[attr-defined]
+    exchange = Exchange(listener.uri, requester)
     exchange.send("PUT", "/file", body, {}, 1.0)
     exchange.close()
     assert listener.bodies == [body]
