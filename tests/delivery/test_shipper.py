@@ -10,8 +10,7 @@ from qitos_mlflow.delivery.deliver import Delivery
 from qitos_mlflow.delivery.retry import Circuit
 from qitos_mlflow.delivery.shipper import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, Shipper
 from qitos_mlflow.delivery.spool import claim
-from tests.delivery.fakes import FakeServer
-from tests.delivery.test_deliver import left_behind
+from tests.delivery.fakes import FakeServer, left_behind
 
 
 class Steps:

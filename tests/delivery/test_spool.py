@@ -529,7 +529,7 @@ def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
 def test_a_file_that_cannot_be_closed_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quota that close() reports once more: the rest goes to memory, later to the disk again."""
+    """A full disk that close() reports as well: the rest goes to memory, later to disk again."""
     segment = make_segment(tmp_path)
     append(segment, [b"one"])
     [part] = segment.parts()
@@ -538,13 +538,13 @@ def test_a_file_that_cannot_be_closed_costs_nothing(
 
     def write_or_fail(descriptor: int, data: bytes) -> int:
         if descriptor == full:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
     def close_and_fail(descriptor: int) -> None:
         close(descriptor)
         if descriptor == full:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write_or_fail)
