@@ -117,6 +117,8 @@ def _exact(value: Any, budget: list[int]) -> Any:
 
 def _text_key(key: Any, budget: list[int]) -> str:
     """`key` as a text; what is none, as JSON."""
+    if issubclass(type(key), bytes):
+        return text_of(key)  # Of a value the length will do; here it is the name.
     key = _exact(key, budget)
     return key if type(key) is str else orjson.dumps(key).decode()
 

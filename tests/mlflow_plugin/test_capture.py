@@ -179,6 +179,7 @@ class HostilePath:
         ({date(2026, 1, 2): 1}, {"2026-01-02": 1}),
         ({uuid.UUID(int=7): 1}, {"00000000-0000-0000-0000-000000000007": 1}),
         ({("a", 1): [{("b",): 2}]}, {'["a",1]': [{'["b"]': 2}]}),
+        ({b"a": 1, b"b": b"c"}, {"b'a'": 1, "b'b'": "<1 bytes>"}),
         ([Colour.RED, Shade.RED, Size.SMALL], ["red", "dark red", 1]),
         (OrderedDict(a=(1,)), {"a": [1]}),
         (Counter("aab"), {"a": 2, "b": 1}),
