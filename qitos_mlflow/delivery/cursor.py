@@ -144,11 +144,12 @@ class Cursor:
                 if not self._gives_up(error):
                     raise
                 chunk.unreadable = True
-                chunk.lost = _missing(part, chunk)
+                chunk.lost = max(1, _missing(part, chunk))
                 chunk.end = part.base + part.size if limit is None else limit
                 full = False
             if not full and limit is not None and chunk.end < limit:
-                # Nobody appends there any more: the file was deleted, or cut short.
+                # Nobody appends there any more: the file was deleted or cut short. Or what came
+                # next was in the memory of a process that is gone.
                 chunk.lost = _missing(part, chunk)
                 chunk.end = limit
             if chunk.records or chunk.bad or chunk.lost:
@@ -202,9 +203,7 @@ class Cursor:
 
 
 def _missing(part: Part, chunk: Chunk) -> int:
-    """How many records of `part` are neither settled nor in `chunk`; others' count as one."""
-    if not part.records:
-        return 1
+    """How many records of `part` are neither settled nor in `chunk`; of others' nobody knows."""
     return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.bad))
 
 

@@ -451,6 +451,27 @@ def test_the_disk_is_used_again_when_it_is_back(
     assert list(waiting_records(segment.paths)) == [b"on disk"]
 
 
+def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who delivers for a dead process cannot know whether that was delivered, and counts none."""
+    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    segment, stats = make_segment(tmp_path), Stats()
+    append(segment, [b"one"])
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskPart, "append", lambda part, lines: 0)
+        append(segment, [b"in memory"])
+    append(segment, [b"three"])
+    assert read_all(own_cursor(segment), segment.end, ack=False) == [b"one", b"in memory", b"three"]
+    crash(segment)
+    taken = claim(segment.paths, stats)
+    assert taken is not None
+    assert read_all(taken.cursor, segment.end) == [b"one", b"three"]
+    assert stats.snapshot().dropped == {}
+    taken.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
     """Somebody who empties the spool loses what was in it; what comes after is safe again."""
     segment = make_segment(tmp_path / "spool")
