@@ -76,11 +76,12 @@ class GoingTrace:
     def has_just_ended(self, span: Any) -> bool:
         """Whether `span` was the last one to end on this thread, and has not begun again."""
         last = getattr(self._here, "ended", None)
-        return last == span.span_id and span.span_id not in self.steps
+        # With the time, as ids that the user gives may be there twice.
+        return last == (span.span_id, span.started_at) and span.span_id not in self.steps
 
     def end_span(self, span: Any) -> int | None:
         """Take note of a span's end; returns the agent's step it belongs to, None for none."""
-        self._here.ended = span.span_id
+        self._here.ended = (span.span_id, span.started_at)
         step = self.steps.pop(span.span_id, None)
         if step is None:
             step = self.steps.get(span.parent_span_id)

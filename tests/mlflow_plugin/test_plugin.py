@@ -256,6 +256,24 @@ def test_a_processor_added_twice_logs_once(
     assert (end["kind"], end["recorded"]) == ("trace_end", 2)
 
 
+def test_spans_of_one_id_are_all_recorded(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """One after the other or one in the other: what the user calls the same is not one event."""
+    attach()
+    with create_trace("agent") as trace:
+
+        def started() -> Any:
+            return trace.create_span(SpanType.STEP, tracing.StepSpanData(0), span_id="s").start()
+
+        for _ in range(2):
+            started().finish()
+        outer, inner = started(), started()
+        inner.finish()
+        outer.finish()
+    assert records()[-1]["recorded"] == 4
+
+
 def test_ctrl_c_costs_no_trace_its_end(
     attach: Callable[..., MlflowTraceProcessor],
     records: Spooled,
