@@ -38,6 +38,10 @@ that orjson refuses (cycles, lone surrogates, …)."""
 MAX_LEVELS = 250
 """Levels of lists and dicts that orjson is given; it takes 254."""
 
+MAX_CONTAINERS = 350_000
+"""Lists and dicts copied: no more fit into the 1 MiB of JSON that a field has by default. Beyond,
+where one that holds another twice holds it twice and so on, the slow path is taken."""
+
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
@@ -50,7 +54,7 @@ is not relied upon: attributes may get into an object's `__dict__` without it.""
 
 def encode(record: dict[str, Any]) -> bytes:
     """`record` as JSON; total: whatever it holds, something readable comes out."""
-    budget = [MAX_NODES]
+    budget = [MAX_NODES, MAX_CONTAINERS]
     try:
         own = record.copy()
         _own(own, MAX_LEVELS, budget)
@@ -78,7 +82,8 @@ def text_of(value: Any) -> str:
 
 def _own(own: Any, levels: int, budget: list[int]) -> None:
     """Put copies in the place of all containers in `own`, a dict or list that is ours."""
-    if levels == 0:
+    budget[1] -= 1
+    if levels == 0 or budget[1] < 0:
         raise RecursionError
     for key, item in own.items() if type(own) is dict else enumerate(own):
         kind = type(item)
@@ -88,9 +93,13 @@ def _own(own: Any, levels: int, budget: list[int]) -> None:
             own[key] = item = item.copy()  # In one go: no other thread comes in between.
             if _nested(item):
                 _own(item, levels - 1, budget)
-        elif kind is list or kind is tuple:
+        elif kind is list:
             own[key] = item = [*item]
             if not _ATOMS.issuperset(map(type, item)):
+                _own(item, levels - 1, budget)
+        elif kind is tuple:
+            if not _ATOMS.issuperset(map(type, item)):  # Else nothing in it can change.
+                own[key] = item = [*item]
                 _own(item, levels - 1, budget)
         else:
             known = [_known(item, budget)]

@@ -341,6 +341,14 @@ def test_models_share_the_bounds_of_containers() -> None:
     assert record[-1] == {"…": "… [cut: 3 items in all]"}
 
 
+def test_what_holds_itself_twice_at_each_level_is_bounded() -> None:
+    """So little memory, and more JSON than there is room for."""
+    level: Any = ["bottom"]
+    for _ in range(60):
+        level = [level, level]
+    assert len(encode({"levels": level, "beside": 1})) < 1_000_000
+
+
 class Bare:
     """Something with attributes."""
 
