@@ -153,10 +153,10 @@ _NO_TEXT = re.compile(
 )
 """The beginning of an object or a list in JSON or a repr, or a number."""
 _TUPLE = re.compile(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
-_LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]+)")
+_LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
 _XML = re.compile(rb">([^<>]{1,4096})</")
 _HARMLESS = re.compile(
-    rb"(?:none|null|nil|true|false|str|string|int|bool|bytes|any|undefined|optional)?[,.)\]}]*$"
+    rb"(?:none|null|nil|true|false|str|string|int|bool|bytes|any|undefined|optional)?[,.:)\]}]*$"
     rb"|(?:str|optional|union)[\[|]|\$\{?[A-Za-z_]\w*\}?[,)]?$|\$\(|os\.|self\.|process\.env|\w*getenv"
     rb"|\[redacted|\*{3,}",
     re.IGNORECASE,
@@ -247,6 +247,7 @@ def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes
     if (
         re.split(rb"[. ]", low_name)[-1] in {b"token", b"auth", b"key"}
         and b"=" not in separator
+        and b"%3D" not in separator.upper()
         and _PLAIN_WORD.match(data, start, end)
     ):
         return None  # "unexpected token: identifier" is prose, "app.auth:User" a log line
@@ -298,13 +299,12 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
     start = runs.find(_RUN)
     while start >= 0:
         end = runs.find(b" ", start)
-        if data[start - 1] in _ESCAPING:
-            start = _word_start(data, start)
-        if data[start : start + 2] in _SHAPE_STARTS:
-            shape = _SHAPE.match(data, start)
-            if shape:
-                yield shape.span()
-                end = shape.end()
+        shape = _SHAPE.match(data, start) if data[start : start + 2] in _SHAPE_STARTS else None
+        if shape is None and data[start - 1] in _ESCAPING:
+            shape = _SHAPE.match(data, _word_start(data, start))
+        if shape:
+            yield shape.span()
+            end = shape.end()
         if end < 0:
             break
         start = runs.find(_RUN, end)

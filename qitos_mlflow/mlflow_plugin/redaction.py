@@ -122,13 +122,17 @@ def redact_json(text: str) -> str:
     """
     try:
         value = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        kept = redact(value)
+        # Both rules: of a key that is there twice, only the last value was looked at.
+        if kept == value and redact_text(text) == text:
+            return text
+        kept = redact(json.loads(text))  # orjson makes floats of integers above 64 bits.
+    except (orjson.JSONDecodeError, RecursionError):
         return redact_text(text)
-    kept = redact(value)
-    # Both rules: of a key that is there twice, only the last value was looked at.
-    if kept == value and redact_text(text) == text:
-        return text
-    return json.dumps(kept, ensure_ascii=False)  # As QitOS writes it.
+    body = text.strip()
+    # As QitOS writes it: a manifest in many lines, an event in one.
+    hidden = json.dumps(kept, ensure_ascii=False, indent=2 if "\n" in body else None)
+    return text.replace(body, hidden)
 
 
 def trim(text: str, max_bytes: int) -> str:

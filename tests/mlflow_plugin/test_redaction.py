@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+import uuid
 from typing import Any
 
 import orjson
@@ -96,6 +97,10 @@ SHAPES = [
     "gsk_abcdefABCDEF0123456789",
     "ya29." + "a0AfH6SMBabcdefABCDEF-0123_456",
     "SG." + "abcdefABCDEF01234567.abcdefABCDEF0123456789-_x",
+    "tvly-abcdefABCDEF0123456789",
+    "npm_abcdefABCDEF0123456789",
+    "rk_" + "live_0123456789abcdefABCDEF",
+    "pplx-abcdefABCDEF0123456789",
     JWT,
 ]
 
@@ -106,7 +111,7 @@ SHAPES = [
     ["{}", "use {} please", "x={}", "'{}'", '{{"v": "{}"}}', "https://h/p?q={}&r=1", "(see {}, ok)",
      "https://h/{}/x", "größe {}\n", "{}.", "k:{}",
      '{{"c": "x\\n{}\\ty"}}', '"{{\\"c\\": \\"x\\\\n{}\\\\n\\"}}"', "\x1b[32m{}\x1b[0m",
-     "\\u001b[0m{}", "q%3D{}", "\\uff1a{}"],
+     "\\u001b[0m{}", "q%3D{}", "\\uff1a{}", "\\{}", "\\n{}"],
 )  # fmt: skip
 def test_credentials_are_known_by_their_shape(secret: str, around: str) -> None:
     """A provider's key is found in any text, whatever stands around it."""
@@ -197,6 +202,8 @@ def test_what_is_around_a_credential_stays() -> None:
     assert redact_text("https://u:p@host/x") == f"https://{MARKER}@host/x"
     assert redact_text('{"token": "a\\"b", "c": 1}') == f'{{"token": "{MARKER}", "c": 1}}'
     assert redact_text("Basic dXNlcjpwYXNzd29yZA== rest") == f"Basic {MARKER} rest"
+    assert redact_text("a%26token%3Dhunter&x") == f"a%26token%3D{MARKER}&x"
+    assert redact_text("Cookie: a b \r\nHost: h") == f"Cookie: {MARKER} \r\nHost: h"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +233,19 @@ def test_a_json_document_is_redacted_by_its_structure() -> None:
     assert json.loads(redact_json(json.dumps(told))) == hidden
     assert redact_json(json.dumps(hidden, indent=2)) == json.dumps(hidden, indent=2)
     assert SECRET not in redact_json(f'{{"a": "token={SECRET}", "a": 1}}')  # A key twice.
-    deep = '{"a":' * 300 + f'"token={SECRET}"' + "}" * 300
-    for broken in ("", f'{{"token": "{SECRET}', f'{{"a": NaN, "token": "{SECRET}"}}', deep):
+    deep, deeper = ('{"a":' * depth + f'"token={SECRET}"' + "}" * depth for depth in (300, 1010))
+    for broken in ("", f'{{"token": "{SECRET}', f'{{"a": NaN, "token": "{SECRET}"}}', deep, deeper):
         assert SECRET not in redact_json(broken)
+
+
+@pytest.mark.parametrize("form", ["{}", "{}\r", " {} \n"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_is_around_a_credential_stays_in_json(form: str, indent: int | None) -> None:
+    """Numbers of any size, letters, indents and the end of the line are as they were."""
+    told = {"id": uuid.uuid4().int, "cookies": {"a": 1}, "x": [0.1, "ä"]}
+    text = form.format(json.dumps(told, ensure_ascii=False, indent=indent))
+    hidden = json.dumps(told | {"cookies": MARKER}, ensure_ascii=False, indent=indent)
+    assert redact_json(text) == form.format(hidden)
 
 
 INNOCENT_TEXTS = [
@@ -264,6 +281,7 @@ INNOCENT_TEXTS = [
     "SecretNotFound: prod/db does not exist; MissingSecretError: set it first",
     "INFO:app.auth:User logged in",
     "The API key: get one at the console. primary key: id, sort key = 7",
+    "Authorization: \r\ncurl -u cookie: \nwith a private key::\n\n",
     "signal=1&design=abcdefghijklmnopqr; signature: abcdefghijklmnopqr; /bot12/x /services/Text",
     "日本語の文章です。 password はここにありません",
 ]
