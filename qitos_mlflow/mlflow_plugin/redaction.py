@@ -36,7 +36,7 @@ _REMEMBERED_CHARS = 4096
 """Longer texts are not remembered: a few MB in all, 16 at the very worst."""
 
 _SHORTEST_SHAPE = 16
-"""Keys of a mapping below this many characters cannot be credentials themselves."""
+"""Keys of a mapping below this many characters, and without ``=``, hold no credential."""
 
 
 def redact_text(text: str) -> str:
@@ -85,11 +85,11 @@ def _redact_mapping(value: dict[Any, Any], depth: int) -> dict[Any, Any]:
     kept: dict[Any, Any] = {}
     for key, item in value.items():
         if isinstance(key, str):
+            if len(key) >= _SHORTEST_SHAPE or "=" in key:
+                key = redact_text(key)
             if names_credential(key):
                 kept[key] = MARKER
                 continue
-            if len(key) >= _SHORTEST_SHAPE:
-                key = redact_text(key)
         kept[key] = redact(item, depth + 1)
     # {"name": "Authorization", "value": "…"}: headers and variables, as HAR files and Kubernetes
     # write them.
@@ -107,7 +107,7 @@ def _redact_list(value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
         if hide_next:
             kept.append(MARKER)
         elif pairs and isinstance(item[0], str) and names_credential(item[0]):
-            kept.append([item[0], MARKER])  # [["Cookie", "…"], …]
+            kept.append([redact_text(item[0]), MARKER])  # [["Cookie", "…"], …]
         else:
             kept.append(redact(item, depth + 1))
         # ["--api-key", "…"]: a command line split into words.

@@ -297,6 +297,10 @@ def test_pairs_and_command_lines_are_understood() -> None:
     """Headers as pairs, variables as name and value, options as words: the value goes."""
     assert redact([["Cookie", "a"], ["Host", "h"]]) == [["Cookie", MARKER], ["Host", "h"]]
     assert redact({"name": "API_KEY", "value": "x"}) == {"name": "API_KEY", "value": MARKER}
+    assert redact({"token=x1y2z3": 5}) == {f"token={MARKER}": 5}
+    assert redact({f"password={SECRET}": 5}) == {f"password={MARKER}": MARKER}
+    assert redact([[f"token={SECRET}", "a"]]) == [[f"token={MARKER}", "a"]]
+    assert redact([[f"password={SECRET}", "a"]]) == [[f"password={MARKER}", MARKER]]
     assert redact(["--token", "x", "y"]) == ["--token", MARKER, "y"]
     assert redact({"required": ["password", "user"]}) == {"required": ["password", "user"]}
 
