@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timezone
 from decimal import Decimal
@@ -353,13 +353,12 @@ class Bare:
     """Something with attributes."""
 
 
-@pytest.mark.parametrize("unchecked", [True, False])
+@pytest.mark.parametrize("nested", [encoding._nested, encoding._refers])
 def test_a_flat_dict_is_known_as_such_only_while_it_is(
-    unchecked: bool, monkeypatch: pytest.MonkeyPatch
+    nested: Callable[[dict[Any, Any]], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However something with insides came into a dict, it is looked into."""
-    if not unchecked:
-        monkeypatch.setattr(encoding, "_nested", bool)
+    monkeypatch.setattr(encoding, "_nested", nested)
     bare = Bare()
     bare.a = bare.b = 1  # type: ignore[attr-defined]
     attributes = vars(bare)
