@@ -75,9 +75,10 @@ class GoingTrace:
 
     def has_just_ended(self, span: Any) -> bool:
         """Whether `span` was the last one to end on this thread, and has not begun again."""
-        last = getattr(self._here, "ended", None)
+        if span.span_id in self.steps:
+            return False
         # With the time, as ids that the user gives may be there twice.
-        return last == (span.span_id, span.started_at) and span.span_id not in self.steps
+        return getattr(self._here, "ended", None) == (span.span_id, span.started_at)
 
     def end_span(self, span: Any) -> int | None:
         """Take note of a span's end; returns the agent's step it belongs to, None for none."""
