@@ -23,8 +23,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 from qitos_mlflow.tracing import GenerationSpanData, SpanType, TracingProvider
 
-PAUSE_S = 0.05
-"""A pause between two bursts (seconds)."""
+PAUSE_S, PAUSE_S_PER_BYTE = 0.05, 60e-9
+"""A pause between two bursts (seconds), at least: until the one before is on the disk."""
 
 
 class NoOpExporter(SpanExporter):
@@ -95,12 +95,13 @@ def main() -> None:
         ours(given.spans, given.payload),
         theirs(given.spans, given.payload),
     )
+    pause_s = max(PAUSE_S, given.spans * given.payload * PAUSE_S_PER_BYTE)
     mine, other = [], []
     for _ in range(given.rounds):
         mine.append(our_round())
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
         other.append(their_round())
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
     our_end(), their_end()
     a, b = statistics.median(mine) * 1e6, statistics.median(other) * 1e6
     print(f"payload {given.payload} B: qitos-mlflow {a:.1f} us a span, "
