@@ -24,11 +24,11 @@ from pathlib import Path
 import orjson
 import requests
 
-from qitos_mlflow.delivery import Outcome, Stats, deliver_segment, find_segments
-from qitos_mlflow.mlflow_plugin.exchange import SessionRequester
+from qitos_mlflow.delivery import Counts, Outcome, deliver_segment, find_segments
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-from qitos_mlflow.mlflow_plugin.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.sink import MlflowSink
+from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from qitos_mlflow.tracing import (
     ActSpanData,
     AgentSpanData,
@@ -100,7 +100,7 @@ class Recorder:
 
 def deliver(directory: Path, uri: str) -> tuple[float, int, Recorder]:
     """Deliver the spool; returns seconds, records and the requests it took."""
-    recorder, stats = Recorder(uri), Stats()
+    recorder, stats = Recorder(uri), Counts()
 
     def open_sink(header: bytes) -> MlflowSink:
         return MlflowSink(RestTransport(uri, recorder), orjson.loads(header))

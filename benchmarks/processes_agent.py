@@ -12,8 +12,8 @@ from tests.integration.agent_script import main
 
 def choose_transport(sink: Any) -> None:
     """Let sinks have the transport that the command line names."""
-    from qitos_mlflow.mlflow_plugin.rest import RestTransport
-    from qitos_mlflow.mlflow_plugin.store import StoreTransport, mlflow_requester
+    from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
+    from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 
     sink.open_transport = {
         "requests": lambda uri, cwd=None: RestTransport(uri, mlflow_requester(uri)),
@@ -23,5 +23,5 @@ def choose_transport(sink: Any) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2] in ("requests", "client"):
-        wrapt.register_post_import_hook(choose_transport, "qitos_mlflow.mlflow_plugin.sink")
+        wrapt.register_post_import_hook(choose_transport, "qitos_mlflow.mlflow_plugin.sink.sink")
     main()

@@ -96,7 +96,7 @@ def by_plugin(uri: str, experiment: str, step_s: float) -> None:
 
 def by_mlflow(uri: str, experiment: str, step_s: float) -> None:
     """Log them with MLflow's own tracing."""
-    from qitos_mlflow.mlflow_plugin.attributes import SPAN_TYPES
+    from qitos_mlflow.mlflow_plugin.mapping.span_attributes import SPAN_TYPES
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(experiment)

@@ -68,7 +68,7 @@ def autolog(
                 _retire(_autolog)
                 _autolog = None
             return
-        from qitos_mlflow.mlflow_plugin.origin import Origin
+        from qitos_mlflow.mlflow_plugin.precedence import Origin
         from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
         from qitos_mlflow.settings import Settings
 

@@ -36,7 +36,7 @@ def ask(uri: str | None) -> Answer:
 
     from urllib3.exceptions import HTTPError
 
-    from qitos_mlflow.mlflow_plugin.exchange import SessionRequester
+    from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
 
     try:
         with closing(SessionRequester(uri)) as request:

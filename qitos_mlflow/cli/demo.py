@@ -15,8 +15,8 @@ from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import experiment_name, tracking_uri
 
 if TYPE_CHECKING:
+    from qitos_mlflow.cli._logged_runs import LoggedRun, LoggedRunsReader
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-    from qitos_mlflow.mlflow_plugin.readback import LoggedRun, Readback
 
 LOCAL_STORE_S = 60.0
 """A local store is certain to be there, but its first use imports mlflow and makes tables."""
@@ -59,7 +59,7 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
         )
         raise SystemExit(1)
     from qitos_mlflow.cli._demo_tasks import TASKS
-    from qitos_mlflow.mlflow_plugin.readback import read_runs
+    from qitos_mlflow.cli._logged_runs import read_runs
 
     settings = processor.mlflow_plugin.settings
     found = read_runs(settings.tracking_uri, settings.experiment_name, tag)
@@ -99,7 +99,7 @@ def run_and_deliver(processor: MlflowTraceProcessor) -> bool:
     return delivered
 
 
-def show(found: Readback) -> None:
+def show(found: LoggedRunsReader) -> None:
     """Print the runs as MLflow has them, and how to look at them there."""
     from rich.console import Console
     from rich.table import Table

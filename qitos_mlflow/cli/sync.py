@@ -28,7 +28,7 @@ from qitos_mlflow.cli._spool import (
 )
 
 if TYPE_CHECKING:
-    from qitos_mlflow.delivery import Outcome, Paths, SegmentInfo, Stats
+    from qitos_mlflow.delivery import Counts, Outcome, Paths, SegmentInfo
 
 PATIENCE_S = "30"
 """So long (seconds, as --help shows it) a server may take nothing before `sync` leaves the rest."""
@@ -66,7 +66,7 @@ def sync(
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of tables it makes.
     from qitos_mlflow.mlflow_plugin.destination import segment_header
-    from qitos_mlflow.mlflow_plugin.sink import open_sink
+    from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
     from qitos_mlflow.settings import Settings
 
     def uri_of(header: dict[str, Any]) -> str | None:
@@ -118,9 +118,9 @@ class Sync:
         patience_s: float,
         uri_of: Callable[[dict[str, Any]], str | None],
     ) -> None:
-        from qitos_mlflow.delivery import Stats
+        from qitos_mlflow.delivery import Counts
 
-        self.stats = Stats()
+        self.stats = Counts()
         self.outcomes: Counter[Outcome] = Counter()
         self.problems: dict[Paths, str] = {}
         """Why segments are left that nobody else is delivering; empty where that is said once."""
@@ -244,7 +244,7 @@ class Sync:
 def _follow(directory: Path, ways: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from qitos_mlflow.delivery import Stats, follow
+    from qitos_mlflow.delivery import Counts, follow
 
     try:
         there = directory.exists()
@@ -254,10 +254,10 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
         raise Refused(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which is not there yet"
     click.echo(f"Delivering what comes to {directory}{wait}; Ctrl-C ends it", err=True)
-    stop, stats = threading.Event(), Stats()
+    stop, stats = threading.Event(), Counts()
     with _signals(stop.set), Console().status("") as status:
 
-        def moved(stats: Stats) -> None:
+        def moved(stats: Counts) -> None:
             counts = stats.snapshot()
             refused = f", {counts.dead_letters} refused for good" if counts.dead_letters else ""
             status.update(f"{directory}: {plural(counts.delivered, 'record')} delivered{refused}")

@@ -16,20 +16,22 @@ processes left; docs/spool.md says what survives what.
 
 from __future__ import annotations
 
-from qitos_mlflow.delivery.deliver import Outcome, deliver_segment, follow
-from qitos_mlflow.delivery.files import Paths
+from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment, follow
 from qitos_mlflow.delivery.pipeline import Pipeline, importing
 from qitos_mlflow.delivery.sink import DeadLetter, OutOfTime, RetryLater, Shipment, Sink
-from qitos_mlflow.delivery.spool import (
+from qitos_mlflow.delivery.spool.counts import Counts, CountsSnapshot
+from qitos_mlflow.delivery.spool.paths import Paths
+from qitos_mlflow.delivery.spool.segments import (
     SegmentInfo,
     find_segments,
     inspect_segment,
     purge,
     waiting_records,
 )
-from qitos_mlflow.delivery.stats import Snapshot, Stats
 
 __all__ = [
+    "Counts",
+    "CountsSnapshot",
     "DeadLetter",
     "OutOfTime",
     "Outcome",
@@ -39,8 +41,6 @@ __all__ = [
     "SegmentInfo",
     "Shipment",
     "Sink",
-    "Snapshot",
-    "Stats",
     "deliver_segment",
     "find_segments",
     "follow",

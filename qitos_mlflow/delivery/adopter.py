@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.deliver import deliver_segment
-from qitos_mlflow.delivery.files import Paths
-from qitos_mlflow.delivery.locks import is_held
+from qitos_mlflow.delivery.leftovers import deliver_segment
 from qitos_mlflow.delivery.sink import Sink
-from qitos_mlflow.delivery.spool import find_segments, read_head
-from qitos_mlflow.delivery.stats import Stats
+from qitos_mlflow.delivery.spool.counts import Counts
+from qitos_mlflow.delivery.spool.locks import is_held
+from qitos_mlflow.delivery.spool.paths import Paths
+from qitos_mlflow.delivery.spool.segments import find_segments, read_head
 
 FIRST_LOOK_S = 2.0
 """A process that ends sooner has better things to do (seconds)."""
@@ -99,7 +99,7 @@ class Adopter:
         except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
             _guard.report("delivery.adopter", error)
 
-    def _pause(self, _: Stats) -> None:
+    def _pause(self, _: Counts) -> None:
         self._stop.wait(PAUSE_S)
 
     def _opener(self, paths: Paths) -> Callable[[], Sink] | None:

@@ -1,11 +1,11 @@
 """The whole way from an agent's thread to the server, as one object.
 
-    offer() -> ByteQueue -> Worker (thread) -> Segment on disk -> Shipper (thread) -> sink
+    offer() -> ByteQueue -> SpoolingThread -> SegmentWriter on disk -> SendingThread -> sink
 
 The worker only fills the disk and the shipper only empties it, so a server that hangs does not
 delay the moment from which a record survives the process. Import and construction start nothing;
-the first offer does, and what has nothing to do goes to rest (see `Running`). A forked child
-begins anew: its own queue, segment and threads.
+the first offer does, and what has nothing to do goes to rest (see `PipelineThreads`). A forked
+child begins anew: its own queue, segment and threads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from itertools import count
 from pathlib import Path
 
 from qitos_mlflow.delivery.adopter import Adopt
-from qitos_mlflow.delivery.files import SEGMENT_SUFFIX, Paths
-from qitos_mlflow.delivery.queue import Barrier
-from qitos_mlflow.delivery.running import Asks, Running, Shared
-from qitos_mlflow.delivery.segment import Segment
+from qitos_mlflow.delivery.byte_queue import Barrier
+from qitos_mlflow.delivery.pipeline_threads import Asks, PipelineThreads, Shared
 from qitos_mlflow.delivery.sink import Sink
-from qitos_mlflow.delivery.spool import waiting_records
-from qitos_mlflow.delivery.stats import CLOSED, QUEUE_FULL, Snapshot
+from qitos_mlflow.delivery.spool.counts import CLOSED, QUEUE_FULL, CountsSnapshot
+from qitos_mlflow.delivery.spool.paths import SEGMENT_SUFFIX, Paths
+from qitos_mlflow.delivery.spool.segments import waiting_records
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 DISK_GRACE_S = 0.25
 """From `refuse` on the worker has at least this long: what does not reach the disk is lost."""
@@ -76,15 +76,15 @@ class Pipeline:
     ) -> None:
         asks = Asks(refine, open_sink, dropped, adopt, may_rest)
 
-        def running() -> Running:
-            segment = Segment(
+        def running() -> PipelineThreads:
+            segment = SegmentWriter(
                 directory,
                 header,
                 ship=open_sink is not None,
                 cap_bytes=spool_bytes,
                 memory_bytes=queue_bytes if open_sink is not None else 0,
             )
-            return Running(self._shared, segment, asks, self._hand_over, self._rested)
+            return PipelineThreads(self._shared, segment, asks, self._hand_over, self._rested)
 
         self._header = header
         self._offline = open_sink is None
@@ -166,7 +166,7 @@ class Pipeline:
         return self._running.nothing_left() and next(self.waiting(), None) is None
 
     @property
-    def stats(self) -> Snapshot:
+    def stats(self) -> CountsSnapshot:
         """What became of the records of this process so far."""
         return self._shared.stats.snapshot()
 

@@ -15,7 +15,7 @@ import orjson
 
 from qitos_mlflow import __version__
 from qitos_mlflow.errors import QitosMlflowError
-from qitos_mlflow.mlflow_plugin.redaction import redact, redact_text
+from qitos_mlflow.redaction.redact import redact, redact_text
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 HTTP = ("http", "https")

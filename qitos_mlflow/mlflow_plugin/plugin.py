@@ -20,17 +20,17 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.mlflow_plugin import artifacts, capture, ending
-from qitos_mlflow.mlflow_plugin.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
-from qitos_mlflow.mlflow_plugin.going import GoingTrace, free_id, going
-from qitos_mlflow.mlflow_plugin.nesting import Nesting
-from qitos_mlflow.mlflow_plugin.origin import Origin, stands_down
-from qitos_mlflow.mlflow_plugin.pending_run import PendingRun, before_alarm_s
-from qitos_mlflow.mlflow_plugin.pipelines import Pipelines
-from qitos_mlflow.mlflow_plugin.status import run_status
-from qitos_mlflow.mlflow_plugin.transport import RunRef
+from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use, parent_run_id
+from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace, free_id, going
+from qitos_mlflow.mlflow_plugin.precedence import Origin, stands_down
+from qitos_mlflow.mlflow_plugin.run_status import run_status
+from qitos_mlflow.mlflow_plugin.server.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
+from qitos_mlflow.recording import process_exit, run_files, snapshot
+from qitos_mlflow.recording.pipelines import Pipelines
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
@@ -55,7 +55,7 @@ class MlflowPlugin:
     def __init__(self, settings: Settings, origin: Origin = Origin.BY_HAND) -> None:
         self.settings = settings
         self.origin = origin
-        self._traces: OrderedDict[str, GoingTrace] = OrderedDict()
+        self._traces: OrderedDict[str, OpenTrace] = OrderedDict()
         kill = partial(self._end_all, "KILLED", "the process ended before the trace did")
         self._pipelines = Pipelines(settings, self._announce, kill, self._is_over)
         # Reentrant: the garbage collector may end a trace while this thread holds it.
@@ -90,7 +90,7 @@ class MlflowPlugin:
         key = str(trace.trace_id)
         trace_id = free_id(uri, key)
         nests = settings.log_traces and trace_id == key  # MLflow's own spans are there once.
-        state = going[uri, trace_id] = GoingTrace(
+        state = going[uri, trace_id] = OpenTrace(
             id=trace_id,
             pipeline=pipeline,
             content=content,
@@ -98,10 +98,10 @@ class MlflowPlugin:
                 run,
                 uri,
                 adopt_uri=not settings.auto_end_run,
-                on_push=ending.end_before_mlflow,
+                on_push=process_exit.end_before_mlflow,
             ),
             run=run,
-            nesting=Nesting(key, run, uri) if nests else None,
+            nesting=AutologSpans(key, run, uri) if nests else None,
             handling=sys.exc_info()[1],
             # The bridge's traces are one agent's run, whose span is the root of the tree.
             awaits_root="agent_name" in (trace.metadata or {}),
@@ -121,7 +121,7 @@ class MlflowPlugin:
         }
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not run.out_of_reach()
-        pipeline.offer(capture.encode(record), keep=True, urgent=True)
+        pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
         if waits:
             run.wait(min(settings.start_timeout_s, before_alarm_s()))
         state.active.follow()
@@ -137,8 +137,8 @@ class MlflowPlugin:
             return
         if state.awaits_root:
             state.awaits_root = False
-            record = capture.root_record(state.id, span)
-            state.pipeline.offer(capture.encode(record), keep=True)
+            record = snapshot.root_record(state.id, span)
+            state.pipeline.offer(snapshot.encode(record), keep=True)
         state.active.follow()
         if state.nesting is not None:
             state.nesting.enter(span)
@@ -155,7 +155,7 @@ class MlflowPlugin:
         state.late += state.ended
         try:
             # As characters: each is a byte at least, and `refine` cuts to the byte.
-            payload = capture.span_record(
+            payload = snapshot.span_record(
                 state.id, span, step, state.content, self.settings.field_bytes, state.late
             )
         except Exception:
@@ -180,13 +180,13 @@ class MlflowPlugin:
             return
         failure = getattr(trace, "error", None)
         if failure is None and not hasattr(trace, "error"):
-            failure = capture.failure_in_flight(state.handling)
+            failure = snapshot.failure_in_flight(state.handling)
         metadata: dict[str, Any] = {}
         try:
             metadata = self._metadata(trace, state.content)
             if self.settings.log_artifacts and state.content:
-                for record in artifacts.of_trace(state.id, metadata):
-                    if not state.pipeline.offer(capture.encode(record)):
+                for record in run_files.of_trace(state.id, metadata):
+                    if not state.pipeline.offer(snapshot.encode(record)):
                         state.lost["artifact_queue_full"] += 1
         except Exception as error:  # noqa: BLE001 - the end itself must not be lost
             report("plugin.trace_end", error)
@@ -248,7 +248,7 @@ class MlflowPlugin:
                 self._when_idle()
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
-        """The run of a trace exists. Shipper's thread."""
+        """The run of a trace exists. SendingThread's thread."""
         with self._lock:
             states = [state for state in self._traces.values() if state.id == trace_id]
         for state in states:
@@ -256,7 +256,7 @@ class MlflowPlugin:
 
     def _end(
         self,
-        state: GoingTrace,
+        state: OpenTrace,
         metadata: dict[str, Any],
         failure: BaseException | None,
         status: str | None = None,
@@ -280,9 +280,9 @@ class MlflowPlugin:
         try:
             record["status"] = status or run_status(metadata, failure)
             if failure is not None:
-                error = capture.describe(failure)
+                error = snapshot.describe(failure)
                 if not state.content:
-                    error = {"type": error["type"], "message": capture.WITHHELD}
+                    error = {"type": error["type"], "message": snapshot.WITHHELD}
                 record["error"] = error
             if state.nesting is not None and (tags := state.nesting.end()):
                 record["added"] = {"tags": tags}
@@ -290,12 +290,12 @@ class MlflowPlugin:
             report("plugin.end", error)
         finally:  # Also after Ctrl-C: nobody ends it once more.
             # At once: whoever has waited for the agent looks at its trace next.
-            state.pipeline.offer(capture.encode(record), keep=True, urgent=True)
+            state.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
             state.over_s = time.monotonic()
 
     def _metadata(self, trace: Any, content: bool) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})
-        return metadata if content else capture.structure_only(redacted_metadata(metadata))
+        return metadata if content else snapshot.structure_only(redacted_metadata(metadata))
 
     def _forget_oldest(self) -> None:
         """Keep the last ended traces only; those still going stay however many they are."""

@@ -19,7 +19,7 @@ from qitos_mlflow.bridge.outcome import (
     outcome_of_exception,
 )
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
-from qitos_mlflow.mlflow_plugin.status import FAILED_REASONS
+from qitos_mlflow.mlflow_plugin.run_status import FAILED_REASONS
 
 
 @pytest.mark.parametrize(

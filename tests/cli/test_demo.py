@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.cli._demo_tasks import TASKS, DemoTask, prepare_workspace, run_task
-from qitos_mlflow.mlflow_plugin.readback import Readback, read_runs
+from qitos_mlflow.cli._logged_runs import LoggedRunsReader, read_runs
 from tests.cli.conftest import Done, Run, run_cli
 from tests.integration.server import MlflowServer
 
@@ -42,7 +42,7 @@ def store(
 
 
 @pytest.fixture(scope="module")
-def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Readback]:
+def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, LoggedRunsReader]:
     """The finished command, and what MLflow has of it."""
     options = ("--tracking-uri", store, "--experiment-name", EXPERIMENT)
     spool = str(tmp_path_factory.mktemp("spool"))
@@ -53,7 +53,7 @@ def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, 
 
 
 def test_the_runs_are_in_mlflow_correct_to_the_digit(
-    logged: tuple[Done, Readback], tmp_path: Path
+    logged: tuple[Done, LoggedRunsReader], tmp_path: Path
 ) -> None:
     """Every task is one run, with the status, counts, tokens and scores the Engine really had."""
     workspace = tmp_path / "again"
@@ -77,7 +77,9 @@ def test_the_runs_are_in_mlflow_correct_to_the_digit(
         assert run.critic_score == (sum(scores) / len(scores) if scores else None)
 
 
-def test_what_is_printed_is_what_mlflow_has(logged: tuple[Done, Readback], store: str) -> None:
+def test_what_is_printed_is_what_mlflow_has(
+    logged: tuple[Done, LoggedRunsReader], store: str
+) -> None:
     """The table has one row a run, and the last lines open the page of that very store."""
     done, found = logged
     lines = done.stdout.splitlines()
@@ -98,7 +100,7 @@ def test_what_is_printed_is_what_mlflow_has(logged: tuple[Done, Readback], store
         assert done.stdout.endswith(f"http://localhost:5000{page}")
 
 
-def test_two_demos_do_not_mix(logged: tuple[Done, Readback], store: str, cli: Run) -> None:
+def test_two_demos_do_not_mix(logged: tuple[Done, LoggedRunsReader], store: str, cli: Run) -> None:
     """A second demo into the same experiment shows its own runs only."""
     again = cli("demo", "--tracking-uri", store, "--experiment-name", EXPERIMENT, **SLOW)
     assert again.stdout.count("astronomer") == logged[0].stdout.count("astronomer") == 3

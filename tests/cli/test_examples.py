@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.mlflow_plugin.readback import read_runs
+from qitos_mlflow.cli._logged_runs import read_runs
 from tests.cli.conftest import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qitos_mlflow.cli._logged_runs import read_runs
 from qitos_mlflow.cli.run import selection
-from qitos_mlflow.mlflow_plugin.readback import read_runs
 from tests.cli.conftest import Run
 
 PROGRAM = """\

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.cli._logged_runs import LoggedRun, read_runs
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
-from qitos_mlflow.mlflow_plugin.readback import LoggedRun, read_runs
 from qitos_mlflow.settings import Settings
 from tests.cli.conftest import Run, environment
 from tests.waiting import eventually

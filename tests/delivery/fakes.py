@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qitos_mlflow.delivery import DeadLetter, Paths, Pipeline, RetryLater, Shipment
-from qitos_mlflow.delivery.segment import Record, Segment
+from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
 
 MIB = 1024 * 1024
 NOW = 1_800_000_000_000_000_000
@@ -141,7 +141,7 @@ def left_behind(
     directory: Path, records: list[bytes], header: bytes = b"{}", part_bytes: int = 500
 ) -> Paths:
     """A segment as a killed process leaves it."""
-    segment = Segment(
+    segment = SegmentWriter(
         directory, header, ship=True, cap_bytes=1024 * MIB, memory_bytes=0, part_bytes=part_bytes
     )
     for record in records:

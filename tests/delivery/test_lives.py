@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qitos_mlflow.delivery import Outcome, Paths, RetryLater, Stats, deliver_segment
-from qitos_mlflow.delivery import shipping as shipping_module
-from qitos_mlflow.delivery.cursor import Cursor
-from qitos_mlflow.delivery.shipping import Shipping
-from qitos_mlflow.delivery.spool import claim, waiting_records
+from qitos_mlflow.delivery import Counts, Outcome, Paths, RetryLater, deliver_segment
+from qitos_mlflow.delivery import segment_transfer as shipping_module
+from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
+from qitos_mlflow.delivery.spool.reader import SegmentReader
+from qitos_mlflow.delivery.spool.segments import claim, waiting_records
 from tests.delivery.fakes import FakeServer
-from tests.delivery.test_spool import MEMORY, NOW, append, crash, make_segment, own_cursor
+from tests.delivery.spool.test_spool import MEMORY, NOW, append, crash, make_segment, own_cursor
 
 BATCH = 4
 TORN = st.text("ab1 ", max_size=20).map(str.encode)
@@ -39,15 +39,15 @@ class Recording:
         self.recorded: list[bytes] = []
         self.deaths = 0
 
-    def shipping(self, cursor: Cursor) -> Shipping:
-        return Shipping(cursor, self.server.sink)
+    def shipping(self, cursor: SegmentReader) -> SegmentTransfer:
+        return SegmentTransfer(cursor, self.server.sink)
 
-    def step(self, shipping: Shipping, end: int | None, *, dies: bool = False) -> bool:
+    def step(self, shipping: SegmentTransfer, end: int | None, *, dies: bool = False) -> bool:
         """Ship a batch; with `dies`, the process does when the server has it."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shipping_module, "BATCH_RECORDS", BATCH)
             if dies:
-                patch.setattr(Cursor, "acknowledge", kill)
+                patch.setattr(SegmentReader, "acknowledge", kill)
             return shipping.step(end=end, sealed=True, timeout_s=1.0)
 
     def check(self) -> None:
@@ -139,7 +139,7 @@ class Lives(RuleBasedStateMachine):
             # The state rode with the acknowledgements: it knows of each record once.
             assert left.server.abandoned == [(len(left.recorded), NOW)]
             return
-        taken = claim(left.paths, Stats())
+        taken = claim(left.paths, Counts())
         assert taken is not None
         shipping = left.shipping(taken.cursor)
         try:

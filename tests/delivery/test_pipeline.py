@@ -18,12 +18,12 @@ from qitos_mlflow.delivery import (
     Shipment,
     deliver_segment,
     inspect_segment,
-    shipping,
+    segment_transfer,
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
-from qitos_mlflow.delivery.segment import Loss, Record, Segment
-from qitos_mlflow.delivery.shipper import SEND_TIMEOUT_S
-from qitos_mlflow.delivery.shipping import BATCH_RECORDS
+from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS
+from qitos_mlflow.delivery.sending_thread import SEND_TIMEOUT_S
+from qitos_mlflow.delivery.spool.writer import Loss, Record, SegmentWriter
 from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
 from tests.waiting import eventually
 
@@ -94,8 +94,8 @@ def test_urgent_records_are_sent_at_once(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What somebody waits for does not wait for others to gather, in memory or in the spool."""
-    monkeypatch.setattr("qitos_mlflow.delivery.worker.LINGER_S", 10 * LONG_S)
-    monkeypatch.setattr("qitos_mlflow.delivery.shipper.LINGER_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.LINGER_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.sending_thread.LINGER_S", 10 * LONG_S)
     pipeline = make()
     pipeline.offer(b"span")
     pipeline.offer(b"trace start", keep=True, urgent=True)
@@ -195,7 +195,7 @@ def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
     place: str,
 ) -> None:
     """A record the sink fails on is buried with the error; all others arrive, state included."""
-    monkeypatch.setattr(shipping, "SEND_BUGS", 1)
+    monkeypatch.setattr(segment_transfer, "SEND_BUGS", 1)
 
     class BuggyShipment:
         def __init__(self, records: Sequence[bytes], shipment: Shipment) -> None:
@@ -250,14 +250,14 @@ def test_a_bug_of_the_worker_costs_the_records_at_hand_only(
 ) -> None:
     """They are counted, told and seen by other processes; what comes after them is delivered."""
     losses = Losses()
-    store = Segment.append
+    store = SegmentWriter.append
 
-    def fail(segment: Segment, records: Sequence[Record], time_ns: int) -> list[Loss]:
+    def fail(segment: SegmentWriter, records: Sequence[Record], time_ns: int) -> list[Loss]:
         if any(record.data.startswith(b"bad") for record in records):
             raise ValueError("a bug")
         return store(segment, records, time_ns)
 
-    monkeypatch.setattr(Segment, "append", fail)
+    monkeypatch.setattr(SegmentWriter, "append", fail)
     pipeline = make(dropped=losses)
     for payload in (b"bad", b"bad too"):
         pipeline.offer(payload)
@@ -590,7 +590,7 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines go to rest as soon as they can."""
-    monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.01)
+    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.01)
 
 
 def at_rest(pipeline: Pipeline) -> bool:
@@ -669,8 +669,8 @@ def test_nothing_is_lost_between_work_and_rest(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records, flushes and a close that come as the threads are just going are taken care of."""
-    monkeypatch.setattr("qitos_mlflow.delivery.running.REST_S", 0.0001)
-    monkeypatch.setattr("qitos_mlflow.delivery.worker.LINGER_S", 0.0001)
+    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.0001)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.LINGER_S", 0.0001)
     pipeline = make()
     records = numbered(300)
     for number, record in enumerate(records):

@@ -273,7 +273,7 @@ def make_agent(config: Config, number: int, gates: Gates) -> Any:
             raise ValueError(f"step {step} fails on purpose")
         return f"{number}.{step} ".ljust(config.payload_bytes, "x")
 
-    class Worker(AgentModule[StateSchema, dict[str, Any], Action]):
+    class SpoolingThread(AgentModule[StateSchema, dict[str, Any], Action]):
         name = "worker"
 
         def init_state(self, task: str, **kwargs: Any) -> StateSchema:
@@ -287,7 +287,7 @@ def make_agent(config: Config, number: int, gates: Gates) -> Any:
     registry = ToolRegistry()
     registry.register(work)
     model = ScriptedModel(config, number, gates)
-    return Worker(tool_registry=registry, llm=model, model_parser=ReActTextParser())
+    return SpoolingThread(tool_registry=registry, llm=model, model_parser=ReActTextParser())
 
 
 def set_clock_back(by_s: float) -> None:

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qitos_mlflow.mlflow_plugin.ids import span_id, trace_id
+from qitos_mlflow.mlflow_plugin.mapping.ids import span_id, trace_id
 from tests.integration.agents import Report
 
 ONE_A_SPAN = {

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from qitos.engine.critic import Critic
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
-from qitos_mlflow.mlflow_plugin.refine import nanoseconds
+from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.bridge.recorder import Recorder

@@ -22,8 +22,8 @@ from qitos_mlflow import tracing
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._demo_agent import DeskAgent, Reviewer, ScriptedModel, act, answer
 from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
-from qitos_mlflow.mlflow_plugin.attributes import SPAN_TYPES
-from qitos_mlflow.mlflow_plugin.refine import nanoseconds
+from qitos_mlflow.mlflow_plugin.mapping.span_attributes import SPAN_TYPES
+from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
 from tests.bridge.recorder import Node, Recorder
 from tests.cli.conftest import run_cli

@@ -23,10 +23,10 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
-from qitos_mlflow.mlflow_plugin import pipelines
 from qitos_mlflow.mlflow_plugin import plugin as plugin_module
-from qitos_mlflow.mlflow_plugin.origin import Origin
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
+from qitos_mlflow.mlflow_plugin.precedence import Origin
+from qitos_mlflow.recording import pipelines
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
 
@@ -540,7 +540,7 @@ def test_a_signal_handler_may_shut_down_while_a_trace_starts(
 ) -> None:
     """Nothing that the same thread holds keeps it waiting; the trace that began is whole."""
     processor = attach()
-    watch = pipelines.ending.watch
+    watch = pipelines.process_exit.watch
 
     def interrupted(one: pipelines.Pipelines) -> None:
         watch(one)

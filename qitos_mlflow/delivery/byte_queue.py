@@ -1,0 +1,118 @@
+"""Memory between the agent's threads and the worker: bounded in bytes, never blocks.
+
+Receives payloads on any thread, hands them to the worker in order. Nothing here takes a lock
+that another thread or an interrupted frame of this one could hold: `queue.SimpleQueue.put` is
+documented to be reentrant, so a signal handler or a finalizer may offer at any moment.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import NamedTuple
+
+ITEM_OVERHEAD_BYTES = 120
+"""What CPython needs beside the payload: its header, the tuple, the slot (measured: 97-121)."""
+
+DRAIN_BYTES = 1024 * 1024
+"""The worker takes about this much at once, so that the bound holds for what it works on too."""
+
+
+class Item(NamedTuple):
+    """A payload, whether it is to be kept when space is short, and whether it is waited for."""
+
+    payload: bytes
+    keep: bool
+    urgent: bool
+
+
+class Barrier:
+    """A place in the queue: everything offered before it has passed when it is reached."""
+
+    def __init__(self, *, last: bool = False) -> None:
+        self.reached = threading.Event()
+        self.last = last
+
+
+class ByteQueue:
+    """A queue of payloads holding at most `max_bytes`; `keep` payloads are always taken."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        # Not exact: two threads adding at once may lose one addition where there is no GIL.
+        # drain() sets it right whenever it finds the queue empty.
+        self._held_bytes = 0
+        self.more = False
+        """Whether the last drain stopped because it had enough. Spooling thread only."""
+        self._barriers = 0  # Not exact either.
+        self._items: queue.SimpleQueue[Item | Barrier] = queue.SimpleQueue()
+        self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
+        self._hurry.acquire()
+
+    def offer(self, payload: bytes, keep: bool = False, urgent: bool = False) -> bool:
+        """Take `payload`, or refuse it because the queue is full. Any thread; never blocks.
+
+        An urgent one ends the worker's linger.
+        """
+        size = len(payload) + ITEM_OVERHEAD_BYTES
+        if not keep and self._held_bytes + size > self._max_bytes:
+            return False
+        self._held_bytes += size
+        self._items.put(Item(payload, keep, urgent))
+        if urgent:
+            self._end_linger()
+        return True
+
+    def put(self, barrier: Barrier) -> None:
+        """Place a barrier behind everything offered so far and end the worker's linger."""
+        self._barriers += 1
+        self._items.put(barrier)
+        self._end_linger()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the worker would find nothing."""
+        return self._items.empty()
+
+    @property
+    def records(self) -> int:
+        """How many payloads wait, about."""
+        return max(0, self._items.qsize() - self._barriers)
+
+    def _end_linger(self) -> None:
+        try:
+            self._hurry.release()
+        except RuntimeError:  # Already released: somebody else is in a hurry too.
+            pass
+
+    def linger(self, timeout_s: float) -> None:
+        """Let payloads gather for up to `timeout_s`; a barrier ends it. Spooling thread only."""
+        self._hurry.acquire(timeout=timeout_s)
+
+    def drain(self, *, wait: bool = True, timeout_s: float | None = None) -> list[Item | Barrier]:
+        """The oldest items, about `DRAIN_BYTES` of them. Spooling thread only.
+
+        Args:
+            wait: block until there is one; otherwise the list may be empty.
+            timeout_s: block no longer than this; then the list is empty.
+        """
+        taken: list[Item | Barrier] = []
+        taken_bytes = 0
+        self.more = False
+        try:
+            item = self._items.get(wait, timeout_s)
+            while True:
+                taken.append(item)
+                if isinstance(item, Item):
+                    taken_bytes += len(item.payload) + ITEM_OVERHEAD_BYTES
+                else:
+                    self._barriers -= 1
+                if taken_bytes >= DRAIN_BYTES:
+                    self.more = True
+                    break
+                item = self._items.get_nowait()
+        except queue.Empty:
+            self._held_bytes = 0
+        else:
+            self._held_bytes = max(0, self._held_bytes - taken_bytes)
+        return taken

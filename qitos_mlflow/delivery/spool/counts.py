@@ -1,0 +1,125 @@
+"""Counts of what became of the records, losses by reason. There is no loss without a count."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+ASIDE_FULL = "aside_full"
+"""Refused by the server or damaged, and what is kept of such has reached its share."""
+CLOSED = "closed"
+"""Offered after close()."""
+DISK_FULL = "disk_full"
+"""The disk took no more, and the memory that stands in for it was full or offline."""
+QUEUE_FULL = "queue_full"
+"""The queue had reached its bound: records came faster than the disk takes them."""
+REFINE_FAILED = "refine_failed"
+"""The function that decodes and redacts raised; what cannot be redacted is not stored."""
+SPOOL_FULL = "spool_full"
+"""The spool directory has reached its cap."""
+SPOOL_REMOVED = "spool_removed"
+"""Somebody deleted the segment's file, or cut it short, before its records were sent."""
+SPOOL_UNREADABLE = "spool_unreadable"
+"""A part of the segment could not be read, again and again; kept aside (others' count as one)."""
+SPOOL_UNWRITABLE = "spool_unwritable"
+"""The spool directory cannot be written, and the memory that stands in for it was full."""
+WORKER_FAILED = "worker_failed"
+"""A bug in the worker cost these records; it was logged."""
+
+_FULL = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)
+}  # Windows has no quota error.
+
+
+def reason_of(error: OSError) -> str:
+    """Why the spool could not be written, as a reason to count under."""
+    return DISK_FULL if error.errno in _FULL else SPOOL_UNWRITABLE
+
+
+@dataclass(frozen=True)
+class CountsSnapshot:
+    """The counts at one moment; all numbers are records, but `bad_lines`."""
+
+    recorded: int
+    """Reached the worker (refused ones are in `dropped` only)."""
+    delivered: int
+    """Accepted by the server and acknowledged."""
+    dead_letters: int
+    """Refused by the server for good, kept in the dead-letter file."""
+    bad_lines: int
+    """Torn or corrupt lines of the spool, kept aside."""
+    dropped: Mapping[str, int]
+    """Lost, by reason."""
+
+
+class Counts:
+    """Counts that any thread may add to and read.
+
+    Args:
+        total: counts everything as well.
+    """
+
+    def __init__(self, total: Counts | None = None) -> None:
+        self._total = total
+        # Reentrant: a signal handler may offer a record while this thread counts one.
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._saved: Counter[str] = Counter()
+        self._saving = threading.Lock()
+
+    def add(
+        self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0, bad_lines: int = 0
+    ) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self._counts.update(
+                recorded=recorded,
+                delivered=delivered,
+                dead_letters=dead_letters,
+                bad_lines=bad_lines,
+            )
+        if self._total is not None:
+            self._total.add(
+                recorded=recorded,
+                delivered=delivered,
+                dead_letters=dead_letters,
+                bad_lines=bad_lines,
+            )
+
+    def drop(self, reason: str, records: int = 1) -> None:
+        """Count records lost for `reason`."""
+        with self._lock:
+            self._dropped[reason] += records
+        if self._total is not None:
+            self._total.drop(reason, records)
+
+    def save_losses(self, save: Callable[[Counter[str]], None]) -> None:
+        """Call `save` with the losses that are not saved yet, if any; still so when it raises.
+
+        Where another thread is just doing that, it is left for the next call.
+        """
+        if not self._saving.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                dropped = self._dropped.copy()
+            if new := dropped - self._saved:
+                save(new)
+                self._saved = dropped
+        finally:
+            self._saving.release()
+
+    def snapshot(self) -> CountsSnapshot:
+        """The counts now; what one thread has added is seen whole."""
+        with self._lock:
+            return CountsSnapshot(
+                recorded=self._counts["recorded"],
+                delivered=self._counts["delivered"],
+                dead_letters=self._counts["dead_letters"],
+                bad_lines=self._counts["bad_lines"],
+                dropped=dict(self._dropped),
+            )

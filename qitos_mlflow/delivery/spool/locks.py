@@ -1,0 +1,246 @@
+"""Who appends to a segment and who ships it: locks that end with the process, however it ends.
+
+The kernel keeps the lock (`flock`, on Windows `msvcrt.locking`), so there is no stale one to judge.
+The `filelock` package does this too, but releasing its lock in a forked child unlocks the parent.
+
+Where the file system has no locks (some NFS mounts: ENOLCK, ENOTSUP), the lock file names its
+holder instead: host, boot, pid and the process's start. A holder on this host is checked exactly.
+One on another host counts as alive until its lock file has been untouched for `STALE_S`. Two that
+take over from a dead holder at the same moment are told apart by who wrote last; should both go
+on regardless, records are sent twice, which sinks make harmless.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qitos_mlflow.delivery.spool.paths import open_private, write_all
+
+STALE_S = 24 * 3600.0
+"""Without kernel locks: a holder on another host is presumed dead after this long (seconds)."""
+SETTLE_S = 0.05
+"""Without kernel locks: how long after writing its name a taker looks whether it is still there."""
+
+LOOK_TRIES = 3
+LOOK_S = 0.02
+"""Who looks whether a lock is held has it for a moment, a few microseconds (seconds)."""
+
+_UNSUPPORTED = {
+    getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")
+}
+
+_held: dict[str, FileLock] = {}
+"""Lock files held by this process: looking at them through the kernel could release them (NFS)."""
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _kernel_lock(descriptor: int) -> bool:
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Locked bytes cannot be read: lock none in use.
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK):
+                return False
+            raise
+        return True
+
+else:
+    import fcntl
+
+    def _kernel_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class FileLock:
+    """An exclusive lock on `path`, held from `acquire` to `release` or the end of the process."""
+
+    def __init__(self, path: Path, kernel_lock: Callable[[int], bool] = _kernel_lock) -> None:
+        self.path = path
+        self._kernel_lock = kernel_lock
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def acquire_patiently(self) -> bool:
+        """Like `acquire`, but outlasts somebody who only looks whether the lock is held."""
+        for _ in range(LOOK_TRIES):
+            if self.acquire():
+                return True
+            time.sleep(LOOK_S)
+        return self.acquire()
+
+    def acquire(self, *, create: bool = True) -> bool:
+        """Take the lock without waiting; False when somebody else has it.
+
+        Args:
+            create: create the lock file; otherwise one that is missing cannot be taken.
+
+        Raises:
+            OSError: the lock file cannot be opened.
+        """
+        if self._descriptor is not None:
+            if _is_at(self._descriptor, self.path):
+                return True
+            self.release()  # Somebody deleted the file: nobody else can see this lock.
+        if str(self.path) in _held:
+            return False
+        while True:
+            try:
+                descriptor = open_private(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
+            except FileNotFoundError:
+                if create:
+                    raise
+                return False
+            try:
+                taken = self._take(descriptor)
+                removed = taken and not _is_at(descriptor, self.path)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if removed:  # By its last holder meanwhile: take the new one.
+                os.close(descriptor)
+                continue
+            if not taken:
+                os.close(descriptor)
+                return False
+            self._descriptor = descriptor
+            _held[str(self.path)] = self
+            return True
+
+    def _take(self, descriptor: int) -> bool:
+        try:
+            return self._kernel_lock(descriptor)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        if _holder_lives(descriptor):
+            return False
+        mine = json.dumps({**_identity(os.getpid()), "token": secrets.token_hex(8)}).encode()
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, mine)
+        time.sleep(SETTLE_S)
+        return _content(descriptor) == mine
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock up, and with `remove` delete its file before anyone can take it."""
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        if sys.platform == "win32":
+            os.close(descriptor)  # An open file cannot be removed there.
+        try:
+            if remove:
+                self.path.unlink(missing_ok=True)
+            elif sys.platform != "win32" and _content(descriptor):
+                os.ftruncate(descriptor, 0)  # Without kernel locks, the name is the lock.
+        except OSError:
+            pass  # The lock goes with the descriptor in any case.
+        finally:
+            _held.pop(str(self.path), None)
+            if sys.platform != "win32":
+                os.close(descriptor)
+
+    def disown(self) -> None:
+        """In a forked child: forget the parent's lock and leave it with the parent.
+
+        Closing the inherited descriptor releases nothing while the parent has its own open.
+        """
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            _held.pop(str(self.path), None)
+
+
+def _disown_all() -> None:
+    for lock in list(_held.values()):
+        lock.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
+
+
+def is_held(path: Path) -> bool:
+    """Whether any process holds the lock on `path` now. Takes it for a moment to find out."""
+    if str(path) in _held:
+        return True
+    probe = FileLock(path)
+    try:
+        taken = probe.acquire(create=False)
+    except OSError:
+        return True  # It cannot be taken, so whoever could hold it is not to be disturbed.
+    probe.release()
+    return not taken and path.exists()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _content(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.read(descriptor, 4096)
+
+
+def _holder_lives(descriptor: int) -> bool:
+    try:
+        holder = json.loads(_content(descriptor))
+        pid, host = int(holder["pid"]), holder["host"]
+    except (ValueError, TypeError, KeyError):
+        return False  # Released, or never held.
+    if host != socket.gethostname():
+        return time.time() - os.fstat(descriptor).st_mtime < STALE_S
+    return all(holder.get(key) == value for key, value in _identity(pid).items())
+
+
+def _identity(pid: int) -> dict[str, object]:
+    """What tells the process `pid` of this host from every other one; differs when it is gone."""
+    return {
+        "host": socket.gethostname(),
+        "boot": boot_id(),
+        "pid": pid,
+        "start": _started(pid),
+    }
+
+
+def boot_id() -> str:
+    """What changes when this machine starts anew; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    try:  # Field 22 of stat; the second one may hold spaces and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except OSError:
+        pass
+    return ""

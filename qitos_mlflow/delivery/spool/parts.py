@@ -1,0 +1,192 @@
+"""A part of a segment: lines one after the other, on disk or, where there is no disk, in memory.
+
+Positions count bytes from the segment's beginning through all of its parts; a part holds those
+from `base` on. So a place in the segment is one number, whatever it is stored in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
+from qitos_mlflow.delivery.spool.paths import open_private, write_all
+
+
+class Part(Protocol):
+    """Lines from position `base` on; appended by the worker, read by the shipper."""
+
+    base: int
+    records: int
+    """Lines appended by this object; 0 where another process appends."""
+    acknowledged: int
+    """Records of it that have been acknowledged, or given up."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its file, where it has one."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        ...
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Append lines; returns how many went in whole."""
+        ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; fewer only at the end.
+
+        Raises:
+            FileNotFoundError: the part is gone.
+            OSError: it cannot be read.
+        """
+        ...
+
+    def remove(self) -> None:
+        """Free what the part takes. Nothing is read from it afterwards."""
+        ...
+
+
+class DiskPart:
+    """A part in a file."""
+
+    def __init__(self, path: Path, base: int) -> None:
+        self.path = path
+        self.base = base
+        self.records = 0
+        self.acknowledged = 0
+        self.failure: str | None = None
+        self._descriptor: int | None = None
+        self._made: os.stat_result | None = None
+        self._size = 0
+
+    @classmethod
+    def create(cls, path: Path, base: int, head: bytes) -> DiskPart:
+        """A new file beginning with `head`, open for appending.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        part = cls(path, base)
+        part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        try:
+            part._made = os.fstat(part._descriptor)
+            write_all(part._descriptor, head)
+        except OSError:
+            part.remove()
+            raise
+        part._size = len(head)
+        return part
+
+    @property
+    def size(self) -> int:
+        """Bytes appended, or in the file where another process appends."""
+        return self._size if self._descriptor is not None else self.path.stat().st_size
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Append lines; returns how many are whole in the file. Blocks on the disk."""
+        assert self._descriptor is not None
+        data = memoryview(b"".join(lines))
+        written = 0
+        try:
+            if not self._in_place():
+                self.failure = SPOOL_REMOVED
+                return 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError as error:
+            self.failure = reason_of(error)
+        if written == len(data):
+            whole = len(lines)
+        else:
+            ends = list(accumulate(map(len, lines)))
+            whole = sum(end <= written for end in ends)
+            written = ends[whole - 1] if whole else 0
+            try:  # A reader skips what is torn, but it should not have to.
+                os.ftruncate(self._descriptor, self._size + written)
+            except OSError:
+                pass
+        self._size += written
+        self.records += whole
+        return whole
+
+    def _in_place(self) -> bool:
+        """Whether the file is still where it was made, and whole: nobody has deleted or cut it."""
+        assert self._made is not None
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(self._made, now) and now.st_size == self._size
+
+    def seal(self) -> None:
+        """Nothing will be appended any more."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            try:
+                os.close(descriptor)
+            except OSError as error:  # Whether the lines are there shows when they are read.
+                _guard.warn("delivery.close", "cannot close %s: %s", self.path, error)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes of the file. Keeps nothing open."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.seal()
+        self.path.unlink(missing_ok=True)
+
+
+class MemoryPart:
+    """A part that stands in for the disk; gone with the process.
+
+    Args:
+        base: position of the first line.
+        limit_bytes: how much goes in.
+        failure: why the disk could not be used; what does not go in is lost for this reason.
+    """
+
+    def __init__(self, base: int, limit_bytes: int, failure: str) -> None:
+        self.base = base
+        self.path: Path | None = None
+        self.records = 0
+        self.acknowledged = 0
+        self.failure = failure
+        self._limit_bytes = limit_bytes
+        self._lines = bytearray()
+
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        return len(self._lines)
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Append as many of the lines as there is room for; returns how many."""
+        room = self._limit_bytes - len(self._lines)
+        whole = sum(end <= room for end in accumulate(map(len, lines)))
+        self._lines += b"".join(lines[:whole])
+        self.records += whole
+        return whole
+
+    def append_anyway(self, line: bytes) -> None:
+        """Append a line whether there is room or not."""
+        self._lines += line
+        self.records += 1
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes."""
+        return bytes(self._lines[offset : offset + size])
+
+    def remove(self) -> None:
+        """Free the memory."""
+        self._lines = bytearray()

@@ -1,0 +1,60 @@
+"""How much the spool directory may still take: records, and what is kept aside, each its share.
+
+What is kept aside (dead letters, bad lines, unreadable parts) stays until somebody purges it, so it
+has a bound of its own: it must never keep records out.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES
+
+SCAN_S = 2.0
+"""How often the sizes of the whole directory are looked up, at most (seconds)."""
+
+
+class Quota:
+    """A bound of the directory's size, looked up now and then, counted in between. One thread.
+
+    Args:
+        directory: the spool; all processes that use it count.
+        cap_bytes: the bound.
+        aside: bounds what is kept aside; otherwise everything else.
+    """
+
+    def __init__(self, directory: Path, cap_bytes: int, *, aside: bool = False) -> None:
+        self._directory = directory
+        self._cap_bytes = cap_bytes
+        self._aside = aside
+        self._used_bytes = 0
+        self._scan_at = float("-inf")
+
+    def has_room(self, size: int, share: float = 1.0) -> bool:
+        """Whether `size` bytes more stay within `share` of the bound."""
+        if time.monotonic() >= self._scan_at:
+            self._used_bytes = _bytes_of(self._directory, self._aside)
+            self._scan_at = time.monotonic() + SCAN_S
+        return self._used_bytes + size <= self._cap_bytes * share
+
+    def add(self, size: int) -> None:
+        """Count what has been written."""
+        self._used_bytes += size
+
+
+def _bytes_of(directory: Path, aside: bool) -> int:
+    """What the files take; those that vanish meanwhile count as nothing."""
+    total = 0
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(ASIDE_SUFFIXES) == aside:
+                    try:
+                        total += entry.stat(follow_symlinks=False).st_size
+                    except OSError:
+                        pass
+    except OSError:
+        pass
+    return total

@@ -1,0 +1,247 @@
+"""The reading side of a segment: records in order, and what of them has been accepted.
+
+The same for the process that appends and for any other that delivers the segment later.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.sink import DeadLetter
+from qitos_mlflow.delivery.spool import line_format
+from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
+from qitos_mlflow.delivery.spool.parts import Part
+from qitos_mlflow.delivery.spool.paths import Paths, replace_private
+
+READ_BYTES = 1024 * 1024
+"""Read at once; four times as much where one line is longer."""
+READ_TRIES = 4
+"""A part that cannot be read is tried at least this often, ..."""
+READ_S = 20.0
+"""... and for so long, then given up. Less than the patience of `qitos-mlflow sync` (seconds)."""
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Of the process or the system: says nothing about the file, however long it lasts."""
+
+
+class Ack(NamedTuple):
+    """How far records were accepted, the sink's state there, the time of the last one (ns).
+
+    The state is None when it is empty: a sink is not asked to restore nothing.
+    """
+
+    position: int
+    state: bytes | None
+    time_ns: int
+
+
+@dataclass
+class Chunk:
+    """Records that follow each other in one part, and where the next ones begin."""
+
+    end: int
+    time_ns: int
+    part: Part | None = None
+    records: list[bytes] = field(default_factory=list)
+    bad: list[bytes] = field(default_factory=list)
+    lost: int = 0
+    unreadable: bool = False
+    """The part cannot be read: what is lost is the rest of it."""
+
+
+def load_ack(paths: Paths) -> Ack | None:
+    """The acknowledgement on disk; None when there is none or it is corrupt: send it all again.
+
+    Raises:
+        OSError: there is one, and the process has no descriptor or memory left to read it with.
+    """
+    try:
+        line = line_format.decode(paths.ack.read_bytes().rstrip(line_format.LF))
+    except OSError as error:
+        if error.errno in EXHAUSTED and paths.ack.exists():
+            raise
+        return None
+    if line is None or line.kind != line_format.ACK:
+        return None
+    position, _, state = line.payload.partition(b" ")
+    return Ack(int(position, 16), state or None, line.time_ns)
+
+
+class SegmentReader:
+    """Reads on from the last acknowledgement. One thread only, but for `position`.
+
+    Args:
+        paths: where the acknowledgement is kept.
+        parts: returns the parts there are now, in order.
+        discard: frees parts before a position (``discard(position, disk=...)``).
+        stats: what dead letters, bad lines and deliveries are counted in.
+        aside: takes what cannot be delivered.
+        patient: try again to read what cannot be read, for a while; otherwise skip it.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        parts: Callable[[], Sequence[Part]],
+        discard: Callable[..., None],
+        stats: Counts,
+        aside: DeadLetters | None = None,
+        *,
+        patient: bool = True,
+    ) -> None:
+        ack = load_ack(paths)
+        self.position = ack.position if ack else 0
+        self.state = ack.state if ack else None
+        """The sink's state at `position`; None before the first acknowledgement."""
+        self.last_time_ns = ack.time_ns if ack else 0
+        self.aside = aside or DeadLetters(paths, stats)
+        self._paths = paths
+        self._parts = parts
+        self._discard = discard
+        self._stats = stats
+        self._patient = patient
+        self._read_failures = 0
+        self._failing_since = 0.0
+
+    def read(self, *, end: int | None, sealed: bool, max_records: int, max_bytes: int) -> Chunk:
+        """The next records; `end` of the chunk is `position` when there are none.
+
+        Args:
+            end: read no further than this position; None for all there is.
+            sealed: nobody is appending between here and `end` (always where that is given), so
+                that an incomplete last line is a torn one; otherwise it is left until it is
+                complete.
+            max_records: at most so many records.
+            max_bytes: no further record once they have this size together.
+
+        Raises:
+            OSError: a part cannot be read; when that lasts, the next call goes on behind it.
+        """
+        chunk = Chunk(self.position, self.last_time_ns)
+        # Parts are listed before they are read: one with a successor was complete by then.
+        parts = self._parts()
+        for index, part in enumerate(parts):
+            stop = parts[index + 1].base if index + 1 < len(parts) else None
+            if stop is not None and chunk.end >= stop:
+                continue
+            chunk.part = part
+            chunk.end = max(chunk.end, part.base)
+            limit = stop if end is None else end if stop is None else min(stop, end)
+            try:
+                full = _read_part(
+                    part, chunk, limit, sealed or stop is not None, max_records, max_bytes
+                )
+            except FileNotFoundError:
+                full = False
+            except OSError as error:
+                if chunk.records or chunk.bad:
+                    break  # Those first.
+                if not self._gives_up(error):
+                    raise
+                chunk.unreadable = True
+                chunk.lost = max(1, _missing(part, chunk))
+                chunk.end = part.base + part.size if limit is None else limit
+                full = False
+            if not full and limit is not None and chunk.end < limit:
+                # Nobody appends there any more: the file was deleted or cut short. Or what came
+                # next was in the memory of a process that is gone.
+                chunk.lost = _missing(part, chunk)
+                chunk.end = limit
+            if chunk.records or chunk.bad or chunk.lost:
+                break
+        self._read_failures = 0
+        return chunk
+
+    def _gives_up(self, error: OSError) -> bool:
+        """Whether reading has failed for long enough, and because of the part."""
+        if self._patient and error.errno in EXHAUSTED:
+            return False
+        if not self._read_failures:
+            self._failing_since = time.monotonic()
+        self._read_failures += 1
+        failing_s = time.monotonic() - self._failing_since
+        return not self._patient or (self._read_failures >= READ_TRIES and failing_s >= READ_S)
+
+    def skip(self, chunk: Chunk) -> None:
+        """Read on behind `chunk` without acknowledging it: for looking only."""
+        self.position, self.last_time_ns = chunk.end, chunk.time_ns
+
+    def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
+        """Record that everything up to the chunk's end was accepted or buried."""
+        self.aside.bury(dead)
+        self.aside.keep_bad(chunk.bad)
+        if chunk.unreadable and chunk.part is not None and chunk.part.path is not None:
+            self.aside.keep_part(chunk.part.path)
+        parts = self._parts()
+        frees = len(parts) > 1 and parts[1].base <= chunk.end
+        # Once a part is gone, this is the only place where the sink's state is.
+        last_copy = frees or any(part.base for part in parts[:1])
+        line = line_format.encode(
+            line_format.ACK, b"%x %b" % (chunk.end, state or b""), chunk.time_ns
+        )
+        stored = False
+        try:
+            replace_private(self._paths.ack, line, durable=last_copy)
+            stored = True
+        except OSError as error:
+            # Harmless by itself: after a crash, records are sent a second time.
+            _guard.warn("delivery.ack", "cannot write %s: %s", self._paths.ack, error)
+        self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
+        if chunk.part is not None:
+            chunk.part.acknowledged += len(chunk.records) + chunk.lost
+        # Of one record the server may refuse many items.
+        self._stats.add(delivered=max(0, len(chunk.records) - len(dead)))
+        if chunk.lost:
+            reason = SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED
+            self._stats.drop(reason, chunk.lost)
+        self.aside.save_losses()
+        if frees:
+            self._discard(chunk.end, disk=stored)
+
+
+def _missing(part: Part, chunk: Chunk) -> int:
+    """How many records of `part` are neither settled nor in `chunk`; of others' nobody knows."""
+    return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.bad))
+
+
+def _read_part(
+    part: Part, chunk: Chunk, limit: int | None, sealed: bool, max_records: int, max_bytes: int
+) -> bool:
+    """Read lines of `part` into `chunk` up to the position `limit`; True when it is full."""
+    taken_bytes = 0
+    size = READ_BYTES
+    while limit is None or chunk.end < limit:
+        want = size if limit is None else min(size, limit - chunk.end)
+        data = part.read(chunk.end - part.base, want)
+        complete = data.rfind(line_format.LF) + 1
+        if not complete:
+            if len(data) == want and want == size:
+                size *= 4  # One line is longer than what was read.
+                continue
+            if data and sealed:
+                _take(data, chunk)
+                chunk.end += len(data)
+            return False
+        for line in data[: complete - 1].split(line_format.LF):
+            taken_bytes += _take(line, chunk)
+            chunk.end += len(line) + 1
+            if len(chunk.records) >= max_records or taken_bytes >= max_bytes:
+                return True
+    return False
+
+
+def _take(raw: bytes, chunk: Chunk) -> int:
+    line = line_format.decode(raw)
+    if line is None:
+        chunk.bad.append(raw)
+    before = len(chunk.records)
+    for intact in line_format.salvage(raw) if line is None else [line]:
+        if intact.kind == line_format.RECORD:
+            chunk.records.append(intact.payload)
+            chunk.time_ns = max(chunk.time_ns, intact.time_ns)
+    return sum(map(len, chunk.records[before:]))

@@ -1,0 +1,211 @@
+"""Makes MLflow's own spans children of the QitOS span in which they are made.
+
+With `mlflow.openai.autolog()` and the like, a model call leaves a span of MLflow's tracer. While a
+QitOS span is going, that span is what MLflow takes for its current one on this thread: a remote
+parent, in the way of MLflow's distributed tracing. Nothing of MLflow is set up, cleared or
+configured for it; its exporter sends its spans, with our trace's id.
+
+A small, isolated step that may fail without consequence: then MLflow's spans are traces of their
+own, as they are without us. mlflow is never imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from qitos_mlflow._guard import report
+from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
+
+RENEW_S = 60.0
+"""How often MLflow is told again of a trace that goes on; it forgets after an hour. Far longer than
+its exporter, which looks spans up there, waits for more of them (5 s)."""
+
+FLUSH_MS = 30_000
+"""How long MLflow's exporter may take for its last spans of a trace, in the background."""
+
+
+class AutologSpans:
+    """What MLflow's tracer sees of one trace. Any thread; every method is total.
+
+    Args:
+        qitos_trace_id: the trace.
+        run: its run; while its server is out of reach nothing is done.
+        uri: where the trace goes; None for MLflow's default. MLflow's spans must go there too.
+    """
+
+    def __init__(self, qitos_trace_id: str, run: PendingRun, uri: str | None) -> None:
+        self._qitos_trace_id = qitos_trace_id
+        self._otel_trace_id = int.from_bytes(otel_trace_id(qitos_trace_id), "big")
+        self._trace_id = trace_id(qitos_trace_id)
+        self._run = run
+        self._uri = uri
+        self._attached: dict[str, Any] = {}
+        self._contexts: Any = None  # MLflow's, once it is in use.
+        self._elsewhere = False
+        self._over = False
+        self._known_until_s = 0.0
+
+    def enter(self, span: Any) -> None:
+        """`span` has started on this thread: MLflow's spans go below it from now on."""
+        try:
+            if not self._is_possible():
+                return
+            from opentelemetry import trace as otel
+
+            parent = otel.SpanContext(
+                trace_id=self._otel_trace_id,
+                span_id=int.from_bytes(span_id(self._qitos_trace_id, str(span.span_id)), "big"),
+                is_remote=True,
+                trace_flags=otel.TraceFlags(otel.TraceFlags.SAMPLED),
+            )
+            current = self._contexts.get_current()
+            attached = _attached_class()(parent, _going(otel.get_current_span(current)))
+            self._contexts.attach(otel.set_span_in_context(attached, current))
+            self._attached[span.span_id] = attached
+            if self._over:  # Since the look above, on another thread.
+                attached.ended = True
+        except Exception as error:  # noqa: BLE001
+            report("nesting.enter", error)
+
+    def leave(self, span: Any) -> None:
+        """`span` has ended: MLflow's current span is again what it was before."""
+        attached = self._attached.pop(span.span_id, None)
+        if attached is None:
+            return
+        # On whatever thread or task it is current, which this one need not be.
+        attached.ended = True
+        try:
+            from opentelemetry import trace as otel
+
+            context = self._contexts.get_current()
+            current = otel.get_current_span(context)
+            going = _going(current)
+            if going is not current:
+                self._contexts.attach(otel.set_span_in_context(going, context))
+        except Exception as error:  # noqa: BLE001
+            report("nesting.leave", error)
+
+    def end(self) -> dict[str, str]:
+        """The trace is over. Returns the tags that were given to it through MLflow."""
+        self._over = True
+        for attached in list(self._attached.values()):
+            attached.ended = True
+        self._attached.clear()
+        tags: dict[str, str] = {}
+        try:
+            if not self._known_until_s:
+                return tags
+            with _manager().get_trace(self._trace_id) as trace:
+                if trace is None:
+                    return tags
+                given = dict(trace.info.tags)
+                spans = list(trace.span_dict.values())
+            tags = {key: str(tag) for key, tag in given.items() if not key.startswith("mlflow.")}
+            if not spans:
+                _manager().pop_trace(self._otel_trace_id)
+            elif all(span.end_time_ns for span in spans):
+                # Its exporter looks the spans up there, some seconds after they have ended.
+                forget = threading.Thread(target=self._forget, daemon=True)
+                forget.name = "qitos-mlflow-nesting"
+                with suppress(RuntimeError):  # At the interpreter's exit, which forgets it all.
+                    forget.start()
+        except Exception as error:  # noqa: BLE001
+            report("nesting.end", error)
+        return tags
+
+    def _is_possible(self) -> bool:
+        if self._over:
+            return False
+        if self._contexts is None:
+            if self._elsewhere or not mlflow_in_use():
+                return False
+            if not same_place(self._uri):
+                self._elsewhere = True
+                return False
+            self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
+        if self._run.out_of_reach():
+            return False
+        if time.monotonic() >= self._known_until_s:
+            self._make_known()
+            self._known_until_s = time.monotonic() + RENEW_S
+        return True
+
+    def _make_known(self) -> None:
+        """Tell MLflow of the trace: it drops spans of those that it does not know."""
+        manager = _manager()
+        with manager.get_trace(self._trace_id) as trace:  # With the manager's lock.
+            if trace is not None:
+                self._renew(getattr(manager, "_traces", None), trace)
+                return
+        entities: Any = sys.modules["mlflow.entities"]
+        ref = self._run.ref
+        location = entities.TraceLocation
+        info = entities.TraceInfo(
+            trace_id=self._trace_id,
+            trace_location=location.from_experiment_id(ref.experiment_id) if ref else None,
+            request_time=0,
+            state=entities.TraceState.IN_PROGRESS,
+            # Whoever reads the trace in this process gets it from where it is.
+            tags={"mlflow.trace.spansLocation": "TRACKING_STORE"},
+        )
+        manager.register_trace(self._otel_trace_id, info, is_remote_trace=True)
+
+    def _renew(self, traces: Any, trace: Any) -> None:
+        """Have MLflow keep the trace for another hour, but not the spans it has sent."""
+        sent_ns = time.time_ns() - int(RENEW_S * 1e9)
+        for key, span in list(trace.span_dict.items()):
+            if span.end_time_ns and span.end_time_ns < sent_ns:
+                del trace.span_dict[key]
+        if traces is not None:
+            traces.pop(self._trace_id, None)  # Not every kind of its caches renews what is there.
+            traces[self._trace_id] = trace
+
+    def _forget(self) -> None:
+        try:
+            provider = sys.modules["mlflow.tracing.provider"].provider.get()
+            if hasattr(provider, "force_flush"):
+                provider.force_flush(FLUSH_MS)
+            _manager().pop_trace(self._otel_trace_id)
+        except Exception as error:  # noqa: BLE001
+            report("nesting.forget", error)
+
+
+@lru_cache(maxsize=1)
+def _attached_class() -> Any:
+    """The class of what stands for a QitOS span in MLflow's contexts."""
+    from opentelemetry import trace as otel
+
+    class AttachedSpan(otel.NonRecordingSpan):
+        """A remote parent, and of no effect once it has ended.
+
+        The contexts of other threads and tasks keep it, and MLflow drops every span whose parent
+        is of a trace that it has forgotten.
+        """
+
+        def __init__(self, context: Any, outer: Any) -> None:
+            super().__init__(context)
+            self.outer = outer
+            self.ended = False
+
+        def get_span_context(self) -> Any:
+            return self.outer.get_span_context() if self.ended else super().get_span_context()
+
+    return AttachedSpan
+
+
+def _going(span: Any) -> Any:
+    """`span`, or where it is one of ours that has ended, what was current outside of it."""
+    while isinstance(span, _attached_class()) and span.ended:
+        span = span.outer
+    return span
+
+
+def _manager() -> Any:
+    return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()

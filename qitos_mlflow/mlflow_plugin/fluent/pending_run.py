@@ -1,0 +1,130 @@
+"""A run that may not exist yet, and what MLflow's callers see of it meanwhile.
+
+Known to the plugin from the moment the server has created it; on MLflow's stack it may be before:
+whoever asks it for its id, which is the caller's own `mlflow.log_metric`, waits there until then.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from qitos_mlflow._guard import warn
+from qitos_mlflow.mlflow_plugin.server.transport import RunRef
+
+LATE_S = 10.0
+"""Longest wait of a caller's own MLflow call for the run to be created (a new local store takes
+three seconds); then the call goes on as it would without us."""
+
+POLL_S = 0.05
+"""How soon a wait notices that the server is out of reach (seconds)."""
+
+
+def before_alarm_s() -> float:
+    """How long a wait may last that is to end before the process's alarm goes off (seconds).
+
+    Many limit the time of a task by an alarm whose handler raises. Raised in a wait of ours, it
+    would end in what keeps our failures from the agent, and the task would go on.
+    """
+    if not hasattr(signal, "getitimer"):  # Windows.
+        return math.inf
+    left_s, every_s = signal.getitimer(signal.ITIMER_REAL)
+    # One that comes again and again is a profiler's.
+    return math.inf if every_s or not left_s else max(0.0, left_s - POLL_S)
+
+
+class PendingRun:
+    """The run of one trace: unknown until the server has created it. Any thread.
+
+    Args:
+        out_of_reach: whether the server is known not to answer.
+    """
+
+    def __init__(self, out_of_reach: Callable[[], bool] = lambda: False) -> None:
+        self._created = threading.Event()
+        self.out_of_reach = out_of_reach
+        self.ref: RunRef | None = None
+
+    def created(self, ref: RunRef) -> None:
+        """Say that the run exists."""
+        self.ref = ref
+        self._created.set()
+
+    def wait(self, timeout_s: float) -> RunRef | None:
+        """The run, waiting for it at most `timeout_s` and only while there is hope; else None."""
+        deadline = time.monotonic() + timeout_s
+        while not self.out_of_reach() and (left_s := deadline - time.monotonic()) > 0:
+            if self._created.wait(min(left_s, POLL_S)):
+                break
+        return self.ref
+
+    def lost(self) -> bool:
+        """Whether a request about the run is sure to fail, or the run is not there yet."""
+        return self.ref is None or self.out_of_reach()
+
+
+def is_ours(run: Any) -> bool:
+    """Whether a run on MLflow's stack is one of a QitOS trace's."""
+    return isinstance(getattr(run, "pending", None), PendingRun)
+
+
+@lru_cache(maxsize=1)
+def run_class(fluent: Any) -> Any:
+    """A kind of MLflow's own ActiveRun, whose `info` waits; `fluent` is MLflow's module."""
+    entities: Any = sys.modules["mlflow.entities"]
+
+    class QitosActiveRun(fluent.ActiveRun):  # type: ignore[misc]
+        """What `mlflow.active_run()` returns during a trace."""
+
+        left_open = False
+
+        def __init__(self, pending: PendingRun) -> None:
+            self.pending = pending
+            # Reentrant: a signal handler may log too, while this thread waits.
+            self._lock = threading.RLock()
+            self._known = False
+            unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
+            super().__init__(entities.Run(unknown, entities.RunData()))
+
+        @property
+        def info(self) -> Any:
+            """The run's info; waits for the run to be created, at most `LATE_S`."""
+            if not self._known:
+                with self._lock:
+                    if not self._known:
+                        info = self._find()
+                        if not self._known:
+                            self._info = info
+                            self._known = True
+            return self._info
+
+        def _find(self) -> Any:
+            ref = self.pending.wait(LATE_S)
+            if ref is None:
+                # As MLflow does it where no run is active; or it says why it cannot.
+                warn(
+                    "pending_run.late",
+                    "the run of a QitOS trace was not created in %s s; MLflow calls made inside "
+                    "the trace go to a run of their own",
+                    LATE_S,
+                )
+                return fluent.MlflowClient().create_run(fluent._get_experiment_id()).info
+            return entities.RunInfo(
+                run_id=ref.run_id,
+                experiment_id=ref.experiment_id,
+                user_id="",
+                status="RUNNING",
+                start_time=ref.start_ms,
+                end_time=None,
+                lifecycle_stage="active",
+                artifact_uri=ref.artifact_uri,
+                run_name=ref.run_name,
+            )
+
+    return QitosActiveRun

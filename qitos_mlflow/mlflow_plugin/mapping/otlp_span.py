@@ -1,0 +1,142 @@
+"""OpenTelemetry's protobuf spans from plain values. Pure.
+
+Attributes are sent as native values (nested lists and maps), as MLflow's own exporter does: JSON
+texts store the span's type with quotes in it, and break on MLflow 3.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text
+
+MAX_DEPTH = 20
+"""Deeper values are sent as JSON text: each level is three of protobuf's, which allows 100."""
+
+NAME_CHARS = 1000
+"""A span's name; nothing breaks beyond, but nobody reads it."""
+
+
+def set_value(target: AnyValue, value: Any, depth: int = MAX_DEPTH) -> None:
+    """Write `value` (JSON types; others as text) into `target`; None leaves it unset."""
+    if isinstance(value, str):
+        target.string_value = _encodable(value)
+    elif isinstance(value, bool):
+        target.bool_value = value
+    elif isinstance(value, int):
+        if -(2**63) <= value <= limits.MAX_INT64:
+            target.int_value = value
+        else:
+            target.string_value = str(value)
+    elif isinstance(value, float):
+        target.double_value = value
+    elif isinstance(value, (dict, list, tuple)):
+        if depth == 0:
+            target.string_value = orjson.dumps(value, default=str).decode()
+        elif isinstance(value, dict):
+            target.kvlist_value.SetInParent()
+            for key, item in value.items():
+                entry = target.kvlist_value.values.add(key=_encodable(str(key)))
+                set_value(entry.value, item, depth - 1)
+        else:
+            target.array_value.SetInParent()
+            for item in value:
+                set_value(target.array_value.values.add(), item, depth - 1)
+    elif value is not None:
+        target.string_value = _encodable(str(value))
+
+
+def _encodable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def build_span(
+    trace: bytes,
+    span: bytes,
+    parent: bytes | None,
+    name: str,
+    start_ns: Any,
+    end_ns: Any,
+    attributes: Mapping[str, Any],
+) -> Span:
+    """A span; attributes that are None are left out, a time that is missing is the other one.
+
+    Args:
+        trace: 16 bytes.
+        span: 8 bytes.
+        parent: 8 bytes, None for the root. A span cannot be its own parent: MLflow's server
+            would never finish adding up its tokens (observed: 100 % CPU for ever).
+        name: anything.
+        start_ns: nanoseconds since the epoch.
+        end_ns: the same; not before the start.
+        attributes: JSON values by name.
+    """
+    start = clean_ns(end_ns if start_ns is None else start_ns)
+    message = Span(
+        trace_id=trace,
+        span_id=span,
+        parent_span_id=parent if parent is not None and parent != span else b"",
+        name=clean_text(name or "unnamed", NAME_CHARS),
+        start_time_unix_nano=start,
+        end_time_unix_nano=max(start, clean_ns(end_ns)),
+    )
+    _add_attributes(message.attributes, attributes)
+    return message
+
+
+def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | None) -> None:
+    """OK; or ERROR with its text, and the exception as the event OpenTelemetry has for it."""
+    if error is None and not exception:
+        span.status.code = Status.STATUS_CODE_OK
+        return
+    details = exception or {}
+    kind, message = details.get("type"), details.get("message")
+    if not kind:  # "ValueError: text", as the bridge writes errors
+        head, mark, tail = (error or "").partition(": ")
+        named = mark and head.isidentifier()
+        kind, message = (head, tail) if named else ("Error", error or message)
+    text = error or (f"{kind}: {message}" if message else str(kind))
+    span.status.code = Status.STATUS_CODE_ERROR
+    span.status.message = clean_text(text, limits.TAG_CHARS)
+    event = span.events.add(name="exception", time_unix_nano=span.end_time_unix_nano)
+    _add_attributes(
+        event.attributes,
+        {
+            "exception.type": kind,
+            "exception.message": message or "",
+            "exception.stacktrace": details.get("stacktrace") or "",
+        },
+    )
+
+
+def _add_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        if value is not None:
+            entry = KeyValue(key=_encodable(key))
+            set_value(entry.value, value)
+            target.append(entry)
+
+
+def distinct(spans: Iterable[Span]) -> list[Span]:
+    """`spans` with each id once (the last wins) and without circles of parents.
+
+    PostgreSQL refuses a batch that has an id twice; the server never finishes with a circle.
+    Spans of different traces may be mixed.
+    """
+    by_id = {(span.trace_id, span.span_id): span for span in spans}
+    seen: set[tuple[bytes, bytes]] = set()
+    for key in by_id:
+        way: set[tuple[bytes, bytes]] = set()
+        while key in by_id and key not in seen and key not in way:
+            way.add(key)
+            key = (key[0], by_id[key].parent_span_id)
+        if key in way:
+            by_id[key].parent_span_id = b""
+        seen |= way
+    return list(by_id.values())

@@ -1,0 +1,262 @@
+"""One request at a time to an MLflow server over http(s): how it is sent, what its answer means.
+
+Receives paths and bytes from `rest`, hands back what MLflow answered or raises one of the failures
+that `Transport` knows. Only MLflow itself can refuse something for good: a proxy's page, another
+program on the port or half an answer say nothing about the request, which is sent again later.
+"""
+
+from __future__ import annotations
+
+import configparser
+import io
+
+# Not used here: requests imports it with its first request, and a process that forks amid that
+# leaves a child whose own first request hangs. A fork waits while a sink is opened, not later.
+import netrc  # noqa: F401
+import os
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from time import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+import requests
+from urllib3.exceptions import HTTPError
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, failure, readable
+
+CONNECT_TIMEOUT_S = 3.0
+"""Longest wait for a connection; a server that is there answers in milliseconds."""
+SMALL_BYTES = 64 * 1024
+"""A body up to this size fits into the system's buffers and is sent without waiting."""
+
+OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
+UNAUTHORISED = frozenset({401, 403, 407})
+TOO_LARGE = frozenset({413, 414, 431})
+"""What a proxy may refuse by itself: this request, not those that are smaller."""
+UNPROCESSABLE = 422
+"""MLflow's span endpoint says so of every failure of its own, a broken database included."""
+NOT_IMPLEMENTED = 501
+"""It also says what a file store can never do."""
+WITH_BODY = frozenset({307, 308})
+"""Redirects that requests follows with the request as it was; after others it leaves the body out,
+and what then answers, a login page or MLflow itself, has not been told anything."""
+PAGE_BYTES = 1000
+"""So much of a page that is no JSON is read for a reason."""
+PROTOBUF = "application/x-protobuf"
+LENGTHS = ("Content-Length", "Transfer-Encoding")
+"""A server that keeps connections open says with one of these where its answer ends."""
+
+Requester = Callable[[str, str, bytes | None, Mapping[str, str], float], requests.Response]
+"""``(method, path, body, headers, timeout_s) -> response``; raises `requests.RequestException`."""
+
+
+def _credentials(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """User and password from the environment, else from MLflow's credentials file."""
+    user = environ.get("MLFLOW_TRACKING_USERNAME")
+    password = environ.get("MLFLOW_TRACKING_PASSWORD")
+    path = Path("~/.mlflow/credentials").expanduser()
+    if (user is None or password is None) and path.exists():
+        config = configparser.ConfigParser()
+        config.read(path)
+        if config.has_section("mlflow"):
+            user = user or config.get("mlflow", "mlflow_tracking_username", fallback=None)
+            password = password or config.get("mlflow", "mlflow_tracking_password", fallback=None)
+    return (user, password) if user and password else None
+
+
+class SessionRequester:
+    """A `Requester` on one `requests.Session`, set up as MLflow's environment variables say."""
+
+    def __init__(self, uri: str, environ: Mapping[str, str] = os.environ) -> None:
+        self._base = uri.rstrip("/")
+        self._session = session = requests.Session()
+        if token := environ.get("MLFLOW_TRACKING_TOKEN"):
+            session.headers["Authorization"] = f"Bearer {token}"
+        elif credentials := _credentials(environ):
+            session.auth = credentials
+        if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
+            session.verify = False
+        elif path := environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"):
+            session.verify = path
+        if path := environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
+            session.cert = path
+        if workspace := environ.get("MLFLOW_WORKSPACE"):
+            session.headers["X-MLFLOW-WORKSPACE"] = workspace
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> requests.Response:
+        """Send one request; `timeout_s` bounds the connection and each wait for data."""
+        data: bytes | io.BytesIO | None = body
+        connect_s = min(CONNECT_TIMEOUT_S, timeout_s)
+        if body is not None and len(body) > SMALL_BYTES:
+            # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
+            # piece with as long for each.
+            data, connect_s = io.BytesIO(body), timeout_s
+        return self._session.request(
+            method,
+            self._base + path,
+            data=data,
+            headers=dict(headers),
+            timeout=(connect_s, timeout_s),
+        )
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self._session.close()
+
+
+class Exchange:
+    """Requests to one server and their answers. Used by one thread."""
+
+    def __init__(self, uri: str, requester: Requester | None = None) -> None:
+        self._host = without_credentials(uri)
+        self._request = requester or SessionRequester(uri)
+
+    def json(self, method: str, path: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
+        """Send JSON, or nothing; returns the JSON object that is answered."""
+        headers = {"Content-Type": "application/json"}
+        response = self.send(method, path, body, headers, timeout_s)
+        answer = _object(response)
+        if answer is None:
+            raise self._foreign(response)
+        return answer
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> requests.Response:
+        """Send one request; returns the answer of a server that has done what it was asked.
+
+        MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
+
+        Raises:
+            RetryLater: not reachable, overloaded, not authorised, or not MLflow that answers.
+            Poisoned: MLflow broke on it.
+            Refused: MLflow will never take it.
+        """
+        response = self._answer(method, path, body, headers, timeout_s)
+        hops = response.history
+        if body is not None and any(hop.status_code not in WITH_BODY for hop in hops):
+            raise RetryLater(_moved(response.url))
+        if response.status_code >= 300:
+            raise self._failure(path, response, timeout_s)
+        kind = response.headers.get("Content-Type", "")
+        if response.content and PROTOBUF not in kind and _object(response) is None:
+            raise self._foreign(response)
+        return response
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> requests.Response:
+        """The answer, whatever its status, if it is whole."""
+        try:
+            response = self._request(method, path, body, headers, timeout_s)
+        except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
+            kind = type(error).__name__
+            raise RetryLater(
+                f"{kind}: {self._host!r} is not a usable tracking URI, or a header is malformed"
+            ) from None
+        except (OSError, HTTPError) as error:
+            raise RetryLater(f"{type(error).__name__} from {self._host}") from error
+        if not response.content and not any(name in response.headers for name in LENGTHS):
+            # requests takes an answer that was cut amid its headers for a whole one.
+            raise RetryLater(f"a truncated answer from {self._host}")
+        return response
+
+    def _failure(self, path: str, response: requests.Response, timeout_s: float) -> Exception:
+        """The exception that says what to do after an answer with an error status."""
+        status = response.status_code
+        code = f"HTTP {status}"
+        if status in OVERLOADED:
+            return RetryLater(code, _retry_after_s(response.headers.get("Retry-After")))
+        if status in UNAUTHORISED:
+            return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
+        if status < 400:
+            return RetryLater(f"{code}: {_moved(response.headers.get('Location'))}")
+        answer = _object(response) or {}
+        page = response.content[:PAGE_BYTES].decode("utf-8", "replace")
+        message = str(answer.get("message") or answer.get("detail") or page)
+        if "error_code" in answer:
+            code = str(answer["error_code"])
+        elif (status >= 500 and not answer) or (
+            status not in TOO_LARGE and not self._is_mlflow(timeout_s)
+        ):
+            # Something in front of MLflow is out of order, or it is being exchanged.
+            return self._foreign(response)
+        failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
+        if failed or (status == UNPROCESSABLE and "error_code" not in answer):
+            return Poisoned(f"{path}: {code}: {readable(message)}")
+        return failure(code, message)
+
+    def _foreign(self, response: requests.Response) -> RetryLater:
+        code = f"HTTP {response.status_code}"
+        return RetryLater(f"{code} from {self._host}, which is not MLflow's answer")
+
+    def _is_mlflow(self, timeout_s: float) -> bool:
+        """Whether it is MLflow that answers now: an endpoint that all versions have says so."""
+        path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+        try:
+            answer = _object(self._answer("GET", path, None, {}, timeout_s)) or {}
+        except RetryLater:
+            return False
+        return not answer.keys().isdisjoint({"experiment", "error_code"})
+
+    def close(self) -> None:
+        """Give up connections."""
+        close = getattr(self._request, "close", None)
+        if close is not None:
+            close()
+
+
+def _moved(address: str | None) -> str:
+    """That the server is elsewhere; login pages put tokens into the rest of their address."""
+    try:
+        parts = urlsplit(address or "")
+        host = parts.netloc.rpartition("@")[2]
+        where = f"{parts.scheme}://{host}" if host else "another path"
+    except ValueError:
+        where = "nowhere"
+    return f"the server moved to {where}"
+
+
+def _object(response: requests.Response) -> dict[str, Any] | None:
+    """The JSON object that an answer holds; None when it holds none, such as a proxy's page."""
+    try:
+        answer = orjson.loads(response.content)
+    except orjson.JSONDecodeError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds the server asked to wait, from either form of the header (RFC 9110, 10.2.3)."""
+    if not header:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
+    except (TypeError, ValueError):
+        return None

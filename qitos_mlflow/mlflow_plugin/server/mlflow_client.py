@@ -1,0 +1,320 @@
+"""MLflow through MLflow itself: local stores, and http for what only its client can do.
+
+The only module of the library that imports mlflow (the commands' `readback` does, too). It is
+imported on the shipper's thread, and only where the destination needs it; everything goes through
+clients bound to the destination's URI, so nothing of MLflow's process-wide state is read
+or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.entities import Metric as MlflowMetric
+from mlflow.entities import Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    MAX_FOUND,
+    TRACE_TAG,
+    Poisoned,
+    Refused,
+    RunRef,
+    equals,
+    failure,
+    readable,
+)
+
+if TYPE_CHECKING:
+    import requests
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+    from qitos_mlflow.mlflow_plugin.server.http import Requester
+
+UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
+"""A place for artifacts that says one of these is not this machine's: the server's own disk."""
+
+
+def default_tracking_uri(cwd: str | None) -> str:
+    """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
+    uri, here = str(mlflow.get_tracking_uri()), str(Path.cwd())
+    if cwd is None:
+        cwd = here
+    return absolute(uri.replace(here, cwd, 1), cwd)  # MLFLOW_TRACKING_URI may be relative.
+
+
+def mlflow_requester(uri: str) -> Requester:
+    """A `Requester` with mlflow's own authentication, headers and TLS, but none of its retries.
+
+    mlflow's default of seven retries would hold the shipper for four minutes (247 s measured).
+    """
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    def request(
+        method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> requests.Response:
+        try:
+            response: requests.Response = http_request(
+                get_default_host_creds(uri),
+                path,
+                method,
+                max_retries=0,
+                backoff_factor=0,
+                raise_on_status=False,
+                timeout=timeout_s,
+                extra_headers=dict(headers),
+                data=body,  # As bytes: what signs a request reads them.
+            )
+        except Exception as error:  # Whatever the client or a plugin for it finds wrong.
+            raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
+        return response
+
+    return request
+
+
+def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:
+    """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it.
+
+    Raises the failures of `Transport`. A place that this process can never write to refuses the
+    file, lest all that comes after it waits for ever.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory() as directory, _failures():
+        local = Path(directory, name)
+        local.write_bytes(data)
+        try:
+            repository = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+            repository.log_artifact(str(local), folder or None)
+        except (MlflowException, NotImplementedError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {readable(error)}"
+            number = getattr(error, "errno", None)
+            if isinstance(error, ImportError) or number in UNWRITABLE:
+                where = without_credentials(artifact_uri)
+                raise Refused("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
+            if isinstance(error, OSError) and number is not None:
+                raise
+            raise Poisoned(reason) from error  # A cloud's own; it may pass.
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Turn MLflow's exceptions into the three that `Transport` knows."""
+    try:
+        yield
+    except MlflowException as error:
+        raise failure(str(error.error_code), str(error)) from error
+    except NotImplementedError as error:
+        raise Refused("NOT_IMPLEMENTED", readable(error)) from error
+    except OSError as error:
+        raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
+
+
+def prepare_sqlite(uri: str) -> None:
+    """Create the database of a sqlite store in one step, if there is none.
+
+    MLflow creates one by dozens of migrations. A process that ends among them, or a second one
+    that begins meanwhile, leaves a store that nobody can open again; so they are run on a file
+    beside it, which then takes its place.
+    """
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    scheme, _, path = uri.partition(":///")
+    if scheme != "sqlite" or not path or ":memory:" in path or Path(path).exists():
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-new-", dir=target.parent) as directory:
+        made = Path(directory, target.name)
+        store = _get_store(f"sqlite:///{made}")
+        store.search_experiments(max_results=1)
+        store.engine.dispose()
+        with contextlib.suppress(FileExistsError):  # Another process was faster.
+            os.link(made, target)
+
+
+class StoreTransport:
+    """`Transport` through `MlflowClient`, for local stores. Used by one thread.
+
+    A local store has no timeouts to set (sqlite waits up to 20 s for a lock, on this thread).
+
+    Raises:
+        RetryLater: there is no such store, or it cannot be opened.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        try:
+            prepare_sqlite(uri)
+            self._mlflow: Any = MlflowClient(tracking_uri=uri)
+            # All that a store imports at its first use, and that is most of it, is imported here,
+            # while a fork waits for the sink to be opened: amid an import it would leave a broken
+            # child.
+            with contextlib.suppress(Refused), _failures():
+                self._mlflow.search_experiments(max_results=1)
+        except RetryLater:
+            raise
+        except Exception as error:  # Nothing is lost by a store that is misnamed or not there yet.
+            told = without_credentials(uri)
+            reason = readable(str(error).replace(uri, told))
+            kind = type(error).__name__
+            raise RetryLater(f"{told} cannot be opened: {kind}: {reason}") from error
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        """The experiment called `name`, created when missing."""
+        with _failures():
+            found = self._mlflow.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return str(self._mlflow.create_experiment(name))
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                    found = self._mlflow.get_experiment_by_name(name)
+            if found.lifecycle_stage == "deleted":
+                raise Refused(
+                    "INVALID_STATE",
+                    f"experiment {name!r} is deleted; restore it with "
+                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`",
+                )
+            return str(found.experiment_id)
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        """Create a run."""
+        with _failures():
+            return _run_ref(
+                self._mlflow.create_run(
+                    experiment_id, start_time=start_ms, tags=dict(tags), run_name=name
+                )
+            )
+
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+        tagged = equals(TRACE_TAG, trace_id)
+        if tagged is None:
+            return []
+        with _failures():
+            runs = self._mlflow.search_runs(
+                [experiment_id],
+                tagged,
+                order_by=["attributes.start_time ASC"],
+                max_results=MAX_FOUND,
+            )
+            return [_run_ref(run) for run in runs]
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
+        with _failures():
+            self._mlflow.delete_run(run_id)
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        """Log metrics, params and tags in one call."""
+        with _failures():
+            self._mlflow.log_batch(
+                run_id,
+                [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in metrics],
+                [Param(*pair) for pair in params],
+                [RunTag(*pair) for pair in tags],
+                synchronous=True,  # Whatever MLFLOW_ENABLE_ASYNC_LOGGING says of the user's calls.
+            )
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        """Set the run's status and end time."""
+        with _failures():
+            self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace a trace."""
+        from google.protobuf.json_format import ParseDict
+        from mlflow.entities import TraceInfo
+        from mlflow.protos.service_pb2 import TraceInfoV3
+
+        with _failures():
+            self._tracing.start_trace(TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
+        """Create or replace spans, trace by trace."""
+        from mlflow.entities import Span as MlflowSpan
+
+        by_trace: dict[bytes, list[Any]] = {}
+        for span in spans:
+            by_trace.setdefault(span.trace_id, []).append(MlflowSpan.from_otel_proto(span))
+        for converted in by_trace.values():
+            with _failures():
+                self._tracing.log_spans(experiment_id, converted)
+
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it."""
+        from mlflow.entities.trace_metrics import (
+            AggregationType,
+            MetricAggregation,
+            MetricViewType,
+        )
+
+        with _failures():
+            points = self._tracing.store.query_trace_metrics(
+                [experiment_id],
+                MetricViewType.SPANS,
+                metric,
+                [MetricAggregation(AggregationType.SUM)],
+                filters=list(filters),
+                start_time_ms=times_ms[0],
+                end_time_ms=times_ms[1],
+            )
+            return float(points[0].values["SUM"]) if points else None
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        """Create or replace the run's artifact at `path`."""
+        write_artifact(run.artifact_uri, path, data, self.uri)
+
+    def close(self) -> None:
+        """Nothing to give up: MLflow keeps its stores for the process."""
+
+    @property
+    def _tracing(self) -> Any:
+        from mlflow.tracing.client import TracingClient
+
+        return TracingClient(self.uri)
+
+
+def _run_ref(run: Run) -> RunRef:
+    info = run.info
+    return RunRef(
+        info.run_id, str(info.experiment_id), info.run_name, info.artifact_uri, info.start_time
+    )

@@ -1,0 +1,234 @@
+"""MLflow over http(s): its documented REST and OTLP endpoints, without mlflow in the process.
+
+`import mlflow` costs 1 to 2 s of CPU and some 130 MiB, and stalls the agent's threads for up to
+87 ms (docs/transport.md); this module costs a tenth. Authentication, TLS and workspace follow
+MLflow's environment variables; what only mlflow can do (SigV4, auth plugins, request header
+plugins) goes through mlflow's own `http_request`, which `store.mlflow_requester` provides behind
+the same `Requester` call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import orjson
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
+
+from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.mlflow_plugin.server.http import Exchange, Requester
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    MAX_FOUND,
+    TRACE_TAG,
+    Refused,
+    RunRef,
+    equals,
+)
+
+if TYPE_CHECKING:
+    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+
+
+def needs_mlflow(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why an http destination needs mlflow's own client, or None when it does not."""
+    for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):
+        if environ.get(name, "").lower() not in ("", "0", "false"):
+            return f"{name} is set"
+    from importlib_metadata import entry_points
+
+    for point in entry_points(group="mlflow.request_header_provider"):
+        if not point.value.startswith("mlflow."):
+            return f"the request header plugin {point.name!r} is installed"
+    return None
+
+
+class RestTransport:
+    """`Transport` over http(s). Used by one thread."""
+
+    def __init__(self, uri: str, requester: Requester | None = None) -> None:
+        self.uri = uri.rstrip("/")
+        self._exchange = Exchange(uri, requester)
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        """The experiment called `name`, created when missing."""
+        path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
+        try:
+            found = _part(self._exchange.json("GET", path, None, timeout_s), "experiment")
+            experiment_id = str(_part(found, "experiment_id"))
+        except Refused as refusal:
+            if refusal.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            if found.get("lifecycle_stage") == "deleted":
+                raise Refused(
+                    "INVALID_STATE",
+                    f"experiment {name!r} is deleted; restore it with "
+                    f"`mlflow experiments restore --experiment-id {experiment_id}`",
+                )
+            return experiment_id
+        try:
+            made = self._api("experiments/create", {"name": name}, timeout_s)
+        except Refused as refusal:
+            if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Somebody else was faster.
+                return self.experiment_id(name, timeout_s)
+            raise
+        return str(_part(made, "experiment_id"))
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        """Create a run."""
+        answer = self._api(
+            "runs/create",
+            {
+                "experiment_id": experiment_id,
+                "start_time": start_ms,
+                "run_name": name,
+                "tags": _pairs(tags),
+            },
+            timeout_s,
+        )
+        return _run_ref(_part(answer, "run"))
+
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
+        tagged = equals(TRACE_TAG, trace_id)
+        if tagged is None:
+            return []
+        answer = self._api(
+            "runs/search",
+            {
+                "experiment_ids": [experiment_id],
+                "filter": tagged,
+                "order_by": ["attributes.start_time ASC"],
+                "max_results": MAX_FOUND,
+            },
+            timeout_s,
+        )
+        return [_run_ref(run) for run in answer.get("runs") or []]
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
+        self._api("runs/delete", {"run_id": run_id}, timeout_s)
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        """Log metrics, params and tags in one call."""
+        self._api(
+            "runs/log-batch",
+            {
+                "run_id": run_id,
+                "metrics": [
+                    {"key": m.key, "value": m.value, "timestamp": m.timestamp_ms, "step": m.step}
+                    for m in metrics
+                ],
+                "params": _pairs(params),
+                "tags": _pairs(tags),
+            },
+            timeout_s,
+        )
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        """Set the run's status and end time."""
+        self._api(
+            "runs/update", {"run_id": run_id, "status": status, "end_time": end_ms}, timeout_s
+        )
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace a trace."""
+        body = orjson.dumps({"trace": {"trace_info": info}})
+        self._exchange.json("POST", "/api/3.0/mlflow/traces", body, timeout_s)
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
+        """Create or replace spans, in OpenTelemetry's own protocol."""
+        message = ExportTraceServiceRequest(
+            resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])]
+        )
+        headers = {
+            "Content-Type": "application/x-protobuf",
+            "x-mlflow-experiment-id": experiment_id,
+        }
+        self._exchange.send("POST", "/v1/traces", message.SerializeToString(), headers, timeout_s)
+
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it."""
+        question = {
+            "experiment_ids": [experiment_id],
+            "view_type": "SPANS",
+            "metric_name": metric,
+            "aggregations": [{"aggregation_type": "SUM"}],
+            "filters": list(filters),
+            "start_time_ms": times_ms[0],
+            "end_time_ms": times_ms[1],
+        }
+        path = "/api/3.0/mlflow/traces/metrics"
+        points = self._exchange.json("POST", path, orjson.dumps(question), timeout_s).get(
+            "data_points"
+        )
+        return float(points[0]["values"]["SUM"]) if points else None
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        """Create or replace an artifact, through the server where it serves artifacts."""
+        parts = urlsplit(run.artifact_uri)
+        if parts.scheme != "mlflow-artifacts":
+            with importing():  # mlflow.
+                from qitos_mlflow.mlflow_plugin.server.mlflow_client import write_artifact
+
+            write_artifact(run.artifact_uri, path, data, self.uri)
+            return
+        where = quote(f"{parts.path.strip('/')}/{path}")
+        headers = {"Content-Type": "application/octet-stream"}
+        self._exchange.send(
+            "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{where}", data, headers, timeout_s
+        )
+
+    def close(self) -> None:
+        """Give up connections."""
+        self._exchange.close()
+
+    def _api(self, name: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        path = f"/api/2.0/mlflow/{name}"
+        return self._exchange.json("POST", path, orjson.dumps(body), timeout_s)
+
+
+def _part(answer: Any, key: str) -> Any:
+    """A part of an answer that MLflow always gives; without it, it is not MLflow that answers."""
+    if not isinstance(answer, dict) or key not in answer:
+        raise RetryLater(f"an answer without {key!r}, which is not MLflow's")
+    return answer[key]
+
+
+def _pairs(items: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in items]
+
+
+def _run_ref(run: Any) -> RunRef:
+    info = _part(run, "info")
+    return RunRef(
+        run_id=_part(info, "run_id"),
+        experiment_id=str(_part(info, "experiment_id")),
+        run_name=info.get("run_name", ""),
+        artifact_uri=info.get("artifact_uri", ""),
+        start_ms=int(info.get("start_time") or 0),
+    )

@@ -1,0 +1,174 @@
+"""What the sink asks of an MLflow server, whatever carries it: `Transport`, and how calls fail.
+
+`rest` speaks to http(s) servers without mlflow in the process; `store` speaks to local stores
+through mlflow. Every call is synchronous, used by one thread, and bounded by `timeout_s`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.redaction.redact import redact_text
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+
+
+RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+
+DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed")
+"""What SQLAlchemy's errors speak of. All but OperationalError are BAD_REQUEST to MLflow
+(store/db/utils.py), a pool without connections and a refused value alike."""
+
+REASON_CHARS = 300
+"""Kept of what a server or a library says of a failure: one line of a log, no page of HTML."""
+
+TRACE_TAG = "tags.`qitos.trace_id`"
+"""What a run's trace is searched by."""
+
+MAX_FOUND = 10
+"""Runs that `find_runs` returns at most; there is one, or one more for each unanswered creation."""
+
+
+class Refused(QitosMlflowError):
+    """The server will never take this call; trying again is useless.
+
+    Attributes:
+        code: MLflow's error code, such as ``INVALID_PARAMETER_VALUE``, or ``HTTP 404``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.code = code
+
+
+class Poisoned(QitosMlflowError):
+    """The server failed on this call (MLflow's INTERNAL_ERROR); it may be the call's own fault."""
+
+
+def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
+    """The exception that MLflow's error code stands for; `message` is its text."""
+    text = readable(message)
+    if code in RETRYABLE:
+        return RetryLater(f"{code}: {text}")
+    database = code == "BAD_REQUEST" and any(word in message for word in DATABASE_WORDS)
+    if database or code == "INTERNAL_ERROR":
+        return Poisoned(f"{code}: {text}")
+    return Refused(code, text)
+
+
+def readable(text: object) -> str:
+    """What somebody else wrote of a failure, fit for logs and dead letters."""
+    return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """A run on the server, with what MLflow's own `ActiveRun` shows of it."""
+
+    run_id: str
+    experiment_id: str
+    run_name: str
+    artifact_uri: str
+    start_ms: int
+
+    to_json = asdict
+
+
+class Transport(Protocol):
+    """Calls on one MLflow server or store.
+
+    Each method may raise `RetryLater` (not reachable, overloaded, not authorised: nothing is
+    lost, try again), `Poisoned` (the server broke on it) or `Refused` (never again).
+    """
+
+    uri: str
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        """The experiment called `name`, created when missing."""
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
+
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most.
+
+        Empty for an id with both kinds of quotes in it, which MLflow cannot be asked for.
+        """
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        """Mark a run as deleted, as MLflow's pages do."""
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        """Log at most `limits.BATCH_TOTAL` items in one call; all or nothing."""
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        """Set the run's status and end time."""
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
+        """Create or replace spans, of any number of traces of one experiment."""
+
+    def sum_spans(
+        self,
+        experiment_id: str,
+        metric: str,
+        filters: Sequence[str],
+        times_ms: tuple[int, int],
+        timeout_s: float,
+    ) -> float | None:
+        """The sum of a metric over the spans that match all `filters`; None if none has it.
+
+        Args:
+            experiment_id: where to look.
+            metric: MLflow's name of a metric of spans, such as ``input_cost``.
+            filters: in MLflow's language for trace metrics.
+            times_ms: spans from here to there only, milliseconds since the epoch.
+            timeout_s: longest wait.
+        """
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        """Create or replace the run's artifact at `path`."""
+
+    def close(self) -> None:
+        """Give up connections."""
+
+
+def equals(field: str, text: str) -> str | None:
+    """A filter in MLflow's language; None for a text that it cannot hold."""
+    for quote in ("'", '"'):
+        if quote not in text:
+            return f"{field} = {quote}{text}{quote}"
+    return None
+
+
+def delete_others(transport: Transport, run: RunRef, trace_id: str, timeout_s: float) -> None:
+    """Delete all runs of a trace but `run`.
+
+    They are of attempts to create it that went unanswered and came through later: all empty.
+    """
+    for other in transport.find_runs(run.experiment_id, trace_id, timeout_s):
+        if other.run_id != run.run_id:
+            transport.delete_run(other.run_id, timeout_s)

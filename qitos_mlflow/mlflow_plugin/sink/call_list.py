@@ -1,0 +1,210 @@
+"""A batch of records as calls on a server, made in order, resumed where they stopped.
+
+Receives `Call`s from the sink and hands back dead letters. What the server refuses for good is
+split until only the offending item is left out and the rest is delivered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
+from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
+
+REQUEST_TIMEOUT_S = 10.0
+"""Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
+FAIR_SHARE = 0.1
+"""Of the time given: with less left no further call is begun, lest it fail for that alone."""
+
+FAILING_TRIES = 4
+"""A call that fails is tried as it is at least this often, ..."""
+FAILING_S = 20.0
+"""... and for so long (seconds): less than the patience of `qitos-mlflow sync`, which would never
+get past it. Then one that makes the server itself fail is treated as refused if the server is well
+otherwise: one whose database is away says the same of every call. One that is not answered is made
+in halves: it may be too large for the time it has, or a firewall minds one item of it.
+"""
+
+
+@dataclass
+class Failing:
+    """How often a call has failed in one way, and since when (monotonic, seconds)."""
+
+    times: int = 0
+    since: float = 0.0
+
+    def again(self) -> bool:
+        """Count one more time; True when it has been often and long enough."""
+        now = time.monotonic()
+        self.times += 1
+        if self.times == 1:
+            self.since = now
+        return self.times >= FAILING_TRIES and now - self.since >= FAILING_S
+
+
+@dataclass(frozen=True)
+class Group:
+    """What some calls are about; without it there is no use in making them.
+
+    Attributes:
+        records: what all of the calls come from.
+        check: raises `Refused` if the server takes nothing at all of this group.
+        refuse: told why the server will not have it.
+    """
+
+    records: Sequence[bytes]
+    check: Callable[[float], None]
+    refuse: Callable[[str], None]
+
+
+@dataclass
+class Call:
+    """One request: `send` with as many of `items` as are given.
+
+    Attributes:
+        send: makes the request; gets the items and a timeout in seconds.
+        items: what the request carries; a refusal is traced to single ones by splitting.
+        letter: the dead letter of one refused item.
+        group: what the call is about.
+        essential: if this call is refused, the group is.
+        checked: the server was asked whether it takes anything of the group.
+        broke: how often the server broke on it; its halves go on counting.
+        failed: the same of attempts that came to nothing.
+    """
+
+    send: Callable[[Sequence[Any], float], None]
+    items: Sequence[Any]
+    letter: Callable[[Any], bytes]
+    group: Group | None = None
+    essential: bool = False
+    checked: bool = False
+    broke: Failing = field(default_factory=Failing)
+    failed: Failing = field(default_factory=Failing)
+
+    def halves(self) -> tuple[Call, Call]:
+        """The same call twice, each with half of the items."""
+        middle = len(self.items) // 2
+        one, other = self.items[:middle], self.items[middle:]
+        return replace(self, items=one), replace(self, items=other)
+
+
+class CallList:
+    """`delivery.Shipment` over a list of calls. Used by one thread.
+
+    Args:
+        calls: to be made, in order.
+        dead: what was refused before.
+        healthy: whether the server is well; asked before a call that breaks it is given up.
+    """
+
+    def __init__(
+        self,
+        calls: Iterable[Call],
+        dead: Iterable[DeadLetter] = (),
+        healthy: Callable[[float], bool] = lambda timeout_s: True,
+    ) -> None:
+        self._calls = deque(calls)
+        self._healthy = healthy
+        self._dead = list(dead)
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        """Make the remaining calls; returns what was refused for good.
+
+        Raises:
+            RetryLater: the server cannot be reached; calling again goes on with the call that
+                failed.
+            OutOfTime: some calls were made, and `timeout_s` is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        answered = False
+        while self._calls:
+            left = deadline - time.monotonic()
+            if answered and left < FAIR_SHARE * timeout_s:
+                raise OutOfTime
+            if left <= 0:
+                raise RetryLater("out of time", 0.0)
+            call = self._calls[0]
+            try:
+                call.send(call.items, min(left, REQUEST_TIMEOUT_S))
+            except Refused as refusal:
+                self._refused(call, refusal, min(left, REQUEST_TIMEOUT_S))
+            except Poisoned as failure:
+                if not call.broke.again():
+                    raise RetryLater(str(failure)) from failure
+                if not self._healthy(min(left, REQUEST_TIMEOUT_S)):
+                    call.broke.times = 0
+                    raise RetryLater(f"the server is out of order: {failure}") from failure
+                self._give_up(call, str(failure))
+            except RetryLater:
+                if call.failed.again() and len(call.items) > 1:
+                    self._halve(call)
+                raise
+            else:
+                self._calls.popleft()
+            answered = True
+        return self._dead
+
+    def _refused(self, call: Call, refusal: Refused, timeout_s: float) -> None:
+        if call.group is not None and not call.essential and not call.checked:
+            # Before its items are tried one by one: a run that was deleted takes none of them.
+            try:
+                call.group.check(timeout_s)
+            except Refused as whole:
+                self._bury(call.group, str(whole))
+                return
+            except Poisoned:
+                pass
+            call.checked = True
+        self._give_up(call, str(refusal))
+
+    def _give_up(self, call: Call, reason: str) -> None:
+        if call.essential and call.group is not None:
+            self._bury(call.group, reason)
+        elif len(call.items) > 1:
+            self._halve(call)
+        else:
+            self._calls.popleft()
+            self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+
+    def _halve(self, call: Call) -> None:
+        self._calls.popleft()
+        self._calls.extendleft(reversed(call.halves()))
+
+    def _bury(self, group: Group, reason: str) -> None:
+        group.refuse(reason)
+        self._calls = deque(call for call in self._calls if call.group is not group)
+        self._dead.extend(DeadLetter(record, reason) for record in group.records)
+
+
+Item = tuple[str, Any]
+"""What a log_batch call carries: "metric", "param" or "tag", and the thing itself."""
+
+MOST = {
+    "param": limits.BATCH_PARAMS,
+    "tag": limits.BATCH_TAGS,
+    "metric": limits.BATCH_METRICS,
+}
+
+
+def batches(
+    metrics: list[Metric], params: list[tuple[str, str]], tags: list[tuple[str, str]]
+) -> Iterator[list[Item]]:
+    """Everything in batches within MLflow's limits; of tags set more than once the last stays."""
+    left: dict[str, deque[Any]] = {
+        "metric": deque(metrics),
+        "param": deque(params),
+        "tag": deque(dict(tags).items()),
+    }
+    while any(left.values()):
+        chunk: list[Item] = []
+        for kind, most in MOST.items():
+            queue = left[kind]
+            room = min(most, limits.BATCH_TOTAL - len(chunk), len(queue))
+            chunk += [(kind, queue.popleft()) for _ in range(room)]
+        yield chunk

@@ -1,0 +1,1 @@
+"""Credentials out of any value, long texts cut, URIs without passwords. Pure."""

@@ -1,0 +1,53 @@
+"""The line codec: any bytes, any damage."""
+
+from __future__ import annotations
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qitos_mlflow.delivery.spool import line_format
+
+KINDS = st.sampled_from([line_format.FILE, line_format.CALLER, line_format.RECORD, line_format.ACK])
+
+
+@given(KINDS, st.binary(max_size=300), st.integers(min_value=0, max_value=2**63))
+@example(line_format.RECORD, b"\n", 0)
+@example(line_format.RECORD, b"\x1b0\n\x1b1", 1)
+@example(line_format.RECORD, b"", 1)
+def test_round_trip(kind: bytes, payload: bytes, time_ns: int) -> None:
+    """Any payload comes back as it was, from exactly one line."""
+    line = line_format.encode(kind, payload, time_ns)
+    assert line.endswith(line_format.LF)
+    assert line.count(line_format.LF) == 1
+    assert line_format.decode(line[:-1]) == line_format.Line(kind, time_ns, payload)
+
+
+@given(st.binary(max_size=40), st.data())
+def test_every_changed_byte_is_noticed(payload: bytes, data: st.DataObject) -> None:
+    """A line with one byte changed, wherever, is never taken for an intact one."""
+    line = line_format.encode(line_format.RECORD, payload, 1_800_000_000_000_000_000)[:-1]
+    at = data.draw(st.integers(0, len(line) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != line[at]))
+    assert line_format.decode(line[:at] + bytes([byte]) + line[at + 1 :]) is None
+
+
+@given(st.binary(max_size=40), st.data())
+def test_every_cut_is_noticed(payload: bytes, data: st.DataObject) -> None:
+    """The beginning of a line is never taken for the line."""
+    line = line_format.encode(line_format.RECORD, payload, 12345)[:-1]
+    assert line_format.decode(line[: data.draw(st.integers(0, len(line) - 1))]) is None
+
+
+@given(st.binary())
+def test_decode_is_total(raw: bytes) -> None:
+    """Whatever is in a file, decoding it raises nothing."""
+    line_format.decode(raw)
+    line_format.salvage(raw)
+
+
+@given(st.lists(st.binary(max_size=30).filter(lambda p: b"\n" not in p), min_size=1, max_size=5))
+def test_salvage_finds_lines_run_together(payloads: list[bytes]) -> None:
+    """Lines whose line feeds were overwritten are all found again."""
+    lines = [line_format.encode(line_format.RECORD, payload, 7)[:-1] for payload in payloads]
+    found = line_format.salvage(b"\x00".join(lines))
+    assert [line.payload for line in found] == payloads

@@ -1,0 +1,188 @@
+"""Locks that end with their process, with the kernel's help and without."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.delivery.spool import locks
+from qitos_mlflow.delivery.spool.locks import FileLock, is_held
+from qitos_mlflow.delivery.spool.paths import open_private
+
+ROOT = Path(__file__).parents[2]
+
+
+def no_kernel_lock(descriptor: int) -> bool:
+    """A file system without locks."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_only_one_holds_it(tmp_path: Path) -> None:
+    """A held lock cannot be taken again, in this process or another; a released one can."""
+    path = tmp_path / "a.own"
+    first, second = FileLock(path), FileLock(path)
+    assert first.acquire()
+    assert not second.acquire()
+    assert is_held(path)
+    assert not _other_process_acquires(path)
+    first.release()
+    assert not is_held(path)
+    assert _other_process_acquires(path)
+    assert second.acquire()
+    second.release(remove=True)
+    assert not path.exists()
+
+
+def _other_process_acquires(path: Path) -> bool:
+    code = (
+        "import sys, pathlib; from qitos_mlflow.delivery.spool.locks import FileLock\n"
+        "sys.exit(0 if FileLock(pathlib.Path(sys.argv[1])).acquire() else 3)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert result.returncode in (0, 3)
+    return result.returncode == 0
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    """The lock of a process ends with SIGKILL, without anybody judging it stale."""
+    path = tmp_path / "a.own"
+    code = (
+        "import sys, pathlib, time; from qitos_mlflow.delivery.spool.locks import FileLock\n"
+        "lock = FileLock(pathlib.Path(sys.argv[1])); lock.acquire(); print('held', flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        assert is_held(path)
+        process.kill()
+        process.wait()
+    assert not is_held(path)
+
+
+def test_a_lock_file_deleted_under_its_holder_is_taken_anew(tmp_path: Path) -> None:
+    """Holding a lock that nobody can see is noticed by asking for it again."""
+    path = tmp_path / "a.own"
+    lock = FileLock(path)
+    assert lock.acquire()
+    path.unlink()
+    assert lock.acquire()
+    assert path.exists()
+    assert is_held(path)
+    lock.release()
+
+
+def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finishes a segment deletes its lock; who took that in the same instant retries."""
+    path = tmp_path / "a.own"
+    removals = [path]
+
+    def lock_after_removal(descriptor: int) -> bool:
+        if removals:
+            removals.pop().unlink()
+        return locks._kernel_lock(descriptor)
+
+    opened: list[int] = []
+
+    def open_after_closing(path: Path, flags: int) -> int:
+        for descriptor in opened:
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(descriptor)
+        opened.append(open_private(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr(locks, "open_private", open_after_closing)
+    lock = FileLock(path, lock_after_removal)
+    assert lock.acquire()
+    assert path.exists()
+    assert not _other_process_acquires(path)
+    assert len(opened) == 2
+    lock.release()
+
+
+def test_looking_creates_nothing(tmp_path: Path) -> None:
+    """Asking whether a lock is held leaves no file behind."""
+    assert not is_held(tmp_path / "none.own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_kernel_locks_a_live_holder_is_respected(tmp_path: Path) -> None:
+    """On a file system without locks, the holder's name in the file is the lock."""
+    path = tmp_path / "a.own"
+    first = FileLock(path, no_kernel_lock)
+    second = FileLock(path, no_kernel_lock)
+    assert first.acquire()
+    locks._held.pop(str(path))  # As if the second were another process.
+    assert not second.acquire()
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lives"),
+    [
+        ({}, True),
+        ({"pid": 2**22 + 1}, False),
+        ({"boot": "another boot"}, False),
+        ({"start": "another start"}, False),
+        ({"host": "elsewhere"}, True),
+    ],
+)
+def test_without_kernel_locks_a_dead_holder_is_known(
+    tmp_path: Path, changes: dict[str, object], lives: bool
+) -> None:
+    """On this host pid, start and boot tell exactly; a holder on another one is presumed alive."""
+    path = tmp_path / "a.own"
+    path.write_text(json.dumps({**locks._identity(os.getpid()), **changes}))
+    lock = FileLock(path, no_kernel_lock)
+    assert lock.acquire() is not lives
+    lock.release()
+
+
+def test_without_kernel_locks_a_holder_elsewhere_grows_stale(tmp_path: Path) -> None:
+    """A holder on another host is presumed dead after a day without a sign."""
+    path = tmp_path / "a.own"
+    assert socket.gethostname() != "elsewhere"
+    path.write_text(json.dumps({**locks._identity(os.getpid()), "host": "elsewhere"}))
+    long_ago = time.time() - locks.STALE_S - 1
+    os.utime(path, (long_ago, long_ago))
+    lock = FileLock(path, no_kernel_lock)
+    assert lock.acquire()
+    lock.release()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_holds_none_of_its_parents_locks(tmp_path: Path) -> None:
+    """Whatever the parent had locked is free once the parent gives it up, while the child lives."""
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire()
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b".")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        lock.release()
+        assert FileLock(tmp_path / "lock").acquire()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(told)

@@ -1,0 +1,87 @@
+"""The circuit breaker, with a clock and dice of the test's own."""
+
+from __future__ import annotations
+
+from qitos_mlflow.delivery import backoff
+from qitos_mlflow.delivery.backoff import Circuit
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def online(circuit: Circuit) -> bool | None:
+    """Asked anew each time: mypy takes a property for something that stays as it was."""
+    return circuit.online
+
+
+def longest(low: float, high: float) -> float:
+    return high
+
+
+def test_delays_double_up_to_their_bound() -> None:
+    """The longest possible delays grow twofold and stop at the maximum."""
+    clock = Clock()
+    circuit = Circuit(clock, longest)
+    delays = []
+    for _ in range(12):
+        circuit.failed()
+        delays.append(circuit.delay_s)
+    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert delays == sorted(delays)
+    assert delays[-1] == backoff.MAX_DELAY_S
+
+
+def test_jitter_is_full() -> None:
+    """Each delay is drawn between nothing and its bound, so that agents come back spread out."""
+    drawn: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return low
+
+    circuit = Circuit(Clock(), uniform)
+    circuit.failed()
+    circuit.failed()
+    assert drawn == [(0.0, 0.5), (0.0, 1.0)]
+
+
+def test_retry_after_is_honoured_and_capped() -> None:
+    """What the server asks for is the least delay; an absurd demand is not obeyed for ever."""
+    circuit = Circuit(Clock(), lambda low, high: low)
+    circuit.failed(after_s=7.0)
+    assert circuit.delay_s == 7.0
+    assert circuit.asked
+    circuit.failed(after_s=1e9)
+    assert circuit.delay_s == backoff.MAX_RETRY_AFTER_S
+    circuit.failed(after_s=-5.0)
+    assert circuit.delay_s == 0.0
+
+
+def test_a_success_closes_the_circuit() -> None:
+    """After one success there is no delay, and the next failure begins with the shortest."""
+    clock = Clock()
+    circuit = Circuit(clock, longest)
+    assert online(circuit) is None
+    for _ in range(5):
+        circuit.failed()
+    assert online(circuit) is False
+    clock.now += 100
+    assert circuit.delay_s == 0.0
+    assert online(circuit) is False
+    circuit.succeeded()
+    assert online(circuit) is True
+    circuit.failed()
+    assert circuit.delay_s == 0.5
+
+
+def test_many_failures_do_not_overflow() -> None:
+    """A server may be down for weeks."""
+    circuit = Circuit(Clock(), longest)
+    for _ in range(5000):
+        circuit.failed()
+    assert circuit.delay_s == backoff.MAX_DELAY_S

@@ -1,0 +1,338 @@
+"""Delivering what other processes left, beside them and beside each other."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.delivery import (
+    Counts,
+    Outcome,
+    Paths,
+    RetryLater,
+    deliver_segment,
+    find_segments,
+    follow,
+    inspect_segment,
+    leftovers,
+    purge,
+)
+from qitos_mlflow.delivery.spool.locks import FileLock
+from qitos_mlflow.delivery.spool.parts import DiskPart
+from tests.delivery.fakes import (
+    MIB,
+    NOW,
+    FakeServer,
+    FakeSink,
+    left_behind,
+    make_pipeline,
+    numbered,
+)
+from tests.waiting import eventually
+
+LONG_S = 60.0
+
+
+def test_a_dead_process_is_delivered_to_its_end(tmp_path: Path) -> None:
+    """All records arrive in order, its open traces are ended once, its files are gone."""
+    server, stats = FakeServer(), Counts()
+    paths = left_behind(tmp_path, numbered(40), header=b"the destination")
+    info = inspect_segment(paths)
+    assert (info.waiting, info.owner_alive, info.header) == (40, False, b"the destination")
+    assert info.last_time_ns == NOW
+    assert deliver_segment(paths, server.sink, stats=stats) is Outcome.FINISHED
+    assert server.accepted == [*numbered(40), b"killed"]
+    assert server.abandoned == [(40, NOW)]
+    assert server.opened == [b"the destination"]
+    assert stats.snapshot().delivered == 40
+    assert list(tmp_path.iterdir()) == []
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+
+
+def test_a_delivery_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    """Stopped halfway, the next one sends the rest, with the sink's state as it was."""
+    server, stop = FakeServer(), threading.Event()
+    paths = left_behind(tmp_path, numbered(1200), part_bytes=MIB)
+    server.breaks_after = 700
+
+    def stop_at_the_break(stats: Counts) -> None:
+        if server.breaks_after == 0:
+            stop.set()
+
+    outcome = deliver_segment(paths, server.sink, stop=stop, progress=stop_at_the_break)
+    assert outcome is Outcome.UNFINISHED
+    assert server.accepted == numbered(700)
+    acknowledged = 1200 - inspect_segment(paths).waiting
+    assert 0 < acknowledged <= 700
+    server.breaks_after = None
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [*numbered(700), *numbered(1200)[acknowledged:], b"killed"]
+    assert server.abandoned == [(1200, NOW)]
+
+
+def test_a_server_that_is_away_leaves_everything(tmp_path: Path) -> None:
+    """Nothing is deleted before it is delivered, the ending of open traces included."""
+    server = FakeServer()
+    paths = left_behind(tmp_path, numbered(3))
+    server.breaks_after = 3  # All records get through, the ending does not.
+    assert deliver_segment(paths, server.sink, timeout_s=0.2) is Outcome.UNFINISHED
+    assert inspect_segment(paths).waiting == 0
+    server.breaks_after = None
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [*numbered(3), b"killed"]
+
+
+def test_a_delivery_can_be_stopped(tmp_path: Path) -> None:
+    """Ctrl-C does not wait for a backoff."""
+    server, stop = FakeServer(), threading.Event()
+    server.down = RetryLater("429", after_s=100_000.0)
+    paths = left_behind(tmp_path, numbered(3))
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(
+        target=lambda: outcomes.append(deliver_segment(paths, server.sink, stop=stop))
+    )
+    thread.start()
+    assert server.attempted.wait(LONG_S)
+    stop.set()
+    thread.join(LONG_S)
+    assert outcomes == [Outcome.UNFINISHED]
+
+
+def test_a_living_process_ships_for_itself(tmp_path: Path) -> None:
+    """Nobody delivers or deletes the segment of a process that is online and alive."""
+    own, other = FakeServer(), FakeServer()
+    own.down = RetryLater("503")
+    pipeline = make_pipeline(tmp_path, own)
+    pipeline.offer(b"one")
+    assert not pipeline.flush(0.1)
+    [paths] = find_segments(tmp_path)
+    info = inspect_segment(paths)
+    assert (info.owner_alive, info.shipping, info.offline, info.waiting) == (True, True, False, 1)
+    assert deliver_segment(paths, other.sink) is Outcome.BUSY
+    assert not purge(paths)
+    own.down = None
+    assert pipeline.close(LONG_S)
+    assert (own.accepted, other.accepted) == ([b"one"], [])
+
+
+def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
+    """Of several deliveries of one segment only one ships at any time."""
+    server = FakeServer()
+    paths = left_behind(tmp_path, numbered(10))
+    lock = FileLock(paths.ship)
+    assert lock.acquire()
+    assert deliver_segment(paths, server.sink) is Outcome.BUSY
+    assert not purge(paths)
+    lock.release()
+    outcomes: list[Outcome] = []
+    threads = [
+        threading.Thread(target=lambda: outcomes.append(deliver_segment(paths, server.sink)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.accepted == [*numbered(10), b"killed"]
+    assert Outcome.FINISHED in outcomes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offline_process_is_shipped_while_it_lives(tmp_path: Path) -> None:
+    """A sync delivers what there is so far, and a later one the rest and the end."""
+    server = FakeServer()
+    pipeline = make_pipeline(tmp_path, None)
+    pipeline.offer(b"one")
+    assert not pipeline.flush(LONG_S)
+    [paths] = find_segments(tmp_path)
+    assert inspect_segment(paths).offline
+    assert deliver_segment(paths, server.sink) is Outcome.UP_TO_DATE
+    assert pipeline.flush(LONG_S)
+    pipeline.offer(b"two")
+    assert not pipeline.close(LONG_S)
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [b"one", b"two", b"killed"]
+
+
+def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
+    """Records of processes that come and go arrive while they live; each is ended once."""
+    server, stop, spool = FakeServer(), threading.Event(), tmp_path / "spool"
+    sidecar = threading.Thread(target=lambda: follow(spool, server.sink, stop=stop))
+    sidecar.start()
+    try:
+        for name in (b"a", b"b"):
+            pipeline = make_pipeline(spool, None)
+            pipeline.offer(name)
+            eventually(partial(pipeline.flush, LONG_S))
+            assert server.accepted[-1] == name
+            pipeline.offer(name + b" end")
+            pipeline.close(LONG_S)
+            eventually(lambda: not any(spool.iterdir()))
+    finally:
+        stop.set()
+        sidecar.join(LONG_S)
+    assert server.accepted == [b"a", b"a end", b"killed", b"b", b"b end", b"killed"]
+
+
+def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
+    """A sidecar goes on delivering to one server while another is away."""
+    away, there, stop = FakeServer(), FakeServer(), threading.Event()
+    away.down = RetryLater("503")
+    left_behind(tmp_path, [b"for the one away"], header=b"away")
+    left_behind(tmp_path, [b"for the one there"], header=b"there")
+    servers = {b"away": away, b"there": there}
+    sidecar = threading.Thread(
+        target=lambda: follow(tmp_path, lambda header: servers[header].sink(), stop=stop)
+    )
+    sidecar.start()
+    assert there.attempted.wait(LONG_S)
+    eventually(lambda: b"killed" in there.accepted)
+    stop.set()
+    sidecar.join(LONG_S)
+    assert there.accepted == [b"for the one there", b"killed"]
+    assert away.accepted == []
+
+
+def test_dead_processes_are_finished_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, a sidecar never has more than one of them open."""
+    monkeypatch.setattr(leftovers, "TURN_S", LONG_S)
+    server, stop, stats = FakeServer(), threading.Event(), Counts()
+    for _ in range(5):
+        left_behind(tmp_path, numbered(40))
+    sinks: list[FakeSink] = []
+    open_before: list[int] = []
+
+    def open_sink(header: bytes) -> FakeSink:
+        open_before.append(sum(not sink.closed for sink in sinks))
+        sinks.append(server.sink(header))
+        return sinks[-1]
+
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop, stats=stats))
+    sidecar.start()
+    eventually(lambda: not any(tmp_path.iterdir()))
+    stop.set()
+    sidecar.join(LONG_S)
+    assert open_before == [0] * 5
+    assert server.accepted == [*numbered(40), b"killed"] * 5
+    assert stats.snapshot().delivered == 200
+
+
+def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments whose server is away are in hand a few at a time, and each has its turn."""
+    monkeypatch.setattr(leftovers, "OPEN", 2)
+    monkeypatch.setattr(leftovers, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(leftovers, "POLL_S", 0.01)
+    away, there, stop = FakeServer(), FakeServer(), threading.Event()
+    away.down = RetryLater("503")
+    for n in range(7):
+        left_behind(tmp_path, [b"%d" % n], header=b"away")
+    left_behind(tmp_path, [b"for the one there"], header=b"there")
+    servers = {b"away": away, b"there": there}
+    sinks: list[FakeSink] = []
+    most_open = 0
+
+    def open_sink(header: bytes) -> FakeSink:
+        nonlocal most_open
+        sinks.append(servers[header].sink(header))
+        most_open = max(most_open, sum(not sink.closed for sink in sinks))
+        return sinks[-1]
+
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop))
+    sidecar.start()
+    eventually(lambda: b"killed" in there.accepted)
+    assert away.accepted == []
+    away.down = None
+    eventually(lambda: not any(tmp_path.iterdir()))
+    stop.set()
+    sidecar.join(LONG_S)
+    assert most_open == 2
+    assert there.accepted == [b"for the one there", b"killed"]
+    assert sorted(away.accepted) == sorted([*(b"%d" % n for n in range(7)), *[b"killed"] * 7])
+
+
+def test_more_living_processes_than_a_sidecar_has_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take turns; none waits for another one to end."""
+    monkeypatch.setattr(leftovers, "OPEN", 2)
+    monkeypatch.setattr(leftovers, "POLL_S", 0.01)
+    server, stop = FakeServer(), threading.Event()
+    pipelines = [make_pipeline(tmp_path, None) for _ in range(4)]
+    sidecar = threading.Thread(target=lambda: follow(tmp_path, server.sink, stop=stop))
+    sidecar.start()
+    try:
+        for round_ in (b"first", b"second"):
+            for n, pipeline in enumerate(pipelines):
+                pipeline.offer(b"%b %d" % (round_, n))
+            for pipeline in pipelines:
+                eventually(partial(pipeline.flush, LONG_S))
+        for pipeline in pipelines:
+            pipeline.close(LONG_S)
+        eventually(lambda: not any(tmp_path.iterdir()))
+    finally:
+        stop.set()
+        sidecar.join(LONG_S)
+    records = [b"%b %d" % (which, n) for which in (b"first", b"second") for n in range(4)]
+    assert sorted(server.accepted) == sorted([*records, *[b"killed"] * 4])
+
+
+@pytest.mark.parametrize("default", [None, b"given by hand"])
+def test_a_damaged_header_needs_a_destination(tmp_path: Path, default: bytes | None) -> None:
+    """Records whose header is lost are kept until somebody says where they are to go."""
+    server = FakeServer()
+    paths = left_behind(tmp_path, [b"one"])
+    [(_, part)] = paths.parts()
+    part.write_bytes(part.read_bytes().replace(b"1c", b"1x", 1))
+    outcome = deliver_segment(paths, server.sink, default_header=default)
+    if default is None:
+        assert outcome is Outcome.UNREADABLE
+        assert inspect_segment(paths).waiting == 1
+    else:
+        assert outcome is Outcome.FINISHED
+        assert server.opened == [default]
+        assert server.accepted == [b"one", b"killed"]
+
+
+def test_what_a_process_left_before_its_first_record_is_removed(tmp_path: Path) -> None:
+    """Locks without records, of a process killed in between, are tidied up."""
+    paths = Paths(tmp_path, "host-1-abc-ff")
+    paths.own.touch()
+    paths.ship.touch()
+    assert deliver_segment(paths, FakeServer().sink) is Outcome.FINISHED
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_cannot_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a moment costs a dead process's segment nothing."""
+    server, read, failed = FakeServer(), DiskPart.read, threading.Event()
+    paths = left_behind(tmp_path, numbered(3))
+
+    def fail_once(part: DiskPart, offset: int, size: int) -> bytes:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        return read(part, offset, size)
+
+    monkeypatch.setattr(DiskPart, "read", fail_once)
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert server.accepted == [*numbered(3), b"killed"]
+
+
+def test_dead_letters_outlive_their_segment_until_purged(tmp_path: Path) -> None:
+    """A delivered segment leaves its dead letters to look at; purging removes them."""
+    server = FakeServer()
+    server.refuses = lambda record: "no" if record == b"one" else None
+    paths = left_behind(tmp_path, [b"one", b"two"])
+    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
+    assert inspect_segment(paths).dead_letters == 1
+    assert purge(paths)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+"""What follows from an attempt: the time of the next one, and what is known of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qitos_mlflow.delivery import Counts, Outcome, OutOfTime, RetryLater, deliver_segment
+from qitos_mlflow.delivery.backoff import Circuit
+from qitos_mlflow.delivery.leftovers import Delivery
+from qitos_mlflow.delivery.sending_thread import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, SendingThread
+from qitos_mlflow.delivery.spool.segments import claim
+from tests.delivery.fakes import FakeServer, left_behind
+
+
+class Steps:
+    """Stands in for `SegmentTransfer`: each step is what `step` makes of the time it is given."""
+
+    position = 0
+
+    def __init__(self, step: Callable[[float], None]) -> None:
+        self.given_s: list[float] = []
+        self._step = step
+
+    def step(self, *, end: int | None, sealed: bool, timeout_s: float) -> bool:
+        self.given_s.append(timeout_s)
+        self._step(timeout_s)
+        return True
+
+
+def test_what_takes_long_gets_through_after_a_failure() -> None:
+    """The short attempts that follow a failure are few: some batches need more time than that."""
+
+    def slow(timeout_s: float) -> None:
+        if len(steps.given_s) == 1 or timeout_s < 6:
+            raise RetryLater("ReadTimeout")
+
+    steps, circuit = Steps(slow), Circuit()
+    shipper = SendingThread(steps, circuit)  # type: ignore[arg-type]
+    for _ in range(4):
+        shipper.attempt()
+    assert steps.given_s == [SEND_TIMEOUT_S, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S, SEND_TIMEOUT_S]
+    assert circuit.online
+
+
+def test_a_server_that_has_much_to_do_is_there() -> None:
+    """The next part follows at once, and traces that begin may wait for their run."""
+
+    def answered(timeout_s: float) -> None:
+        raise OutOfTime
+
+    circuit = Circuit()
+    circuit.failed()
+    SendingThread(Steps(answered), circuit).attempt()  # type: ignore[arg-type]
+    assert (circuit.online, circuit.delay_s) == (True, 0.0)
+
+
+def test_much_to_do_is_no_problem_of_a_segment(tmp_path: Path) -> None:
+    """Delivered by others, a segment that takes more than one attempt is not failing."""
+    paths = left_behind(tmp_path, [b"record"])
+    server = FakeServer()
+    server.down = OutOfTime()
+    problems: list[str] = []
+
+    def go_on(stats: Counts) -> None:
+        server.down = None
+
+    outcome = deliver_segment(paths, server.sink, progress=go_on, failed=problems.append)
+    assert (outcome, problems) == (Outcome.FINISHED, [])
+    assert server.accepted == [b"record", b"killed"]
+
+
+def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
+    """Put off, a segment would begin anew with records that take long, and never be through."""
+    server = FakeServer()
+    taken = claim(left_behind(tmp_path, [b"record"]), Counts())
+    assert taken is not None
+    delivery = Delivery(taken, server.sink)
+    server.down = OutOfTime()
+    delivery.step(1.0)
+    assert not delivery.may_wait
+    server.down = None
+    delivery.step(1.0)
+    assert delivery.may_wait
+    delivery.close()

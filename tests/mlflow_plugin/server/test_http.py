@@ -1,0 +1,396 @@
+"""What an answer means: MLflow alone can refuse something; all else is tried again."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import orjson
+import pytest
+import requests
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.server.http import PROTOBUF, SMALL_BYTES, Exchange, SessionRequester
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.sink.operations import NO_TRACES
+
+PATH = "/api/2.0/mlflow/runs/log-batch"
+PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
+NOT_FOUND = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}'
+PAGE = b"<html>default backend</html>"
+SECRET = "s3cr3t-of-somebody"
+UNUSABLE = (
+    "ftp2://{}h",
+    "http://{}a..b:5000",
+    "http://{}[bad:5000",
+    "http://{}h:999999",
+    "http://{}/",
+)
+
+
+class Server:
+    """A `Requester` that answers as it is told; `probe` is its answer to who it is.
+
+    `hops` are the statuses of the redirects that were followed on the way to the answer.
+    """
+
+    def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.answer = (status, body, headers)
+        self.hops: tuple[int, ...] = ()
+        self.probe: tuple[int, bytes, dict[str, str]] = (200, MLFLOW, {})
+        self.paths: list[str] = []
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> requests.Response:
+        self.paths.append(path)
+        status, content, given = self.probe if path == PROBE else self.answer
+        response = requests.Response()
+        response.status_code = status
+        response._content = content
+        response.headers.update({"Content-Length": str(len(content)), **given})
+        response.url = f"https://sso.example/login?token={SECRET}"
+        for hop in self.hops if path != PROBE else ():
+            response.history.append(requests.Response())
+            response.history[-1].status_code = hop
+        return response
+
+
+def outcome(server: Server) -> BaseException | None:
+    """What a call on `server` raises."""
+    try:
+        Exchange(f"http://u:{SECRET}@host:5000", server).json("POST", PATH, b"{}", 1.0)
+    except (RetryLater, Refused, Poisoned) as error:
+        return error
+    return None
+
+
+def test_mlflows_word_is_final() -> None:
+    """An error of MLflow's own below 500 is a refusal, with its code; nobody is asked again."""
+    server = Server(404, NOT_FOUND)
+    refusal = outcome(server)
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "RESOURCE_DOES_NOT_EXIST"
+    assert server.paths == [PATH]
+
+
+@pytest.mark.parametrize("status", [400, 404, 405])
+def test_only_mlflow_refuses(status: int) -> None:
+    """A page is a refusal if MLflow is behind it, and none while something else answers."""
+    server = Server(status, PAGE)
+    refusal = outcome(server)
+    assert isinstance(refusal, Refused)
+    assert refusal.code == f"HTTP {status}"
+    for probe in [(404, PAGE, {}), (200, b'{"status": "ok"}', {}), (502, b"", {})]:
+        server.probe = probe
+        assert isinstance(outcome(server), RetryLater)
+
+
+def test_a_proxy_may_refuse_a_large_request() -> None:
+    """A request too large for what is in front of MLflow is one for ever."""
+    server = Server(413, PAGE)
+    server.probe = (502, b"", {})
+    assert isinstance(outcome(server), Refused)
+
+
+@pytest.mark.parametrize("body", [b"", PAGE, b"[]", b'{"run'])
+def test_an_answer_that_is_no_object_is_not_mlflows(body: bytes) -> None:
+    """A success that does not look like MLflow's is none."""
+    assert isinstance(outcome(Server(200, body)), RetryLater)
+    assert outcome(Server(200, b"{}")) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"hello": "world"}', b'{"run": {}, "experiment": 1}', b'{"run": {"info": 1}}'],
+)
+def test_a_call_needs_what_mlflow_answers(body: bytes) -> None:
+    """Another program's JSON on the port creates no run."""
+    transport = RestTransport("http://host", Server(200, body))
+    with pytest.raises(RetryLater):
+        transport.create_run("0", 0, "name", [], 1.0)
+    with pytest.raises(RetryLater):
+        transport.experiment_id("name", 1.0)
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_an_answer_cut_amid_its_headers_is_none(status: int) -> None:
+    """Without a length and without a body, nothing is known of what the server did."""
+
+    def cut(*request: object) -> requests.Response:
+        response = requests.Response()
+        response.status_code = status
+        response._content = b""
+        return response
+
+    with pytest.raises(RetryLater):
+        Exchange("http://host", cut).send("POST", PATH, b"", {}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, b'{"error_code": "INTERNAL_ERROR", "message": "oops"}'),
+        (500, b'{"detail": "Internal Server Error"}'),
+        (422, b'{"detail": "Failed to log OpenTelemetry spans"}'),
+    ],
+)
+def test_a_server_that_breaks_is_not_refusing(status: int, body: bytes) -> None:
+    """MLflow failing on a call may be the call's fault, or not."""
+    assert isinstance(outcome(Server(status, body)), Poisoned)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"detail": "REST OTLP span logging is not supported by FileStore"}', "HTTP 501"),
+        (b'{"error_code": "NOT_IMPLEMENTED", "message": "no"}', "NOT_IMPLEMENTED"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(body: bytes, code: str) -> None:
+    """A store without spans says so with 501; to try again is useless."""
+    refusal = outcome(Server(501, body))
+    assert isinstance(refusal, Refused)
+    assert refusal.code == code
+    assert code in NO_TRACES
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00",
+        "(psycopg2.InterfaceError) connection already closed",
+        "(pymysql.err.DataError) x (Background on this error at: https://sqlalche.me/e/20/9h9h)",
+    ],
+)
+def test_a_database_that_fails_is_not_refusing(message: str) -> None:
+    """MLflow calls most errors of its database a bad request."""
+    body = orjson.dumps({"error_code": "BAD_REQUEST", "message": message})
+    assert isinstance(outcome(Server(400, body)), Poisoned)
+    body = orjson.dumps({"error_code": "BAD_REQUEST", "message": "no such field"})
+    assert isinstance(outcome(Server(400, body)), Refused)
+
+
+def write(server: Server) -> None:
+    """Write a span and a file, whose answers say nothing."""
+    transport = RestTransport("http://host", server)
+    transport.write_spans("0", [Span(name="a")], 1.0)
+    transport.write_artifact(RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0), "a.txt", b"a", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", PROTOBUF),  # /v1/traces of 3.12 and 3.17.
+        (b"", ""),  # Artifacts of 3.17.
+        (b"{}", "application/json"),  # Artifacts of 3.12.
+        (b"\n\x00", PROTOBUF),
+    ],
+)
+def test_what_mlflow_answers_to_spans_and_files(body: bytes, kind: str) -> None:
+    """MLflow's own answers are successes, also behind a redirect that keeps the request."""
+    server = Server(200, body, **{"Content-Type": kind})
+    write(server)
+    server.hops = (308, 307)
+    write(server)
+
+
+@pytest.mark.parametrize("path", ["write_spans", "write_artifact"])
+def test_a_page_has_stored_nothing(path: str) -> None:
+    """A page that is served for every address does not count as stored."""
+    transport = RestTransport("http://host", Server(200, PAGE, **{"Content-Type": "text/html"}))
+    with pytest.raises(RetryLater):
+        if path == "write_spans":
+            transport.write_spans("0", [Span(name="a")], 1.0)
+        else:
+            run = RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0)
+            transport.write_artifact(run, "a.txt", b"a", 1.0)
+
+
+@pytest.mark.parametrize("hop", [301, 302, 303])
+@pytest.mark.parametrize("status", [200, 404, 405, 500])
+def test_a_redirect_that_drops_the_request_has_stored_nothing(hop: int, status: int) -> None:
+    """After such a redirect not even MLflow's own answer is one to what was sent."""
+    server = Server(status, NOT_FOUND if status >= 400 else b"{}")
+    server.hops = (307, hop)
+    later = outcome(server)
+    assert isinstance(later, RetryLater)
+    assert str(later) == "the server moved to https://sso.example"
+
+
+def test_a_question_may_be_redirected() -> None:
+    """What has no body loses none."""
+    server = Server(200, MLFLOW)
+    server.hops = (301,)
+    assert Exchange("http://host", server).json("GET", PATH, None, 1.0)
+
+
+@pytest.mark.parametrize("uri", UNUSABLE)
+def test_an_unusable_uri_loses_nothing(uri: str) -> None:
+    """It can be corrected, so records wait; and what is said of it holds no password."""
+    with pytest.raises(RetryLater) as later:
+        RestTransport(uri.format(f"user:{SECRET}@")).experiment_id("name", 1.0)
+    assert SECRET not in str(later.value)
+
+
+def test_a_broken_header_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that cannot be sent is a reason to wait, but not to be told to everybody."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{SECRET}\n")
+    with pytest.raises(RetryLater) as later:
+        RestTransport("http://127.0.0.1:9").experiment_id("name", 1.0)
+    assert SECRET not in str(later.value)
+
+
+def test_reasons_hold_no_credentials() -> None:
+    """Reasons are logged, shown and kept with dead letters."""
+    login = f"https://u:{SECRET}@sso.example/login?token={SECRET}"
+    echo = orjson.dumps({"error_code": "INTERNAL_ERROR", "message": f"could not reach {login}"})
+    answers: list[tuple[int, bytes, dict[str, str]]] = [
+        *((status, body, {}) for status in (400, 404, 422, 500, 501) for body in (PAGE, echo)),
+        *((301, b"", {"Location": where}) for where in (login, f"/a?token={SECRET}", "http://[")),
+        (301, b"", {}),
+    ]
+    for probe in ((404, PAGE, {}), (200, MLFLOW, {})):
+        for answer in answers:
+            server = Server(200)
+            server.answer, server.probe = answer, probe
+            reason = outcome(server)
+            assert reason is not None
+            assert SECRET not in str(reason)
+
+
+@pytest.mark.parametrize("status", [301, 401, 403, 408, 429, 500, 502, 503, 504])
+def test_a_server_that_is_not_itself_is_asked_later(status: int) -> None:
+    """Overloaded, not authorised, moved, out of order: nothing is lost."""
+    assert isinstance(outcome(Server(status, PAGE)), RetryLater)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("-1", 0.0),
+        ("nan", 0.0),
+        ("soon", None),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ],
+)
+def test_retry_after_is_obeyed(header: str, seconds: float | None) -> None:
+    """Both forms of the header are understood, and a broken one is as none."""
+    later = outcome(Server(429, b"", **{"Retry-After": header}))
+    assert isinstance(later, RetryLater)
+    assert later.after_s == seconds
+
+
+# -- over a socket -----------------------------------------------------------------------------
+
+
+class Listener:
+    """A server of one thread on a socket: reads requests as slowly as it is told, answers ``{}``.
+
+    Attributes:
+        redirects: so many requests are answered by a redirect to the same path.
+        reads_for_s: at least so long does the reading of each body take, without ever pausing.
+        bodies: what was received.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.listen()
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.redirects = 0
+        self.reads_for_s = 0.0
+        self.bodies: list[bytes] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    while self._answer(connection):
+                        pass
+                except OSError:  # The client has given up.
+                    pass
+
+    def _answer(self, connection: socket.socket) -> bool:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (byte := connection.recv(1)):
+                return False
+            head += byte
+        headers = dict(line.lower().split(b": ") for line in head.splitlines()[1:-1])
+        length, body = int(headers[b"content-length"]), bytearray()
+        began = time.monotonic()
+        while len(body) < length:
+            if not (some := connection.recv(min(65536, length - len(body)))):
+                return False
+            body += some
+            if time.monotonic() - began < self.reads_for_s:
+                time.sleep(0.01)
+        self.bodies.append(bytes(body))
+        if self.redirects:
+            self.redirects -= 1
+            status, where = b"308 Permanent Redirect", b"Location: /elsewhere\r\n"
+        else:
+            status, where = b"200 OK", b""
+        connection.sendall(
+            b"HTTP/1.1 " + status + b"\r\n" + where + b"Content-Type: application/json\r\n"
+            b"Content-Length: 2\r\n\r\n{}"
+        )
+        return True
+
+    def close(self) -> None:
+        """End the thread."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    listener = Listener()
+    yield listener
+    listener.close()
+
+
+def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> None:
+    """The timeout is that of a server that takes nothing, not of one that takes it slowly."""
+    listener.reads_for_s = 1.5
+    body = bytes(16 * 1024 * 1024)
+    requester = SessionRequester(listener.uri)
+    # With a small buffer it is the reader that sets the pace, on any system.
+    buffer = (socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    adapter = requester._session.get_adapter(listener.uri)
+    adapter.init_poolmanager(1, 1, socket_options=[buffer])  # type: ignore[attr-defined]
+    exchange = Exchange(listener.uri, requester)
+    exchange.send("PUT", "/file", body, {}, 1.0)
+    exchange.close()
+    assert listener.bodies == [body]
+
+
+@pytest.mark.parametrize("size", [0, 1, SMALL_BYTES, SMALL_BYTES + 1])
+def test_a_body_goes_along_with_a_redirect(listener: Listener, size: int) -> None:
+    """Of whatever size, it is sent anew, and with its length."""
+    listener.redirects = 1
+    body = b"x" * size
+    exchange = Exchange(listener.uri)
+    exchange.send("PUT", "/file", body, {}, 10.0)
+    exchange.close()
+    assert listener.bodies == [body, body]

@@ -1,0 +1,164 @@
+"""What failures of a local store, or of a place for artifacts, mean."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from mlflow.store.artifact import artifact_repository_registry
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, RunRef, Transport
+
+SECRET = "s3cr3t-of-somebody"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> StoreTransport:
+    """A local store."""
+    return StoreTransport(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+class CloudError(Exception):
+    """Of a cloud's own client: neither MLflow's nor the operating system's."""
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "htp://user:{}@localhost:5000",
+        "user:{}@localhost:5000",
+        "postgresqlx://user:{}@host/db",
+        "mysql+nodriver://user:{}@host/db",
+        "sqlite:////dev/null/x.db",
+    ],
+)
+def test_a_store_that_cannot_be_opened_loses_nothing(uri: str) -> None:
+    """Records wait until it is named rightly, or there; its password is nobody's business."""
+    with pytest.raises(RetryLater) as later:
+        StoreTransport(uri.format(SECRET))
+    assert SECRET not in str(later.value)
+
+
+def test_a_database_that_fails_is_not_refusing(
+    store: StoreTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a free connection MLflow's store speaks of a bad request."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise MlflowException("QueuePool limit of size 5 overflow 10 reached", BAD_REQUEST)
+
+    monkeypatch.setattr(store._mlflow, "log_batch", fail)
+    with pytest.raises(Poisoned):
+        store.log_batch("run", [], [], [], 1.0)
+
+
+def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
+    store: StoreTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal reaches us whatever MLflow's switch for the user's own calls says."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    with pytest.raises(Refused):
+        store.log_batch("0" * 32, [], [("param", "value")], [], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), Refused),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), Refused),
+        (ModuleNotFoundError("No module named 'boto3'"), Refused),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RetryLater),
+        (CloudError("no connection"), Poisoned),
+        (OSError("no libjvm"), Poisoned),
+        (MlflowException("no such thing"), Poisoned),
+    ],
+)
+@pytest.mark.parametrize("local", [True, False])
+def test_a_place_for_artifacts_fails_as_servers_do(
+    store: StoreTransport,
+    local: bool,
+    error: Exception,
+    meaning: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What can never be written is refused, what may pass is tried again, nothing is a bug."""
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifact", fail)
+    run = RunRef("r", "0", "n", (tmp_path / "artifacts").as_uri(), 0)
+    transport: Transport = store if local else RestTransport("http://host")
+    with pytest.raises(meaning):
+        transport.write_artifact(run, "a/b.txt", b"b", 1.0)
+
+
+def test_a_repository_that_needs_a_password_does_not_tell_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reason of a refusal is kept with the dead letter."""
+
+    def missing(uri: str, **_: object) -> None:
+        raise ModuleNotFoundError(f"No module for {uri}")
+
+    monkeypatch.setattr(artifact_repository_registry, "get_artifact_repository", missing)
+    run = RunRef("r", "0", "n", f"sftp://user:{SECRET}@host/a", 0)
+    with pytest.raises(Refused) as refusal:
+        RestTransport("http://host").write_artifact(run, "b.txt", b"b", 1.0)
+    assert "sftp://host/a" in str(refusal.value)
+    assert SECRET not in str(refusal.value)
+
+
+def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To a server that stores no artifacts itself, mlflow is imported once one is written."""
+    name = "qitos_mlflow.mlflow_plugin.server.mlflow_client"
+    free: list[bool] = []
+
+    def try_lock() -> None:
+        free.append(importing().acquire(blocking=False))
+
+    class Finder:
+        @staticmethod
+        def find_spec(module: str, *_: object) -> None:
+            if module == name:
+                forking = threading.Thread(target=try_lock)
+                forking.start()
+                forking.join()
+
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    run = RunRef("r", "0", "n", tmp_path.as_uri(), 0)
+    RestTransport("http://host").write_artifact(run, "a.txt", b"a", 1.0)
+    assert free == [False]
+    assert (tmp_path / "a.txt").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("place", ["user:{}@127.0.0.1:9", "user:{}@a..b:5000", "user:{}@[bad"])
+def test_mlflows_own_client_loses_nothing_either(place: str) -> None:
+    """It is used where only it can authenticate, and fails in ways of its own."""
+    uri = f"http://{place.format(SECRET)}"
+    with pytest.raises(RetryLater) as later:
+        RestTransport(uri, mlflow_requester(uri)).experiment_id("name", 0.5)
+    assert SECRET not in str(later.value)
+
+
+@pytest.mark.parametrize("trace_id", ["it's", 'say "so"', "a' OR 'b"])
+def test_runs_are_found_by_any_id(store: StoreTransport, trace_id: str) -> None:
+    """An id with quotes in it is no other question."""
+    experiment = store.experiment_id("quotes", 1.0)
+    run = store.create_run(experiment, 1, "n", [("qitos.trace_id", trace_id)], 1.0)
+    assert [found.run_id for found in store.find_runs(experiment, trace_id, 1.0)] == [run.run_id]
+    assert store.find_runs(experiment, trace_id + "'\"", 1.0) == []

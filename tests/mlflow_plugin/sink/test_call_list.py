@@ -1,0 +1,126 @@
+"""Calls that do not come through at once: made again, made smaller, never given up for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
+from qitos_mlflow.mlflow_plugin.server.transport import Refused
+from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
+from qitos_mlflow.mlflow_plugin.sink.call_list import FAILING_TRIES, Call, CallList, Group
+
+Fail = Callable[[Sequence[Any]], "Exception | None"]
+
+
+class Clock:
+    """Stands in for `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(shipment_module, "time", clock)
+    return clock
+
+
+class Server:
+    """Takes items, each attempt so many seconds long, and fails as `fail` says of them."""
+
+    def __init__(self, clock: Clock, takes_s: float) -> None:
+        self.taken: list[Any] = []
+        self.attempts: list[int] = []
+        self.fail: Fail = lambda items: None
+        self._clock = clock
+        self._takes_s = takes_s
+
+    def __call__(self, items: Sequence[Any], timeout_s: float) -> None:
+        self.attempts.append(len(items))
+        self._clock.now += self._takes_s
+        if failure := self.fail(items):
+            raise failure
+        self.taken.extend(items)
+
+    def call(self, items: Sequence[Any], group: Group | None = None) -> Call:
+        return Call(self, items, lambda item: b"%d" % item, group)
+
+
+def send(shipment: CallList, tries: int) -> list[DeadLetter] | None:
+    """Try so often at most; None if there is still something to send."""
+    for _ in range(tries):
+        try:
+            return shipment.send(15.0)
+        except RetryLater:
+            pass
+    return None
+
+
+def test_what_is_too_much_at_once_is_sent_in_parts(clock: Clock) -> None:
+    """A call that is never answered in time gets through all the same, in order."""
+    server = Server(clock, takes_s=8.0)
+    server.fail = lambda items: RetryLater("ReadTimeout") if len(items) > 100 else None
+    items = list(range(500))
+    assert send(CallList([server.call(items)]), 20) == []
+    assert server.taken == items
+    assert server.attempts[:FAILING_TRIES] == [500] * FAILING_TRIES
+
+
+def test_a_blip_splits_nothing(clock: Clock) -> None:
+    """A server that is back soon gets what it was to get, however often it was tried meanwhile."""
+    server = Server(clock, takes_s=0.1)
+    shipment = CallList([server.call(range(500))])
+    server.fail = lambda items: RetryLater("ConnectionError")
+    assert send(shipment, 10 * FAILING_TRIES) is None
+    server.fail = lambda items: None
+    assert send(shipment, 1) == []
+    assert set(server.attempts) == {500}
+
+
+def test_what_a_firewall_minds_is_kept(clock: Clock) -> None:
+    """All before the one item arrives; that, and what follows, waits for as long as it takes."""
+    server = Server(clock, takes_s=1.0)
+    server.fail = lambda items: RetryLater("HTTP 403") if 250 in items else None
+    shipment = CallList([server.call(range(500)), server.call([500])])
+    assert send(shipment, 300) is None
+    assert server.taken == list(range(250))
+    server.fail = lambda items: None
+    assert send(shipment, 1) == []
+    assert server.taken == list(range(501))
+
+
+def test_a_run_deleted_during_an_outage_is_found_out_at_once(clock: Clock) -> None:
+    """That its calls were made smaller meanwhile does not have their items refused one by one."""
+    deleted = Refused("RESOURCE_DOES_NOT_EXIST", "")
+    told: list[str] = []
+
+    def check(timeout_s: float) -> None:
+        raise deleted
+
+    group = Group([b"record"], check, told.append)
+    server = Server(clock, takes_s=8.0)
+    shipment = CallList([server.call(range(500), group)])
+    server.fail = lambda items: RetryLater("ConnectionError")
+    assert send(shipment, 2 * FAILING_TRIES) is None
+    server.attempts.clear()
+    server.fail = lambda items: deleted
+    assert send(shipment, 1) == [DeadLetter(b"record", str(deleted))]
+    assert len(server.attempts) == len(told) == 1
+
+
+def test_many_calls_that_are_answered_are_no_failure(clock: Clock) -> None:
+    """Where only the time is too short, that is told apart, and no call is begun without time."""
+    server = Server(clock, takes_s=4.8)
+    shipment = CallList([server.call([number]) for number in range(5)])
+    with pytest.raises(OutOfTime):
+        shipment.send(15.0)
+    assert server.taken == [0, 1, 2]
+    assert shipment.send(15.0) == []
+    assert server.taken == [0, 1, 2, 3, 4]

@@ -1,0 +1,873 @@
+"""Records to calls: which, in what order, and what a refusal or a crash costs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count, cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink, open_transport
+from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
+from qitos_mlflow.settings import Settings
+from tests.mlflow_plugin.records import Records
+
+TIMEOUT_S = 10.0
+SETTINGS = {"experiment_name": "qitos", "tags": {"env": "dev"}, "plugin_version": "1.2.3"}
+
+
+class Server:
+    """A transport to a server that there is not: keeps what it is told, and fails on command."""
+
+    def __init__(self, host: str = "fake.test") -> None:
+        self.host = host
+        self.uri = f"http://user:password@{host}"
+        self.cost: float | None = None
+        self.numbers = count()
+        self.calls: list[str] = []
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.spans: dict[str, Any] = {}
+        self.traces: dict[str, dict[str, Any]] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
+        self.fail_after: Callable[[str, Any], Exception | None] = lambda call, what: None
+
+    def _answer(self, call: str, what: Any, answer: Callable[[], Any]) -> Any:
+        self.calls.append(call)
+        if failure := self.fail(call, what):
+            raise failure
+        result = answer()
+        if failure := self.fail_after(call, what):
+            raise failure
+        return result
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        if run_id not in self.runs:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", run_id)
+        return self.runs[run_id]
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        return self._answer("experiment_id", name, lambda: "7")
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
+
+        def create() -> RunRef:
+            run_id = f"{prefix}{next(self.numbers)}"
+            self.runs[run_id] = {
+                "name": name,
+                "tags": dict(tags),
+                "metrics": Counter(),
+                "params": {},
+                "status": "RUNNING",
+            }
+            return RunRef(run_id, experiment_id, name, "mlflow-artifacts:/7", start_ms)
+
+        return self._answer("create_run", dict(tags), create)
+
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        def find() -> list[RunRef]:
+            return [
+                RunRef(run_id, experiment_id, run["name"], "", 0)
+                for run_id, run in self.runs.items()
+                if run["tags"].get("qitos.trace_id") == trace_id
+            ]
+
+        return self._answer("find_runs", trace_id, find)
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        def log() -> None:
+            run = self._run(run_id)
+            for key, value in params:
+                if run["params"].get(key, value) != value:
+                    raise Refused("INVALID_PARAMETER_VALUE", f"param {key} changes")
+            # The same point again is the same row.
+            run["metrics"].update({point: 1 for point in metrics if not run["metrics"][point]})
+            run["params"].update(params)
+            run["tags"].update(tags)
+
+        self._answer("log_batch", [*metrics, *params, *tags], log)
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Any], timeout_s: float) -> None:
+        found = {span.span_id.hex(): span for span in spans}
+        self._answer("write_spans", [span.name for span in spans], lambda: self.spans.update(found))
+
+    def sum_spans(self, *question: Any) -> float | None:
+        return self._answer("sum_spans", question, lambda: self.cost)
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        self._answer("write_artifact", path, lambda: self.artifacts.update({path: data}))
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    # -- asked by tests ----------------------------------------------------------------------
+
+    def values(self, run_id: str = "run-0") -> dict[str, list[float]]:
+        """The points of each metric of a run."""
+        found: dict[str, list[float]] = {}
+        for point in self.runs[run_id]["metrics"]:
+            found.setdefault(point.key, []).append(point.value)
+        return found
+
+
+def sink_to(server: Server, **more: Any) -> MlflowSink:
+    """A sink that delivers there."""
+    announce, resumed = more.pop("announce", None), more.pop("resumed", False)
+    return MlflowSink(server, {**SETTINGS, **more}, announce, resumed=resumed)
+
+
+def lines(*records: dict[str, Any]) -> list[bytes]:
+    """Records as the spool has them."""
+    return [orjson.dumps(record) for record in records]
+
+
+def ship(sink: MlflowSink, *records: dict[str, Any]) -> list[DeadLetter]:
+    """Deliver records in one shipment; returns the dead letters."""
+    return sink.prepare(lines(*records)).send(TIMEOUT_S)
+
+
+def a_trace(trace_id: str = "trace-1", spans: int = 3) -> list[dict[str, Any]]:
+    """Every record of a trace with so many steps."""
+    make = Records(trace_id)
+    steps = [make.span("step", step=number, step_number=number) for number in range(spans)]
+    start = make.start(trace_id, metadata={"seed": 7})
+    return [start, *steps, make.end(recorded=spans)]
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+# -- the calls of a trace --------------------------------------------------------------------
+
+
+def test_a_trace_in_one_shipment(server: Server) -> None:
+    """Run first, then its numbers, then the tree, and its end last: complete when it ends."""
+    assert ship(sink_to(server), *a_trace()) == []
+    assert server.calls == [
+        *("experiment_id", "create_run", "log_batch", "write_spans", "write_trace", "end_run"),
+    ]
+    run = server.runs["run-0"]
+    assert (run["name"], run["status"]) == ("trace-1", "FINISHED")
+    assert run["params"] == {"seed": "7", "qitos_mlflow_version": "1.2.3"}
+    wanted = {"env": "dev", "qitos.trace_id": "trace-1", "mlflow.source.type": "LOCAL"}
+    assert {key: run["tags"].get(key) for key in wanted} == wanted
+    assert (run["tags"]["qitos.spans.recorded"], run["tags"]["qitos.spans.delivered"]) == ("3", "3")
+    assert server.values()["step/number"] == [0, 1, 2]
+
+
+def test_runs_are_created_and_announced_before_anything_else(server: Server) -> None:
+    """An agent may be waiting for its run: all runs of a shipment come before all else."""
+    announced: list[tuple[str, str]] = []
+    sink = sink_to(server, announce=lambda trace_id, ref: announced.append((trace_id, ref.run_id)))
+    ship(sink, *a_trace("one")[:-1], *a_trace("two")[:-1])
+    assert server.calls[:3] == ["experiment_id", "create_run", "create_run"]
+    assert announced == [("one", "run-0"), ("two", "run-1")]
+
+
+def test_the_run_has_the_name_it_was_given(server: Server) -> None:
+    """A configured name goes before the trace's."""
+    ship(sink_to(server, run_name="gaia-eval-001"), *a_trace())
+    assert server.runs["run-0"]["name"] == "gaia-eval-001"
+
+
+@pytest.mark.parametrize(("run_name", "wanted"), [(None, "by-tag"), ("gaia", "gaia")])
+def test_a_run_may_be_named_by_mlflows_tag(
+    server: Server, run_name: str | None, wanted: str, tmp_path: Path
+) -> None:
+    """It goes before the trace's name; as a tag of a new run MLflow would refuse it."""
+    settings = {"run_name": run_name, "tags": {"mlflow.runName": "by-tag", "env": "dev"}}
+    ship(sink_to(server, **settings), *a_trace())
+    run = server.runs["run-0"]
+    assert (run["name"], run["tags"]["env"]) == (wanted, "dev")
+    assert "mlflow.runName" not in run["tags"]
+    store = open_transport(f"sqlite:///{tmp_path}/runs.db")
+    assert ship(MlflowSink(store, {**SETTINGS, **settings}), *a_trace()) == []
+
+
+def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
+    """With `auto_end_run` off only the death of its process ends a run."""
+    sink = sink_to(server, auto_end_run=False)
+    ship(sink, *a_trace("left"), *a_trace("going")[:-1])
+    assert "end_run" not in server.calls
+    abandoned = sink.abandoned(0)
+    assert abandoned is not None
+    abandoned.send(TIMEOUT_S)
+    assert [run["status"] for run in server.runs.values()] == ["RUNNING", "KILLED"]
+    assert server.runs["run-1"]["tags"]["qitos.killed"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status"),
+    [({"status": "interrupted"}, "RUNNING"), ({"qitos.closed": "the process ended"}, "KILLED")],
+)
+def test_a_run_to_be_left_open_of_an_agent_that_was_interrupted(
+    server: Server, metadata: dict[str, Any], status: str
+) -> None:
+    """It stays open like any other, for the caller to go on in; the end of the process ends it."""
+    *others, end = a_trace()
+    sink = sink_to(server, auto_end_run=False)
+    ship(sink, *others, {**end, "status": "KILLED", "metadata": metadata})
+    assert server.runs["run-0"]["status"] == status
+
+
+def test_an_end_that_was_lost(server: Server) -> None:
+    """A process that closes in order leaves no run RUNNING, unless it is to be left open."""
+    for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
+        sink = sink_to(server, auto_end_run=auto_end_run)
+        ship(sink, *a_trace(f"lost {auto_end_run}")[:-1])
+        if (left_open := sink.abandoned(0, closed=True)) is not None:
+            left_open.send(TIMEOUT_S)
+        assert [run["status"] for run in server.runs.values()][-1] == status
+    assert server.runs["run-0"]["tags"]["qitos.killed"] == "its end was lost"
+
+
+def test_without_traces_there_are_runs_only(server: Server) -> None:
+    """With `log_traces` off no span and no trace is sent."""
+    ship(sink_to(server, log_traces=False), *a_trace())
+    assert not {"write_spans", "write_trace"} & set(server.calls)
+    assert server.values()["total_steps"] == [3]
+
+
+def test_files_go_with_their_run(server: Server) -> None:
+    """An artifact's content is written below its path."""
+    start, *rest = a_trace()
+    contents = {"final_answer.txt": "42", "final_answer.json": {"sum": [4, None, "é"]}}
+    files = [
+        {"kind": "artifact", "trace_id": "trace-1", "path": path, "content": content}
+        for path, content in contents.items()
+    ]
+    ship(sink_to(server), start, *files, *rest)
+    assert server.artifacts["final_answer.txt"] == b"42"
+    assert orjson.loads(server.artifacts["final_answer.json"]) == contents["final_answer.json"]
+
+
+def test_the_processs_end(server: Server) -> None:
+    """Traces whose process died are ended as KILLED with the totals so far; ended ones are not."""
+    sink = sink_to(server)
+    assert sink.abandoned(0) is None
+    ship(sink, *a_trace("ended"), *a_trace("going")[:-1])
+    abandoned = sink.abandoned(1_900_000_000_000_000_000)
+    assert abandoned is not None
+    abandoned.send(TIMEOUT_S)
+    assert [run["status"] for run in server.runs.values()] == ["FINISHED", "KILLED"]
+    assert server.values("run-1")["total_steps"] == [3]
+    assert sink.abandoned(0) is None
+
+
+# -- crashes ---------------------------------------------------------------------------------
+
+
+@given(cuts=st.sets(st.integers(1, 9)), replay=st.booleans())
+def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], replay: bool) -> None:
+    """Taken up by another process at any point, sent twice or not, a run comes to the same."""
+    records = [*a_trace("one", 3)[:-1], *a_trace("two", 2), a_trace("one", 3)[-1]]
+    straight, server = Server(), Server()
+    ship(sink_to(straight), *records)
+    state = b""
+    edges = [0, *sorted(cuts), len(records)]
+    for begin, end in pairwise(edges):
+        for again in range(1 + replay):  # A crash after sending, before the acknowledgement.
+            sink = sink_to(server, resumed=begin + again > 0)
+            if state:
+                sink.restore(state)
+            assert ship(sink, *records[begin:end]) == []
+        state = sink.state()
+    assert len(server.runs) == 2
+    for run_id, run in straight.runs.items():
+        assert server.runs[run_id] == run
+    assert server.spans.keys() == straight.spans.keys()
+    assert server.traces == straight.traces
+
+
+def test_a_run_whose_creation_went_unanswered_is_found_again(server: Server) -> None:
+    """An answer that was lost on the way makes no second run, and no call is made twice."""
+    server.fail_after = lambda call, _: RetryLater("cut") if call == "create_run" else None
+    shipment = sink_to(server).prepare(lines(*a_trace()))
+    with pytest.raises(RetryLater):
+        shipment.send(TIMEOUT_S)
+    server.fail_after = lambda call, _: None
+    assert shipment.send(TIMEOUT_S) == []
+    assert list(server.runs) == ["run-0"]
+    assert server.calls.count("create_run") == server.calls.count("find_runs") == 1
+    assert server.calls.count("log_batch") == server.calls.count("end_run") == 1
+
+
+def test_a_run_whose_creation_comes_through_late_is_deleted(server: Server) -> None:
+    """A database that is locked for longer than a request lasts makes no stray run."""
+    server.fail = lambda call, _: RetryLater("timeout") if call == "create_run" else None
+    start, *rest = a_trace()
+    sink = sink_to(server)
+    shipment = sink.prepare(lines(start))
+    with pytest.raises(RetryLater):
+        shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    assert shipment.send(TIMEOUT_S) == []
+    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    assert len(server.runs) == 2
+    assert ship(sink, *rest) == []
+    assert list(server.runs) == ["run-0"]
+
+
+def test_a_late_twin_of_a_process_that_died_is_deleted(server: Server) -> None:
+    """Whoever resumes does not know of attempts that may still come through."""
+    records = a_trace()
+    sink = sink_to(server, resumed=True)
+    ship(sink, *records[:2])
+    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    assert ship(sink, *records[2:]) == []
+    assert list(server.runs) == ["run-0"]
+
+
+def test_out_of_time_it_goes_on_where_it_stopped(server: Server) -> None:
+    """A shipment that ran out of time has lost nothing."""
+    shipment = sink_to(server).prepare(lines(*a_trace()))
+    with pytest.raises(RetryLater):
+        shipment.send(0)
+    assert server.calls == []
+    assert shipment.send(TIMEOUT_S) == []
+    assert server.runs["run-0"]["status"] == "FINISHED"
+
+
+def test_the_state_of_another_version(
+    server: Server, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """A state that cannot be read costs the totals so far, not the run."""
+    records = a_trace()
+    ship(sink_to(server), *records[:2])
+    sink = sink_to(server)
+    sink.restore(b'{"from": "the future"}')
+    ship(sink, *records[2:])
+    assert list(server.runs) == ["run-0"]
+    assert server.values()["step/number"] == [0, 1, 2]
+    assert len(swallowed) == 1
+    swallowed.clear()
+
+
+def test_spans_after_the_end_of_their_trace(server: Server) -> None:
+    """A late span joins its run; one whose run there is not is kept aside."""
+    sink = sink_to(server)
+    ship(sink, *a_trace())
+    late = Records().span("generation", step=9, token_usage={"prompt_tokens": 5})
+    late |= {"span_id": "late", "late": 1}
+    assert ship(sink, late) == []
+    assert server.values()["generation/prompt_tokens"] == [5]
+    assert server.runs["run-0"]["status"] == "FINISHED"
+    assert server.runs["run-0"]["tags"]["qitos.spans.late"] == "1"
+    assert server.runs["run-0"]["tags"]["qitos.spans.delivered"] == "3"
+    (letter,) = ship(sink, {**late, "trace_id": "nobody's"})
+    assert "NO_RUN" in letter.reason
+
+
+# -- feedback --------------------------------------------------------------------------------
+
+
+def verdicts(make: Records, count: int) -> list[dict[str, Any]]:
+    """Critics' spans with much to say."""
+    said = {"action": "go on", "reason": "r" * 5_000}
+    return [
+        make.span("critic", critic_name="c", score=0.5, output_content=said) for _ in range(count)
+    ]
+
+
+def test_no_feedback_is_lost_and_little_is_remembered(server: Server) -> None:
+    """However many verdicts, each is sent; what the spool keeps of them is bounded."""
+    told: dict[str, Any] = {}
+
+    answers = cycle([None, None, Poisoned("HTTP 500")])
+
+    def tell(call: str, info: Any) -> Exception | None:
+        if call != "write_trace":
+            return None
+        if failure := next(answers):
+            return failure
+        told.update({one["assessment_id"]: one for one in info.get("assessments", [])})
+        return None
+
+    server.fail = tell
+    make = Records()
+    sink = sink_to(server)
+    ship(sink, make.start())
+    sizes = []
+    for _ in range(20):
+        shipment = sink.prepare(lines(*verdicts(make, 10)))
+        for _ in range(10):
+            try:
+                assert shipment.send(TIMEOUT_S) == []
+            except RetryLater:
+                continue
+            break
+        sizes.append(len(sink.state()))
+    assert max(sizes) < 150_000
+    answers = cycle([None])
+    assert ship(sink, make.end()) == []
+    assert len(told) == 200
+
+
+def test_feedback_that_is_refused_is_kept_aside(server: Server) -> None:
+    """Verdicts that no later info repeats are not dropped without a word."""
+    make = Records()
+    sink = sink_to(server)
+    ship(sink, make.start())
+    server.fail = lambda call, _: Refused("BAD", "no") if call == "write_trace" else None
+    assert ship(sink, *verdicts(make, 2)) == []
+    (letter,) = ship(sink, *verdicts(make, 20))
+    assert len(orjson.loads(letter.record)["item"]["assessments"]) == 22
+    server.fail = lambda call, _: None
+    assert ship(sink, make.end()) == []
+
+
+def test_an_info_that_failed_is_sent_again(server: Server) -> None:
+    """What a running trace could not tell is told some seconds later."""
+    make = Records()
+    sink = sink_to(server)
+    server.fail = lambda call, _: Poisoned("HTTP 500") if call == "write_trace" else None
+    ship(sink, make.start())
+    server.fail = lambda call, _: None
+    late = make.span("step", step_number=1)
+    late["end_ns"] += 6_000_000_000
+    ship(sink, late)
+    assert len(server.traces) == 1
+
+
+# -- another destination ---------------------------------------------------------------------
+
+
+def test_the_rest_goes_to_another_server(server: Server) -> None:
+    """What was begun on one server is finished on another, and says that part of it is there."""
+    sink = sink_to(server)
+    records = a_trace(spans=6)
+    assert ship(sink, *records[:4]) == []
+    assert b"password" not in sink.state()
+    other = Server("other.test")
+    moved = sink_to(other, resumed=True)
+    moved.restore(sink.state())
+    assert ship(moved, *records[4:6]) == []
+    again = sink_to(other, resumed=True)
+    again.restore(moved.state())
+    assert ship(again, *records[6:]) == []
+    (run,) = other.runs.values()
+    assert run["status"] == "FINISHED"
+    tags = run["tags"]
+    assert tags["qitos.partial"] == "begun on http://fake.test"
+    assert (tags["env"], tags["qitos.trace_id"]) == ("dev", "trace-1")
+    assert run["params"] == {"qitos_mlflow_version": "1.2.3"}
+    assert other.values("other.test-0")["total_steps"] == [6]
+    assert other.values("other.test-0")["step/number"] == [3, 4, 5]
+    assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("6", "3")
+    assert tags["qitos.spans.dropped"] == "elsewhere=3"
+    (info,) = other.traces.values()
+    assert info["trace_metadata"]["mlflow.sourceRun"] == "other.test-0"
+    assert len(other.spans) == 3 + 1  # With the root.
+
+
+def test_another_server_without_traces(server: Server) -> None:
+    """Each span that is not there is counted once, by one reason."""
+    sink = sink_to(server)
+    records = a_trace(spans=3)
+    ship(sink, *records[:2])
+    other = Server("other.test")
+    other.fail = lambda call, _: Refused("HTTP 404", "") if call == "write_spans" else None
+    moved = sink_to(other)
+    moved.restore(sink.state())
+    assert ship(moved, *records[2:]) == []
+    (run,) = other.runs.values()
+    assert run["tags"]["qitos.spans.dropped"] == "elsewhere=1, no_traces=2"
+
+
+def test_the_same_server_by_another_name(server: Server) -> None:
+    """Where the run is found, nothing is elsewhere and no second run is made."""
+    sink = sink_to(server)
+    records = a_trace()
+    ship(sink, *records[:3])
+    server.uri = "http://alias.test"
+    again = sink_to(server, resumed=True)
+    again.restore(sink.state())
+    assert ship(again, *records[3:]) == []
+    (run,) = server.runs.values()
+    assert run["status"] == "FINISHED"
+    assert not {"qitos.partial", "qitos.spans.dropped"} & run["tags"].keys()
+    assert run["params"] == {"seed": "7", "qitos_mlflow_version": "1.2.3"}
+
+
+# -- cost ------------------------------------------------------------------------------------
+
+
+def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
+    """A trace with a generation that has a price."""
+    make = Records(trace_id)
+    usage = {"prompt_tokens": 5, "completion_tokens": 1}
+    return [make.start(), make.span("generation", model="m", token_usage=usage), make.end()]
+
+
+@pytest.mark.parametrize("failure", [RetryLater("HTTP 503"), Poisoned("HTTP 500")])
+def test_a_cost_that_is_not_told_holds_nothing_back(
+    server: Server, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a few failures traces go without a cost, told once; it is asked for again later."""
+    now = [0.0]
+    server.fail = lambda call, _: failure if call == "sum_spans" else None
+    sink = sink_to(server)
+    sink._calls._costs.clock = lambda: now[0]
+    shipment = sink.prepare(lines(*a_priced_trace("one")))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(TRIES - 1):
+            with pytest.raises(RetryLater):
+                shipment.send(TIMEOUT_S)
+        assert shipment.send(TIMEOUT_S) == []
+        assert ship(sink, *a_priced_trace("two")) == []
+        assert server.calls.count("sum_spans") == TRIES
+        now[0] += PAUSE_S
+        assert ship(sink, *a_priced_trace("three")) == []
+    assert server.calls.count("sum_spans") == TRIES + 1
+    assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
+    assert caplog.text.count("have no cost") == 1
+    assert "password" not in caplog.text
+    server.fail = lambda call, _: None
+    server.cost = 0.5
+    now[0] += PAUSE_S
+    ship(sink, *a_priced_trace("four"))
+    costs = [info["trace_metadata"].get("mlflow.trace.cost") for info in server.traces.values()]
+    assert costs[:3] == [None] * 3
+    assert orjson.loads(costs[3])["total_cost"] == 1.0
+
+
+@pytest.mark.parametrize(("names", "cost"), [(MAX_PRICED, 1.0 * MAX_PRICED), (99, None)])
+def test_the_cost_is_that_of_our_generations(
+    server: Server, names: int, cost: float | None
+) -> None:
+    """Each name is asked for; of more than that nothing is said rather than what others spent."""
+    server.cost = 0.5
+    make = Records()
+    usage = {"prompt_tokens": 5}
+    spans = [make.span("generation", model=f"m{n}", token_usage=usage) for n in range(names)]
+    assert ship(sink_to(server), make.start(), *spans, make.end()) == []
+    (info,) = server.traces.values()
+    told = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
+    assert told.get("total_cost") == cost
+
+
+def test_a_server_without_prices_is_asked_once(server: Server) -> None:
+    """Where the question is refused, it is not asked again."""
+    server.fail = lambda call, _: Refused("HTTP 404", "") if call == "sum_spans" else None
+    sink = sink_to(server)
+    assert ship(sink, *a_priced_trace("one")) == ship(sink, *a_priced_trace("two")) == []
+    assert server.calls.count("sum_spans") == 1
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+def holds(key: str) -> Callable[[str, Any], Exception | None]:
+    """Refuse every batch that has this metric, param or tag."""
+
+    def refuse(call: str, what: Any) -> Exception | None:
+        if call == "log_batch" and any(key == (getattr(i, "key", None) or i[0]) for i in what):
+            return Refused("INVALID_PARAMETER_VALUE", f"{key} is bad")
+        return None
+
+    return refuse
+
+
+@pytest.mark.parametrize("key", ["step/number", "late", "stop_reason"])
+def test_what_is_refused_loses_only_itself(server: Server, key: str) -> None:
+    """One bad item is found by halving its batch; all the rest arrives, and the run ends."""
+    start, *rest = a_trace()
+    rest[-1]["metadata"] = {"stop_reason": "final", "late": "param"}
+    straight = Server()
+    for transport in (straight, server):
+        sink = sink_to(transport)
+        dead = ship(sink, start)
+        transport.fail = holds(key) if transport is server else transport.fail
+        dead += ship(sink, *rest)
+    assert {letter.reason for letter in dead} == {f"INVALID_PARAMETER_VALUE: {key} is bad"}
+    for letter in dead:
+        told = orjson.loads(letter.record)
+        assert (told["trace_id"], told["run_id"]) == ("trace-1", "run-0")
+        assert key in str(told["item"])
+    run, whole = server.runs["run-0"], straight.runs["run-0"]
+    assert set(whole["params"]) - set(run["params"]) == {key} & {"late"}
+    assert set(whole["tags"]) - set(run["tags"]) == {key} & {"stop_reason"}
+    lost = [point.key for point in whole["metrics"] - run["metrics"]]
+    assert lost == [key] * (3 if key == "step/number" else 0)
+    assert run["status"] == "FINISHED"
+
+
+def test_a_span_that_is_refused_is_in_the_runs_account(server: Server) -> None:
+    """The ledger of a run counts the spans that the server would not have."""
+    records = a_trace()
+    records[2]["type"], records[2]["data"] = "custom", {"name": "bad one"}
+
+    def refuse(call: str, names: Any) -> Exception | None:
+        return Refused("BAD", "no") if call == "write_spans" and "bad one" in names else None
+
+    server.fail = refuse
+    (letter,) = ship(sink_to(server), *records)
+    assert orjson.loads(letter.record)["span"]["name"] == "bad one"
+    tags = server.runs["run-0"]["tags"]
+    assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("3", "2")
+    assert tags["qitos.spans.dropped"] == "refused=1"
+
+
+def test_a_run_that_is_refused_takes_its_records_along(server: Server) -> None:
+    """Without a run every record of its trace is kept aside once; other traces are unharmed."""
+
+    def refuse(call: str, tags: Any) -> Exception | None:
+        refused = call == "create_run" and tags["qitos.trace_id"] == "bad"
+        return Refused("INVALID_STATE", "the experiment is deleted") if refused else None
+
+    server.fail = refuse
+    sink = sink_to(server)
+    bad, good = a_trace("bad"), a_trace("good")
+    dead = ship(sink, *bad[:3], *good)
+    assert [orjson.loads(letter.record) for letter in dead] == bad[:3]
+    dead = ship(sink, *bad[3:])
+    assert [orjson.loads(letter.record) for letter in dead] == bad[3:]
+    assert {letter.reason for letter in dead} == {"INVALID_STATE: the experiment is deleted"}
+    assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
+    assert len(server.traces) == 1
+    assert len(server.spans) == 4  # Of the good one only, and the root that stands for its trace.
+
+
+def test_an_experiment_that_is_refused_is_asked_for_once(server: Server) -> None:
+    """However many spans wait, a deleted experiment costs one request a trace."""
+    server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
+    dead = ship(sink_to(server), *a_trace("one", 50), *a_trace("two", 50))
+    assert len(dead) == 2 * 52
+    assert server.calls == ["experiment_id"] * 2
+
+
+def test_an_experiment_that_is_replaced(server: Server) -> None:
+    """The id of an experiment that is gone is looked up again, and the run created there."""
+    sink = sink_to(server)
+    ship(sink, *a_trace("one"))
+    gone = ["7"]
+    server.experiment_id = lambda name, timeout_s: "8"  # type: ignore[method-assign]
+    create = server.create_run
+
+    def refuse(experiment_id: str, *rest: Any) -> RunRef:
+        if experiment_id in gone:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", f"No Experiment with id={experiment_id}")
+        return create(experiment_id, *rest)
+
+    server.create_run = refuse  # type: ignore[method-assign]
+    assert ship(sink, *a_trace("two")) == []
+    assert len(server.runs) == 2
+    gone.append("8")
+    assert len(ship(sink, *a_trace("three"))) == 5
+    gone.clear()
+    assert ship(sink, *a_trace("four")) == []
+
+
+def test_a_run_that_was_deleted(server: Server) -> None:
+    """A run that takes nothing any more is found out at once, and its trace's records kept."""
+    sink = sink_to(server)
+    records = a_trace(spans=200)
+    ship(sink, *records[:2])
+    server.runs.clear()
+    server.calls.clear()
+    other = a_trace("other")
+    dead = ship(sink, *records[2:100], *other)
+    assert [orjson.loads(letter.record) for letter in dead] == records[2:100]
+    assert {letter.reason for letter in dead} == {"RESOURCE_DOES_NOT_EXIST: run-0"}
+    assert server.calls.count("log_batch") == 3
+    assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
+    server.calls.clear()
+    assert len(ship(sink, *records[100:])) == 102
+    assert server.calls == []
+
+
+def test_a_run_that_was_deleted_before_its_end(server: Server) -> None:
+    """Whichever call finds it out."""
+    sink = sink_to(server)
+    *records, end = a_trace()
+    ship(sink, *records)
+    gone = Refused("INVALID_PARAMETER_VALUE", "must be in the 'active' state")
+    server.fail = lambda call, _: gone if call in ("log_batch", "end_run") else None
+    assert [orjson.loads(letter.record) for letter in ship(sink, end)] == [end]
+
+
+def test_the_start_of_a_trace_was_lost(server: Server) -> None:
+    """A run is made of what there is once its end is known, and says so."""
+    records = a_trace(spans=4)
+    sink = sink_to(server, user="me", tags={"env": "dev", "mlflow.runName": "by-tag"})
+    assert ship(sink, *records[1:]) == []
+    (run,) = server.runs.values()
+    wanted = {"qitos.start_lost": "true", "qitos.trace_id": "trace-1", "env": "dev"}
+    assert wanted.items() <= run["tags"].items()
+    assert (run["name"], run["tags"]["mlflow.user"]) == ("by-tag", "me")
+    assert "mlflow.runName" not in run["tags"]
+    assert run["status"] == "FINISHED"
+    assert (run["tags"]["qitos.spans.delivered"], server.values()["total_steps"]) == ("4", [4])
+    (info,) = server.traces.values()
+    assert info["trace_metadata"]["mlflow.sourceRun"] == "run-0"
+    assert info["request_time"].startswith("2026")
+    assert all(span.start_time_unix_nano for span in server.spans.values())
+
+
+def test_refused_traces_leave_nothing_behind(server: Server) -> None:
+    """Once it has ended nothing is kept of a refused trace; one that did not end is no run."""
+    server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
+    sink = sink_to(server)
+    empty = sink.state()
+    for number in range(3):
+        records = a_trace(f"t{number}")
+        assert len(ship(sink, *records[:2])) == 2
+        again = sink_to(server)
+        again.restore(sink.state())
+        sink = again
+        assert len(ship(sink, *records[2:])) == 3
+    assert len(ship(sink, *a_trace("whole"))) == 5
+    assert sink.state() == empty
+    ship(sink, *a_trace("open")[:2])
+    assert len(sink.state()) < 200
+    server.fail = lambda call, _: None
+    assert sink.abandoned(0) is None
+
+
+def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An internal error is tried again, for it may pass; the one item that causes it is not."""
+
+    def poison(call: str, what: Any) -> Exception | None:
+        bad = call == "write_artifact" and what == "bad.txt"
+        return Poisoned("INTERNAL_ERROR") if bad else None
+
+    server.fail = poison
+    start, *rest = a_trace()
+    files = [
+        {"kind": "artifact", "trace_id": "trace-1", "path": path, "content": "x"}
+        for path in ("good.txt", "bad.txt", "better.txt")
+    ]
+    shipment = sink_to(server).prepare(lines(start, *files, *rest))
+    for _ in range(shipment_module.FAILING_TRIES + 3):
+        with pytest.raises(RetryLater):
+            shipment.send(TIMEOUT_S)
+    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
+    (letter,) = shipment.send(TIMEOUT_S)
+    assert letter.reason == "INTERNAL_ERROR"
+    assert set(server.artifacts) == {"good.txt", "better.txt"}
+    assert server.runs["run-0"]["status"] == "FINISHED"
+
+
+def test_a_broken_server_is_no_reason_to_give_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails while the server itself is out of order is kept, for however long that takes."""
+    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
+    shipment = sink_to(server).prepare(lines(*a_trace()))
+
+    def broken(call: str, _: Any) -> Exception | None:
+        away = server.runs and call in ("write_spans", "experiment_id")
+        return Poisoned("HTTP 422") if away else None
+
+    server.fail = broken
+    for _ in range(3 * shipment_module.FAILING_TRIES):
+        with pytest.raises(RetryLater):
+            shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: Poisoned("HTTP 422") if call == "write_spans" else None
+    with pytest.raises(RetryLater):  # What failed before says nothing of a server that is back.
+        shipment.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    assert shipment.send(TIMEOUT_S) == []
+    assert len(server.spans) == 4
+
+
+def test_a_server_without_traces_has_runs(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a server is too old for traces that is told once, without its password."""
+
+    def refuse(call: str, _: Any) -> Exception | None:
+        return Refused("HTTP 404", "") if call in ("write_spans", "write_trace") else None
+
+    server.fail = refuse
+    sink = sink_to(server)
+    with caplog.at_level(logging.WARNING):
+        assert ship(sink, *a_trace("one")) == ship(sink, *a_trace("two")) == []
+    assert [run["status"] for run in server.runs.values()] == ["FINISHED"] * 2
+    assert server.calls.count("write_spans") == 1
+    assert caplog.text.count("cannot store traces") == 1
+    for run in server.runs.values():
+        tags = run["tags"]
+        assert (tags["qitos.spans.delivered"], tags["qitos.spans.dropped"]) == ("0", "no_traces=3")
+    assert "password" not in caplog.text
+
+
+def test_what_is_no_record_is_kept_aside(server: Server) -> None:
+    """A line that cannot be read loses only itself."""
+    start, *rest = lines(*a_trace())
+    bad = [b"", b"[1]", b'{"kind": "span"}', b"\xff", b'{"trace_id": "trace-1"}']
+    dead = sink_to(server).prepare([start, *bad, *rest]).send(TIMEOUT_S)
+    assert [letter.record for letter in dead] == bad
+    assert all(letter.reason.startswith("not a record") for letter in dead)
+    assert server.runs["run-0"]["status"] == "FINISHED"
+    assert server.values()["total_steps"] == [3]
+
+
+# -- opening ---------------------------------------------------------------------------------
+
+
+def test_the_header_says_where_it_goes() -> None:
+    """A segment's header is all that is needed; another destination can be given instead."""
+    header = segment_header(Settings(experiment_name="runs", tags={"a": "b"}), "http://one.test")
+    assert open_sink(header)._transport.uri == "http://one.test"
+    assert open_sink(header, tracking_uri="http://two.test")._transport.uri == "http://two.test"
+    assert orjson.loads(header)["experiment_name"] == "runs"
+
+
+def test_the_transport_for_each_destination(tmp_path: Any) -> None:
+    """Servers are spoken to directly, local stores through MLflow, the default as of then."""
+    assert isinstance(open_transport("https://server.test"), RestTransport)
+    store = open_transport("sqlite:///runs.db", str(tmp_path))
+    assert isinstance(store, StoreTransport)
+    assert store.uri == f"sqlite:///{tmp_path}/runs.db"
+    default = open_transport(None, str(tmp_path / "elsewhere"))
+    assert isinstance(default, StoreTransport)
+    assert default.uri == f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["htp://x", "localhost:5000", "postgresql+missing://h/d"])
+def test_a_store_that_cannot_be_opened_refuses_no_record(uri: str) -> None:
+    """An unusable destination says nothing about the records: they are kept for a better one."""
+    with pytest.raises(RetryLater, match="cannot be opened"):
+        open_transport(uri)

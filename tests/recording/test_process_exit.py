@@ -1,0 +1,162 @@
+"""The end of a process: one deadline and one line, however many processors it has."""
+
+from __future__ import annotations
+
+import io
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qitos_mlflow.recording import process_exit
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys, time
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import SpanType, StepSpanData, add_trace_processor, create_trace
+
+uri, count, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+for number in range(count):
+    add_trace_processor(
+        MlflowTraceProcessor(
+            f"e{number}",
+            tracking_uri=uri or f"http://127.0.0.1:9/{number}",
+            exit_timeout_s=timeout_s,
+            offline=not uri,
+        )
+    )
+with create_trace("x") as trace:
+    trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
+"""
+
+
+def run(*args: object, code: str = SCRIPT) -> tuple[float, str]:
+    """How long `code` was held up at its end (seconds), and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(time.monotonic(), flush=True)", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    return time.monotonic() - float(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """A server that takes every request and answers none."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compares the clocks of two processes")
+def test_the_deadline_is_the_processs(hanging: str) -> None:
+    """Five processors hold the process up no longer than one does, and one line tells of all."""
+    held_s, said = run(hanging, 5, 1.0)
+    assert held_s < 3.0
+    [line] = said.splitlines()
+    match = re.search(r": (\d+) records of 5 traces are kept .*: qitos-mlflow sync (.*)$", line)
+    assert match, line
+    assert int(match[1]) == 15
+    assert len(match[2].split()) == 5
+
+
+def test_many_files_are_told_by_their_directory(tmp_path: Path) -> None:
+    """The line stays one that can be read."""
+    said = run("", 12, 1.0)[1]
+    assert said.endswith(f"sync {tmp_path / 'spool'}\n")
+
+
+DROPPED = """
+import gc, sys, time
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import create_trace, set_trace_processors
+
+for number in range(3):
+    processor = MlflowTraceProcessor("e", tracking_uri=sys.argv[1], exit_timeout_s=0.0, **{options})
+    set_trace_processors([processor])
+    with create_trace("x"):
+        pass
+    {close}
+del processor
+set_trace_processors([])
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("close", ["pass", "processor.mlflow_plugin.close(0.0, 'FINISHED', '')"])
+def test_what_was_dropped_is_told_all_the_same(offline: bool, close: str) -> None:
+    """A processor that nobody holds any more has left what it has left."""
+    code = DROPPED.format(options={"offline": offline}, close=close)
+    said = run("http://127.0.0.1:9", code=code)[1]
+    assert "6 records of 3 traces are kept" in said.splitlines()[-1]
+
+
+IN_MEMORY = """
+from qitos_mlflow.recording import pipelines
+
+refine, entered = pipelines.refine, []
+
+def slow(payload, *rest):
+    entered.append(payload)
+    time.sleep(60)
+
+import time
+pipelines.refine = slow
+"""
+
+
+def test_what_is_still_in_memory_is_told_as_lost() -> None:
+    """What the worker could not write in time is not passed over in silence."""
+    said = run("http://127.0.0.1:9", 1, 0.0, code=IN_MEMORY + SCRIPT)[1]
+    assert "3 records lost: neither the server nor the spool" in said
+
+
+class ClosedPipe(io.StringIO):
+    """What stderr is once its reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class LeftSomething:
+    """Pipelines that could not deliver all they had."""
+
+    settings = SimpleNamespace(exit_timeout_s=0.0, spool_dir=Path("spool"))
+
+    def begin_end(self) -> None:
+        """Nothing is under way."""
+
+    def close(self, timeout_s: float) -> bool:
+        return False
+
+    def all(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(segments=[], unsaved=1)]
+
+
+def test_what_cannot_be_printed_does_not_keep_mlflows_run(
+    monkeypatch: pytest.MonkeyPatch, swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """MLflow's exit handler finds no active run of ours, whose server may be gone."""
+    let_go: list[bool] = []
+    monkeypatch.setattr(process_exit, "let_go", lambda: let_go.append(True))
+    monkeypatch.setattr(sys, "stderr", ClosedPipe())
+    process = process_exit._Process()
+    pipelines = LeftSomething()
+    process.keep(pipelines)  # type: ignore[arg-type]
+    process.end()
+    assert let_go == [True]
+    assert [type(error) for _, error in swallowed] == [BrokenPipeError]
+    swallowed.clear()

@@ -1,0 +1,532 @@
+"""Events to bytes on the agent's thread: once, whatever they hold."""
+
+from __future__ import annotations
+
+import enum
+import math
+import subprocess
+import sys
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pydantic
+import pydantic.v1
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qitos_mlflow import tracing
+from qitos_mlflow.recording import snapshot, to_json
+from qitos_mlflow.recording.snapshot import describe, encode, span_record
+from qitos_mlflow.tracing import SpanType, create_trace
+
+ROOT = Path(__file__).parents[2]
+ROOM = 1_000_000
+
+
+class Recorded(tracing.NoOpTraceProcessor):
+    """Keeps the record of every span that ends."""
+
+    def __init__(self, content: bool = True, field_chars: int = ROOM) -> None:
+        self.content, self.field_chars = content, field_chars
+        self.records: list[dict[str, Any]] = []
+
+    def on_span_end(self, span: Any) -> None:
+        payload = span_record(span.trace_id, span, 3, self.content, self.field_chars)
+        self.records.append(orjson.loads(payload))
+
+
+def record_of(data: Any, output: Any = None, error: Any = None, **options: Any) -> dict[str, Any]:
+    """The record of one span with this data, output and error."""
+    recorded = Recorded(**options)
+    tracing.add_trace_processor(recorded)
+    try:
+        with create_trace("one") as trace:
+            span = trace.create_span(SpanType(data.type), data).start()
+            span.set_output(output)
+            span.finish(error)
+    finally:
+        tracing.remove_trace_processor(recorded)
+    return recorded.records[0]
+
+
+def through(value: Any) -> Any:
+    """`value` as it is read back."""
+    return orjson.loads(encode({"value": value}))["value"]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Shade(str, enum.Enum):
+    RED = "dark red"
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
+
+
+@dataclass
+class Point:
+    x: int
+    y: Any
+
+
+class Call(pydantic.BaseModel):
+    """As the clients of OpenAI and Anthropic give them out; none of its code is run."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    name: str
+    arguments: Any = None
+    password: str = "hunter2"
+    _client: Any = None
+
+    def raises(self, *_: Any) -> Any:
+        raise RuntimeError("its own code")
+
+    __repr__ = __str__ = __iter__ = __getattr__ = __hash__ = raises  # type: ignore[assignment]
+    model_dump = dict = raises
+
+    @property
+    def length(self) -> int:
+        raise RuntimeError("its own code")
+
+
+class OldCall(pydantic.v1.BaseModel):
+    """The same, of pydantic 1."""
+
+    name: str
+    shape: Any = None
+
+
+class Hostile:
+    """Raises whatever is asked of it."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class HostileMapping(Mapping[str, Any], Hostile):
+    def __getitem__(self, key: str) -> Any:
+        raise RuntimeError("no item")
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("no keys")
+
+    def __len__(self) -> int:
+        return 1
+
+
+class HostileSequence(Sequence[Any], Hostile):
+    def __getitem__(self, index: Any) -> Any:
+        raise RuntimeError("no item")
+
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
+class HostileKey(Hostile):
+    """A key without a text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class HostileDict(dict[str, Any]):
+    """What a dict can be told to do against us."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+
+class Endless:
+    """Its repr never ends, or so it seems."""
+
+    def __repr__(self) -> str:
+        return "x" * 1_000_000
+
+
+class HostileError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class HostilePath:
+    def __fspath__(self) -> str:
+        raise RuntimeError("no path")
+
+
+# -- encode ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ({"a": [1, 2.5, None, True, "ä"]}, {"a": [1, 2.5, None, True, "ä"]}),
+        ((1, 2), [1, 2]),
+        ({1: "a", None: "b", 1.5: "c"}, {"1": "a", "null": "b", "1.5": "c"}),
+        ({True: "a", math.nan: "b"}, {"true": "a", "null": "b"}),
+        ({Colour.RED: 1, Shade.RED: {Size.SMALL: 2}}, {"red": 1, "dark red": {"1": 2}}),
+        ({date(2026, 1, 2): 1}, {"2026-01-02": 1}),
+        ({uuid.UUID(int=7): 1}, {"00000000-0000-0000-0000-000000000007": 1}),
+        ({("a", 1): [{("b",): 2}]}, {'["a",1]': [{'["b"]': 2}]}),
+        ({b"a": 1, b"b": b"c"}, {"b'a'": 1, "b'b'": "<1 bytes>"}),
+        ([Colour.RED, Shade.RED, Size.SMALL], ["red", "dark red", 1]),
+        (OrderedDict(a=(1,)), {"a": [1]}),
+        (Counter("aab"), {"a": 2, "b": 1}),
+        (uuid.UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+        (datetime(2026, 1, 2, 3, 4, 5, 6), "2026-01-02T03:04:05.000006"),
+        ([date(2026, 1, 2), time(3, 4)], ["2026-01-02", "03:04:00"]),
+        (Point(1, Point(2, None)), {"x": 1, "y": {"x": 2, "y": None}}),
+        (datetime(2026, 1, 2, tzinfo=timezone.utc), "2026-01-02T00:00:00+00:00"),
+        (Path("/a/b"), "/a/b"),
+        (b"abc", "<3 bytes>"),
+        (np.array([1, 2]), [1, 2]),
+        (np.float64(1.5), 1.5),
+        (np.float32(1.5), 1.5),
+        (np.int64(7), 7),
+        (np.bool_(True), True),
+        (np.array([[1], [2]]), [[1], [2]]),
+        (np.array(3), 3),
+        (np.datetime64("2026-01-02"), "np.datetime64('2026-01-02')"),
+        (np.zeros((1080, 1920, 3), np.uint8), "<ndarray (1080, 1920, 3) uint8>"),
+        (np.array([{"a": b"b"}], object), [{"a": "<1 bytes>"}]),
+        ({"a": 1}.values(), [1]),
+        (Decimal("1.5"), "Decimal('1.5')"),
+        (ValueError("why"), "why"),
+        (range(3), [0, 1, 2]),
+        (frozenset({7}), [7]),
+        ({"a": (b"b", (datetime(2026, 1, 2),))}, {"a": ["<1 bytes>", ["2026-01-02T00:00:00"]]}),
+        (int, "<class 'int'>"),
+    ],
+)
+def test_values_keep_their_form(value: Any, wanted: Any) -> None:
+    """JSON is itself; what is like JSON becomes it; anything else is its text."""
+    assert through(value) == wanted
+
+
+class Lazy(Sequence[int]):
+    """Larger than any memory; each item is one of its own."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return Lazy()
+
+    def __len__(self) -> int:
+        return 10**15
+
+
+class LazyMapping(Mapping[int, int]):
+    """The same, by key."""
+
+    def __getitem__(self, key: int) -> int:
+        return key
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10**15))
+
+    def __len__(self) -> int:
+        return 10**15
+
+
+class Frame:
+    """Like a data frame, or a tensor on another device."""
+
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __repr__(self) -> str:
+        assert math.prod(self._shape) <= to_json.MAX_ARRAY, "slow"
+        return "a | b"
+
+
+@pytest.mark.parametrize("value", [range(10**15), Lazy(), LazyMapping()], ids=type)
+@pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
+def test_what_is_endless_is_cut(value: Any, beside: int) -> None:
+    """The agent's thread writes out a bounded part of it, and a note of what it was."""
+    payload = encode({"value": value, "beside": beside})
+    assert len(payload) < 5_000_000
+    assert b"items in all]" in payload or b"cut" in payload
+    if not isinstance(value, Lazy):
+        assert orjson.loads(payload)["beside"] in (beside, str(beside))
+
+
+def test_what_has_a_shape_is_told_by_it() -> None:
+    """Small ones are their text; the text of large ones may cost anything."""
+    assert through(Frame(2, 2)) == "a | b"
+    assert through(Frame(10**6, 3)) == "<Frame (1000000, 3)>"
+
+
+def test_what_was_captured_stays_as_it_was() -> None:
+    """Changing a value afterwards does not change what was captured of it."""
+    value = {"messages": [{"role": "user"}]}
+    payload = encode(value)
+    value["messages"].append({"role": "assistant"})
+    value["messages"][0]["role"] = "nobody"
+    assert orjson.loads(payload) == {"messages": [{"role": "user"}]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Hostile(),
+        HostileMapping(),
+        HostileSequence(),
+        {HostileKey(): 1},
+        HostileDict(a=1),
+        {"a": HostileDict(a=2**70)},
+        HostilePath(),
+        HostileError(),
+        Point(1, Hostile()),
+        {("a", 1): HostileMapping()},
+        {"deep": [[[HostileSequence()]]], "big": 2**70},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_hostile_objects_cost_only_themselves(value: Any) -> None:
+    """An object that raises at every touch is a few words; what stands beside it is intact."""
+    assert orjson.loads(encode({"value": value, "beside": [1, {"a": "b"}]}))["beside"] == [
+        *(1, {"a": "b"}),
+    ]
+
+
+def test_what_json_cannot_hold() -> None:
+    """Huge numbers, halves of characters, cycles and great depth come out readable, and bounded."""
+    cycle: dict[str, Any] = {"name": "cycle"}
+    cycle["self"] = cycle
+    deep: Any = "bottom"
+    for _ in range(5_000):
+        deep = [deep]
+    assert through(2**70) == str(2**70)
+    assert through("half \ud83d") == "half ?"
+    assert through({"half \ud83d": 1}) == {"half ?": 1}
+    assert through(cycle)["self"]["name"] == "cycle"
+    assert len(encode({"deep": deep})) < 1_000
+    assert len(encode({"wide": [cycle] * 100})) < 3_000_000
+    assert len(through(Endless())) < 3_000
+
+
+def test_models_keep_their_fields() -> None:
+    """A pydantic model is what it holds, extra fields too, not what it says of itself."""
+    inner = Call(name="inner", arguments=[Path("/a")])
+    call = Call.model_construct(name="f", arguments={"x": inner}, more=(1, OldCall(name="g")))
+    call._client = Hostile()
+    assert through(call) == {
+        "name": "f",
+        "arguments": {"x": {"name": "inner", "arguments": ["/a"], "password": "hunter2"}},
+        "password": "hunter2",
+        "more": [1, {"name": "g", "shape": None}],
+    }
+    unset = object.__new__(Call)
+    assert through(unset) == {}
+    assert len(through(Call(name="x" * 50_000))["name"]) == 50_000
+
+
+def test_models_share_the_bounds_of_containers() -> None:
+    """Many models are cut as much as many mappings are."""
+    record = through([Call(name="f") for _ in range(30_000)])
+    assert record[0]["name"] == "f"
+    assert record[-1] == {"…": "… [cut: 3 items in all]"}
+
+
+def test_what_holds_itself_twice_at_each_level_is_bounded() -> None:
+    """So little memory, and more JSON than there is room for."""
+    level: Any = ["bottom"]
+    for _ in range(60):
+        level = [level, level]
+    assert len(encode({"levels": level, "beside": 1})) < 1_000_000
+
+
+class Bare:
+    """Something with attributes."""
+
+
+@pytest.mark.parametrize("nested", [to_json._nested, to_json._refers])
+def test_a_flat_dict_is_known_as_such_only_while_it_is(
+    nested: Callable[[dict[Any, Any]], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However something with insides came into a dict, it is looked into."""
+    monkeypatch.setattr(to_json, "_nested", nested)
+    bare = Bare()
+    bare.a = bare.b = 1  # type: ignore[attr-defined]
+    attributes = vars(bare)
+    bare.a = Colour.RED  # type: ignore[attr-defined]
+    copied, added, merged, kept = {"a": 1}, {"a": 1}, {"a": 1}, {"a": b"b", "at": (1, b"b")}
+    copied = {**copied, "a": Colour.RED}  # type: ignore[dict-item]
+    added.setdefault("b", Colour.RED)  # type: ignore[arg-type]
+    merged |= {"a": Colour.RED}  # type: ignore[dict-item]
+    for value in (attributes, copied, added, merged, dict.fromkeys("a", Colour.RED)):
+        assert to_json._nested(value)
+        assert Colour.RED.value in through([value])[0].values()
+    assert through([kept]) == [{"a": "<1 bytes>", "at": [1, "<1 bytes>"]}]
+
+
+@pytest.mark.parametrize("who", ["alone", "threads"])
+def test_what_changes_meanwhile_harms_nobody(who: str) -> None:
+    """Whether its own code or another thread changes a payload: the process lives on."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.recording.changing", who]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "no crash"), done
+
+
+ODD = st.one_of(
+    *(st.builds(made) for made in (Hostile, HostileMapping, HostileSequence, HostileError))
+)
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.binary()
+    | ODD,
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner)
+        | st.dictionaries(st.text(st.characters()) | st.integers() | st.tuples(st.text()), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(value=ANYTHING)
+def test_anything_can_be_captured(value: Any) -> None:
+    """Whatever it is given, the result is JSON."""
+    assert "value" in orjson.loads(encode({"value": value}))
+
+
+# -- spans -----------------------------------------------------------------------------------
+
+
+def test_the_record_of_a_span() -> None:
+    """A record has the span's ids, times, step, data, output and error."""
+    data = tracing.ToolSpanData(tool_name="add", tool_args={"a": 1}, output_content=3)
+    record = record_of(data, output={"sum": 3}, error=ValueError("too much"))
+    exception = record.pop("exception")
+    assert (exception["type"], exception["message"]) == ("ValueError", "too much")
+    assert record.pop("started_at") <= record.pop("ended_at")
+    assert len({record.pop("trace_id"), record.pop("span_id")}) == 2
+    assert record == {
+        "kind": "span",
+        "parent_id": None,
+        "type": "tool",
+        "step": 3,
+        "error": "ValueError: too much",
+        "data": {"tool_name": "add", "tool_args": {"a": 1}, "output_content": 3},
+        "output": {"sum": 3},
+    }
+
+
+def test_numbers_that_are_none_stay_visible() -> None:
+    """JSON has no NaN: as texts they can still be dropped and counted, not just be missing."""
+    record = record_of(tracing.CriticSpanData(score=math.nan))
+    assert record["data"]["score"] == "nan"
+    usage = {"prompt_tokens": math.inf, "completion_tokens": 1.0}
+    record = record_of(tracing.GenerationSpanData(token_usage=usage))
+    assert record["data"]["token_usage"] == {"prompt_tokens": "inf", "completion_tokens": 1.0}
+
+
+def test_long_texts_are_cut_on_the_spot() -> None:
+    """A text far beyond what is kept is not carried along; the rest says how long it was."""
+    data = tracing.ToolSpanData(tool_name="read", output_content="x" * 5_000)
+    record = record_of(data, output="y" * 7_000, field_chars=100)
+    assert record["data"]["output_content"] == "x" * 100 + "… [cut: 5000 characters in all]"
+    assert record["output"] == "y" * 100 + "… [cut: 7000 characters in all]"
+    assert record["data"]["tool_name"] == "read"
+
+
+def test_without_content_numbers_and_names_stay() -> None:
+    """Inputs, outputs and error texts are gone; names, tokens, scores and types are not."""
+    data = tracing.GenerationSpanData(
+        model="m", input_content=["hello"], token_usage={"prompt_tokens": 3}
+    )
+    record = record_of(data, output="secret", error=ValueError("secret"), content=False)
+    assert record["data"]["model"] == "m"
+    assert record["data"]["token_usage"] == {"prompt_tokens": 3}
+    assert record["error"] == snapshot.WITHHELD
+    assert record["exception"] == {"type": "ValueError", "message": snapshot.WITHHELD}
+    assert "output" not in record
+    assert "hello" not in str(record)
+    record = record_of(tracing.CriticSpanData(critic_name="c", score=0.5), content=False)
+    assert record["data"]["critic_name"] == "c"
+    assert record["data"]["score"] == 0.5
+
+
+class LiveData(tracing.SpanData):
+    """Data of somebody's own, which hands out what it is made of."""
+
+    def __init__(self) -> None:
+        self.fields = {"type": "custom", "text": "x" * 500}
+
+    @property
+    def type(self) -> str:
+        return "custom"
+
+    def export(self) -> dict[str, Any]:
+        return self.fields
+
+
+def test_the_spans_own_data_is_not_touched() -> None:
+    """Capturing changes nothing of the span, also where its export is no copy."""
+    data = LiveData()
+    record = record_of(data, field_chars=100)
+    assert record["type"] == "custom"
+    assert data.fields == {"type": "custom", "text": "x" * 500}
+
+
+# -- exceptions ------------------------------------------------------------------------------
+
+
+def recurse(depth: int) -> None:
+    if depth == 0:
+        raise KeyError("at the bottom")
+    recurse(depth - 1)
+
+
+def test_an_exception_brings_its_innermost_frames() -> None:
+    """Type, text and the last frames of the stack, however deep it was."""
+    with pytest.raises(KeyError) as raised:
+        recurse(200)
+    described = describe(raised.value)
+    assert (described["type"], described["message"]) == ("KeyError", "'at the bottom'")
+    assert len(described["frames"]) == snapshot.MAX_FRAMES
+    file, line, function = described["frames"][-1]
+    assert (Path(file).name, function) == (Path(__file__).name, "recurse")
+    assert line > 0
+
+
+def test_an_exception_without_a_text() -> None:
+    """One whose text cannot be had is told by its type."""
+    assert describe(HostileError())["message"] == "<HostileError without a repr>"
+    assert describe(KeyboardInterrupt()) == {
+        "type": "KeyboardInterrupt",
+        "message": "",
+        "frames": [],
+    }
+
+
+def test_an_exception_in_flight_is_the_blocks_own_or_not() -> None:
+    """What is being handled counts, unless it was so when the block was entered."""
+    found = [snapshot.failure_in_flight(None)]
+    outer, inner = ValueError("outer"), KeyError("inner")
+    try:
+        raise outer
+    except ValueError:
+        found += [snapshot.failure_in_flight(outer), snapshot.failure_in_flight(None)]
+        try:
+            raise inner
+        except KeyError:
+            found.append(snapshot.failure_in_flight(outer))
+    assert found == [None, None, outer, inner]
