@@ -547,7 +547,7 @@ def test_a_signal_handler_may_shut_down_while_a_trace_starts(
         processor.force_flush()
         processor.shutdown()
 
-    monkeypatch.setattr(pipelines.ending, "watch", interrupted)
+    monkeypatch.setattr(pipelines.process_exit, "watch", interrupted)
     with create_trace("agent"):
         pass
     assert [record["kind"] for record in records()] == ["trace_start", "trace_end"]
