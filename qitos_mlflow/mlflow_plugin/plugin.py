@@ -24,10 +24,10 @@ from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace, free_id, going
 from qitos_mlflow.mlflow_plugin.precedence import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.run_status import run_status
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.recording import process_exit, run_files, snapshot
 from qitos_mlflow.recording.pipelines import Pipelines

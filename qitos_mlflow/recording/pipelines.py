@@ -15,7 +15,7 @@ from typing import Any
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import same_destination, segment_header
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.contributions import ask_plugins
 from qitos_mlflow.recording.losses import LossLedger

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from qitos_mlflow._guard import warn
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 
 LATE_S = 10.0
 """Longest wait of a caller's own MLflow call for the run to be created (a new local store takes

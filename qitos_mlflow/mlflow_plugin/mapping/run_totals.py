@@ -19,6 +19,7 @@ from typing import Any
 
 from qitos_mlflow._usage import parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.mapping.limits import (
     clean_key,
     clean_metric,
@@ -34,16 +35,6 @@ OTHERS = "others"
 
 NAME_CHARS = 200
 """Room for a tool's or model's name in a metric's key."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One point of a metric."""
-
-    key: str
-    value: float
-    timestamp_ms: int
-    step: int
 
 
 @dataclass(frozen=True)

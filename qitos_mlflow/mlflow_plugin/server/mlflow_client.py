@@ -24,12 +24,12 @@ from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     TRACE_TAG,
     Poisoned,
     Refused,
-    RunRef,
     equals,
     failure,
     readable,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import requests
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
     from qitos_mlflow.mlflow_plugin.server.http import Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})

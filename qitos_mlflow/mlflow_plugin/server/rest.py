@@ -19,17 +19,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.http import Exchange, Requester
-from qitos_mlflow.mlflow_plugin.server.transport import (
-    MAX_FOUND,
-    TRACE_TAG,
-    Refused,
-    RunRef,
-    equals,
-)
+from qitos_mlflow.mlflow_plugin.server.transport import MAX_FOUND, TRACE_TAG, Refused, equals
 
 if TYPE_CHECKING:
-    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 
 
 def needs_mlflow(environ: Mapping[str, str] = os.environ) -> str | None:

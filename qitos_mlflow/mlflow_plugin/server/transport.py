@@ -7,7 +7,6 @@ through mlflow. Every call is synchronous, used by one thread, and bounded by `t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qitos_mlflow.delivery import RetryLater
@@ -17,7 +16,7 @@ from qitos_mlflow.redaction.redact import redact_text
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-    from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
 
 
 RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
@@ -66,19 +65,6 @@ def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
 def readable(text: object) -> str:
     """What somebody else wrote of a failure, fit for logs and dead letters."""
     return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
-
-
-@dataclass(frozen=True)
-class RunRef:
-    """A run on the server, with what MLflow's own `ActiveRun` shows of it."""
-
-    run_id: str
-    experiment_id: str
-    run_name: str
-    artifact_uri: str
-    start_ms: int
-
-    to_json = asdict
 
 
 class Transport(Protocol):

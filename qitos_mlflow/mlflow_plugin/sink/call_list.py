@@ -14,7 +14,7 @@ from typing import Any
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 
 REQUEST_TIMEOUT_S = 10.0

@@ -13,10 +13,10 @@ import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin.mapping import params_and_tags
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ms
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import Metric, RunData, RunTotals
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunData, RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, TraceData
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pytest
 from qitos_mlflow.mlflow_plugin.fluent import pending_run
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, let_go, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 SERVER = "http://mlflow.test:5000"
@@ -400,7 +400,7 @@ def in_a_process(script: str, **environ: str) -> None:
 import sys, threading
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 assert "mlflow" not in sys.modules
 def ref(run_id="run-1"):
     return RunRef(run_id, "7", "name", "mlflow-artifacts:/7", 1)

@@ -23,8 +23,8 @@ from opentelemetry.context import Context
 
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.mapping.ids import span_id, trace_id
-from qitos_mlflow.mlflow_plugin.server.transport import RunRef
 
 # MLflow's own, where it imports itself as a span begins.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")

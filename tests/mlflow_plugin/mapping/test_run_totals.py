@@ -11,14 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow.mlflow_plugin.mapping import params_and_tags
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.mapping.percentiles import SIZE, Sample
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import (
-    MAX_NAMES,
-    OTHERS,
-    Metric,
-    RunData,
-    RunTotals,
-)
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import MAX_NAMES, OTHERS, RunData, RunTotals
 from tests.mlflow_plugin.records import MS, START_NS, Records
 
 

@@ -13,9 +13,10 @@ import requests
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.http import PROTOBUF, SMALL_BYTES, Exchange, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, RunRef
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink.operations import NO_TRACES
 
 PATH = "/api/2.0/mlflow/runs/log-batch"

@@ -15,9 +15,10 @@ from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, RunRef, Transport
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 
 SECRET = "s3cr3t-of-somebody"
 
