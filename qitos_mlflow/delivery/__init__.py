@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment, follow
 from qitos_mlflow.delivery.pipeline import Pipeline, importing
-from qitos_mlflow.delivery.sink import DeadLetter, OutOfTime, RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Shipment, Sink
 from qitos_mlflow.delivery.spool.counts import Counts, CountsSnapshot
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.segments import (
     SegmentInfo,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.sink import DeadLetter, RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.sink import RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
 
 BATCH_RECORDS = 500

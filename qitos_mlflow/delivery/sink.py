@@ -7,16 +7,9 @@ only, the shipper's or that of `qitos-mlflow sync`, never on the agent's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True)
-class DeadLetter:
-    """A record the server refused for good, and why."""
-
-    record: bytes
-    reason: str
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 
 
 class RetryLater(Exception):

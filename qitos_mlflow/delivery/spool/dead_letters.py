@@ -15,10 +15,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import ASIDE_FULL, Counts, reason_of
 from qitos_mlflow.delivery.spool.paths import Paths, append_private, replace_private
@@ -26,6 +26,14 @@ from qitos_mlflow.delivery.spool.quota import Quota
 
 ASIDE_BYTES = 100 * 1024 * 1024
 """What is kept aside may take this much where nobody has said otherwise (bytes)."""
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A record the server refused for good, and why."""
+
+    record: bytes
+    reason: str
 
 
 class DeadLetters:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, DeadLetters
 from qitos_mlflow.delivery.spool.parts import Part
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qitos_mlflow.delivery.sink import DeadLetter
 from qitos_mlflow.delivery.spool import quota
 from qitos_mlflow.delivery.spool import reader as cursor_module
 from qitos_mlflow.delivery.spool import writer as segment_module
@@ -26,7 +25,7 @@ from qitos_mlflow.delivery.spool.counts import (
     SPOOL_UNWRITABLE,
     Counts,
 )
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, DeadLetters
 from qitos_mlflow.delivery.spool.parts import DiskPart
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
