@@ -1,0 +1,327 @@
+"""The package is laid out as docs/design.md says: imports point downward, and nothing is too large.
+
+`TABLE` is the layout. Imports are read from the source, so those inside functions and those for
+type annotations count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import qitos_mlflow
+
+ROOT = Path(qitos_mlflow.__file__).parent
+BELOW = "all below"
+
+TABLE: dict[str, tuple[str, ...]] = {
+    "cli": (BELOW,),
+    "__init__": (BELOW,),
+    "auto": (BELOW,),
+    "_startup": (BELOW,),
+    "wiring": (BELOW,),
+    "mlflow_plugin": (
+        "mlflow_plugin.fluent",
+        "mlflow_plugin.mapping",
+        "mlflow_plugin.sink",
+        "mlflow_plugin.server",
+        "recording",
+        "plugins",
+        "bridge.on_import",
+        "tracing",
+        "delivery",
+        "redaction",
+        "settings",
+    ),
+    "mlflow_plugin.fluent": (
+        "mlflow_plugin.mapping.ids",
+        "mlflow_plugin.mapping.entities",
+        "mlflow_plugin.server.tracking_uri",
+    ),
+    "mlflow_plugin.sink": (
+        "mlflow_plugin.mapping",
+        "mlflow_plugin.server",
+        "recording.record",
+        "delivery",
+    ),
+    "mlflow_plugin.server": (
+        "mlflow_plugin.mapping.entities",
+        "delivery.sink",
+        "redaction",
+        "settings",
+    ),
+    "mlflow_plugin.mapping": ("recording.record",),
+    "recording": ("delivery", "redaction", "tracing", "settings"),
+    "bridge": ("tracing",),
+    "plugins": ("tracing",),
+    "tracing": (),
+    "delivery": ("delivery.spool",),
+    "delivery.spool": (),
+    "settings": ("redaction.uris",),
+    "redaction": (),
+    "errors": (),
+    "_guard": (),
+    "_usage": (),
+    "_stop_reasons": (),
+    "_after_import": (),
+}
+"""Each package, from the top down, with what it may import beside itself and `LEAVES`.
+
+A sub-package that is not in the table belongs to the package above it. An entry is a package, which
+stands for all modules in it but not for sub-packages that have a row of their own, or one module.
+"""
+
+LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
+"""Modules that every package may import."""
+
+KNOWN: set[tuple[str, str]] = {
+    ("mlflow_plugin.destination", "__init__"),
+    ("mlflow_plugin.fluent.active_run", "mlflow_plugin.destination"),
+    ("mlflow_plugin.mapping.content_blocks", "redaction.inlined"),
+    ("mlflow_plugin.processor", "wiring"),
+    ("mlflow_plugin.server.http", "mlflow_plugin.destination"),
+    ("mlflow_plugin.server.mlflow_client", "mlflow_plugin.destination"),
+    ("mlflow_plugin.server.rest", "delivery.pipeline"),
+    ("mlflow_plugin.sink.operations", "mlflow_plugin.destination"),
+    ("mlflow_plugin.sink.sink", "mlflow_plugin.destination"),
+    ("mlflow_plugin.sink.trace_cost", "mlflow_plugin.destination"),
+    ("recording.contributions", "mlflow_plugin.mapping.contributed"),
+    ("recording.pipelines", "mlflow_plugin.destination"),
+    ("recording.pipelines", "mlflow_plugin.mapping.entities"),
+    ("recording.pipelines", "mlflow_plugin.sink.sink"),
+    ("recording.process_exit", "mlflow_plugin.fluent.active_run"),
+    ("recording.to_json", "mlflow_plugin.mapping.limits"),
+    ("redaction.inlined", "mlflow_plugin.mapping.limits"),
+    ("redaction.redact", "mlflow_plugin.mapping.limits"),
+    ("settings", "mlflow_plugin.destination"),
+    ("settings", "redaction.redact"),
+    ("wiring", "_startup"),
+}
+"""(module, imported module) that break the table today. Each goes as soon as it can."""
+
+CLOSING: set[tuple[str, str]] = {
+    ("bridge.run", "bridge.context"),
+    ("mlflow_plugin.mapping.trace_info", "mlflow_plugin.mapping.span_tree"),
+    ("recording.process_exit", "recording.pipelines"),
+    ("tracing.access", "tracing"),
+    ("tracing.noop", "tracing.models"),
+    ("tracing.processor", "tracing.models"),
+}
+"""(module, imported module) that close a circle of modules today."""
+
+TO_COME: set[str] = {
+    "_after_import",
+    "_stop_reasons",
+    "bridge.on_import",
+    "mlflow_plugin.server.tracking_uri",
+    "recording.record",
+    "redaction.uris",
+}
+"""What the table has and the package does not have yet."""
+
+MODULE_LINES = 350
+MEDIAN_LINES = 132  # To become 130.
+FUNCTION_LINES = 51  # To become 50.
+"""Of a function's body, its docstring left out; functions inside it count with it."""
+PACKAGE_LINES = 17_700  # To become 15,500.
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement; `to` is the module that defines what is imported."""
+
+    at: str
+    """`file:line`."""
+    by: str
+    named: str
+    """The module that the statement names."""
+    to: str
+
+
+@cache
+def sources() -> dict[str, tuple[Path, str]]:
+    """Path and text of each module, by its name below `qitos_mlflow`."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = (path, path.read_text("utf-8"))
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(sources()[module][1])
+
+
+def short(dotted: str) -> str:
+    """A module's name below `qitos_mlflow`: `__init__` for the package itself."""
+    return dotted.removeprefix("qitos_mlflow").removeprefix(".") or "__init__"
+
+
+@cache
+def exported(module: str) -> Mapping[str, str]:
+    """What a package's `__init__` imports from modules of ours: name to module."""
+    names = {}
+    for node in ast.walk(tree(module)) if sources()[module][0].name == "__init__.py" else ():
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qitos_mlflow"):
+            names.update(
+                {alias.asname or alias.name: short(node.module or "") for alias in node.names}
+            )
+    return names
+
+
+def imports(module: str) -> Iterator[Import]:
+    """Every import of ours in a module."""
+    path = sources()[module][0].relative_to(ROOT.parent)
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            named = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            named = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for source, name in named:
+            if source.split(".")[0] != "qitos_mlflow":
+                continue
+            home = short(source)
+            if short(f"{source}.{name}") in sources():
+                home = short(f"{source}.{name}")
+            to = exported(home).get(name, home) if home in sources() else home
+            yield Import(f"{path}:{node.lineno}", module, home, to if to in sources() else home)
+
+
+@cache
+def all_imports() -> tuple[Import, ...]:
+    """Every import of ours in the package."""
+    return tuple(found for module in sources() for found in imports(module))
+
+
+def package(module: str) -> str:
+    """The row of the table that a module belongs to."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in TABLE:
+            return ".".join(parts[:length])
+    raise AssertionError(f"{module} belongs to no row of the table")
+
+
+def allowed(found: Import) -> bool:
+    """Whether the table has this import."""
+    above, below = package(found.by), package(found.to)
+    rows = list(TABLE)
+    if above == below or below in LEAVES:
+        return True
+    if TABLE[above] == (BELOW,):
+        return rows.index(below) > rows.index(above)
+    # A package may be asked for what it exports of its sub-packages.
+    return not {package(found.named), found.named, below, found.to}.isdisjoint(TABLE[above])
+
+
+def known(found: Import) -> bool:
+    """Whether this import is accepted for now, although it breaks a rule."""
+    return (found.by, found.to) in KNOWN or (found.by, found.named) in CLOSING
+
+
+def circles(edges: Iterable[tuple[str, str]]) -> list[str]:
+    """Each way round from a node to itself, as `a -> b -> a`; one for each closing edge."""
+    graph: dict[str, list[str]] = {}
+    for source, target in sorted(set(edges)):
+        graph.setdefault(source, []).append(target)
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> None:
+        if node in path:
+            found.append(" -> ".join([*path[path.index(node) :], node]))
+        elif node not in done:
+            for target in graph.get(node, []):
+                visit(target, [*path, node])
+            done.add(node)
+
+    for node in list(graph):
+        visit(node, [])
+    return found
+
+
+def functions(module: str) -> Iterator[tuple[str, int]]:
+    """`file:line name` of each function, and the lines of its body without its docstring."""
+    path = sources()[module][0].relative_to(ROOT.parent)
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            yield f"{path}:{node.lineno} {node.name}", lines
+
+
+def line_count(module: str) -> int:
+    """As `wc -l` counts."""
+    return sources()[module][1].count("\n")
+
+
+def test_imports_point_downward() -> None:
+    """No package imports one that the table does not give it."""
+    broken = [
+        f"{found.at} imports {found.to}: {package(found.by)} may not import {package(found.to)}"
+        for found in all_imports()
+        if not allowed(found) and not known(found)
+    ]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_no_known_violation_is_needed_no_longer() -> None:
+    """What was put right is taken out of `KNOWN`."""
+    broken = {(found.by, found.to) for found in all_imports() if not allowed(found)}
+    assert not KNOWN - broken
+    assert not CLOSING - {(found.by, found.named) for found in all_imports()}
+
+
+def test_the_table_has_what_there_is() -> None:
+    """Each row is a package or module that exists, and stands above all that it may import."""
+    rows = list(TABLE)
+    entries = [
+        (row, entry) for row, may_import in TABLE.items() for entry in may_import if entry != BELOW
+    ]
+    assert [pair for pair in entries if rows.index(package(pair[1])) <= rows.index(pair[0])] == []
+    missing = {name for name in (*rows, *(entry for _, entry in entries)) if name not in sources()}
+    assert missing == TO_COME
+
+
+def test_there_is_no_circle_between_packages() -> None:
+    """Following imports from package to package never leads back."""
+    edges = [(package(f.by), package(f.to)) for f in all_imports() if not known(f)]
+    assert circles(edge for edge in edges if edge[0] != edge[1]) == []
+
+
+def test_there_is_no_circle_between_modules() -> None:
+    """Following imports from module to module never leads back."""
+    assert circles((f.by, f.named) for f in all_imports() if not known(f)) == []
+
+
+def test_a_circle_is_found() -> None:
+    """The search for circles names the whole way round."""
+    assert circles(pairwise("abca")) == ["a -> b -> c -> a"]
+    assert circles(pairwise("abcd")) == []
+
+
+def test_no_module_is_too_long() -> None:
+    """A module can be read in one go."""
+    assert not {m: line_count(m) for m in sources() if line_count(m) > MODULE_LINES}
+    assert median(map(line_count, sources())) < MEDIAN_LINES
+
+
+def test_no_function_is_too_long() -> None:
+    """A function fits on a screen."""
+    assert not [f for m in sources() for f in functions(m) if f[1] > FUNCTION_LINES]
+
+
+def test_the_package_stays_small() -> None:
+    """What is added is paid for by what is simplified."""
+    assert sum(map(line_count, sources())) <= PACKAGE_LINES
