@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qitos_mlflow._stop_reasons import ERROR_STOPS, SUCCESS_STOPS
 from qitos_mlflow.bridge.extract import describe, first, mapping, text_of
-
-SUCCESS_STOPS = frozenset({"success", "final", "env_terminal"})
-ERROR_STOPS = frozenset(
-    {"unrecoverable_error", "task_validation_failed", "env_capability_mismatch"}
-    | {"context_overflow", "empty_model_response", "error"}
-)
-"""Stop reasons of a run that could not go on, of all hosts; as `mlflow_plugin.status` has them."""
 
 
 def outcome_of(

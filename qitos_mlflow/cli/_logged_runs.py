@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from qitos_mlflow.mlflow_plugin.destination import is_http, without_credentials
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 
 PORT = 5000
 """Where the page of a local store is suggested to be opened: MLflow's own default port."""

@@ -81,7 +81,8 @@ def run_and_deliver(processor: MlflowTraceProcessor) -> bool:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
-    from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
+    from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+    from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 
     settings = processor.mlflow_plugin.settings
     wait_s = settings.flush_timeout_s if is_http(tracking_uri(settings)) else LOCAL_STORE_S

@@ -15,10 +15,9 @@ import orjson
 
 from qitos_mlflow import __version__
 from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.redaction.redact import redact, redact_text
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
-
-HTTP = ("http", "https")
 
 _USER_INFO = re.compile(
     # Up to the "@" of the host; beyond a slash only after what cannot be a port: SQLAlchemy takes
@@ -36,36 +35,6 @@ def tracking_uri(settings: Settings) -> str | None:
     """
     uri = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE) or None
     return None if uri is None else absolute(uri, working_directory())
-
-
-def working_directory() -> str:
-    """The current directory; the root where it has been removed."""
-    try:
-        return os.getcwd()  # noqa: PTH109 - a str is wanted
-    except OSError:
-        return os.path.sep
-
-
-def absolute(uri: str, cwd: str) -> str:
-    """`uri` with a relative path made absolute, so that it means the same in any directory."""
-    if is_http(uri):
-        return uri.rstrip("/")  # One server, one name.
-    scheme, mark, rest = uri.partition(":")
-    if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("////"):
-        path = rest[3:]
-        if path and not path.startswith(":memory:") and not Path(path).is_absolute():
-            return f"sqlite:///{Path(cwd, path).as_posix()}"
-    elif scheme == "file" and rest and not rest.startswith("/"):
-        return Path(cwd, rest).as_uri()
-    elif not mark or (len(scheme) == 1 and os.name == "nt"):
-        return str(Path(cwd, uri)) if uri not in ("databricks", "uc") else uri
-    return uri
-
-
-def is_http(uri: str | None) -> bool:
-    """True when `uri` is reached over http(s)."""
-    scheme, mark, _ = (uri or "").partition(":")
-    return bool(mark) and scheme.lower() in HTTP
 
 
 def without_credentials(uri: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.mlflow_plugin.destination import is_http, tracking_uri
+from qitos_mlflow.mlflow_plugin.destination import tracking_uri
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
@@ -28,6 +28,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace, free_id, going
 from qitos_mlflow.mlflow_plugin.precedence import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.run_status import run_status
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.recording import process_exit, run_files, snapshot
 from qitos_mlflow.recording.pipelines import Pipelines

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAILED_REASONS = frozenset(
-    {
-        "unrecoverable_error",
-        "task_validation_failed",
-        "env_capability_mismatch",
-        "context_overflow",
-        "empty_model_response",
-        "error",
-    }
-)
-"""Stop reasons of a run that could not go on (QitOS `core/errors.py`: StopReason).
-
-The same as `bridge.outcome.ERROR_STOPS`; traces that the bridge did not make come here as well.
-"""
+from qitos_mlflow._stop_reasons import ERROR_STOPS
 
 
 def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
@@ -31,6 +18,6 @@ def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
         return "KILLED"
     if failure is not None:
         return "FAILED" if isinstance(failure, Exception) else "KILLED"
-    if status == "error" or reason in FAILED_REASONS:
+    if status == "error" or reason in ERROR_STOPS:
         return "FAILED"
     return "FINISHED"

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.outcome import (
-    ERROR_STOPS,
     is_interrupt,
     issues_of,
     outcome_of,
     outcome_of_exception,
 )
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
-from qitos_mlflow.mlflow_plugin.run_status import FAILED_REASONS
+from qitos_mlflow.mlflow_plugin.run_status import run_status
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,10 @@ def test_an_exception_without_text_is_called_by_its_type() -> None:
 
 
 def test_a_run_whose_stop_reason_is_a_failure_has_failed_in_mlflow() -> None:
-    """Bridge and MLflow plugin each have a list, and neither may know the other's: they agree."""
-    assert ERROR_STOPS == FAILED_REASONS
+    """Bridge and MLflow plugin agree on what each stop reason means."""
+    for reason in ERROR_STOPS:
+        assert outcome_of(None, None, reason, None, None)["status"] == "error"
+        assert run_status({"stop_reason": reason}, None) == "FAILED"
 
 
 def test_the_hosts_own_reason_wins_over_the_exceptions() -> None:

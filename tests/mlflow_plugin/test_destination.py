@@ -10,7 +10,8 @@ import orjson
 import pytest
 
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
-from qitos_mlflow.mlflow_plugin.destination import is_http, segment_header, without_credentials
+from qitos_mlflow.mlflow_plugin.destination import segment_header, without_credentials
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.settings import Settings
 
 SECRET = "s3cr3t-of-somebody"

@@ -23,8 +23,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.destination import absolute, without_credentials
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     TRACE_TAG,

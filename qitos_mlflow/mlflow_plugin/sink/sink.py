@@ -16,11 +16,12 @@ import orjson
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter
-from qitos_mlflow.mlflow_plugin.destination import absolute, is_http, without_credentials
+from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
+from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList, Group, batches
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
@@ -45,22 +46,6 @@ def open_sink(
     settings: dict[str, Any] = orjson.loads(header)
     uri = tracking_uri or settings.get("tracking_uri")
     return MlflowSink(open_transport(uri, settings.get("cwd")), settings, announce, resumed=resumed)
-
-
-def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
-    """The transport for `uri`; None means MLflow's default as of the directory `cwd`."""
-    if is_http(uri):
-        from qitos_mlflow.mlflow_plugin.server.rest import RestTransport, needs_mlflow
-
-        assert uri is not None
-        if needs_mlflow() is None:
-            return RestTransport(uri)
-        from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
-
-        return RestTransport(uri, mlflow_requester(uri))
-    from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, default_tracking_uri
-
-    return StoreTransport(absolute(uri, cwd or ".") if uri else default_tracking_uri(cwd))
 
 
 class MlflowSink:

@@ -19,10 +19,11 @@ from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
+from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
-from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink, open_transport
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
 from qitos_mlflow.settings import Settings
 from tests.mlflow_plugin.records import Records

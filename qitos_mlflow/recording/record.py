@@ -1,0 +1,174 @@
+"""The record: what is kept of one event of a trace, as plain JSON values. Knows no MLflow.
+
+`snapshot` and the plugin write records, `normalize` completes and redacts them, the spool keeps
+them, plugins see them in `qitos_record`, and a sink reads them. The types describe the record as
+`normalize` hands it on. Times are integers: nanoseconds since the epoch (UTC).
+
+These are types for readers, not a check: a sink must expect a record of another version, or a
+damaged one, in which any field is missing or has another type. With content off
+(`capture_content`, or the tracing mode ``ENABLED_WITHOUT_DATA``) fields that hold inputs or outputs
+are missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+RECORD_VERSION = 1
+"""The version of the form below, as each record's `version` says; without one it is 1.
+
+Within one version, fields and kinds may be added, and a field that is missing today may be there
+tomorrow. A reader passes over kinds and fields that it does not know. No field is removed or
+renamed, and none changes its type, its unit or its meaning: that would be another version.
+"""
+
+JsonObject = dict[str, Any]
+
+
+class RunSettings(TypedDict, total=False):
+    """How the run of one trace is logged, as it was configured when the trace started."""
+
+    experiment_name: str
+    """Name of the experiment."""
+    run_name: str | None
+    """Name of the run; null: the trace's name."""
+    tags: dict[str, str]
+    """Tags of the run."""
+    auto_end_run: bool
+    """Whether the run ends with its trace."""
+    log_traces: bool
+    """Whether the tree of spans is logged."""
+    log_artifacts: bool
+    """Whether files of the run are logged."""
+    user: str
+    """The operating system's user."""
+    source: str
+    """Name of the script."""
+    plugin_version: str
+    """Version of the package that recorded it."""
+
+
+class Failure(TypedDict, total=False):
+    """An exception."""
+
+    type: str
+    """Name of its class."""
+    message: str
+    """Its text."""
+    stacktrace: str
+    """The traceback as Python prints it; missing with content off."""
+
+
+class Added(TypedDict, total=False):
+    """What plugins add in `qitos_record`; names are theirs."""
+
+    attributes: JsonObject
+    """Attributes of the span."""
+    metrics: JsonObject
+    """Metrics of the run at the record's step and time."""
+    tags: JsonObject
+    """Tags of the run and of the trace."""
+
+
+class _Record(TypedDict, total=False):
+    version: int
+    """`RECORD_VERSION`."""
+    trace_id: str
+    """QitOS's id of the trace."""
+    added: Added
+    """What plugins add; missing if they add nothing."""
+
+
+class TraceStart(_Record, total=False):
+    """A trace starts."""
+
+    kind: Literal["trace_start"]
+    name: str
+    """Name of the trace."""
+    group_id: str | None
+    """The host's group of traces, or null."""
+    metadata: JsonObject
+    """`agent_name`, `task`, `model_name`, … as far as they are known at the start."""
+    time_ns: int
+    """When it started (nanoseconds since the epoch)."""
+    parent_run_id: str | None
+    """MLflow's id of the run that this one is a child of, or null."""
+    content: bool
+    """Whether inputs and outputs are recorded."""
+    settings: RunSettings
+    """How the run is logged: `experiment_name`, `run_name`, `tags`, `user`, `source`, …"""
+
+
+class SpanStart(_Record, total=False):
+    """The agent's span of a trace that is one agent's run starts: the root of the trace's tree."""
+
+    kind: Literal["span_start"]
+    span_id: str
+    """QitOS's id of the span."""
+    parent_id: str | None
+    """Id of the span above it, or null."""
+    type: str
+    """The span's type: `agent`."""
+    data: JsonObject
+    """`name` of the agent."""
+
+
+class SpanEnd(_Record, total=False):
+    """A span has ended."""
+
+    kind: Literal["span"]
+    span_id: str
+    """QitOS's id of the span."""
+    parent_id: str | None
+    """Id of the span above it, or null."""
+    type: str
+    """The span's type: `generation`, `tool`, `step`, …"""
+    step: int | None
+    """Number of the outermost agent's step that the span belongs to, or null."""
+    start_ns: int | None
+    """When it started (nanoseconds since the epoch)."""
+    end_ns: int | None
+    """When it ended (nanoseconds since the epoch)."""
+    error: str | None
+    """The span's error as text, or null."""
+    exception: Failure
+    """`type`, `message` and `stacktrace`; missing if there was no exception."""
+    data: JsonObject
+    """Fields [by span type](plugins.md#what-traces-and-spans-have)."""
+    output: Any
+    """The span's `output`; missing with content off."""
+    late: int
+    """How many spans have ended after their trace, this one included; missing before its end."""
+
+
+class TraceEnd(_Record, total=False):
+    """A trace has ended."""
+
+    kind: Literal["trace_end"]
+    time_ns: int
+    """When it ended (nanoseconds since the epoch)."""
+    metadata: JsonObject
+    """As at the start, and `stop_reason`, `final_result`, `success`, …"""
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    """`FINISHED`, `FAILED` or `KILLED`."""
+    error: Failure | None
+    """`type`, `message` and `stacktrace` of the exception that ended it, or null."""
+    recorded: int
+    """Spans that ended in the agent."""
+    dropped: dict[str, int]
+    """Spans lost before they reached the disk, by reason."""
+    lost: dict[str, int]
+    """Other records lost before they reached the disk, by kind and reason."""
+
+
+class RunFile(_Record, total=False):
+    """A file that belongs to the run."""
+
+    kind: Literal["artifact"]
+    path: str
+    """Where it goes, below the run's artifacts."""
+    content: Any
+    """A text as it is; anything else is written as JSON."""
+
+
+Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile
