@@ -2,6 +2,7 @@
 
 Every place that must not raise catches ``Exception`` and hands it to `report`. Tests listen
 through `watch` and fail on anything reported, so that a swallowed bug is never a silent one.
+Every log line of the package goes through `log`, most of them by way of `warn` or `report`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 
 LOG_EVERY_S = 60.0
-"""A message about the same thing is logged at most this often (seconds)."""
+"""Shortest time between two warnings under the same key (seconds)."""
 
 _log = logging.getLogger("qitos_mlflow")
 _last_logged: dict[str, float] = {}
@@ -29,26 +30,31 @@ def report(where: str, error: BaseException) -> None:
     """
     try:
         warn(where, "%s failed: %s", where, in_words(error))
-        _log.debug("traceback of the failure in %s", where, exc_info=error)
+        log(logging.DEBUG, "traceback of the failure in %s", where, error=error)
         for watcher in list(_watchers):
             watcher(where, error)
-    except Exception:  # noqa: BLE001 - there is nobody left to tell
+    except Exception:  # noqa: BLE001 - a log handler's or a watcher's own failure
         pass
 
 
-def warn(key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
-    """Log `message`, unless something was logged under `key` within the last minute."""
+def warn(key: str, message: str, *args: object) -> None:
+    """Log a warning, unless one was logged under `key` within the last minute."""
     # No lock: a fork could leave it held for ever, and two threads at once cost a second line.
     now = time.monotonic()
     last = _last_logged.get(key)
     if last is not None and now - last < LOG_EVERY_S:
         return
     _last_logged[key] = now
-    _log.log(level, message, *args)
+    log(logging.WARNING, message, *args)
+
+
+def log(level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+    """Log `message` after ``qitos-mlflow: ``, with the traceback of `error` if one is given."""
+    _log.log(level, f"qitos-mlflow: {message}", *args, exc_info=error)
 
 
 def in_words(error: BaseException) -> str:
-    """``"Type: text"``, or the type alone when somebody's ``__str__`` fails. Never raises."""
+    """``"Type: text"``, or the type alone if its ``__str__`` raises. Never raises."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001
@@ -56,6 +62,6 @@ def in_words(error: BaseException) -> str:
 
 
 def watch(watcher: Callable[[str, BaseException], None]) -> Callable[[], None]:
-    """Call `watcher` with everything reported from now on; returns a function that stops it."""
+    """Call `watcher` with everything reported from now on; returns a function that stops that."""
     _watchers.append(watcher)
     return lambda: _watchers.remove(watcher)

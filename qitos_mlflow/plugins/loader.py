@@ -25,7 +25,6 @@ GROUP = "qitos.trace_plugins"
 
 SHARED = "the name is taken by the plugin of"
 
-_log = logging.getLogger("qitos_mlflow")
 _this_thread = threading.local()
 
 
@@ -109,7 +108,7 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
             info.version,
             why,
         )
-        _log.debug("traceback of the failure to load %s", info.value, exc_info=error)
+        _guard.log(logging.DEBUG, "traceback of the failure to load %s", info.value, error=error)
         return replace(info, state="failed", error=why)
     return replace(info, state="loaded", hooks=hooks)
 
@@ -175,7 +174,8 @@ def _distributions() -> list[str]:
 
 
 def _skipped(what: str, error: Exception) -> None:
-    _log.debug("trace plugins of %s are left out: unreadable metadata", what, exc_info=error)
+    message = "trace plugins of %s are left out: unreadable metadata"
+    _guard.log(logging.DEBUG, message, what, error=error)
 
 
 def _warn_of_unknown(selection: Selection, found: list[PluginInfo]) -> None:

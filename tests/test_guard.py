@@ -1,0 +1,32 @@
+"""One way out for log lines: each says whose it is, and a warning is not repeated at once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from qitos_mlflow import _guard
+
+
+def test_every_line_begins_with_the_package(caplog: pytest.LogCaptureFixture) -> None:
+    """Log lines begin with `qitos-mlflow: `, whatever their level; tracebacks are kept apart."""
+    error = ValueError("why")
+    with caplog.at_level(logging.DEBUG, "qitos_mlflow"):
+        _guard.log(logging.INFO, "it is %s", "so")
+        _guard.log(logging.DEBUG, "traceback", error=error)
+    assert caplog.messages == ["qitos-mlflow: it is so", "qitos-mlflow: traceback"]
+    assert caplog.records[1].exc_info == (ValueError, error, None)
+
+
+def test_a_warning_once_a_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under one key there is one warning a minute; other keys have theirs."""
+    now_s = 1000.0
+    monkeypatch.setattr(_guard, "_last_logged", {})
+    monkeypatch.setattr(_guard.time, "monotonic", lambda: now_s)
+    for now_s in (1000.0, 1059.0, 1061.0):
+        _guard.warn("one", "at %s", now_s)
+    _guard.warn("another", "too")
+    assert [message[14:] for message in caplog.messages] == ["at 1000.0", "at 1061.0", "too"]
