@@ -5,14 +5,19 @@ The extension point for those who want more in MLflow than we log: docs/extendin
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
-from qitos_mlflow.mlflow_plugin.mapping.contributed import checked
 from qitos_mlflow.recording.snapshot import encode
+
+PARTS = ("attributes", "metrics", "tags")
+RESERVED = ("mlflow.", "qitos.")
+"""Beginnings of names that mean something to MLflow or to us."""
 
 KINDS = frozenset({"trace_start", "span", "trace_end"})
 
@@ -34,4 +39,28 @@ def ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
                     found.setdefault(part, {}).update(orjson.loads(encode(values)))
             except Exception as error:  # noqa: BLE001 - a plugin's; the record is kept without
                 report(who, error)
+    return found
+
+
+def checked(returned: Any) -> dict[str, dict[str, Any]]:
+    """What a plugin returned, with its metrics in a form that JSON can hold.
+
+    Raises:
+        TypeError: it does not have the form that the hook asks for; the text says what is wrong.
+        ValueError: a part is unknown, or a name is reserved.
+    """
+    if not isinstance(returned, Mapping) or not all(
+        isinstance(v, Mapping) for v in returned.values()
+    ):
+        raise TypeError(f"qitos_record returned {returned!r:.200}, not a dict of dicts")
+    if unknown := set(returned) - set(PARTS):
+        raise ValueError(f"qitos_record returned {sorted(map(str, unknown))}, not in {PARTS}")
+    for part, values in returned.items():
+        for name in values:
+            if not isinstance(name, str) or name.startswith(RESERVED):
+                raise ValueError(f"{name!r} cannot be a name among the {part} of a plugin")
+    found = {part: dict(values) for part, values in returned.items()}
+    for name, value in found.get("metrics", {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            found["metrics"][name] = str(value)  # JSON has no NaN; as text it is counted.
     return found
