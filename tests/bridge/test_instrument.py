@@ -204,8 +204,8 @@ def test_a_host_without_the_expected_methods_is_traced_without_them(
         bridge.install()
         Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
     assert [record.getMessage() for record in caplog.records] == [
-        "cannot trace ActionExecutor._execute_one of this QitOS",
-        "cannot trace ActionExecutor._call_tool of this QitOS",
+        "qitos-mlflow: cannot trace ActionExecutor._execute_one of this QitOS",
+        "qitos-mlflow: cannot trace ActionExecutor._call_tool of this QitOS",
     ]
     assert recorder.tree() == ["agent", ["step", ["decide", "reduce"]]]
     bridge.uninstall()
