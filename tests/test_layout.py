@@ -114,7 +114,6 @@ CLOSING: set[tuple[str, str]] = {
 """(module, imported module) that close a circle of modules today."""
 
 TO_COME: set[str] = {
-    "_after_import",
     "bridge.on_import",
     "redaction.uris",
 }

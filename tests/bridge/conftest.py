@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from qitos_mlflow import bridge, tracing
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 
 @pytest.fixture

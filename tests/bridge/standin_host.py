@@ -21,7 +21,7 @@ from qitos.kit.tool.fanout import fan_out
 from qitos_mlflow import bridge, tracing
 from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.context import here
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on
 
 WAIT_S = 20.0

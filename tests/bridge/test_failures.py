@@ -20,8 +20,8 @@ from qitos.engine.hooks import EngineHook
 
 from qitos_mlflow import bridge, tracing
 from tests.bridge.agents import FINAL, Model, ModelAgent, ScriptAgent, act, toolbox
-from tests.bridge.recorder import Recorder
 from tests.bridge.test_run import Judge
+from tests.fakes.recorder import Recorder
 
 
 def outcome(recorder: Recorder) -> tuple[Any, Any, Any]:

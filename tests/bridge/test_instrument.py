@@ -20,7 +20,7 @@ from qitos_mlflow import _guard, bridge, tracing
 from qitos_mlflow.bridge import instrument
 from qitos_mlflow.bridge.patches import Patches
 from tests.bridge.agents import ScriptAgent, act
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 WRAPPED = [(Engine, "run"), (ActionExecutor, "_execute_one"), (ActionExecutor, "_call_tool")]
 

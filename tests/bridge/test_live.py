@@ -15,7 +15,7 @@ from qitos_mlflow.bridge.context import here
 from qitos_mlflow.bridge.live import LiveTrace
 from qitos_mlflow.tracing.models import NOT_FINISHED
 from tests.bridge.agents import ScriptAgent
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 from tests.hosts import run_on
 
 FORKED_TOOL = """

@@ -16,7 +16,7 @@ from qitos import Decision, Engine
 from qitos_mlflow import bridge, tracing
 from qitos_mlflow.bridge.context import BackgroundPool, ContextPool, here
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, ScriptAgent, act, toolbox
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 WAIT_S = 20.0
 

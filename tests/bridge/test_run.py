@@ -14,7 +14,7 @@ from qitos.engine.critic import Critic
 from qitos.models import GeminiModel
 
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, ScriptAgent, act, answer, toolbox
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 STEP_WITH_MODEL = ["decide", ["generation"], "act", ["tool"], "reduce"]
 LAST_WITH_MODEL = ["decide", ["generation"], "reduce"]

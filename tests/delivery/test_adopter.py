@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.delivery import RetryLater, Sink, adopter, find_segments, inspect_segment
-from tests.delivery.fakes import FakeServer, make_pipeline, numbered
+from tests.fakes.sink import FakeServer, make_pipeline, numbered
 from tests.waiting import eventually
 
 LONG_S = 30.0
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DIE = """
 import os, sys
 from pathlib import Path
-from tests.delivery.fakes import FakeServer, make_pipeline, numbered
+from tests.fakes.sink import FakeServer, make_pipeline, numbered
 server = FakeServer() if sys.argv[2] == "online" else None
 if server is not None:
     server.answers.clear()

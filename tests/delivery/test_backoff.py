@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from qitos_mlflow.delivery import backoff
 from qitos_mlflow.delivery.backoff import Circuit
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.fakes.clock import Clock
 
 
 def online(circuit: Circuit) -> bool | None:

@@ -23,7 +23,7 @@ from qitos_mlflow.delivery import (
 )
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart
-from tests.delivery.fakes import (
+from tests.fakes.sink import (
     MIB,
     NOW,
     FakeServer,

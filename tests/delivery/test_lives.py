@@ -18,8 +18,8 @@ from qitos_mlflow.delivery import segment_transfer as shipping_module
 from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.segments import claim, waiting_records
-from tests.delivery.fakes import FakeServer
 from tests.delivery.spool.test_spool import MEMORY, NOW, append, crash, make_segment, own_cursor
+from tests.fakes.sink import FakeServer
 
 BATCH = 4
 TORN = st.text("ab1 ", max_size=20).map(str.encode)

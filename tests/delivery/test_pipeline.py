@@ -24,7 +24,7 @@ from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS
 from qitos_mlflow.delivery.sending_thread import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.spool.writer import Loss, Record, SegmentWriter
-from tests.delivery.fakes import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
+from tests.fakes.sink import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
 from tests.waiting import eventually
 
 LONG_S = 60.0

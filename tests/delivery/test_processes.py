@@ -19,7 +19,7 @@ from qitos_mlflow.delivery import (
     inspect_segment,
     waiting_records,
 )
-from tests.delivery.fakes import FakeServer, numbered
+from tests.fakes.sink import FakeServer, numbered
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """
@@ -27,7 +27,7 @@ import logging, os, sys, threading, time
 from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import RetryLater
-from tests.delivery.fakes import FakeServer, FakeSink, left_behind, make_pipeline, numbered
+from tests.fakes.sink import FakeServer, FakeSink, left_behind, make_pipeline, numbered
 spool = Path(sys.argv[1])
 server = FakeServer()
 logging.getLogger("qitos_mlflow").setLevel(logging.ERROR)  # Outages are no news here.

@@ -10,7 +10,7 @@ from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Delivery
 from qitos_mlflow.delivery.sending_thread import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, SendingThread
 from qitos_mlflow.delivery.spool.segments import claim
-from tests.delivery.fakes import FakeServer, left_behind
+from tests.fakes.sink import FakeServer, left_behind
 
 
 class Steps:

@@ -17,7 +17,7 @@ from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
-from tests.bridge.recorder import Recorder
+from tests.fakes.recorder import Recorder
 from tests.integration.logged import AGENT, logged, only_run, run_script, runs_of
 from tests.integration.proxy import Hang, Proxy, Refuse
 from tests.integration.server import MlflowServer

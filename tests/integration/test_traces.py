@@ -25,8 +25,8 @@ from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
 from qitos_mlflow.mlflow_plugin.mapping.span_attributes import SPAN_TYPES
 from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
-from tests.bridge.recorder import Node, Recorder
 from tests.cli.conftest import run_cli
+from tests.fakes.recorder import Node, Recorder
 from tests.integration.agents import Agent
 from tests.integration.logged import logged, only_run, run_script
 from tests.integration.proxy import Proxy

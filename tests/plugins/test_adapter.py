@@ -13,6 +13,7 @@ import pytest
 from qitos_mlflow.plugins import adapter as adapter_module
 from qitos_mlflow.plugins.adapter import HOOKS, PluginTraceProcessor
 from qitos_mlflow.tracing import Span, StepSpanData, Trace, TraceProcessor, TracingProvider
+from tests.fakes.clock import Clock
 
 # As a plugin's author has it: nothing of ours is imported.
 hookimpl = pluggy.HookimplMarker("qitos")
@@ -342,20 +343,14 @@ def test_force_flush_that_fails_is_false(swallowed: list[Any]) -> None:
 
 def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each plugin is told how many of the seconds are left, never less than none."""
-    now = 100.0
+    clock = Clock()
     told: list[float | None] = []
 
-    class Clock:
-        @staticmethod
-        def monotonic() -> float:
-            return now
-
     def flush(timeout_s: float | None) -> None:
-        nonlocal now
         told.append(timeout_s)
-        now += 3
+        clock.now += 3
 
-    monkeypatch.setattr(adapter_module, "time", Clock)
+    monkeypatch.setattr(adapter_module, "time", clock)
     processor = PluginTraceProcessor(
         {str(number): plugin("qitos_force_flush", flush) for number in range(3)}
     )

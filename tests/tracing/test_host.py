@@ -10,8 +10,8 @@ import pytest
 
 from qitos_mlflow import tracing
 from qitos_mlflow.tracing import TracingMode
+from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on, run_without_host
-from tests.tracing.recorder import Recorder
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from qitos_mlflow.tracing.models import (
     Trace,
 )
 from qitos_mlflow.tracing.provider import TracingProvider
-from tests.tracing.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 
 def step(trace: Trace, number: int = 1, **kwargs: Any) -> Span:
@@ -221,7 +221,7 @@ def test_finish_on_another_thread() -> None:
         span = step(trace).start()
         with ThreadPoolExecutor(1) as pool:
             pool.submit(span.finish).result()
-        assert recorder.of("span_end") == [span]
+        assert recorder.objects("span_end") == [span]
         assert step(trace).parent_span_id is None
 
 
@@ -276,9 +276,9 @@ def test_traces_in_many_threads() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    traces = recorder.of("trace_end")
+    traces = recorder.objects("trace_end")
     assert len({trace.trace_id for trace in traces}) == 16
-    ended = recorder.of("span_end")
+    ended = recorder.objects("span_end")
     assert len(ended) == len({span.span_id for span in ended}) == 16 * 40
     for trace in traces:
         assert len(trace.spans) == 40
@@ -335,7 +335,7 @@ def test_finish_without_start() -> None:
     with a_trace(recorder) as trace:
         span = step(trace)
         span.finish()
-    assert recorder.of("span_end") == [span]
+    assert recorder.objects("span_end") == [span]
     assert span.started_at == span.ended_at is not None
 
 
@@ -357,7 +357,7 @@ def test_trace_closes_open_spans_in_reverse() -> None:
     with a_trace(recorder) as trace:
         spans = [step(trace, number).start() for number in range(3)]
         unstarted = step(trace)
-    assert recorder.of("span_end") == spans[::-1]
+    assert recorder.objects("span_end") == spans[::-1]
     assert recorder.names[-1] == "trace_end"
     assert {span.error for span in spans} == {NOT_FINISHED}
     assert unstarted.ended_at is None
@@ -395,7 +395,7 @@ def test_span_on_a_living_thread_outlives_its_trace() -> None:
     go_on.set()
     thread.join()
     assert recorder.names[2:] == ["trace_end", "span_end"]
-    assert recorder.of("span_end")[0].error is None
+    assert recorder.objects("span_end")[0].error is None
 
 
 def test_span_of_a_dead_thread_is_closed() -> None:
@@ -405,7 +405,7 @@ def test_span_of_a_dead_thread_is_closed() -> None:
         thread = threading.Thread(target=lambda: step(trace).start())
         thread.start()
         thread.join()
-    assert [span.error for span in recorder.of("span_end")] == [NOT_FINISHED]
+    assert [span.error for span in recorder.objects("span_end")] == [NOT_FINISHED]
 
 
 def test_trace_begins_and_ends_once() -> None:
@@ -436,7 +436,7 @@ def test_copies_are_snapshots() -> None:
             other.finish()
             assert other.export()["span_id"] == span.span_id
             assert isinstance(other.data, StepSpanData)
-        assert recorder.of("span_end") == []
+        assert recorder.objects("span_end") == []
         assert span.ended_at is None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qitos_mlflow.tracing.models import Span, StepSpanData, Trace
 from qitos_mlflow.tracing.processor import NoOpTraceProcessor, SynchronousMultiTraceProcessor
-from tests.tracing.recorder import Failing, Recorder
+from tests.fakes.recorder import Failing, Recorder
 
 TRACE = Trace("t", "run")
 SPAN = Span("t", "s", StepSpanData(1))

@@ -29,7 +29,7 @@ from qitos_mlflow.tracing.models import (
     Trace,
 )
 from qitos_mlflow.tracing.provider import TracingProvider
-from tests.tracing.recorder import Recorder
+from tests.fakes.recorder import Recorder
 
 SECRET = "the launch code is 00000000"
 
@@ -101,8 +101,8 @@ def test_without_data_no_content_at_all(data: SpanData) -> None:
 def test_with_data_the_content_is_there(data: SpanData) -> None:
     """The same search finds the content in the default mode: the test above can fail."""
     recorder = record(TracingMode.ENABLED, data)
-    assert SECRET in everything_in(recorder.of("span_end")[0])
-    assert SECRET in everything_in(recorder.of("trace_start")[0])
+    assert SECRET in everything_in(recorder.objects("span_end")[0])
+    assert SECRET in everything_in(recorder.objects("trace_start")[0])
 
 
 @pytest.mark.parametrize("data", FULL_OF_CONTENT, ids=lambda data: data.type)
@@ -110,7 +110,7 @@ def test_redacted_copies_stay_what_they_are(data: SpanData) -> None:
     """A redacted span has its ids, times and type, and data of its class; the original stays."""
     before = data.export()
     recorder = record(TracingMode.ENABLED_WITHOUT_DATA, data)
-    started, ended = recorder.of("span_start")[0], recorder.of("span_end")[0]
+    started, ended = recorder.objects("span_start")[0], recorder.objects("span_end")[0]
     for span in (started, ended):
         assert isinstance(span.data, type(data))
         assert isinstance(span.data, RedactingSpanData)
@@ -128,7 +128,9 @@ def test_numbers_and_names_are_kept() -> None:
     """Tokens, scores, steps and names come through in attributes and exports alike."""
     kept = {}
     for data in FULL_OF_CONTENT:
-        exported = record(TracingMode.ENABLED_WITHOUT_DATA, data).of("span_end")[0].data.export()
+        exported = (
+            record(TracingMode.ENABLED_WITHOUT_DATA, data).objects("span_end")[0].data.export()
+        )
         kept.update({k: v for k, v in exported.items() if v not in (None, redaction.REDACTED)})
     assert kept.pop("type") == "custom"
     assert kept == {
@@ -154,7 +156,7 @@ def test_numbers_and_names_are_kept() -> None:
 def test_metadata_keeps_structure_only() -> None:
     """Of the metadata only known keys keep their values, and only scalars, at start and end."""
     recorder = record(TracingMode.ENABLED_WITHOUT_DATA, StepSpanData(1))
-    start, end = recorder.of("trace_start")[0], recorder.of("trace_end")[0]
+    start, end = recorder.objects("trace_start")[0], recorder.objects("trace_end")[0]
     expected = {"task": redaction.REDACTED, "agent_name": "planner", "nested": redaction.REDACTED}
     assert start.metadata == {**expected, "max_steps": 3}
     assert end.metadata["final_result"] == redaction.REDACTED
@@ -183,7 +185,7 @@ def test_the_exception_is_known_by_class_only() -> None:
     ):
         with pytest.raises(type(error)), provider.create_trace("run"):
             raise error
-    first, second, third = (trace.error for trace in recorder.of("trace_end"))
+    first, second, third = (trace.error for trace in recorder.objects("trace_end"))
     assert type(first) is KeyError
     assert type(second) is KeyboardInterrupt
     assert isinstance(third, UnicodeDecodeError)
@@ -225,7 +227,7 @@ class Slotted(SpanData):
 def test_span_data_of_ones_own_is_redacted(data: SpanData) -> None:
     """Frozen, slotted and computing span data of the user's own is redacted too, and exports."""
     recorder = record(TracingMode.ENABLED_WITHOUT_DATA, data)
-    for span in (*recorder.of("span_start"), *recorder.of("span_end")):
+    for span in (*recorder.objects("span_start"), *recorder.objects("span_end")):
         assert isinstance(span.data, type(data))
         assert span.data.type == data.type
         assert SECRET not in everything_in(span)

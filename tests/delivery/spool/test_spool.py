@@ -37,7 +37,7 @@ from qitos_mlflow.delivery.spool.segments import (
     waiting_records,
 )
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
-from tests.delivery.fakes import MIB, numbered
+from tests.fakes.sink import MIB, numbered
 
 NOW = 1_800_000_000_000_000_000
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import orjson
 import pytest
@@ -18,13 +18,11 @@ from qitos_mlflow.mlflow_plugin.server.http import PROTOBUF, SMALL_BYTES, Exchan
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink.operations import NO_TRACES
+from tests.fakes.requester import MLFLOW, SECRET, FakeRequester
 
 PATH = "/api/2.0/mlflow/runs/log-batch"
-PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
 NOT_FOUND = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}'
 PAGE = b"<html>default backend</html>"
-SECRET = "s3cr3t-of-somebody"
 UNUSABLE = (
     "ftp2://{}h",
     "http://{}a..b:5000",
@@ -34,40 +32,7 @@ UNUSABLE = (
 )
 
 
-class Server:
-    """A `Requester` that answers as it is told; `probe` is its answer to who it is.
-
-    `hops` are the statuses of the redirects that were followed on the way to the answer.
-    """
-
-    def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.answer = (status, body, headers)
-        self.hops: tuple[int, ...] = ()
-        self.probe: tuple[int, bytes, dict[str, str]] = (200, MLFLOW, {})
-        self.paths: list[str] = []
-
-    def __call__(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
-        self.paths.append(path)
-        status, content, given = self.probe if path == PROBE else self.answer
-        response = requests.Response()
-        response.status_code = status
-        response._content = content
-        response.headers.update({"Content-Length": str(len(content)), **given})
-        response.url = f"https://sso.example/login?token={SECRET}"
-        for hop in self.hops if path != PROBE else ():
-            response.history.append(requests.Response())
-            response.history[-1].status_code = hop
-        return response
-
-
-def outcome(server: Server) -> BaseException | None:
+def outcome(server: FakeRequester) -> BaseException | None:
     """What a call on `server` raises."""
     try:
         Exchange(f"http://u:{SECRET}@host:5000", server).json("POST", PATH, b"{}", 1.0)
@@ -78,7 +43,7 @@ def outcome(server: Server) -> BaseException | None:
 
 def test_mlflows_word_is_final() -> None:
     """An error of MLflow's own below 500 is a refusal, with its code; nobody is asked again."""
-    server = Server(404, NOT_FOUND)
+    server = FakeRequester(404, NOT_FOUND)
     refusal = outcome(server)
     assert isinstance(refusal, Refused)
     assert refusal.code == "RESOURCE_DOES_NOT_EXIST"
@@ -88,7 +53,7 @@ def test_mlflows_word_is_final() -> None:
 @pytest.mark.parametrize("status", [400, 404, 405])
 def test_only_mlflow_refuses(status: int) -> None:
     """A page is a refusal if MLflow is behind it, and none while something else answers."""
-    server = Server(status, PAGE)
+    server = FakeRequester(status, PAGE)
     refusal = outcome(server)
     assert isinstance(refusal, Refused)
     assert refusal.code == f"HTTP {status}"
@@ -99,7 +64,7 @@ def test_only_mlflow_refuses(status: int) -> None:
 
 def test_a_proxy_may_refuse_a_large_request() -> None:
     """A request too large for what is in front of MLflow is one for ever."""
-    server = Server(413, PAGE)
+    server = FakeRequester(413, PAGE)
     server.probe = (502, b"", {})
     assert isinstance(outcome(server), Refused)
 
@@ -107,8 +72,8 @@ def test_a_proxy_may_refuse_a_large_request() -> None:
 @pytest.mark.parametrize("body", [b"", PAGE, b"[]", b'{"run'])
 def test_an_answer_that_is_no_object_is_not_mlflows(body: bytes) -> None:
     """A success that does not look like MLflow's is none."""
-    assert isinstance(outcome(Server(200, body)), RetryLater)
-    assert outcome(Server(200, b"{}")) is None
+    assert isinstance(outcome(FakeRequester(200, body)), RetryLater)
+    assert outcome(FakeRequester(200, b"{}")) is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +82,7 @@ def test_an_answer_that_is_no_object_is_not_mlflows(body: bytes) -> None:
 )
 def test_a_call_needs_what_mlflow_answers(body: bytes) -> None:
     """Another program's JSON on the port creates no run."""
-    transport = RestTransport("http://host", Server(200, body))
+    transport = RestTransport("http://host", FakeRequester(200, body))
     with pytest.raises(RetryLater):
         transport.create_run("0", 0, "name", [], 1.0)
     with pytest.raises(RetryLater):
@@ -148,7 +113,7 @@ def test_an_answer_cut_amid_its_headers_is_none(status: int) -> None:
 )
 def test_a_server_that_breaks_is_not_refusing(status: int, body: bytes) -> None:
     """MLflow failing on a call may be the call's fault, or not."""
-    assert isinstance(outcome(Server(status, body)), Poisoned)
+    assert isinstance(outcome(FakeRequester(status, body)), Poisoned)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +125,7 @@ def test_a_server_that_breaks_is_not_refusing(status: int, body: bytes) -> None:
 )
 def test_what_a_server_cannot_do_is_refused(body: bytes, code: str) -> None:
     """A store without spans says so with 501; to try again is useless."""
-    refusal = outcome(Server(501, body))
+    refusal = outcome(FakeRequester(501, body))
     assert isinstance(refusal, Refused)
     assert refusal.code == code
     assert code in NO_TRACES
@@ -177,12 +142,12 @@ def test_what_a_server_cannot_do_is_refused(body: bytes, code: str) -> None:
 def test_a_database_that_fails_is_not_refusing(message: str) -> None:
     """MLflow calls most errors of its database a bad request."""
     body = orjson.dumps({"error_code": "BAD_REQUEST", "message": message})
-    assert isinstance(outcome(Server(400, body)), Poisoned)
+    assert isinstance(outcome(FakeRequester(400, body)), Poisoned)
     body = orjson.dumps({"error_code": "BAD_REQUEST", "message": "no such field"})
-    assert isinstance(outcome(Server(400, body)), Refused)
+    assert isinstance(outcome(FakeRequester(400, body)), Refused)
 
 
-def write(server: Server) -> None:
+def write(server: FakeRequester) -> None:
     """Write a span and a file, whose answers say nothing."""
     transport = RestTransport("http://host", server)
     transport.write_spans("0", [Span(name="a")], 1.0)
@@ -200,7 +165,7 @@ def write(server: Server) -> None:
 )
 def test_what_mlflow_answers_to_spans_and_files(body: bytes, kind: str) -> None:
     """MLflow's own answers are successes, also behind a redirect that keeps the request."""
-    server = Server(200, body, **{"Content-Type": kind})
+    server = FakeRequester(200, body, **{"Content-Type": kind})
     write(server)
     server.hops = (308, 307)
     write(server)
@@ -209,7 +174,9 @@ def test_what_mlflow_answers_to_spans_and_files(body: bytes, kind: str) -> None:
 @pytest.mark.parametrize("path", ["write_spans", "write_artifact"])
 def test_a_page_has_stored_nothing(path: str) -> None:
     """A page that is served for every address does not count as stored."""
-    transport = RestTransport("http://host", Server(200, PAGE, **{"Content-Type": "text/html"}))
+    transport = RestTransport(
+        "http://host", FakeRequester(200, PAGE, **{"Content-Type": "text/html"})
+    )
     with pytest.raises(RetryLater):
         if path == "write_spans":
             transport.write_spans("0", [Span(name="a")], 1.0)
@@ -222,7 +189,7 @@ def test_a_page_has_stored_nothing(path: str) -> None:
 @pytest.mark.parametrize("status", [200, 404, 405, 500])
 def test_a_redirect_that_drops_the_request_has_stored_nothing(hop: int, status: int) -> None:
     """After such a redirect not even MLflow's own answer is one to what was sent."""
-    server = Server(status, NOT_FOUND if status >= 400 else b"{}")
+    server = FakeRequester(status, NOT_FOUND if status >= 400 else b"{}")
     server.hops = (307, hop)
     later = outcome(server)
     assert isinstance(later, RetryLater)
@@ -231,7 +198,7 @@ def test_a_redirect_that_drops_the_request_has_stored_nothing(hop: int, status: 
 
 def test_a_question_may_be_redirected() -> None:
     """What has no body loses none."""
-    server = Server(200, MLFLOW)
+    server = FakeRequester(200, MLFLOW)
     server.hops = (301,)
     assert Exchange("http://host", server).json("GET", PATH, None, 1.0)
 
@@ -263,7 +230,7 @@ def test_reasons_hold_no_credentials() -> None:
     ]
     for probe in ((404, PAGE, {}), (200, MLFLOW, {})):
         for answer in answers:
-            server = Server(200)
+            server = FakeRequester(200)
             server.answer, server.probe = answer, probe
             reason = outcome(server)
             assert reason is not None
@@ -273,7 +240,7 @@ def test_reasons_hold_no_credentials() -> None:
 @pytest.mark.parametrize("status", [301, 401, 403, 408, 429, 500, 502, 503, 504])
 def test_a_server_that_is_not_itself_is_asked_later(status: int) -> None:
     """Overloaded, not authorised, moved, out of order: nothing is lost."""
-    assert isinstance(outcome(Server(status, PAGE)), RetryLater)
+    assert isinstance(outcome(FakeRequester(status, PAGE)), RetryLater)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +255,7 @@ def test_a_server_that_is_not_itself_is_asked_later(status: int) -> None:
 )
 def test_retry_after_is_obeyed(header: str, seconds: float | None) -> None:
     """Both forms of the header are understood, and a broken one is as none."""
-    later = outcome(Server(429, b"", **{"Retry-After": header}))
+    later = outcome(FakeRequester(429, b"", **{"Retry-After": header}))
     assert isinstance(later, RetryLater)
     assert later.after_s == seconds
 

@@ -11,18 +11,9 @@ from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
 from qitos_mlflow.mlflow_plugin.sink.call_list import FAILING_TRIES, Call, CallList, Group
+from tests.fakes.clock import Clock
 
 Fail = Callable[[Sequence[Any]], "Exception | None"]
-
-
-class Clock:
-    """Stands in for `time`."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

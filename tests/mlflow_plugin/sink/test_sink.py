@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import count, cycle, pairwise
+from collections.abc import Callable
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.destination import segment_header
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
@@ -26,131 +25,14 @@ from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
 from qitos_mlflow.settings import Settings
+from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import Records
 
 TIMEOUT_S = 10.0
 SETTINGS = {"experiment_name": "qitos", "tags": {"env": "dev"}, "plugin_version": "1.2.3"}
 
 
-class Server:
-    """A transport to a server that there is not: keeps what it is told, and fails on command."""
-
-    def __init__(self, host: str = "fake.test") -> None:
-        self.host = host
-        self.uri = f"http://user:password@{host}"
-        self.cost: float | None = None
-        self.numbers = count()
-        self.calls: list[str] = []
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.spans: dict[str, Any] = {}
-        self.traces: dict[str, dict[str, Any]] = {}
-        self.artifacts: dict[str, bytes] = {}
-        self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
-        self.fail_after: Callable[[str, Any], Exception | None] = lambda call, what: None
-
-    def _answer(self, call: str, what: Any, answer: Callable[[], Any]) -> Any:
-        self.calls.append(call)
-        if failure := self.fail(call, what):
-            raise failure
-        result = answer()
-        if failure := self.fail_after(call, what):
-            raise failure
-        return result
-
-    def _run(self, run_id: str) -> dict[str, Any]:
-        if run_id not in self.runs:
-            raise Refused("RESOURCE_DOES_NOT_EXIST", run_id)
-        return self.runs[run_id]
-
-    def experiment_id(self, name: str, timeout_s: float) -> str:
-        return self._answer("experiment_id", name, lambda: "7")
-
-    def create_run(
-        self,
-        experiment_id: str,
-        start_ms: int,
-        name: str,
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> RunRef:
-        prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
-
-        def create() -> RunRef:
-            run_id = f"{prefix}{next(self.numbers)}"
-            self.runs[run_id] = {
-                "name": name,
-                "tags": dict(tags),
-                "metrics": Counter(),
-                "params": {},
-                "status": "RUNNING",
-            }
-            return RunRef(run_id, experiment_id, name, "mlflow-artifacts:/7", start_ms)
-
-        return self._answer("create_run", dict(tags), create)
-
-    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
-        def find() -> list[RunRef]:
-            return [
-                RunRef(run_id, experiment_id, run["name"], "", 0)
-                for run_id, run in self.runs.items()
-                if run["tags"].get("qitos.trace_id") == trace_id
-            ]
-
-        return self._answer("find_runs", trace_id, find)
-
-    def delete_run(self, run_id: str, timeout_s: float) -> None:
-        self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
-
-    def log_batch(
-        self,
-        run_id: str,
-        metrics: Sequence[Metric],
-        params: Sequence[tuple[str, str]],
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> None:
-        def log() -> None:
-            run = self._run(run_id)
-            for key, value in params:
-                if run["params"].get(key, value) != value:
-                    raise Refused("INVALID_PARAMETER_VALUE", f"param {key} changes")
-            # The same point again is the same row.
-            run["metrics"].update({point: 1 for point in metrics if not run["metrics"][point]})
-            run["params"].update(params)
-            run["tags"].update(tags)
-
-        self._answer("log_batch", [*metrics, *params, *tags], log)
-
-    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
-
-    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
-
-    def write_spans(self, experiment_id: str, spans: Sequence[Any], timeout_s: float) -> None:
-        found = {span.span_id.hex(): span for span in spans}
-        self._answer("write_spans", [span.name for span in spans], lambda: self.spans.update(found))
-
-    def sum_spans(self, *question: Any) -> float | None:
-        return self._answer("sum_spans", question, lambda: self.cost)
-
-    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
-        self._answer("write_artifact", path, lambda: self.artifacts.update({path: data}))
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-    # -- asked by tests ----------------------------------------------------------------------
-
-    def values(self, run_id: str = "run-0") -> dict[str, list[float]]:
-        """The points of each metric of a run."""
-        found: dict[str, list[float]] = {}
-        for point in self.runs[run_id]["metrics"]:
-            found.setdefault(point.key, []).append(point.value)
-        return found
-
-
-def sink_to(server: Server, **more: Any) -> MlflowSink:
+def sink_to(server: FakeTransport, **more: Any) -> MlflowSink:
     """A sink that delivers there."""
     announce, resumed = more.pop("announce", None), more.pop("resumed", False)
     return MlflowSink(server, {**SETTINGS, **more}, announce, resumed=resumed)
@@ -175,14 +57,14 @@ def a_trace(trace_id: str = "trace-1", spans: int = 3) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def server() -> Server:
-    return Server()
+def server() -> FakeTransport:
+    return FakeTransport()
 
 
 # -- the calls of a trace --------------------------------------------------------------------
 
 
-def test_a_trace_in_one_shipment(server: Server) -> None:
+def test_a_trace_in_one_shipment(server: FakeTransport) -> None:
     """Run first, then its numbers, then the tree, and its end last: complete when it ends."""
     assert ship(sink_to(server), *a_trace()) == []
     assert server.calls == [
@@ -197,7 +79,7 @@ def test_a_trace_in_one_shipment(server: Server) -> None:
     assert server.values()["step/number"] == [0, 1, 2]
 
 
-def test_runs_are_created_and_announced_before_anything_else(server: Server) -> None:
+def test_runs_are_created_and_announced_before_anything_else(server: FakeTransport) -> None:
     """An agent may be waiting for its run: all runs of a shipment come before all else."""
     announced: list[tuple[str, str]] = []
     sink = sink_to(server, announce=lambda trace_id, ref: announced.append((trace_id, ref.run_id)))
@@ -206,7 +88,7 @@ def test_runs_are_created_and_announced_before_anything_else(server: Server) -> 
     assert announced == [("one", "run-0"), ("two", "run-1")]
 
 
-def test_the_run_has_the_name_it_was_given(server: Server) -> None:
+def test_the_run_has_the_name_it_was_given(server: FakeTransport) -> None:
     """A configured name goes before the trace's."""
     ship(sink_to(server, run_name="gaia-eval-001"), *a_trace())
     assert server.runs["run-0"]["name"] == "gaia-eval-001"
@@ -214,7 +96,7 @@ def test_the_run_has_the_name_it_was_given(server: Server) -> None:
 
 @pytest.mark.parametrize(("run_name", "wanted"), [(None, "by-tag"), ("gaia", "gaia")])
 def test_a_run_may_be_named_by_mlflows_tag(
-    server: Server, run_name: str | None, wanted: str, tmp_path: Path
+    server: FakeTransport, run_name: str | None, wanted: str, tmp_path: Path
 ) -> None:
     """It goes before the trace's name; as a tag of a new run MLflow would refuse it."""
     settings = {"run_name": run_name, "tags": {"mlflow.runName": "by-tag", "env": "dev"}}
@@ -226,7 +108,7 @@ def test_a_run_may_be_named_by_mlflows_tag(
     assert ship(MlflowSink(store, {**SETTINGS, **settings}), *a_trace()) == []
 
 
-def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
+def test_a_run_to_be_left_open_is_not_ended(server: FakeTransport) -> None:
     """With `auto_end_run` off only the death of its process ends a run."""
     sink = sink_to(server, auto_end_run=False)
     ship(sink, *a_trace("left"), *a_trace("going")[:-1])
@@ -243,7 +125,7 @@ def test_a_run_to_be_left_open_is_not_ended(server: Server) -> None:
     [({"status": "interrupted"}, "RUNNING"), ({"qitos.closed": "the process ended"}, "KILLED")],
 )
 def test_a_run_to_be_left_open_of_an_agent_that_was_interrupted(
-    server: Server, metadata: dict[str, Any], status: str
+    server: FakeTransport, metadata: dict[str, Any], status: str
 ) -> None:
     """It stays open like any other, for the caller to go on in; the end of the process ends it."""
     *others, end = a_trace()
@@ -252,7 +134,7 @@ def test_a_run_to_be_left_open_of_an_agent_that_was_interrupted(
     assert server.runs["run-0"]["status"] == status
 
 
-def test_an_end_that_was_lost(server: Server) -> None:
+def test_an_end_that_was_lost(server: FakeTransport) -> None:
     """A process that closes in order leaves no run RUNNING, unless it is to be left open."""
     for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
         sink = sink_to(server, auto_end_run=auto_end_run)
@@ -263,14 +145,14 @@ def test_an_end_that_was_lost(server: Server) -> None:
     assert server.runs["run-0"]["tags"]["qitos.killed"] == "its end was lost"
 
 
-def test_without_traces_there_are_runs_only(server: Server) -> None:
+def test_without_traces_there_are_runs_only(server: FakeTransport) -> None:
     """With `log_traces` off no span and no trace is sent."""
     ship(sink_to(server, log_traces=False), *a_trace())
     assert not {"write_spans", "write_trace"} & set(server.calls)
     assert server.values()["total_steps"] == [3]
 
 
-def test_files_go_with_their_run(server: Server) -> None:
+def test_files_go_with_their_run(server: FakeTransport) -> None:
     """An artifact's content is written below its path."""
     start, *rest = a_trace()
     contents = {"final_answer.txt": "42", "final_answer.json": {"sum": [4, None, "é"]}}
@@ -283,7 +165,7 @@ def test_files_go_with_their_run(server: Server) -> None:
     assert orjson.loads(server.artifacts["final_answer.json"]) == contents["final_answer.json"]
 
 
-def test_the_processs_end(server: Server) -> None:
+def test_the_processs_end(server: FakeTransport) -> None:
     """Traces whose process died are ended as KILLED with the totals so far; ended ones are not."""
     sink = sink_to(server)
     assert sink.abandoned(0) is None
@@ -303,7 +185,7 @@ def test_the_processs_end(server: Server) -> None:
 def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], replay: bool) -> None:
     """Taken up by another process at any point, sent twice or not, a run comes to the same."""
     records = [*a_trace("one", 3)[:-1], *a_trace("two", 2), a_trace("one", 3)[-1]]
-    straight, server = Server(), Server()
+    straight, server = FakeTransport(), FakeTransport()
     ship(sink_to(straight), *records)
     state = b""
     edges = [0, *sorted(cuts), len(records)]
@@ -321,7 +203,7 @@ def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], re
     assert server.traces == straight.traces
 
 
-def test_a_run_whose_creation_went_unanswered_is_found_again(server: Server) -> None:
+def test_a_run_whose_creation_went_unanswered_is_found_again(server: FakeTransport) -> None:
     """An answer that was lost on the way makes no second run, and no call is made twice."""
     server.fail_after = lambda call, _: RetryLater("cut") if call == "create_run" else None
     shipment = sink_to(server).prepare(lines(*a_trace()))
@@ -334,7 +216,7 @@ def test_a_run_whose_creation_went_unanswered_is_found_again(server: Server) -> 
     assert server.calls.count("log_batch") == server.calls.count("end_run") == 1
 
 
-def test_a_run_whose_creation_comes_through_late_is_deleted(server: Server) -> None:
+def test_a_run_whose_creation_comes_through_late_is_deleted(server: FakeTransport) -> None:
     """A database that is locked for longer than a request lasts makes no stray run."""
     server.fail = lambda call, _: RetryLater("timeout") if call == "create_run" else None
     start, *rest = a_trace()
@@ -350,7 +232,7 @@ def test_a_run_whose_creation_comes_through_late_is_deleted(server: Server) -> N
     assert list(server.runs) == ["run-0"]
 
 
-def test_a_late_twin_of_a_process_that_died_is_deleted(server: Server) -> None:
+def test_a_late_twin_of_a_process_that_died_is_deleted(server: FakeTransport) -> None:
     """Whoever resumes does not know of attempts that may still come through."""
     records = a_trace()
     sink = sink_to(server, resumed=True)
@@ -360,7 +242,7 @@ def test_a_late_twin_of_a_process_that_died_is_deleted(server: Server) -> None:
     assert list(server.runs) == ["run-0"]
 
 
-def test_out_of_time_it_goes_on_where_it_stopped(server: Server) -> None:
+def test_out_of_time_it_goes_on_where_it_stopped(server: FakeTransport) -> None:
     """A shipment that ran out of time has lost nothing."""
     shipment = sink_to(server).prepare(lines(*a_trace()))
     with pytest.raises(RetryLater):
@@ -371,7 +253,7 @@ def test_out_of_time_it_goes_on_where_it_stopped(server: Server) -> None:
 
 
 def test_the_state_of_another_version(
-    server: Server, swallowed: list[tuple[str, BaseException]]
+    server: FakeTransport, swallowed: list[tuple[str, BaseException]]
 ) -> None:
     """A state that cannot be read costs the totals so far, not the run."""
     records = a_trace()
@@ -385,7 +267,7 @@ def test_the_state_of_another_version(
     swallowed.clear()
 
 
-def test_spans_after_the_end_of_their_trace(server: Server) -> None:
+def test_spans_after_the_end_of_their_trace(server: FakeTransport) -> None:
     """A late span joins its run; one whose run there is not is kept aside."""
     sink = sink_to(server)
     ship(sink, *a_trace())
@@ -411,7 +293,7 @@ def verdicts(make: Records, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_no_feedback_is_lost_and_little_is_remembered(server: Server) -> None:
+def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> None:
     """However many verdicts, each is sent; what the spool keeps of them is bounded."""
     told: dict[str, Any] = {}
 
@@ -445,7 +327,7 @@ def test_no_feedback_is_lost_and_little_is_remembered(server: Server) -> None:
     assert len(told) == 200
 
 
-def test_feedback_that_is_refused_is_kept_aside(server: Server) -> None:
+def test_feedback_that_is_refused_is_kept_aside(server: FakeTransport) -> None:
     """Verdicts that no later info repeats are not dropped without a word."""
     make = Records()
     sink = sink_to(server)
@@ -458,7 +340,7 @@ def test_feedback_that_is_refused_is_kept_aside(server: Server) -> None:
     assert ship(sink, make.end()) == []
 
 
-def test_an_info_that_failed_is_sent_again(server: Server) -> None:
+def test_an_info_that_failed_is_sent_again(server: FakeTransport) -> None:
     """What a running trace could not tell is told some seconds later."""
     make = Records()
     sink = sink_to(server)
@@ -474,13 +356,13 @@ def test_an_info_that_failed_is_sent_again(server: Server) -> None:
 # -- another destination ---------------------------------------------------------------------
 
 
-def test_the_rest_goes_to_another_server(server: Server) -> None:
+def test_the_rest_goes_to_another_server(server: FakeTransport) -> None:
     """What was begun on one server is finished on another, and says that part of it is there."""
     sink = sink_to(server)
     records = a_trace(spans=6)
     assert ship(sink, *records[:4]) == []
     assert b"password" not in sink.state()
-    other = Server("other.test")
+    other = FakeTransport("other.test")
     moved = sink_to(other, resumed=True)
     moved.restore(sink.state())
     assert ship(moved, *records[4:6]) == []
@@ -502,12 +384,12 @@ def test_the_rest_goes_to_another_server(server: Server) -> None:
     assert len(other.spans) == 3 + 1  # With the root.
 
 
-def test_another_server_without_traces(server: Server) -> None:
+def test_another_server_without_traces(server: FakeTransport) -> None:
     """Each span that is not there is counted once, by one reason."""
     sink = sink_to(server)
     records = a_trace(spans=3)
     ship(sink, *records[:2])
-    other = Server("other.test")
+    other = FakeTransport("other.test")
     other.fail = lambda call, _: Refused("HTTP 404", "") if call == "write_spans" else None
     moved = sink_to(other)
     moved.restore(sink.state())
@@ -516,7 +398,7 @@ def test_another_server_without_traces(server: Server) -> None:
     assert run["tags"]["qitos.spans.dropped"] == "elsewhere=1, no_traces=2"
 
 
-def test_the_same_server_by_another_name(server: Server) -> None:
+def test_the_same_server_by_another_name(server: FakeTransport) -> None:
     """Where the run is found, nothing is elsewhere and no second run is made."""
     sink = sink_to(server)
     records = a_trace()
@@ -543,7 +425,7 @@ def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("failure", [RetryLater("HTTP 503"), Poisoned("HTTP 500")])
 def test_a_cost_that_is_not_told_holds_nothing_back(
-    server: Server, failure: Exception, caplog: pytest.LogCaptureFixture
+    server: FakeTransport, failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a few failures traces go without a cost, told once; it is asked for again later."""
     now = [0.0]
@@ -575,7 +457,7 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
 
 @pytest.mark.parametrize(("names", "cost"), [(MAX_PRICED, 1.0 * MAX_PRICED), (99, None)])
 def test_the_cost_is_that_of_our_generations(
-    server: Server, names: int, cost: float | None
+    server: FakeTransport, names: int, cost: float | None
 ) -> None:
     """Each name is asked for; of more than that nothing is said rather than what others spent."""
     server.cost = 0.5
@@ -588,7 +470,7 @@ def test_the_cost_is_that_of_our_generations(
     assert told.get("total_cost") == cost
 
 
-def test_a_server_without_prices_is_asked_once(server: Server) -> None:
+def test_a_server_without_prices_is_asked_once(server: FakeTransport) -> None:
     """Where the question is refused, it is not asked again."""
     server.fail = lambda call, _: Refused("HTTP 404", "") if call == "sum_spans" else None
     sink = sink_to(server)
@@ -611,11 +493,11 @@ def holds(key: str) -> Callable[[str, Any], Exception | None]:
 
 
 @pytest.mark.parametrize("key", ["step/number", "late", "stop_reason"])
-def test_what_is_refused_loses_only_itself(server: Server, key: str) -> None:
+def test_what_is_refused_loses_only_itself(server: FakeTransport, key: str) -> None:
     """One bad item is found by halving its batch; all the rest arrives, and the run ends."""
     start, *rest = a_trace()
     rest[-1]["metadata"] = {"stop_reason": "final", "late": "param"}
-    straight = Server()
+    straight = FakeTransport()
     for transport in (straight, server):
         sink = sink_to(transport)
         dead = ship(sink, start)
@@ -634,7 +516,7 @@ def test_what_is_refused_loses_only_itself(server: Server, key: str) -> None:
     assert run["status"] == "FINISHED"
 
 
-def test_a_span_that_is_refused_is_in_the_runs_account(server: Server) -> None:
+def test_a_span_that_is_refused_is_in_the_runs_account(server: FakeTransport) -> None:
     """The ledger of a run counts the spans that the server would not have."""
     records = a_trace()
     records[2]["type"], records[2]["data"] = "custom", {"name": "bad one"}
@@ -650,7 +532,7 @@ def test_a_span_that_is_refused_is_in_the_runs_account(server: Server) -> None:
     assert tags["qitos.spans.dropped"] == "refused=1"
 
 
-def test_a_run_that_is_refused_takes_its_records_along(server: Server) -> None:
+def test_a_run_that_is_refused_takes_its_records_along(server: FakeTransport) -> None:
     """Without a run every record of its trace is kept aside once; other traces are unharmed."""
 
     def refuse(call: str, tags: Any) -> Exception | None:
@@ -670,7 +552,7 @@ def test_a_run_that_is_refused_takes_its_records_along(server: Server) -> None:
     assert len(server.spans) == 4  # Of the good one only, and the root that stands for its trace.
 
 
-def test_an_experiment_that_is_refused_is_asked_for_once(server: Server) -> None:
+def test_an_experiment_that_is_refused_is_asked_for_once(server: FakeTransport) -> None:
     """However many spans wait, a deleted experiment costs one request a trace."""
     server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
     dead = ship(sink_to(server), *a_trace("one", 50), *a_trace("two", 50))
@@ -678,7 +560,7 @@ def test_an_experiment_that_is_refused_is_asked_for_once(server: Server) -> None
     assert server.calls == ["experiment_id"] * 2
 
 
-def test_an_experiment_that_is_replaced(server: Server) -> None:
+def test_an_experiment_that_is_replaced(server: FakeTransport) -> None:
     """The id of an experiment that is gone is looked up again, and the run created there."""
     sink = sink_to(server)
     ship(sink, *a_trace("one"))
@@ -700,7 +582,7 @@ def test_an_experiment_that_is_replaced(server: Server) -> None:
     assert ship(sink, *a_trace("four")) == []
 
 
-def test_a_run_that_was_deleted(server: Server) -> None:
+def test_a_run_that_was_deleted(server: FakeTransport) -> None:
     """A run that takes nothing any more is found out at once, and its trace's records kept."""
     sink = sink_to(server)
     records = a_trace(spans=200)
@@ -718,7 +600,7 @@ def test_a_run_that_was_deleted(server: Server) -> None:
     assert server.calls == []
 
 
-def test_a_run_that_was_deleted_before_its_end(server: Server) -> None:
+def test_a_run_that_was_deleted_before_its_end(server: FakeTransport) -> None:
     """Whichever call finds it out."""
     sink = sink_to(server)
     *records, end = a_trace()
@@ -728,7 +610,7 @@ def test_a_run_that_was_deleted_before_its_end(server: Server) -> None:
     assert [orjson.loads(letter.record) for letter in ship(sink, end)] == [end]
 
 
-def test_the_start_of_a_trace_was_lost(server: Server) -> None:
+def test_the_start_of_a_trace_was_lost(server: FakeTransport) -> None:
     """A run is made of what there is once its end is known, and says so."""
     records = a_trace(spans=4)
     sink = sink_to(server, user="me", tags={"env": "dev", "mlflow.runName": "by-tag"})
@@ -746,7 +628,7 @@ def test_the_start_of_a_trace_was_lost(server: Server) -> None:
     assert all(span.start_time_unix_nano for span in server.spans.values())
 
 
-def test_refused_traces_leave_nothing_behind(server: Server) -> None:
+def test_refused_traces_leave_nothing_behind(server: FakeTransport) -> None:
     """Once it has ended nothing is kept of a refused trace; one that did not end is no run."""
     server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
     sink = sink_to(server)
@@ -767,7 +649,7 @@ def test_refused_traces_leave_nothing_behind(server: Server) -> None:
 
 
 def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An internal error is tried again, for it may pass; the one item that causes it is not."""
 
@@ -793,7 +675,7 @@ def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
 
 
 def test_a_broken_server_is_no_reason_to_give_up(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the server itself is out of order is kept, for however long that takes."""
     monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
@@ -815,7 +697,9 @@ def test_a_broken_server_is_no_reason_to_give_up(
     assert len(server.spans) == 4
 
 
-def test_a_server_without_traces_has_runs(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_without_traces_has_runs(
+    server: FakeTransport, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where a server is too old for traces that is told once, without its password."""
 
     def refuse(call: str, _: Any) -> Exception | None:
@@ -834,7 +718,7 @@ def test_a_server_without_traces_has_runs(server: Server, caplog: pytest.LogCapt
     assert "password" not in caplog.text
 
 
-def test_what_is_no_record_is_kept_aside(server: Server) -> None:
+def test_what_is_no_record_is_kept_aside(server: FakeTransport) -> None:
     """A line that cannot be read loses only itself."""
     start, *rest = lines(*a_trace())
     bad = [b"", b"[1]", b'{"kind": "span"}', b"\xff", b'{"trace_id": "trace-1"}']

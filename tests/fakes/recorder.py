@@ -1,4 +1,4 @@
-"""A processor that keeps what it hears. Knows no host."""
+"""Processors that keep what they receive, or raise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qitos_mlflow import tracing
 
 @dataclass
 class Node:
-    """What was heard of one span."""
+    """One span as it was when it started, and when it ended."""
 
     span: Any
     trace_id: str
@@ -24,48 +24,70 @@ class Node:
     data: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     order: int = -1
+    starts: int = 0
     ends: int = 0
 
 
 class Recorder(tracing.TraceProcessor):
-    """Keeps every trace and span; any thread."""
+    """Keeps every trace and span; any thread.
 
-    def __init__(self) -> None:
+    Args:
+        log: a list to share with other recorders, for the order among them.
+    """
+
+    def __init__(self, log: list[tuple[str, Any]] | None = None) -> None:
+        self.events: list[tuple[str, Any]] = [] if log is None else log
+        """(event, trace or span), in order."""
         self.started: list[Any] = []
         self.start_metadata: dict[str, dict[str, Any]] = {}
         self.ended: list[Any] = []
         self.nodes: dict[str, Node] = {}
         self.outlives = False
-        """Whether an agent of this test goes on longer than the span it was started in."""
+        """Whether an agent of this test runs longer than the span it was started in."""
         self._lock = threading.Lock()
         self._ends = 0
 
     def on_trace_start(self, trace: Any) -> None:
         with self._lock:
+            self.events.append(("trace_start", trace))
             self.started.append(trace)
             self.start_metadata[trace.trace_id] = dict(trace.metadata)
 
     def on_trace_end(self, trace: Any) -> None:
         with self._lock:
+            self.events.append(("trace_end", trace))
             self.ended.append(trace)
 
     def on_span_start(self, span: Any) -> None:
         with self._lock:
-            assert span.span_id not in self.nodes
-            self.nodes[span.span_id] = Node(
-                span, span.trace_id, span.data.type, span.parent_span_id, span.started_at
-            )
+            self.events.append(("span_start", span))
+            self._node(span).starts += 1
 
     def on_span_end(self, span: Any) -> None:
         with self._lock:
-            node = self.nodes[span.span_id]
+            self.events.append(("span_end", span))
+            node = self._node(span)
             node.ends += 1
             node.ended_at, node.error = span.ended_at, span.error
             node.exception = getattr(span, "exception", None)
             node.data, node.output = span.data.export(), span.output
             node.order, self._ends = self._ends, self._ends + 1
 
-    # -- asked by tests ---------------------------------------------------------------------
+    def _node(self, span: Any) -> Node:
+        if span.span_id not in self.nodes:
+            self.nodes[span.span_id] = Node(
+                span, span.trace_id, span.data.type, span.parent_span_id, span.started_at
+            )
+        return self.nodes[span.span_id]
+
+    @property
+    def names(self) -> list[str]:
+        """The events, in order."""
+        return [name for name, _ in self.events]
+
+    def objects(self, event: str) -> list[Any]:
+        """What was passed at each event of this name, in order."""
+        return [item for name, item in self.events if name == event]
 
     def of(self, span_type: str, trace_id: str | None = None) -> list[Node]:
         """The spans of a type, in the order they were started."""
@@ -107,7 +129,7 @@ class Recorder(tracing.TraceProcessor):
         ended = [trace.trace_id for trace in self.ended]
         assert sorted(ended) == sorted(trace.trace_id for trace in self.started)
         for node in self.nodes.values():
-            assert node.ends == 1, (node.type, node.ends)
+            assert (node.starts, node.ends) == (1, 1), (node.type, node.starts, node.ends)
             assert node.ended_at is not None
             assert node.started_at <= node.ended_at
             if node.parent_id is None:
@@ -120,3 +142,28 @@ class Recorder(tracing.TraceProcessor):
                 continue
             assert node.ended_at <= parent.ended_at, (parent.type, node.type)
             assert node.order < parent.order, (parent.type, node.type)
+
+
+class Failing(tracing.TraceProcessor):
+    """Raises in every method."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_trace_start(self, trace: Any) -> None:
+        raise self.error
+
+    def on_trace_end(self, trace: Any) -> None:
+        raise self.error
+
+    def on_span_start(self, span: Any) -> None:
+        raise self.error
+
+    def on_span_end(self, span: Any) -> None:
+        raise self.error
+
+    def shutdown(self) -> None:
+        raise self.error
+
+    def force_flush(self) -> bool:
+        raise self.error

@@ -1,4 +1,4 @@
-"""A server that lives in this process, and sinks that deliver to it."""
+"""A server in this process, and sinks that deliver to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOW = 1_800_000_000_000_000_000
 
 
 class FakeServer:
-    """What sinks deliver to. Down, refusing or hanging as the test likes."""
+    """What sinks deliver to. It is down, refuses or hangs when the test says so."""
 
     def __init__(self) -> None:
         self.accepted: list[bytes] = []

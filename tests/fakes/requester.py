@@ -1,0 +1,45 @@
+"""One HTTP request and its answer, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import requests
+
+PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
+SECRET = "s3cr3t-of-somebody"
+
+
+class FakeRequester:
+    """A `Requester` with one answer for every path, kept in `paths`.
+
+    `probe` is its answer to the question whether MLflow is behind it. `hops` are the statuses of
+    the redirects that were followed on the way to the answer.
+    """
+
+    def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.answer = (status, body, headers)
+        self.hops: tuple[int, ...] = ()
+        self.probe: tuple[int, bytes, dict[str, str]] = (200, MLFLOW, {})
+        self.paths: list[str] = []
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> requests.Response:
+        self.paths.append(path)
+        status, content, given = self.probe if path == PROBE else self.answer
+        response = requests.Response()
+        response.status_code = status
+        response._content = content
+        response.headers.update({"Content-Length": str(len(content)), **given})
+        response.url = f"https://sso.example/login?token={SECRET}"
+        for hop in self.hops if path != PROBE else ():
+            response.history.append(requests.Response())
+            response.history[-1].status_code = hop
+        return response

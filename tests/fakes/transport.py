@@ -1,0 +1,131 @@
+"""MLflow's calls, kept in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
+from qitos_mlflow.mlflow_plugin.server.transport import Refused
+
+
+class FakeTransport:
+    """A `Transport` without a server. Keeps what it receives, and fails when the test says so.
+
+    `fail` and `fail_after` get the name of a call and what it is about, before and after it takes
+    effect; the call raises what they return.
+    """
+
+    def __init__(self, host: str = "fake.test") -> None:
+        self.host = host
+        self.uri = f"http://user:password@{host}"
+        self.cost: float | None = None
+        self.numbers = count()
+        self.calls: list[str] = []
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.spans: dict[str, Any] = {}
+        self.traces: dict[str, dict[str, Any]] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
+        self.fail_after: Callable[[str, Any], Exception | None] = lambda call, what: None
+
+    def _answer(self, call: str, what: Any, answer: Callable[[], Any]) -> Any:
+        self.calls.append(call)
+        if failure := self.fail(call, what):
+            raise failure
+        result = answer()
+        if failure := self.fail_after(call, what):
+            raise failure
+        return result
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        if run_id not in self.runs:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", run_id)
+        return self.runs[run_id]
+
+    def experiment_id(self, name: str, timeout_s: float) -> str:
+        return self._answer("experiment_id", name, lambda: "7")
+
+    def create_run(
+        self,
+        experiment_id: str,
+        start_ms: int,
+        name: str,
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> RunRef:
+        prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
+
+        def create() -> RunRef:
+            run_id = f"{prefix}{next(self.numbers)}"
+            self.runs[run_id] = {
+                "name": name,
+                "tags": dict(tags),
+                "metrics": Counter(),
+                "params": {},
+                "status": "RUNNING",
+            }
+            return RunRef(run_id, experiment_id, name, "mlflow-artifacts:/7", start_ms)
+
+        return self._answer("create_run", dict(tags), create)
+
+    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
+        def find() -> list[RunRef]:
+            return [
+                RunRef(run_id, experiment_id, run["name"], "", 0)
+                for run_id, run in self.runs.items()
+                if run["tags"].get("qitos.trace_id") == trace_id
+            ]
+
+        return self._answer("find_runs", trace_id, find)
+
+    def delete_run(self, run_id: str, timeout_s: float) -> None:
+        self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Sequence[tuple[str, str]],
+        tags: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        def log() -> None:
+            run = self._run(run_id)
+            for key, value in params:
+                if run["params"].get(key, value) != value:
+                    raise Refused("INVALID_PARAMETER_VALUE", f"param {key} changes")
+            # The same point again is the same row.
+            run["metrics"].update({point: 1 for point in metrics if not run["metrics"][point]})
+            run["params"].update(params)
+            run["tags"].update(tags)
+
+        self._answer("log_batch", [*metrics, *params, *tags], log)
+
+    def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
+        self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
+
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
+
+    def write_spans(self, experiment_id: str, spans: Sequence[Any], timeout_s: float) -> None:
+        found = {span.span_id.hex(): span for span in spans}
+        self._answer("write_spans", [span.name for span in spans], lambda: self.spans.update(found))
+
+    def sum_spans(self, *question: Any) -> float | None:
+        return self._answer("sum_spans", question, lambda: self.cost)
+
+    def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
+        self._answer("write_artifact", path, lambda: self.artifacts.update({path: data}))
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def values(self, run_id: str = "run-0") -> dict[str, list[float]]:
+        """The points of each metric of a run."""
+        found: dict[str, list[float]] = {}
+        for point in self.runs[run_id]["metrics"]:
+            found.setdefault(point.key, []).append(point.value)
+        return found
