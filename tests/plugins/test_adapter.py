@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 
 from qitos_mlflow.plugins import adapter as adapter_module
 from qitos_mlflow.plugins.adapter import HOOKS, PluginTraceProcessor
-from qitos_mlflow.tracing import Span, StepSpanData, Trace, TraceProcessor, TracingProvider
+from qitos_mlflow.tracing import (
+    Span,
+    SpanType,
+    StepSpanData,
+    Trace,
+    TraceProcessor,
+    TracingMode,
+    TracingProvider,
+)
 from tests.fakes.clock import Clock
 
 # As a plugin's author has it: nothing of ours is imported.
@@ -20,6 +29,13 @@ hookimpl = pluggy.HookimplMarker("qitos")
 
 TRACE = Trace("t", "run")
 SPAN = Span("t", "s", StepSpanData(1))
+
+
+def another_span() -> Span:
+    """A span that no processor has seen: the same one twice in a row would be one event."""
+    return Span("t", "s", StepSpanData(1))
+
+
 RECORD = {"kind": "span", "trace_id": "t", "data": {"step_number": 1}}
 
 CALLS: dict[str, Callable[[PluginTraceProcessor], Any]] = {
@@ -225,7 +241,7 @@ def test_failures_are_logged_with_the_name(
     processor = PluginTraceProcessor({"unlucky": plugin("qitos_span_end", fail)})
     with caplog.at_level(logging.WARNING, "qitos_mlflow"):
         for _ in range(3):
-            processor.on_span_end(SPAN)
+            processor.on_span_end(another_span())
     (record,) = caplog.records
     for part in ("unlucky", "qitos_span_end", "RuntimeError", "no disk"):
         assert part in record.getMessage()
@@ -400,10 +416,10 @@ def test_plugins_that_equal_everything() -> None:
 
     one, other = Equal(), Equal()
     processor = PluginTraceProcessor({"one": one, "other": other})
-    processor.on_span_end(SPAN)
+    processor.on_span_end(another_span())
     assert one.names == other.names == ["qitos_span_end"]
     assert processor.unregister("other") is other
-    processor.on_span_end(SPAN)
+    processor.on_span_end(another_span())
     assert one.names == ["qitos_span_end"] * 2
 
 
@@ -465,7 +481,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_registering_while_events_come() -> None:
-    """Plugins may come and go on one thread while others tell; one that stays misses nothing."""
+    """Plugins may come and go on one thread during events on others; one that stays misses none."""
     stays = Hearing()
     processor = PluginTraceProcessor({"stays": stays})
     together = threading.Barrier(2)
@@ -480,7 +496,92 @@ def test_registering_while_events_come() -> None:
     thread.start()
     together.wait()
     for _ in range(500):
-        processor.on_span_end(SPAN)
+        processor.on_span_end(another_span())
     thread.join()
     assert len(stays.heard) == 500
     assert processor.plugins == {"stays": stays}
+
+
+# -- a processor that was added twice ------------------------------------------------------------
+
+
+def one_span(provider: TracingProvider) -> None:
+    with provider.create_trace("run") as trace:
+        trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
+
+
+@pytest.mark.parametrize("mode", [TracingMode.ENABLED, TracingMode.ENABLED_WITHOUT_DATA])
+def test_a_processor_added_twice_passes_each_event_on_once(mode: TracingMode) -> None:
+    """Each plugin gets each event once, in every mode, also with another processor in between."""
+    hearing, other = Hearing(), Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    between = PluginTraceProcessor({"other": other})
+    one_span(TracingProvider([processor, between, processor, processor], mode))
+    assert hearing.names == other.names
+    assert hearing.names == [
+        "qitos_trace_start",
+        "qitos_span_start",
+        "qitos_span_end",
+        "qitos_trace_end",
+    ]
+
+
+def test_added_once_more_in_mid_trace() -> None:
+    """A processor that is added again while a trace goes on repeats nothing from then on."""
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    provider = TracingProvider([processor])
+    with provider.create_trace("run") as trace:
+        span = trace.create_span(SpanType.STEP, StepSpanData(1)).start()
+        provider.add_processor(processor)
+        span.finish()
+    assert hearing.names.count("qitos_span_end") == hearing.names.count("qitos_trace_end") == 1
+
+
+def test_what_is_equal_is_not_the_same_event() -> None:
+    """Spans of one id, and two threads with one span each, are events of their own."""
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    spans = [another_span() for _ in range(2)]
+    for span in spans:
+        processor.on_span_start(span)
+        processor.on_span_end(span)
+    assert len(hearing.heard) == 4
+    thread = threading.Thread(target=processor.on_span_end, args=[spans[1]])
+    thread.start()
+    thread.join()
+    assert len(hearing.heard) == 5
+
+
+def test_a_new_object_in_the_place_of_the_last_one() -> None:
+    """No event is kept in memory, and one that gets the address of the last one is still new."""
+    count = 0
+
+    def counted(span: Span) -> None:
+        nonlocal count
+        count += 1
+
+    processor = PluginTraceProcessor({"counting": plugin("qitos_span_end", counted)})
+    addresses = set()
+    for _ in range(100):
+        span = another_span()
+        addresses.add(id(span))
+        processor.on_span_end(span)
+        gone = weakref.ref(span)
+        del span
+        assert gone() is None
+    assert count == 100
+    assert len(addresses) < 100, "no address was used again: this test shows nothing"
+
+
+def test_events_that_know_no_weak_references() -> None:
+    """A host's slotted objects are passed on."""
+
+    class Bare:
+        __slots__ = ("data",)
+
+    hearing = Hearing()
+    processor = PluginTraceProcessor({"hearing": hearing})
+    for item in (Bare(), Bare()):
+        processor.on_span_end(item)  # type: ignore[arg-type]
+    assert len(hearing.heard) == 2
