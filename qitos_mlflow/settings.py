@@ -251,8 +251,7 @@ def _parsed(parse: Callable[[Any], Any], value: object, source: str) -> Any:
         return parse(value)
     except (TypeError, ValueError) as error:
         message = str(error)
-    from qitos_mlflow.mlflow_plugin.destination import without_credentials
-    from qitos_mlflow.redaction.redact import redact_text
+    from qitos_mlflow.redaction.uris import redact_text, without_credentials
 
     # Tags are free text: no rule finds every secret in them.
     shown = f", a {type(value).__name__}," if parse is _tags else f"={value!r}"

@@ -13,8 +13,9 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, _guard
 from qitos_mlflow.errors import SettingsError
-from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri, without_credentials
+from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import MIB, Settings, env_names, usable_uri
 
 NAMES = [option.name for option in fields(Settings)]

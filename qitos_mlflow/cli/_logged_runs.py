@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+from qitos_mlflow.redaction.uris import without_credentials
 
 PORT = 5000
 """Where the page of a local store is suggested to be opened: MLflow's own default port."""

@@ -103,7 +103,7 @@ def header_of(segment: SegmentInfo) -> dict[str, Any]:
 
 def destination_of(header: dict[str, Any]) -> str:
     """The header's destination, for people."""
-    from qitos_mlflow.mlflow_plugin.destination import without_credentials
+    from qitos_mlflow.redaction.uris import without_credentials
 
     if not header:
         return "unknown"

@@ -48,8 +48,8 @@ def survey() -> dict[str, Any]:
 
 def destination() -> str | None:
     """Where the installed MLflow plugin logs to, without credentials; None: nowhere."""
-    from qitos_mlflow.mlflow_plugin.destination import without_credentials
     from qitos_mlflow.plugins.selection import named
+    from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import TRACKING_VARIABLE
 
     if uri := os.environ.get(TRACKING_VARIABLE):

@@ -96,7 +96,8 @@ def sync(
 
 def _with_credentials(recorded: str | None) -> str | None:
     """A segment's URI, with what MLFLOW_TRACKING_URI has in it and a segment must not."""
-    from qitos_mlflow.mlflow_plugin.destination import tracking_uri, without_credentials
+    from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+    from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import Settings
 
     configured = tracking_uri(Settings.resolve())
@@ -150,7 +151,7 @@ class Sync:
 
     def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> None:
         from qitos_mlflow.delivery import Outcome, deliver_segment
-        from qitos_mlflow.mlflow_plugin.destination import without_credentials
+        from qitos_mlflow.redaction.uris import without_credentials
 
         header = header_of(segment)
         uri, experiment = self._uri_of(header), header.get("experiment_name")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import socket
 import sys
 from pathlib import Path
@@ -16,16 +15,9 @@ import orjson
 from qitos_mlflow import __version__
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
-from qitos_mlflow.redaction.redact import redact, redact_text
+from qitos_mlflow.redaction.redact import redact
+from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
-
-_USER_INFO = re.compile(
-    # Up to the "@" of the host; beyond a slash only after what cannot be a port: SQLAlchemy takes
-    # any password as it is.
-    r"\A(?P<scheme>[^:/?#]+:?//)(?:[^/?#]*@|[^@:/?#]*:(?!\d+(?:[/?#]|$))[^@]*@)"
-    # Without the slashes nothing can be reached, but the password is one all the same.
-    r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
-)
 
 
 def tracking_uri(settings: Settings) -> str | None:
@@ -35,14 +27,6 @@ def tracking_uri(settings: Settings) -> str | None:
     """
     uri = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE) or None
     return None if uri is None else absolute(uri, working_directory())
-
-
-def without_credentials(uri: str) -> str:
-    """`uri` without user, password and secrets in its query, fit for disk and screen.
-
-    Takes any text, URIs that nothing can be reached by as well.
-    """
-    return redact_text(_USER_INFO.sub(lambda found: found["scheme"] or "", uri))
 
 
 def segment_header(settings: Settings, uri: str | None) -> bytes:

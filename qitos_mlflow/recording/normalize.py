@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.recording.run_files import read
-from qitos_mlflow.redaction.inlined import MAX_INLINED_CHARS, note_large
-from qitos_mlflow.redaction.redact import redact, redact_json, trim_fields
+from qitos_mlflow.redaction.redact import redact, redact_json
+from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
 Additions = Callable[[dict[str, Any]], dict[str, Any]]
 

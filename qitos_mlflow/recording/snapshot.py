@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from qitos_mlflow.recording.to_json import cut as cut
 from qitos_mlflow.recording.to_json import encode as encode
 from qitos_mlflow.recording.to_json import text_of
+from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
 MAX_FRAMES = 64

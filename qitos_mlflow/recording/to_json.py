@@ -24,7 +24,7 @@ from uuid import UUID
 
 import orjson
 
-from qitos_mlflow.mlflow_plugin.mapping.limits import CUT_HERE
+from qitos_mlflow.redaction.trim import CUT_HERE, cut
 
 MAX_REPR = 2_000
 """Characters kept of an unknown object's `repr`."""
@@ -61,11 +61,6 @@ def encode(record: dict[str, Any]) -> bytes:
             return orjson.dumps(_exact(own, budget))
     except Exception:  # noqa: BLE001 - too deep, too large a number, somebody else's __eq__, …
         return orjson.dumps(_plain(record, MAX_DEPTH, [MAX_NODES]))
-
-
-def cut(text: str, length: int) -> str:
-    """The first `length` characters of `text` and a note of how long it was."""
-    return f"{text[:length]}{CUT_HERE}{len(text)} characters in all]"
 
 
 def text_of(value: Any) -> str:

@@ -20,9 +20,7 @@ from typing import Any
 
 import orjson
 
-from qitos_mlflow.mlflow_plugin.mapping.limits import CUT_HERE
 from qitos_mlflow.redaction.credentials import find_credentials, names_credential
-from qitos_mlflow.redaction.inlined import note_large
 
 MARKER = "[redacted]"
 
@@ -133,67 +131,3 @@ def redact_json(text: str) -> str:
     # As QitOS writes it: a manifest in many lines, an event in one.
     hidden = json.dumps(kept, ensure_ascii=False, indent=2 if "\n" in body else None)
     return text.replace(body, hidden)
-
-
-def trim(text: str, max_bytes: int) -> str:
-    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and a marker with its size.
-
-    The result stays within `max_bytes` as long as the marker itself does (40 bytes).
-    """
-    if len(text) * 4 <= max_bytes:
-        return text
-    data = text.encode("utf-8", "surrogatepass")
-    if len(data) <= max_bytes:
-        return text
-    # A text that was cut before says how long it was in the first place.
-    cut = text.rfind(CUT_HERE, -_MARKER_CHARS)
-    marker = text[cut:] if cut >= 0 else f"… [trimmed, {len(data)} bytes in all]"
-    room = max(0, max_bytes - len(marker.encode()))
-    return data[:room].decode("utf-8", "ignore") + marker
-
-
-_MARKER_CHARS = 60
-_FIELDS = ("data", "metadata")
-
-
-def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
-    """A copy of `record` in which no input, output or other field is larger than `max_bytes`.
-
-    A field that is too large keeps its form while cutting its longest texts is enough, so that a
-    chat stays a chat; else it becomes the beginning of its JSON text. Call it when the whole
-    record is larger than `max_bytes`; nothing can be too large before.
-    """
-    kept = dict(record)
-    for name, value in record.items():
-        if name in _FIELDS and isinstance(value, dict):
-            kept[name] = {key: _fit(item, max_bytes) for key, item in value.items()}
-        else:
-            kept[name] = _fit(value, max_bytes)
-    return kept
-
-
-def _fit(value: Any, max_bytes: int) -> Any:
-    if isinstance(value, str):
-        return trim(note_large(value, max_bytes), max_bytes)
-    if not isinstance(value, (dict, list)):
-        return value
-    size = len(orjson.dumps(value))
-    if size <= max_bytes:
-        return value
-    each = max_bytes // 2
-    while each >= 256:
-        smaller = _trim_all(note_large(value, each), each)
-        if len(orjson.dumps(smaller)) <= max_bytes:
-            return smaller
-        each //= 4
-    return trim(orjson.dumps(value).decode(), max_bytes)
-
-
-def _trim_all(value: Any, max_bytes: int) -> Any:
-    if isinstance(value, str):
-        return trim(value, max_bytes)
-    if isinstance(value, dict):
-        return {key: _trim_all(item, max_bytes) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_trim_all(item, max_bytes) for item in value]
-    return value

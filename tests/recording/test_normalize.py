@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.recording import run_files
 from qitos_mlflow.recording.normalize import nanoseconds, refine
-from qitos_mlflow.recording.snapshot import cut, describe, encode
+from qitos_mlflow.recording.snapshot import describe, encode
 from qitos_mlflow.redaction.redact import MARKER
+from qitos_mlflow.redaction.trim import cut
 
 ROOM = 1_000_000
 

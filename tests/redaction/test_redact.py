@@ -13,16 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qitos_mlflow.recording.snapshot import cut
 from qitos_mlflow.redaction.credentials import names_credential
 from qitos_mlflow.redaction.redact import (
     MARKER,
     redact,
     redact_json,
     redact_text,
-    trim,
-    trim_fields,
 )
+from qitos_mlflow.redaction.trim import cut, trim, trim_fields
 
 SECRET = "hunter2xyz9"
 

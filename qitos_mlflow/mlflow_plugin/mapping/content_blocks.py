@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from qitos_mlflow.redaction.inlined import MAX_INLINED_CHARS, is_note, note_large
+from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, is_note, note_large
 
 Fields = dict[str, Any]
 

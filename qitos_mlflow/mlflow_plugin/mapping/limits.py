@@ -50,9 +50,6 @@ CLIENT_REQUEST_CHARS = 50
 SPAN_TYPE_CHARS = 500
 """Type of a span; model and provider names (column)."""
 
-CUT_HERE = "… [cut: "
-"""Begins the note that `capture` puts where it cut a text; its original length follows."""
-
 MAX_INT64 = 2**63 - 1
 """Steps, timestamps and times beyond this break the server or the column (run)."""
 

@@ -23,7 +23,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute
 from qitos_mlflow.mlflow_plugin.server.transport import (
@@ -35,6 +34,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     failure,
     readable,
 )
+from qitos_mlflow.redaction.uris import without_credentials
 
 if TYPE_CHECKING:
     import requests

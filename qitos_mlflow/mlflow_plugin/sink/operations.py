@@ -12,13 +12,13 @@ from typing import Any
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, delete_others
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import TraceCosts
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+from qitos_mlflow.redaction.uris import without_credentials
 
 Announce = Callable[[str, RunRef], None]
 

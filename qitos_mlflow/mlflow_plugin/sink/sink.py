@@ -16,7 +16,6 @@ import orjson
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter
-from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
@@ -26,6 +25,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList, Group, batches
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+from qitos_mlflow.redaction.uris import without_credentials
 
 
 def open_sink(

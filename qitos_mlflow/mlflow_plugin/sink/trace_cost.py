@@ -15,9 +15,9 @@ from collections.abc import Callable
 import orjson
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.destination import without_credentials
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, equals
+from qitos_mlflow.redaction.uris import without_credentials
 
 _log = logging.getLogger("qitos_mlflow")
 

@@ -14,7 +14,8 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import KEY_CHARS, PARAM_CHARS, TA
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
-from qitos_mlflow.redaction.redact import redact, trim_fields
+from qitos_mlflow.redaction.redact import redact
+from qitos_mlflow.redaction.trim import trim_fields
 
 _json = st.recursive(
     st.none()

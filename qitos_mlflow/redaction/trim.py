@@ -1,0 +1,144 @@
+"""Long texts cut, and large inlined files replaced by a note that gives their size. Pure.
+
+The snapshot cuts single texts to a number of characters (`cut`), so that the agent's thread copies
+no more. Later, after redaction, `trim_fields` holds every field of a record to a number of bytes.
+
+Files inlined as base64 (pictures, audio, documents) are never cut: half of one is of no use. A
+large one becomes a note such as ``[image/png, 400022 characters]``. This covers data URLs, and bare
+base64 beside its media type (Anthropic, Gemini, MCP, audio) or among a message's ``images``
+(Ollama).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+CUT_HERE = "… [cut: "
+"""Begins the note in the place of what was cut off; the original length follows."""
+
+_NOTE_CHARS = 60
+"""A note of a cut is not longer (characters)."""
+
+MAX_INLINED_CHARS = 32_768
+"""Files up to here stay, and pictures are shown."""
+
+_MEDIA = r"[\w.+-]{1,64}(?:/[\w.+-]{1,64})?"
+_DATA_URL = re.compile(r"data:([\w.+-]{1,64}/[\w.+-]{1,64})?[;,]", re.ASCII | re.IGNORECASE)
+_BASE64 = re.compile(r"[\w+/=-]*", re.ASCII)
+_LOOK_CHARS = 1024
+_CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all\]$")
+_FILE_NOTE = re.compile(rf"\[{_MEDIA}, \d+ characters\]", re.ASCII)
+_MEDIA_KEYS = ("media_type", "mime_type", "mimeType", "format")
+
+
+def is_note(text: str) -> bool:
+    """Whether `text` stands for a file that was left out."""
+    return _FILE_NOTE.fullmatch(text) is not None
+
+
+def note_large(value: Any, max_chars: int = MAX_INLINED_CHARS) -> Any:
+    """A copy of `value` (JSON types) with a note in the place of each file over `max_chars`."""
+    if isinstance(value, str):
+        return _note_url(value, max_chars)
+    if isinstance(value, list):
+        return [note_large(item, max_chars) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: note_large(item, max_chars) for key, item in value.items()}
+    media = next((kept[key] for key in _MEDIA_KEYS if isinstance(kept.get(key), str)), None)
+    if media is not None and "data" in kept:
+        kept["data"] = _note_base64(kept["data"], media, max_chars)
+    if isinstance(kept.get("images"), list):
+        kept["images"] = [_note_base64(item, "image", max_chars) for item in kept["images"]]
+    return kept
+
+
+def _note_url(text: str, max_chars: int) -> str:
+    if len(text) <= max_chars or (url := _DATA_URL.match(text)) is None:
+        return text
+    return _note(url.group(1) or "data", text)
+
+
+def _note_base64(text: Any, media: str, max_chars: int) -> Any:
+    if not isinstance(text, str) or len(text) <= max_chars:
+        return text
+    return _note(media, text) if _BASE64.fullmatch(text, 0, _LOOK_CHARS) else text
+
+
+def _note(media: str, text: str) -> str:
+    # The snapshot may have cut it: then its note says how long the file was.
+    cut_note = _CUT.search(text, max(0, len(text) - _NOTE_CHARS))
+    # Nothing but a media type: it is not searched for credentials in any other form.
+    media = media if re.fullmatch(_MEDIA, media, re.ASCII) else "data"
+    return f"[{media}, {cut_note.group(1) if cut_note else len(text)} characters]"
+
+
+def cut(text: str, length: int) -> str:
+    """The first `length` characters of `text` and a note of its length."""
+    return f"{text[:length]}{CUT_HERE}{len(text)} characters in all]"
+
+
+def trim(text: str, max_bytes: int) -> str:
+    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and a marker with its size.
+
+    The result stays within `max_bytes` as long as the marker itself does (40 bytes).
+    """
+    if len(text) * 4 <= max_bytes:
+        return text
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) <= max_bytes:
+        return text
+    # A text that was cut before says how long it was in the first place.
+    at = text.rfind(CUT_HERE, -_NOTE_CHARS)
+    marker = text[at:] if at >= 0 else f"… [trimmed, {len(data)} bytes in all]"
+    room = max(0, max_bytes - len(marker.encode()))
+    return data[:room].decode("utf-8", "ignore") + marker
+
+
+_FIELDS = ("data", "metadata")
+
+
+def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
+    """A copy of `record` in which no input, output or other field is larger than `max_bytes`.
+
+    A field that is too large keeps its form while cutting its longest texts is enough, so that a
+    chat stays a chat; else it becomes the beginning of its JSON text. Call it when the whole
+    record is larger than `max_bytes`; nothing can be too large before.
+    """
+    kept = dict(record)
+    for name, value in record.items():
+        if name in _FIELDS and isinstance(value, dict):
+            kept[name] = {key: _fit(item, max_bytes) for key, item in value.items()}
+        else:
+            kept[name] = _fit(value, max_bytes)
+    return kept
+
+
+def _fit(value: Any, max_bytes: int) -> Any:
+    if isinstance(value, str):
+        return trim(note_large(value, max_bytes), max_bytes)
+    if not isinstance(value, (dict, list)):
+        return value
+    size = len(orjson.dumps(value))
+    if size <= max_bytes:
+        return value
+    each = max_bytes // 2
+    while each >= 256:
+        smaller = _trim_all(note_large(value, each), each)
+        if len(orjson.dumps(smaller)) <= max_bytes:
+            return smaller
+        each //= 4
+    return trim(orjson.dumps(value).decode(), max_bytes)
+
+
+def _trim_all(value: Any, max_bytes: int) -> Any:
+    if isinstance(value, str):
+        return trim(value, max_bytes)
+    if isinstance(value, dict):
+        return {key: _trim_all(item, max_bytes) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_trim_all(item, max_bytes) for item in value]
+    return value
