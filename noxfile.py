@@ -39,7 +39,11 @@ def build(session: nox.Session, directory: Path) -> Path:
 def run_suite(
     session: nox.Session, marks: str = "not soak and not browser", *arguments: str
 ) -> None:
-    """Run the tests with these marks against the built wheel, out of reach of the checkout."""
+    """Run the tests with these marks against the built wheel, out of reach of the checkout.
+
+    On each core one test at a time, up to four: each worker has an MLflow server of its own. A test
+    that measures time compares it with what an idle agent takes beside it.
+    """
     scratch = Path(session.create_tmp()).resolve()
     wheel = build(session, scratch / "dist")
     if session.python == OLDEST:
@@ -49,8 +53,9 @@ def run_suite(
     else:
         session.install(f"{wheel}[test]")
 
-    # Deadlines, kills and two shared cores: a test that fails once and then passes is reported as
-    # rerun, one that is broken fails every time. What is lost or there twice is never chance.
+    # Deadlines and kills on a machine with few cores: a test that fails once and then passes is
+    # reported as rerun, a broken one fails every time. A record that is lost or stored twice is
+    # never chance, so that is not run again.
     session.install("pytest-rerunfailures")
 
     tree = scratch / "tree"
@@ -70,6 +75,9 @@ def run_suite(
             "pytest",
             "-p",
             "no:cacheprovider",
+            "--numprocesses=auto",
+            "--maxprocesses=4",
+            "--dist=worksteal",
             "--durations=15",
             "--reruns=2",
             "--rerun-except=NotExactlyOnce",
@@ -112,7 +120,7 @@ def soak(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """Look at MLflow's pages in a headless Chromium, which must be installed."""
     session.install("playwright")
-    run_suite(session, "browser")
+    run_suite(session, "browser", "--numprocesses=0")
 
 
 @nox.session

@@ -14,10 +14,14 @@ os.environ["QITOS_TRACE_PLUGINS"] = "none"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from qitos_mlflow import _guard
+
+if TYPE_CHECKING:
+    from tests.integration.server import MlflowServer
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +50,17 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own working and state directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "spool"))
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server for all tests of this process; a start takes 6 s.
+
+    With pytest-xdist each worker has its own. Each test logs to an experiment of its own.
+    """
+    from tests.integration.server import MlflowServer
+
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"))
+    server.start()
+    yield server
+    server.kill()

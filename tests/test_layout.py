@@ -81,24 +81,17 @@ LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
 
 KNOWN: set[tuple[str, str]] = {
     ("mlflow_plugin.destination", "__init__"),
-    ("mlflow_plugin.fluent.active_run", "mlflow_plugin.destination"),
-    ("mlflow_plugin.mapping.content_blocks", "redaction.inlined"),
+    ("mlflow_plugin.fluent.active_run", "redaction.uris"),
+    ("mlflow_plugin.mapping.content_blocks", "redaction.trim"),
     ("mlflow_plugin.processor", "wiring"),
-    ("mlflow_plugin.server.http", "mlflow_plugin.destination"),
-    ("mlflow_plugin.server.mlflow_client", "mlflow_plugin.destination"),
     ("mlflow_plugin.server.rest", "delivery.pipeline"),
-    ("mlflow_plugin.sink.operations", "mlflow_plugin.destination"),
-    ("mlflow_plugin.sink.sink", "mlflow_plugin.destination"),
-    ("mlflow_plugin.sink.trace_cost", "mlflow_plugin.destination"),
+    ("mlflow_plugin.sink.operations", "redaction.uris"),
+    ("mlflow_plugin.sink.sink", "redaction.uris"),
+    ("mlflow_plugin.sink.trace_cost", "redaction.uris"),
     ("recording.pipelines", "mlflow_plugin.destination"),
     ("recording.pipelines", "mlflow_plugin.mapping.entities"),
     ("recording.pipelines", "mlflow_plugin.sink.sink"),
     ("recording.process_exit", "mlflow_plugin.fluent.active_run"),
-    ("recording.to_json", "mlflow_plugin.mapping.limits"),
-    ("redaction.inlined", "mlflow_plugin.mapping.limits"),
-    ("redaction.redact", "mlflow_plugin.mapping.limits"),
-    ("settings", "mlflow_plugin.destination"),
-    ("settings", "redaction.redact"),
     ("wiring", "_startup"),
 }
 """(module, imported module) that break the table today. Each goes as soon as it can."""
@@ -115,7 +108,6 @@ CLOSING: set[tuple[str, str]] = {
 
 TO_COME: set[str] = {
     "bridge.on_import",
-    "redaction.uris",
 }
 """What the table has and the package does not have yet."""
 

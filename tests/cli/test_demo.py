@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,18 +26,12 @@ def actions(demo: DemoTask) -> int:
 
 
 @pytest.fixture(scope="module", params=["local", "server"])
-def store(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where the demo of this module's tests logs to: a local store, and a real server."""
-    directory = tmp_path_factory.mktemp("store")
     if request.param == "local":
-        yield f"sqlite:///{directory}/demo.db"
-    else:
-        server = MlflowServer(directory)
-        server.start()
-        yield server.uri
-        server.kill()
+        return f"sqlite:///{tmp_path_factory.mktemp('store')}/demo.db"
+    server: MlflowServer = request.getfixturevalue("shared_server")
+    return server.ensure_running().uri
 
 
 @pytest.fixture(scope="module")

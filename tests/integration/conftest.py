@@ -43,22 +43,12 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.fixture(scope="session")
-def _shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def mlflow_server(_shared_server: MlflowServer) -> Iterator[MlflowServer]:
-    """The session's MLflow server, up; whatever a test does to it is put right afterwards."""
-    if not _shared_server.running:
-        _shared_server.start()
-    yield _shared_server
-    if _shared_server.running:
-        _shared_server.thaw()
+def mlflow_server(shared_server: MlflowServer) -> Iterator[MlflowServer]:
+    """The shared MLflow server, up; a test may stop, freeze or kill it."""
+    yield shared_server.ensure_running()
+    if shared_server.running:
+        shared_server.thaw()
 
 
 @pytest.fixture

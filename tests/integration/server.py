@@ -22,8 +22,9 @@ STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
 
 # Below the ports that Linux and macOS hand out to clients: a stopped server's port must still
-# be free when the test restarts it.
-PORTS = range(18_000, 30_000)
+# be free when the test restarts it. So each worker of pytest-xdist ("gw0", "gw1", …) has its own.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = range(18_000 + WORKER % 12 * 1_000, 19_000 + WORKER % 12 * 1_000)
 
 
 def free_port() -> int:
@@ -93,6 +94,14 @@ class MlflowServer:
                 start_new_session=True,
             )
         self._wait_until_healthy()
+
+    def ensure_running(self) -> MlflowServer:
+        """Start or thaw it if it does not run; returns itself."""
+        if self.running:
+            self.thaw()
+        else:
+            self.start()
+        return self
 
     def _wait_until_healthy(self) -> None:
         assert self._process is not None

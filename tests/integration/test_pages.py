@@ -94,11 +94,11 @@ PIXEL = (
 
 
 @pytest.fixture(scope="module")
-def shown(_shared_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+def shown(shared_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """The demo's agents on the server."""
     workspace = tmp_path_factory.mktemp("workspace")
     prepare_workspace(workspace)
-    uri, spool = _shared_server.uri, workspace / "spool"
+    uri, spool = shared_server.uri, workspace / "spool"
     with logged(uri, experiment_name=DESK, spool_dir=spool) as processor:
         for task in TASKS:
             run_task(task, workspace, lambda: None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -282,12 +281,9 @@ def test_content_off_leaves_no_content() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+def server(shared_server: MlflowServer) -> MlflowServer:
     """A real MLflow server."""
-    running = MlflowServer(tmp_path_factory.mktemp("server"))
-    running.start()
-    yield running
-    running.kill()
+    return shared_server.ensure_running()
 
 
 def agent_run(trace: str) -> list[dict[str, Any]]:
