@@ -54,7 +54,7 @@ def ours(directory: Path) -> tuple[Callable[[bytes], object], Callable[[], objec
     """A pipeline that writes to a real spool; nobody ships."""
     pipeline = Pipeline(
         header=b"{}",
-        refine=lambda payload: payload,
+        normalize=lambda payload: payload,
         open_sink=None,
         directory=directory,
         queue_bytes=256 * 1024 * 1024,

@@ -2,22 +2,25 @@
 
 Receives opaque records, hands them to a `Sink`. Imports neither qitos nor mlflow and never looks
 inside a record. `Pipeline` is the agent's side; `deliver_segment` and `follow` deliver what other
-processes left; docs/spool.md says what survives what.
+processes left. docs/spool.md says what survives what.
 
-    queue -> worker -> segment   what this process appends: `parts`, in lines of `codec`
-    segment -> cursor            reads it in chunks, and acknowledges
-    shipper                      the thread: *when* something is sent
-    shipping                     one segment to one sink, *how*: read, prepare, send, acknowledge
-    Shipment (sink)              one batch at the sink
-    deliver                      the same for segments of other processes; adopter: its thread here
-    pipeline                     all of it as one object; running: its threads while at work
-    spool, locks, cap, aside, files: what is on disk. retry: when to try again. stats: counts
+    pipeline          all of it as one object; pipeline_threads: its threads and files while at work
+    byte_queue        memory between the agent's threads and the spooling thread
+    spooling_thread   queue -> normalize -> segment
+    sending_thread    segment -> sink: *when* something is sent; backoff: when to try again
+    segment_transfer  *how* one segment is sent: read, prepare, send, acknowledge
+    leftovers         the same for segments of other processes; sidecar: for a whole directory
+    sink              the interface of what knows the server
+    fork              what a fork waits for
+    spool/            everything on disk
 """
 
 from __future__ import annotations
 
-from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment, follow
-from qitos_mlflow.delivery.pipeline import Pipeline, importing
+from qitos_mlflow.delivery.fork import importing
+from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment
+from qitos_mlflow.delivery.pipeline import Pipeline
+from qitos_mlflow.delivery.sidecar import follow
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Shipment, Sink
 from qitos_mlflow.delivery.spool.counts import Counts, CountsSnapshot
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter

@@ -12,19 +12,21 @@ import time
 from collections.abc import Callable
 
 FIRST_DELAY_S = 0.5
-"""Upper bound of the first delay; each further failure in a row doubles the bound."""
+"""Upper bound of the first delay (seconds); each further failure in a row doubles the bound."""
 MAX_DELAY_S = 60.0
-"""Upper bound of delays without Retry-After: how long a server that is back may go unnoticed."""
+"""Upper bound of delays without Retry-After: a server that is back is noticed by then (seconds)."""
 PROBES = 2
-"""So many attempts after a failure have little time each; then it may be time that they lack."""
+"""This many attempts after a failure get `PROBE_TIMEOUT_S` only; then time may be the cause."""
+PROBE_TIMEOUT_S = 5.0
+"""The time of an attempt right after a failure: enough for a server that is back (seconds)."""
 MAX_RETRY_AFTER_S = 300.0
-"""A server may ask for this much and no more: a wrong header must not silence an agent for days."""
+"""Longest Retry-After that is obeyed: a wrong header must not stop delivery for days (seconds)."""
 RETRY_AFTER_SPREAD_S = 1.0
-"""Added at random to Retry-After, lest all agents come back in the same instant."""
+"""Added at random to Retry-After, so that agents do not all come back at once (seconds)."""
 
 
 class Circuit:
-    """Whether the server may be tried now. One thread reports attempts; any thread may look."""
+    """Whether the server may be tried now. One thread reports attempts; any thread may read."""
 
     def __init__(
         self,
@@ -37,17 +39,16 @@ class Circuit:
         self._open_until = 0.0
         self._succeeded = False
         self.asked = False
-        """Whether the server itself named the delay (Retry-After)."""
+        """Whether the server named the delay itself (Retry-After)."""
 
     @property
     def online(self) -> bool | None:
         """Whether the last attempt succeeded; None before the first one ended."""
         return False if self._failures else True if self._succeeded else None
 
-    @property
-    def probing(self) -> bool:
-        """Whether the next attempt is to find out no more than whether the server is back."""
-        return 0 < self._failures <= PROBES
+    def timeout_s(self, timeout_s: float) -> float:
+        """How long the next attempt may take: `timeout_s`, or less right after a failure."""
+        return min(timeout_s, PROBE_TIMEOUT_S) if 0 < self._failures <= PROBES else timeout_s
 
     @property
     def delay_s(self) -> float:

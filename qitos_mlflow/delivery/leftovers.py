@@ -1,84 +1,90 @@
-"""Delivers segments of other processes: for `qitos-mlflow sync`, once or as a sidecar.
+"""Delivers segments of other processes, each to its end or as far as it goes.
 
-Segments of dead processes are delivered to their end, their open traces ended, their files
-deleted. Of living processes only those that are offline are shipped, as far as they go.
+`deliver_segment` is one call of `qitos-mlflow sync`; `Leftovers` is what the sending thread of a
+living process takes over between its own batches. Segments of dead processes are delivered to
+their end, their open traces ended, their files deleted. Of living processes, only those that work
+offline are delivered by others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
-from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
-from qitos_mlflow.delivery.sending_thread import PROBE_TIMEOUT_S, SEND_TIMEOUT_S
+from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.locks import is_held
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.segments import Claim, claim, find_segments, read_head
 
-POLL_S = 0.5
-"""How often `follow` looks for new records and segments (seconds)."""
-OPEN = 64
-"""So many segments `follow` has in hand: a lock, a connection and some MiB of records each."""
-TURN_S = 5.0
-"""So long the segment of a dead process may go on before the next one has its turn (seconds)."""
-PATIENCE_S = 60.0
+REPORT_EVERY_S = 0.5
+"""How often `deliver_segment` reports progress while it waits (seconds)."""
+MAKE_ROOM_AFTER_S = 60.0
 """A segment that has failed for this long makes room for others (seconds)."""
+FIRST_LOOK_S = 2.0
+"""When a process first looks for leftovers: not in one that ends sooner (seconds)."""
+LOOK_EVERY_S = 30.0
+"""How often a process looks through the spool for leftovers (seconds)."""
+BATCH_PAUSE_S = 0.1
+"""Between two batches of leftovers, so that they leave the agent the processor (seconds)."""
 
 OpenSink = Callable[[bytes], Sink]
 """Makes a sink for a segment's header; may raise, then it is tried again."""
+OpenLeftovers = Callable[[bytes], "Callable[[], Sink] | None"]
+"""Returns what opens the sink for a segment with this header; None leaves the segment alone."""
 
 
 class Outcome(Enum):
-    """Where the delivery of a segment stands."""
+    """How far the delivery of a segment has come."""
 
     FINISHED = "finished"
-    """All delivered, owner gone, files deleted; or there was nothing to begin with."""
+    """Everything is delivered, the owner is gone, the files are deleted; or there was nothing."""
     UP_TO_DATE = "up to date"
-    """All delivered so far; the owner lives and may write more."""
+    """Everything so far is delivered; the owner lives and may write more."""
     BUSY = "busy"
-    """Somebody else is shipping it: its owner, or another sync."""
+    """Another process delivers it: its owner, or another sync."""
     UNREADABLE = "unreadable"
-    """The header is damaged in every part: nobody knows where the records are to go."""
+    """The header is damaged in every part, so the destination is not known."""
     UNFINISHED = "unfinished"
-    """The deadline passed or it was stopped; the rest is kept."""
+    """The deadline passed or the delivery was stopped; the rest is kept."""
 
 
 class Delivery:
-    """One claimed segment on its way. One thread only; close it."""
+    """The delivery of one claimed segment. One thread only; close it."""
 
-    def __init__(self, taken: Claim, open_sink: Callable[[], Sink]) -> None:
+    def __init__(self, claimed: Claim, open_sink: Callable[[], Sink]) -> None:
         self.circuit = Circuit()
         self.problem: str | None = None
         """Why the last step failed; None after a success."""
         self.owner_alive = True
-        """Whether its owner was alive at the last step."""
-        self._claim = taken
-        self._shipping = SegmentTransfer(taken.cursor, open_sink)
+        """Whether the segment's owner was alive at the last step."""
+        self._claim = claimed
+        self._transfer = SegmentTransfer(claimed.reader, open_sink)
         self._finished = False
         self._failing_since = 0.0
         self._out_of_time = False
 
     @property
     def may_wait(self) -> bool:
-        """Whether others may have its place: it does not fail, or has done so for long."""
+        """Whether it may make room for others: it succeeds, or has failed for long."""
         if self._out_of_time:
-            return False  # It would begin anew with what it is sending.
-        return self.problem is None or time.monotonic() - self._failing_since >= PATIENCE_S
+            return False  # It would send its batch from the beginning again.
+        failing_s = time.monotonic() - self._failing_since
+        return self.problem is None or failing_s >= MAKE_ROOM_AFTER_S
 
     def step(self, timeout_s: float) -> Outcome | None:
-        """Ship some; None when there may be more to do, now or after ``circuit.delay_s``."""
-        if self.circuit.probing:
-            timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
+        """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``."""
         self._out_of_time = False
         try:
-            outcome = self._step(timeout_s)
+            outcome = self._step(self.circuit.timeout_s(timeout_s))
         except OutOfTime:
             self._out_of_time = True
             outcome = None
@@ -86,8 +92,8 @@ class Delivery:
             self._failed(later.reason, later.after_s)
             return None
         except OSError as error:
-            self._failed(f"cannot read or delete {self._claim.paths.stem}: {error}")
-            _guard.warn("delivery.read", "%s", self.problem)
+            self._failed(f"{self._claim.paths.stem} cannot be read or deleted: {error}")
+            _guard.warn("delivery.read", "%s; it is tried again later", self.problem)
             return None
         self.problem = None
         self.circuit.succeeded()
@@ -100,22 +106,43 @@ class Delivery:
         self.circuit.failed(after_s)
 
     def _step(self, timeout_s: float) -> Outcome | None:
-        # Before reading: what it wrote until then is read.
+        # Before reading: what the owner wrote until then is read.
         alive = self.owner_alive = self._claim.owner_alive()
-        if self._shipping.step(end=None, sealed=not alive, timeout_s=timeout_s):
+        if self._transfer.step(end=None, sealed=not alive, timeout_s=timeout_s):
             return None
         if alive:
             return Outcome.UP_TO_DATE
-        self._shipping.abandon(timeout_s)
+        self._transfer.abandon(timeout_s)
         self._claim.finish()
         self._finished = True
         return Outcome.FINISHED
 
     def close(self) -> None:
-        """Close the sink and let others have the segment."""
-        self._shipping.close()
+        """Close the sink and release the segment for others."""
+        self._transfer.close()
         if not self._finished:
             self._claim.release()
+
+
+def take(
+    paths: Paths, open_sink: OpenSink, stats: Counts, default_header: bytes | None = None
+) -> Delivery | Outcome:
+    """Claim a segment for delivery; an outcome where that is impossible or not needed.
+
+    Raises:
+        OSError: the spool cannot be read or written.
+    """
+    head = read_head(paths)
+    if is_held(paths.own) and not head.about.get("offline"):
+        return Outcome.BUSY
+    claimed = claim(paths, stats)
+    if claimed is None:
+        return Outcome.BUSY if paths.parts() and paths.parts(now=True) else Outcome.FINISHED
+    header = default_header if head.caller is None else head.caller
+    if header is None:
+        claimed.release()
+        return Outcome.UNREADABLE
+    return Delivery(claimed, lambda: open_sink(header))
 
 
 def deliver_segment(
@@ -134,11 +161,11 @@ def deliver_segment(
     Args:
         paths: the segment, see `find_segments`.
         open_sink: given the segment's header, on this thread.
-        timeout_s: give up after this long; None waits for the server for ever.
+        timeout_s: give up after this long; None waits for the server without end.
         stop: set it to end early.
-        stats: counts what is delivered, by default nobody's.
-        progress: called after each step and every `POLL_S` while waiting, with `stats`.
-        failed: told why a step failed that is tried again.
+        stats: counts what is delivered.
+        progress: called with `stats` after each step and every `REPORT_EVERY_S` while waiting.
+        failed: called with the reason when a step fails that is tried again.
         default_header: for a segment whose own cannot be read.
 
     Raises:
@@ -147,163 +174,99 @@ def deliver_segment(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     stop = stop or threading.Event()
     stats = stats or Counts()
-    taken = _take(paths, open_sink, stats, default_header)
+    taken = take(paths, open_sink, stats, default_header)
     if isinstance(taken, Outcome):
         return taken
-    try:
+    with contextlib.closing(taken) as delivery:
         while not stop.is_set():
             left = SEND_TIMEOUT_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 break
-            if delay := taken.circuit.delay_s:
-                stop.wait(min(delay, left, POLL_S))  # A server may ask for minutes.
-                outcome = None
+            outcome = None
+            if delay := delivery.circuit.delay_s:
+                stop.wait(min(delay, left, REPORT_EVERY_S))  # A server may ask for minutes.
             else:
-                outcome = taken.step(min(SEND_TIMEOUT_S, left))
-                if failed is not None and taken.problem is not None:
-                    failed(taken.problem)
+                outcome = delivery.step(min(SEND_TIMEOUT_S, left))
+                if failed is not None and delivery.problem is not None:
+                    failed(delivery.problem)
             if progress is not None:
                 progress(stats)
             if outcome is not None:
                 return outcome
-        return Outcome.UNFINISHED
-    finally:
-        taken.close()
+    return Outcome.UNFINISHED
 
 
-def follow(
-    directory: Path,
-    open_sink: OpenSink,
-    *,
-    stop: threading.Event,
-    stats: Counts | None = None,
-    progress: Callable[[Counts], None] | None = None,
-    default_header: bytes | None = None,
-) -> None:
-    """Deliver all segments of `directory`, those to come as well, until `stop` is set.
+class Leftovers:
+    """What dead processes of this host left in the spool. Sending thread only, but for `pending`.
 
-    One thread for all: a segment whose server is away does not hold up the others' turns.
+    Leaves alone what other hosts recorded (they see to it) and what was recorded offline (its user
+    decides when it is delivered). A segment that fails is tried again at the next look.
 
     Args:
-        directory: the spool; may be missing yet.
-        open_sink: given a segment's header, on this thread.
-        stop: ends it, after the step under way.
-        stats: counts what is delivered, by default nobody's.
-        progress: called after each round, with `stats`.
-        default_header: for segments whose own cannot be read.
+        directory: the spool.
+        open_leftovers: returns what opens a sink for a header, None to leave its segment alone.
     """
-    stats = stats or Counts()
-    following = _Following(directory, open_sink, stats, default_header, stop)
-    try:
-        while True:
-            idle = following.round()
-            if progress is not None:
-                progress(stats)
-            if stop.wait(POLL_S if idle else 0.0):
-                return
-    finally:
-        following.close()
 
-
-class _Following:
-    """The segments of a directory that `follow` has in hand, `OPEN` at most."""
-
-    def __init__(
-        self,
-        directory: Path,
-        open_sink: OpenSink,
-        stats: Counts,
-        default_header: bytes | None,
-        stop: threading.Event,
-    ) -> None:
+    def __init__(self, directory: Path, open_leftovers: OpenLeftovers) -> None:
+        self.pending = True
+        """Whether a look is due or under way. Any thread."""
         self._directory = directory
-        self._open_sink = open_sink
-        self._stats = stats
-        self._default_header = default_header
-        self._stop = stop
-        self._deliveries: dict[Paths, Delivery] = {}
-        self._put_off: dict[Paths, float] = {}
-        """Those that made room for others because they failed, and when (monotonic)."""
+        self._open_leftovers = open_leftovers
+        self._due_at = time.monotonic() + FIRST_LOOK_S
+        self._found: Iterator[Paths] | None = None
+        self._delivery: Delivery | None = None
 
-    def round(self) -> bool:
-        """A turn for each segment; True when none of them has more to ship now."""
-        idle = True
+    @property
+    def delay_s(self) -> float:
+        """In how many seconds the next step is due."""
+        return self._due_at - time.monotonic()
+
+    def step(self) -> None:
+        """Send one batch of a leftover segment, if there is one. Never raises."""
+        self.pending = True
         try:
-            segments = find_segments(self._directory) if self._directory.is_dir() else []
+            self._step()
         except OSError as error:
-            _guard.warn("delivery.follow", "cannot look into %s: %s", self._directory, error)
-            self.close()  # It may be for want of the descriptors that they have.
-            return idle
-        for paths in sorted(segments, key=lambda paths: self._put_off.get(paths, 0.0)):
-            if self._stop.is_set():
-                break
-            try:
-                delivery = self._deliveries.get(paths) or self._begin(paths)
-                if delivery is None or delivery.circuit.delay_s:
-                    continue
-                outcome = self._turn(delivery)
-            except OSError as error:
-                _guard.warn("delivery.follow", "cannot deliver %s: %s", paths.stem, error)
-                continue
-            if outcome is None and delivery.problem is None:
-                idle = False
-            if outcome is Outcome.FINISHED:
-                self._deliveries.pop(paths).close()
-        return idle
+            _guard.warn(
+                "delivery.leftovers",
+                "records of a dead process cannot be read (%s); they are tried again later",
+                error,
+            )
+        except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
+            _guard.report("delivery.leftovers", error)
+            self.close()
+        self.pending = self._found is not None
+        self._due_at = time.monotonic() + (BATCH_PAUSE_S if self.pending else LOOK_EVERY_S)
 
     def close(self) -> None:
-        """Let others have the segments; what is delivered of them is on the disk."""
-        while self._deliveries:
-            self._deliveries.popitem()[1].close()
+        """Release the segment at hand for others."""
+        delivery, self._delivery = self._delivery, None
+        if delivery is not None:
+            delivery.close()
 
-    def _begin(self, paths: Paths) -> Delivery | None:
-        """Take a segment in hand; None where that is impossible, now or at all."""
-        spare = None
-        if len(self._deliveries) >= OPEN:
-            # The one taken last, so that most of them keep their connections from round to round.
-            waiting = (p for p, delivery in reversed(self._deliveries.items()) if delivery.may_wait)
-            spare = next(waiting, None)
-            if spare is None:
-                return None
-        taken = _take(paths, self._open_sink, self._stats, self._default_header)
-        if isinstance(taken, Outcome):
-            if taken is Outcome.UNREADABLE:
-                _guard.warn(
-                    f"delivery.header.{paths.stem}",
-                    "%s has no readable header, so its destination is not known",
-                    paths.stem,
-                )
+    def _step(self) -> None:
+        if self._found is None:
+            self._found = iter(find_segments(self._directory))
+        while self._delivery is None:
+            paths = next(self._found, None)
+            if paths is None:
+                self._found = None
+                return
+            self._delivery = self._take(paths)
+        outcome = self._delivery.step(SEND_TIMEOUT_S)
+        if outcome is not None or self._delivery.problem is not None:
+            self.close()
+
+    def _take(self, paths: Paths) -> Delivery | None:
+        if is_held(paths.own):
             return None
-        if spare is not None:
-            leaving = self._deliveries.pop(spare)
-            leaving.close()
-            if leaving.problem is not None:
-                self._put_off[spare] = time.monotonic()
-        self._put_off.pop(paths, None)
-        self._deliveries[paths] = taken
-        return taken
-
-    def _turn(self, delivery: Delivery) -> Outcome | None:
-        """A step; where the owner is gone, as many as it takes to be rid of the segment."""
-        until = time.monotonic() + TURN_S
-        while True:
-            outcome = delivery.step(SEND_TIMEOUT_S)
-            over = outcome is not None or delivery.problem is not None or delivery.owner_alive
-            if over or self._stop.is_set() or time.monotonic() >= until:
-                return outcome
-
-
-def _take(
-    paths: Paths, open_sink: OpenSink, stats: Counts, default_header: bytes | None
-) -> Delivery | Outcome:
-    head = read_head(paths)
-    if is_held(paths.own) and not head.about.get("offline"):
-        return Outcome.BUSY
-    taken = claim(paths, stats)
-    if taken is None:
-        return Outcome.BUSY if paths.parts() and paths.parts(now=True) else Outcome.FINISHED
-    header = default_header if head.caller is None else head.caller
-    if header is None:
-        taken.release()
-        return Outcome.UNREADABLE
-    return Delivery(taken, lambda: open_sink(header))
+        head = read_head(paths)
+        if head.caller is None or head.about.get("offline"):
+            return None
+        if head.about.get("host") != socket.gethostname():
+            return None
+        open_sink = self._open_leftovers(head.caller)
+        if open_sink is None:
+            return None
+        taken = take(paths, lambda _: open_sink(), Counts())
+        return taken if isinstance(taken, Delivery) else None

@@ -1,9 +1,8 @@
-"""The threads and files of a pipeline while it is at work: worker, segment, shipper, adopter.
+"""The threads and files of a pipeline at work: spooling thread, segment, sending thread.
 
-They begin with a record and end with `end`, or by themselves: where nothing has come for `REST_S`
-and no more is expected, they go to rest once everything is delivered, or while the server is away,
-or offline, left to another pipeline of this process. The next record begins with new ones. So of
-pipelines that nobody uses any more, closed or not, at most one costs anything.
+They begin with a record. They end with `end`, or by themselves when no record has come for
+`REST_S`, none is expected and everything is delivered: then the pipeline rests, and the next record
+begins with new ones. Offline, and while the server is away, they stay.
 """
 
 from __future__ import annotations
@@ -11,174 +10,117 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.adopter import Adopt, Adopter
-from qitos_mlflow.delivery.backoff import Circuit
-from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue
-from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
+from qitos_mlflow.delivery.byte_queue import Barrier
 from qitos_mlflow.delivery.sending_thread import SendingThread
-from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
 from qitos_mlflow.delivery.spool.parts import MemoryPart
-from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.segments import waiting_records
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from qitos_mlflow.delivery.spooling_thread import SpoolingThread
 
-ASIDE_SHARE = 0.1
-"""What is kept aside may take so much of the spool's size, beyond it."""
 REST_S = 3.0
-"""After so long without a record threads and files may go; waking costs a few requests."""
+"""Threads and files may go after this long without a record; waking costs a few requests."""
 REST_WITHIN_S = 1.0
 """To end what is left open before a rest (seconds); records that come meanwhile wait in memory."""
 STOP_GRACE_S = 0.1
-"""The shipper is given this long to see that it shall stop, and free its lock (seconds)."""
-
-
-class Shared:
-    """What a pipeline has in one process, at work or at rest."""
-
-    def __init__(self, queue_bytes: int) -> None:
-        self.queue = ByteQueue(queue_bytes)
-        self.stats = Counts()
-        self.circuit = Circuit()
-        self.opening = threading.RLock()
-        """Held while a sink is opened, which may import much: no fork in the middle of that."""
-
-    def forget_outage(self) -> None:
-        """At rest nobody finds out when the server is back: begin again without an opinion."""
-        if not self.circuit.online:
-            self.circuit = Circuit()
-
-
-@dataclass(frozen=True)
-class Asks:
-    """What a pipeline's threads ask of its owner; see `Pipeline` for each."""
-
-    refine: Callable[[bytes], bytes | None]
-    open_sink: Callable[[], Sink] | None
-    dropped: Callable[[bytes, str], None]
-    adopt: Adopt | None
-    may_rest: Callable[[], bool]
+"""How long the sending thread has to notice that it is to stop, and free its lock (seconds)."""
 
 
 class PipelineThreads:
     """A pipeline at work, once started.
 
     Args:
-        shared: what outlasts it.
+        spooling: what the spooling thread does.
+        sending: what the sending thread does; None offline.
         segment: where records go; its own.
-        asks: what its threads call.
-        hand_over: has somebody else deliver what is left in the segment; False: there is nobody.
-        rested: told on the worker's thread, as the last that it does, that all is at rest.
+        stats: what is lost from memory at the end is counted here.
+        aside: saves the losses.
+        may_rest: asked on the spooling thread whether no more records are expected.
+        rested: called on the spooling thread, last, when threads and files are gone.
     """
 
     def __init__(
         self,
-        shared: Shared,
+        spooling: SpoolingThread,
+        sending: SendingThread | None,
         segment: SegmentWriter,
-        asks: Asks,
-        hand_over: Callable[[], bool],
+        stats: Counts,
+        aside: DeadLetters,
+        may_rest: Callable[[], bool],
         rested: Callable[[], None],
     ) -> None:
         self.segment = segment
-        self.no_worker = False
-        """Where no thread can be started (the interpreter is shutting down: 3.12 and later),
-        flush and close do its work themselves."""
-        self._no_shipper = False
-        self._shared = shared
-        self._may_rest = asks.may_rest
-        self._hand_over = hand_over
+        self.cannot_start = False
+        """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
+        close do the work themselves."""
+        self._spooling = spooling
+        self._sending = sending
+        self._stats = stats
+        self._aside = aside
+        self._may_rest = may_rest
         self._rested = rested
-        self._aside = DeadLetters(segment.paths, shared.stats, int(segment.cap_bytes * ASIDE_SHARE))
-        self._shipping: SegmentTransfer | None = None
-        self._shipper: SendingThread | None = None
-        self._adopter: Adopter | None = None
-        if asks.open_sink is not None:
-            cursor = SegmentReader(
-                segment.paths, segment.parts, segment.discard, shared.stats, self._aside
-            )
-            self._shipping = SegmentTransfer(cursor, self._opener(asks.open_sink))
-            self._shipper = SendingThread(self._shipping, shared.circuit)
-            if asks.adopt is not None:
-                self._adopter = self._make_adopter(asks.adopt)
-        self._worker = SpoolingThread(
-            shared.queue, asks.refine, segment, shared.stats, self._wrote, asks.dropped
+        self._no_sending_thread = False
+        self._spooling_thread = threading.Thread(
+            target=self._spool, name="qitos-mlflow-spooling", daemon=True
         )
-        self._worker_thread = threading.Thread(
-            target=self._work, name="qitos-mlflow-worker", daemon=True
-        )
-        self._shipper_thread = threading.Thread(
-            target=self._ship, name="qitos-mlflow-shipper", daemon=True
+        self._sending_thread = threading.Thread(
+            target=self._send, name="qitos-mlflow-sending", daemon=True
         )
         self._working_here = threading.RLock()
         self._unattended = False
         self._finished = False
 
     def start(self) -> None:
-        """Start the worker's thread; it starts the shipper's. Once."""
-        self.no_worker = not _start(self._worker_thread)
-        self._no_shipper = self.no_worker
+        """Start the spooling thread; it starts the sending thread. Once."""
+        self.cannot_start = self._no_sending_thread = not _start(self._spooling_thread)
 
-    def work_here(self, barrier: Barrier) -> None:
-        """Do the worker's work on this thread until it reaches `barrier`."""
+    def spool_here(self, barrier: Barrier) -> None:
+        """Do the spooling thread's work on the calling thread until it reaches `barrier`."""
         with self._working_here:
-            self._worker.run_to(barrier)
+            self._spooling.run_to(barrier)
 
-    def shipped(self, deadline: float) -> bool:
-        """Wait until all in the segment is acknowledged, or for `deadline` (monotonic)."""
-        if self._shipper is None:
+    def wait_delivered(self, deadline: float) -> bool:
+        """Wait until everything in the segment is acknowledged; False after `deadline`."""
+        if self._sending is None:
             return self.nothing_left()
-        if self._no_shipper:
+        if self._no_sending_thread:
             with self._working_here:
-                return self._shipper.ship_here(self.segment.end, deadline)
-        return self._shipper.wait_shipped(self.segment.end, deadline)
+                return self._sending.send_here(self.segment.end, deadline)
+        return self._sending.wait_delivered(self.segment.end, deadline)
 
     def end(self, deadline: float) -> None:
-        """After the worker's end: ship until `deadline` and end all else."""
+        """After the spooling thread's last barrier: send until `deadline`, then end the rest."""
         if not self._finished:
-            if self._adopter is not None:
-                self._adopter.stop()
-            self._worker.refuse()  # What came in between refusing offers and the worker's end.
-            self.shipped(deadline)
+            self._spooling.refuse()  # Records that came between `refuse` and the last barrier.
+            self.wait_delivered(deadline)
             self._stop(deadline)
 
-    def adopt(self) -> None:
-        """Do not rest before the adopter has looked once more."""
-        if self._adopter is not None:
-            self._adopter.busy = True
-
     def leave(self) -> None:
-        """Have the worker end all else when it has written what it has: nobody waits for it."""
+        """Have the spooling thread end the rest once it has written what it has."""
         self._unattended = True
 
     def nothing_left(self) -> bool:
-        """Whether all in the segment is delivered; offline, by others."""
-        if self._shipping is not None:
-            return self._shipping.position >= self.segment.end
+        """Whether everything in the segment is delivered; offline, by other processes."""
+        if self._sending is not None:
+            return self._sending.position >= self.segment.end
         return next(waiting_records(self.segment.paths), None) is None
 
     @property
     def unsaved(self) -> int:
-        """How many records are in memory only."""
-        return self._shared.queue.records + self._worker.held + self.segment.unsaved
+        """How many records are in memory only, the queue's not counted."""
+        return self._spooling.held + self.segment.unsaved
 
     def save_losses(self) -> None:
-        """Have what was lost on disk, for other processes to see."""
+        """Write the losses so far to the disk, for other processes to see."""
         self._aside.save_losses()
 
-    def _wrote(self, urgent: bool) -> None:
-        self.save_losses()
-        if self._shipper is not None:
-            self._shipper.written(self.segment.end, urgent=urgent)
-
-    def _work(self) -> None:
-        if self._shipper is not None:
-            self._no_shipper = not _start(self._shipper_thread)
-        rests = self._worker.run(REST_S, self._is_idle)
+    def _spool(self) -> None:
+        if self._sending is not None:
+            self._no_sending_thread = not _start(self._sending_thread)
+        rests = self._spooling.run(None if self._sending is None else REST_S, self._is_idle)
         if rests or self._unattended:
             self._stop(time.monotonic() + REST_WITHIN_S)
         if rests:
@@ -186,52 +128,29 @@ class PipelineThreads:
 
     def _is_idle(self) -> bool:
         try:
-            # In this order: the end of what was going is in the queue before it is over.
-            if not self._may_rest() or not self._shared.queue.empty:
+            if not self._may_rest():
                 return False
-            if self._shipping is None or not self.nothing_left():
-                waited_for = self._shipper is not None and self._shipper.waited_for
-                return not waited_for and self._hand_over()
-            adopting = self._adopter is not None and self._adopter.busy
-            return not (adopting and self._shared.circuit.online)
         except Exception as error:  # noqa: BLE001 - the owner's bug must not end the thread
             _guard.report("delivery.may_rest", error)
             return False
+        assert self._sending is not None  # Offline this is never asked.
+        return self.nothing_left() and not self._sending.looks_for_leftovers
 
     def _stop(self, deadline: float) -> None:
-        if self._adopter is not None:
-            self._adopter.stop()
-        if self._shipper is not None and not self._no_shipper:
-            self._shipper.stop(deadline)
-            self._shipper_thread.join(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
+        if self._sending is not None and not self._no_sending_thread:
+            self._sending.stop(deadline)
+            self._sending_thread.join(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
         else:
-            if self._shipper is not None:
-                self._shipper.finish(deadline)
+            if self._sending is not None:
+                self._sending.finish(deadline)
             self._finish()
 
-    def _ship(self) -> None:
-        assert self._shipper is not None
-        if self._adopter is not None:
-            self._adopter.start()
-        self._shipper.run()
-        # The last one out: the worker has ended before the shipper is stopped, and who stopped it
-        # may itself be gone when a send that hung comes back.
+    def _send(self) -> None:
+        assert self._sending is not None
+        self._sending.run()
+        # The last thread out: the spooling thread ends before the sending thread is stopped, and
+        # the thread that stopped it may be gone when a send that hung comes back.
         self._finish()
-
-    def _make_adopter(self, adopt: Adopt) -> Adopter:
-        def adopt_undisturbed(header: bytes) -> Callable[[], Sink] | None:
-            open_sink = adopt(header)
-            return None if open_sink is None else self._opener(open_sink)
-
-        directory = self.segment.paths.directory
-        return Adopter(directory, adopt_undisturbed, lambda: self._shared.circuit.online is True)
-
-    def _opener(self, open_sink: Callable[[], Sink]) -> Callable[[], Sink]:
-        def open_undisturbed() -> Sink:
-            with self._shared.opening:
-                return open_sink()
-
-        return open_undisturbed
 
     def _finish(self) -> None:
         if self._finished:  # A signal handler has closed while this thread did.
@@ -240,14 +159,16 @@ class PipelineThreads:
         for part in self.segment.parts():
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
-                self._shared.stats.drop(part.failure, lost)
+                self._stats.drop(part.failure, lost)
         self.save_losses()
-        shipped = self._shipper is not None and self._shipper.finished
+        delivered = self._sending is not None and self._sending.finished
         try:
-            self.segment.close(delete=shipped or self.segment.end == 0)
+            self.segment.close(delete=delivered or self.segment.end == 0)
         except OSError as error:
-            _guard.warn("delivery.finish", "cannot tidy up the spool: %s", error)
-        except Exception as error:  # noqa: BLE001 - nobody is left to see it raised
+            _guard.warn(
+                "delivery.finish", "files of the spool that are done with stay there: %s", error
+            )
+        except Exception as error:  # noqa: BLE001 - no caller is left to see it raised
             _guard.report("delivery.finish", error)
 
 
@@ -258,9 +179,10 @@ def _start(thread: threading.Thread) -> bool:
         if "shutdown" not in str(error):
             _guard.warn(
                 "delivery.thread",
-                "%s (%s): what is recorded waits for the next flush or the end of the process",
-                error,
+                "the thread %s cannot be started (%s): records wait for the next flush or the end "
+                "of the process",
                 thread.name,
+                error,
             )
         return False
     return True

@@ -1,7 +1,7 @@
-"""One segment to one sink, step by step: read, prepare, send, acknowledge. No thread of its own.
+"""Sends one segment to one sink, step by step: read, prepare, send, acknowledge. Has no thread.
 
-A step that fails leaves everything where it was, and the next one goes on from there. Nothing is
-acknowledged before the sink has sent it; nothing is read before the last chunk is acknowledged.
+A step that fails leaves everything as it was, and the next one goes on from there. Nothing is
+acknowledged before the sink has sent it. Nothing is read before the last chunk is acknowledged.
 """
 
 from __future__ import annotations
@@ -14,54 +14,56 @@ from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
 
 BATCH_RECORDS = 500
-"""Records of one step, at most: what is sent again after a crash before its acknowledgement."""
+"""Most records of one step: what is sent again after a crash before its acknowledgement."""
 BATCH_BYTES = 4 * 1024 * 1024
-"""The same in bytes; so much is sent without waiting for more."""
+"""The same in bytes; this much is sent without waiting for more."""
+SEND_TIMEOUT_S = 15.0
+"""Longest that a sink gets for one step (seconds)."""
 SEND_BUGS = 3
-"""A shipment that fails this often with anything but `RetryLater` is taken apart."""
+"""After this many failures with anything but `RetryLater`, a batch is sent record by record."""
 
 
 class SegmentTransfer:
-    """Delivers what `cursor` reads to the sink that `open_sink` makes. One thread only."""
+    """Delivers what `reader` reads to the sink that `open_sink` makes. One thread only."""
 
-    def __init__(self, cursor: SegmentReader, open_sink: Callable[[], Sink]) -> None:
-        self._cursor = cursor
+    def __init__(self, reader: SegmentReader, open_sink: Callable[[], Sink]) -> None:
+        self._reader = reader
         self._open_sink = open_sink
         self._sink: Sink | None = None
         self._state = b""  # The sink's, as of the last acknowledgement.
         self._chunk: Chunk | None = None
         self._shipment: Shipment | None = None
         self._bugs = 0
-        self._one_by_one = 0  # So many records to come are sent on their own.
+        self._one_by_one = 0  # How many of the next records are sent on their own.
 
     @property
     def position(self) -> int:
-        """Everything before it has been accepted or buried. Any thread."""
-        return self._cursor.position
+        """Every record before it was accepted or refused. Any thread."""
+        return self._reader.position
 
     def step(self, *, end: int | None, sealed: bool, timeout_s: float) -> bool:
         """Send the next records, `BATCH_RECORDS` at most; False when there were none.
 
         Args:
-            end: send nothing beyond this position; None for all there is.
-            sealed: nobody appends up to there any more.
+            end: send nothing beyond this position; None for everything there is.
+            sealed: no more records are appended before `end`.
             timeout_s: about how long this may block.
 
         Raises:
             RetryLater: nothing was acknowledged; call again later.
         """
         if self._chunk is None:
-            chunk = self._cursor.read(
+            chunk = self._reader.read(
                 end=end,
                 sealed=sealed,
                 max_records=1 if self._one_by_one else BATCH_RECORDS,
                 max_bytes=BATCH_BYTES,
             )
-            if chunk.end == self._cursor.position:
+            if chunk.end == self._reader.position:
                 return False
             self._chunk = chunk
         if not self._chunk.records:
-            self._cursor.acknowledge(self._chunk, self._cursor.state, ())
+            self._reader.acknowledge(self._chunk, self._reader.state, ())
             self._chunk = None
             return True
         sink = self._open()
@@ -79,15 +81,14 @@ class SegmentTransfer:
         sink = self._open()
         try:
             if self._shipment is None:
-                self._shipment = sink.abandoned(self._cursor.last_time_ns, closed=closed)
+                self._shipment = sink.abandoned(self._reader.last_time_ns, closed=closed)
             if self._shipment is not None:
-                self._cursor.aside.bury(self._shipment.send(timeout_s))
+                self._reader.aside.bury(self._shipment.send(timeout_s))
                 self._shipment = None
         except RetryLater:
             raise
         except Exception as error:
-            _guard.report("delivery.abandoned", error)
-            raise RetryLater(f"{type(error).__name__}: {error}") from error
+            raise _later("delivery.abandoned", error) from error
 
     def close(self) -> None:
         """Close the sink."""
@@ -102,14 +103,13 @@ class SegmentTransfer:
         if self._sink is None:
             try:
                 sink = self._open_sink()
-                if self._cursor.state is not None:
-                    sink.restore(self._cursor.state)
+                if self._reader.state is not None:
+                    sink.restore(self._reader.state)
                 self._state = sink.state()
             except RetryLater:
                 raise
             except Exception as error:
-                _guard.report("delivery.open_sink", error)
-                raise RetryLater(f"{type(error).__name__}: {error}") from error
+                raise _later("delivery.open_sink", error) from error
             self._sink = sink
         return self._sink
 
@@ -124,16 +124,16 @@ class SegmentTransfer:
         except RetryLater:
             raise
         except Exception as error:
-            _guard.report("delivery.ship", error)
+            later = _later("delivery.send", error)
             self._bugs += 1
             if self._bugs < tolerated:
-                raise RetryLater(f"{type(error).__name__}: {error}") from error
-            self._take_apart(sink, chunk, f"{type(error).__name__}: {error}")
+                raise later from error
+            self._take_apart(sink, chunk, later.reason)
         else:
             self._acknowledge(chunk, state, dead)
 
     def _take_apart(self, sink: Sink, chunk: Chunk, reason: str) -> None:
-        """Find the one record that the sink has a bug for, and bury that alone."""
+        """Find the one record that the sink has a bug for, and make that one a dead letter."""
         sink.restore(self._state)
         if len(chunk.records) == 1:
             self._acknowledge(chunk, self._state, [DeadLetter(chunk.records[0], reason)])
@@ -143,8 +143,14 @@ class SegmentTransfer:
         self._bugs = 0
 
     def _acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
-        self._cursor.acknowledge(chunk, state, dead)
+        self._reader.acknowledge(chunk, state, dead)
         self._state = state
         self._one_by_one = max(0, self._one_by_one - len(chunk.records))
         self._chunk = self._shipment = None
         self._bugs = 0
+
+
+def _later(where: str, error: Exception) -> RetryLater:
+    """Reports a bug of the sink; what to raise so that the step is done again."""
+    _guard.report(where, error)
+    return RetryLater(_guard.in_words(error))

@@ -1,38 +1,48 @@
-"""The thread that ships what the worker has spooled, as it comes and as the server lets it.
+"""The thread that sends what the spooling thread has written.
 
-Receives positions from the worker (`written`), hands chunks to the sink through `SegmentTransfer`.
-Knows when: at once for urgent records, after `LINGER_S` for others, later when the server
-fails, now when somebody waits in flush().
+Receives positions from the spooling thread (`written`), has a `SegmentTransfer` send the records
+before them. Decides when: at once for urgent records, after `SEND_EVERY_S` for others, after a
+growing delay while the server fails, at once when a thread waits in `wait_delivered`. Between two
+batches of its own it sends a batch of what dead processes left.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Callable
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
-from qitos_mlflow.delivery.segment_transfer import BATCH_BYTES, SegmentTransfer
+from qitos_mlflow.delivery.leftovers import Leftovers
+from qitos_mlflow.delivery.segment_transfer import BATCH_BYTES, SEND_TIMEOUT_S, SegmentTransfer
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater
 
-LINGER_S = 1.0
+SEND_EVERY_S = 1.0
 """Spans gather this long before they are sent: seen within 2 s, and few requests (seconds)."""
-SEND_TIMEOUT_S = 15.0
-"""Longest a sink is given for one shipment (seconds)."""
-PROBE_TIMEOUT_S = 5.0
-"""The same right after a failure: enough for a server that is back."""
 LAST_TIMEOUT_S = 0.1
-"""To end what is left open there is at least this much, however late it is (seconds)."""
+"""Ending what is left open gets at least this long, however late it is (seconds)."""
 WAITED_FOR_DELAY_S = 1.0
-"""While somebody waits in flush() or close(), attempts are no further apart than this."""
+"""While a thread waits in `wait_delivered`, attempts are no further apart than this (seconds)."""
 
 
 class SendingThread:
-    """Ships until `stop`. `run` is the thread; all else may be called from any other thread."""
+    """Sends until `stop`. `run` is the thread; any other thread may call the other methods.
 
-    def __init__(self, shipping: SegmentTransfer, circuit: Circuit) -> None:
-        self._shipping = shipping
+    Args:
+        transfer: sends this process's segment.
+        circuit: whether the server may be tried now.
+        leftovers: sends the segments of dead processes; None leaves them alone.
+    """
+
+    def __init__(
+        self, transfer: SegmentTransfer, circuit: Circuit, leftovers: Leftovers | None = None
+    ) -> None:
+        self._transfer = transfer
         self._circuit = circuit
+        self._leftovers = leftovers
+        self._leftovers_turn = False
         self._changed = threading.Condition()
         self._written = 0
         self._urgent = 0
@@ -42,13 +52,13 @@ class SendingThread:
         self._stopping = False
         self._stop_by = 0.0
         self.finished = False
-        """Whether all was shipped when it ended, and nothing was left open on the server."""
+        """Whether everything was sent when it ended, and nothing was left open on the server."""
         self._ended = False
 
     def written(self, position: int, *, urgent: bool) -> None:
-        """Records before `position` can be read; `urgent` ones go out at once."""
+        """Records before `position` can be read; `urgent` ones are sent at once."""
         with self._changed:
-            if self._written <= self._shipping.position:
+            if self._written <= self._transfer.position:
                 self._first_waiting_at = time.monotonic()
             self._written = position
             if urgent:
@@ -56,15 +66,21 @@ class SendingThread:
             self._changed.notify_all()
 
     @property
-    def waited_for(self) -> bool:
-        """Whether somebody is in `wait_shipped`."""
-        return self._waiters > 0
+    def position(self) -> int:
+        """Every record before it was accepted or refused."""
+        return self._transfer.position
 
-    def wait_shipped(self, position: int, deadline: float) -> bool:
-        """Wait until all before `position` is accepted or buried; False when that fails.
+    @property
+    def looks_for_leftovers(self) -> bool:
+        """Whether the server answers and a dead process may have left something to send."""
+        leftovers = self._leftovers
+        return leftovers is not None and leftovers.pending and self._circuit.online is True
 
-        It fails when `deadline`, a time of the monotonic clock (seconds), passes, and when the
-        thread has ended. Makes one attempt at once, even while the circuit is open.
+    def wait_delivered(self, position: int, deadline: float) -> bool:
+        """Wait until every record before `position` is accepted or refused; True when it is.
+
+        False when `deadline`, a time of the monotonic clock (seconds), passes first, or the thread
+        has ended. Has one attempt made at once, even while the circuit is open.
         """
         with self._changed:
             self._waiters += 1
@@ -72,19 +88,19 @@ class SendingThread:
             self._changed.notify_all()
             try:
                 self._changed.wait_for(
-                    lambda: self._ended or self._shipping.position >= position,
+                    lambda: self._ended or self._transfer.position >= position,
                     max(0.0, deadline - time.monotonic()),
                 )
-                return self._shipping.position >= position
+                return self._transfer.position >= position
             finally:
                 self._waiters -= 1
 
-    def ship_here(self, position: int, deadline: float) -> bool:
-        """Do on this thread what `run` would do, until `position` or `deadline`.
+    def send_here(self, position: int, deadline: float) -> bool:
+        """Do on the calling thread what `run` would do, until `position` or `deadline`.
 
-        For when the interpreter lets no thread start any more.
+        For a process that cannot start a thread any more.
         """
-        while self._shipping.position < position:
+        while self._transfer.position < position:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -94,7 +110,7 @@ class SendingThread:
         return True
 
     def stop(self, deadline: float) -> None:
-        """End `run` after the step under way; what is not shipped stays in the segment.
+        """End `run` after the step under way; what is not sent stays in the segment.
 
         Until `deadline` (monotonic), it still ends what the records leave open.
         """
@@ -104,82 +120,98 @@ class SendingThread:
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Ship until stopped, then close the sink."""
+        """Send until stopped, then close the sinks."""
         try:
-            while self._wait_for_work():
-                self.attempt()
+            while (step := self._wait_for_work()) is not None:
+                step()
             self.finish(self._stop_by)
         finally:
-            self._shipping.close()
+            if self._leftovers is not None:
+                self._leftovers.close()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
 
     def finish(self, deadline: float) -> None:
-        """No more records will come: end what those shipped have left open, close the sink.
+        """No more records will come: end what those sent have left open, close the sink.
 
-        Never raises; `finished` tells whether anything is left to do.
+        Never raises; `finished` says whether anything is left to do.
         """
         try:
-            if 0 < self._written <= self._shipping.position:
+            if 0 < self._written <= self._transfer.position:
                 timeout_s = max(LAST_TIMEOUT_S, deadline - time.monotonic())
-                self._shipping.abandon(min(SEND_TIMEOUT_S, timeout_s), closed=True)
+                self._transfer.abandon(min(SEND_TIMEOUT_S, timeout_s), closed=True)
                 self.finished = True
         except RetryLater:
-            pass  # Whoever finds the segment does it.
+            pass  # The process that takes the segment does it.
         except Exception as error:  # noqa: BLE001 - the process ends as it would have
             _guard.report("delivery.finish", error)
-        self._shipping.close()
+        self._transfer.close()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        """One step and what follows from how it went. Never raises."""
-        if self._circuit.probing:
-            timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
+        """Send one batch, and note how it went. Never raises."""
+        timeout_s = self._circuit.timeout_s(timeout_s)
         began, end = time.monotonic(), self._written
         try:
-            sent = self._shipping.step(end=end, sealed=True, timeout_s=timeout_s)
+            sent = self._transfer.step(end=end, sealed=True, timeout_s=timeout_s)
         except OutOfTime:
             self._circuit.succeeded()
         except RetryLater as later:
             self._circuit.failed(later.after_s)
             _guard.warn(
                 "delivery.later",
-                "not delivered yet (%s); records are kept and tried again",
+                "records could not be delivered (%s); they are kept and sent again later",
                 later.reason,
             )
         except OSError as error:
             self._circuit.failed()
-            _guard.warn("delivery.read", "cannot read the spool, trying again: %s", error)
+            _guard.warn(
+                "delivery.read", "the spool cannot be read (%s); it is tried again later", error
+            )
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
-            _guard.report("delivery.shipper", error)
+            _guard.report("delivery.sending", error)
             self._circuit.failed()
         else:
             if sent:
                 self._circuit.succeeded()
-            elif self._shipping.position < end:  # Nothing there where something must be.
+            elif self._transfer.position < end:  # Records are missing that must be there.
                 self._circuit.failed()
         with self._changed:
-            # What one step had no room for has waited; the rest came while it was sent.
-            self._first_waiting_at = began - (LINGER_S if self._shipping.position < end else 0.0)
+            # Records that one step had no room for are due now; others came while it was sent.
+            late = self._transfer.position < end
+            self._first_waiting_at = began - (SEND_EVERY_S if late else 0.0)
+            self._leftovers_turn = True
             self._changed.notify_all()
 
-    def _wait_for_work(self) -> bool:
-        """Block until a step is due; False when it is time to stop."""
+    def _send_leftovers(self) -> None:
+        if self._leftovers is not None:
+            self._leftovers.step()
+
+    def _wait_for_work(self) -> Callable[[], None] | None:
+        """Block until a step is due and return it; None when it is time to stop.
+
+        Own records and leftovers take turns where both are due, so that neither waits for more
+        than one batch of the other.
+        """
         with self._changed:
             while not self._stopping:
-                backlog = self._written - self._shipping.position
-                if backlog <= 0:
+                own, theirs = self._delay(), self._leftovers_delay()
+                if theirs <= 0 and (own > 0 or self._leftovers_turn):
+                    self._leftovers_turn = False
+                    return self._send_leftovers
+                if own <= 0:
                     self._hurry = False
-                    self._changed.wait()
-                    continue
-                delay = self._delay(backlog)
-                if delay <= 0:
-                    self._hurry = False
-                    return True
-                self._changed.wait(delay)
-            return False
+                    return self.attempt
+                delay = min(own, theirs)
+                self._changed.wait(None if delay == math.inf else delay)
+            return None
 
-    def _delay(self, backlog: int) -> float:
+    def _delay(self) -> float:
+        """In how many seconds the process's own records are due."""
+        backlog = self._written - self._transfer.position
+        if backlog <= 0:
+            self._hurry = False
+            return math.inf
         if self._hurry:
             return 0.0
         if self._circuit.online is False:
@@ -187,7 +219,13 @@ class SendingThread:
             if self._waiters and not self._circuit.asked:
                 delay = min(delay, WAITED_FOR_DELAY_S)
             return delay
-        urgent = self._urgent > self._shipping.position
+        urgent = self._urgent > self._transfer.position
         if urgent or self._waiters or backlog >= BATCH_BYTES:
             return 0.0
-        return self._first_waiting_at + LINGER_S - time.monotonic()
+        return self._first_waiting_at + SEND_EVERY_S - time.monotonic()
+
+    def _leftovers_delay(self) -> float:
+        """In how many seconds leftovers are due: not while the server is away or flush waits."""
+        if self._leftovers is None or self._waiters or self._circuit.online is not True:
+            return math.inf
+        return self._leftovers.delay_s

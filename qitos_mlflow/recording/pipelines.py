@@ -135,13 +135,13 @@ class Pipelines:
 
         return Pipeline(
             header=header,
-            refine=ledger.refine,
+            normalize=ledger.refine,
             open_sink=None if settings.offline else open_sink,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
             dropped=ledger.lost,
-            adopt=adopt,
+            open_leftovers=adopt,
             may_rest=self._may_rest,
         )
 

@@ -106,7 +106,7 @@ def write_segment(tmp_path: Path, uri: str, experiment: str, *records: bytes) ->
     settings = Settings.resolve(experiment_name=experiment)
     pipeline = Pipeline(
         header=segment_header(settings, uri),
-        refine=lambda payload: payload,
+        normalize=lambda payload: payload,
         open_sink=None,
         directory=tmp_path / "spool",
         queue_bytes=1 << 20,

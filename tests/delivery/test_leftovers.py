@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from qitos_mlflow.delivery import (
     inspect_segment,
     leftovers,
     purge,
+    sidecar,
 )
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart
@@ -158,12 +161,32 @@ def test_an_offline_process_is_shipped_while_it_lives(tmp_path: Path) -> None:
     assert server.accepted == [b"one", b"two", b"killed"]
 
 
+@contextmanager
+def following(
+    spool: Path, open_sink: Callable[[bytes], FakeSink], stats: Counts | None = None
+) -> Iterator[None]:
+    """A sidecar is at work on another thread."""
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: follow(spool, open_sink, stop=stop, stats=stats))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(LONG_S)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sidecars look at the directory all the time."""
+    monkeypatch.setattr(sidecar, "FOLLOW_EVERY_S", 0.01)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
     """Records of processes that come and go arrive while they live; each is ended once."""
-    server, stop, spool = FakeServer(), threading.Event(), tmp_path / "spool"
-    sidecar = threading.Thread(target=lambda: follow(spool, server.sink, stop=stop))
-    sidecar.start()
-    try:
+    server, spool = FakeServer(), tmp_path / "spool"
+    with following(spool, server.sink):
         for name in (b"a", b"b"):
             pipeline = make_pipeline(spool, None)
             pipeline.offer(name)
@@ -172,37 +195,30 @@ def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
             pipeline.offer(name + b" end")
             pipeline.close(LONG_S)
             eventually(lambda: not any(spool.iterdir()))
-    finally:
-        stop.set()
-        sidecar.join(LONG_S)
     assert server.accepted == [b"a", b"a end", b"killed", b"b", b"b end", b"killed"]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     """A sidecar goes on delivering to one server while another is away."""
-    away, there, stop = FakeServer(), FakeServer(), threading.Event()
+    away, there = FakeServer(), FakeServer()
     away.down = RetryLater("503")
     left_behind(tmp_path, [b"for the one away"], header=b"away")
     left_behind(tmp_path, [b"for the one there"], header=b"there")
     servers = {b"away": away, b"there": there}
-    sidecar = threading.Thread(
-        target=lambda: follow(tmp_path, lambda header: servers[header].sink(), stop=stop)
-    )
-    sidecar.start()
-    assert there.attempted.wait(LONG_S)
-    eventually(lambda: b"killed" in there.accepted)
-    stop.set()
-    sidecar.join(LONG_S)
+    with following(tmp_path, lambda header: servers[header].sink()):
+        eventually(lambda: b"killed" in there.accepted)
     assert there.accepted == [b"for the one there", b"killed"]
     assert away.accepted == []
 
 
+@pytest.mark.usefixtures("at_once")
 def test_dead_processes_are_finished_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are, a sidecar never has more than one of them open."""
-    monkeypatch.setattr(leftovers, "TURN_S", LONG_S)
-    server, stop, stats = FakeServer(), threading.Event(), Counts()
+    monkeypatch.setattr(sidecar, "TURN_S", LONG_S)
+    server, stats = FakeServer(), Counts()
     for _ in range(5):
         left_behind(tmp_path, numbered(40))
     sinks: list[FakeSink] = []
@@ -213,22 +229,19 @@ def test_dead_processes_are_finished_one_after_the_other(
         sinks.append(server.sink(header))
         return sinks[-1]
 
-    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop, stats=stats))
-    sidecar.start()
-    eventually(lambda: not any(tmp_path.iterdir()))
-    stop.set()
-    sidecar.join(LONG_S)
+    with following(tmp_path, open_sink, stats):
+        eventually(lambda: not any(tmp_path.iterdir()))
     assert open_before == [0] * 5
     assert server.accepted == [*numbered(40), b"killed"] * 5
     assert stats.snapshot().delivered == 200
 
 
+@pytest.mark.usefixtures("at_once")
 def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments whose server is away are in hand a few at a time, and each has its turn."""
-    monkeypatch.setattr(leftovers, "OPEN", 2)
-    monkeypatch.setattr(leftovers, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(leftovers, "POLL_S", 0.01)
-    away, there, stop = FakeServer(), FakeServer(), threading.Event()
+    """Segments whose server is away are open a few at a time, and each has its turn."""
+    monkeypatch.setattr(sidecar, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(leftovers, "MAKE_ROOM_AFTER_S", 0.05)
+    away, there = FakeServer(), FakeServer()
     away.down = RetryLater("503")
     for n in range(7):
         left_behind(tmp_path, [b"%d" % n], header=b"away")
@@ -243,30 +256,25 @@ def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.Mo
         most_open = max(most_open, sum(not sink.closed for sink in sinks))
         return sinks[-1]
 
-    sidecar = threading.Thread(target=lambda: follow(tmp_path, open_sink, stop=stop))
-    sidecar.start()
-    eventually(lambda: b"killed" in there.accepted)
-    assert away.accepted == []
-    away.down = None
-    eventually(lambda: not any(tmp_path.iterdir()))
-    stop.set()
-    sidecar.join(LONG_S)
+    with following(tmp_path, open_sink):
+        eventually(lambda: b"killed" in there.accepted)
+        assert away.accepted == []
+        away.down = None
+        eventually(lambda: not any(tmp_path.iterdir()))
     assert most_open == 2
     assert there.accepted == [b"for the one there", b"killed"]
     assert sorted(away.accepted) == sorted([*(b"%d" % n for n in range(7)), *[b"killed"] * 7])
 
 
+@pytest.mark.usefixtures("at_once")
 def test_more_living_processes_than_a_sidecar_has_in_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take turns; none waits for another one to end."""
-    monkeypatch.setattr(leftovers, "OPEN", 2)
-    monkeypatch.setattr(leftovers, "POLL_S", 0.01)
-    server, stop = FakeServer(), threading.Event()
+    monkeypatch.setattr(sidecar, "OPEN_SEGMENTS", 2)
+    server = FakeServer()
     pipelines = [make_pipeline(tmp_path, None) for _ in range(4)]
-    sidecar = threading.Thread(target=lambda: follow(tmp_path, server.sink, stop=stop))
-    sidecar.start()
-    try:
+    with following(tmp_path, server.sink):
         for round_ in (b"first", b"second"):
             for n, pipeline in enumerate(pipelines):
                 pipeline.offer(b"%b %d" % (round_, n))
@@ -275,9 +283,6 @@ def test_more_living_processes_than_a_sidecar_has_in_hand(
         for pipeline in pipelines:
             pipeline.close(LONG_S)
         eventually(lambda: not any(tmp_path.iterdir()))
-    finally:
-        stop.set()
-        sidecar.join(LONG_S)
     records = [b"%b %d" % (which, n) for which in (b"first", b"second") for n in range(4)]
     assert sorted(server.accepted) == sorted([*records, *[b"killed"] * 4])
 

@@ -141,7 +141,7 @@ class Lives(RuleBasedStateMachine):
             return
         taken = claim(left.paths, Counts())
         assert taken is not None
-        shipping = left.shipping(taken.cursor)
+        shipping = left.shipping(taken.reader)
         try:
             for step in range(steps + 1):
                 left.step(shipping, None, dies=step == steps)

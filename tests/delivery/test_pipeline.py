@@ -21,10 +21,9 @@ from qitos_mlflow.delivery import (
     segment_transfer,
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
-from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS
-from qitos_mlflow.delivery.sending_thread import SEND_TIMEOUT_S
+from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS, SEND_TIMEOUT_S
 from qitos_mlflow.delivery.spool.writer import Loss, Record, SegmentWriter
-from tests.fakes.sink import MIB, FakeServer, FakeSink, Losses, make_pipeline, numbered
+from tests.fakes.sink import FakeServer, FakeSink, Losses, make_pipeline, numbered
 from tests.waiting import eventually
 
 LONG_S = 60.0
@@ -94,8 +93,8 @@ def test_urgent_records_are_sent_at_once(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What somebody waits for does not wait for others to gather, in memory or in the spool."""
-    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.LINGER_S", 10 * LONG_S)
-    monkeypatch.setattr("qitos_mlflow.delivery.sending_thread.LINGER_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.APPEND_EVERY_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.sending_thread.SEND_EVERY_S", 10 * LONG_S)
     pipeline = make()
     pipeline.offer(b"span")
     pipeline.offer(b"trace start", keep=True, urgent=True)
@@ -221,7 +220,7 @@ def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
     assert server.accepted == numbered(8)[:5] + numbered(8)[6:]
     assert pipeline.stats.dead_letters == 1
     assert sink.mapped == 7
-    assert {where for where, _ in swallowed} == {"delivery.ship"}
+    assert {where for where, _ in swallowed} == {"delivery.send"}
     swallowed.clear()
 
 
@@ -229,16 +228,16 @@ def test_refining_happens_off_the_agents_thread(make: Make, server: FakeServer) 
     """Decoding and redaction run on the worker; only what they return reaches disk and wire."""
     threads: set[str] = set()
 
-    def refine(payload: bytes) -> bytes | None:
+    def normalize(payload: bytes) -> bytes | None:
         threads.add(threading.current_thread().name)
         return None if payload == b"drop" else payload.replace(b"secret", b"***")
 
-    pipeline = make(refine=refine)
+    pipeline = make(normalize=normalize)
     pipeline.offer(b"a secret")
     pipeline.offer(b"drop")
     assert pipeline.flush(LONG_S)
     assert server.accepted == [b"a ***"]
-    assert threads == {"qitos-mlflow-worker"}
+    assert threads == {"qitos-mlflow-spooling"}
     assert pipeline.stats.dropped == {}
 
 
@@ -265,10 +264,10 @@ def test_a_bug_of_the_worker_costs_the_records_at_hand_only(
     pipeline.offer(b"good")
     assert pipeline.flush(LONG_S)
     assert server.accepted == [b"good"]
-    assert pipeline.stats.dropped == {"worker_failed": 2}
-    assert losses.records == [(b"bad", "worker_failed"), (b"bad too", "worker_failed")]
-    assert inspect_segment(pipeline.paths).losses == {"worker_failed": 2}
-    assert {where for where, _ in swallowed} == {"delivery.worker"}
+    assert pipeline.stats.dropped == {"spooling_failed": 2}
+    assert losses.records == [(b"bad", "spooling_failed"), (b"bad too", "spooling_failed")]
+    assert inspect_segment(pipeline.paths).losses == {"spooling_failed": 2}
+    assert {where for where, _ in swallowed} == {"delivery.spooling"}
     swallowed.clear()
 
 
@@ -278,18 +277,18 @@ def test_a_failing_refine_costs_its_record_only(
     """What cannot be redacted is not stored; it is counted and told, and the worker goes on."""
     losses = Losses()
 
-    def refine(payload: bytes) -> bytes:
+    def normalize(payload: bytes) -> bytes:
         if payload == b"bad":
             raise ValueError("cannot")
         return payload
 
-    pipeline = make(refine=refine, dropped=losses)
+    pipeline = make(normalize=normalize, dropped=losses)
     for payload in (b"one", b"bad", b"two"):
         pipeline.offer(payload)
     assert pipeline.flush(LONG_S)
     assert server.accepted == [b"one", b"two"]
-    assert pipeline.stats.dropped == {"refine_failed": 1}
-    assert losses.records == [(b"bad", "refine_failed")]
+    assert pipeline.stats.dropped == {"normalize_failed": 1}
+    assert losses.records == [(b"bad", "normalize_failed")]
     swallowed.clear()
 
 
@@ -297,12 +296,12 @@ def test_a_full_queue_refuses_spans_and_keeps_ends(make: Make, server: FakeServe
     """With the worker stuck, spans beyond the bound are refused and counted, ends are taken."""
     busy, go_on = threading.Event(), threading.Event()
 
-    def refine(payload: bytes) -> bytes:
+    def normalize(payload: bytes) -> bytes:
         busy.set()
         go_on.wait(LONG_S)
         return payload
 
-    pipeline = make(refine=refine, queue_bytes=10_000)
+    pipeline = make(normalize=normalize, queue_bytes=10_000)
     assert pipeline.offer(b"first")
     assert busy.wait(LONG_S)
     taken = sum(pipeline.offer(b"x" * 880) for _ in range(100))
@@ -409,13 +408,13 @@ def test_an_offer_that_races_with_close_is_counted(make: Make) -> None:
     """A record that slips in behind the worker's end is a counted loss."""
     busy, go_on = threading.Event(), threading.Event()
 
-    def refine(payload: bytes) -> bytes:
+    def normalize(payload: bytes) -> bytes:
         busy.set()
         go_on.wait(LONG_S)
         return payload
 
-    pipeline = make(refine=refine)
-    queue = pipeline._shared.queue
+    pipeline = make(normalize=normalize)
+    queue = pipeline._queue
     pipeline.offer(b"one")
     assert busy.wait(LONG_S)
     closer = threading.Thread(target=lambda: pipeline.close(LONG_S))
@@ -461,13 +460,16 @@ def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None
     losses = Losses()
     told: list[int] = []
 
-    def refine(payload: bytes) -> bytes:
+    def normalize(payload: bytes) -> bytes:
         if payload == b"end":
             told.append(len(losses.records))
         return payload
 
     pipeline = make(
-        None, directory=tmp_path / "file" / "spool", refine=refine, dropped=losses, queue_bytes=MIB
+        None,
+        directory=tmp_path / "file" / "spool",
+        normalize=normalize,
+        dropped=losses,
     )
     for payload in [b"span", b"span", b"end", b"span", b"end"]:
         assert pipeline.offer(payload, keep=payload == b"end")
@@ -562,21 +564,21 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
     same if the process lives on; then all threads end."""
     busy, go_on = threading.Event(), threading.Event()
 
-    def refine(payload: bytes) -> bytes:
+    def normalize(payload: bytes) -> bytes:
         busy.set()
         go_on.wait(LONG_S)
         return payload
 
-    pipeline = make(refine=refine)
+    pipeline = make(normalize=normalize)
     records = numbered(5)
     for record in records:
         pipeline.offer(record)
     assert busy.wait(LONG_S)
     assert not pipeline.close(0.0)
     assert pipeline.unsaved == 5
-    running = pipeline._running
+    threads = pipeline._threads
     go_on.set()
-    for thread in (running._worker_thread, running._shipper_thread):
+    for thread in (threads._spooling_thread, threads._sending_thread):
         thread.join(LONG_S)
         assert not thread.is_alive()
     assert pipeline.unsaved == 0
@@ -649,19 +651,16 @@ def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None
     eventually(lambda: at_rest(pipeline))
 
 
-def test_offline_the_latest_tells_of_all(make: Make, soon: None) -> None:
-    """Of many pipelines that only write, the latest stays at work, so that each has one segment."""
-    pipelines = [make(None) for _ in range(3)]
-    for pipeline, record in zip(pipelines, numbered(3), strict=True):
+@pytest.mark.usefixtures("soon")
+def test_offline_all_records_are_in_one_segment(make: Make) -> None:
+    """A pipeline that only writes does not rest: whoever delivers finds one segment a process."""
+    pipeline = make(None, may_rest=lambda: pytest.fail("asked"))
+    paths = pipeline.paths
+    for number, record in enumerate(numbered(3)):
         pipeline.offer(record)
-    *others, latest = pipelines
-    eventually(lambda: all(map(at_rest, others)))
-    assert not at_rest(latest)
-    assert not others[0].flush(0)
-    assert not others[0].close(0)
-    latest.flush(LONG_S)
-    assert sorted(latest.waiting()) == numbered(3)
-    assert not latest.close(0)
+        assert not pipeline.flush(LONG_S)
+        assert list(pipeline.waiting()) == numbered(number + 1)
+    assert pipeline.paths == paths
 
 
 @pytest.mark.usefixtures("soon")
@@ -670,7 +669,7 @@ def test_nothing_is_lost_between_work_and_rest(
 ) -> None:
     """Records, flushes and a close that come as the threads are just going are taken care of."""
     monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.0001)
-    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.LINGER_S", 0.0001)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.APPEND_EVERY_S", 0.0001)
     pipeline = make()
     records = numbered(300)
     for number, record in enumerate(records):
@@ -720,77 +719,6 @@ def test_a_flush_does_not_wait_for_what_comes_after_it(make: Make, server: FakeS
     assert server.accepted[0] == b"first"
 
 
-def test_an_outage_is_not_remembered_at_rest(make: Make, server: FakeServer, soon: None) -> None:
-    """Nobody finds out that the server is back, so the next record asks it without prejudice."""
-    server.down = RetryLater("503")
-    first, second = (make(adopt=lambda header: server.sink) for _ in range(2))
-    for pipeline in (first, second):
-        pipeline.offer(b"1", urgent=True)
-    eventually(lambda: at_rest(first))
-    assert first.online is None
-
-
-def test_what_waits_for_a_server_is_left_to_the_latest(
-    make: Make, server: FakeServer, spool: Path, soon: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of many pipelines to a server that is away one waits, and delivers all when it is back."""
-    monkeypatch.setattr("qitos_mlflow.delivery.adopter.FIRST_LOOK_S", 0.01)
-    monkeypatch.setattr("qitos_mlflow.delivery.adopter.LOOK_EVERY_S", 0.01)
-    server.down = RetryLater("503")
-    pipelines = [make(adopt=lambda header: server.sink) for _ in range(4)]
-    for pipeline, record in zip(pipelines, numbered(4), strict=True):
-        pipeline.offer(record, urgent=True)
-    *others, latest = pipelines
-    eventually(lambda: all(map(at_rest, others)))
-    assert not at_rest(latest)
-    assert not others[0].flush(0)
-    assert len(set(latest.segments)) == 4
-    assert sorted(latest.waiting()) == numbered(4)
-    server.down = None
-    assert latest.flush(LONG_S)
-    eventually(lambda: at_rest(latest))
-    assert sorted(r for r in server.accepted if r != b"killed") == numbered(4)
-    assert list(spool.iterdir()) == []
-    assert all(pipeline.flush(0) and pipeline.close(0) for pipeline in pipelines)
-
-
-def test_what_is_waited_for_is_not_left_to_others(
-    make: Make, server: FakeServer, soon: None
-) -> None:
-    """Somebody who flushes while the server is away gets what comes of it when it is back."""
-    server.down = RetryLater("503")
-    asked = threading.Semaphore(0)
-    first = make(adopt=lambda header: server.sink, may_rest=lambda: asked.release() or True)
-    first.offer(b"first", urgent=True)
-    eventually(lambda: first.online is False)
-    flushed: list[bool] = []
-    flusher = threading.Thread(target=lambda: flushed.append(first.flush(LONG_S)))
-    flusher.start()
-    eventually(lambda: first._running._shipper.waited_for)  # type: ignore[union-attr]
-    last = make(adopt=lambda header: server.sink, may_rest=lambda: False)
-    last.offer(b"last")
-    for _ in range(10):
-        assert asked.acquire(timeout=LONG_S)
-    server.down = None
-    flusher.join(LONG_S)
-    assert flushed == [True]
-
-
-def test_what_was_left_to_a_pipeline_is_told_by_it(
-    make: Make, server: FakeServer, soon: None
-) -> None:
-    """It is the one to ask at the end of the process: the others may be gone."""
-    server.down = RetryLater("503")
-    first, last = (make(adopt=lambda header: server.sink) for _ in range(2))
-    last.offer(b"last", urgent=True)
-    first.offer(b"first", urgent=True)
-    eventually(lambda: at_rest(first))
-    assert not last.close(0)
-    assert list(last.waiting()) == [b"first", b"last"]
-    server.down = None
-    assert not last.close(0)
-
-
 def test_closing_many_takes_no_longer_than_closing_one(make: Make, tmp_path: Path) -> None:
     """Once all refuse, the time for the disk runs for all of them at once."""
     go_on = threading.Event()
@@ -798,12 +726,12 @@ def test_closing_many_takes_no_longer_than_closing_one(make: Make, tmp_path: Pat
     for number in range(8):
         busy = threading.Event()
 
-        def refine(payload: bytes, busy: threading.Event = busy) -> bytes:
+        def normalize(payload: bytes, busy: threading.Event = busy) -> bytes:
             busy.set()
             go_on.wait(LONG_S)
             return payload
 
-        pipelines.append(make(refine=refine, directory=tmp_path / str(number)))
+        pipelines.append(make(normalize=normalize, directory=tmp_path / str(number)))
         pipelines[-1].offer(b"one")
         assert busy.wait(LONG_S)
     began = time.monotonic()

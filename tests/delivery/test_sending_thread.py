@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qitos_mlflow.delivery import Counts, Outcome, OutOfTime, RetryLater, deliver_segment
-from qitos_mlflow.delivery.backoff import Circuit
+from qitos_mlflow.delivery.backoff import PROBE_TIMEOUT_S, Circuit
 from qitos_mlflow.delivery.leftovers import Delivery
-from qitos_mlflow.delivery.sending_thread import PROBE_TIMEOUT_S, SEND_TIMEOUT_S, SendingThread
+from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S
+from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.segments import claim
 from tests.fakes.sink import FakeServer, left_behind
 

@@ -114,7 +114,7 @@ class Losses:
 
 
 def keep_all(payload: bytes) -> bytes:
-    """A refine that changes nothing."""
+    """A normalize that changes nothing."""
     return payload
 
 
@@ -122,7 +122,7 @@ def make_pipeline(directory: Path, server: FakeServer | None, **changes: object)
     """A pipeline into `directory` and to `server`; offline without one."""
     options: dict[str, object] = {
         "header": b'{"to": "somewhere"}',
-        "refine": keep_all,
+        "normalize": keep_all,
         "open_sink": server.sink if server is not None else None,
         "directory": directory,
         "queue_bytes": 64 * MIB,
@@ -138,11 +138,21 @@ def numbered(count: int, start: int = 0) -> list[bytes]:
 
 
 def left_behind(
-    directory: Path, records: list[bytes], header: bytes = b"{}", part_bytes: int = 500
+    directory: Path,
+    records: list[bytes],
+    header: bytes = b"{}",
+    part_bytes: int = 500,
+    *,
+    offline: bool = False,
 ) -> Paths:
     """A segment as a killed process leaves it."""
     segment = SegmentWriter(
-        directory, header, ship=True, cap_bytes=1024 * MIB, memory_bytes=0, part_bytes=part_bytes
+        directory,
+        header,
+        offline=offline,
+        cap_bytes=1024 * MIB,
+        memory_bytes=0,
+        part_bytes=part_bytes,
     )
     for record in records:
         segment.append([Record(record, False)], NOW)

@@ -381,7 +381,7 @@ def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProces
     pipeline = processor.mlflow_plugin._pipelines.to("http://mlflow.test")
     assert processor.force_flush() is True
     for happened in ({"bad_lines": 1}, {"dead_letters": 1}):
-        pipeline._shared.stats.add(**happened)
+        pipeline._stats.add(**happened)
         assert [processor.force_flush() for _ in range(2)] == [False, True]
     pipeline.count_lost("queue_full")
     assert [processor.force_flush() for _ in range(2)] == [False, True]

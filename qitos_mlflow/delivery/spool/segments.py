@@ -132,7 +132,7 @@ class Claim:
 
     def __init__(self, paths: Paths, lock: FileLock, stats: Counts) -> None:
         self.paths = paths
-        self.cursor = SegmentReader(paths, self.parts, self._discard, Counts(stats))
+        self.reader = SegmentReader(paths, self.parts, self._discard, Counts(stats))
         self._lock = lock
         self._listed: list[Part] = []
         self._complete = False

@@ -62,7 +62,7 @@ class SegmentWriter:
     Args:
         directory: the spool; created when missing.
         header: the caller's, repeated at the head of every part.
-        ship: this process ships the segment too; otherwise others may at any time (offline).
+        offline: this process does not send the segment: other processes may, at any time.
         cap_bytes: what the whole directory may take, other processes' segments included.
         memory_bytes: what parts in memory may take together, but for records to be kept; 0: there
             are none.
@@ -74,7 +74,7 @@ class SegmentWriter:
         directory: Path,
         header: bytes,
         *,
-        ship: bool,
+        offline: bool,
         cap_bytes: int,
         memory_bytes: int,
         part_bytes: int = PART_BYTES,
@@ -84,7 +84,7 @@ class SegmentWriter:
         self.paths = Paths(directory, new_stem())
         self.cap_bytes = cap_bytes
         self._header = header
-        self._ship = ship
+        self._offline = offline
         self._memory_bytes = memory_bytes
         self._part_bytes = part_bytes
         self._cap = Quota(directory, cap_bytes)
@@ -216,7 +216,7 @@ class SegmentWriter:
             "host": socket.gethostname(),
             "boot": boot_id(),
             "pid": os.getpid(),
-            "offline": not self._ship,
+            "offline": self._offline,
         }
         head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
         head += line_format.encode(line_format.CALLER, self._header, time_ns)
@@ -224,7 +224,7 @@ class SegmentWriter:
             return None
         make_directory(self.paths.directory)
         # Locks first: who sees a part without an owner takes it for a dead process's.
-        for lock in (self._own, self._shipping) if self._ship else (self._own,):
+        for lock in (self._own,) if self._offline else (self._own, self._shipping):
             if not lock.acquire_patiently():
                 raise OSError(f"{lock.path} is locked by another process")
         part = DiskPart.create(self.paths.part(self.end), self.end, head)

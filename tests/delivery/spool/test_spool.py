@@ -46,7 +46,7 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 def make_segment(directory: Path, **changes: int) -> SegmentWriter:
     options = {"cap_bytes": 1024 * MIB, "memory_bytes": MIB, "part_bytes": 16 * MIB, **changes}
-    return SegmentWriter(directory, b'{"to":"x"}', ship=True, **options)
+    return SegmentWriter(directory, b'{"to":"x"}', offline=False, **options)
 
 
 def append(segment: SegmentWriter, records: list[bytes], *, keep: bool = False) -> list[str]:
@@ -465,7 +465,7 @@ def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     crash(segment)
     taken = claim(segment.paths, stats)
     assert taken is not None
-    assert read_all(taken.cursor, segment.end) == [b"one", b"three"]
+    assert read_all(taken.reader, segment.end) == [b"one", b"three"]
     assert stats.snapshot().dropped == {}
     taken.finish()
     assert list(tmp_path.iterdir()) == []
@@ -758,7 +758,7 @@ def test_a_claim_that_runs_out_of_files_leaves_the_segment_to_others(
             claim(paths, Counts())
     taken = claim(paths, Counts())
     assert taken is not None
-    assert taken.cursor.state == b"state"
+    assert taken.reader.state == b"state"
     taken.release()
 
 
