@@ -1,6 +1,6 @@
-"""Asks the other plugins of the process what they add to a record. On the worker.
+"""What other plugins add to a record: asks them, checks what they return. On the spooling thread.
 
-The extension point for those who want more in MLflow than we log: docs/extending.md.
+This is the extension point for values that the package does not log itself: docs/extending.md.
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ import orjson
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
-from qitos_mlflow.recording.snapshot import encode
+from qitos_mlflow.recording.to_json import encode
 
 PARTS = ("attributes", "metrics", "tags")
 RESERVED = ("mlflow.", "qitos.")
-"""Beginnings of names that mean something to MLflow or to us."""
+"""Names that begin so have a meaning for MLflow or for this package."""
 
 KINDS = frozenset({"trace_start", "span", "trace_end"})
+"""Kinds of records that plugins are asked about."""
 
 
 def ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
     """What the plugins attached to the global provider add to `record`, as plain JSON.
 
-    Where two say the same name, the one asked later stays. What one says wrongly is left out as a
-    whole, and logged under its name.
+    If two plugins give the same name, the one that is asked last wins. A plugin that returns
+    something wrong adds nothing to this record, and is named in the log.
     """
     found: dict[str, Any] = {}
     if record["kind"] not in KINDS:
         return found
     for processor in tracing.processors():
         on_record = getattr(processor, "on_record", None)
-        for who, said in on_record(record) if on_record is not None else ():
+        for plugin, returned in on_record(record) if on_record is not None else ():
             try:
-                for part, values in checked(said).items():
+                for part, values in checked(returned).items():
                     found.setdefault(part, {}).update(orjson.loads(encode(values)))
             except Exception as error:  # noqa: BLE001 - a plugin's; the record is kept without
-                report(who, error)
+                report(plugin, error)
     return found
 
 
@@ -50,17 +51,17 @@ def checked(returned: Any) -> dict[str, dict[str, Any]]:
         ValueError: a part is unknown, or a name is reserved.
     """
     if not isinstance(returned, Mapping) or not all(
-        isinstance(v, Mapping) for v in returned.values()
+        isinstance(values, Mapping) for values in returned.values()
     ):
         raise TypeError(f"qitos_record returned {returned!r:.200}, not a dict of dicts")
     if unknown := set(returned) - set(PARTS):
         raise ValueError(f"qitos_record returned {sorted(map(str, unknown))}, not in {PARTS}")
-    for part, values in returned.items():
+    found = {part: dict(values) for part, values in returned.items()}
+    for part, values in found.items():
         for name in values:
             if not isinstance(name, str) or name.startswith(RESERVED):
                 raise ValueError(f"{name!r} cannot be a name among the {part} of a plugin")
-    found = {part: dict(values) for part, values in returned.items()}
     for name, value in found.get("metrics", {}).items():
         if isinstance(value, float) and not math.isfinite(value):
-            found["metrics"][name] = str(value)  # JSON has no NaN; as text it is counted.
+            found["metrics"][name] = str(value)  # JSON has no NaN; a text is counted as bad_value.
     return found

@@ -1,6 +1,7 @@
-"""Captured bytes to the record that goes to disk: times, stacks, redaction. On the worker.
+"""A snapshot's bytes become the record that goes to disk: times, stacks, redaction.
 
-This is the one choke point for secrets: nothing reaches spool or server but through `refine`.
+Runs on the spooling thread. This is the only place where secrets are taken out: every record passes
+`normalize` before it reaches the spool or a server.
 """
 
 from __future__ import annotations
@@ -13,29 +14,61 @@ from typing import Any
 
 import orjson
 
-from qitos_mlflow.recording.run_files import read
+from qitos_mlflow.recording import run_files
+from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
-Additions = Callable[[dict[str, Any]], dict[str, Any]]
+Contributions = Callable[[dict[str, Any]], dict[str, Any]]
+"""Asks the plugins what they add to a redacted record."""
 
 OURS = frozenset(
     {"kind", "trace_id", "span_id", "parent_id", "type", "step", "time_ns", "start_ns", "end_ns"}
 )
-"""Fields that hold nothing but ids, times and words of ours."""
+"""Fields with our own ids, times and words. They are neither redacted nor cut."""
+
+UNCUT = OURS | {"settings"}
 
 
-def refine(payload: bytes, field_bytes: int, additions: Additions | None = None) -> bytes | None:
-    """The redacted record of what `capture` encoded; None for a file that is not there.
+def normalize(
+    snapshot: bytes, field_bytes: int, contributions: Contributions | None = None
+) -> bytes | None:
+    """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
     Args:
-        payload: one captured event.
-        field_bytes: longest text kept of one field (bytes).
-        additions: asked what to add to the redacted record; redacted like the rest.
+        snapshot: one event as `to_json.encode` wrote it.
+        field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
+        contributions: what it returns becomes the record's `added`, redacted and cut as the rest.
+
+    Raises:
+        OSError: a file of the run cannot be read.
     """
-    record: dict[str, Any] | None = orjson.loads(payload)
-    if record is None or (record["kind"] == "artifact" and (record := read(record)) is None):
-        return None
+    record = orjson.loads(snapshot)
+    if record["kind"] == "artifact":
+        file = run_files.read(record)
+        return None if file is None else _to_bytes(_redacted_file(file))
+    _complete(record)
+    # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
+    if len(snapshot) > MAX_INLINED_CHARS:
+        record = note_large(record)
+    record = _redacted(record)
+    # Cut last: a cut could leave half a secret, which nothing recognises.
+    if len(snapshot) > field_bytes:
+        content = {name: value for name, value in record.items() if name not in UNCUT}
+        record |= trim_fields(content, field_bytes)
+    if contributions is not None and (added := contributions(record)):
+        for part, values in record.get("added", {}).items():
+            added[part] = {**values, **added.get(part, {})}
+        record |= trim_fields({"added": redact(added)}, field_bytes)
+    return _to_bytes(record)
+
+
+def _to_bytes(record: dict[str, Any]) -> bytes:
+    return orjson.dumps({**record, "version": RECORD_VERSION})
+
+
+def _complete(record: dict[str, Any]) -> None:
+    """Replace times as text by nanoseconds, and stack frames by the text of the traceback."""
     for text, number in (("started_at", "start_ns"), ("ended_at", "end_ns")):
         if text in record:
             record[number] = nanoseconds(record.pop(text))
@@ -43,29 +76,23 @@ def refine(payload: bytes, field_bytes: int, additions: Additions | None = None)
         failure = record.get(key)
         if isinstance(failure, dict) and "frames" in failure:
             failure["stacktrace"] = _stack(failure)
-    whole = record["kind"] == "artifact"
-    if len(payload) > MAX_INLINED_CHARS and not whole:
-        # Before all else: pictures neither cost time nor take the room of what can be read.
-        record = note_large(record)
-    content = record.pop("content") if _is_json_file(record) else None
-    record = {key: value if key in OURS else redact(value) for key, value in record.items()}
-    if content is not None:
-        lines = content.split("\n") if record["path"].endswith(".jsonl") else [content]
-        record["content"] = "\n".join(map(redact_json, lines))
-    if len(payload) > field_bytes and not whole:
-        # Redacted first: a cut could leave half a secret.
-        record = trim_fields(record, field_bytes)
-    if additions is not None and (added := additions(record)):
-        for part, values in (record.get("added") or {}).items():
-            added[part] = {**values, **added.get(part, {})}
-        record |= trim_fields({"added": redact(added)}, field_bytes)
-    return orjson.dumps(record)
 
 
-def _is_json_file(record: dict[str, Any]) -> bool:
-    if record["kind"] != "artifact" or not isinstance(record.get("content"), str):
-        return False
-    return str(record.get("path")).endswith((".json", ".jsonl"))
+def _redacted(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value if name in OURS else redact(value) for name, value in record.items()}
+
+
+def _redacted_file(record: dict[str, Any]) -> dict[str, Any]:
+    """A file of the run without credentials; JSON is redacted by its structure and stays JSON."""
+    content = record.get("content")
+    path = str(record.get("path"))
+    if not isinstance(content, str) or not path.endswith((".json", ".jsonl")):
+        return _redacted(record)
+    lines = content.split("\n") if path.endswith(".jsonl") else [content]
+    return {
+        **_redacted({**record, "content": None}),
+        "content": "\n".join(redact_json(line) for line in lines),
+    }
 
 
 def nanoseconds(iso: str | None) -> int | None:
@@ -82,7 +109,7 @@ def nanoseconds(iso: str | None) -> int | None:
 
 
 def _stack(failure: dict[str, Any]) -> str:
-    """The traceback as Python prints it, with the source lines that can be found."""
+    """The traceback as Python prints it, with source lines; takes `frames` out of `failure`."""
     lines = ["Traceback (most recent call last):"]
     for file, number, function in failure.pop("frames"):
         lines.append(f'  File "{file}", line {number}, in {function}')

@@ -19,7 +19,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.contributions import ask_plugins
 from qitos_mlflow.recording.losses import LossLedger
-from qitos_mlflow.recording.normalize import refine
+from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings
 
 
@@ -118,7 +118,7 @@ class Pipelines:
     def _new(self, uri: str | None) -> Pipeline:
         settings = self.settings
         header = segment_header(settings, uri)
-        ledger = LossLedger(lambda payload: refine(payload, settings.field_bytes, ask_plugins))
+        ledger = LossLedger(lambda payload: normalize(payload, settings.field_bytes, ask_plugins))
 
         def open_sink() -> Any:
             from qitos_mlflow.mlflow_plugin.sink.sink import open_sink

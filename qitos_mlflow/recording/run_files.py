@@ -1,7 +1,7 @@
-"""Files that go with a run: the final answer, and the directory that QitOS itself wrote of it.
+"""Files that go with a run: the final answer, and what QitOS itself wrote to its run directory.
 
-On the agent's thread they are names only; the worker reads the files, so that they travel, and
-survive, like any other record.
+On the agent's thread a file is only a path. The spooling thread reads it, so that its content
+travels, and survives, like any other record.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ RUN_FILES = ("manifest.json", "events.jsonl", "steps.jsonl")
 """What a QitOS run directory (`runs/<run_id>/`) holds."""
 
 MAX_BYTES = 16 * 1024 * 1024
-"""A larger file is left where it is, and the artifact says so."""
+"""A larger file stays where it is; the artifact gives its path and size."""
 
 
 def of_trace(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The records that stand for the files of a trace that is ending. Touches no disk."""
+    """The records of the files of a trace that is ending. Agent's thread; touches no disk."""
     answer = metadata.get("final_result")
     if answer is not None:
         path = "final_answer.txt" if isinstance(answer, str) else "final_answer.json"
@@ -31,12 +31,13 @@ def of_trace(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, A
 
 
 def read(record: dict[str, Any]) -> dict[str, Any] | None:
-    """`record` with the content of its file in place of the name; None when there is no file.
+    """`record` with the content of its `file`; None if there is no such file.
 
-    On the worker: reads the disk.
+    Spooling thread; reads the disk. Newlines stay as they are; bytes that are not UTF-8 become
+    U+FFFD.
 
     Raises:
-        OSError: there is one that cannot be read.
+        OSError: the file exists and cannot be read.
     """
     if "file" not in record:
         return record
@@ -46,9 +47,7 @@ def read(record: dict[str, Any]) -> dict[str, Any] | None:
         if size > MAX_BYTES:
             record["content"] = f"{path} has {size} bytes; files over {MAX_BYTES} stay there\n"
         else:
-            record["content"] = path.read_bytes().decode(
-                "utf-8", "replace"
-            )  # Newlines as they are.
+            record["content"] = path.read_bytes().decode("utf-8", "replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
     return record

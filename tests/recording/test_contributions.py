@@ -18,7 +18,7 @@ from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_TAGS, SpanTree
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.recording.contributions import ask_plugins
-from qitos_mlflow.recording.normalize import refine
+from qitos_mlflow.recording.normalize import normalize
 from tests.mlflow_plugin.mapping.test_span_tree import plain
 from tests.mlflow_plugin.records import START_NS, Records
 
@@ -55,10 +55,11 @@ def attach() -> Iterator[Callable[..., None]]:
 
 def kept(record: dict[str, Any], field_bytes: int = 1_000_000) -> dict[str, Any]:
     """The record as it goes to disk."""
-    data = refine(orjson.dumps(record), field_bytes, ask_plugins)
+    data = normalize(orjson.dumps(record), field_bytes, ask_plugins)
     assert data is not None
-    refined: dict[str, Any] = orjson.loads(data)
-    return refined
+    record = orjson.loads(data)
+    assert isinstance(record, dict)
+    return record
 
 
 def test_what_plugins_say_is_kept_with_the_record(attach: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""Captured bytes to the record on disk: times, stacks, files, and no credentials."""
+"""A snapshot becomes the record on disk: times, stacks, files, and no credentials."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow.recording import run_files
-from qitos_mlflow.recording.normalize import nanoseconds, refine
-from qitos_mlflow.recording.snapshot import describe, encode
+from qitos_mlflow.recording.normalize import nanoseconds, normalize
+from qitos_mlflow.recording.record import RECORD_VERSION
+from qitos_mlflow.recording.snapshot import describe
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.redaction.redact import MARKER
 from qitos_mlflow.redaction.trim import cut
 
 ROOM = 1_000_000
 
 
-def refined(record: dict[str, Any], field_bytes: int = ROOM) -> Any:
-    """The record that goes to disk; None when none does."""
-    payload = refine(encode({"kind": "span", **record}), field_bytes)
-    return None if payload is None else orjson.loads(payload)
+def normalized(record: dict[str, Any], field_bytes: int = ROOM) -> Any:
+    """The record that goes to disk, without its version; None if there is none."""
+    payload = normalize(encode({"kind": "span", **record}), field_bytes)
+    if payload is None:
+        return None
+    found = orjson.loads(payload)
+    assert found.pop("version") == RECORD_VERSION
+    return found
 
 
 # -- times -----------------------------------------------------------------------------------
@@ -63,7 +69,7 @@ def test_any_time_comes_back(moment: datetime, zone: timezone) -> None:
 
 def test_a_spans_times_are_numbers() -> None:
     """Start and end are nanoseconds in the record; a time that is missing stays so."""
-    record = refined({"started_at": "1970-01-01T00:00:01+00:00", "ended_at": None})
+    record = normalized({"started_at": "1970-01-01T00:00:01+00:00", "ended_at": None})
     assert record == {"kind": "span", "start_ns": 1_000_000_000, "end_ns": None}
 
 
@@ -78,7 +84,7 @@ def test_credentials_are_nowhere_in_a_record(where: str) -> None:
     number = uuid.uuid4().hex
     secret = f"sk-{number}{number}"
     for value in (secret, {"api_key": number}, {"deep": [{"password": number, "text": secret}]}):
-        text = orjson.dumps(refined({where: value})).decode()
+        text = orjson.dumps(normalized({where: value})).decode()
         assert MARKER in text
         assert number not in text
 
@@ -86,14 +92,14 @@ def test_credentials_are_nowhere_in_a_record(where: str) -> None:
 def test_ids_and_words_of_ours_pass() -> None:
     """What the record says of itself is not mistaken for a credential."""
     ids = {"trace_id": "a" * 64, "span_id": "sk-" + "b" * 40, "type": "tool", "step": 3}
-    assert refined(ids) == {"kind": "span", **ids}
+    assert normalized(ids) == {"kind": "span", **ids}
 
 
 def test_large_fields_are_trimmed_after_redaction() -> None:
     """A field is cut where it is too large, and no cut leaves half a credential."""
     number = uuid.uuid4().hex
     text = "x" * 990 + f" api_key={number}{number} " + "y" * 5_000
-    record = refined({"output": text, "data": {"short": "kept"}}, field_bytes=1_024)
+    record = normalized({"output": text, "data": {"short": "kept"}}, field_bytes=1_024)
     assert len(record["output"].encode()) <= 1_024
     assert number[:8] not in record["output"]
     assert "bytes in all" in record["output"]
@@ -103,7 +109,20 @@ def test_large_fields_are_trimmed_after_redaction() -> None:
 def test_a_record_within_its_limit_is_not_touched() -> None:
     """Only a record that is too large is trimmed at all."""
     record = {"output": "x" * 900, "data": {"list": ["y" * 50]}}
-    assert refined(record, field_bytes=1_024) == {"kind": "span", **record}
+    assert normalized(record, field_bytes=1_024) == {"kind": "span", **record}
+
+
+def test_ids_and_settings_are_never_cut() -> None:
+    """However small a field may be, a record says what it is and how its run is logged."""
+    record = {
+        "trace_id": "a" * 64,
+        "settings": {"experiment_name": "runs", "tags": {"a": "b" * 99}},
+    }
+    assert normalized({**record, "output": "x" * 5_000}, field_bytes=50) == {
+        "kind": "span",
+        **record,
+        "output": "x" * 18 + "… [trimmed, 5000 bytes in all]",
+    }
 
 
 # -- pictures --------------------------------------------------------------------------------
@@ -119,7 +138,7 @@ def test_pictures_do_not_count_against_a_chat(pictures: int) -> None:
     """However many there are, each becomes a note of its true size, and no text is cut."""
     system = {"role": "system", "content": "You see. " * 5_000}
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": DATA_URL}}]}
-    record = refined({"data": {"input_content": [system, *[picture] * pictures]}})
+    record = normalized({"data": {"input_content": [system, *[picture] * pictures]}})
     first, *others = record["data"]["input_content"]
     assert first == system
     assert len(others) == pictures
@@ -152,7 +171,7 @@ def test_pictures_do_not_count_against_a_chat(pictures: int) -> None:
 )  # fmt: skip
 def test_large_files_become_notes_wherever_they_are(block: Any, noted: Any) -> None:
     """Base64 beside its media type, as each provider has it, is a file too."""
-    assert refined({"data": {"tool_args": [block]}})["data"]["tool_args"] == [noted]
+    assert normalized({"data": {"tool_args": [block]}})["data"]["tool_args"] == [noted]
 
 
 @pytest.mark.parametrize(
@@ -167,21 +186,21 @@ def test_large_files_become_notes_wherever_they_are(block: Any, noted: Any) -> N
 )
 def test_long_texts_are_no_files(value: Any) -> None:
     """What a person can read stays, though it stands where files stand."""
-    assert refined({"output": value})["output"] == value
+    assert normalized({"output": value})["output"] == value
 
 
 def test_small_pictures_go_whole_or_not_at_all() -> None:
     """Pictures that are too many for the field are never cut, nor is a text cut before them."""
     url = DATA_URL[:30_000]
     messages = [{"role": "system", "content": "s" * 5_000}, *[{"url": url}] * 40]
-    first, *others = refined({"data": {"input_content": messages}})["data"]["input_content"]
+    first, *others = normalized({"data": {"input_content": messages}})["data"]["input_content"]
     assert first == messages[0]
     assert {one["url"] for one in others} == {"[image/png, 30000 characters]"}
 
 
-def test_a_picture_that_capture_cut_tells_its_true_size() -> None:
-    """A tool that returns nothing but a picture longer than the field: its note is right too."""
-    assert refined({"output": cut(DATA_URL, 100_000)})["output"] == URL_NOTE
+def test_a_picture_that_the_snapshot_cut_has_its_true_size_in_its_note() -> None:
+    """A tool may return nothing but a picture that is longer than the field."""
+    assert normalized({"output": cut(DATA_URL, 100_000)})["output"] == URL_NOTE
 
 
 def test_no_secret_comes_through_a_picture() -> None:
@@ -196,13 +215,13 @@ def test_no_secret_comes_through_a_picture() -> None:
         {"name": "api_key", "value": DATA_URL + number},
         ["--api-key", DATA_URL + number],
     ):
-        assert number not in orjson.dumps(refined({"output": value})).decode()
+        assert number not in orjson.dumps(normalized({"output": value})).decode()
 
 
 def test_a_picture_as_the_answer_is_a_whole_file() -> None:
     """Artifacts are never cut, pictures in them neither."""
     record = {"kind": "artifact", "path": "final_answer.txt", "content": DATA_URL}
-    assert refined(record)["content"] == DATA_URL
+    assert normalized(record)["content"] == DATA_URL
 
 
 # -- exceptions ------------------------------------------------------------------------------
@@ -217,7 +236,7 @@ def caught() -> Exception:
 
 def test_a_stack_has_the_source_and_no_credentials() -> None:
     """The stack reads as Python prints it, with source lines, redacted like everything else."""
-    record = refined({"exception": describe(caught()), "error": describe(caught())})
+    record = normalized({"exception": describe(caught()), "error": describe(caught())})
     for part in (record["exception"], record["error"]):
         lines = part["stacktrace"].splitlines()
         assert lines[0] == "Traceback (most recent call last):"
@@ -231,7 +250,7 @@ def test_a_stack_has_the_source_and_no_credentials() -> None:
 def test_a_failure_without_a_stack_has_none() -> None:
     """With content off there is a type and no more."""
     failure = {"type": "ValueError", "message": "[content off]"}
-    assert refined({"exception": failure})["exception"] == failure
+    assert normalized({"exception": failure})["exception"] == failure
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -243,12 +262,12 @@ def test_a_file_travels_with_its_run(tmp_path: Path) -> None:
     number = uuid.uuid4().hex
     file.write_text('{"text": "' + "x" * 5_000 + f'", "api_key": "{number}"}}\n')
     record = {"kind": "artifact", "trace_id": "t", "path": "qitos/events.jsonl", "file": str(file)}
-    content = refined(record, field_bytes=1_000)["content"]
+    content = normalized(record, field_bytes=1_000)["content"]
     assert content.startswith('{"text": "xxx')
     assert len(content) > 5_000
     assert number not in content
     file.unlink()
-    assert refined(record) is None
+    assert normalized(record) is None
 
 
 def test_a_json_file_stays_json(tmp_path: Path) -> None:
@@ -260,7 +279,7 @@ def test_a_json_file_stays_json(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     file.write_text("\n".join([json.dumps(event), plain, torn]))
     record = {"kind": "artifact", "path": "qitos/events.jsonl", "file": str(file)}
-    first, second, third = refined(record)["content"].split("\n")
+    first, second, third = normalized(record)["content"].split("\n")
     assert json.loads(first)["payload"] == {
         "cookies": MARKER,
         "password": MARKER,
@@ -270,7 +289,7 @@ def test_a_json_file_stays_json(tmp_path: Path) -> None:
     assert third == torn.replace(number, MARKER)
     file.write_text(json.dumps(event, indent=2))
     record["path"] = "qitos/manifest.json"
-    assert json.loads(refined(record)["content"]) == json.loads(first)
+    assert json.loads(normalized(record)["content"]) == json.loads(first)
 
 
 def test_a_huge_file_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +297,7 @@ def test_a_huge_file_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run_files, "MAX_BYTES", 10)
     file = tmp_path / "events.jsonl"
     file.write_bytes(b"x" * 11)
-    content = refined({"kind": "artifact", "path": "p", "file": str(file)})["content"]
+    content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
     assert str(file) in content
     assert "xxx" not in content
 
@@ -287,5 +306,5 @@ def test_a_file_in_another_encoding_is_readable(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are replaced, the rest arrives."""
     file = tmp_path / "steps.jsonl"
     file.write_bytes(b"good \xff good")
-    content = refined({"kind": "artifact", "path": "p", "file": str(file)})["content"]
+    content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
     assert content == "good \ufffd good"

@@ -107,14 +107,14 @@ def test_what_was_dropped_is_told_all_the_same(offline: bool, close: str) -> Non
 IN_MEMORY = """
 from qitos_mlflow.recording import pipelines
 
-refine, entered = pipelines.refine, []
+normalize, entered = pipelines.normalize, []
 
 def slow(payload, *rest):
     entered.append(payload)
     time.sleep(60)
 
 import time
-pipelines.refine = slow
+pipelines.normalize = slow
 """
 
 
