@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import wrapt
-
+from qitos_mlflow._after_import import after_import
 from tests.integration.agent_script import main
 
 
@@ -23,5 +22,5 @@ def choose_transport(sink: Any) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2] in ("requests", "client"):
-        wrapt.register_post_import_hook(choose_transport, "qitos_mlflow.mlflow_plugin.sink.sink")
+        after_import("qitos_mlflow.mlflow_plugin.sink.sink", choose_transport)
     main()

@@ -1,20 +1,15 @@
-"""Wiring: settings -> processor -> provider, with the bridge installed; all of it undoable.
+"""Wiring: settings -> processor -> provider.
 
-Three ways in meet here: the start-up line (`activate_on_import`), `autolog` by hand, and a
-processor registered by hand, which only needs `ensure_bridge`.
+Two of the three ways in meet here: the start-up line (`activate`) and `autolog`. The third, a
+processor registered by hand, needs only `bridge.on_import`.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import wrapt
-
-from qitos_mlflow._guard import report
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
@@ -23,7 +18,6 @@ if TYPE_CHECKING:
 _lock = threading.RLock()
 _adapter: PluginTraceProcessor | None = None
 _autolog: MlflowTraceProcessor | None = None
-_waiting_for_qitos: set[str] = set()
 
 
 def autolog(
@@ -37,17 +31,17 @@ def autolog(
 ) -> None:
     """Log every QitOS agent run of this process to MLflow from now on.
 
-    Call it before or after importing qitos; called again it replaces what the earlier call
-    configured. Nothing is logged twice: an automatically loaded MLflow plugin stands down for
-    this, and this for a processor registered by hand.
+    Call it before or after importing qitos. A later call replaces the settings of an earlier one.
+    Nothing is logged twice: an automatically loaded MLflow plugin stands down for this, and this
+    for a processor registered by hand.
 
     Args:
         experiment_name: MLflow experiment, created when missing.
         run_name: name of the runs; None: the trace's name, by default the agent's.
         tracking_uri: tracking server; None: MLflow's own default.
         tags: tags of every run.
-        disable: stop logging to MLflow, also by the automatically loaded plugin; runs that are
-            going are logged to their end. A processor registered by hand stays.
+        disable: stop logging to MLflow, also by the automatically loaded plugin. Runs that are
+            open are logged to their end. A processor registered by hand stays.
         **options: any other field of `Settings`; they are listed in docs/settings.md.
 
     Raises:
@@ -90,18 +84,22 @@ def autolog(
 
 
 def activate() -> None:
-    """Load the installed trace plugins and attach them to the global provider, once.
+    """Install the bridge, load the installed trace plugins and attach them, once.
 
-    What the start-up line does after ``import qitos``. Which plugins: ``QITOS_TRACE_PLUGINS``.
+    The start-up line calls this after ``import qitos``. Which plugins: ``QITOS_TRACE_PLUGINS``.
+    Blocks for the plugins' imports.
     """
     global _adapter
     from qitos_mlflow import tracing
+    from qitos_mlflow.bridge.on_import import ensure_bridge
     from qitos_mlflow.plugins import loader
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
+    from qitos_mlflow.tracing import compat
 
     with _lock:
         if _adapter is not None:
             return
+        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         ensure_bridge()
         adapter = PluginTraceProcessor()
         loader.load(adapter)
@@ -110,69 +108,8 @@ def activate() -> None:
             tracing.add_trace_processor(adapter)
 
 
-def deactivate() -> None:
-    """Undo everything: detach our processors, unwrap the Engine, stop watching for imports."""
-    global _adapter
-    from qitos_mlflow import _startup, bridge, tracing
-
-    with _lock:
-        autolog(disable=True)
-        if _adapter is not None:
-            tracing.remove_trace_processor(_adapter)
-            _adapter = None
-        bridge.uninstall()
-        _startup.remove()
-
-
 def _retire(processor: MlflowTraceProcessor) -> None:
-    """Have it hear no more once the runs that it is logging have ended."""
+    """Stop notifying this processor once its open runs have ended."""
     from qitos_mlflow import tracing
 
     processor.mlflow_plugin.retire(partial(tracing.remove_trace_processor, processor))
-
-
-def activate_on_import() -> None:
-    """Call `activate` once qitos is imported; at once if it is already."""
-    _after_qitos("activate")
-
-
-def ensure_bridge() -> None:
-    """Have Engine runs become traces: now if qitos is imported, else as soon as it is."""
-    _after_qitos("install_bridge")
-
-
-def _after_qitos(what: str) -> None:
-    with _lock:
-        if "qitos" in sys.modules:
-            _ACTIONS[what](sys.modules["qitos"])
-        elif what not in _waiting_for_qitos:
-            _waiting_for_qitos.add(what)
-            wrapt.register_post_import_hook(_ACTIONS[what], "qitos")
-
-
-def _activate(_module: Any) -> None:
-    try:
-        _serve_tracing()
-        activate()
-    except Exception as error:  # noqa: BLE001 - the agent's import goes on without us
-        report("wiring.activate", error)
-
-
-def _install_bridge(_module: Any) -> None:
-    try:
-        _serve_tracing()
-        from qitos_mlflow import bridge
-
-        bridge.install()
-    except Exception as error:  # noqa: BLE001
-        report("wiring.install_bridge", error)
-
-
-def _serve_tracing() -> None:
-    """Have `qitos.tracing` on hosts without it. Only after qitos is imported: it looks there."""
-    from qitos_mlflow.tracing import compat
-
-    compat.install()
-
-
-_ACTIONS = {"activate": _activate, "install_bridge": _install_bridge}

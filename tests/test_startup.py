@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from qitos_mlflow import _startup
+from qitos_mlflow import _after_import, _startup
 from tests.hosts import BUILTIN_TRACING, run_on
 
 VARIABLE = "QITOS_TRACE_PLUGINS"
 
 
 @pytest.fixture
-def finders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """The finders without a watcher; the variable is not set, and qitos not imported."""
+def finders(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The finders without one of ours; the variable is not set, and qitos not imported."""
     monkeypatch.delenv(VARIABLE)
     monkeypatch.delitem(sys.modules, "qitos", raising=False)
-    before = list(sys.meta_path)
-    _startup.remove()  # Of the test's own process.
-    yield list(sys.meta_path)
-    sys.meta_path[:] = before
+    monkeypatch.setitem(_after_import._waiting, "qitos", {})
+    finders = [finder for finder in sys.meta_path if finder is not _after_import._Finder]
+    monkeypatch.setattr(sys, "meta_path", list(finders))
+    return finders
 
 
 def test_installed_once_however_often(finders: list[object]) -> None:
-    """Installing puts one watcher in front, once; removing leaves the finders as they were."""
+    """Installing puts one finder in front, once, which finds nothing but what is waited for."""
     _startup.install()
     _startup.install()
     assert sys.meta_path[1:] == finders
+    assert len(_after_import._waiting["qitos"]) == 1
     assert sys.meta_path[0].find_spec("json") is None
     assert sys.meta_path[0].find_spec("qitos.engine") is None
-    _startup.remove()
-    _startup.remove()
-    assert sys.meta_path == finders
 
 
 @pytest.mark.parametrize("value", ["none", " None ", "OFF", "0", "", "  "])

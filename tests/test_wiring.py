@@ -11,12 +11,13 @@ import pytest
 import qitos  # noqa: F401 - it is imported before the package is asked for anything
 
 import qitos_mlflow
-from qitos_mlflow import bridge, tracing, wiring
+from qitos_mlflow import _startup, bridge, tracing, wiring
 from qitos_mlflow.errors import SettingsError
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 from qitos_mlflow.mlflow_plugin.precedence import Origin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.tracing import compat, create_trace
+from qitos_mlflow.tracing import create_trace
+from tests.undo import deactivate
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,7 @@ def _as_before() -> Iterator[None]:
     """Nothing is on before, and nothing afterwards."""
     assert tracing.processors() == ()
     yield
-    wiring.deactivate()
-    compat.uninstall()
+    deactivate()
     assert tracing.processors() == ()
 
 
@@ -103,10 +103,10 @@ def test_disabled_in_mid_trace_it_hears_the_end() -> None:
 
 
 def test_the_installed_plugins_are_attached_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Activation loads what is installed into one processor, once; deactivation takes it out."""
+    """Activation loads what is installed into one processor, once, whichever way it comes."""
     monkeypatch.setenv("QITOS_TRACE_PLUGINS", "mlflow")
     for _ in range(2):
-        wiring.activate_on_import()
+        _startup.install()
         wiring.activate()
     (adapter,) = tracing.processors()
     assert isinstance(adapter, PluginTraceProcessor)
@@ -114,7 +114,7 @@ def test_the_installed_plugins_are_attached_once(monkeypatch: pytest.MonkeyPatch
     assert isinstance(plugin, MlflowPlugin)
     assert plugin.origin is Origin.INSTALLED
     assert adapter.wants_trace()
-    wiring.deactivate()
+    deactivate()
     assert tracing.processors() == ()
     assert not bridge.installed()
 

@@ -53,8 +53,8 @@ class Patches:
 
         of_class = isinstance(original, classmethod)
 
-        # A function, not wrapt's proxy of one: bound to an Engine, that can neither be pickled
-        # (a process pool's `submit(engine.run)`), copied, nor be in a `weakref.WeakMethod`.
+        # A plain function: bound to an Engine, it can be pickled (a process pool's
+        # `submit(engine.run)`), copied, and be in a `weakref.WeakMethod`.
         @functools.wraps(function)
         def method(bound_to: Any, /, *args: Any, **kwargs: Any) -> Any:
             at = (None, bound_to) if of_class else (bound_to, type(bound_to))

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from qitos_mlflow import MlflowTraceProcessor, bridge, tracing
-from qitos_mlflow.tracing import compat
+from tests.undo import stop_serving
 
 ROOT = Path(__file__).parents[2]
 SCRIPT_TIMEOUT_S = 100.0
@@ -33,7 +33,7 @@ def logged(uri: str | None, **options: Any) -> Iterator[MlflowTraceProcessor]:
         tracing.remove_trace_processor(processor)
         processor.shutdown()
         bridge.uninstall()
-        compat.uninstall()
+        stop_serving()
 
 
 class LoggedRun:

@@ -50,7 +50,8 @@ def test_attribute_of_a_host_imported_before() -> None:
         from qitos_mlflow.tracing import compat
         compat.install()
         qitos.tracing.add_trace_processor
-        compat.uninstall()
+        from tests.undo import stop_serving
+        stop_serving()
         assert not hasattr(qitos, "tracing")
         try:
             import qitos.tracing
@@ -83,6 +84,7 @@ def test_the_processor_is_imported_on_first_use() -> None:
         import sys
         from qitos_mlflow.tracing import compat
         compat.install()
+        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         import qitos.tracing.mlflow_processor as module
         assert "qitos_mlflow.mlflow_plugin.processor" not in sys.modules
         assert not hasattr(module, "anything_else")
@@ -123,6 +125,7 @@ def test_a_host_with_tracing_is_left_alone(first: str) -> None:
         {first}
         from qitos_mlflow.tracing import compat
         compat.install()
+        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         import qitos.tracing.mlflow_processor
         assert "builtin_tracing" in qitos.tracing.__file__
         assert "builtin_tracing" in qitos.tracing.mlflow_processor.__file__
@@ -143,6 +146,7 @@ def test_parts_a_host_lacks_are_not_made_up(tmp_path: Path) -> None:
         """
         from qitos_mlflow.tracing import compat
         compat.install()
+        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         import qitos.tracing.mlflow_processor
         try:
             import qitos.tracing.models

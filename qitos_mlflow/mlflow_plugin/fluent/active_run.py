@@ -17,8 +17,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-import wrapt
-
+from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import report, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
@@ -115,7 +114,8 @@ class ActiveRun:
         self._pushed: Any = None
         if not mlflow_in_use():
             _waiting.add(self)
-            _watch_import()
+            # By the time mlflow is imported, by whichever thread, this run is to become active.
+            after_import("mlflow.tracking.fluent", _on_import)
 
     def follow(self) -> None:
         """Push the run if it is to be active now, this is its thread, and mlflow is in use.
@@ -203,16 +203,6 @@ class ActiveRun:
 _numbers = count()
 _waiting: weakref.WeakSet[ActiveRun] = weakref.WeakSet()
 """Runs of traces that began before mlflow was imported."""
-
-_watching = False
-
-
-def _watch_import() -> None:
-    """Have waiting runs active from the moment mlflow is imported, by whichever thread."""
-    global _watching
-    if not _watching:
-        _watching = True
-        wrapt.register_post_import_hook(_on_import, "mlflow.tracking.fluent")
 
 
 def _on_import(fluent: Any) -> None:
