@@ -44,3 +44,12 @@ def test_each_test_that_is_documented_exists() -> None:
     for file, name in named:
         among = code["test_faults_process.py" if file == "…" else file]
         assert not name or f"def {name}(" in among, (file, name)
+
+
+def test_each_directory_of_tests_says_what_it_proves() -> None:
+    """docs/development.md has a row for each directory with tests, and for no other."""
+    page = (TESTS.parent / "docs" / "development.md").read_text("utf-8")
+    there = {
+        f"tests/{path.parent.relative_to(TESTS).as_posix()}" for path in TESTS.rglob("test_*.py")
+    }
+    assert set(re.findall(r"^\| `(tests/[\w/]+)` \|", page, re.MULTILINE)) == there - {"tests/."}

@@ -1,4 +1,4 @@
-"""Waiting for what tells nobody when it is done: other processes, servers, threads at rest."""
+"""Waiting for what gives no signal when it is done: other processes, servers, idle threads."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
-"""So long on a machine that is busy with others; the usual wait is milliseconds."""
+EVENTUALLY_S = 60.0
+"""Longest wait, for a busy machine; the usual wait is milliseconds."""
 
 POLL_S = 0.02
 
 
 def eventually(look: Callable[[], T]) -> T:
-    """What `look` returns once that is true."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Call `look` until what it returns is true, and return that."""
+    deadline = time.monotonic() + EVENTUALLY_S
     while not (seen := look()):
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, f"not true within {EVENTUALLY_S:.0f} s"
         time.sleep(POLL_S)
     return seen
