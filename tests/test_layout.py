@@ -83,7 +83,7 @@ KNOWN: set[tuple[str, str]] = {
     ("mlflow_plugin.destination", "__init__"),
     ("mlflow_plugin.fluent.active_run", "redaction.uris"),
     ("mlflow_plugin.mapping.content_blocks", "redaction.trim"),
-    ("mlflow_plugin.server.rest", "delivery.pipeline"),
+    ("mlflow_plugin.server.rest", "delivery.fork"),
     ("mlflow_plugin.sink.operations", "redaction.uris"),
     ("mlflow_plugin.sink.sink", "redaction.uris"),
     ("mlflow_plugin.sink.trace_cost", "redaction.uris"),
