@@ -29,7 +29,7 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
     from qitos_mlflow.delivery import purge as purge_segment
 
     segments, failures = look_at(paths)
-    idle = [segment for segment in segments if not (segment.owner_alive or segment.shipping)]
+    idle = [segment for segment in segments if not (segment.owner_alive or segment.delivering)]
     deleted = 0
     if idle:
         waiting = sum(segment.waiting for segment in idle)

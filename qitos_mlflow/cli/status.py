@@ -139,8 +139,9 @@ def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
         started_ns=0,
         last_time_ns=0,
         owner_alive=False,
-        shipping=False,
+        delivering=False,
         losses={},
+        damaged=(),
         **counts,
     )
     return {**_described(nothing), "owner": "unknown", "error": reason}
@@ -164,7 +165,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "pid": segment.pid,
         "owner": "alive" if segment.owner_alive else "dead",
         "offline": segment.offline,
-        "shipping": segment.shipping,
+        "shipping": segment.delivering,
         "waiting": segment.waiting,
         "dead_letters": segment.dead_letters,
         "bad_lines": segment.bad_lines,

@@ -114,7 +114,7 @@ def test_a_living_process_ships_for_itself(tmp_path: Path) -> None:
     assert not pipeline.flush(0.1)
     [paths] = find_segments(tmp_path)
     info = inspect_segment(paths)
-    assert (info.owner_alive, info.shipping, info.offline, info.waiting) == (True, True, False, 1)
+    assert (info.owner_alive, info.delivering, info.offline, info.waiting) == (True, True, False, 1)
     assert deliver_segment(paths, other.sink) is Outcome.BUSY
     assert not purge(paths)
     own.down = None
@@ -293,7 +293,7 @@ def test_a_damaged_header_needs_a_destination(tmp_path: Path, default: bytes | N
     server = FakeServer()
     paths = left_behind(tmp_path, [b"one"])
     [(_, part)] = paths.parts()
-    part.write_bytes(part.read_bytes().replace(b"1c", b"1x", 1))
+    part.write_bytes(part.read_bytes().replace(b"2c", b"2x", 1))
     outcome = deliver_segment(paths, server.sink, default_header=default)
     if default is None:
         assert outcome is Outcome.UNREADABLE

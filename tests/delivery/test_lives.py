@@ -13,12 +13,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qitos_mlflow.delivery import Counts, Outcome, Paths, RetryLater, deliver_segment
-from qitos_mlflow.delivery import segment_transfer as shipping_module
+from qitos_mlflow.delivery import (
+    Counts,
+    Outcome,
+    Paths,
+    RetryLater,
+    deliver_segment,
+    segment_transfer,
+)
 from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.segments import claim, waiting_records
-from tests.delivery.spool.test_spool import MEMORY, NOW, append, crash, make_segment, own_cursor
+from tests.delivery.spool.test_spool import MEMORY, NOW, append, crash, make_segment, own_reader
 from tests.fakes.sink import FakeServer
 
 BATCH = 4
@@ -39,16 +45,16 @@ class Recording:
         self.recorded: list[bytes] = []
         self.deaths = 0
 
-    def shipping(self, cursor: SegmentReader) -> SegmentTransfer:
-        return SegmentTransfer(cursor, self.server.sink)
+    def transfer(self, reader: SegmentReader) -> SegmentTransfer:
+        return SegmentTransfer(reader, self.server.sink)
 
-    def step(self, shipping: SegmentTransfer, end: int | None, *, dies: bool = False) -> bool:
+    def step(self, transfer: SegmentTransfer, end: int | None, *, dies: bool = False) -> bool:
         """Ship a batch; with `dies`, the process does when the server has it."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shipping_module, "BATCH_RECORDS", BATCH)
+            patch.setattr(segment_transfer, "BATCH_RECORDS", BATCH)
             if dies:
                 patch.setattr(SegmentReader, "acknowledge", kill)
-            return shipping.step(end=end, sealed=True, timeout_s=1.0)
+            return transfer.step(end=end, sealed=True, timeout_s=1.0)
 
     def check(self) -> None:
         """All that was sent is in order; each death had the server get a batch again at most."""
@@ -90,9 +96,9 @@ class Lives(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.segment = make_segment(Path(self.directory.name), part_bytes=400)
-        self.cursor = own_cursor(self.segment)
+        self.reader = own_reader(self.segment)
         self.now = Recording(self.segment.paths)
-        self.shipping = self.now.shipping(self.cursor)
+        self.transfer = self.now.transfer(self.reader)
 
     @rule(count=st.integers(1, 6), tail=st.binary(max_size=30), keep=st.booleans())
     def append(self, count: int, tail: bytes, keep: bool) -> None:
@@ -105,7 +111,7 @@ class Lives(RuleBasedStateMachine):
     def ship(self, cut_after: int | None) -> None:
         self.now.server.breaks_after = cut_after
         try:
-            self.now.step(self.shipping, self.segment.end)
+            self.now.step(self.transfer, self.segment.end)
         except RetryLater:
             assert cut_after is not None
         self.now.check()
@@ -115,7 +121,7 @@ class Lives(RuleBasedStateMachine):
     def die(self, torn: bytes, cut_after: int | None) -> None:
         self.now.server.breaks_after = cut_after
         try:
-            self.now.step(self.shipping, self.segment.end, dies=True)
+            self.now.step(self.transfer, self.segment.end, dies=True)
         except (Killed, RetryLater):
             pass
         crash(self.segment)
@@ -141,10 +147,10 @@ class Lives(RuleBasedStateMachine):
             return
         taken = claim(left.paths, Counts())
         assert taken is not None
-        shipping = left.shipping(taken.reader)
+        transfer = left.transfer(taken.reader)
         try:
             for step in range(steps + 1):
-                left.step(shipping, None, dies=step == steps)
+                left.step(transfer, None, dies=step == steps)
         except Killed:
             left.deaths += 1
         taken.release()
@@ -154,7 +160,7 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def other_processes_see_the_same(self) -> None:
         if hasattr(self, "segment"):
-            acknowledged = int(self.cursor.state or 0)
+            acknowledged = int(self.reader.state or 0)
             waiting = list(waiting_records(self.segment.paths))
             assert waiting == self.now.recorded[acknowledged:]
 
@@ -215,7 +221,7 @@ def die_at(step: int, paths: Paths, log: Path) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_delivery_may_be_killed_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever file it was about to touch, the next one delivers the rest and tidies up."""
-    monkeypatch.setattr(shipping_module, "BATCH_RECORDS", BATCH)
+    monkeypatch.setattr(segment_transfer, "BATCH_RECORDS", BATCH)
     died, step = True, 0
     while died:
         step += 1

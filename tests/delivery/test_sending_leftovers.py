@@ -161,7 +161,7 @@ def test_leftovers_hold_up_neither_the_disk_nor_the_end(tmp_path: Path, server: 
     assert not pipeline.close(0.1)
     assert server.accepted == [b"one"]
     go_on.set()
-    eventually(lambda: not inspect_segment(paths).shipping)
+    eventually(lambda: not inspect_segment(paths).delivering)
     assert waiting(paths) == 3
     eventually(lambda: not inspect_segment(pipeline.paths).owner_alive)
     assert waiting(pipeline.paths) == 1

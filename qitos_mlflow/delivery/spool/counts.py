@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 ASIDE_FULL = "aside_full"
-"""Refused by the server or damaged, and what is kept of such has reached its share."""
+"""Refused by the server or damaged, and not kept: what is kept aside has reached its share."""
 CLOSED = "closed"
 """Offered after close()."""
 DISK_FULL = "disk_full"
-"""The disk took no more, and the memory that stands in for it was full or offline."""
+"""The disk took no more, and the memory that stands in for it was full, or there was none."""
 NORMALIZE_FAILED = "normalize_failed"
 """The function that decodes and redacts raised; what cannot be redacted is not stored."""
 QUEUE_FULL = "queue_full"
@@ -23,9 +23,9 @@ SPOOLING_FAILED = "spooling_failed"
 SPOOL_FULL = "spool_full"
 """The spool directory has reached its cap."""
 SPOOL_REMOVED = "spool_removed"
-"""Somebody deleted the segment's file, or cut it short, before its records were sent."""
+"""The segment's file was deleted or cut short before its records were sent."""
 SPOOL_UNREADABLE = "spool_unreadable"
-"""A part of the segment could not be read, again and again; kept aside (others' count as one)."""
+"""A part could not be read for long and is kept aside; another process's counts as one record."""
 SPOOL_UNWRITABLE = "spool_unwritable"
 """The spool directory cannot be written, and the memory that stands in for it was full."""
 
@@ -41,10 +41,10 @@ def reason_of(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class CountsSnapshot:
-    """The counts at one moment; all numbers are records, but `bad_lines`."""
+    """The counts at one moment, in records, except `bad_lines`."""
 
     recorded: int
-    """Reached the worker (refused ones are in `dropped` only)."""
+    """Reached the spooling thread (those that `offer` refused are in `dropped` only)."""
     delivered: int
     """Accepted by the server and acknowledged."""
     dead_letters: int
@@ -59,7 +59,7 @@ class Counts:
     """Counts that any thread may add to and read.
 
     Args:
-        total: counts everything as well.
+        total: other counts, which everything is added to as well.
     """
 
     def __init__(self, total: Counts | None = None) -> None:
@@ -100,7 +100,7 @@ class Counts:
     def save_losses(self, save: Callable[[Counter[str]], None]) -> None:
         """Call `save` with the losses that are not saved yet, if any; still so when it raises.
 
-        Where another thread is just doing that, it is left for the next call.
+        If another thread is doing that now, it is left for the next call.
         """
         if not self._saving.acquire(blocking=False):
             return

@@ -1,11 +1,12 @@
-"""What stays of a segment when it is delivered: what nobody could take, and how much was lost.
+"""What stays of a segment when it is delivered: what could not be delivered, and counts of losses.
 
     <stem>.dead   records the server refused for good
-    <stem>.bad    torn and corrupt lines; with a part's base in its name, an unreadable part
+    <stem>.bad    damaged lines and where they were; with a part's base in its name, a part that
+                  could not be read
     <stem>.lost   losses by reason: JSON
 
-All of it has a share of the spool of its own, so that it never keeps records out; what goes beyond
-is counted only.
+All of it has a share of the spool of its own, so that it never takes the space of records. What
+goes beyond that share is counted only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qitos_mlflow.delivery.spool.paths import Paths, append_private, replace_pri
 from qitos_mlflow.delivery.spool.quota import Quota
 
 ASIDE_BYTES = 100 * 1024 * 1024
-"""What is kept aside may take this much where nobody has said otherwise (bytes)."""
+"""What is kept aside may take this much unless the caller says otherwise (bytes)."""
 
 
 @dataclass(frozen=True)
@@ -36,64 +37,85 @@ class DeadLetter:
     reason: str
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A torn or corrupt line, as it was found."""
+
+    file: str
+    """The name of the part."""
+    offset: int
+    """Where the line begins in that file (bytes)."""
+    line: bytes
+
+
 class DeadLetters:
-    """Where one segment's are put. By whoever ships it, but for `save_losses`.
+    """Keeps those of one segment. Used by the process that sends it, `save_losses` by any thread.
 
     Args:
         paths: the segment.
-        stats: counts what is put here, and tells the losses.
+        stats: counts what is kept here; its losses are saved.
         cap_bytes: bound of what is kept aside in the whole directory.
     """
 
     def __init__(self, paths: Paths, stats: Counts, cap_bytes: int = ASIDE_BYTES) -> None:
         self._paths = paths
         self._stats = stats
-        self._cap = Quota(paths.directory, cap_bytes, aside=True)
+        self._quota = Quota(paths.directory, cap_bytes, aside=True)
 
     def bury(self, dead: Sequence[DeadLetter]) -> None:
         """Keep what the server refused for good, with the reasons."""
         if dead:
             _guard.warn(
                 "delivery.dead",
-                "the server refused %s record(s) for good, the first one because: %s; see %s",
+                "the server refused %s record(s) for good, the first one because: %s; they are "
+                "kept in %s",
                 len(dead),
                 dead[0].reason,
                 self._paths.dead,
             )
-            self._stats.add(dead_letters=self._keep(self._paths.dead, map(_dead_line, dead)))
+            lines = (_json_line("record", letter.record, reason=letter.reason) for letter in dead)
+            self._stats.add(dead_letters=self._keep(self._paths.dead, lines))
 
-    def keep_bad(self, lines: Sequence[bytes]) -> None:
-        """Keep torn and corrupt lines."""
-        if lines:
+    def keep_damaged(self, damaged: Sequence[Damage]) -> None:
+        """Keep torn and corrupt lines, with where they were found."""
+        if damaged:
             _guard.warn(
                 "delivery.bad",
-                "%s torn or corrupt line(s), kept in %s",
-                len(lines),
+                "%s damaged line(s) of the spool cannot be delivered, the first one at byte %s of "
+                "%s; they are kept in %s",
+                len(damaged),
+                damaged[0].offset,
+                damaged[0].file,
                 self._paths.bad,
             )
-            kept = self._keep(self._paths.bad, (line + line_format.LF for line in lines))
-            self._stats.add(bad_lines=kept)
+            lines = (_json_line("line", d.line, file=d.file, offset=d.offset) for d in damaged)
+            self._stats.add(bad_lines=self._keep(self._paths.bad, lines))
 
     def keep_part(self, path: Path) -> None:
-        """Keep a part that cannot be read, for somebody who can."""
-        _guard.warn("delivery.part", "%s cannot be read; its records are given up", path)
+        """Keep a part that cannot be read, for a person who can read it."""
+        _guard.warn("delivery.part", "%s cannot be read; its records are lost", path)
         try:
             size = path.stat().st_size
-            if self._cap.has_room(size):
+            if self._quota.has_room(size):
                 path.rename(path.with_suffix(".bad"))
-                self._cap.add(size)
+                self._quota.add(size)
         except OSError as error:
-            _guard.warn("delivery.aside", "cannot keep %s: %s", path, error)
+            _guard.warn("delivery.aside", "%s cannot be kept: %s", path, error)
 
     def save_losses(self) -> None:
         """Bring the losses on disk up to date, for other processes. Any thread; blocks on it."""
         try:
             self._stats.save_losses(self._add_losses)
         except OSError as error:
-            _guard.warn("delivery.losses", "cannot write %s: %s", self._paths.lost, error)
+            _guard.warn(
+                "delivery.losses",
+                "%s cannot be written (%s): `qitos-mlflow status` does not show all losses",
+                self._paths.lost,
+                error,
+            )
 
     def _add_losses(self, losses: Counter[str]) -> None:
-        # Whoever ships the segment of a process that works offline adds its own.
+        # A sync that delivers the segment of an offline process adds its own.
         losses = load_losses(self._paths.lost) + losses
         replace_private(self._paths.lost, json.dumps(losses).encode(), durable=False)
 
@@ -101,8 +123,8 @@ class DeadLetters:
         """Append lines as far as there is room; returns how many, and counts the others."""
         kept: list[bytes] = []
         for line in lines:
-            if self._cap.has_room(len(line)):
-                self._cap.add(len(line))
+            if self._quota.has_room(len(line)):
+                self._quota.add(len(line))
                 kept.append(line)
             else:
                 self._stats.drop(ASIDE_FULL)
@@ -111,24 +133,42 @@ class DeadLetters:
         try:
             append_private(path, b"".join(kept))
         except OSError as error:
-            _guard.warn("delivery.aside", "cannot write %s: %s", path, error)
+            _guard.warn(
+                "delivery.aside", "%s cannot be written (%s): it lacks some entries", path, error
+            )
             self._stats.drop(reason_of(error), len(kept))
             return 0
         return len(kept)
 
 
 def load_losses(path: Path) -> Counter[str]:
-    """The losses by reason that a file tells; none where it cannot be read."""
+    """The losses by reason in a file; none if it cannot be read."""
     try:
         return Counter({str(key): int(n) for key, n in json.loads(path.read_bytes()).items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return Counter()
 
 
-def _dead_line(letter: DeadLetter) -> bytes:
-    content: dict[str, object] = {"time_ns": time.time_ns(), "reason": letter.reason}
+def damaged_places(path: Path) -> list[str]:
+    """Where the damaged lines in a file were found; version 0.1.0 did not note that."""
+    places: list[str] = []
     try:
-        content["record"] = letter.record.decode()
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    found = json.loads(line)
+                    places.append(f"{found['file']} at byte {found['offset']}")
+                except (ValueError, TypeError, KeyError):
+                    continue
+    except OSError:
+        pass
+    return places
+
+
+def _json_line(key: str, data: bytes, **what: object) -> bytes:
+    content: dict[str, object] = {"time_ns": time.time_ns(), **what}
+    try:
+        content[key] = data.decode()
     except UnicodeDecodeError:
-        content["record_base64"] = base64.b64encode(letter.record).decode()
+        content[f"{key}_base64"] = base64.b64encode(data).decode()
     return json.dumps(content).encode() + line_format.LF

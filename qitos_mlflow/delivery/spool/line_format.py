@@ -2,7 +2,8 @@ r"""The lines of a spool file. Pure: bytes to bytes.
 
     file    = line*
     line    = tag " " time " " length " " crc " " payload "\n"
-    tag     = "1" kind            version of this grammar, then what the line is
+    tag     = version kind        version of this grammar, then what the line is
+    version = "2" | "1"           2 for the head lines "h" and "c", 1 for all others
     kind    = "h"                 first line of a part: JSON object about the file itself
             | "c"                 second line: the header given by the caller, opaque
             | "r"                 a record, opaque
@@ -13,7 +14,10 @@ r"""The lines of a spool file. Pure: bytes to bytes.
     crc     = 8 hex digits        CRC-32 of tag, time, length with their spaces, and payload
     payload = any bytes but LF    escaped: ESC "0" is LF, ESC "1" is ESC
 
-The checksum finds torn and corrupt lines; it is no protection against somebody who means it.
+Version 0.1.0 wrote head lines of version 1, which are read as well. It takes a segment whose head
+lines say 2 for one without a readable header, and leaves it alone.
+
+The checksum finds torn and corrupt lines. It does not protect against deliberate changes.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ ACK = b"a"
 
 LF = b"\n"
 _ESC = b"\x1b"
-_START = re.compile(rb"1[hcraHCRA] [0-9a-f]+ ([0-9a-f]+) [0-9a-f]{8} ")
+_START = re.compile(rb"(?:1[hcraHCRA]|2[hcHC]) [0-9a-f]+ ([0-9a-f]+) [0-9a-f]{8} ")
 
 
 class Line(NamedTuple):
@@ -42,10 +46,11 @@ class Line(NamedTuple):
 
 def encode(kind: bytes, payload: bytes, time_ns: int) -> bytes:
     """The line for `payload`, with its LF."""
+    version = b"2" if kind in (FILE, CALLER) else b"1"
     if LF in payload:
         kind = kind.upper()
         payload = payload.replace(_ESC, _ESC + b"1").replace(LF, _ESC + b"0")
-    head = b"1%b %x %x " % (kind, time_ns, len(payload))
+    head = b"%b%b %x %x " % (version, kind, time_ns, len(payload))
     return b"%b%08x %b\n" % (head, crc32(payload, crc32(head)), payload)
 
 
@@ -65,14 +70,20 @@ def decode(line: bytes) -> Line | None:
     return Line(kind, int(time, 16), payload)
 
 
-def salvage(bad: bytes) -> list[Line]:
-    """The intact lines inside a bad one: where an LF was hit, two lines look like one."""
+def decode_all(line: bytes) -> tuple[list[Line], bool]:
+    """The intact lines in `line`, and whether that is all of it.
+
+    One line, but for damage: if the LF between two lines is damaged, both are found by their
+    lengths, so that one damaged byte costs one record at most.
+    """
+    if (whole := decode(line)) is not None:
+        return [whole], True
     found: list[Line] = []
     at = 0
-    while start := _START.search(bad, at):
+    while start := _START.search(line, at):
         end = start.end() + int(start[1], 16)
-        line = decode(bad[start.start() : end])
-        if line is not None:
-            found.append(line)
-        at = end if line is not None else start.start() + 1
-    return found
+        intact = decode(line[start.start() : end])
+        if intact is not None:
+            found.append(intact)
+        at = end if intact is not None else start.start() + 1
+    return found, False

@@ -1,13 +1,13 @@
-"""Who appends to a segment and who ships it: locks that end with the process, however it ends.
+"""Which process appends to a segment and which sends it: locks that end with the process.
 
 The kernel keeps the lock (`flock`, on Windows `msvcrt.locking`), so there is no stale one to judge.
 The `filelock` package does this too, but releasing its lock in a forked child unlocks the parent.
 
-Where the file system has no locks (some NFS mounts: ENOLCK, ENOTSUP), the lock file names its
-holder instead: host, boot, pid and the process's start. A holder on this host is checked exactly.
-One on another host counts as alive until its lock file has been untouched for `STALE_S`. Two that
-take over from a dead holder at the same moment are told apart by who wrote last; should both go
-on regardless, records are sent twice, which sinks make harmless.
+If the file system has no locks (some NFS mounts: ENOLCK, ENOTSUP), the lock file names its holder
+instead: host, boot, pid and the process's start. A holder on this host is checked exactly. One on
+another host counts as alive until its lock file has been untouched for `STALE_S`. If two processes
+take over from a dead holder at the same moment, the one that wrote last has the lock. Should both
+go on regardless, records are sent twice, which sinks make harmless.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from qitos_mlflow.delivery.spool.paths import open_private, write_all
 STALE_S = 24 * 3600.0
 """Without kernel locks: a holder on another host is presumed dead after this long (seconds)."""
 SETTLE_S = 0.05
-"""Without kernel locks: how long after writing its name a taker looks whether it is still there."""
+"""Without kernel locks: a taker checks this long after writing its name that it is still there
+(seconds)."""
 
-LOOK_TRIES = 3
-LOOK_S = 0.02
-"""Who looks whether a lock is held has it for a moment, a few microseconds (seconds)."""
+LOCK_TRIES = 3
+LOCK_RETRY_S = 0.02
+"""`is_held` has a lock for a few microseconds: taking it is tried again after this (seconds)."""
 
 _UNSUPPORTED = {
     getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")
 }
 
 _held: dict[str, FileLock] = {}
-"""Lock files held by this process: looking at them through the kernel could release them (NFS)."""
+"""Lock files held by this process: testing them through the kernel could release them (NFS)."""
 
 
 if sys.platform == "win32":
@@ -79,15 +80,15 @@ class FileLock:
         return self._descriptor is not None
 
     def acquire_patiently(self) -> bool:
-        """Like `acquire`, but outlasts somebody who only looks whether the lock is held."""
-        for _ in range(LOOK_TRIES):
+        """Like `acquire`, but waits for a process that only tests whether the lock is held."""
+        for _ in range(LOCK_TRIES):
             if self.acquire():
                 return True
-            time.sleep(LOOK_S)
+            time.sleep(LOCK_RETRY_S)
         return self.acquire()
 
     def acquire(self, *, create: bool = True) -> bool:
-        """Take the lock without waiting; False when somebody else has it.
+        """Take the lock without waiting; False when another holder has it.
 
         Args:
             create: create the lock file; otherwise one that is missing cannot be taken.
@@ -98,7 +99,7 @@ class FileLock:
         if self._descriptor is not None:
             if _is_at(self._descriptor, self.path):
                 return True
-            self.release()  # Somebody deleted the file: nobody else can see this lock.
+            self.release()  # The file was deleted: no other process can see this lock.
         if str(self.path) in _held:
             return False
         while True:
@@ -114,7 +115,7 @@ class FileLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            if removed:  # By its last holder meanwhile: take the new one.
+            if removed:  # Its last holder has deleted the file meanwhile: take the new one.
                 os.close(descriptor)
                 continue
             if not taken:
@@ -140,7 +141,7 @@ class FileLock:
         return _content(descriptor) == mine
 
     def release(self, *, remove: bool = False) -> None:
-        """Give the lock up, and with `remove` delete its file before anyone can take it."""
+        """Give the lock up; with `remove`, delete its file before another process can take it."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
@@ -150,7 +151,7 @@ class FileLock:
             if remove:
                 self.path.unlink(missing_ok=True)
             elif sys.platform != "win32" and _content(descriptor):
-                os.ftruncate(descriptor, 0)  # Without kernel locks, the name is the lock.
+                os.ftruncate(descriptor, 0)  # Without kernel locks, the holder's name is the lock.
         except OSError:
             pass  # The lock goes with the descriptor in any case.
         finally:
@@ -186,7 +187,7 @@ def is_held(path: Path) -> bool:
     try:
         taken = probe.acquire(create=False)
     except OSError:
-        return True  # It cannot be taken, so whoever could hold it is not to be disturbed.
+        return True  # It cannot be tested, so a holder must not be disturbed.
     probe.release()
     return not taken and path.exists()
 
@@ -215,17 +216,17 @@ def _holder_lives(descriptor: int) -> bool:
 
 
 def _identity(pid: int) -> dict[str, object]:
-    """What tells the process `pid` of this host from every other one; differs when it is gone."""
+    """What tells the process `pid` of this host from every other one; differs once it is gone."""
     return {
         "host": socket.gethostname(),
-        "boot": boot_id(),
+        "boot": _boot_id(),
         "pid": pid,
         "start": _started(pid),
     }
 
 
-def boot_id() -> str:
-    """What changes when this machine starts anew; empty where the system does not tell."""
+def _boot_id() -> str:
+    """An id that changes when this machine boots; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""A part of a segment: lines one after the other, on disk or, where there is no disk, in memory.
+"""A part of a segment: lines one after the other, on disk or in memory.
 
-Positions count bytes from the segment's beginning through all of its parts; a part holds those
-from `base` on. So a place in the segment is one number, whatever it is stored in.
+Positions count bytes from the segment's beginning through all of its parts. A part holds those
+from `base` on. So a place in the segment is one number, wherever it is stored.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from qitos_mlflow.delivery.spool.paths import open_private, write_all
 
 
 class Part(Protocol):
-    """Lines from position `base` on; appended by the worker, read by the shipper."""
+    """Lines from position `base` on; the spooling thread appends, the sending thread reads."""
 
     base: int
     records: int
-    """Lines appended by this object; 0 where another process appends."""
+    """Lines appended by this object; 0 if another process appends."""
     acknowledged: int
     """Records of it that have been acknowledged, or given up."""
 
     @property
     def path(self) -> Path | None:
-        """Its file, where it has one."""
+        """Its file; None of a part in memory."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class Part(Protocol):
         ...
 
     def append(self, lines: Sequence[bytes]) -> int:
-        """Append lines; returns how many went in whole."""
+        """Append lines; returns how many were appended whole."""
         ...
 
     def read(self, offset: int, size: int) -> bytes:
@@ -50,7 +50,7 @@ class Part(Protocol):
         ...
 
     def remove(self) -> None:
-        """Free what the part takes. Nothing is read from it afterwards."""
+        """Free its disk space or memory. Nothing is read from it afterwards."""
         ...
 
 
@@ -72,7 +72,7 @@ class DiskPart:
         """A new file beginning with `head`, open for appending.
 
         Raises:
-            OSError: nothing is left behind.
+            OSError: it cannot be created; nothing is left behind.
         """
         part = cls(path, base)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
@@ -87,7 +87,7 @@ class DiskPart:
 
     @property
     def size(self) -> int:
-        """Bytes appended, or in the file where another process appends."""
+        """Bytes appended; of another process's part, bytes in the file."""
         return self._size if self._descriptor is not None else self.path.stat().st_size
 
     def append(self, lines: Sequence[bytes]) -> int:
@@ -109,7 +109,7 @@ class DiskPart:
             ends = list(accumulate(map(len, lines)))
             whole = sum(end <= written for end in ends)
             written = ends[whole - 1] if whole else 0
-            try:  # A reader skips what is torn, but it should not have to.
+            try:  # A reader would skip a torn line, but count it as damage.
                 os.ftruncate(self._descriptor, self._size + written)
             except OSError:
                 pass
@@ -118,7 +118,7 @@ class DiskPart:
         return whole
 
     def _in_place(self) -> bool:
-        """Whether the file is still where it was made, and whole: nobody has deleted or cut it."""
+        """Whether the file was neither deleted, replaced nor cut short."""
         assert self._made is not None
         try:
             now = self.path.stat()
@@ -127,13 +127,18 @@ class DiskPart:
         return os.path.samestat(self._made, now) and now.st_size == self._size
 
     def seal(self) -> None:
-        """Nothing will be appended any more."""
+        """Close the file: nothing will be appended any more."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             try:
                 os.close(descriptor)
-            except OSError as error:  # Whether the lines are there shows when they are read.
-                _guard.warn("delivery.close", "cannot close %s: %s", self.path, error)
+            except OSError as error:  # Reading shows whether the lines are there.
+                _guard.warn(
+                    "delivery.close",
+                    "%s cannot be closed (%s): its last records may be lost",
+                    self.path,
+                    error,
+                )
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the file. Keeps nothing open."""
@@ -148,12 +153,12 @@ class DiskPart:
 
 
 class MemoryPart:
-    """A part that stands in for the disk; gone with the process.
+    """A part in memory while the disk fails; lost with the process.
 
     Args:
         base: position of the first line.
-        limit_bytes: how much goes in.
-        failure: why the disk could not be used; what does not go in is lost for this reason.
+        limit_bytes: most that it holds.
+        failure: why the disk could not be used; what it does not hold is lost for this reason.
     """
 
     def __init__(self, base: int, limit_bytes: int, failure: str) -> None:
@@ -171,7 +176,7 @@ class MemoryPart:
         return len(self._lines)
 
     def append(self, lines: Sequence[bytes]) -> int:
-        """Append as many of the lines as there is room for; returns how many."""
+        """Append as many of the lines as fit; returns how many."""
         room = self._limit_bytes - len(self._lines)
         whole = sum(end <= room for end in accumulate(map(len, lines)))
         self._lines += b"".join(lines[:whole])
@@ -179,7 +184,7 @@ class MemoryPart:
         return whole
 
     def append_anyway(self, line: bytes) -> None:
-        """Append a line whether there is room or not."""
+        """Append a line even if it does not fit."""
         self._lines += line
         self.records += 1
 

@@ -4,11 +4,11 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
 
     <stem>.<base>.seg   a part: the lines whose positions begin at <base> (16 hex digits)
     <stem>.ack          how far records were accepted, and the sink's state at that point
-    <stem>.ack.tmp      the next one while it is written
+    <stem>.ack.tmp      the next acknowledgement while it is written
     <stem>.own          lock of the process that appends
-    <stem>.ship         lock of the process that ships
+    <stem>.ship         lock of the process that sends
     <stem>.dead         records the server refused for good, JSON lines; stays
-    <stem>.bad          torn and corrupt lines, as found; stays
+    <stem>.bad          torn and corrupt lines, JSON lines; stays
     <stem>.<base>.bad   a part that could not be read; stays
     <stem>.lost         losses by reason, JSON; stays
 """
@@ -42,7 +42,7 @@ class Paths:
     directory: Path
     stem: str
     listed: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
-    """The names of its files when the directory was last read; None: it was not.
+    """The names of its files when the directory was last read; None: it was not read.
 
     Reading it for each of many segments would take a time that grows with their square.
     """
@@ -59,7 +59,7 @@ class Paths:
 
     @property
     def ship(self) -> Path:
-        """Lock of the process that ships."""
+        """Lock of the process that sends."""
         return self.directory / f"{self.stem}.ship"
 
     @property
@@ -87,9 +87,9 @@ class Paths:
         return [self.directory / name for name in names if name.endswith(ASIDE_SUFFIXES)]
 
     def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
-        """The parts there were when the directory was last read, with their bases, in order.
+        """The parts when the directory was last read, with their bases, in order.
 
-        With `now`, and where it has not been read, it is read for this.
+        With `now`, and if it was never read, it is read first.
         """
         names: Iterable[str] | None = self.listed
         if now or names is None:
@@ -102,7 +102,7 @@ class Paths:
 
 
 def new_stem() -> str:
-    """A stem no other pipeline has, on this machine or another one sharing the directory."""
+    """A stem that no other segment has, on this host or another one that shares the directory."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
     return f"{host}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
 
@@ -124,7 +124,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def stem_of(file_name: str) -> str | None:
-    """The segment a file belongs to, by its name; None when it is no file of the spool."""
+    """The segment that a file belongs to, by its name; None when it is no file of the spool."""
     name = _NAME.fullmatch(file_name)
     if name is None or name["suffix"] not in SUFFIXES:
         return None
@@ -135,7 +135,7 @@ def stem_of(file_name: str) -> str | None:
 
 
 def make_directory(directory: Path) -> None:
-    """Create `directory` for its owner only; one that exists keeps its permissions."""
+    """Create `directory` for its owner only; an existing one keeps its permissions."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir(mode=_PRIVATE_DIRECTORY)
@@ -147,14 +147,14 @@ def make_directory(directory: Path) -> None:
 def open_private(path: Path, flags: int) -> int:
     """A file descriptor of `path`, for its owner only when this creates it.
 
-    Never follows a link left in the file's place.
+    Never follows a link in the file's place.
     """
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, _PRIVATE_FILE)
     if hasattr(os, "fchmod") and flags & os.O_CREAT:
         try:
             os.fchmod(descriptor, _PRIVATE_FILE)
-        except OSError:  # Some network file systems know no modes.
+        except OSError:  # Some network file systems have no modes.
             pass
     return descriptor
 
@@ -196,5 +196,5 @@ def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where the new content of `path` is written; a process that is killed may leave it."""
+    """The file that the new content of `path` is written to; a killed process may leave it."""
     return path.with_name(path.name + ".tmp")

@@ -1,7 +1,7 @@
-"""How much the spool directory may still take: records, and what is kept aside, each its share.
+"""How much may still be written to the spool directory: of records, and of what is kept aside.
 
-What is kept aside (dead letters, bad lines, unreadable parts) stays until somebody purges it, so it
-has a bound of its own: it must never keep records out.
+What is kept aside (dead letters, damaged lines, unreadable parts) stays until it is purged, so it
+has a bound of its own: it never takes the space of records.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES
 
 SCAN_S = 2.0
-"""How often the sizes of the whole directory are looked up, at most (seconds)."""
+"""The sizes of the whole directory are read at most this often (seconds)."""
 
 
 class Quota:
-    """A bound of the directory's size, looked up now and then, counted in between. One thread.
+    """A bound of the directory's size, read now and then, counted in between. One thread.
 
     Args:
-        directory: the spool; all processes that use it count.
+        directory: the spool; files of all processes count.
         cap_bytes: the bound.
         aside: bounds what is kept aside; otherwise everything else.
     """
@@ -45,7 +45,7 @@ class Quota:
 
 
 def _bytes_of(directory: Path, aside: bool) -> int:
-    """What the files take; those that vanish meanwhile count as nothing."""
+    """The size of the files; those that vanish meanwhile count as nothing."""
     total = 0
     try:
         with os.scandir(directory) as entries:

@@ -1,4 +1,4 @@
-"""The reading side of a segment: records in order, and what of them has been accepted.
+"""The reading side of a segment: records in order, and how far they have been accepted.
 
 The same for the process that appends and for any other that delivers the segment later.
 """
@@ -14,24 +14,24 @@ from typing import NamedTuple
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import Damage, DeadLetter, DeadLetters
 from qitos_mlflow.delivery.spool.parts import Part
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 
 READ_BYTES = 1024 * 1024
-"""Read at once; four times as much where one line is longer."""
+"""Read at once (bytes); four times as much if one line is longer."""
 READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0
-"""... and for so long, then given up. Less than the patience of `qitos-mlflow sync` (seconds)."""
+"""... and for this long, then given up: sooner than `qitos-mlflow sync` gives up (seconds)."""
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""Of the process or the system: says nothing about the file, however long it lasts."""
+"""What the process or the system lacks: says nothing about the file, however long it lasts."""
 
 
 class Ack(NamedTuple):
     """How far records were accepted, the sink's state there, the time of the last one (ns).
 
-    The state is None when it is empty: a sink is not asked to restore nothing.
+    The state is None when it is empty: then a sink has nothing to restore.
     """
 
     position: int
@@ -47,8 +47,9 @@ class Chunk:
     time_ns: int
     part: Part | None = None
     records: list[bytes] = field(default_factory=list)
-    bad: list[bytes] = field(default_factory=list)
+    damaged: list[Damage] = field(default_factory=list)
     lost: int = 0
+    """Records of the part that are gone, as far as their number is known."""
     unreadable: bool = False
     """The part cannot be read: what is lost is the rest of it."""
 
@@ -78,9 +79,9 @@ class SegmentReader:
         paths: where the acknowledgement is kept.
         parts: returns the parts there are now, in order.
         discard: frees parts before a position (``discard(position, disk=...)``).
-        stats: what dead letters, bad lines and deliveries are counted in.
+        stats: counts dead letters, damaged lines and deliveries.
         aside: takes what cannot be delivered.
-        patient: try again to read what cannot be read, for a while; otherwise skip it.
+        patient: read a part that cannot be read again, for a while; otherwise skip it at once.
     """
 
     def __init__(
@@ -111,15 +112,14 @@ class SegmentReader:
         """The next records; `end` of the chunk is `position` when there are none.
 
         Args:
-            end: read no further than this position; None for all there is.
-            sealed: nobody is appending between here and `end` (always where that is given), so
-                that an incomplete last line is a torn one; otherwise it is left until it is
-                complete.
-            max_records: at most so many records.
+            end: read no further than this position; None for everything there is.
+            sealed: no process appends before `end` any more (always true if that is given), so an
+                incomplete last line is a torn one. Otherwise it is left until it is complete.
+            max_records: most records to read.
             max_bytes: no further record once they have this size together.
 
         Raises:
-            OSError: a part cannot be read; when that lasts, the next call goes on behind it.
+            OSError: a part cannot be read; if that lasts, a later call goes on behind it.
         """
         chunk = Chunk(self.position, self.last_time_ns)
         # Parts are listed before they are read: one with a successor was complete by then.
@@ -138,7 +138,7 @@ class SegmentReader:
             except FileNotFoundError:
                 full = False
             except OSError as error:
-                if chunk.records or chunk.bad:
+                if chunk.records or chunk.damaged:
                     break  # Those first.
                 if not self._gives_up(error):
                     raise
@@ -147,17 +147,17 @@ class SegmentReader:
                 chunk.end = part.base + part.size if limit is None else limit
                 full = False
             if not full and limit is not None and chunk.end < limit:
-                # Nobody appends there any more: the file was deleted or cut short. Or what came
-                # next was in the memory of a process that is gone.
+                # The part is complete, so the file was deleted or cut short. Or the records that
+                # followed were in the memory of a process that is gone.
                 chunk.lost = _missing(part, chunk)
                 chunk.end = limit
-            if chunk.records or chunk.bad or chunk.lost:
+            if chunk.records or chunk.damaged or chunk.lost:
                 break
         self._read_failures = 0
         return chunk
 
     def _gives_up(self, error: OSError) -> bool:
-        """Whether reading has failed for long enough, and because of the part."""
+        """Whether reading has failed for long enough, and because of the file."""
         if self._patient and error.errno in EXHAUSTED:
             return False
         if not self._read_failures:
@@ -167,13 +167,13 @@ class SegmentReader:
         return not self._patient or (self._read_failures >= READ_TRIES and failing_s >= READ_S)
 
     def skip(self, chunk: Chunk) -> None:
-        """Read on behind `chunk` without acknowledging it: for looking only."""
+        """Read on behind `chunk` without acknowledging it: for inspection only."""
         self.position, self.last_time_ns = chunk.end, chunk.time_ns
 
     def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
-        """Record that everything up to the chunk's end was accepted or buried."""
+        """Note that every record up to the chunk's end was accepted or is a dead letter."""
         self.aside.bury(dead)
-        self.aside.keep_bad(chunk.bad)
+        self.aside.keep_damaged(chunk.damaged)
         if chunk.unreadable and chunk.part is not None and chunk.part.path is not None:
             self.aside.keep_part(chunk.part.path)
         parts = self._parts()
@@ -188,12 +188,16 @@ class SegmentReader:
             replace_private(self._paths.ack, line, durable=last_copy)
             stored = True
         except OSError as error:
-            # Harmless by itself: after a crash, records are sent a second time.
-            _guard.warn("delivery.ack", "cannot write %s: %s", self._paths.ack, error)
+            _guard.warn(
+                "delivery.ack",
+                "%s cannot be written (%s); after a crash, records are sent a second time",
+                self._paths.ack,
+                error,
+            )
         self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
         if chunk.part is not None:
             chunk.part.acknowledged += len(chunk.records) + chunk.lost
-        # Of one record the server may refuse many items.
+        # The server may refuse many items of one record.
         self._stats.add(delivered=max(0, len(chunk.records) - len(dead)))
         if chunk.lost:
             reason = SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED
@@ -204,8 +208,8 @@ class SegmentReader:
 
 
 def _missing(part: Part, chunk: Chunk) -> int:
-    """How many records of `part` are neither settled nor in `chunk`; of others' nobody knows."""
-    return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.bad))
+    """How many records of `part` are neither settled nor in `chunk`; 0 of other processes'."""
+    return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.damaged))
 
 
 def _read_part(
@@ -223,24 +227,27 @@ def _read_part(
                 size *= 4  # One line is longer than what was read.
                 continue
             if data and sealed:
-                _take(data, chunk)
+                _take(data, part, chunk)
                 chunk.end += len(data)
             return False
         for line in data[: complete - 1].split(line_format.LF):
-            taken_bytes += _take(line, chunk)
+            taken_bytes += _take(line, part, chunk)
             chunk.end += len(line) + 1
             if len(chunk.records) >= max_records or taken_bytes >= max_bytes:
                 return True
     return False
 
 
-def _take(raw: bytes, chunk: Chunk) -> int:
-    line = line_format.decode(raw)
-    if line is None:
-        chunk.bad.append(raw)
-    before = len(chunk.records)
-    for intact in line_format.salvage(raw) if line is None else [line]:
-        if intact.kind == line_format.RECORD:
-            chunk.records.append(intact.payload)
-            chunk.time_ns = max(chunk.time_ns, intact.time_ns)
-    return sum(map(len, chunk.records[before:]))
+def _take(raw: bytes, part: Part, chunk: Chunk) -> int:
+    """Add the records of a line at the chunk's end to the chunk; returns their size (bytes)."""
+    lines, intact = line_format.decode_all(raw)
+    if not intact:
+        name = part.path.name if part.path is not None else "memory"
+        chunk.damaged.append(Damage(name, chunk.end - part.base, raw))
+    size = 0
+    for line in lines:
+        if line.kind == line_format.RECORD:
+            chunk.records.append(line.payload)
+            chunk.time_ns = max(chunk.time_ns, line.time_ns)
+            size += len(line.payload)
+    return size

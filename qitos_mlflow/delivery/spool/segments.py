@@ -1,7 +1,7 @@
-"""The spool as others see it: which segments there are, who has them, taking one over.
+"""The spool as other processes see it: which segments there are, who has them, taking one over.
 
 For `qitos-mlflow status`, `sync` and `spool purge`, and for the next process that finds what a
-dead one left. Safe beside running agents: only locks decide who may do what.
+dead one left. Safe beside running agents: locks alone decide which process may do what.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import Counts
-from qitos_mlflow.delivery.spool.dead_letters import load_losses
+from qitos_mlflow.delivery.spool.dead_letters import damaged_places, load_losses
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, list_directory, stem_of, temporary_of
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
 
-READ_RECORDS = 1000
-"""Records that are in memory at once while a segment is looked through."""
-READ_BYTES = 1024 * 1024
+INSPECT_RECORDS = 1000
+"""Most records that are in memory at once while a segment is inspected."""
+INSPECT_BYTES = 1024 * 1024
 """The same in bytes."""
 
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """One segment at the moment it was looked at."""
+    """One segment at the moment it was inspected."""
 
     paths: Paths
     header: bytes | None
@@ -37,13 +37,13 @@ class SegmentInfo:
     host: str
     pid: int
     offline: bool
-    """The owner does not ship it: others may while it lives."""
+    """The owner does not deliver it: other processes may while it lives."""
     started_ns: int
     last_time_ns: int
     """When the last record was written, by the wall clock; `started_ns` when there is none."""
     owner_alive: bool
-    shipping: bool
-    """Somebody is delivering it now."""
+    delivering: bool
+    """A process is delivering it now."""
     waiting: int
     """Records not acknowledged yet."""
     size_bytes: int
@@ -52,6 +52,8 @@ class SegmentInfo:
     """Torn or corrupt lines kept aside so far."""
     losses: Mapping[str, int]
     """Records lost, by reason."""
+    damaged: Sequence[str] = ()
+    """Where the damaged lines were, such as "<stem>.0000000000000000.seg at byte 512"."""
 
 
 def find_segments(path: Path) -> list[Paths]:
@@ -64,14 +66,14 @@ def find_segments(path: Path) -> list[Paths]:
 
 
 def inspect_segment(paths: Paths) -> SegmentInfo:
-    """Look at one segment; reads all of its records. Changes nothing.
+    """Inspect one segment; reads all of its records. Changes nothing.
 
-    Those that `find_segments` has found are taken to have the parts they had then.
+    A segment that `find_segments` has found is taken to have the parts it had then.
     """
     alive = is_held(paths.own)
     head = read_head(paths)
-    cursor = _looking(paths)
-    waiting = sum(len(chunk.records) for chunk in _chunks(cursor, sealed=not alive))
+    reader = _inspecting(paths)
+    waiting = sum(len(chunk.records) for chunk in _chunks(reader, sealed=not alive))
     return SegmentInfo(
         paths=paths,
         header=head.caller,
@@ -79,20 +81,21 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
         pid=int(head.about.get("pid", 0)),
         offline=bool(head.about.get("offline")),
         started_ns=head.time_ns,
-        last_time_ns=cursor.last_time_ns or head.time_ns,
+        last_time_ns=reader.last_time_ns or head.time_ns,
         owner_alive=alive,
-        shipping=is_held(paths.ship),
+        delivering=is_held(paths.ship),
         waiting=waiting,
         size_bytes=sum(_size(path) for _, path in paths.parts()),
         dead_letters=_lines(paths.dead),
         bad_lines=_lines(paths.bad),
         losses=load_losses(paths.lost),
+        damaged=damaged_places(paths.bad),
     )
 
 
 def waiting_records(paths: Paths) -> Iterator[bytes]:
     """The records not acknowledged yet, in order. Changes nothing."""
-    for chunk in _chunks(_looking(paths), sealed=False):
+    for chunk in _chunks(_inspecting(paths), sealed=False):
         yield from chunk.records
 
 
@@ -105,8 +108,8 @@ class Head(NamedTuple):
 
 
 def read_head(paths: Paths) -> Head:
-    """What the segment says about itself: every part does, so that one can be damaged."""
-    # Where there were parts when they were listed, there may be others by now.
+    """What the segment says about itself. Every part repeats it, so one may be damaged."""
+    # If there were parts when they were listed, there may be others by now.
     for now in (False, True) if paths.parts() else ():
         for _, path in paths.parts(now=now):
             try:
@@ -128,7 +131,7 @@ def read_head(paths: Paths) -> Head:
 
 
 class Claim:
-    """A segment that this process alone may ship, until `finish` or `release`."""
+    """A segment that this process alone may deliver, until `finish` or `release`."""
 
     def __init__(self, paths: Paths, lock: FileLock, stats: Counts) -> None:
         self.paths = paths
@@ -150,13 +153,14 @@ class Claim:
         _delete(self.paths, self._lock, self.parts())
 
     def release(self) -> None:
-        """Let others ship it."""
+        """Let other processes deliver it."""
         self._lock.release()
 
     def parts(self) -> list[Part]:
         """The parts there are now, in order."""
         if not self._complete:
-            self._complete = not self.owner_alive()  # Before looking: nothing comes after that.
+            # In this order: a dead owner adds no part after the directory is read.
+            self._complete = not self.owner_alive()
             self._listed = _parts(self.paths, now=True)
         return self._listed
 
@@ -169,9 +173,9 @@ class Claim:
 
 
 def claim(paths: Paths, stats: Counts) -> Claim | None:
-    """Take over the shipping of a segment; None when somebody does it already or it is gone.
+    """Take over the delivery of a segment; None when a process has it already, or it is gone.
 
-    Removes what a process left that died before it wrote or after it deleted the records.
+    Removes what is left by a process that died before it wrote or after it deleted the records.
 
     Raises:
         OSError: the spool cannot be read or written.
@@ -225,18 +229,20 @@ def _delete(paths: Paths, lock: FileLock, parts: Sequence[Part]) -> None:
     lock.release(remove=True)
 
 
-def _looking(paths: Paths) -> SegmentReader:
+def _inspecting(paths: Paths) -> SegmentReader:
     parts = _parts(paths)
     return SegmentReader(paths, lambda: parts, lambda *_, **__: None, Counts(), patient=False)
 
 
-def _chunks(cursor: SegmentReader, *, sealed: bool) -> Iterator[Chunk]:
+def _chunks(reader: SegmentReader, *, sealed: bool) -> Iterator[Chunk]:
     while True:
-        chunk = cursor.read(end=None, sealed=sealed, max_records=READ_RECORDS, max_bytes=READ_BYTES)
-        if chunk.end == cursor.position:
+        chunk = reader.read(
+            end=None, sealed=sealed, max_records=INSPECT_RECORDS, max_bytes=INSPECT_BYTES
+        )
+        if chunk.end == reader.position:
             return
         yield chunk
-        cursor.skip(chunk)
+        reader.skip(chunk)
 
 
 def _parts(paths: Paths, *, now: bool = False) -> list[Part]:

@@ -1,10 +1,10 @@
-"""The segment this process appends to: parts on disk while there is one, in memory otherwise.
+"""The segment this process appends to: parts on disk, or in memory while the disk fails.
 
-Receives refined records from the worker; the shipper reads them back through a `SegmentReader`. The
-first append creates the files. Nothing here is called on the agent's thread.
+Receives normalized records from the spooling thread. The sending thread reads them back through a
+`SegmentReader`. The first append creates the files. Nothing here runs on the agent's thread.
 
-The disk failing is no reason to stop: the lines that follow go into parts in memory, bounded, and
-from there to the server in the same order. The disk is tried again every `DISK_RETRY_S`.
+When the disk fails, the lines that follow go into bounded parts in memory, and from there to the
+server in the same order. The disk is tried again every `DISK_RETRY_S`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from qitos_mlflow.delivery.spool.counts import (
     SPOOL_UNWRITABLE,
     reason_of,
 )
-from qitos_mlflow.delivery.spool.locks import FileLock, boot_id
+from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart
 from qitos_mlflow.delivery.spool.paths import Paths, make_directory, new_stem
 from qitos_mlflow.delivery.spool.quota import Quota
 
-MAGIC = "qitos-mlflow-spool"
 PART_BYTES = 16 * 1024 * 1024
-"""A part is followed by the next at this size: what is acknowledged frees the disk this soon."""
+"""The next part begins at this size: what is acknowledged frees the disk this soon (bytes)."""
 MEMORY_PART_BYTES = 1024 * 1024
-"""The same of a part in memory, which is freed as a whole."""
+"""The same of a part in memory, which is freed as a whole (bytes)."""
 DISK_RETRY_S = 5.0
 """How often a disk that failed is tried again (seconds)."""
 KEEP_SHARE = 1.1
@@ -43,7 +42,7 @@ KEEP_SHARE = 1.1
 
 
 class Record(NamedTuple):
-    """What is appended, and whether it is to be kept when space is short."""
+    """What is appended, and whether to keep it when space is short."""
 
     data: bytes
     keep: bool
@@ -61,11 +60,11 @@ class SegmentWriter:
 
     Args:
         directory: the spool; created when missing.
-        header: the caller's, repeated at the head of every part.
+        header: the caller's, repeated at the beginning of every part.
         offline: this process does not send the segment: other processes may, at any time.
         cap_bytes: what the whole directory may take, other processes' segments included.
-        memory_bytes: what parts in memory may take together, but for records to be kept; 0: there
-            are none.
+        memory_bytes: what parts in memory may take together, beside records to be kept; 0: no
+            parts in memory.
         part_bytes: size at which the next part begins.
     """
 
@@ -87,9 +86,9 @@ class SegmentWriter:
         self._offline = offline
         self._memory_bytes = memory_bytes
         self._part_bytes = part_bytes
-        self._cap = Quota(directory, cap_bytes)
+        self._quota = Quota(directory, cap_bytes)
         self._own = FileLock(self.paths.own)
-        self._shipping = FileLock(self.paths.ship)
+        self._sending = FileLock(self.paths.ship)
         self._parts: list[DiskPart | MemoryPart] = []
         self._parts_lock = threading.Lock()
         self._disk_failure = ""
@@ -115,7 +114,7 @@ class SegmentWriter:
                 break
             if isinstance(part, DiskPart) and done < upto:
                 failure = part.failure or SPOOL_UNWRITABLE
-                if failure == SPOOL_REMOVED:  # Which says nothing against the disk.
+                if failure == SPOOL_REMOVED:  # The disk itself is well.
                     part = self._disk_or_memory(records[done], lines[done], time_ns)
                 else:
                     part = self._fall_back(failure)
@@ -126,7 +125,7 @@ class SegmentWriter:
                 done += 1
             elif whole or part.size:
                 part = self._add_memory()
-            else:  # It was made with all the room there is.
+            else:  # The part is new and had all the room there is.
                 if records[done].keep and self._memory_bytes:
                     part.append_anyway(lines[done])
                     self.end = part.base + part.size
@@ -174,7 +173,7 @@ class SegmentWriter:
             if delete:
                 self.paths.ack.unlink(missing_ok=True)
         finally:
-            self._shipping.release(remove=delete)
+            self._sending.release(remove=delete)
             self._own.release(remove=delete)
 
     def disown(self) -> None:
@@ -187,7 +186,7 @@ class SegmentWriter:
         part = self._parts[-1] if self._parts else None
         if isinstance(part, DiskPart) and part.size < self._part_bytes:
             return part
-        # What begins and ends traces goes to the disk for longer: see whether it takes this one.
+        # Starts and ends of traces may exceed the cap: try the disk for this one.
         now = time.monotonic() >= self._disk_retry_at
         now = now or (record.keep and self._disk_failure == SPOOL_FULL)
         if isinstance(part, MemoryPart) and not now:
@@ -195,11 +194,11 @@ class SegmentWriter:
         return self._disk_or_memory(record, line, time_ns)
 
     def _fitting(self, records: Sequence[Record], lines: Sequence[bytes], start: int) -> int:
-        """The first line from `start` on that the directory has no room for; counts the others."""
+        """The index of the first line from `start` on that has no room; counts those before."""
         for index in range(start, len(lines)):
-            if not self._cap.has_room(len(lines[index]), _share(records[index])):
+            if not self._quota.has_room(len(lines[index]), _share(records[index])):
                 return index
-            self._cap.add(len(lines[index]))
+            self._quota.add(len(lines[index]))
         return len(lines)
 
     def _disk_or_memory(self, record: Record, line: bytes, time_ns: int) -> DiskPart | MemoryPart:
@@ -212,23 +211,21 @@ class SegmentWriter:
     def _add_disk(self, record: Record, line: bytes, time_ns: int) -> DiskPart | None:
         """A new part on disk; None when the directory has no room for one with `line` in it."""
         about = {
-            "magic": MAGIC,
             "host": socket.gethostname(),
-            "boot": boot_id(),
             "pid": os.getpid(),
             "offline": self._offline,
         }
         head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
         head += line_format.encode(line_format.CALLER, self._header, time_ns)
-        if not self._cap.has_room(len(head) + len(line), _share(record)):
+        if not self._quota.has_room(len(head) + len(line), _share(record)):
             return None
         make_directory(self.paths.directory)
-        # Locks first: who sees a part without an owner takes it for a dead process's.
-        for lock in (self._own,) if self._offline else (self._own, self._shipping):
+        # Locks first: a part without an owner looks like that of a dead process.
+        for lock in (self._own,) if self._offline else (self._own, self._sending):
             if not lock.acquire_patiently():
                 raise OSError(f"{lock.path} is locked by another process")
         part = DiskPart.create(self.paths.part(self.end), self.end, head)
-        self._cap.add(len(head))
+        self._quota.add(len(head))
         self._add(part)
         self._disk_failure = ""
         return part
@@ -237,8 +234,8 @@ class SegmentWriter:
         if failure != self._disk_failure:
             _guard.warn(
                 f"delivery.{failure}",
-                "the spool %s cannot be written (%s); records are sent from memory, as far as "
-                "it goes, until it can",
+                "the spool %s cannot be written (%s): until it can, records are sent from memory, "
+                "and lost beyond its bound; free some disk or raise spool_bytes",
                 self.paths.directory,
                 error or failure,
             )
@@ -259,7 +256,7 @@ class SegmentWriter:
                 if isinstance(last, DiskPart):
                     last.seal()
                 elif not last.size:
-                    self._parts.pop()  # It took nothing; parts have positions of their own.
+                    self._parts.pop()  # It is empty; each part has a position of its own.
             self._parts.append(part)
         self.end = part.base + part.size
 

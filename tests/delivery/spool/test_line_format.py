@@ -1,6 +1,8 @@
-"""The line codec: any bytes, any damage."""
+"""The line format: any bytes, any damage, both versions."""
 
 from __future__ import annotations
+
+from zlib import crc32
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -41,13 +43,26 @@ def test_every_cut_is_noticed(payload: bytes, data: st.DataObject) -> None:
 @given(st.binary())
 def test_decode_is_total(raw: bytes) -> None:
     """Whatever is in a file, decoding it raises nothing."""
-    line_format.decode(raw)
-    line_format.salvage(raw)
+    line_format.decode_all(raw)
 
 
-@given(st.lists(st.binary(max_size=30).filter(lambda p: b"\n" not in p), min_size=1, max_size=5))
-def test_salvage_finds_lines_run_together(payloads: list[bytes]) -> None:
+@given(st.lists(st.binary(max_size=30).filter(lambda p: b"\n" not in p), min_size=2, max_size=5))
+def test_lines_run_together_are_found(payloads: list[bytes]) -> None:
     """Lines whose line feeds were overwritten are all found again."""
     lines = [line_format.encode(line_format.RECORD, payload, 7)[:-1] for payload in payloads]
-    found = line_format.salvage(b"\x00".join(lines))
+    found, intact = line_format.decode_all(b"\x00".join(lines))
     assert [line.payload for line in found] == payloads
+    assert not intact
+
+
+def test_head_lines_are_of_version_2_and_those_of_version_1_are_read() -> None:
+    """Version 0.1.0 takes a segment whose head lines say 2 for one without a header."""
+    for kind in (line_format.FILE, line_format.CALLER):
+        line = line_format.encode(kind, b"{}", 7)[:-1]
+        assert line.startswith(b"2" + kind)
+        head = b"1%b 7 2 " % kind
+        old = b"%b%08x {}" % (head, crc32(b"{}", crc32(head)))
+        assert line_format.decode(old) == line_format.decode(line)
+    for kind in (line_format.RECORD, line_format.ACK):
+        assert line_format.encode(kind, b"{}", 7).startswith(b"1" + kind)
+    assert line_format.decode(b"3" + line_format.encode(line_format.FILE, b"{}", 7)[1:-1]) is None

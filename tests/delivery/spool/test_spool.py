@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qitos_mlflow.delivery.spool import quota
-from qitos_mlflow.delivery.spool import reader as cursor_module
-from qitos_mlflow.delivery.spool import writer as segment_module
+from qitos_mlflow.delivery.spool import reader as reader_module
+from qitos_mlflow.delivery.spool import writer as writer_module
 from qitos_mlflow.delivery.spool.counts import (
     ASIDE_FULL,
     DISK_FULL,
@@ -25,7 +25,7 @@ from qitos_mlflow.delivery.spool.counts import (
     SPOOL_UNWRITABLE,
     Counts,
 )
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import Damage, DeadLetter, DeadLetters
 from qitos_mlflow.delivery.spool.parts import DiskPart
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
@@ -53,18 +53,18 @@ def append(segment: SegmentWriter, records: list[bytes], *, keep: bool = False) 
     return [reason for _, reason in segment.append([Record(r, keep) for r in records], NOW)]
 
 
-def own_cursor(segment: SegmentWriter, stats: Counts | None = None) -> SegmentReader:
+def own_reader(segment: SegmentWriter, stats: Counts | None = None) -> SegmentReader:
     return SegmentReader(segment.paths, segment.parts, segment.discard, stats or Counts())
 
 
-def read_all(cursor: SegmentReader, end: int, *, ack: bool = True) -> list[bytes]:
+def read_all(reader: SegmentReader, end: int, *, ack: bool = True) -> list[bytes]:
     records: list[bytes] = []
     while True:
-        chunk = cursor.read(end=end, sealed=True, max_records=3, max_bytes=MIB)
-        if chunk.end == cursor.position:
+        chunk = reader.read(end=end, sealed=True, max_records=3, max_bytes=MIB)
+        if chunk.end == reader.position:
             return records
         records += chunk.records
-        cursor.acknowledge(chunk, b"state", ()) if ack else cursor.skip(chunk)
+        reader.acknowledge(chunk, b"state", ()) if ack else reader.skip(chunk)
 
 
 def crash(segment: SegmentWriter) -> None:
@@ -80,10 +80,10 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
         try:
             segment = make_segment(directory / f"{umask:o}")
             append(segment, numbered(2))
-            cursor = own_cursor(segment)
-            chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
-            chunk.bad.append(b"bad")
-            cursor.acknowledge(chunk, b"s", [DeadLetter(b"x", "refused")])
+            reader = own_reader(segment)
+            chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+            chunk.damaged.append(Damage("x.seg", 7, b"bad"))
+            reader.acknowledge(chunk, b"s", [DeadLetter(b"x", "refused")])
         finally:
             os.umask(before)
         files = list((directory / f"{umask:o}").iterdir())
@@ -103,11 +103,11 @@ def test_parts_rotate_and_acknowledged_ones_are_deleted(tmp_path: Path) -> None:
     for record in records:
         append(segment, [record])
     assert len(segment.paths.parts()) > 5
-    cursor = own_cursor(segment)
-    assert read_all(cursor, segment.end) == records
+    reader = own_reader(segment)
+    assert read_all(reader, segment.end) == records
     assert len(segment.paths.parts()) == 1
     append(segment, [b"later"])
-    assert read_all(cursor, segment.end) == [b"later"]
+    assert read_all(reader, segment.end) == [b"later"]
     segment.close(delete=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -117,9 +117,9 @@ def test_reading_goes_on_at_the_acknowledgement(tmp_path: Path) -> None:
     segment = make_segment(tmp_path, part_bytes=300)
     for record in numbered(20):
         append(segment, [record])
-    cursor = own_cursor(segment)
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=7, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"any\nstate\x1b\x00", ())
+    reader = own_reader(segment)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=7, max_bytes=MIB)
+    reader.acknowledge(chunk, b"any\nstate\x1b\x00", ())
     done = len(chunk.records)
     assert done > 0
     crash(segment)
@@ -137,7 +137,7 @@ def test_nothing_is_deleted_that_is_not_acknowledged_on_disk(tmp_path: Path) -> 
         append(segment, [record])
     parts = len(segment.paths.parts())
     segment.paths.ack.mkdir()
-    assert read_all(own_cursor(segment), segment.end) == numbered(20)
+    assert read_all(own_reader(segment), segment.end) == numbered(20)
     assert len(segment.paths.parts()) == parts
     crash(segment)
     assert list(waiting_records(segment.paths)) == numbered(20)
@@ -150,15 +150,15 @@ def test_an_acknowledgement_that_is_the_last_copy_is_on_the_disk(
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     segment = make_segment(tmp_path, part_bytes=300)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     append(segment, numbered(1))
-    read_all(cursor, segment.end)
+    read_all(reader, segment.end)
     assert synced == []  # The records are still there.
     for count, record in enumerate(numbered(20), start=1):
         append(segment, [record])
         gone = segment.parts()[0].base > 0 or len(segment.parts()) > 1
         before = len(synced)
-        read_all(cursor, segment.end)
+        read_all(reader, segment.end)
         assert len(synced) == before + gone, count
     assert gone
     segment.close(delete=True)
@@ -173,13 +173,13 @@ def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     stats = Counts()
-    cursor = SegmentReader(segment.paths, lambda: segment.parts(), lambda *_, **__: None, stats)
-    chunk = cursor.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
-    assert (chunk.records, chunk.bad) == ([b"one"], [])
-    cursor.skip(chunk)
+    reader = SegmentReader(segment.paths, lambda: segment.parts(), lambda *_, **__: None, stats)
+    chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    assert (chunk.records, chunk.damaged) == ([b"one"], [])
+    reader.skip(chunk)
     path.write_bytes(whole)
-    chunk = cursor.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
-    assert (chunk.records, chunk.bad) == ([b"two"], [])
+    chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    assert (chunk.records, chunk.damaged) == ([b"two"], [])
 
 
 def test_a_record_longer_than_a_read_comes_back(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_record_longer_than_a_read_comes_back(tmp_path: Path) -> None:
     segment = make_segment(tmp_path)
     records = [b"x" * (3 * MIB), b"y", b"z" * (MIB + 1)]
     append(segment, records)
-    assert read_all(own_cursor(segment), segment.end) == records
+    assert read_all(own_reader(segment), segment.end) == records
     segment.close(delete=True)
 
 
@@ -208,8 +208,8 @@ def test_cut_anywhere(payloads: list[bytes]) -> None:
         for cut in range(len(whole)):
             path.write_bytes(whole[:cut])
             stats = Counts()
-            cursor = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
-            got = read_all(cursor, len(whole), ack=False)
+            reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
+            got = read_all(reader, len(whole), ack=False)
             intact = sum(end <= cut for end in ends)
             # The line of which only the line feed is missing is intact as well.
             assert got in (payloads[:intact], payloads[: intact + (cut + 1 in ends)])
@@ -230,33 +230,47 @@ def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
         for at in range(len(whole)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
             stats = Counts()
-            cursor = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
-            got = read_all(cursor, len(whole), ack=False)
+            reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
+            got = read_all(reader, len(whole), ack=False)
             hit = next(n for n in range(len(lines)) if at < starts[n + 1]) - 2
             others = [p for n, p in enumerate(payloads) if n != hit]
             assert got in (others, payloads)
 
 
-def test_bad_lines_are_counted_and_kept_aside(tmp_path: Path) -> None:
-    """What cannot be read is not thrown away: it is in the .bad file, and counted."""
+def test_damaged_lines_are_counted_and_kept_aside(tmp_path: Path) -> None:
+    """What cannot be read is not thrown away: it is counted, and kept with its place."""
     segment = make_segment(tmp_path)
     append(segment, [b"one", b"two", b"three"])
     crash(segment)
     [(_, path)] = segment.paths.parts()
-    path.write_bytes(path.read_bytes().replace(b" two\n", b" tvo\n"))
+    damaged = path.read_bytes().replace(b" two\n", b" tvo\n")
+    path.write_bytes(damaged)
     stats = Counts()
-    cursor = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
-    assert read_all(cursor, segment.end) == [b"one", b"three"]
+    reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
+    assert read_all(reader, segment.end) == [b"one", b"three"]
     assert stats.snapshot().bad_lines == 1
-    assert segment.paths.bad.read_bytes().endswith(b" tvo\n")
-    assert inspect_segment(segment.paths).bad_lines == 1
+    kept = json.loads(segment.paths.bad.read_bytes())
+    line = kept["line"].encode()
+    assert line.endswith(b" tvo")
+    assert damaged[kept["offset"] :].startswith(line + b"\n")
+    info = inspect_segment(segment.paths)
+    assert info.bad_lines == 1
+    assert info.damaged == [f"{path.name} at byte {damaged.index(line)}"]
+
+
+def test_damage_that_another_version_kept_is_counted(tmp_path: Path) -> None:
+    """Version 0.1.0 kept the lines as they were, without their places."""
+    paths = Paths(tmp_path, "host-1-abc-ff")
+    paths.bad.write_bytes(b"1r torn\n\xff\n")
+    info = inspect_segment(paths)
+    assert (info.bad_lines, info.damaged) == (2, [])
 
 
 def test_a_corrupt_acknowledgement_is_no_acknowledgement(tmp_path: Path) -> None:
     """Everything is sent again rather than anything left out."""
     segment = make_segment(tmp_path)
     append(segment, numbered(5))
-    read_all(own_cursor(segment), segment.end)
+    read_all(own_reader(segment), segment.end)
     crash(segment)
     raw = bytearray(segment.paths.ack.read_bytes())
     raw[3] ^= 1
@@ -268,10 +282,10 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
     """One JSON line each: reason, time and the record, in base64 when it is no text."""
     segment = make_segment(tmp_path)
     stats = Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, [b"text", b"\xff\xfe"])
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"s", [DeadLetter(b"text", "too long"), DeadLetter(b"\xff", "no")])
+    chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    reader.acknowledge(chunk, b"s", [DeadLetter(b"text", "too long"), DeadLetter(b"\xff", "no")])
     first, second = map(json.loads, segment.paths.dead.read_text().splitlines())
     assert (first["reason"], first["record"]) == ("too long", "text")
     assert (second["reason"], second["record_base64"]) == ("no", "/w==")
@@ -284,10 +298,10 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
 def test_one_record_that_makes_many_dead_letters_is_one_not_delivered(tmp_path: Path) -> None:
     """What the server refuses are parts of records; deliveries are never less than none."""
     segment, stats = make_segment(tmp_path), Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, [b"one"])
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"s", [DeadLetter(b"item %d" % n, "no") for n in range(5)])
+    chunk = reader.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    reader.acknowledge(chunk, b"s", [DeadLetter(b"item %d" % n, "no") for n in range(5)])
     assert (stats.snapshot().delivered, stats.snapshot().dead_letters) == (0, 5)
     segment.close(delete=True)
 
@@ -296,11 +310,11 @@ def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
     """Beyond it dead letters and bad lines are counted, where other processes see them."""
     segment, stats = make_segment(tmp_path), Counts()
     aside = DeadLetters(segment.paths, stats, cap_bytes=1000)
-    cursor = SegmentReader(segment.paths, segment.parts, segment.discard, stats, aside)
+    reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats, aside)
     append(segment, numbered(4))
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
-    chunk.bad += [b"x" * 700, b"y" * 700]
-    cursor.acknowledge(chunk, b"s", [DeadLetter(b"z" * 100, "no")] * 4)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    chunk.damaged += [Damage("x.seg", 0, b"x" * 700), Damage("x.seg", 701, b"y" * 700)]
+    reader.acknowledge(chunk, b"s", [DeadLetter(b"z" * 100, "no")] * 4)
     info = inspect_segment(segment.paths)
     assert (info.dead_letters, info.bad_lines) == (4, 0)
     assert info.losses == stats.snapshot().dropped == {ASIDE_FULL: 2}
@@ -356,15 +370,15 @@ def test_a_full_directory_is_no_reason_to_stop(
 ) -> None:
     """Records go on in order from memory, up to its bound, and to the disk when it has room."""
     monkeypatch.setattr(quota, "SCAN_S", 0.0)
-    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     backlog = tmp_path / "other-1-2-3.0000000000000000.seg"
     backlog.write_bytes(b"x" * 9_000)
     segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=3000)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     assert append(segment, [b"on disk", b"x" * 1000, b"in memory"]) == []
     assert append(segment, [b"y" * 3000, b"more"]) == [SPOOL_FULL]
     assert segment.unsaved == 3
-    assert read_all(cursor, segment.end) == [b"on disk", b"x" * 1000, b"in memory", b"more"]
+    assert read_all(reader, segment.end) == [b"on disk", b"x" * 1000, b"in memory", b"more"]
     backlog.unlink()
     assert append(segment, [b"on disk again"]) == []
     assert segment.unsaved == 0
@@ -376,7 +390,7 @@ def test_a_full_directory_takes_what_ends_a_run(tmp_path: Path) -> None:
     """Between 100 % and 110 % of the cap starts and ends are on disk, in order with the rest."""
     (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
     segment = make_segment(tmp_path, cap_bytes=10_000)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     for record in numbered(3):
         assert append(segment, [b"start"], keep=True) == []
         assert append(segment, [record]) == []
@@ -384,7 +398,7 @@ def test_a_full_directory_takes_what_ends_a_run(tmp_path: Path) -> None:
     assert segment.unsaved == 4
     assert list(waiting_records(segment.paths)) == [b"start"] * 3
     expected = [record for span in numbered(3) for record in (b"start", span)]
-    assert read_all(cursor, segment.end) == [*expected, b"x" * 1000]
+    assert read_all(reader, segment.end) == [*expected, b"x" * 1000]
     segment.close(delete=True)
 
 
@@ -401,24 +415,24 @@ def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path) -> None:
     """Records go on in order from memory, up to its bound; beyond it they are losses."""
     (tmp_path / "file").write_text("in the way")
     segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     assert append(segment, numbered(10)) == []
-    assert read_all(cursor, segment.end) == numbered(10)
+    assert read_all(reader, segment.end) == numbered(10)
     assert append(segment, [b"x" * 5000, b"small"]) == [SPOOL_UNWRITABLE]
-    assert read_all(cursor, segment.end) == [b"small"]
+    assert read_all(reader, segment.end) == [b"small"]
 
 
 def test_memory_has_room_for_what_is_to_be_kept(tmp_path: Path) -> None:
     """Starts and ends of traces go in beyond the bound, in order, and can be told from the rest."""
     (tmp_path / "file").write_text("in the way")
     segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     assert append(segment, [b"x" * 2900]) == []
     assert append(segment, [b"y" * 2900]) == [SPOOL_UNWRITABLE]
     assert append(segment, [b"end", b"start"], keep=True) == []
     assert append(segment, [b"z" * 2900]) == [SPOOL_UNWRITABLE]
     assert segment.unsaved == 3
-    assert read_all(cursor, segment.end) == [b"x" * 2900, b"end", b"start"]
+    assert read_all(reader, segment.end) == [b"x" * 2900, b"end", b"start"]
     assert segment.unsaved == 0
 
 
@@ -426,26 +440,26 @@ def test_memory_is_freed_as_it_is_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the disk gone for good, an agent can go on for ever within the bound."""
-    monkeypatch.setattr(segment_module, "MEMORY_PART_BYTES", 1000)
+    monkeypatch.setattr(writer_module, "MEMORY_PART_BYTES", 1000)
     (tmp_path / "file").write_text("in the way")
     segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
-    cursor = own_cursor(segment)
+    reader = own_reader(segment)
     for n in range(100):
         assert append(segment, [b"%03d" % n + b"x" * 300]) == []
-        assert len(read_all(cursor, segment.end)) == 1
+        assert len(read_all(reader, segment.end)) == 1
 
 
 def test_the_disk_is_used_again_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Order is kept across disk, memory and disk, and a crash loses only what was in memory."""
-    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     (tmp_path / "spool").write_text("in the way")
     segment = make_segment(tmp_path / "spool")
     assert append(segment, [b"in memory"]) == []
     (tmp_path / "spool").unlink()
     assert append(segment, [b"on disk"]) == []
-    assert read_all(own_cursor(segment), segment.end, ack=False) == [b"in memory", b"on disk"]
+    assert read_all(own_reader(segment), segment.end, ack=False) == [b"in memory", b"on disk"]
     crash(segment)
     assert list(waiting_records(segment.paths)) == [b"on disk"]
 
@@ -454,14 +468,14 @@ def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who delivers for a dead process cannot know whether that was delivered, and counts none."""
-    monkeypatch.setattr(segment_module, "DISK_RETRY_S", 0.0)
+    monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     segment, stats = make_segment(tmp_path), Counts()
     append(segment, [b"one"])
     with monkeypatch.context() as patch:
         patch.setattr(DiskPart, "append", lambda part, lines: 0)
         append(segment, [b"in memory"])
     append(segment, [b"three"])
-    assert read_all(own_cursor(segment), segment.end, ack=False) == [b"one", b"in memory", b"three"]
+    assert read_all(own_reader(segment), segment.end, ack=False) == [b"one", b"in memory", b"three"]
     crash(segment)
     taken = claim(segment.paths, stats)
     assert taken is not None
@@ -475,15 +489,15 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
     """Somebody who empties the spool loses what was in it; what comes after is safe again."""
     segment = make_segment(tmp_path / "spool")
     stats = Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"s", ())
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    reader.acknowledge(chunk, b"s", ())
     for path in (tmp_path / "spool").iterdir():
         path.unlink()
     append(segment, [b"after"])
     assert inspect_segment(segment.paths).owner_alive
-    assert read_all(cursor, segment.end) == [b"after"]
+    assert read_all(reader, segment.end) == [b"after"]
     assert stats.snapshot().dropped == {"spool_removed": 3}
     segment.close(delete=True)
 
@@ -492,16 +506,16 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
 def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path, left: int) -> None:
     """Somebody who empties it to free the disk: its records are counted, what follows arrives."""
     segment, stats = make_segment(tmp_path), Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"s", ())
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    reader.acknowledge(chunk, b"s", ())
     [(_, path)] = segment.paths.parts()
     os.truncate(path, left)
-    assert read_all(cursor, segment.end) == []
-    assert cursor.position == segment.end
+    assert read_all(reader, segment.end) == []
+    assert reader.position == segment.end
     append(segment, [b"after"])
-    assert read_all(cursor, segment.end) == [b"after"]
+    assert read_all(reader, segment.end) == [b"after"]
     assert stats.snapshot().dropped == {SPOOL_REMOVED: 3}
     segment.close(delete=True)
 
@@ -509,14 +523,14 @@ def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path,
 def test_a_file_cut_short_between_two_records_is_not_written_on(tmp_path: Path) -> None:
     """What came before the cut and what comes after arrives; what was cut off is counted."""
     segment, stats = make_segment(tmp_path), Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, numbered(1))
     whole = segment.end
     append(segment, numbered(2, start=1))
     [(_, path)] = segment.paths.parts()
     os.truncate(path, whole)
     append(segment, [b"after"])
-    assert read_all(cursor, segment.end) == [*numbered(1), b"after"]
+    assert read_all(reader, segment.end) == [*numbered(1), b"after"]
     assert stats.snapshot().dropped == {SPOOL_REMOVED: 2}
     segment.close(delete=True)
 
@@ -525,7 +539,7 @@ def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records of a chunk that are read before the file goes are delivered, and not counted lost."""
-    monkeypatch.setattr(cursor_module, "READ_BYTES", 300)
+    monkeypatch.setattr(reader_module, "READ_BYTES", 300)
     segment, stats = make_segment(tmp_path), Counts()
     append(segment, numbered(20))
     [(_, path)] = segment.paths.parts()
@@ -537,11 +551,11 @@ def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
         return data
 
     monkeypatch.setattr(DiskPart, "read", read_and_delete)
-    cursor = own_cursor(segment, stats)
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    reader = own_reader(segment, stats)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
     assert chunk.records == numbered(len(chunk.records))
     assert 0 < len(chunk.records) < 20
-    cursor.acknowledge(chunk, b"s", ())
+    reader.acknowledge(chunk, b"s", ())
     assert stats.snapshot().dropped == {SPOOL_REMOVED: 20 - len(chunk.records)}
     segment.close(delete=True)
 
@@ -571,7 +585,7 @@ def test_a_file_that_cannot_be_closed_costs_nothing(
         patch.setattr(os, "close", close_and_fail)
         assert append(segment, [b"two"]) == []
     assert append(segment, [b"three"]) == []
-    assert read_all(own_cursor(segment), segment.end) == [b"one", b"two", b"three"]
+    assert read_all(own_reader(segment), segment.end) == [b"one", b"two", b"three"]
     segment.close(delete=True)
 
 
@@ -581,7 +595,7 @@ def test_locks_are_given_up_whatever_cannot_be_deleted(
     """A segment whose files cannot be removed is there for others to finish."""
     segment = make_segment(tmp_path)
     append(segment, [b"one"])
-    read_all(own_cursor(segment), segment.end)
+    read_all(own_reader(segment), segment.end)
 
     def fail(part: DiskPart) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -607,7 +621,7 @@ def test_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
     os.close(descriptor)
     assert append(segment, [b"two", b"three"]) == []
     assert segment.parts()[-1].failure == DISK_FULL
-    assert read_all(own_cursor(segment), segment.end) == [b"one", b"two", b"three"]
+    assert read_all(own_reader(segment), segment.end) == [b"one", b"two", b"three"]
     segment.close(delete=True)
 
 
@@ -691,20 +705,20 @@ def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     """It is tried again for a while, then kept aside, what was in it counted; the rest arrives."""
-    monkeypatch.setattr(cursor_module, "READ_S", 0.0)
+    monkeypatch.setattr(reader_module, "READ_S", 0.0)
     segment, stats = make_segment(tmp_path, part_bytes=part_bytes), Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = cursor.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
-    cursor.acknowledge(chunk, b"s", ())
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    reader.acknowledge(chunk, b"s", ())
     path = unreadable(segment.paths, monkeypatch)
     append(segment, [b"in the part" if part_bytes == MIB else b"in the next"])
-    for _ in range(cursor_module.READ_TRIES - 1):
+    for _ in range(reader_module.READ_TRIES - 1):
         with pytest.raises(OSError, match="Input/output"):
-            read_all(cursor, segment.end)
-    assert read_all(cursor, segment.end) == ([] if part_bytes == MIB else [b"in the next"])
+            read_all(reader, segment.end)
+    assert read_all(reader, segment.end) == ([] if part_bytes == MIB else [b"in the next"])
     append(segment, [b"after"])
-    assert read_all(cursor, segment.end) == [b"after"]
+    assert read_all(reader, segment.end) == [b"after"]
     lost = 4 if part_bytes == MIB else 3
     assert stats.snapshot().dropped == {SPOOL_UNREADABLE: lost}
     info = inspect_segment(segment.paths)
@@ -722,16 +736,16 @@ def test_a_process_that_has_run_out_of_files_gives_no_part_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """What the process lacks is no reason to give up what is on the disk, however long it lasts."""
-    monkeypatch.setattr(cursor_module, "READ_S", 0.0)
+    monkeypatch.setattr(reader_module, "READ_S", 0.0)
     segment, stats = make_segment(tmp_path), Counts()
-    cursor = own_cursor(segment, stats)
+    reader = own_reader(segment, stats)
     append(segment, numbered(4))
     with monkeypatch.context() as patch:
         unreadable(segment.paths, patch, code)
-        for _ in range(2 * cursor_module.READ_TRIES):
+        for _ in range(2 * reader_module.READ_TRIES):
             with pytest.raises(OSError, match=os.strerror(code)):
-                read_all(cursor, segment.end)
-    assert read_all(cursor, segment.end) == numbered(4)
+                read_all(reader, segment.end)
+    assert read_all(reader, segment.end) == numbered(4)
     assert stats.snapshot().dropped == {}
     segment.close(delete=True)
 
@@ -742,7 +756,7 @@ def test_a_claim_that_runs_out_of_files_leaves_the_segment_to_others(
     """It neither keeps the lock nor goes on without the state of the sink."""
     segment = make_segment(tmp_path)
     append(segment, numbered(4))
-    read_all(own_cursor(segment), segment.end)
+    read_all(own_reader(segment), segment.end)
     crash(segment)
     [paths] = find_segments(tmp_path)
     read_bytes = Path.read_bytes

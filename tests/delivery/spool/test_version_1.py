@@ -1,0 +1,76 @@
+"""Segments that version 0.1.0 wrote are delivered, in the middle of a trace as well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qitos_mlflow.delivery import (
+    Outcome,
+    Paths,
+    deliver_segment,
+    find_segments,
+    inspect_segment,
+    purge,
+    waiting_records,
+)
+from tests.fakes.sink import FakeServer, FakeSink
+
+DATA = Path(__file__).parents[2] / "data" / "spool_v1"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    """A copy of what version 0.1.0 wrote; `tests/data/README.md` says what is in it."""
+    for path in DATA.iterdir():
+        if path.suffix != ".json":
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def segments(spool: Path) -> list[Paths]:
+    """The one recorded offline, and the one whose process was killed in mid-trace."""
+    return find_segments(spool)
+
+
+class Restored(FakeSink):
+    """A sink that keeps the state it was given, whatever that is."""
+
+    def restore(self, state: bytes) -> None:
+        self.server.accepted.append(b"state " + state)
+
+
+def test_it_can_be_inspected(segments: list[Paths]) -> None:
+    """`status` shows such segments like any other."""
+    first, second = map(inspect_segment, segments)
+    assert (first.host, first.pid, first.offline) == ("example-host", 1001, True)
+    assert (second.host, second.pid, second.offline) == ("example-host", 1002, False)
+    for info in (first, second):
+        assert info.header is not None
+        assert json.loads(info.header)["experiment_name"] == "qitos-runs"
+        assert info.waiting > 0
+        assert info.started_ns < info.last_time_ns
+        assert (info.bad_lines, info.owner_alive, info.delivering) == (0, False, False)
+
+
+def test_it_is_delivered_to_its_end(spool: Path, segments: list[Paths]) -> None:
+    """All records in order, from the acknowledgement on with the state there; files deleted."""
+    for paths in segments:
+        server, records = FakeServer(), list(waiting_records(paths))
+        acknowledged = paths.ack.exists()
+        outcome = deliver_segment(paths, lambda header, server=server: Restored(server))
+        assert outcome is Outcome.FINISHED
+        state = [server.accepted.pop(0)] if acknowledged else []
+        assert server.accepted == [*records, b"killed"]
+        assert all(json.loads(each.removeprefix(b"state "))["traces"] for each in state)
+    assert list(spool.iterdir()) == []
+
+
+def test_it_can_be_purged(spool: Path, segments: list[Paths]) -> None:
+    """`spool purge` deletes such segments like any other."""
+    assert all(map(purge, segments))
+    assert list(spool.iterdir()) == []
