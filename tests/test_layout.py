@@ -98,9 +98,6 @@ CLOSING: set[tuple[str, str]] = {
     ("bridge.run", "bridge.context"),
     ("mlflow_plugin.mapping.trace_info", "mlflow_plugin.mapping.span_tree"),
     ("recording.process_exit", "recording.pipelines"),
-    ("tracing.access", "tracing"),
-    ("tracing.noop", "tracing.models"),
-    ("tracing.processor", "tracing.models"),
 }
 """(module, imported module) that close a circle of modules today."""
 

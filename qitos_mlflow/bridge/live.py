@@ -15,8 +15,8 @@ from typing import Any
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge.extract import describe
-from qitos_mlflow.tracing.models import NOT_FINISHED
-from qitos_mlflow.tracing.noop import NoOpTrace
+from qitos_mlflow.tracing.span import NOT_FINISHED
+from qitos_mlflow.tracing.trace import NoOpTrace
 
 __all__ = ["LiveTrace", "somebody_listens"]
 

@@ -1,12 +1,11 @@
-"""The tracing API of the host, the QitOS that is installed: its own where it has one, else ours.
+"""The tracing API of the host (the QitOS that is installed): its own if it has one, else ours.
 
-Receives what the bridge and the user's code trace; hands it on to the processors. Which of the
-two it is, is settled when a name is first used, and `host_has_tracing` tells. Beside the host's
-names there are a few helpers of ours, the same on any host. Nothing here knows of MLflow or of
-plugins.
+Receives what the bridge and the user's code trace, and hands it on to the processors. Whose API
+it is, is decided when a name is first used; `host_has_tracing` says what was decided. A few helpers
+of ours are here, too, the same on any host. Nothing here knows of MLflow or of plugins.
 
-Not before a name is used, because settling it may import qitos, and that import may lead back
-here: the start-up line loads plugins as soon as qitos is imported.
+The decision may import qitos, and that may lead back here: the start-up line loads plugins as
+soon as qitos is imported. Importing this package therefore decides nothing.
 """
 
 from __future__ import annotations
@@ -24,37 +23,14 @@ from qitos_mlflow.tracing.redaction import redacted_export as redacted_export
 from qitos_mlflow.tracing.redaction import redacted_metadata as redacted_metadata
 
 if TYPE_CHECKING:
-    from qitos_mlflow.tracing.config import RedactingSpanData as RedactingSpanData
-    from qitos_mlflow.tracing.config import TracingMode as TracingMode
-    from qitos_mlflow.tracing.models import ActSpanData as ActSpanData
-    from qitos_mlflow.tracing.models import AgentSpanData as AgentSpanData
-    from qitos_mlflow.tracing.models import CriticSpanData as CriticSpanData
-    from qitos_mlflow.tracing.models import CustomSpanData as CustomSpanData
-    from qitos_mlflow.tracing.models import DecideSpanData as DecideSpanData
-    from qitos_mlflow.tracing.models import GenerationSpanData as GenerationSpanData
-    from qitos_mlflow.tracing.models import HandoffSpanData as HandoffSpanData
-    from qitos_mlflow.tracing.models import MCPSpanData as MCPSpanData
-    from qitos_mlflow.tracing.models import NoOpSpan as NoOpSpan
-    from qitos_mlflow.tracing.models import NoOpTrace as NoOpTrace
-    from qitos_mlflow.tracing.models import ReduceSpanData as ReduceSpanData
-    from qitos_mlflow.tracing.models import Span as Span
-    from qitos_mlflow.tracing.models import SpanData as SpanData
-    from qitos_mlflow.tracing.models import SpanType as SpanType
-    from qitos_mlflow.tracing.models import StepSpanData as StepSpanData
-    from qitos_mlflow.tracing.models import ToolSpanData as ToolSpanData
-    from qitos_mlflow.tracing.models import Trace as Trace
-    from qitos_mlflow.tracing.processor import NoOpTraceProcessor as NoOpTraceProcessor
-    from qitos_mlflow.tracing.processor import (
-        SynchronousMultiTraceProcessor as SynchronousMultiTraceProcessor,
-    )
-    from qitos_mlflow.tracing.processor import TraceProcessor as TraceProcessor
-    from qitos_mlflow.tracing.provider import TracingProvider as TracingProvider
-    from qitos_mlflow.tracing.provider import add_trace_processor as add_trace_processor
-    from qitos_mlflow.tracing.provider import create_trace as create_trace
-    from qitos_mlflow.tracing.provider import get_tracing_provider as get_tracing_provider
-    from qitos_mlflow.tracing.provider import set_trace_processors as set_trace_processors
-    from qitos_mlflow.tracing.provider import set_tracing_disabled as set_tracing_disabled
-    from qitos_mlflow.tracing.provider import set_tracing_mode as set_tracing_mode
+    # At run time the names are found in `_host.OURS`, which has what these modules define.
+    from qitos_mlflow.tracing.config import *  # noqa: F403
+    from qitos_mlflow.tracing.processor import *  # noqa: F403
+    from qitos_mlflow.tracing.provider import *  # noqa: F403
+    from qitos_mlflow.tracing.span import NoOpSpan as NoOpSpan
+    from qitos_mlflow.tracing.span import Span as Span
+    from qitos_mlflow.tracing.span_data import *  # noqa: F403
+    from qitos_mlflow.tracing.trace import *  # noqa: F403
 
     host_has_tracing: bool
     """Whether these names are the host's own."""
@@ -63,7 +39,7 @@ else:
     def __getattr__(name: str) -> Any:
         if name != "host_has_tracing" and name not in _host.NAMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        settled = _host.settle()
+        settled = _host.settled()
         globals().update(settled)
         return settled[name]
 

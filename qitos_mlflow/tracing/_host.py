@@ -1,7 +1,7 @@
-"""Finds the host's own `qitos.tracing`, by what it can do, never by a version number.
+"""Decides whose tracing it is: the host's own `qitos.tracing` if it works, else ours.
 
-Looks where Python would look, past our own finder (`compat`), and imports nothing unless there is
-something to import.
+The host's is judged by what it has, never by a version number. The search goes where Python's
+would, past our own finder (`compat`), and imports nothing unless there is something to import.
 """
 
 from __future__ import annotations
@@ -9,51 +9,51 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from qitos_mlflow import _guard
+from qitos_mlflow.tracing import config, processor, provider, span, span_data, trace
 
 HOST = "qitos.tracing"
 
 ORIGIN = "qitos_mlflow"
-"""The origin of what `compat` serves: some finders (wrapt's) only pass on what others find."""
+"""The origin of what `compat` serves. Some finders, such as wrapt's, pass on what others find."""
 
-SURFACE: dict[str, tuple[str, ...]] = {
-    "config": ("TracingMode", "RedactingSpanData"),
-    "models": (
-        "SpanType",
-        "SpanData",
-        "AgentSpanData",
-        "StepSpanData",
-        "DecideSpanData",
-        "GenerationSpanData",
-        "ActSpanData",
-        "ToolSpanData",
-        "ReduceSpanData",
-        "CriticSpanData",
-        "HandoffSpanData",
-        "MCPSpanData",
-        "CustomSpanData",
-        "Span",
-        "NoOpSpan",
-        "Trace",
-        "NoOpTrace",
-    ),
-    "processor": ("TraceProcessor", "SynchronousMultiTraceProcessor", "NoOpTraceProcessor"),
-    "provider": ("TracingProvider",),
-    "": (
-        "add_trace_processor",
-        "set_trace_processors",
-        "set_tracing_disabled",
-        "set_tracing_mode",
-        "get_tracing_provider",
-        "create_trace",
-    ),
+_SOURCES: dict[str, tuple[ModuleType, ...]] = {
+    "config": (config,),
+    "models": (span_data, span, trace),
+    "processor": (processor,),
+    "provider": (provider,),
 }
-"""The public names of `qitos.tracing`, by submodule; the last are the package's own."""
+"""The submodules of `qitos.tracing`, with our modules that have their names."""
 
-NAMES = frozenset(name for names in SURFACE.values() for name in names)
+
+def _public(module: ModuleType, kind: type) -> dict[str, Any]:
+    """What a module defines of this kind under a name without an underscore."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kind) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+
+OURS: dict[str, dict[str, Any]] = {
+    **{
+        submodule: {
+            name: value for source in sources for name, value in _public(source, type).items()
+        }
+        for submodule, sources in _SOURCES.items()
+    },
+    "": _public(provider, FunctionType),
+}
+"""The public names of `qitos.tracing` by submodule, with our objects; "" is the package itself.
+
+These are the classes of our modules, and the functions of `provider`. (`tracing` repeats the
+modules for type checkers.)
+"""
+
+NAMES = frozenset(name for names in OURS.values() for name in names)
 
 REQUIRED = frozenset(
     {
@@ -67,11 +67,11 @@ REQUIRED = frozenset(
     }
     | {"add_trace_processor", "create_trace"}
 )
-"""Without these a `qitos.tracing` is something else than the one we know."""
+"""A `qitos.tracing` without these is something else."""
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """The spec that everyone but us finds for `name`, which is `HOST` or below; imports nothing."""
+    """The spec that other finders have for `name`, which is `HOST` or below; imports nothing."""
     path = _search_path(name.rpartition(".")[0])
     return None if path is None else spec_from(sys.meta_path, name, path)
 
@@ -100,26 +100,28 @@ def _search_path(package: str) -> Any:
     return None if spec is None else spec.submodule_search_locations
 
 
-def settle() -> dict[str, Any]:
-    """All of `NAMES`, the host's where it has its own tracing, and whether it has.
+_settled: dict[str, Any] = {}
 
-    Called by several threads at once, or by itself through what it imports, it comes to the same
-    result, so there is no lock to be held over an import.
+
+def settled() -> dict[str, Any]:
+    """All of `NAMES`, the host's if it has its own tracing, and whether it has.
+
+    The first call settles it. Called by several threads at once, or again through what it
+    imports, it has the same result, so that no lock is held over an import.
     """
-    of_host = load()
-    settled: dict[str, Any] = {"host_has_tracing": of_host is not None}
-    for submodule, names in SURFACE.items():
+    if not _settled:
+        of_host = load()
         # A name that the host lacks, such as a kind of span it does not know, is ours.
-        ours = import_module(f"qitos_mlflow.tracing.{submodule or 'provider'}")
-        settled.update({name: getattr(ours, name) for name in names})
-    return {**settled, **(of_host or {})}
+        ours = {name: value for names in OURS.values() for name, value in names.items()}
+        _settled.update({**ours, **(of_host or {}), "host_has_tracing": of_host is not None})
+    return _settled
 
 
 def load() -> dict[str, Any] | None:
-    """The public names of the host's own `qitos.tracing`; None where there is none that works.
+    """The public names of the host's own `qitos.tracing`; None if there is none that works.
 
-    Imports the host where it has one. One that cannot be imported, or lacks what we need, is told
-    of in one warning.
+    Imports the host's if there is one. If it cannot be imported, or lacks names of `REQUIRED`, a
+    warning says so.
     """
     try:
         if not _exists():
@@ -138,19 +140,19 @@ def load() -> dict[str, Any] | None:
 
 def _exists() -> bool:
     loaded = sys.modules.get(HOST)
-    if loaded is not None:  # However it came there: a loader may know no path.
+    if loaded is not None:  # By whichever loader; not all have a path.
         return not getattr(loaded, "__qitos_mlflow__", False)
     return find_spec(HOST) is not None
 
 
 def _names(package: ModuleType) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
-    for submodule, names in SURFACE.items():
+    for submodule, names in OURS.items():
         home = package
         if submodule:
             try:
                 home = import_module(f"{HOST}.{submodule}")
-            except ModuleNotFoundError:  # Laid out in another way; the package may have it all.
+            except ModuleNotFoundError:  # Another layout; the package may have the names.
                 pass
         found += [(name, getattr(home, name, getattr(package, name, None))) for name in names]
     return found
@@ -159,7 +161,7 @@ def _names(package: ModuleType) -> list[tuple[str, Any]]:
 def _warn(why: str) -> None:
     _guard.warn(
         "tracing.host",
-        "QitOS has a qitos.tracing that cannot be used (%s); qitos_mlflow.tracing stands in, "
-        "and processors added to qitos.tracing hear nothing",
+        "QitOS has a qitos.tracing that cannot be used (%s). qitos_mlflow.tracing is used instead: "
+        "add processors there, those added to qitos.tracing get no events",
         why,
     )

@@ -1,28 +1,30 @@
-"""Looks into the global provider and its traces, where a host has no API for what is asked."""
+"""Reads and changes the global provider in ways for which some hosts have no API."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import qitos_mlflow.tracing as tracing
+from qitos_mlflow.tracing import _host
 
 if TYPE_CHECKING:
-    from qitos_mlflow.tracing import NoOpSpan, NoOpTrace, Span, Trace, TraceProcessor
+    from qitos_mlflow.tracing.processor import TraceProcessor
+    from qitos_mlflow.tracing.span import NoOpSpan, Span
+    from qitos_mlflow.tracing.trace import NoOpTrace, Trace
 
 
 def processors() -> tuple[TraceProcessor, ...]:
     """What is attached to the global provider now, in order. Any thread; never blocks."""
-    provider = tracing.get_tracing_provider()
+    provider = _host.settled()["get_tracing_provider"]()
     holder = getattr(provider, "_multi_processor", provider)
     return tuple(getattr(holder, "processors", ()))
 
 
 def remove_trace_processor(processor: TraceProcessor) -> None:
-    """Have `processor` told no more; the others stay. One that is not attached is no error.
+    """Stop notifying `processor`, also of open traces; the others stay.
 
-    Traces under way stop telling it too. Any thread; never blocks.
+    One that is not attached is no error. Any thread; never blocks.
     """
-    provider = tracing.get_tracing_provider()
+    provider = _host.settled()["get_tracing_provider"]()
     if hasattr(provider, "remove_processor"):
         provider.remove_processor(processor)
         return
@@ -30,7 +32,7 @@ def remove_trace_processor(processor: TraceProcessor) -> None:
     old = getattr(holder, "_processors", None)
     if holder is None or not isinstance(old, list):
         return
-    # A new list: another thread may be going through the old one, and would skip a neighbour.
+    # A new list: another thread may be iterating over the old one, and would skip a processor.
     length = len(old)
     new = [other for other in old if other is not processor]
     holder._processors = new
@@ -40,26 +42,28 @@ def remove_trace_processor(processor: TraceProcessor) -> None:
 def content_allowed(trace_or_span: Trace | Span | NoOpTrace | NoOpSpan) -> bool:
     """False when the trace was made under `ENABLED_WITHOUT_DATA`. Any thread; never blocks.
 
-    A host keeps no record of the mode; what it does keep is looked at instead, and where that
-    tells nothing (an object built by hand), the provider's present mode decides.
+    A host does not store the mode in its traces. There it is inferred from what they do have, and
+    if that says nothing (an object built by hand), the provider's present mode decides.
     """
     mode = getattr(trace_or_span, "mode", None)
     if mode is None:
         evidence = _evidence_of_content(trace_or_span)
         if evidence is not None:
             return evidence
-        mode = tracing.get_tracing_provider().mode
-    return mode != tracing.TracingMode.ENABLED_WITHOUT_DATA
+        mode = _host.settled()["get_tracing_provider"]().mode
+    return bool(mode != _host.settled()["TracingMode"].ENABLED_WITHOUT_DATA)
 
 
 def _evidence_of_content(item: object) -> bool | None:
-    """What a host's trace or span gives away: redacted data, or what its events go through."""
+    """Inferred from a host's trace or span: its data, or the processor of its events."""
+    of_host = _host.settled()
+    redacting = of_host["RedactingSpanData"]
     spans = getattr(item, "_spans", None) or [item]
-    if any(isinstance(getattr(span, "data", None), tracing.RedactingSpanData) for span in spans):
+    if any(isinstance(getattr(span, "data", None), redacting) for span in spans):
         return False
     through = getattr(item, "_processor", None)
     if through is None:
         return None
-    if isinstance(through, tracing.SynchronousMultiTraceProcessor):
+    if isinstance(through, of_host["SynchronousMultiTraceProcessor"]):
         return True
     return False if "redact" in type(through).__name__.lower() else None

@@ -19,7 +19,7 @@ from qitos_mlflow import _guard
 from qitos_mlflow.tracing import _host
 
 SERVED = frozenset(
-    {_host.HOST} | {f"{_host.HOST}.{submodule}" for submodule in _host.SURFACE if submodule}
+    {_host.HOST} | {f"{_host.HOST}.{submodule}" for submodule in _host.OURS if submodule}
 )
 
 _installing = threading.Lock()  # Held for microseconds, never over an import.
@@ -86,13 +86,13 @@ class _Finder(MetaPathFinder, Loader):
         if module.__name__ in _lazy:
             module.__dict__["__getattr__"] = _getattr_of(module, [_lazy[module.__name__]])
             return
-        ours = import_module("qitos_mlflow.tracing")
         submodule = module.__name__[len(_host.HOST) + 1 :]
-        names = _host.SURFACE[submodule] if submodule else sum(_host.SURFACE.values(), ())
-        module.__dict__.update({name: getattr(ours, name) for name in names}, __all__=list(names))
+        names = list(_host.OURS[submodule] if submodule else _host.NAMES)
+        settled = _host.settled()
+        module.__dict__.update({name: settled[name] for name in names}, __all__=names)
         if not submodule:
             module.__dict__["__getattr__"] = _getattr_of(module, _lazy.values())
-            for name in _host.SURFACE:
+            for name in _host.OURS:
                 if name:
                     import_module(f"{_host.HOST}.{name}")
 

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from qitos_mlflow import _guard
-from qitos_mlflow.tracing.models import Span, Trace
+from qitos_mlflow.tracing.span import Span
+from qitos_mlflow.tracing.trace import Trace
 
 
 class TraceProcessor(ABC):

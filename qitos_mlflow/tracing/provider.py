@@ -10,15 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from qitos_mlflow import _guard
-from qitos_mlflow.tracing.config import TracingMode
-from qitos_mlflow.tracing.models import NoOpTrace, Span, Trace, new_id
+from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
 from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor, TraceProcessor
-from qitos_mlflow.tracing.redaction import (
-    REDACTED,
-    RedactingSpanData,
-    redacted_exception,
-    redacted_metadata,
-)
+from qitos_mlflow.tracing.redaction import REDACTED, redacted_exception, redacted_metadata
+from qitos_mlflow.tracing.span import Span, new_id
+from qitos_mlflow.tracing.trace import NoOpTrace, Trace
 
 
 class TracingProvider:

@@ -1,20 +1,19 @@
-"""What may be told of a trace whose content may not: structure and numbers, nothing anyone wrote.
+"""Takes the content out of traces: what stays is structure and numbers, no text anyone wrote.
 
-(Credentials are another matter: `mlflow_plugin.redaction`.)
+(Credentials are another matter: the package `redaction`.)
 
-Allow-lists, not block-lists: a field nobody thought of is content. A field that is on a list but
-holds something else than a name or a number (a dict under ``name``, a page of text under
-``tool_name``) is content as well. Pure functions; nothing given is changed.
+Allow-lists, not block-lists: an unknown field is content. A field that is on a list but holds
+something else than a name or a number (a dict under ``name``, a page of text under
+``tool_name``) is content as well. Pure functions; the arguments are not changed.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any
 
 REDACTED = "__redacted__"
-"""Stands where content was; None stays None, so that absent and redacted can be told apart."""
+"""Stands where content was. None stays None: absent and redacted values differ."""
 
 STRUCTURAL_FIELDS = frozenset(
     {
@@ -68,7 +67,7 @@ NAME_CHARS = 256
 
 def redacted_export(exported: Mapping[str, Any]) -> dict[str, Any]:
     """`exported` (of any span data, on any host) with everything but structure redacted."""
-    return {name: _redacted_field(name, value) for name, value in exported.items()}
+    return {name: redacted_field(name, value) for name, value in exported.items()}
 
 
 def redacted_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def redacted_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def redacted_exception(error: BaseException) -> BaseException:
     """A stand-in of the same class without message, arguments, cause or traceback.
 
-    Where the class cannot be made that way, its nearest base that can: KeyboardInterrupt stays
-    one, so that a processor can still tell interrupted from failed.
+    If the class cannot be made that way, its nearest base that can: KeyboardInterrupt stays one,
+    so that a processor can still distinguish interrupted from failed.
     """
     for base in type(error).__mro__:
         if not issubclass(base, BaseException):
@@ -91,75 +90,14 @@ def redacted_exception(error: BaseException) -> BaseException:
         try:
             stand_in = base.__new__(base, REDACTED)
             str(stand_in), repr(stand_in)  # A class may need what its __init__ would have set.
-        except Exception:  # noqa: BLE001, S112 - someone else's class; the next base may do
+        except Exception:  # noqa: BLE001, S112 - a class of the user's; the next base may do
             continue
         return stand_in
     return Exception(REDACTED)
 
 
-class RedactingSpanData:
-    """`RedactingSpanData(data)`: a copy of `data`, of its own class, without its content.
-
-    The copy is an instance of both this class and `data`'s class; attributes and `export` alike
-    tell structure only, and nothing in it refers to the original.
-    """
-
-    _base: ClassVar[Any] = object
-    _type: str
-
-    def __new__(cls, span_data: Any) -> RedactingSpanData:
-        """An instance of a class derived from this one and from that of `span_data`."""
-        base: Any = type(span_data)
-        try:
-            return object.__new__(_redacting(base))
-        except TypeError:  # A built-in such as a dict, which is no span data.
-            return object.__new__(RedactingSpanData)
-
-    def __init__(self, span_data: Any) -> None:
-        # object.__setattr__: span data of the user's own may be frozen.
-        for name, value in _attributes(span_data).items():
-            object.__setattr__(self, name, _redacted_field(name, value))
-        object.__setattr__(self, "_type", str(getattr(span_data, "type", "custom")))
-
-    @property
-    def type(self) -> str:
-        """The kind of span, as the original says."""
-        return self._type
-
-    def export(self) -> dict[str, Any]:
-        """The fields, content redacted; ``type`` alone where the class cannot export without it."""
-        try:
-            exported = self._base.export(self)
-            return {**redacted_export(exported), "type": self._type}
-        except Exception:  # noqa: BLE001 - an export that computes with what is now redacted
-            return {"type": self._type}
-
-
-@functools.lru_cache(maxsize=256)
-def _redacting(base: Any) -> type[RedactingSpanData]:
-    if issubclass(base, RedactingSpanData):
-        return cast(type[RedactingSpanData], base)
-    derived = RedactingSpanData
-    namespace = {"_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    try:
-        # type(base): span data is abstract, so the metaclass is ABCMeta, or one of the user's own.
-        derived = type(base)(base.__name__, (RedactingSpanData, base), namespace)
-    except TypeError:  # A final class such as NoneType, or a metaclass with ideas of its own.
-        pass
-    return derived
-
-
-def _attributes(data: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for base in type(data).__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if not name.startswith("__") and hasattr(data, name):
-                found[name] = getattr(data, name)
-    return {**found, **getattr(data, "__dict__", {})}
-
-
-def _redacted_field(name: str, value: Any) -> Any:
+def redacted_field(name: str, value: Any) -> Any:
+    """`value` of a field of span data; `REDACTED` unless the field is structure."""
     return _structure(value) if name in STRUCTURAL_FIELDS else _content(value)
 
 

@@ -13,7 +13,7 @@ import importlib
 import qitos.tracing
 from qitos_mlflow import tracing as ours
 from qitos_mlflow.tracing import _host
-for submodule, names in _host.SURFACE.items():
+for submodule, names in _host.OURS.items():
     home = importlib.import_module("qitos.tracing" + ("." + submodule if submodule else ""))
     for name in names:
         assert getattr(home, name) is getattr(ours, name), name

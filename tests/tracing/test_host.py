@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qitos_mlflow import tracing
-from qitos_mlflow.tracing import TracingMode
+from qitos_mlflow.tracing import TracingMode, _host
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on, run_without_host
 
@@ -26,7 +29,7 @@ def _provider_as_it_was() -> Iterator[None]:
 def test_host_without_tracing_gets_ours() -> None:
     """On QitOS 0.3.0, which has no tracing, the names are ours."""
     assert tracing.host_has_tracing is False
-    assert tracing.Span.__module__ == "qitos_mlflow.tracing.models"
+    assert tracing.Span.__module__ == "qitos_mlflow.tracing.span"
 
 
 def test_host_with_tracing_gets_its_own() -> None:
@@ -149,6 +152,24 @@ def test_unknown_names() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         tracing.no_such_name  # type: ignore[attr-defined]  # noqa: B018
     assert {"Span", "create_trace", "processors", "host_has_tracing"} <= set(dir(tracing))
+
+
+def test_the_names_for_type_checkers_are_those_at_run_time() -> None:
+    """The modules that `tracing` repeats for type checkers define no public name that it lacks."""
+    text = Path(tracing.__file__).read_text()
+    for module in re.findall(r"from (\S+) import \*", text):
+        defined = {
+            target.id if isinstance(target, ast.Name) else ""
+            for node in ast.parse(Path(import_module(module).__file__ or "").read_text()).body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        }
+        defined |= {
+            name
+            for name, value in vars(import_module(module)).items()
+            if getattr(value, "__module__", None) == module
+        }
+        assert {name for name in defined if not name.startswith("_")} <= _host.NAMES, module
 
 
 def test_processors_and_removal() -> None:

@@ -16,18 +16,11 @@ from typing import Any
 
 import pytest
 
-from qitos_mlflow.tracing import models, noop, provider
-from qitos_mlflow.tracing.models import (
-    NOT_FINISHED,
-    NoOpSpan,
-    NoOpTrace,
-    Span,
-    SpanType,
-    StepSpanData,
-    ToolSpanData,
-    Trace,
-)
+from qitos_mlflow.tracing import provider, span_data
 from qitos_mlflow.tracing.provider import TracingProvider
+from qitos_mlflow.tracing.span import NOT_FINISHED, NoOpSpan, Span
+from qitos_mlflow.tracing.span_data import SpanType, StepSpanData, ToolSpanData
+from qitos_mlflow.tracing.trace import NoOpTrace, Trace
 from tests.fakes.recorder import Recorder
 
 
@@ -44,37 +37,37 @@ def a_trace(recorder: Recorder | None = None, name: str = "run") -> Trace:
 @pytest.mark.parametrize(
     ("found", "signature"),
     [
-        (models.AgentSpanData, "(name, *, model=None, tools=None, output_type=None)"),
-        (models.StepSpanData, "(step_number, *, observation=None, decision=None)"),
+        (span_data.AgentSpanData, "(name, *, model=None, tools=None, output_type=None)"),
+        (span_data.StepSpanData, "(step_number, *, observation=None, decision=None)"),
         (
-            models.DecideSpanData,
+            span_data.DecideSpanData,
             "(*, input_content=None, output_content=None, model_response=None)",
         ),
         (
-            models.GenerationSpanData,
+            span_data.GenerationSpanData,
             "(*, model=None, input_content=None, output_content=None, model_response=None, "
             "token_usage=None)",
         ),
-        (models.ActSpanData, "(*, action_name=None, tool_args=None, output_content=None)"),
-        (models.ToolSpanData, "(*, tool_name, tool_args=None, output_content=None)"),
-        (models.ReduceSpanData, "(*, input_count=0, output_content=None)"),
+        (span_data.ActSpanData, "(*, action_name=None, tool_args=None, output_content=None)"),
+        (span_data.ToolSpanData, "(*, tool_name, tool_args=None, output_content=None)"),
+        (span_data.ReduceSpanData, "(*, input_count=0, output_content=None)"),
         (
-            models.CriticSpanData,
+            span_data.CriticSpanData,
             "(*, critic_name=None, input_content=None, output_content=None, score=None)",
         ),
         (
-            models.HandoffSpanData,
+            span_data.HandoffSpanData,
             "(*, from_agent=None, to_agent=None, output_content=None, context_strategy=None, "
             "messages_passed=None)",
         ),
         (
-            models.MCPSpanData,
+            span_data.MCPSpanData,
             "(*, server_name=None, tool_name=None, tool_args=None, output_content=None)",
         ),
-        (models.CustomSpanData, "(*, name, data=None)"),
-        (models.Span.finish, "(self, error=None)"),
-        (models.Span.set_output, "(self, output)"),
-        (noop.NoOpSpan.finish, "(self, error=None)"),
+        (span_data.CustomSpanData, "(*, name, data=None)"),
+        (Span.finish, "(self, error=None)"),
+        (Span.set_output, "(self, output)"),
+        (NoOpSpan.finish, "(self, error=None)"),
         (provider.create_trace, "(name, group_id=None, metadata=None)"),
         (
             provider.TracingProvider.create_trace,
@@ -94,10 +87,10 @@ def test_signatures(found: Any, signature: str) -> None:
 @pytest.mark.parametrize(
     ("found", "signature"),
     [
-        (models.Span, "(trace_id, span_id, data, parent_span_id=None, processor=None"),
-        (models.Trace, "(trace_id, name, group_id=None, metadata=None, processor=None"),
-        (models.Trace.create_span, "(self, span_type, data, span_id=None"),
-        (noop.NoOpTrace.create_span, "(self, span_type, data, span_id=None"),
+        (Span, "(trace_id, span_id, data, parent_span_id=None, processor=None"),
+        (Trace, "(trace_id, name, group_id=None, metadata=None, processor=None"),
+        (Trace.create_span, "(self, span_type, data, span_id=None"),
+        (NoOpTrace.create_span, "(self, span_type, data, span_id=None"),
     ],
 )
 def test_signatures_that_we_extend(found: Any, signature: str) -> None:
@@ -115,9 +108,9 @@ def test_span_data_exports_type_and_fields() -> None:
     data.note = "not a field"  # type: ignore[attr-defined]
     exported = {"tool_name": "grep", "tool_args": {"q": 1}, "output_content": None}
     assert data.export() == {"type": "tool", **exported}
-    assert models.AgentSpanData("a").export()["tools"] == []
-    assert models.CustomSpanData(name="n").export()["data"] == {}
-    handoff = models.HandoffSpanData(from_agent="a", messages_passed=0).export()
+    assert span_data.AgentSpanData("a").export()["tools"] == []
+    assert span_data.CustomSpanData(name="n").export()["data"] == {}
+    handoff = span_data.HandoffSpanData(from_agent="a", messages_passed=0).export()
     assert "context_strategy" not in handoff
     assert handoff["messages_passed"] == 0
 
