@@ -96,14 +96,14 @@ def by_plugin(uri: str, experiment: str, step_s: float) -> None:
 
 def by_mlflow(uri: str, experiment: str, step_s: float) -> None:
     """Log them with MLflow's own tracing."""
-    from qitos_mlflow.mlflow_plugin.mapping.span_attributes import SPAN_TYPES
+    from qitos_mlflow.mlflow_plugin.mapping.span_kinds import SPAN_KINDS
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(experiment)
 
     @contextmanager
     def span(kind: str, name: str, given: Any = None, got: Any = None) -> Iterator[None]:
-        with mlflow.start_span(name, span_type=SPAN_TYPES[kind]) as opened:
+        with mlflow.start_span(name, span_type=SPAN_KINDS[kind].mlflow_type) as opened:
             if given is not None:
                 opened.set_inputs({"messages": given} if kind == "generation" else given)
                 opened.set_outputs(got)

@@ -52,10 +52,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mlflow_plugin.server": (
         "mlflow_plugin.mapping.entities",
         "delivery.sink",
+        "delivery.fork",  # No fork amid an import of mlflow.
         "redaction",
         "settings",
     ),
-    "mlflow_plugin.mapping": ("recording.record",),
+    "mlflow_plugin.mapping": (
+        "recording.record",
+        "redaction.trim",  # What a file that was left out looks like.
+    ),
     "recording": ("delivery", "redaction", "tracing", "settings"),
     "bridge": ("tracing",),
     "plugins": ("tracing",),
@@ -82,8 +86,6 @@ LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
 KNOWN: set[tuple[str, str]] = {
     ("mlflow_plugin.destination", "__init__"),
     ("mlflow_plugin.fluent.active_run", "redaction.uris"),
-    ("mlflow_plugin.mapping.content_blocks", "redaction.trim"),
-    ("mlflow_plugin.server.rest", "delivery.fork"),
     ("mlflow_plugin.sink.operations", "redaction.uris"),
     ("mlflow_plugin.sink.sink", "redaction.uris"),
     ("mlflow_plugin.sink.trace_cost", "redaction.uris"),
@@ -96,7 +98,6 @@ KNOWN: set[tuple[str, str]] = {
 
 CLOSING: set[tuple[str, str]] = {
     ("bridge.run", "bridge.context"),
-    ("mlflow_plugin.mapping.trace_info", "mlflow_plugin.mapping.span_tree"),
     ("recording.process_exit", "recording.pipelines"),
 }
 """(module, imported module) that close a circle of modules today."""

@@ -22,7 +22,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._demo_agent import DeskAgent, Reviewer, ScriptedModel, act, answer
 from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
-from qitos_mlflow.mlflow_plugin.mapping.span_attributes import SPAN_TYPES
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import SPAN_KINDS
 from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
 from tests.cli.conftest import run_cli
@@ -144,7 +144,7 @@ def same(trace: Trace, heard: Recorder, trace_id: str) -> None:
         span = spans[span_id]
         assert span.start_time_ns == nanoseconds(node.started_at)
         assert span.end_time_ns == nanoseconds(node.ended_at)
-        assert span.span_type == SPAN_TYPES[node.type]
+        assert span.span_type == SPAN_KINDS[node.type].mlflow_type
         failed = SpanStatusCode.ERROR if node.error is not None else SpanStatusCode.OK
         assert span.status.status_code == failed
         above = spans[node.parent_id] if node.parent_id else made

@@ -14,11 +14,11 @@ import pytest
 
 from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.mapping import contributed
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_TAGS, SpanTree
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.recording.contributions import ask_plugins
 from qitos_mlflow.recording.normalize import normalize
+from tests.mlflow_plugin.folding import info_of, new_state
 from tests.mlflow_plugin.mapping.test_span_tree import plain
 from tests.mlflow_plugin.records import START_NS, Records
 
@@ -160,9 +160,12 @@ def test_additions_are_logged_with_run_and_trace() -> None:
         {**make.span("tool", tool_name="get", step=3), "added": added},
         make.end(added={"metrics": {"total": 9}}),
     ]
-    state, tree = RunTotals(), SpanTree()
-    runs = [state.fold(record) for record in records]
-    spans = [span for record in records for span in tree.fold(record).spans]
+    state, runs = new_state(), []
+    for record in records:
+        state.take(record, b"")
+        runs.append(state.waiting)
+        state.sent()
+    spans = [span for run in runs for span in run.spans]
     (chars,) = [metric for metric in runs[1].metrics if metric.key == "chars"]
     assert (chars.value, chars.step, chars.timestamp_ms) == (7, 3, START_NS // 10**6 + 5)
     assert {m.key: m.value for m in runs[1].metrics}["ok"] == 1.0
@@ -171,7 +174,7 @@ def test_additions_are_logged_with_run_and_trace() -> None:
     assert ("team", "blue") in runs[1].tags
     assert ("commit", "abc") in runs[0].tags
     assert ("qitos.values.dropped", "bad_value=1") in runs[2].tags
-    tags = tree.info()["tags"]
+    tags = info_of(state)["tags"]
     assert (tags["team"], tags["commit"]) == ("blue", "abc")
     assert "none" not in tags
     (tool,) = [span for span in spans if span.name == "get"]
@@ -180,12 +183,12 @@ def test_additions_are_logged_with_run_and_trace() -> None:
 
 def test_tags_of_a_trace_are_bounded() -> None:
     """A plugin with a new tag for every span does not make the trace's state grow without end."""
-    make, tree = Records(), SpanTree()
-    tree.fold(make.start())
+    make, state = Records(), new_state()
+    state.take(make.start(), b"")
     for number in range(MAX_TAGS + 50):
         span = make.span("tool", tool_name="get")
-        tree.fold({**span, "added": {"tags": {f"n{number}": "1"}}})
-    assert len(tree.tags) == MAX_TAGS
+        state.take({**span, "added": {"tags": {f"n{number}": "1"}}}, b"")
+    assert len(state.facts.trace_tags) == MAX_TAGS
 
 
 def test_names_are_cleaned() -> None:

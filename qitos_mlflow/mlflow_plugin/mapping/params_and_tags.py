@@ -1,6 +1,6 @@
 """What a run's texts are: params and tags from a trace's metadata and its loss ledger. Pure.
 
-The other half of `metrics`, which has the numbers.
+`run_totals` has the run's numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_text
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_text, mapping
 
 MAX_PARAMS = 500
 """Params of one run; metadata beyond is counted as ``too_many_params``."""
@@ -22,7 +22,7 @@ LOST_IN_SPOOL = "lost_in_spool"
 """Reason of a span that was spooled and never read: a damaged line, a deleted file."""
 
 _NOT_PARAMS = frozenset(
-    # How the run went: tags, metrics and status. A param is what went into it.
+    # How the run went: tags, metrics and status. A param is an input of the run.
     {"stop_reason", "final_result", "success", "status", "error", "qitos.closed"}
     # Ties to other traces.
     | {"linked_trace_id", "linked_span_id"}
@@ -36,32 +36,33 @@ _METADATA_TAGS = {
     "linked_trace_id": "qitos.linked_trace_id",
     "qitos.closed": "qitos.closed",
 }
-"""Metadata that people search runs by."""
+"""Metadata that people search runs by, and its tags."""
 
 _RECORD_TAGS = {
     "trace_id": "qitos.trace_id",
     "group_id": "qitos.group_id",
     "parent_run_id": "mlflow.parentRunId",
-    "source": "mlflow.source.name",
-    "user": "mlflow.user",
 }
 
-
-def start_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
-    """Tags of a run from its trace_start record."""
-    return _picked(record, _RECORD_TAGS, lost) + _picked(_metadata(record), _METADATA_TAGS, lost)
+_SETTINGS_TAGS = {"source": "mlflow.source.name", "user": "mlflow.user"}
 
 
-def cleaned(tags: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
-    """Tags that somebody else named."""
+def start_tags(
+    record: Mapping[str, Any], settings: Mapping[str, Any], lost: Counter[str] | None
+) -> list[tuple[str, str]]:
+    """Tags of a run from its trace_start record and its settings; configured ones come last."""
+    configured = mapping(settings.get("tags")).items()
     return [
-        (clean_key(key), clean_text(value, limits.TAG_CHARS, lost)) for key, value in tags.items()
+        *_picked(record, _RECORD_TAGS, lost),
+        *_picked(settings, _SETTINGS_TAGS, lost),
+        *_picked(mapping(record.get("metadata")), _METADATA_TAGS, lost),
+        *((clean_key(key), clean_text(text, limits.TAG_CHARS, lost)) for key, text in configured),
     ]
 
 
 def end_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_end record: stop reason, error, what was not known before."""
-    metadata = _metadata(record)
+    metadata = mapping(record.get("metadata"))
     error = error_text(record.get("error")) or metadata.get("error")
     outcome = {"stop_reason": metadata.get("stop_reason"), "qitos.error": error}
     return _picked(metadata, _METADATA_TAGS, lost) + [
@@ -96,14 +97,14 @@ def params(
 def ledger_tags(recorded: int, delivered: int, dropped: Mapping[str, int]) -> list[tuple[str, str]]:
     """The run's account of its spans.
 
-    `RunTotals` takes every span it has seen for delivered; a sink that knows better (dead letters)
-    sends these tags again, and the last ones stay.
+    `RunTotals` counts every span that it sees as delivered. If the server refuses some (dead
+    letters), the sink sends these tags again, and the last ones stay.
 
     Args:
         recorded: spans that ended in the agent.
         delivered: spans that are on the server.
-        dropped: spans lost, by reason, as far as the agent knew when the trace ended; what is
-            missing beyond that was lost in the spool. No tag when there are none.
+        dropped: spans lost, by reason, as far as the agent knew when the trace ended. What is
+            missing beyond that was lost in the spool. There is no tag if there are none.
     """
     tags = [("qitos.spans.recorded", str(recorded)), ("qitos.spans.delivered", str(delivered))]
     missing = recorded - delivered - sum(dropped.values())
@@ -127,11 +128,6 @@ def _picked(
         for key, tag in names.items()
         if isinstance(source.get(key), (str, int, float)) and source[key] != ""
     ]
-
-
-def _metadata(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    metadata = record.get("metadata")
-    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def _counts_text(counts: Mapping[str, int]) -> str:

@@ -1,18 +1,16 @@
-"""What a run's numbers are: each record of a trace becomes metrics, params and tags. Pure.
+"""A run's numbers: each record of a trace becomes metrics and params. Pure.
 
-Receives decoded, redacted records of one trace, in order; hands on `RunData`. The totals of
-the trace are kept in a `RunTotals`, which turns to JSON and back, so that delivery goes on in
-another process exactly where it stopped. No clock, no threads, no MLflow.
+Receives decoded, redacted records of one trace, in order; hands on `RunData`. A `RunTotals` keeps
+the totals of the trace. It turns to JSON and back, so that delivery goes on in another process
+exactly where it stopped.
 
-In short: metrics at each span's end are drawn over the agent's step number (the outermost agent's,
-where agents are nested), with the span's end as their time; the totals follow when the trace ends,
-at the last step. Tool calls are tool and MCP spans, and act spans that name an action (the bridge
-never makes both for one call).
+Metrics at a span's end have the agent's step number as their step (the outermost agent's, if agents
+are nested) and the span's end as their time. The totals follow when the trace ends, at the last
+step. `span_kinds` says which metrics a type of span has, and whether it is a tool call.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +26,11 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import (
     mapping,
 )
 from qitos_mlflow.mlflow_plugin.mapping.percentiles import Sample
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
 
 MAX_NAMES = 100
-"""Tools, and models, with numbers of their own; what comes later counts under `OTHERS`."""
+"""Tools, and models, with numbers of their own; later ones count under `OTHERS`."""
 OTHERS = "others"
 
 NAME_CHARS = 200
@@ -39,13 +39,11 @@ NAME_CHARS = 200
 
 @dataclass(frozen=True)
 class RunData:
-    """What one record adds to its run; `status` and `end_ms` when the run is to end."""
+    """What one record adds to its run."""
 
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
-    status: str | None = None
-    end_ms: int | None = None
 
 
 @dataclass
@@ -71,15 +69,13 @@ class ModelStats:
 class RunTotals:
     """Totals of one trace so far. Its size is bounded, however long the trace.
 
-    Args (all of the rest is the state itself):
-        constant_tags: tags every run of this destination gets, such as the user's.
-        constant_params: params every run of this destination gets, such as the version.
+    Attributes:
+        facts: the trace's facts; they take in each record first.
+        last_step: the highest step of its spans.
+        params: keys of the params that are written.
     """
 
-    constant_tags: dict[str, str] = field(default_factory=dict)
-    constant_params: dict[str, str] = field(default_factory=dict)
-    start_ns: int | None = None
-    last_ns: int = 0
+    facts: TraceFacts = field(default_factory=TraceFacts)
     last_step: int = 0
     spans: int = 0
     steps: int = 0
@@ -96,158 +92,128 @@ class RunTotals:
     tools: dict[str, ToolStats] = field(default_factory=dict)
     models: dict[str, ModelStats] = field(default_factory=dict)
     params: list[str] = field(default_factory=list)
-    lost: Counter[str] = field(default_factory=Counter)
 
     # -- as JSON -----------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON values."""
-        plain = dict(vars(self))
+        """The totals as plain JSON values, without the facts."""
+        plain = {name: value for name, value in vars(self).items() if name != "facts"}
         plain["tools"] = {
             name: [tool.calls, tool.errors, tool.latencies.to_json()]
             for name, tool in self.tools.items()
         }
         plain["models"] = {name: list(vars(model).values()) for name, model in self.models.items()}
-        plain["params"] = list(self.params)
-        plain["lost"] = dict(self.lost)
         return plain
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> RunTotals:
-        """The state that `to_json` described."""
-        state = cls(**plain)
+    def from_json(cls, plain: Mapping[str, Any], facts: TraceFacts) -> RunTotals:
+        """The totals that `to_json` described."""
+        state = cls(facts, **plain)
         state.tools = {
             name: ToolStats(calls, errors, Sample.from_json(sample))
             for name, (calls, errors, sample) in plain["tools"].items()
         }
         state.models = {name: ModelStats(*numbers) for name, numbers in plain["models"].items()}
-        state.params = list(plain["params"])
-        state.lost = Counter(plain["lost"])
         return state
 
     # -- records -----------------------------------------------------------------------------
 
     def fold(self, record: Mapping[str, Any]) -> RunData:
-        """Take in the trace's next record; returns what it adds to the run."""
-        added = list(contributed.metrics(record, self.lost))
-        tags = contributed.tags(record, self.lost)
+        """Take in the trace's next record; returns what it adds to the run beside its tags."""
+        added = list(contributed.metrics(record, self.facts.lost))
         kind, run = record.get("kind"), RunData()
         if kind == "span":
             run = self._fold_span(record)
         elif kind == "trace_start":
-            run = self._fold_start(record)
+            run = RunData(params=self._trace_params(record))
         elif kind == "trace_end":
             run = self._fold_end(record)
         step = record.get("step")
         step = self.last_step if step is None else limits.clean_step(step)
         at_ms = clean_ms(record.get("end_ns") or record.get("time_ns"))
         run.metrics.extend(Metric(key, value, at_ms, step) for key, value in added)
-        run.tags.extend(tags)
         return run
 
-    def abandoned(self, last_ns: int | None = None, reason: str = "the process died") -> RunData:
-        """The end of a run whose trace will never end: KILLED, with the totals so far.
+    def killed(self) -> RunData:
+        """What ends the run of a trace that the facts say was killed: the totals so far."""
+        return RunData(self._totals(), [], self._accounts())
+
+    def ledger(self, missing: Mapping[str, int]) -> list[tuple[str, str]]:
+        """The run's account of its spans.
 
         Args:
-            last_ns: when the process was last known to live; None: its last record.
-            reason: goes into the tag ``qitos.killed``.
+            missing: how many of the spans seen here are not on the server, by reason.
         """
-        end_ns = max(limits.clean_ns(last_ns), self.last_ns)
-        tags = [("qitos.killed", clean_text(reason, limits.TAG_CHARS))]
-        tags += params_and_tags.ledger_tags(self.spans, self.spans, {}) + params_and_tags.lost_tags(
-            self.lost
-        )
-        return RunData(self._totals(end_ns), [], tags, "KILLED", clean_ms(end_ns))
+        delivered = max(0, self.spans - sum(missing.values()))
+        dropped = {**self.facts.dropped, **missing}
+        recorded = max(self.facts.recorded, self.spans)
+        return params_and_tags.ledger_tags(recorded, delivered, dropped)
 
-    def _fold_start(self, record: Mapping[str, Any]) -> RunData:
-        self.start_ns = limits.clean_ns(record.get("time_ns"))
-        self.last_ns = max(self.last_ns, self.start_ns)
-        tags = params_and_tags.start_tags(record, self.lost)
-        tags += params_and_tags.cleaned(self.constant_tags, self.lost)
-        metadata = mapping(record.get("metadata"))
-        return RunData([], self._new_params({**self.constant_params, **metadata}), tags)
+    def _accounts(self) -> list[tuple[str, str]]:
+        return self.ledger({}) + params_and_tags.lost_tags(self.facts.lost)
 
     def _fold_end(self, record: Mapping[str, Any]) -> RunData:
-        end_ns = limits.clean_ns(record.get("time_ns"))
-        self.last_ns = max(self.last_ns, end_ns)
-        metadata = mapping(record.get("metadata"))
-        status = record.get("status") or "FINISHED"
-        metrics = self._totals(end_ns)
-        success = metadata.get("success")
-        if success is None and status != "FINISHED":
+        facts = self.facts
+        metrics = self._totals()
+        success = mapping(record.get("metadata")).get("success")
+        if success is None and facts.status != "FINISHED":
             success = False
-        value = clean_metric(success, self.lost, booleans=True)
+        value = clean_metric(success, facts.lost, booleans=True)
         if value is not None:
-            metrics.append(Metric("success", value, clean_ms(end_ns), self.last_step))
-        params = self._new_params({**self.constant_params, **metadata})
-        tags = params_and_tags.end_tags(record, self.lost)
-        self.lost.update(mapping(record.get("lost")))
-        dropped = mapping(record.get("dropped"))
-        recorded = record.get("recorded")
-        recorded = max(recorded if isinstance(recorded, int) else 0, self.spans)
-        tags += params_and_tags.ledger_tags(recorded, self.spans, dropped)
-        tags += params_and_tags.lost_tags(self.lost)
-        return RunData(metrics, params, tags, status, clean_ms(end_ns))
+            metrics.append(Metric("success", value, clean_ms(facts.ended_ns), self.last_step))
+        params = self._trace_params(record)
+        facts.lost.update(mapping(record.get("lost")))
+        return RunData(metrics, params, self._accounts())
 
     def _fold_span(self, record: Mapping[str, Any]) -> RunData:
-        data = mapping(record.get("data"))
+        data, kind = mapping(record.get("data")), kind_of(record)
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
-        at_ns = limits.clean_ns(end_ns if end_ns is not None else start_ns)
+        at_ms = clean_ms(end_ns if end_ns is not None else start_ns)
         self.spans += 1
-        self.last_ns = max(self.last_ns, at_ns)
-        kind = record.get("type")
         step = record.get("step")  # The outermost agent's.
-        if step is None and kind == "step":
+        if step is None and kind.counts is Counts.STEP:
             step = data.get("step_number")
         step = self.last_step if step is None else limits.clean_step(step)
         self.last_step = max(self.last_step, step)
 
-        run = RunData()
-        if record.get("late"):  # So many of this trace ended after it.
+        run = RunData(params=self._new_params(read_all(kind.params, data)))
+        if record.get("late"):  # How many spans have ended after their trace.
             run.tags.append(("qitos.spans.late", str(record["late"])))
         latency_ms = None
         if start_ns is not None and end_ns is not None:
             latency_ms = max(0, limits.clean_ns(end_ns) - limits.clean_ns(start_ns)) / 1e6
-        values: dict[str, Any] = {}
-        if kind == "generation":
-            values = self._generation(data, run)
-        elif kind == "step":
-            self.steps += 1
-            values = {"step/number": data.get("step_number")}
-        elif kind == "critic":
-            values = {"critic/score": self._score(data.get("score"))}
-        elif kind in ("tool", "mcp"):
-            name = str(data.get("tool_name") or data.get("server_name") or "unnamed")
-            self._tool_call(name, record.get("error") is not None, latency_ms)
-            run.tags.append(("tool/name", clean_text(name, limits.TAG_CHARS, self.lost)))
-        elif kind == "act" and data.get("action_name"):
-            name = _text_of_names(data["action_name"])
-            self._tool_call(name, record.get("error") is not None, latency_ms)
-            run.tags.append(("action/name", clean_text(name, limits.TAG_CHARS, self.lost)))
-        elif kind == "agent":
-            run.params.extend(
-                self._new_params({"agent_name": data.get("name"), "model_name": data.get("model")})
-            )
-        if kind in ("generation", "step", "tool"):
-            values[f"{kind}/latency_ms"] = latency_ms
-        elif kind == "mcp":
-            values["tool/latency_ms"] = latency_ms
+        if tool := read(kind.tool, data):
+            self._tool_call(tool, record.get("error") is not None, latency_ms)
+            name = clean_text(tool, limits.TAG_CHARS, self.facts.lost)
+            run.tags.append((kind.tool_tag, name))
+        values = {**read_all(kind.metrics, data), **self._count(kind.counts, data)}
+        if kind.latency:
+            values[kind.latency] = latency_ms
         for key, value in values.items():
-            number = clean_metric(value, self.lost)
+            number = clean_metric(value, self.facts.lost)
             if number is not None:
-                run.metrics.append(Metric(key, number, clean_ms(at_ns), step))
+                run.metrics.append(Metric(key, number, at_ms, step))
         return run
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _generation(self, data: Mapping[str, Any], run: RunData) -> dict[str, Any]:
+    def _count(self, counts: Counts, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Count what spans of this type count; returns metrics of the span's end."""
+        if counts is Counts.STEP:
+            self.steps += 1
+        elif counts is Counts.MODEL_CALL:
+            return self._model_call(data)
+        elif counts is Counts.VERDICT:
+            return {"critic/score": self._score(data.get("score"))}
+        return {}
+
+    def _model_call(self, data: Mapping[str, Any]) -> dict[str, Any]:
         self.generations += 1
         model = data.get("model")
-        run.params.extend(self._new_params({"model_name": model}))
         stats = self._named(self.models, str(model), ModelStats) if model else None
         if stats:
             stats.generations += 1
-        usage = parse_usage(data.get("token_usage"), self.lost)
+        usage = parse_usage(data.get("token_usage"), self.facts.lost)
         if usage is None:
             return {}
         prompt, completion = usage.prompt or 0, usage.completion or 0
@@ -270,7 +236,7 @@ class RunTotals:
             return None
         score = None if isinstance(raw, str) else clean_metric(raw, None)
         if score is None:
-            self.lost["bad_value"] += 1
+            self.facts.lost["bad_value"] += 1
             return None
         self.score_min = min(self.score_min, score) if self.scores else score
         self.score_max = max(self.score_max, score) if self.scores else score
@@ -294,12 +260,17 @@ class RunTotals:
             key = OTHERS
         return table.setdefault(key, new()) if key not in table else table[key]
 
+    def _trace_params(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+        version = {"qitos_mlflow_version": self.facts.settings.get("plugin_version")}
+        return self._new_params({**version, **mapping(record.get("metadata"))})
+
     def _new_params(self, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-        found = params_and_tags.params(metadata, self.params, self.lost)
+        found = params_and_tags.params(metadata, self.params, self.facts.lost)
         self.params += [key for key, _ in found]
         return found
 
-    def _totals(self, end_ns: int) -> list[Metric]:
+    def _totals(self) -> list[Metric]:
+        end_ns = self.facts.ended_ns or 0
         values: dict[str, float] = {
             "total_tokens": self.total_tokens,
             "total_prompt_tokens": self.prompt_tokens,
@@ -308,8 +279,8 @@ class RunTotals:
             "total_steps": self.steps,
             "total_tool_calls": self.tool_calls,
         }
-        if self.start_ns is not None:
-            values["duration_s"] = max(0, end_ns - self.start_ns) / 1e9
+        if self.facts.started:
+            values["duration_s"] = max(0, end_ns - self.facts.start_ns) / 1e9
         if self.tool_calls:
             values["tool/error_rate"] = self.tool_errors / self.tool_calls
         if self.scores:
@@ -329,11 +300,7 @@ class RunTotals:
             values[f"model/{name}/total_tokens"] = model.total
         at_ms = clean_ms(end_ns)
         # A sum of scores can overflow although each of them did not.
-        cleaned = ((key, clean_metric(value, self.lost)) for key, value in values.items())
+        cleaned = ((key, clean_metric(value, self.facts.lost)) for key, value in values.items())
         return [
             Metric(key, value, at_ms, self.last_step) for key, value in cleaned if value is not None
         ]
-
-
-def _text_of_names(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -13,110 +13,46 @@ import orjson
 from qitos_mlflow._usage import Usage, parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import chat_messages, limits
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import with_rest
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text
-
-SPAN_TYPES = {
-    "agent": "AGENT",
-    "step": "CHAIN",
-    "decide": "CHAIN",
-    "generation": "CHAT_MODEL",
-    "act": "CHAIN",
-    "tool": "TOOL",
-    "mcp": "TOOL",
-    "reduce": "CHAIN",
-    "critic": "EVALUATOR",
-    "handoff": "AGENT",
-    "delegate": "AGENT",
-    "fanout": "CHAIN",
-    "parse": "PARSER",
-    "guardrail": "GUARDRAIL",
-    "custom": "UNKNOWN",
-}
-"""MLflow's type of each of QitOS's; another is passed on in capitals."""
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
 
 _PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "bedrock", "ollama", "deepseek")
-"""Names by which MLflow looks prices up, and which hosts' model classes contain."""
+"""Names that MLflow has prices for; hosts' model classes contain them."""
 
 _SHOWN = ("finish_reason", "model_name", "provider", "cached")
 """Fields of the host's summary of an answer that have a place of their own."""
 
 
-def span_name(record: Mapping[str, Any]) -> str:
-    """What the tree shows: ``step 3``, the model, the tool, the critic, or the span's type."""
-    data = _data(record)
-    kind = str(record.get("type") or "span")
-    if kind == "step" and data.get("step_number") is not None:
-        return f"step {data['step_number']}"
-    if kind == "mcp" and data.get("server_name") and data.get("tool_name"):
-        return f"{data['server_name']}/{data['tool_name']}"
-    if kind == "handoff" and (data.get("from_agent") or data.get("to_agent")):
-        return f"{data.get('from_agent') or '?'} → {data.get('to_agent') or '?'}"
-    key = {
-        "agent": "name",
-        "generation": "model",
-        "tool": "tool_name",
-        "mcp": "tool_name",
-        "act": "action_name",
-        "critic": "critic_name",
-    }.get(kind, "name")
-    name = record.get("name") or data.get(key)
-    return str(name) if name else kind
-
-
 def of_span(record: Mapping[str, Any], tools: list[str] | None = None) -> dict[str, Any]:
-    """The attributes of a span; None where there is nothing to say.
+    """The attributes of a span; one without a value is left out.
 
     Args:
         record: the span's record.
         tools: names of the agent's tools, shown with generations that do not list their own.
     """
-    data = _data(record)
-    kind = str(record.get("type") or "")
-    mlflow_type = SPAN_TYPES.get(kind) or kind.upper() or "UNKNOWN"
-    output = data.get("output_content")
+    data, kind = mapping(record.get("data")), kind_of(record)
+    own_type = str(record.get("type") or "")
+    output = read(kind.output, data)
     if output is None:
         output = record.get("output")
     found: dict[str, Any] = {
-        "mlflow.spanType": clean_text(mlflow_type, limits.SPAN_TYPE_CHARS),
-        "qitos.type": kind,
+        "mlflow.spanType": clean_text(
+            kind.mlflow_type or own_type.upper() or "UNKNOWN", limits.SPAN_TYPE_CHARS
+        ),
+        "qitos.type": own_type,
         "qitos.span_id": str(record.get("span_id", "")),
         "qitos.step": record.get("step"),
     }
-    if kind == "generation":
+    if kind.counts is Counts.MODEL_CALL:
         found |= _generation(data, output, tools)
-    elif kind == "agent":
-        task = data.get("task")
-        found |= {
-            "mlflow.spanInputs": None if task is None else {"task": task},
-            "mlflow.spanOutputs": output,
-            "qitos.model": data.get("model"),
-            "qitos.tools": data.get("tools"),
-        }
-    elif kind == "step":
-        decision = data.get("decision")
-        found |= {
-            "mlflow.spanInputs": data.get("observation"),
-            "mlflow.spanOutputs": output if decision is None else decision,
-        }
-    elif kind in ("tool", "mcp", "act"):
-        found |= {"mlflow.spanInputs": data.get("tool_args"), "mlflow.spanOutputs": output}
-    elif kind == "critic":
-        found |= {"mlflow.spanInputs": data.get("input_content"), "mlflow.spanOutputs": output}
-        found["qitos.score"] = data.get("score")
-    elif kind in ("decide", "reduce"):
-        found |= {"mlflow.spanInputs": data.get("input_content"), "mlflow.spanOutputs": output}
-        found["qitos.input_count"] = data.get("input_count")
-    elif kind == "custom":
-        found |= {"mlflow.spanInputs": data.get("data"), "mlflow.spanOutputs": output}
-    else:  # hand-offs, and types of later hosts: everything that is there
-        inputs = {k: v for k, v in data.items() if k != "output_content" and v is not None}
-        found |= {"mlflow.spanInputs": inputs or None, "mlflow.spanOutputs": output}
+    else:
+        found |= {"mlflow.spanInputs": read(kind.inputs, data), "mlflow.spanOutputs": output}
+    found |= read_all(kind.attributes, data)
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -> dict[str, Any]:
-    response = data.get("model_response")
-    response = response if isinstance(response, Mapping) else {}
+    response = mapping(data.get("model_response"))
     request = data.get("input_content")
     model = data.get("model") or response.get("model_name")
     found: dict[str, Any] = {}
@@ -166,10 +102,10 @@ def token_usage(usage: Usage) -> dict[str, int]:
 
 
 def _provider(name: Any) -> str | None:
-    """The provider as MLflow knows it, where the host names a class of that provider's.
+    """The provider's name in MLflow, if `name` contains it; None for any other.
 
-    None for any other: MLflow's server would look on the internet for that provider's prices (7 s
-    for a server that cannot get there), where without one it goes by the model's name.
+    For a provider that MLflow does not know, its server looks for prices on the internet (7 s if it
+    has no access). Without a provider it goes by the model's name.
     """
     low = name.lower() if isinstance(name, str) else ""
     return next((provider for provider in _PROVIDERS if provider in low), None)
@@ -192,8 +128,3 @@ def preview(value: Any) -> str:
     """`value` as text of at most `limits.PREVIEW_CHARS`."""
     text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
     return clean_text(text, limits.PREVIEW_CHARS)
-
-
-def _data(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    data = record.get("data")
-    return data if isinstance(data, Mapping) else {}

@@ -1,12 +1,11 @@
 """What MLflow's Traces page shows: each record becomes MLflow spans and trace info. Pure.
 
-Receives decoded, redacted records of one trace, in order; hands on OpenTelemetry spans, and on
-demand the trace's info as JSON (MLflow's TraceInfoV3). Ids follow from QitOS's ids, so a record
-sent again replaces what it wrote before. No clock, no threads, no MLflow.
+Receives decoded, redacted records of one trace, in order; hands on OpenTelemetry spans. Ids follow
+from QitOS's ids, so a record sent again replaces what it wrote before.
 
-The order to send in (observed on MLflow 3.6 to 3.17): spans first, then `SpanTree.info` whenever
-`TraceData.changed` says so. Beginning a trace with its info, or ending it before its root, leaves
-wrong times behind.
+The order to send in (observed on MLflow 3.6 to 3.17): spans first, then `trace_info` of the tree
+whenever `TraceData.changed` is True. Beginning a trace with its info, or ending it before its root,
+leaves wrong times behind.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags, span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.feedback import feedback_of
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, set_status
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, span_name
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
 
 MAX_PRICED = 20
 """Names of generations, each of which is two requests when the trace's cost is asked for."""
@@ -31,11 +31,11 @@ MAX_PRICED = 20
 MAX_ASSESSMENT_BYTES = 65_536
 """Assessments that infos repeat, as JSON; they are part of what each acknowledgement writes."""
 
-MAX_TAGS = 200
-"""Tags of one trace; what other plugins add beyond is left out."""
+MAX_TOOLS = 200
+"""Names of an agent's tools that are kept for its generations."""
 
-TELL_EVERY_NS = 5_000_000_000
-"""A running trace's totals and feedback are sent this often; spans do not wait for it."""
+INFO_EVERY_NS = 5_000_000_000
+"""How often a running trace's totals and feedback are sent; spans do not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -56,129 +56,138 @@ class SpanTree:
     """What must be known of one trace to write its info at any time; bounded, turns to JSON.
 
     A QitOS trace is itself the root of the tree, there from the start; its spans hang below.
-    Where the host's trace is one agent's run and that agent's span is announced when it starts
+    If the host's trace is one agent's run and that agent's span is announced when it starts
     (a ``span_start`` record right after the ``trace_start``), the agent is the root.
+
+    Attributes:
+        facts: the trace's facts; they take in each record first.
+        begun: the root has been sent.
+        root: QitOS's id of the agent's span that is the root; None: the trace is.
+        root_name: name of that agent.
+        root_start_ns: when the agent started, once its span has ended: without the time that the
+            trace waited for its run.
+        root_closed: the root has been sent as it ended.
+        request: preview of the task.
+        response: preview of the answer.
+        tools: names of the agent's tools.
+        link: ids of the trace and of the span that this trace is linked to.
+        metadata: the trace's metadata as of its start.
+        usage: tokens so far.
+        priced: names of generations with tokens and a model.
+        assessments: feedback that each info repeats.
+        news: the next info says more than the last one.
+        info_ns: `facts.last_ns` as of the last info.
     """
 
-    id: str = ""
-    constant_tags: dict[str, str] = field(default_factory=dict)
+    facts: TraceFacts = field(default_factory=TraceFacts)
     begun: bool = False
     root: str | None = None
+    root_name: str = ""
+    root_start_ns: int | None = None
     root_closed: bool = False
-    name: str = ""
-    start_ns: int = 0
-    last_ns: int = 0
-    ended_ns: int | None = None
-    status: str = ""
-    error: str | None = None
-    exception: dict[str, Any] | None = None
     request: str | None = None
     response: str | None = None
     tools: list[str] | None = None
     link: list[str] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=lambda: {"mlflow.trace_schema.version": "3"})
     usage: dict[str, int] = field(default_factory=dict)
     priced: list[str] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
     news: bool = False
-    told_ns: int = 0
+    info_ns: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON values."""
-        return dict(vars(self))
+        """The tree as plain JSON values, without the facts."""
+        return {name: value for name, value in vars(self).items() if name != "facts"}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> SpanTree:
-        """The state that `to_json` described."""
-        return cls(**orjson.loads(orjson.dumps(plain)))
+    def after_end(cls, facts: TraceFacts) -> SpanTree:
+        """The tree of a trace that has ended, for spans that come later.
 
-    @classmethod
-    def after_end(cls, qitos_trace_id: str) -> SpanTree:
-        """What is left to know of a trace that has ended, for spans that come later.
-
-        And of one whose start was lost: it has no root then, for nobody knows what it was called.
+        And of one whose start was lost: it has no root then, for its name is not known.
         """
-        fold = cls(id=qitos_trace_id, begun=True, root_closed=True)
-        fold.metadata["mlflow.trace_schema.version"] = "3"
-        fold._tag("qitos.trace_id", qitos_trace_id)
-        return fold
+        return cls(facts, begun=True, root_closed=True)
 
     def move(self) -> None:
-        """Begin anew where nothing of the trace is there yet."""
+        """Begin anew on a server that has nothing of the trace."""
         self.begun = self.root_closed = False
+
+    @property
+    def name(self) -> str:
+        """Name of the root."""
+        return self.root_name or self.facts.name or "trace"
+
+    @property
+    def start_ns(self) -> int:
+        """When the root started."""
+        return self.facts.start_ns if self.root_start_ns is None else self.root_start_ns
+
+    @property
+    def full(self) -> bool:
+        """The next info is the last one with the assessments that there are."""
+        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
+
+    def info_made(self) -> None:
+        """Take account of an info that says all there is to say now."""
+        self.news, self.info_ns = False, self.facts.last_ns
+        if self.full:
+            self.assessments = []
 
     # -- records -----------------------------------------------------------------------------
 
     def fold(self, record: Mapping[str, Any]) -> TraceData:
         """Take in the trace's next record; returns what it adds to the trace."""
         kind = record.get("kind")
-        for key, value in contributed.tags(record):
-            if key in self.tags or len(self.tags) < MAX_TAGS:
-                self._tag(key, value)
-                self.news = True
+        self.news = self.news or bool(mapping(record.get("added")).get("tags"))
         if kind == "trace_start":
-            return self._fold_start(record)
-        if kind == "span_start":
+            self._fold_start(record)
+        elif kind == "span_start":
             return self._fold_root(record)
-        if kind == "span":
+        elif kind == "span":
             return self._fold_span(record)
-        if kind == "trace_end":
+        elif kind == "trace_end":
             return self._fold_end(record)
         return TraceData()
 
-    def abandoned(self, last_ns: int | None = None, reason: str = "the process died") -> TraceData:
-        """The end of a trace that will never end: state ERROR.
+    def killed(self, reason: str) -> TraceData:
+        """What ends the tree of a trace that the facts say was killed: state ERROR.
 
         Args:
-            last_ns: when the process was last known to live; None: its last record.
-            reason: the root's error text and the tag ``qitos.killed``.
+            reason: the root's error text.
         """
-        self.tags["qitos.killed"] = self.response = clean_text(reason, limits.PREVIEW_CHARS)
-        return self._end(max(clean_ns(last_ns), self.last_ns), "KILLED", reason, None)
+        self.response = clean_text(reason, limits.PREVIEW_CHARS)
+        return self._end(reason, None)
 
-    def _fold_start(self, record: Mapping[str, Any]) -> TraceData:
-        self.id = str(record.get("trace_id", ""))
-        self.name = str(record.get("name") or "trace")
-        self.start_ns = clean_ns(record.get("time_ns"))
-        self.last_ns = max(self.last_ns, self.start_ns)
-        metadata = mapping(record.get("metadata"))
+    def _fold_start(self, record: Mapping[str, Any]) -> None:
+        """Keep what the root and the infos need; the tree itself begins with its first span.
+
+        Until then the agent may be waiting for its run.
+        """
+        metadata, settings = mapping(record.get("metadata")), self.facts.settings
         session = (
             record.get("group_id") or metadata.get("benchmark_name") or metadata.get("task_id")
         )
-        user = metadata.get("user_id") or metadata.get("user") or record.get("user")
-        for key, value, length in (
-            ("mlflow.trace.session", session, limits.SESSION_CHARS),
-            ("mlflow.trace.user", user, limits.SESSION_CHARS),
-            ("mlflow.source.name", record.get("source"), limits.SESSION_CHARS),
+        user = metadata.get("user_id") or metadata.get("user") or settings.get("user")
+        for key, value in (
+            ("mlflow.trace.session", session),
+            ("mlflow.trace.user", user),
+            ("mlflow.source.name", settings.get("source")),
         ):
             if value:
-                self.metadata[key] = clean_text(value, length)
-        self.metadata["mlflow.trace_schema.version"] = "3"
-        tools = metadata.get("tools")
+                self.metadata[key] = clean_text(value, limits.SESSION_CHARS)
+        tools, linked = metadata.get("tools"), metadata.get("linked_trace_id")
         if isinstance(tools, list):
-            self.tools = [str(tool)[: limits.KEY_CHARS] for tool in tools[:200]]
-        if metadata.get("linked_trace_id"):
-            self.link = [
-                str(metadata["linked_trace_id"]),
-                str(metadata.get("linked_span_id") or ""),
-            ]
-        for key, value in params_and_tags.start_tags(record, None) + list(
-            self.constant_tags.items()
-        ):
-            if not key.startswith("mlflow."):
-                self._tag(key, value)
-        self._tag("mlflow.traceName", self.name, limits.KEY_CHARS)
+            self.tools = [str(tool)[: limits.KEY_CHARS] for tool in tools[:MAX_TOOLS]]
+        if linked:
+            self.link = [str(linked), str(metadata.get("linked_span_id") or "")]
         if metadata.get("task") is not None:
             self.request = span_attributes.preview(metadata["task"])
-        # The tree begins with its first span: the run is what somebody may be waiting for.
-        return TraceData()
 
     def _fold_root(self, record: Mapping[str, Any]) -> TraceData:
         """An announced agent span becomes the root, unless the trace has one."""
         if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
             self.root = str(record.get("span_id"))
-            self.name = str(mapping(record.get("data")).get("name") or self.name)
+            self.root_name = str(mapping(record.get("data")).get("name") or "")
         return self._begin()
 
     def _begin(self) -> TraceData:
@@ -190,52 +199,42 @@ class SpanTree:
 
     def _fold_span(self, record: Mapping[str, Any]) -> TraceData:
         began = self._begin()
-        own = str(record.get("span_id", ""))
-        parent = record.get("parent_id")
-        start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
-        self.start_ns = self.start_ns or clean_ns(start_ns)
-        self.last_ns = max(self.last_ns, clean_ns(end_ns))
+        trace, own = self.facts.trace_id, str(record.get("span_id", ""))
+        parent, is_root = record.get("parent_id"), own == self.root
         found = {**span_attributes.of_span(record, self.tools), **contributed.attributes(record)}
-        kind = record.get("type")
-        if kind == "generation":
-            self._count(found, span_attributes.span_name(record))
+        counts = kind_of(record).counts
+        if counts is Counts.MODEL_CALL:
+            self._count(found, span_name(record))
             self.response = span_attributes.answer_preview(found) or self.response
-        is_root = own == self.root
         if is_root:
             found = {**self._root_attributes(None), **found}
-        identity = span_id(self.id, own)
-        above = (
-            None if is_root else self._root_id() if not parent else span_id(self.id, str(parent))
-        )
+        identity = span_id(trace, own)
+        above = span_id(trace, str(parent)) if parent else self._root_id()
         span = build_span(
-            otel_trace_id(self.id),
+            otel_trace_id(trace),
             identity,
-            self._root_id() if above == identity else above,
-            self.name if is_root else span_attributes.span_name(record),
-            start_ns,
-            end_ns,
+            None if is_root else self._root_id() if above == identity else above,
+            self.name if is_root else span_name(record),
+            record.get("start_ns"),
+            record.get("end_ns"),
             found,
         )
-        set_status(span, _text_or_none(record.get("error")), mapping(record.get("exception")))
+        error = record.get("error")
+        set_status(span, None if error is None else str(error), mapping(record.get("exception")))
         if is_root:
             self.root_closed = True
-            # The agent's time, without what its trace waited for its run.
-            self.start_ns = span.start_time_unix_nano
+            self.root_start_ns = span.start_time_unix_nano
             self._add_link(span)
-        if kind == "critic" and (feedback := feedback_of(record, self.id)):
+        if counts is Counts.VERDICT and (feedback := feedback_of(record, trace)):
             self.assessments.append(feedback)
             self.news = True
-        changed = self.news and (self.last_ns - self.told_ns >= TELL_EVERY_NS or self.full)
+        changed = self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full)
         return TraceData([*began.spans, span], began.changed or changed)
 
     def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
-        metadata = mapping(record.get("metadata"))
-        for key, value in params_and_tags.end_tags(record, None):
-            if key != "qitos.error":
-                self._tag(key, value)
+        metadata, status = mapping(record.get("metadata")), self.facts.status
         error = record.get("error")
         exception = dict(error) if isinstance(error, Mapping) else None
-        status = str(record.get("status") or "FINISHED")
         text = error if isinstance(error, str) else metadata.get("error")
         stopped = f"stopped: {metadata.get('stop_reason') or status.lower()}"
         if text is None and exception is None and status != "FINISHED":
@@ -248,72 +247,44 @@ class SpanTree:
         if answer not in (None, ""):
             self.response = span_attributes.preview(answer)
         return self._end(
-            clean_ns(record.get("time_ns")),
-            status,
-            None if text is None else str(text),
-            exception,
-            metadata.get("final_result"),
+            None if text is None else str(text), exception, metadata.get("final_result")
         )
 
     def _end(
-        self,
-        end_ns: int,
-        status: str,
-        error: str | None,
-        exception: dict[str, Any] | None,
-        result: Any = None,
+        self, error: str | None, exception: dict[str, Any] | None, result: Any = None
     ) -> TraceData:
         began = self._begin()
-        self.last_ns = self.ended_ns = max(end_ns, self.start_ns)
-        self.status = status
         if self.root_closed:  # The agent's own span says more than this one would.
             return TraceData(began.spans, changed=True)
-        root = self._root_span(self.ended_ns, {"mlflow.spanOutputs": result})
+        root = self._root_span(self.facts.ended_ns or 0, {"mlflow.spanOutputs": result})
         set_status(root, error, exception)
         self.root_closed = True
         return TraceData([*began.spans, root], changed=True)
 
-    # -- info --------------------------------------------------------------------------------
-
-    def info(self) -> dict[str, Any]:
-        """The trace's info as it stands, as MLflow's JSON; `locate` says where it belongs.
-
-        Its assessments have ids of their own, so that the same one is there once. Totals are
-        always explicit: the server stops adding up by itself once it has an info (see `cost`).
-        """
-        self.news, self.told_ns = False, self.last_ns
-        found = trace_info(self)
-        if self.full:
-            self.assessments = []
-        return found
-
-    @property
-    def full(self) -> bool:
-        """The next info is the last one with the assessments that there are."""
-        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
-
     # -- parts -------------------------------------------------------------------------------
 
     def _root_id(self) -> bytes:
-        return span_id(self.id, "\0root" if self.root is None else self.root)
+        return span_id(self.facts.trace_id, "\0root" if self.root is None else self.root)
 
     def _root_attributes(self, kind: str | None) -> dict[str, Any]:
         inputs = {"task": self.request} if self.request else None
-        found: dict[str, Any] = {"qitos.trace_id": self.id, "mlflow.spanInputs": inputs}
-        if kind:
-            found["mlflow.spanType"] = kind
+        found = {
+            "qitos.trace_id": self.facts.trace_id,
+            "mlflow.spanInputs": inputs,
+            "mlflow.spanType": kind,
+        }
         return {key: value for key, value in found.items() if value is not None}
 
     def _root_span(self, end_ns: int, more: Mapping[str, Any]) -> Span:
-        kind = "AGENT" if self.root is not None or "qitos.agent" in self.tags else "CHAIN"
+        of_agent = self.root is not None or "qitos.agent" in self.facts.start_tags
         span = build_span(
-            otel_trace_id(self.id),
+            otel_trace_id(self.facts.trace_id),
             self._root_id(),
             None,
             self.name,
             self.start_ns,
             end_ns,
-            {**self._root_attributes(kind), **more},
+            {**self._root_attributes("AGENT" if of_agent else "CHAIN"), **more},
         )
         self._add_link(span)
         return span
@@ -331,10 +302,3 @@ class SpanTree:
             self.news = True
         if self.usage and "mlflow.llm.model" in found and name not in self.priced:
             self.priced = [*self.priced, name][: MAX_PRICED + 1]
-
-    def _tag(self, key: str, value: object, length: int = limits.TRACE_TAG_CHARS) -> None:
-        self.tags[clean_key(key)] = clean_text(value, length)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)

@@ -1,9 +1,9 @@
-"""A trace's info as MLflow's JSON (TraceInfoV3), from what its fold knows. Pure."""
+"""A trace's info as MLflow's JSON (TraceInfoV3), from its tree. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -11,38 +11,39 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.feedback import rfc3339
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text
-
-if TYPE_CHECKING:
-    from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 
 _STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
 
 
-def trace_info(fold: SpanTree) -> dict[str, Any]:
-    """The info as it stands; `locate` says where it belongs."""
-    metadata = dict(fold.metadata)
-    if fold.request:
-        metadata["mlflow.traceInputs"] = fold.request
-    if fold.response and fold.ended_ns is not None:
-        metadata["mlflow.traceOutputs"] = fold.response
-    if fold.usage:
-        metadata["mlflow.trace.tokenUsage"] = orjson.dumps(fold.usage).decode()
+def trace_info(tree: SpanTree) -> dict[str, Any]:
+    """The info as it stands; `locate` says where it belongs.
+
+    Its assessments have ids of their own, so that each is on the server once. Totals are always
+    explicit: the server stops adding up by itself once it has an info (see `sink.trace_cost`).
+    """
+    facts = tree.facts
+    metadata, tags = dict(tree.metadata), facts.trace_tags
+    if facts.started:
+        tags["mlflow.traceName"] = clean_text(facts.name or "trace", limits.KEY_CHARS)
     info: dict[str, Any] = {
-        "trace_id": trace_id(fold.id),
-        "client_request_id": clean_text(fold.id, limits.CLIENT_REQUEST_CHARS),
-        "request_time": rfc3339(fold.start_ns),
-        "state": "IN_PROGRESS" if fold.ended_ns is None else _STATES.get(fold.status, "ERROR"),
+        "trace_id": trace_id(facts.trace_id),
+        "client_request_id": clean_text(facts.trace_id, limits.CLIENT_REQUEST_CHARS),
+        "request_time": rfc3339(tree.start_ns),
+        "state": _STATES.get(facts.status, "ERROR") if facts.ended else "IN_PROGRESS",
         "trace_metadata": metadata,
-        "tags": dict(fold.tags),
+        "tags": tags,
     }
-    if fold.request:
-        info["request_preview"] = fold.request
-    if fold.ended_ns is not None:
-        info["execution_duration"] = f"{max(0, fold.ended_ns - fold.start_ns) / 1e9:.3f}s"
-        if fold.response:
-            info["response_preview"] = fold.response
-    if fold.assessments:
-        info["assessments"] = fold.assessments
+    if tree.request:
+        metadata["mlflow.traceInputs"] = info["request_preview"] = tree.request
+    if facts.ended_ns is not None:
+        info["execution_duration"] = f"{max(0, facts.ended_ns - tree.start_ns) / 1e9:.3f}s"
+        if tree.response:
+            metadata["mlflow.traceOutputs"] = info["response_preview"] = tree.response
+    if tree.usage:
+        metadata["mlflow.trace.tokenUsage"] = orjson.dumps(tree.usage).decode()
+    if tree.assessments:
+        info["assessments"] = list(tree.assessments)
     return info
 
 
@@ -50,7 +51,7 @@ def locate(info: Mapping[str, Any], experiment_id: str, run_id: str | None) -> d
     """`info` completed for ``POST /api/3.0/mlflow/traces``.
 
     Args:
-        info: what `SpanTree.info` returned.
+        info: what `trace_info` returned.
         experiment_id: where the trace belongs.
         run_id: the run it is linked to, None for none.
     """

@@ -1,9 +1,11 @@
-"""Records to MLflow: folds each trace's records and says which calls they come to.
+"""Records to MLflow: folds each trace's records and lists the calls that follow from them.
 
-Receives redacted records from the shipper, in order, and hands back shipments of calls on a
-`Transport`. `prepare` is pure but for the sink's own state, which rides in the spool's
-acknowledgement; so a record seen again after a crash comes to the same calls again, and those
-replace or coincide on the server.
+Receives redacted records from the sending thread, in order, and hands back shipments of calls on a
+`Transport`. `prepare` changes nothing but the sink's own state, which is part of the spool's
+acknowledgement. So a record that is seen again after a crash leads to the same calls again, and
+what these write replaces what is there.
+
+One sink serves traces of any experiment and settings: each `trace_start` brings its own.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
+from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
 from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList, Group, batches
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
-from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, of_first_version
 from qitos_mlflow.redaction.uris import without_credentials
+
+STATE_VERSION = 2
+"""Form of the state in acknowledgements; version 0.1.0 wrote another one, without a version."""
 
 
 def open_sink(
@@ -39,13 +44,13 @@ def open_sink(
 
     Args:
         header: what `destination.segment_header` wrote.
-        tracking_uri: deliver here instead of where the header says.
-        announce: told each run as it is created; called on the shipper's thread.
-        resumed: somebody else may have delivered part of the segment before.
+        tracking_uri: deliver here instead of to the header's destination.
+        announce: called with each run as it is created, on the sending thread.
+        resumed: another process may have delivered part of the segment before.
     """
-    settings: dict[str, Any] = orjson.loads(header)
-    uri = tracking_uri or settings.get("tracking_uri")
-    return MlflowSink(open_transport(uri, settings.get("cwd")), settings, announce, resumed=resumed)
+    fields: dict[str, Any] = orjson.loads(header)
+    uri = tracking_uri or fields.get("tracking_uri")
+    return MlflowSink(open_transport(uri, fields.get("cwd")), fields, announce, resumed=resumed)
 
 
 class MlflowSink:
@@ -53,42 +58,46 @@ class MlflowSink:
 
     Args:
         transport: carries the calls.
-        settings: the segment's header.
-        announce: told each run as it is created.
+        header: the segment's header. Its run settings, if it has any, are those of traces whose
+            start brings none.
+        announce: called with each run as it is created.
         resumed: a run may exist already for any trace; look before creating one.
     """
 
     def __init__(
         self,
         transport: Transport,
-        settings: dict[str, Any],
+        header: Mapping[str, Any],
         announce: Announce | None = None,
         *,
         resumed: bool = False,
     ) -> None:
         self._transport = transport
-        self._settings = settings
-        self._calls = Operations(transport, settings, announce)
+        self._settings = settings_in(header)
+        self._calls = Operations(transport, announce)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
         self._refused: dict[str, str] = {}
-        self._process = {key: settings.get(key) for key in ("user", "source")}
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
     def restore(self, state: bytes) -> None:
-        """Go back to what `state` returned; of another destination's, to what is true here too."""
+        """Go back to what `state` returned; of another destination, to what holds here too."""
         self._resumed = True
         self._traces, self._refused = {}, {}
         try:
             plain = orjson.loads(state)
-            uri, refused = plain["uri"], dict(plain["refused"])
-            traces = [TraceState.from_json(trace) for trace in plain["traces"]]
+            uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
+            if "version" not in plain:
+                found = [of_first_version(trace, self._settings) for trace in found]
+            elif plain["version"] != STATE_VERSION:
+                raise ValueError(f"a state of version {plain['version']!r:.20}")
+            traces = [TraceState.from_json(trace) for trace in found]
         except (KeyError, TypeError, ValueError) as error:
             # Another version's: the runs are found again by their tags, totals begin anew.
             report("sink.restore", error)
             return
-        self._traces = {trace.trace_id: trace for trace in traces}
+        self._traces = {trace.facts.trace_id: trace for trace in traces}
         if uri == self._uri:
             self._refused = refused
             return
@@ -108,27 +117,29 @@ class MlflowSink:
                         del self._refused[record["trace_id"]]
                     continue
                 trace = self._trace_of(record)
-                if record["kind"] == "trace_start":
-                    record.update(self._process)
                 trace.take(record, data)
-                touched[trace.trace_id] = trace
+                touched[record["trace_id"]] = trace
             except Exception as error:  # noqa: BLE001 - one bad record loses only itself
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
         return self._shipment(touched, dead)
 
     def abandoned(self, last_time_ns: int, *, closed: bool = False) -> CallList | None:
         """End as KILLED the traces whose process died, or has closed without their end."""
-        if closed and not self._settings.get("auto_end_run", True):
-            return None  # Their user ends them.
-        open_traces = {key: trace for key, trace in self._traces.items() if not trace.ended}
-        for trace in open_traces.values():
+        left = {
+            key: trace
+            for key, trace in self._traces.items()
+            # Their user ends those that are to stay open.
+            if not trace.facts.ended and (trace.facts.auto_end_run or not closed)
+        }
+        for trace in left.values():
             trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
-        return self._shipment(open_traces, []) if open_traces else None
+        return self._shipment(left, []) if left else None
 
     def state(self) -> bytes:
-        """What later records depend on: runs, totals so far, and whose they are."""
+        """What later records depend on: settings, totals so far and run of each open trace."""
         traces = [trace.to_json() for trace in self._traces.values()]
-        return orjson.dumps({"uri": self._uri, "traces": traces, "refused": self._refused})
+        state = {"version": STATE_VERSION, "uri": self._uri, "traces": traces}
+        return orjson.dumps({**state, "refused": self._refused})
 
     def close(self) -> None:
         """Free connections."""
@@ -144,26 +155,18 @@ class MlflowSink:
         trace_id = record["trace_id"]
         trace = self._traces.get(trace_id)
         if trace is None:
-            totals = RunTotals(
-                constant_tags=self._settings.get("tags") or {},
-                constant_params={"qitos_mlflow_version": self._settings.get("plugin_version", "")},
+            trace = self._traces[trace_id] = TraceState.begin(
+                trace_id,
+                self._settings,
+                tree=self._calls.stores_traces,
+                late=record["kind"] != "trace_start",
+                resumed=self._resumed,
             )
-            # Without its start, a span is one that came after the trace had ended: look its run up.
-            # A trace whose start was lost has none: one is made of what is known at its end.
-            late = record["kind"] != "trace_start"
-            tree = None
-            if self._calls.log_traces:
-                tags = self._settings.get("tags") or {}
-                tree = SpanTree.after_end(trace_id) if late else SpanTree(constant_tags=tags)
-            trace = TraceState(trace_id, totals, tree, maybe_created=self._resumed or late)
-            if late:
-                trace.lose_start(self._process)
-            self._traces[trace_id] = trace
         return trace
 
     def _shipment(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> CallList:
         traces = list(touched.values())
-        groups = {trace.trace_id: self._group(trace) for trace in traces}
+        groups = {key: self._group(trace) for key, trace in touched.items()}
         # First, because an agent may be waiting for its run.
         calls = [
             self._call(self._calls.create_run, trace, groups, ["run"], essential=True)
@@ -171,42 +174,45 @@ class MlflowSink:
             if trace.run is None
         ]
         for trace in traces:
-            for chunk in batches(trace.metrics, trace.params, trace.tags):
+            waiting = trace.waiting
+            for chunk in batches(waiting.metrics, waiting.params, waiting.tags):
                 calls.append(self._call(self._calls.log, trace, groups, chunk))
-            for artifact in trace.artifacts:
+            for artifact in waiting.artifacts:
                 calls.append(self._call(self._calls.write_artifact, trace, groups, [artifact]))
         calls += self._tree_calls(traces, groups)
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [
             self._call(self._calls.end_run, trace, groups, ["end"])
             for trace in traces
-            if trace.ended
+            if trace.facts.ended
         ]
-        for trace in traces:
-            if trace.ended or not trace.started:
-                del self._traces[trace.trace_id]
+        for key, trace in touched.items():
+            if trace.facts.ended or not trace.facts.started:
+                del self._traces[key]
             trace.sent()
-        return CallList(calls, dead, self._calls.server_is_well)
+        experiment = traces[0].facts.experiment_name if traces else ""
+        return CallList(calls, dead, partial(self._calls.server_is_well, experiment))
 
     def _tree_calls(
         self, traces: Sequence[TraceState], groups: Mapping[str, Group]
     ) -> Iterator[Call]:
-        """Spans first, then what is known of their traces (see `spans`)."""
-        spans = distinct(span for trace in traces for span in trace.spans)
+        """Spans first, then the infos of their traces (see `span_tree`)."""
+        spans = distinct(span for trace in traces for span in trace.waiting.spans)
         if spans:
-            of_id = {otel_trace_id(trace.trace_id): trace for trace in traces}
-            write = partial(self._calls.write_spans, of_id)
-            yield Call(write, spans, partial(_span_letter, of_id))
+            of_id = {otel_trace_id(trace.facts.trace_id): trace for trace in traces}
+            yield Call(partial(self._calls.write_spans, of_id), spans, partial(_span_letter, of_id))
         for trace in traces:
-            if trace.tree is not None and trace.tree_changed:
-                # While a trace goes another one follows, unless this one has what it would lack.
-                last = trace.ended or trace.tree.full
-                write_tree = self._calls.write_last_tree if last else self._calls.write_tree
-                yield self._call(write_tree, trace, groups, [trace.tree.info()])
+            if trace.tree is not None and trace.waiting.tree_changed:
+                # Another info follows, unless the trace has ended or this one has feedback that
+                # no later one repeats.
+                last = trace.facts.ended or trace.tree.full
+                write = self._calls.write_last_info if last else self._calls.write_info
+                yield self._call(write, trace, groups, [trace_info(trace.tree)])
+                trace.tree.info_made()
 
     def _group(self, trace: TraceState) -> Group:
         check, refuse = partial(self._calls.check_run, trace), partial(self._refuse, trace)
-        return Group(trace.records, check, refuse)
+        return Group(trace.waiting.records, check, refuse)
 
     @staticmethod
     def _call(
@@ -217,21 +223,21 @@ class MlflowSink:
         *,
         essential: bool = False,
     ) -> Call:
-        group = groups[trace.trace_id]
+        group = groups[trace.facts.trace_id]
         return Call(partial(send, trace), items, partial(_letter, trace), group, essential)
 
     def _refuse(self, trace: TraceState, reason: str) -> None:
-        """Keep nothing of a trace but why the server will not have its run, until it ends."""
+        """Keep nothing of a trace but why the server refuses its run, until it ends."""
         trace.refused = reason
-        if self._traces.pop(trace.trace_id, None) is not None:
-            self._refused[trace.trace_id] = reason
+        if self._traces.pop(trace.facts.trace_id, None) is not None:
+            self._refused[trace.facts.trace_id] = reason
 
 
 def _letter(trace: TraceState, item: Any) -> bytes:
     """The dead letter of one item: enough to log it by hand."""
     run_id = None if trace.run is None else trace.run.run_id
     return orjson.dumps(
-        {"trace_id": trace.trace_id, "run_id": run_id, "item": item}, default=_plain
+        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item}, default=_plain
     )
 
 

@@ -1,9 +1,9 @@
-"""What a trace cost, asked of the server: it has the prices, and prices each span as it comes.
+"""What a trace cost, asked of the server once, at its end. The server prices each span as it comes.
 
-A server stops adding up a trace's cost once it has the trace's info, which a trace needs from
-its start to be seen and linked: what stays is the cost of the first batch (mlflow 3.12 to 3.17), or
-one that counts replays (3.10, 3.11; they also refuse an info without the cost they know). So the
-sum is asked for before an info is sent, and sent with it. Servers before 3.10 have no prices.
+A server stops adding up a trace's cost once it has the trace's info, which a trace needs from its
+start to be seen and linked. What stays is the cost of the first batch (mlflow 3.12 to 3.17), or one
+that counts replays (3.10, 3.11; they also refuse an info without the cost that they know). So the
+last info carries the sum. Servers before 3.10 have no prices.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from collections.abc import Callable
 
 import orjson
 
+from qitos_mlflow._guard import log
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, equals
 from qitos_mlflow.redaction.uris import without_credentials
 
-_log = logging.getLogger("qitos_mlflow")
-
 MARGIN_MS = 60_000
-"""Spans may begin before their trace where somebody set the clock."""
+"""How much earlier than its trace a span may begin, if the clock was set meanwhile."""
 
 KINDS = ("input_cost", "output_cost")
 """MLflow's metrics of one span's cost (USD)."""
@@ -30,9 +29,9 @@ KINDS = ("input_cost", "output_cost")
 TIMEOUT_S = 3.0
 """Longest wait for a sum (seconds)."""
 TRIES = 3
-"""After so many failures in a row traces go without their cost: it must hold nothing back."""
+"""Failures in a row after which traces are written without their cost: it must delay nothing."""
 PAUSE_S = 60.0
-"""So long no cost is asked for then (seconds)."""
+"""How long no cost is asked for then (seconds)."""
 
 
 class TraceCosts:
@@ -46,7 +45,7 @@ class TraceCosts:
         self._asks_at = 0.0
 
     def metadata(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
-        """The metadata that says what a trace cost; empty where nobody knows.
+        """The metadata that says what a trace cost; empty if the server does not know.
 
         Raises:
             RetryLater: the server did not say; not more than `TRIES` times in a row.
@@ -72,8 +71,9 @@ class TraceCosts:
         return {"mlflow.trace.cost": orjson.dumps(cost).decode()} if cost else {}
 
     def _warn(self, reason: Exception) -> None:
-        _log.warning(
-            "%s does not tell what model calls cost, so traces have no cost: %.200s",
+        log(
+            logging.WARNING,
+            "%s does not say what model calls cost, so traces have no cost: %.200s",
             without_credentials(self._transport.uri),
             reason,
         )
@@ -82,22 +82,22 @@ class TraceCosts:
 def trace_cost(
     transport: Transport, experiment_id: str, tree: SpanTree, timeout_s: float
 ) -> dict[str, float] | None:
-    """The cost in USD of a trace's spans that are there, as MLflow's ``mlflow.trace.cost``.
+    """The cost in USD of a trace's spans on the server, as MLflow's ``mlflow.trace.cost``.
 
-    None if the server has no price, or more names than `MAX_PRICED` would have to be asked for.
-    Only our generations are counted, by their names: provider spans that MLflow's autologging put
-    below them have a price too, of the same tokens.
+    None if the server has no price, or if there are more names than `MAX_PRICED` to ask for. Only
+    our generations are counted, by their names: provider spans that MLflow's autologging put below
+    them have a price too, for the same tokens.
 
     Raises:
         RetryLater, Poisoned: the server does not answer now.
-        Refused: the server does not tell what spans cost.
+        Refused: the server does not know what spans cost.
     """
-    of_trace = equals("trace.tag.`qitos.trace_id`", tree.id)
+    of_trace = equals("trace.tag.`qitos.trace_id`", tree.facts.trace_id)
     of_spans = [equals("span.name", name) for name in tree.priced]
     if of_trace is None or None in of_spans or len(of_spans) > MAX_PRICED:
         return None
     start_ms = max(0, tree.start_ns // 1_000_000 - MARGIN_MS)
-    window_ms = (start_ms, tree.last_ns // 1_000_000 + MARGIN_MS)
+    window_ms = (start_ms, tree.facts.last_ns // 1_000_000 + MARGIN_MS)
     costs = dict.fromkeys(KINDS, 0.0)
     priced = False
     for filters in ([of_trace, of_span] for of_span in of_spans if of_span):

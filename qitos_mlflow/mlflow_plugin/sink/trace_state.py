@@ -1,4 +1,4 @@
-"""One trace on its way to MLflow: its run, its totals and tree, and what is waiting to be sent.
+"""One trace on its way to MLflow: its facts, numbers and tree, its run, and what waits to be sent.
 
 Part of the sink's state; turns to JSON and back, so that another process can go on with it.
 """
@@ -12,14 +12,13 @@ from typing import Any
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin.mapping import params_and_tags
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ms
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunData, RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, TraceData
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Elsewhere:
     """Where the first part of a trace is: another server's address, run and number of spans."""
 
@@ -29,56 +28,9 @@ class Elsewhere:
 
 
 @dataclass
-class TraceState:
-    """What the sink knows of one trace.
+class Waiting:
+    """What is to be sent of a trace, and the records that it comes from."""
 
-    Attributes:
-        trace_id: QitOS's id.
-        totals: the run's fold over its records.
-        tree: the MLflow trace's fold over its records; None when no traces are logged.
-        name: the trace's name, or the one that its tags give.
-        start_ms: when it started, milliseconds since the epoch.
-        run: its MLflow run, once created.
-        maybe_created: an attempt to create the run was made whose outcome is not known, here or
-            in another process: look for it first.
-        creations: how often creating it was tried. Beyond the first, an earlier attempt may still
-            come through, where a database is locked for longer than a request lasts.
-        elsewhere: where part of the trace was delivered, if that is not where the rest goes.
-        start_tags: tags of the run as of its start.
-        refused: why the server will not have the run; every record of the trace is dead then.
-        started: its trace_start record has been seen.
-        start_lost: it has a run of its own without one.
-        ended: its run is to end, or has.
-        cut_off: not the trace itself ended it, but the end of its process.
-        status: the run's status in the end.
-        end_ms: when it ended.
-        recorded: spans that ended in the agent, as its end says.
-        dropped: of those, how many were lost before delivery, by reason.
-        lost_spans: of those, how many are not on the server although delivery got to them.
-        told: the server has an info of its tree.
-    """
-
-    trace_id: str
-    totals: RunTotals
-    tree: SpanTree | None
-    name: str = ""
-    start_ms: int = 0
-    run: RunRef | None = None
-    maybe_created: bool = False
-    creations: int = 0
-    elsewhere: Elsewhere | None = None
-    start_tags: list[tuple[str, str]] = field(default_factory=list)
-    refused: str | None = None
-    started: bool = False
-    start_lost: bool = False
-    ended: bool = False
-    cut_off: bool = False
-    status: str | None = None
-    end_ms: int = 0
-    recorded: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    lost_spans: dict[str, int] = field(default_factory=dict)
-    told: bool = False
     metrics: list[Metric] = field(default_factory=list)
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
@@ -87,69 +39,105 @@ class TraceState:
     artifacts: list[tuple[str, bytes]] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
 
+
+@dataclass
+class TraceState:
+    """What the sink knows of one trace.
+
+    Attributes:
+        facts: what its records say of it as a whole.
+        totals: its numbers.
+        tree: its MLflow trace; None if no traces are logged.
+        run: its MLflow run, once created.
+        maybe_created: an attempt to create the run was made whose outcome is not known, here or
+            in another process: look for it first.
+        creations: how often creating it was tried. An attempt before the last may still come
+            through if a database is locked for longer than a request lasts.
+        elsewhere: where part of the trace was delivered, if the rest goes to another server.
+        refused: why the server refuses the run; every record of the trace is a dead letter then.
+        start_lost: it has a run of its own without a trace_start record.
+        lost_spans: how many spans are not on the server although delivery got to them, by reason.
+        has_info: the server has an info of its tree.
+        waiting: what is to be sent; no part of the JSON.
+    """
+
+    facts: TraceFacts
+    totals: RunTotals
+    tree: SpanTree | None
+    run: RunRef | None = None
+    maybe_created: bool = False
+    creations: int = 0
+    elsewhere: Elsewhere | None = None
+    refused: str | None = None
+    start_lost: bool = False
+    lost_spans: dict[str, int] = field(default_factory=dict)
+    has_info: bool = False
+    waiting: Waiting = field(default_factory=Waiting)
+
+    @classmethod
+    def begin(
+        cls, trace_id: str, settings: dict[str, Any], *, tree: bool, late: bool, resumed: bool
+    ) -> TraceState:
+        """The state before the first record.
+
+        Args:
+            trace_id: QitOS's id.
+            settings: those of the run, unless the trace's start brings its own.
+            tree: whether the server stores traces.
+            late: the first record is not the trace's start. It may have come after the trace's
+                end, so its run is looked up. If the start was lost there is no run; one is made
+                once the trace's end is known.
+            resumed: another process may have created the run.
+        """
+        facts = TraceFacts(trace_id, settings)
+        if late:
+            facts.lose_start()
+        made = SpanTree.after_end(facts) if late else SpanTree(facts)
+        totals = RunTotals(facts)
+        return cls(facts, totals, made if tree else None, maybe_created=resumed or late)
+
+    # -- records -----------------------------------------------------------------------------
+
     def take(self, record: dict[str, Any], data: bytes) -> None:
-        """Fold in the next record; what it adds waits in the lists."""
-        self.records.append(data)
+        """Fold in the next record; what it adds waits to be sent."""
+        self.waiting.records.append(data)
         if record["kind"] == "artifact":
-            self.artifacts.append((record["path"], _file(record["content"])))
+            self.waiting.artifacts.append((record["path"], _file(record["content"])))
             return
-        # Where the start was lost, its first record is the next best.
-        self.start_ms = self.start_ms or clean_ms(record.get("start_ns") or record.get("time_ns"))
-        if record["kind"] == "trace_start":
-            self.started = True
-            self.name = str(record.get("name") or "")
-        elif record["kind"] == "trace_end":
-            self.recorded = int(record.get("recorded") or 0)
-            self.dropped = dict(record.get("dropped") or {})
-            metadata = record.get("metadata")
-            self.cut_off = isinstance(metadata, Mapping) and "qitos.closed" in metadata
-        self._add(self.totals.fold(record))
-        if record["kind"] == "trace_start":
-            self.start_tags = list(dict(self.tags).items())  # Servers refuse a key given twice.
-        if self.tree is not None:
-            self._add_to_tree(self.tree.fold(record))
+        self.waiting.tags += self.facts.fold(record)
+        if not self.facts.log_traces:
+            self.tree = None
+        tree = None if self.tree is None else self.tree.fold(record)
+        self._add(self.totals.fold(record), tree)
 
     def kill(self, last_time_ns: int, reason: str) -> None:
         """End the trace whose end will not come; `reason` says why."""
-        self.cut_off = True
-        self._add(self.totals.abandoned(last_time_ns, reason))
-        if self.tree is not None:
-            self._add_to_tree(self.tree.abandoned(last_time_ns, reason))
+        self.waiting.tags += self.facts.kill(last_time_ns, reason)
+        tree = None if self.tree is None else self.tree.killed(reason)
+        self._add(self.totals.killed(), tree)
 
-    def _add_to_tree(self, data: TraceData) -> None:
-        self.spans += data.spans
-        # What came after its end does not change what is known of the trace.
-        known = self.started or self.ended
-        self.tree_changed = known and (self.tree_changed or data.changed)
+    def _add(self, run: RunData, tree: TraceData | None) -> None:
+        waiting = self.waiting
+        waiting.metrics += run.metrics
+        waiting.params += run.params
+        waiting.tags += run.tags
+        if tree is not None:
+            waiting.spans += tree.spans
+            # What comes after a trace's end does not change what is known of it.
+            known = self.facts.started or self.facts.ended
+            waiting.tree_changed = known and (waiting.tree_changed or tree.changed)
 
-    def _add(self, data: RunData) -> None:
-        self.metrics += data.metrics
-        self.params += data.params
-        for key, value in data.tags:
-            # A name among the configured tags: MLflow refuses the run if it is given both ways.
-            if key == "mlflow.runName":
-                self.name = value or self.name
-            else:
-                self.tags.append((key, value))
-        if data.status is not None:
-            self.ended, self.status, self.end_ms = True, data.status, data.end_ms or 0
+    def sent(self) -> None:
+        """Forget what was waiting: it is part of a shipment now."""
+        self.waiting = Waiting()
 
-    def lose_start(self, process: Mapping[str, Any]) -> None:
-        """Prepare for a run without its trace's start, should there be none already."""
-        tags = params_and_tags.start_tags({"trace_id": self.trace_id, **process}, None)
-        tags += [
-            ("qitos.start_lost", "true"),
-            *params_and_tags.cleaned(self.totals.constant_tags, None),
-        ]
-        found = dict(tags)
-        self.name = found.pop("mlflow.runName", self.name)  # See `_add`.
-        self.start_tags = list(found.items())
+    # -- the run -----------------------------------------------------------------------------
 
     def move(self, uri: str) -> None:
-        """Forget what the server at `uri` has: what is to come goes to another one."""
+        """Forget what the server at `uri` has: the rest goes to another one."""
         if self.run is not None:
             self.elsewhere = Elsewhere(uri, self.run.run_id, self.totals.spans)
-        self.run, self.maybe_created, self.creations, self.told = None, True, 0, False
+        self.run, self.maybe_created, self.creations, self.has_info = None, True, 0, False
         self.lost_spans = {}
         self.totals.params = []  # The end of a trace has them all again.
         if self.tree is not None:
@@ -157,9 +145,10 @@ class TraceState:
 
     def creation_tags(self) -> list[tuple[str, str]]:
         """Tags that a new run is created with."""
-        if self.elsewhere is None:
-            return self.start_tags
-        return [*self.start_tags, ("qitos.partial", f"begun on {self.elsewhere.uri}")]
+        tags = [("mlflow.source.type", "LOCAL"), *self.facts.start_tags.items()]
+        if self.elsewhere is not None:
+            tags.append(("qitos.partial", f"begun on {self.elsewhere.uri}"))
+        return tags
 
     def settle(self) -> None:
         """Take account of where the run is, now that it is known."""
@@ -174,50 +163,79 @@ class TraceState:
         if span.parent_span_id or (self.tree is not None and self.tree.root is not None):
             self.lost_spans["refused"] = self.lost_spans.get("refused", 0) + 1
 
-    def corrected_ledger(self) -> list[tuple[str, str]]:
-        """The loss ledger once more, if spans are not on the server after all; else nothing."""
-        if not self.lost_spans:
-            return []
-        lost = sum(self.lost_spans.values())
-        delivered = max(0, self.totals.spans - lost)
-        dropped = {**self.dropped, **self.lost_spans}
-        return params_and_tags.ledger_tags(
-            max(self.recorded, self.totals.spans), delivered, dropped
-        )
-
-    def sent(self) -> None:
-        """Forget what was waiting: it is part of a shipment now."""
-        self.metrics, self.params, self.tags, self.records = [], [], [], []
-        self.spans, self.tree_changed, self.artifacts = [], False, []
+    # -- as JSON -----------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain JSON values; what is waiting is not part of it."""
-        plain = dict(vars(self))
-        for waiting in _WAITING:
-            del plain[waiting]
-        plain["tree"] = None if self.tree is None else self.tree.to_json()
-        plain["totals"] = self.totals.to_json()
-        plain["run"] = None if self.run is None else self.run.to_json()
-        plain["elsewhere"] = None if self.elsewhere is None else vars(self.elsewhere)
-        return plain
+        parts = {
+            "facts": self.facts.to_json(),
+            "totals": self.totals.to_json(),
+            "tree": None if self.tree is None else self.tree.to_json(),
+            "run": None if self.run is None else self.run.to_json(),
+            "elsewhere": None if self.elsewhere is None else vars(self.elsewhere),
+        }
+        return {**_without(vars(self), {"waiting"}), **parts}
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> TraceState:
-        """The state that `to_json` described."""
-        run, tree, elsewhere = plain.get("run"), plain.get("tree"), plain.get("elsewhere")
-        return cls(
-            **{
-                **plain,
-                "totals": RunTotals.from_json(plain["totals"]),
-                "tree": SpanTree.from_json(tree) if tree else None,
-                "run": RunRef(**run) if run else None,
-                "elsewhere": Elsewhere(**elsewhere) if elsewhere else None,
-                "start_tags": [(key, value) for key, value in plain["start_tags"]],
-            }
-        )
+    def from_json(cls, plain: Mapping[str, Any]) -> TraceState:
+        """The state that `to_json` described. The parts of `plain` become parts of it."""
+        run, tree, elsewhere = plain["run"], plain["tree"], plain["elsewhere"]
+        facts = TraceFacts.from_json(plain["facts"])
+        parts = {
+            "facts": facts,
+            "totals": RunTotals.from_json(plain["totals"], facts),
+            "tree": SpanTree(facts, **tree) if tree else None,
+            "run": RunRef(**run) if run else None,
+            "elsewhere": Elsewhere(**elsewhere) if elsewhere else None,
+        }
+        return cls(**{**plain, **parts})
 
 
-_WAITING = ("metrics", "params", "tags", "spans", "tree_changed", "artifacts", "records")
+def of_first_version(plain: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A trace's state as version 0.1.0 wrote it (no `version` beside it), in today's form.
+
+    That version kept a state only of traces that had started and had not ended.
+
+    Args:
+        plain: the state.
+        settings: the header's, which were those of each trace.
+    """
+    state, totals, tree = dict(plain), dict(plain["totals"]), plain["tree"]
+    facts = {
+        "trace_id": state.pop("trace_id"),
+        "settings": dict(settings),
+        "name": state.pop("name"),
+        "started": state.pop("started"),
+        "start_ns": totals.pop("start_ns"),
+        "last_ns": totals.pop("last_ns"),
+        "start_tags": dict(state.pop("start_tags")),
+        "later_tags": {},
+        "lost": totals.pop("lost"),
+    }
+    if tree is not None:
+        tree = dict(tree)
+        tags = {**tree.pop("tags"), **facts["start_tags"]}
+        later = [key for key in tags if not key.startswith("mlflow.")]
+        facts["later_tags"] = {key: tags[key] for key in later if key not in facts["start_tags"]}
+        start_ns, tree["root_name"] = tree.pop("start_ns"), tree.pop("name")
+        tree["root_start_ns"] = None if start_ns == facts["start_ns"] else start_ns
+        tree["info_ns"] = tree.pop("told_ns")
+    gone = {"start_ms", "ended", "cut_off", "status", "end_ms", "recorded", "dropped", "told"}
+    parts = {
+        "facts": facts,
+        "totals": _without(totals, {"constant_tags", "constant_params"}),
+        "tree": tree and _without(tree, _GONE_OF_TREE),
+        "has_info": state["told"],
+    }
+    return {**_without(state, gone), **parts}
+
+
+_GONE_OF_TREE = {"id", "constant_tags", "last_ns", "ended_ns", "status", "error", "exception"}
+"""What version 0.1.0 kept of a tree, and is in the facts or nowhere now."""
+
+
+def _without(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _file(content: Any) -> bytes:

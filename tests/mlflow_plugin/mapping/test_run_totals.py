@@ -13,34 +13,9 @@ from hypothesis import strategies as st
 from qitos_mlflow.mlflow_plugin.mapping import params_and_tags
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.mapping.percentiles import SIZE, Sample
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import MAX_NAMES, OTHERS, RunData, RunTotals
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import MAX_NAMES, OTHERS
+from tests.mlflow_plugin.folding import fold, last, new_state
 from tests.mlflow_plugin.records import MS, START_NS, Records
-
-
-def fold(*records: dict[str, Any], state: RunTotals | None = None) -> RunData:
-    """Everything the records add to the run, through JSON after each, as delivery does."""
-    state = state or RunTotals()
-    found = RunData()
-    for record in records:
-        state = RunTotals.from_json(orjson.loads(orjson.dumps(state.to_json())))
-        found = merged(found, state.fold(record))
-    return found
-
-
-def merged(one: RunData, two: RunData) -> RunData:
-    """Both, in order."""
-    return RunData(
-        one.metrics + two.metrics,
-        one.params + two.params,
-        one.tags + two.tags,
-        two.status or one.status,
-        two.end_ms or one.end_ms,
-    )
-
-
-def last(data: RunData) -> dict[str, float]:
-    """The last value of each metric."""
-    return {metric.key: metric.value for metric in data.metrics}
 
 
 def test_a_generation_logs_its_tokens_at_its_end() -> None:
@@ -48,7 +23,7 @@ def test_a_generation_logs_its_tokens_at_its_end() -> None:
     usage = {"prompt_tokens": 100, "completion_tokens": 20}
     data = fold(Records().span("generation", step=3, model="m", token_usage=usage))
     at_ms = START_NS // MS + 5
-    assert data.metrics == [
+    assert data.waiting.metrics == [
         Metric("generation/prompt_tokens", 100, at_ms, 3),
         Metric("generation/completion_tokens", 20, at_ms, 3),
         Metric("generation/total_tokens", 120, at_ms, 3),
@@ -60,17 +35,20 @@ def test_each_span_type_logs_what_the_contract_says() -> None:
     """Step number, critic score, tool and action names arrive under their keys."""
     make = Records()
     step = fold(make.span("step", step=2, step_number=2))
-    assert step.metrics[0] == Metric("step/number", 2, START_NS // MS + 5, 2)
+    assert step.waiting.metrics[0] == Metric("step/number", 2, START_NS // MS + 5, 2)
     assert last(step)["step/latency_ms"] == 5.0
     critic = fold(make.span("critic", step=2, critic_name="c", score=0.5))
-    assert [(m.key, m.value, m.step) for m in critic.metrics] == [("critic/score", 0.5, 2)]
+    assert [(m.key, m.value, m.step) for m in critic.waiting.metrics] == [("critic/score", 0.5, 2)]
     tool = fold(make.span("tool", tool_name="search?"))
-    assert tool.tags == [("tool/name", "search?")]
+    assert tool.waiting.tags == [("tool/name", "search?")]
     assert last(tool) == {"tool/latency_ms": 5.0}
-    assert fold(make.span("mcp", server_name="s", tool_name="t")).tags == [("tool/name", "t")]
-    assert fold(make.span("act", action_name="go")).tags == [("action/name", "go")]
+    assert fold(make.span("mcp", server_name="s", tool_name="t")).waiting.tags == [
+        ("tool/name", "t")
+    ]
+    assert fold(make.span("act", action_name="go")).waiting.tags == [("action/name", "go")]
     for silent in (make.span("act", action_name=None), make.span("critic", score=None)):
-        assert fold(silent) == RunData()
+        added = fold(silent).waiting
+        assert [*added.metrics, *added.params, *added.tags] == []
 
 
 def test_totals_of_a_run() -> None:
@@ -94,7 +72,7 @@ def test_totals_of_a_run() -> None:
         make.end(metadata={"stop_reason": "final", "success": True}),
     )
     end_ms = START_NS // MS + 1_000
-    totals = {m.key: m.value for m in data.metrics if m.timestamp_ms == end_ms}
+    totals = {m.key: m.value for m in data.waiting.metrics if m.timestamp_ms == end_ms}
     assert totals == {
         "total_tokens": 18,
         "total_prompt_tokens": 11,
@@ -123,9 +101,9 @@ def test_totals_of_a_run() -> None:
         "model/b/total_tokens": 3,
         "success": 1.0,
     }
-    assert {m.step for m in data.metrics if m.timestamp_ms == end_ms} == {1}
-    assert (data.status, data.end_ms) == ("FINISHED", end_ms)
-    assert ("stop_reason", "final") in data.tags
+    assert {m.step for m in data.waiting.metrics if m.timestamp_ms == end_ms} == {1}
+    assert (data.facts.status, data.facts.ended_ns) == ("FINISHED", end_ms * MS)
+    assert ("stop_reason", "final") in data.waiting.tags
 
 
 def test_a_run_without_critics_has_no_critic_totals() -> None:
@@ -140,8 +118,8 @@ def test_a_failed_run_is_no_success() -> None:
     error = {"type": "ValueError", "message": "bad", "stacktrace": "…"}
     data = fold(Records().start(), Records().end("FAILED", error=error))
     assert last(data)["success"] == 0
-    assert ("qitos.error", "ValueError: bad") in data.tags
-    assert data.status == "FAILED"
+    assert ("qitos.error", "ValueError: bad") in data.waiting.tags
+    assert data.facts.status == "FAILED"
 
 
 def test_no_usage_logs_no_tokens() -> None:
@@ -158,7 +136,7 @@ def test_a_bad_score_is_dropped_and_counted(score: Any) -> None:
     make = Records()
     data = fold(make.span("critic", score=score), make.span("critic", score=0.5), make.end())
     assert last(data)["critic/avg_score"] == 0.5
-    assert ("qitos.values.dropped", "bad_value=1") in data.tags
+    assert ("qitos.values.dropped", "bad_value=1") in data.waiting.tags
 
 
 def test_params_are_written_once() -> None:
@@ -172,7 +150,7 @@ def test_params_are_written_once() -> None:
             metadata={"agent_name": "b", "later": True, "final_result": "42", "success": True}
         ),
     )
-    assert data.params == [
+    assert data.waiting.params == [
         ("agent_name", "a"),
         ("seed", "7"),
         ("nested.x", "1"),
@@ -184,7 +162,7 @@ def test_params_are_written_once() -> None:
 def test_what_was_lost_beside_spans_is_told() -> None:
     """Files and the like that never reached the server are in the run's account of values."""
     data = fold(Records().start(), Records().end(lost={"artifact_disk_full": 2}))
-    assert ("qitos.values.dropped", "artifact_disk_full=2") in data.tags
+    assert ("qitos.values.dropped", "artifact_disk_full=2") in data.waiting.tags
 
 
 def test_long_and_odd_metadata_is_trimmed_not_lost() -> None:
@@ -193,16 +171,16 @@ def test_long_and_odd_metadata_is_trimmed_not_lost() -> None:
         Records().start(metadata={"big": "x" * 20_000, "a[b]": 1, "list": ["p", "q"]}),
         Records().end(),
     )
-    params = dict(data.params)
+    params = dict(data.waiting.params)
     assert len(params["big"]) == 6000
     assert params["list"] == "p, q"
     assert [key for key in params if key.startswith("a_b_-")]
-    assert ("qitos.values.dropped", "text_trimmed=1") in data.tags
+    assert ("qitos.values.dropped", "text_trimmed=1") in data.waiting.tags
 
 
 def test_tags_say_where_the_run_comes_from() -> None:
     """Trace, run, agent, task, benchmark and parent are tags, beside the user's own."""
-    state = RunTotals(constant_tags={"env": "dev"}, constant_params={"qitos_mlflow_version": "1"})
+    state = new_state({"tags": {"env": "dev"}, "plugin_version": "1", "user": "ada"})
     metadata = {
         "qitos_run_id": "r",
         "agent_name": "a",
@@ -211,28 +189,29 @@ def test_tags_say_where_the_run_comes_from() -> None:
     }
     start = Records().start(metadata=metadata, parent_run_id="p", group_id="g")
     data = fold(start, state=state)
-    assert dict(data.tags) == {
+    assert dict(data.waiting.tags) == {
         "qitos.trace_id": "trace-1",
         "qitos.group_id": "g",
         "mlflow.parentRunId": "p",
+        "mlflow.user": "ada",
         "qitos.run_id": "r",
         "qitos.agent": "a",
         "qitos.task_id": "t",
         "qitos.benchmark": "gaia",
         "env": "dev",
     }
-    assert ("qitos_mlflow_version", "1") in data.params
+    assert ("qitos_mlflow_version", "1") in data.waiting.params
 
 
 def test_every_loss_is_on_the_run() -> None:
     """Spans recorded, delivered and dropped, with the reasons, are tags of the run."""
     make = Records()
-    tags = dict(fold(make.start(), make.span("step"), make.end()).tags)
+    tags = dict(fold(make.start(), make.span("step"), make.end()).waiting.tags)
     assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("1", "1")
     make = Records()
     spans = [make.span("step", step_number=n) for n in range(3)]
     data = fold(make.start(), *spans, make.end(recorded=6, dropped={"queue_full": 2, "late": 1}))
-    tags = dict(data.tags)
+    tags = dict(data.waiting.tags)
     assert tags["qitos.spans.recorded"] == "6"
     assert tags["qitos.spans.delivered"] == "3"
     assert tags["qitos.spans.dropped"] == "late=1, queue_full=2"
@@ -244,14 +223,13 @@ def test_every_loss_is_on_the_run() -> None:
 def test_a_killed_run_has_its_totals() -> None:
     """A trace whose process died is ended as KILLED, with what was known."""
     make = Records()
-    state = RunTotals()
-    state.fold(make.start())
-    state.fold(make.span("generation", model="m", token_usage={"total_tokens": 7}))
-    data = state.abandoned(START_NS + 9_000 * MS, "killed by signal 9")
-    assert (data.status, data.end_ms) == ("KILLED", START_NS // MS + 9_000)
+    span = make.span("generation", model="m", token_usage={"total_tokens": 7})
+    data = fold(make.start(), span)
+    data.kill(START_NS + 9_000 * MS, "killed by signal 9")
+    assert (data.facts.status, data.facts.ended_ns) == ("KILLED", START_NS + 9_000 * MS)
     assert last(data)["total_tokens"] == 7
     assert last(data)["duration_s"] == 9
-    assert ("qitos.killed", "killed by signal 9") in data.tags
+    assert ("qitos.killed", "killed by signal 9") in data.waiting.tags
 
 
 def test_a_span_without_a_step_belongs_to_the_last_one() -> None:
@@ -261,7 +239,7 @@ def test_a_span_without_a_step_belongs_to_the_last_one() -> None:
         make.span("step", step_number=4, step=4),
         make.span("generation", model="m", token_usage={"total_tokens": 1}, step=None),
     )
-    assert {m.step for m in data.metrics} == {4}
+    assert {m.step for m in data.waiting.metrics} == {4}
 
 
 def test_a_nested_agents_steps_are_drawn_at_the_outer_agents() -> None:
@@ -270,9 +248,9 @@ def test_a_nested_agents_steps_are_drawn_at_the_outer_agents() -> None:
     nested = [make.span("step", step_number=number, step=0) for number in range(4)]
     own = [make.span("step", step_number=number, step=number) for number in range(2)]
     data = fold(make.start(), *nested, *own, make.end())
-    points = [(m.step, m.value) for m in data.metrics if m.key == "step/number"]
+    points = [(m.step, m.value) for m in data.waiting.metrics if m.key == "step/number"]
     assert points == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 0), (1, 1)]
-    assert {m.step for m in data.metrics if m.key.startswith("total_")} == {1}
+    assert {m.step for m in data.waiting.metrics if m.key.startswith("total_")} == {1}
 
 
 def test_odd_tool_names_keep_metrics_of_their_own() -> None:
@@ -323,13 +301,14 @@ def test_percentiles_stay_close_and_the_sample_small() -> None:
 def test_the_state_stays_small() -> None:
     """The state rides in every acknowledgement, so a long run must not make it grow."""
     make = Records()
-    state = RunTotals()
+    state = new_state()
     for number in range(3_000):
-        state.fold(make.span("tool", tool_name=f"tool-{number % 20}", step=number))
+        state.take(make.span("tool", tool_name=f"tool-{number % 20}", step=number), b"")
     assert len(orjson.dumps(state.to_json())) < 20_000
 
 
 def test_unknown_records_add_nothing() -> None:
     """A record of a later version is passed over."""
-    assert fold({"kind": "something", "trace_id": "t"}) == RunData()
-    assert fold(Records().span("later_type", anything=[1])) == RunData()
+    later = Records().span("later_type", anything=[1])
+    added = fold({"kind": "something", "trace_id": "t"}, later).waiting
+    assert [*added.metrics, *added.params, *added.tags] == []

@@ -6,7 +6,6 @@ import json
 import uuid
 from typing import Any
 
-import orjson
 import pytest
 from mlflow.version import VERSION
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -14,22 +13,22 @@ from packaging.version import Version
 
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, distinct, set_status, set_value
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 from tests.integration.server import MlflowServer
+from tests.mlflow_plugin import folding
+from tests.mlflow_plugin.folding import info_of, new_state
 from tests.mlflow_plugin.records import MS, START_NS, Records
 
 
-def fold(*records: dict[str, Any], fold_: SpanTree | None = None) -> tuple[list[Span], SpanTree]:
-    """All spans of the records, and the fold after them, through JSON after each."""
-    state = fold_ or SpanTree()
-    spans: list[Span] = []
-    for record in records:
-        state = SpanTree.from_json(orjson.loads(orjson.dumps(state.to_json())))
-        spans += state.fold(record).spans
-    return spans, state
+def fold(
+    *records: dict[str, Any], state: TraceState | None = None
+) -> tuple[list[Span], TraceState]:
+    """All spans of the records, and the state after them, through JSON after each."""
+    folded = folding.fold(*records, state=state)
+    return folded.waiting.spans, folded
 
 
 def plain(span: Span) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def test_the_begin_is_an_unfinished_root() -> None:
     assert root.parent_span_id == b""
     assert root.start_time_unix_nano == root.end_time_unix_nano == START_NS
     assert root.status.code == Status.STATUS_CODE_UNSET
-    info = locate(state.info(), "7", "run-1")
+    info = locate(info_of(state), "7", "run-1")
     assert info["state"] == "IN_PROGRESS"
     assert info["request_preview"] == "2+2?"
     assert info["trace_metadata"]["mlflow.sourceRun"] == "run-1"
@@ -217,25 +216,26 @@ def test_a_linked_trace_points_to_its_parent() -> None:
     (link,) = root.links
     assert f"tr-{link.trace_id.hex()}" == trace_id("other")
     assert link.span_id == span_id("other", "x")
-    assert state.info()["tags"]["qitos.linked_trace_id"] == "other"
+    assert info_of(state)["tags"]["qitos.linked_trace_id"] == "other"
 
 
 def test_an_abandoned_trace_is_an_error() -> None:
     """A trace whose process died ends with state ERROR at the last sign of life."""
     _, state = fold(Records().start(), Records().span("step"))
-    (root,) = state.abandoned(START_NS + 2_000 * MS, "killed by signal 9").spans
+    state.kill(START_NS + 2_000 * MS, "killed by signal 9")
+    root = state.waiting.spans[-1]
     assert root.status.message == "killed by signal 9"
-    info = state.info()
+    info = info_of(state)
     assert (info["state"], info["execution_duration"]) == ("ERROR", "2.000s")
 
 
 def test_a_trace_without_its_start_has_no_root() -> None:
     """Nobody knows what it was called or when it began: no root of 1970."""
     make = Records()
-    spans, state = fold(make.span("step"), make.end(), fold_=SpanTree.after_end("trace-1"))
+    spans, state = fold(make.span("step"), make.end(), state=new_state(late=True))
     (span,) = spans
     assert span.name == "step"
-    info = state.info()
+    info = info_of(state)
     assert (info["state"], info["request_time"]) == ("OK", "2026-09-21T14:13:20.000000Z")
     assert info["tags"]["qitos.trace_id"] == "trace-1"
 
@@ -246,10 +246,10 @@ def test_long_texts_keep_to_the_columns() -> None:
     metadata = {"task": long, "agent_name": long, "task_id": long, "linked_trace_id": long}
     make = Records("id" * 500)
     _, state = fold(
-        make.start(long, group_id=long, user=long, source=long, metadata=metadata),
+        make.start(long, group_id=long, settings={"user": long, "source": long}, metadata=metadata),
         make.end(metadata={"final_result": long, "stop_reason": long}),
     )
-    info = state.info()
+    info = info_of(state)
     assert len(info["request_preview"]) <= 1000
     assert len(info["response_preview"]) <= 1000
     assert len(info["client_request_id"]) <= 50
@@ -271,7 +271,7 @@ def test_content_off_leaves_no_content() -> None:
     )
     for span in spans:
         assert not {"mlflow.spanInputs", "mlflow.spanOutputs"} & set(plain(span))
-    info = state.info()
+    info = info_of(state)
     assert "request_preview" not in info
     assert "response_preview" not in info
     assert json.loads(info["trace_metadata"]["mlflow.trace.tokenUsage"])["total_tokens"] == 3
@@ -295,7 +295,7 @@ def agent_run(trace: str) -> list[dict[str, Any]]:
         make.start(
             "calculator",
             group_id="session-1",
-            user="ada",
+            settings={"user": "ada"},
             metadata={"agent_name": "calculator", "task": "3+5?", "tools": ["add"]},
         ),
         make.span(
@@ -332,17 +332,20 @@ def write(
     transport: RestTransport, experiment: str, run: str, records: list[dict[str, Any]]
 ) -> None:
     """Send what the records say, one by one, as a live run does."""
-    state = SpanTree()
+    state = new_state()
     for record in records:
-        data = state.fold(record)
-        if data.spans:
-            transport.write_spans(experiment, distinct(data.spans), 30)
-        if data.changed:
-            info = locate(state.info(), experiment, run)
+        state.take(record, b"")
+        if state.waiting.spans:
+            transport.write_spans(experiment, distinct(state.waiting.spans), 30)
+        if state.waiting.tree_changed:
+            info = locate(info_of(state), experiment, run)
+            assert state.tree is not None
+            state.tree.info_made()
             try:
                 transport.write_trace(info, 30)
             except Poisoned:  # MLflow before 3.17 takes nothing away from a trace that has ended.
                 assert info["state"] == "IN_PROGRESS"
+        state.sent()
 
 
 def test_the_server_shows_what_the_agent_did(server: MlflowServer) -> None:

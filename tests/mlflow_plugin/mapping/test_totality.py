@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from mlflow.protos.service_pb2 import TraceInfoV3
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import KEY_CHARS, PARAM_CHARS, TAG_CHARS
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.trim import trim_fields
+from tests.mlflow_plugin.folding import fold, info_of, new_state
 
 _json = st.recursive(
     st.none()
@@ -93,13 +92,12 @@ _records = st.one_of(
 @given(st.lists(_records, min_size=1, max_size=6))
 def test_any_record_can_be_mapped(records: list[dict[str, Any]]) -> None:
     """Fields of any type in any order: the mapping goes on, and keeps to MLflow's limits."""
-    state, trace = RunTotals(), SpanTree()
+    state = new_state()
     written: set[str] = set()
     for record in records:
-        record = redact(trim_fields(record, 1_000))
-        state = RunTotals.from_json(orjson.loads(orjson.dumps(state.to_json())))
-        trace = SpanTree.from_json(orjson.loads(orjson.dumps(trace.to_json())))
-        run = state.fold(record)
+        state.sent()
+        state = fold(redact(trim_fields(record, 1_000)), state=state)
+        run = state.waiting
         orjson.dumps([metric.value for metric in run.metrics])
         assert all(isinstance(metric.value, float) for metric in run.metrics)
         assert all(len(metric.key) <= KEY_CHARS for metric in run.metrics)
@@ -107,7 +105,7 @@ def test_any_record_can_be_mapped(records: list[dict[str, Any]]) -> None:
         assert all(len(key) <= KEY_CHARS and len(value) <= TAG_CHARS for key, value in run.tags)
         assert not written.intersection(key for key, _ in run.params)
         written.update(key for key, _ in run.params)
-        for span in trace.fold(record).spans:
+        for span in run.spans:
             assert len(span.SerializeToString()) > 0
             assert span.parent_span_id != span.span_id
-        ParseDict(locate(trace.info(), "1", "r"), TraceInfoV3())
+        ParseDict(locate(info_of(state), "1", "r"), TraceInfoV3())

@@ -282,6 +282,61 @@ def test_spans_after_the_end_of_their_trace(server: FakeTransport) -> None:
     assert "NO_RUN" in letter.reason
 
 
+def test_traces_of_different_settings_go_through_one_sink(server: FakeTransport) -> None:
+    """Each trace's start brings its settings; without them, as in old spools, the header's hold."""
+    server.experiment_id = lambda name, timeout_s: (  # type: ignore[method-assign]
+        server._answer("experiment_id", name, lambda: f"id of {name}")
+    )
+    sink = sink_to(server)
+    own = {
+        "experiment_name": "evals",
+        "run_name": "gaia",
+        "tags": {"team": "blue"},
+        "auto_end_run": False,
+        "log_traces": False,
+        "user": "ada",
+        "source": "eval.py",
+        "plugin_version": "2.0",
+    }
+    for trace_id, settings in (("old", None), ("new", own), ("newer", own)):
+        start, *rest = a_trace(trace_id)
+        assert ship(sink, {**start, "settings": settings} if settings else start) == []
+        again = sink_to(server)  # Its settings are part of the state.
+        again.restore(sink.state())
+        assert ship(again, *rest) == []
+    old, new, _ = server.runs.values()
+    assert (old["name"], old["status"]) == ("old", "FINISHED")
+    assert (new["name"], new["status"]) == ("gaia", "RUNNING")
+    assert (old["tags"]["env"], new["tags"]["team"]) == ("dev", "blue")
+    assert "env" not in new["tags"]
+    assert (new["tags"]["mlflow.user"], new["tags"]["mlflow.source.name"]) == ("ada", "eval.py")
+    assert new["params"]["qitos_mlflow_version"] == "2.0"
+    assert len(server.traces) == 1
+    assert server.calls.count("experiment_id") == 2
+
+
+def test_a_trace_without_its_start_and_its_settings(server: FakeTransport) -> None:
+    """With a header that only says where, it is logged to the experiment `qitos`, and says so."""
+    asked: list[str] = []
+    server.fail = lambda call, what: asked.append(what) if call == "experiment_id" else None
+    assert ship(MlflowSink(server, {"tracking_uri": None, "cwd": "/"}), *a_trace()[1:]) == []
+    assert asked == ["qitos"]
+    (run,) = server.runs.values()
+    assert (run["tags"]["qitos.start_lost"], run["status"]) == ("true", "FINISHED")
+
+
+def test_open_traces_at_the_end_of_their_process(server: FakeTransport) -> None:
+    """Of traces that end with their process, those stay open that their settings leave open."""
+    sink = sink_to(server)
+    for trace_id, ends in (("ends", True), ("stays", False)):
+        start = a_trace(trace_id)[0]
+        ship(sink, {**start, "settings": {**SETTINGS, "auto_end_run": ends}})
+    left = sink.abandoned(0, closed=True)
+    assert left is not None
+    left.send(TIMEOUT_S)
+    assert [run["status"] for run in server.runs.values()] == ["KILLED", "RUNNING"]
+
+
 # -- feedback --------------------------------------------------------------------------------
 
 

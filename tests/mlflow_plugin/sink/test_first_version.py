@@ -1,0 +1,103 @@
+"""What version 0.1.0 left in an acknowledgement is taken up completely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
+from tests.fakes.transport import FakeTransport
+
+SPOOL = Path(__file__).parents[2] / "data" / "spool_v1"
+
+
+def server_of(header: dict[str, Any]) -> FakeTransport:
+    """The server that the header names."""
+    server = FakeTransport()
+    server.uri = header["tracking_uri"]
+    return server
+
+
+def acknowledged() -> tuple[dict[str, Any], list[bytes], list[bytes], bytes]:
+    """Header, acknowledged and further records of the killed process, and the sink's state."""
+    (ack,) = SPOOL.glob("*.ack")
+    *_, offset, state = ack.read_bytes().rstrip(b"\n").split(b" ", 5)
+    lines = ack.with_suffix(".0000000000000000.seg").read_bytes().splitlines(keepends=True)
+    header, done, rest = {}, [], []
+    end = 0
+    for line in lines:
+        end += len(line)
+        kind, *_, payload = line.rstrip(b"\n").split(b" ", 4)
+        if kind == b"1c":
+            header = orjson.loads(payload)
+        elif kind == b"1r":
+            (done if end <= int(offset, 16) else rest).append(payload)
+    return header, done, rest, state
+
+
+def plain(sink: MlflowSink) -> dict[str, Any]:
+    """The state of the one trace, without what follows from how it was delivered."""
+    (trace,) = orjson.loads(sink.state())["traces"]
+    return {key: trace[key] for key in ("facts", "totals", "tree", "has_info", "start_lost")}
+
+
+def test_a_state_of_the_first_version_is_restored_completely() -> None:
+    """It becomes the state that today's sink has after the same records."""
+    header, done, _, state = acknowledged()
+    fresh = MlflowSink(server_of(header), header)
+    assert fresh.prepare(done).send(10.0) == []
+    restored = MlflowSink(server_of(header), header)
+    restored.restore(state)
+    assert len(done) == 14
+    assert plain(restored) == plain(fresh)
+
+
+def test_a_trace_that_the_first_version_began_is_finished() -> None:
+    """Totals, run and tree go on where they were, whatever server the rest goes to."""
+    header, done, rest, state = acknowledged()
+    whole = MlflowSink(straight := FakeTransport(), header)
+    whole.prepare(done + rest).send(10.0)
+    (ref,) = orjson.loads(state)["traces"]
+    server = server_of(header)
+    server.runs[ref["run"]["run_id"]] = {
+        "name": RunRef(**ref["run"]).run_name,
+        "tags": {},
+        "metrics": type(straight.runs["run-0"]["metrics"])(),
+        "params": {},
+        "status": "RUNNING",
+    }
+    sink = MlflowSink(server, header, resumed=True)
+    sink.restore(state)
+    assert sink.prepare(rest).send(10.0) == []
+    for one in (whole, sink):
+        ended = one.abandoned(1_795_926_005_000_000_000)
+        assert ended is not None
+        assert ended.send(10.0) == []
+    (run,) = server.runs.values()
+    (wanted,) = straight.runs.values()
+    assert "create_run" not in server.calls
+    assert run["status"] == wanted["status"] == "KILLED"
+    totals = [{m.key: m.value for m in found["metrics"]} for found in (run, wanted)]
+    assert totals[0] == totals[1]
+    for key in ("qitos.spans.recorded", "qitos.spans.delivered", "qitos.killed"):
+        assert run["tags"][key] == wanted["tags"][key]
+    (info,), (other,) = server.traces.values(), straight.traces.values()
+    for found in (info, other):
+        del found["trace_metadata"]["mlflow.sourceRun"], found["trace_location"]
+    assert info == other
+
+
+def test_a_state_of_a_later_version_costs_the_totals_only(
+    swallowed: list[tuple[str, BaseException]],
+) -> None:
+    """It is not misread: the run is found again, and the totals begin anew."""
+    header, _, rest, _ = acknowledged()
+    sink = MlflowSink(server := FakeTransport(), header)
+    sink.restore(orjson.dumps({"version": 3, "uri": "x", "traces": [], "refused": {}}))
+    assert [where for where, _ in swallowed] == ["sink.restore"]
+    swallowed.clear()
+    sink.prepare(rest)
+    assert server.calls == []
