@@ -1,9 +1,9 @@
-"""Trace and span events to bytes, once, on the agent's thread: nobody can change them later.
+"""Snapshots: the bytes of a trace or span event, as it is at that moment. Agent's thread.
 
-The bytes are JSON as orjson writes it (a 4 KB span costs 3 µs, 200 KB of messages 0.03 ms;
-`benchmarks/agent_thread.py`). Not pickle, which is faster still, because pickling an unknown
-object copies all it refers to and runs its code; here an unknown object becomes its short
-`repr`. Everything else (times, redaction, mapping) happens later, on the worker: see `refine`.
+Later changes of the span no longer matter. The bytes are JSON as orjson writes it (a 4 KB span
+costs 3 µs, 200 KB of messages 0.03 ms; `benchmarks/agent_thread.py`). pickle would be faster, but
+pickling an unknown object copies everything it refers to and runs its code; here such an object
+becomes its short `repr`. Times, redaction and mapping follow on the spooling thread: `normalize`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
 MAX_FRAMES = 64
-"""Stack frames kept of an exception, the innermost ones."""
+"""Stack frames kept of an exception: the innermost ones."""
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """Type, message and stack of `error`; source lines are read later, on the worker."""
+    """Type, message and stack of `error`. The spooling thread adds the source lines."""
     frames: list[tuple[str, int, str]] = []
     step: TracebackType | None = error.__traceback__
     while step is not None:
@@ -44,10 +44,10 @@ def span_record(
     """The record of a span that has just ended.
 
     Args:
-        trace_id: of the trace it is recorded for.
+        trace_id: id of its trace.
         span: the host's Span; only its documented attributes are read.
-        step: number of the agent's step it belongs to, None outside any.
-        content: False leaves out inputs, outputs and error texts; numbers and names stay.
+        step: number of the agent's step that the span belongs to; None outside any step.
+        content: if False, inputs, outputs and error texts are left out; numbers and names stay.
         field_chars: longest text kept of one field (characters).
         late: how many spans have ended after their trace, this one included; 0 before its end.
     """
@@ -66,7 +66,7 @@ def span_record(
     }
     if late:
         record["late"] = late
-    # orjson writes NaN and infinity as null; as text they are dropped *and counted*.
+    # orjson writes NaN and infinity as null. As text the mapping drops *and counts* them.
     if kind == "critic":
         data["score"] = _finite(data.get("score"))
     elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
@@ -95,7 +95,7 @@ def span_record(
 
 
 def root_record(trace_id: str, span: Any) -> dict[str, Any]:
-    """The record that announces a trace's first span: the root its tree has from the start."""
+    """The record of a trace's first span when it starts: the root of the trace's tree."""
     return {
         "kind": "span_start",
         "trace_id": trace_id,
@@ -107,18 +107,20 @@ def root_record(trace_id: str, span: Any) -> dict[str, Any]:
 
 
 WITHHELD = "[content off]"
+"""In the place of an error's text if content is off."""
 
 
 def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of exported fields once those that held content are taken out."""
+    """The exported fields without those whose content was redacted."""
     return {key: value for key, value in redacted.items() if value != REDACTED}
 
 
 def failure_in_flight(at_start: BaseException | None) -> BaseException | None:
-    """The exception that is leaving a ``with`` block right now, on hosts whose Trace ignores it.
+    """The exception that is leaving a trace's ``with`` block, for hosts whose Trace ignores it.
 
-    `at_start` is what was being handled when the block was entered (a retry inside an
-    ``except`` clause): that one is not the block's own.
+    Args:
+        at_start: the exception that was being handled when the block was entered (a retry inside
+            an ``except`` clause); it is not the block's own.
     """
     current = sys.exc_info()[1]
     return None if current is at_start else current

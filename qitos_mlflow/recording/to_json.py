@@ -1,10 +1,14 @@
-"""Any value to JSON, whatever it holds and whatever happens to it meanwhile. On the agent's thread.
+"""Any value to JSON: whatever it holds, whatever its classes do, whatever other threads do to it.
 
-orjson is given dicts, lists, texts and numbers alone, and of a container that holds others always
-our own copy. It keeps pointers into the container it is in, and crashes the process where that one
-changes meanwhile: by another thread, or by Python code that it calls (`default`, an Enum's value,
-a time zone). It crashes as well where such code raises. A dict of texts and numbers, as most chat
-messages are, calls none, and needs no copy: no other thread runs while it is read.
+Runs on the agent's thread; never raises. There are two paths. The fast one copies the containers
+and has orjson write the copies. The slow one, for what orjson refuses, makes a copy that orjson is
+certain to accept.
+
+orjson crashes the process if a container changes while it is inside: through another thread, or
+through Python code that orjson calls (`default`, an Enum's value, a time zone). It also crashes if
+such code raises. So it receives nothing but dicts, lists, texts and numbers, and of each container
+that holds others our own copy. A dict of texts and numbers, as most chat messages are, needs no
+copy: orjson calls no code for it, and no other thread runs meanwhile.
 """
 
 from __future__ import annotations
@@ -27,53 +31,57 @@ import orjson
 from qitos_mlflow.redaction.trim import CUT_HERE, cut
 
 MAX_REPR = 2_000
-"""Characters kept of an unknown object's `repr`."""
+"""Longest `repr` kept of an unknown object (characters)."""
 
 MAX_ARRAY = 1_000
-"""Elements of an array, or of whatever has a shape, that is written out; larger ones are told."""
+"""Largest array that is written out (elements); a larger one becomes its shape and type."""
 
-MAX_DEPTH, MAX_NODES = 24, 20_000
-"""Bounds of containers that are neither list, tuple nor dict, and of the slow path for payloads
-that orjson refuses (cycles, lone surrogates, …)."""
+MAX_ITEMS = 20_000
+"""Items written of one record's models, mappings, sets and sequences other than list and dict."""
 
-MAX_LEVELS = 250
-"""Levels of lists and dicts that orjson is given; it takes 254."""
+MAX_LEVELS, MAX_CONTAINERS = 250, 350_000
+"""Bounds of the fast path. orjson writes 254 levels. A default field (1 MiB of JSON) has room for
+no more containers; only a record that holds one container in many places reaches the bound."""
 
-MAX_CONTAINERS = 350_000
-"""Lists and dicts copied: no more fit into the 1 MiB of JSON that a field has by default. Beyond,
-where one that holds another twice holds it twice and so on, the slow path is taken."""
+MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
+"""Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-"""Of what is left of these, `_own` has not seen the inside."""
+"""orjson refuses these types, so that it runs no code of theirs. A flat dict may hold some."""
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """`record` as JSON; total: whatever it holds, something readable comes out."""
-    budget = [MAX_NODES, MAX_CONTAINERS]
+    """`record` as JSON. Agent's thread; never raises, and leaves `record` as it is."""
+    own = record.copy()
     try:
-        own = record.copy()
-        _own(own, MAX_LEVELS, budget)
-        try:
-            return orjson.dumps(own, option=_STRICT)
-        except TypeError:
-            return orjson.dumps(_exact(own, budget))
-    except Exception:  # noqa: BLE001 - too deep, too large a number, somebody else's __eq__, …
-        return orjson.dumps(_plain(record, MAX_DEPTH, [MAX_NODES]))
+        _own(own, MAX_LEVELS, [MAX_ITEMS, MAX_CONTAINERS])
+        return orjson.dumps(own, option=_STRICT)
+    except Exception:  # noqa: BLE001 - a key that is no text, a cycle, a huge number, …
+        return orjson.dumps(_accepted(own, MAX_SLOW_LEVELS, [MAX_SLOW_CONTAINERS]))
 
 
 def text_of(value: Any) -> str:
-    """What an exception says, the `repr` of anything else; bounded."""
+    """The message of an exception, the `repr` of anything else; at most `MAX_REPR` characters."""
     try:
         text = str.__str__(str(value) if isinstance(value, BaseException) else repr(value))
-    except Exception:  # noqa: BLE001 - somebody else's __repr__
+    except Exception:  # noqa: BLE001 - the class's own __repr__
         return f"<{type(value).__qualname__} without a repr>"
     return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
 
 
 def _own(own: Any, levels: int, budget: list[int]) -> None:
-    """Put copies in the place of all containers in `own`, a dict or list that is ours."""
+    """Replace every container in `own`, a dict or list of ours, by a copy; the fast path.
+
+    Args:
+        own: what is changed.
+        levels: how many more are allowed.
+        budget: how many more items and containers are allowed; counted down.
+
+    Raises:
+        RecursionError: there are more.
+    """
     budget[1] -= 1
     if levels == 0 or budget[1] < 0:
         raise RecursionError
@@ -83,7 +91,7 @@ def _own(own: Any, levels: int, budget: list[int]) -> None:
             continue
         if kind is dict:
             if _nested(item):
-                own[key] = item = item.copy()  # In one go: no other thread comes in between.
+                own[key] = item = item.copy()  # One step: no other thread runs in between.
                 _own(item, levels - 1, budget)
         elif kind is list:
             own[key] = item = [*item]
@@ -100,41 +108,64 @@ def _own(own: Any, levels: int, budget: list[int]) -> None:
 
 
 def _refers(values: dict[Any, Any]) -> bool:
-    """Whether anything in `values` may refer to something else: a container, an Enum."""
+    """Whether `values` holds anything that may refer to something else: a container, an Enum."""
     return not _ATOMS.issuperset(map(type, values.values()))
 
 
-# The garbage collector knows it ten times faster; from 3.13 on not of an object's `__dict__`.
+# The garbage collector answers ten times faster. From 3.13 on it does not know an object's
+# `__dict__`.
 _nested = gc.is_tracked if sys.version_info < (3, 13) else _refers
 
 
-def _exact(value: Any, budget: list[int]) -> Any:
-    """What is left to do where orjson refuses what `_own` has made: keys, and what it skipped."""
+def _accepted(value: Any, levels: int, budget: list[int]) -> Any:
+    """A copy of `value` that orjson is certain to accept; the slow path. Never raises.
+
+    What raises, and what exceeds `levels` or `budget`, becomes a few words; the rest stays intact.
+    """
     kind = type(value)
-    if kind is dict:
-        return {
-            key if type(key) is str else _text_key(key, budget): _exact(item, budget)
-            for key, item in value.items()
-        }
-    if kind is list or kind is tuple:
-        return [_exact(item, budget) for item in value]
-    if kind in _ATOMS:
+    if kind is str:
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if value is None or kind is float or kind is bool:
         return value
-    known = [_known(value, budget)]
-    _own(known, MAX_DEPTH, budget)
-    return _exact(known[0], budget)
+    try:
+        if kind is int:
+            return value if -(2**63) <= value < 2**64 else str(value)
+        if kind is dict or kind is list or kind is tuple:
+            budget[0] -= 1
+            if levels == 0 or budget[0] < 0:
+                return f"<{kind.__qualname__}, cut>"
+            if kind is dict:
+                return {
+                    key
+                    if type(key) is str and key.isascii()
+                    else _name(key, levels - 1, budget): _accepted(item, levels - 1, budget)
+                    for key, item in value.copy().items()
+                }
+            return [_accepted(item, levels - 1, budget) for item in [*value]]
+        if levels > 0:
+            left = [max(0, budget[0]) // 4]  # The rest is for what stands beside it.
+            budget[0] -= left[0]
+            known = _known(value, left)
+            budget[0] += left[0]
+            return _accepted(known, levels - 1, budget)
+    except Exception:  # noqa: BLE001 - the class's own code
+        return _accepted(text_of(value), 0, budget)
+    return f"<{kind.__qualname__}, cut>"
 
 
-def _text_key(key: Any, budget: list[int]) -> str:
-    """`key` as a text; what is none, as JSON."""
+def _name(key: Any, levels: int, budget: list[int]) -> str:
+    """`key` as a text: what is not text becomes its JSON, bytes their `repr`."""
     if issubclass(type(key), bytes):
-        return text_of(key)  # Of a value the length will do; here it is the name.
-    key = _exact(key, budget)
+        return text_of(key)  # As a value only the length is kept; here it is the name.
+    key = _accepted(key, levels, budget)
     return key if type(key) is str else orjson.dumps(key).decode()
 
 
 def _known(value: Any, budget: list[int]) -> Any:
-    """What orjson cannot write by itself, as something it can; cheap, however large it is."""
+    """`value`, which orjson cannot write, as something simpler; cheap, however large it is.
+
+    Runs as little code of its class as possible, and none of a subclass of str, int, dict or list.
+    """
     kind = type(value)
     try:
         if issubclass(kind, str):
@@ -142,7 +173,7 @@ def _known(value: Any, budget: list[int]) -> Any:
         if issubclass(kind, int):
             return int.__int__(value)
         if issubclass(kind, dict):
-            return dict(dict.items(value))  # By none of its own code.
+            return dict(dict.items(value))
         if issubclass(kind, list):
             return [*list.__iter__(value)]
         if issubclass(kind, Enum):
@@ -165,15 +196,15 @@ def _known(value: Any, budget: list[int]) -> Any:
             return _first(value, budget)
         if isinstance(value, PathLike):
             return fspath(value)
-    except Exception:  # noqa: BLE001 - somebody else's class
+    except Exception:  # noqa: BLE001 - the class's own code
         pass
     return text_of(value)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The public attributes of a dataclass's or pydantic's instance, as far as they are set.
+    """The public attributes, as far as they are set, of a dataclass's or a pydantic instance.
 
-    By none of its own code, but where a dataclass has slots.
+    Runs code of the class only if it is a dataclass with slots.
     """
     held: dict[str, Any] = {}
     for name in ("__dict__", "__pydantic_extra__"):
@@ -193,7 +224,7 @@ def _first_pairs(value: Mapping[Any, Any], budget: list[int]) -> dict[Any, Any]:
 
 
 def _first(values: Collection[Any], budget: list[int]) -> list[Any]:
-    """As many of `values` as the budget allows, and how many there are where that is not all."""
+    """As many of `values` as the budget allows; the last is a note of their number if some lack."""
     items = list(islice(values, budget[0] + 1))
     if len(items) > budget[0]:
         items[-1] = f"{CUT_HERE}{len(values)} items in all]"
@@ -202,58 +233,18 @@ def _first(values: Collection[Any], budget: list[int]) -> list[Any]:
 
 
 def _array(value: Any) -> Any:
-    """A number or an array of numpy's, or something like it (a tensor, a data frame)."""
+    """A numpy number or array, or a similar object (a tensor, a data frame), as JSON or text."""
     shape = tuple(value.shape)
     if math.prod(shape) > MAX_ARRAY:
-        # Its repr may be slow, or copy it from another device.
+        # Its repr may be slow, or copy the array from another device.
         kind = getattr(value, "dtype", "")
         return f"<{type(value).__qualname__} {shape} {kind}".rstrip() + ">"
-    numpy = sys.modules.get("numpy")  # Perhaps half imported, by another thread.
+    numpy = sys.modules.get("numpy")  # Another thread may be importing it.
     array, scalar = (getattr(numpy, name, ()) for name in ("ndarray", "generic"))
     plain: Any = value
     if isinstance(value, array):
         plain = value.tolist()
     elif isinstance(value, scalar) and value.dtype.kind not in "mM":
         plain = value.item()
-    # Of some types it is what it was; of a time, nanoseconds.
+    # Some types give back themselves, and times their nanoseconds.
     return plain if type(plain) in (bool, int, float, str, list) else text_of(value)
-
-
-def _plain(value: Any, depth: int, budget: list[int]) -> Any:
-    """A copy of `value` that orjson is sure to take, cut where it is too deep or too large."""
-    budget[0] -= 1
-    if depth == 0 or budget[0] < 0:
-        return f"<{type(value).__qualname__}, cut>"
-    try:
-        return _plain_of(value, depth, budget)
-    except Exception:  # noqa: BLE001 - somebody else's class: it alone becomes its text
-        return _plain_of(text_of(value), depth, budget)
-
-
-def _plain_of(value: Any, depth: int, budget: list[int]) -> Any:
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str(value).encode("utf-8", "replace").decode()
-    if isinstance(value, int):
-        return int(value) if -(2**63) <= value < 2**64 else str(value)
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, dict):
-        pairs = list(islice(value.items(), budget[0] + 1))
-        return {_key(key, budget): _plain(item, depth - 1, budget) for key, item in pairs}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = list(islice(value, budget[0] + 1))
-        return [_plain(item, depth - 1, budget) for item in items]
-    if depth == 1:  # What comes of it would be too deep, and may be large.
-        return f"<{type(value).__qualname__}, cut>"
-    share = max(0, budget[0]) // 4  # What stands beside it needs some, too.
-    return _plain(_known(value, [share]), depth - 1, budget)
-
-
-def _key(key: Any, budget: list[int]) -> Any:
-    try:
-        key = str(key)
-    except Exception:  # noqa: BLE001
-        key = text_of(key)
-    return _plain(key, 1, budget)

@@ -1,10 +1,10 @@
-"""Payloads that change, or raise, while they are captured: what crashed the process once.
+"""Payloads that change, or raise, while a snapshot is made: such ones crashed the process once.
 
 A program, so that a crash is the end of it and not of the tests:
 
     python -m tests.recording.changing alone|threads
 
-It says the name of each payload before it is captured.
+It prints the name of each payload before it makes the snapshot.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, cast
 
 import orjson
 
-from qitos_mlflow.recording.snapshot import encode
+from qitos_mlflow.recording.to_json import encode
 
 live: Any = None
-"""The container that is being captured."""
+"""The container whose snapshot is being made."""
 
 _junk: list[bytearray] = []
 
 
 def forget() -> None:
-    """Empty what is being captured, and fill the memory that it was in."""
+    """Empty the container, and fill the memory that it used."""
     live.clear()
     _junk.extend(bytearray(64) for _ in range(2000))
 
@@ -92,11 +92,11 @@ class Slotted:
 
 
 class Sublist(list[Any]):
-    """A list of somebody's own."""
+    """A user's list."""
 
 
 class Subdict(dict[Any, Any]):
-    """A dict of somebody's own."""
+    """A user's dict."""
 
 
 def unset() -> Slotted:
@@ -129,11 +129,11 @@ def held() -> Any:
 MOMENT = datetime(2026, 1, 2, tzinfo=Zone())
 
 PAYLOADS: dict[str, Callable[[], tuple[Any, Any]]] = {
-    # What is emptied, and what is captured where that is not the same.
+    # What is emptied, and what is encoded if that is not the same.
     "unknown in a list": lambda: (listed(Unknown()), None),
     "unknown in a dict": lambda: (mapped(Unknown()), None),
-    "unknown in a list of somebody's own": lambda: (listed(Unknown(), Sublist), None),
-    "unknown in a dict of somebody's own": lambda: (mapped(Unknown(), Subdict), None),
+    "unknown in a subclass of list": lambda: (listed(Unknown(), Sublist), None),
+    "unknown in a subclass of dict": lambda: (mapped(Unknown(), Subdict), None),
     "unknown in a deque": lambda: (listed(Unknown(), deque), None),
     "list in a deque": lambda: (inner := listed(Unknown()), deque([inner])),
     "list in a dataclass": lambda: (inner := listed(Unknown()), Slotted(inner, 1)),
@@ -151,7 +151,7 @@ PAYLOADS: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def say(text: str) -> None:
-    """At once: it is to be known how far a process came that has crashed."""
+    """Print `text` at once, so that the output of a crashed process shows how far it came."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Events to bytes on the agent's thread: once, whatever they hold."""
+"""Snapshots: events to bytes on the agent's thread, whatever they hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from qitos_mlflow import tracing
 from qitos_mlflow.recording import snapshot, to_json
-from qitos_mlflow.recording.snapshot import describe, encode, span_record
+from qitos_mlflow.recording.snapshot import describe, span_record
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.tracing import SpanType, create_trace
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ class HostileKey(Hostile):
 
 
 class HostileDict(dict[str, Any]):
-    """What a dict can be told to do against us."""
+    """A dict whose own methods raise."""
 
     def items(self) -> Any:
         raise RuntimeError("no items")
@@ -263,14 +264,14 @@ def test_what_is_endless_is_cut(value: Any, beside: int) -> None:
         assert orjson.loads(payload)["beside"] in (beside, str(beside))
 
 
-def test_what_has_a_shape_is_told_by_it() -> None:
-    """Small ones are their text; the text of large ones may cost anything."""
+def test_a_large_array_becomes_its_shape() -> None:
+    """A small one is its text; the text of a large one may cost any amount of time."""
     assert through(Frame(2, 2)) == "a | b"
     assert through(Frame(10**6, 3)) == "<Frame (1000000, 3)>"
 
 
-def test_what_was_captured_stays_as_it_was() -> None:
-    """Changing a value afterwards does not change what was captured of it."""
+def test_a_snapshot_stays_as_it_was() -> None:
+    """Changing a value afterwards does not change its snapshot."""
     value = {"messages": [{"role": "user"}]}
     payload = encode(value)
     value["messages"].append({"role": "assistant"})
@@ -342,7 +343,7 @@ def test_models_share_the_bounds_of_containers() -> None:
 
 
 def test_what_holds_itself_twice_at_each_level_is_bounded() -> None:
-    """So little memory, and more JSON than there is room for."""
+    """A value of little memory can be more JSON than there is room for."""
     level: Any = ["bottom"]
     for _ in range(60):
         level = [level, level]
@@ -351,6 +352,12 @@ def test_what_holds_itself_twice_at_each_level_is_bounded() -> None:
 
 class Bare:
     """Something with attributes."""
+
+
+def test_rows_with_times_are_not_cut() -> None:
+    """Values that orjson refuses cost a long table nothing."""
+    rows = [{"at": datetime(2026, 1, 2), "n": number} for number in range(20_000)]
+    assert through(rows)[-1] == {"at": "2026-01-02T00:00:00", "n": 19_999}
 
 
 @pytest.mark.parametrize("nested", [to_json._nested, to_json._refers])
@@ -374,7 +381,7 @@ def test_a_flat_dict_is_known_as_such_only_while_it_is(
 
 
 @pytest.mark.parametrize("who", ["alone", "threads"])
-def test_what_changes_meanwhile_harms_nobody(who: str) -> None:
+def test_a_payload_that_changes_meanwhile_does_no_harm(who: str) -> None:
     """Whether its own code or another thread changes a payload: the process lives on."""
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.recording.changing", who]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -402,7 +409,7 @@ ANYTHING = st.recursive(
 
 
 @given(value=ANYTHING)
-def test_anything_can_be_captured(value: Any) -> None:
+def test_anything_has_a_snapshot(value: Any) -> None:
     """Whatever it is given, the result is JSON."""
     assert "value" in orjson.loads(encode({"value": value}))
 
@@ -465,7 +472,7 @@ def test_without_content_numbers_and_names_stay() -> None:
 
 
 class LiveData(tracing.SpanData):
-    """Data of somebody's own, which hands out what it is made of."""
+    """Data of a user's class whose export is not a copy."""
 
     def __init__(self) -> None:
         self.fields = {"type": "custom", "text": "x" * 500}
@@ -479,7 +486,7 @@ class LiveData(tracing.SpanData):
 
 
 def test_the_spans_own_data_is_not_touched() -> None:
-    """Capturing changes nothing of the span, also where its export is no copy."""
+    """A snapshot changes nothing of the span, also if its export is not a copy."""
     data = LiveData()
     record = record_of(data, field_chars=100)
     assert record["type"] == "custom"
@@ -508,7 +515,7 @@ def test_an_exception_brings_its_innermost_frames() -> None:
 
 
 def test_an_exception_without_a_text() -> None:
-    """One whose text cannot be had is told by its type."""
+    """An exception whose text cannot be read still has its type."""
     assert describe(HostileError())["message"] == "<HostileError without a repr>"
     assert describe(KeyboardInterrupt()) == {
         "type": "KeyboardInterrupt",
