@@ -74,11 +74,14 @@ class Delivery:
 
     @property
     def may_wait(self) -> bool:
-        """Whether it may make room for others: it succeeds, or has failed for long."""
-        if self._out_of_time:
-            return False  # It would send its batch from the beginning again.
+        """Whether it may make room for others without sending a batch from the beginning again."""
+        return self.gives_up or (self.problem is None and not self._out_of_time)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether it has failed for so long that others should have its place."""
         failing_s = time.monotonic() - self._failing_since
-        return self.problem is None or failing_s >= MAKE_ROOM_AFTER_S
+        return self.problem is not None and failing_s >= MAKE_ROOM_AFTER_S
 
     def step(self, timeout_s: float) -> Outcome | None:
         """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``."""
@@ -200,7 +203,8 @@ class Leftovers:
     """What dead processes of this host left in the spool. Sending thread only, but for `pending`.
 
     Leaves alone what other hosts recorded (they see to it) and what was recorded offline (its user
-    decides when it is delivered). A segment that fails is tried again at the next look.
+    decides when it is delivered). A segment that fails keeps its place for `MAKE_ROOM_AFTER_S`, and
+    is tried again at the next look.
 
     Args:
         directory: the spool.
@@ -236,7 +240,10 @@ class Leftovers:
             _guard.report("delivery.leftovers", error)
             self.close()
         self.pending = self._found is not None
-        self._due_at = time.monotonic() + (BATCH_PAUSE_S if self.pending else LOOK_EVERY_S)
+        delay_s = BATCH_PAUSE_S if self.pending else LOOK_EVERY_S
+        if self._delivery is not None:
+            delay_s = max(delay_s, self._delivery.circuit.delay_s)
+        self._due_at = time.monotonic() + delay_s
 
     def close(self) -> None:
         """Release the segment at hand for others."""
@@ -254,7 +261,7 @@ class Leftovers:
                 return
             self._delivery = self._take(paths)
         outcome = self._delivery.step(SEND_TIMEOUT_S)
-        if outcome is not None or self._delivery.problem is not None:
+        if outcome is not None or self._delivery.gives_up:
             self.close()
 
     def _take(self, paths: Paths) -> Delivery | None:

@@ -94,6 +94,7 @@ class SendingThread:
                 return self._transfer.position >= position
             finally:
                 self._waiters -= 1
+                self._changed.notify_all()  # Leftovers wait while another thread waits here.
 
     def send_here(self, position: int, deadline: float) -> bool:
         """Do on the calling thread what `run` would do, until `position` or `deadline`.

@@ -20,7 +20,7 @@ from qitos_mlflow.delivery import (
     segment_transfer,
     sending_thread,
 )
-from tests.fakes.sink import FakeServer, FakeSink, left_behind, make_pipeline, numbered
+from tests.fakes.sink import MIB, FakeServer, FakeSink, left_behind, make_pipeline, numbered
 from tests.waiting import eventually
 
 LONG_S = 60.0
@@ -183,9 +183,14 @@ def test_no_leftovers_while_the_server_is_away(
 
 
 def test_a_leftover_that_fails_is_tried_again(
-    tmp_path: Path, server: FakeServer, make: Make, swallowed: list[tuple[str, BaseException]]
+    tmp_path: Path,
+    server: FakeServer,
+    make: Make,
+    swallowed: list[tuple[str, BaseException]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It neither holds up the next one, nor is it given up."""
+    """It makes room for the next one after a while, and is not given up."""
+    monkeypatch.setattr(leftovers, "MAKE_ROOM_AFTER_S", 0.0)
     left_behind(tmp_path, [b"fails"], header=b"fails")
     left_behind(tmp_path, [b"next"], header=b"next")
     failing = True
@@ -202,6 +207,21 @@ def test_a_leftover_that_fails_is_tried_again(
     eventually(lambda: b"fails" in server.accepted)
     assert {where for where, _ in swallowed} == {"delivery.open_sink"}
     swallowed.clear()
+
+
+def test_a_batch_of_leftovers_goes_on_where_it_stopped(
+    tmp_path: Path, server: FakeServer, make: Make
+) -> None:
+    """A server that takes a few records at a time gets each of them once."""
+    pipeline = make(lambda header: server.sink)
+    pipeline.offer(b"own")
+    assert pipeline.flush(LONG_S)
+    server.breaks_after = 4
+    left_behind(tmp_path, numbered(9), part_bytes=MIB)
+    eventually(lambda: server.breaks_after == 0)
+    server.breaks_after = None
+    eventually(lambda: b"killed" in server.accepted)
+    assert server.accepted == [b"own", *numbered(9), b"killed"]
 
 
 def test_no_rest_before_leftovers_are_sent(
