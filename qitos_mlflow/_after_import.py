@@ -43,9 +43,12 @@ def after_import(name: str, callback: "Callable[[ModuleType], object]") -> None:
 
 
 def imported(name: str) -> "ModuleType | None":
-    """The module `name` if it is fully imported; None while some thread is importing it."""
-    module = sys.modules.get(name)
-    return None if module is None or _initializing(module) else module
+    """The module `name` if it is fully imported; None while some thread is importing it.
+
+    None for a module without a spec, too: it is not the one that an import would have given.
+    """
+    module: Any = sys.modules.get(name)
+    return None if getattr(module, "__spec__", None) is None or _initializing(module) else module
 
 
 def _initializing(module: "ModuleType") -> bool:

@@ -1,6 +1,7 @@
 """Keeps our own failures away from the agent: they are logged, never raised.
 
-Every place that must not raise catches ``Exception`` and hands it to `report`. Tests listen
+A place that must not raise is a ``with shield(...)``, or catches ``Exception`` and hands it to
+`report`: where every tenth of a microsecond counts, or something else is to be done. Tests listen
 through `watch` and fail on anything reported, so that a swallowed bug is never a silent one.
 Every log line of the package goes through `log`, most of them by way of `warn` or `report`.
 """
@@ -35,6 +36,24 @@ def report(where: str, error: BaseException) -> None:
             watcher(where, error)
     except Exception:  # noqa: BLE001 - a log handler's or a watcher's own failure
         pass
+
+
+class shield:  # noqa: N801 - reads as a statement
+    """``with shield(where)``: an `Exception` that leaves the block is reported and not raised."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        report(self._where, error)
+        return True
 
 
 def warn(key: str, message: str, *args: object) -> None:

@@ -1,8 +1,8 @@
 """What happens around each call of the host: a run, a session, a tool.
 
-Every public function here is called in a method's place, see `Patches.wrap`. The original is
-called exactly once, with what it was called with, whatever becomes of us; what it returns or
-raises goes on as the same object.
+Every public function here replaces a method, see `Patches.wrap`. It calls the original exactly
+once with the same arguments, whatever fails in here, and returns or raises the very object that
+the original does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from contextlib import suppress
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import report, shield
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.context import Place, here
 from qitos_mlflow.bridge.hook import BridgeHook
-from qitos_mlflow.bridge.live import LiveTrace, somebody_listens
+from qitos_mlflow.bridge.live import LiveTrace, is_wanted
 from qitos_mlflow.bridge.patches import Patches
-from qitos_mlflow.bridge.run import AgentRun
+from qitos_mlflow.bridge.run import AgentRun, Place, here
 
 __all__ = [
     "call_tool",
@@ -36,16 +35,16 @@ __all__ = [
 
 patches = Patches()
 _sessions: dict[int, AgentRun] = {}
-"""Sessions that are going on, by the id of their Engine, which outlives its entry."""
+"""Open sessions by the id of their Engine, which outlives its entry."""
 _abandoned: deque[AgentRun] = deque()
-"""Sessions whose Engine is gone. A finalizer only notes them: it may run while its thread holds a
-processor's lock, so that closing spans from in there could wait for itself."""
+"""Sessions whose Engine is gone. Its finalizer only adds them here: it may run while its thread
+holds a processor's lock, and would deadlock if it closed spans."""
 
 Wrapped = Callable[..., Any]
 
 
 def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Engine.run``: one trace, or one subtree where it is called from within a run."""
+    """``Engine.run``: one trace, or one subtree if it is called from within a run."""
     agent_run = _begin(engine, args, kwargs)
     if agent_run is None:
         return wrapped(*args, **kwargs)
@@ -57,7 +56,7 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
         agent_run.end(result=result)
     except BaseException as error:
         _detach(engine, hook)
-        # Does nothing more if it got to its end above.
+        # Does nothing if it was called above.
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
     return result
@@ -66,7 +65,7 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
 def init_session(
     wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``Engine.init_session``: the session's trace begins, and goes on in `step`."""
+    """``Engine.init_session``: the session's trace begins; `step` continues it."""
     agent_run = _begin(engine, args, kwargs)
     if agent_run is None:
         return wrapped(*args, **kwargs)
@@ -80,7 +79,7 @@ def init_session(
 
 
 def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Engine.step``: one step of the session's trace, the last one ends it."""
+    """``Engine.step``: one step of the session's trace; the last one ends it."""
     agent_run = _sessions.get(id(engine))
     if agent_run is None:
         return wrapped(*args, **kwargs)
@@ -94,7 +93,7 @@ def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
         agent_run.session_stepped(None)
     except BaseException as error:
         _detach(engine, hook)
-        agent_run.session_stepped(error)  # whoever drives the session may go on
+        agent_run.session_stepped(error)  # The caller may step again.
         raise
     finally:
         here.set(before)
@@ -107,7 +106,7 @@ def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
 def execute_one(
     wrapped: Wrapped, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``ActionExecutor._execute_one``: one tool span, whatever happens inside; any thread."""
+    """``ActionExecutor._execute_one``: one tool span, whatever the tool does; any thread."""
     place = here.get()
     if place is None or place.run.live.closed:
         return wrapped(*args, **kwargs)
@@ -140,7 +139,7 @@ def call_tool(
     try:
         return wrapped(*args, **kwargs)
     except Exception as error:
-        if place.span.ended_at is None:  # else it ran into its time limit, and nobody looks again
+        if place.span.ended_at is None:  # A span that ran into its time limit is read no more.
             place.span.exception = error
         raise
 
@@ -148,7 +147,7 @@ def call_tool(
 def critic_result(
     wrapped: Wrapped, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``CriticResult.from_dict``: notes who gave a score; the host makes one up for the others."""
+    """``CriticResult.from_dict``: notes who gave a score; the host sets one for the others."""
     result = wrapped(*args, **kwargs)
     place = here.get()
     if place is not None and args and isinstance(args[0], dict):
@@ -157,59 +156,55 @@ def critic_result(
 
 
 def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentRun | None:
-    """A run for this call, standing in this context; None when nobody listens or we failed."""
+    """A run for this call, as this context's place; None if no processor wants it or we failed."""
     before = here.get()
     try:
         if not patches.active:
             return None
         if before is not None and before.run.engine_id == id(engine) and not before.run.began:
-            return None  # the same call once more: somebody's run() that comes here twice
+            return None  # The same call once more: a subclass's run() that calls ours.
         if _sessions or _abandoned:
             _end_leftover_sessions(id(engine))
-        if (before is None or before.starts_trace) and not somebody_listens():
+        if (before is None or before.starts_trace) and not is_wanted():
             return None
         patches.fit()
         return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
     except BaseException as error:
         place = here.get()
         if place is not None and place is not before and place.run.before is before:
-            place.run.end(error=error)  # It began here, and nobody else knows of it.
+            place.run.end(error=error)  # It has begun, and the caller does not get it.
         here.set(before)
-        if not isinstance(error, Exception):  # Ctrl-C just now
+        if not isinstance(error, Exception):  # Such as Ctrl-C.
             raise
-        report("bridge.begin", error)  # the agent runs without us
+        report("bridge.begin", error)  # The agent runs without a trace.
         return None
 
 
 def _keep_session(engine: Any, agent_run: AgentRun) -> None:
     try:
         agent_run.session_began(engine)
-        # Before what our processors do at exit, which they registered when the trace began.
+        # To run before our processors' exit handlers, registered when the trace began.
         atexit.unregister(_end_leftover_sessions)
         atexit.register(_end_leftover_sessions)
         weakref.finalize(engine, _abandon, id(engine)).atexit = False
         _sessions[id(engine)] = agent_run
-    except Exception as error:  # noqa: BLE001 - a session nobody could end gets no trace
+    except Exception as error:  # noqa: BLE001 - a session that could not be ended gets no trace
         report("bridge.init_session", error)
         agent_run.end()
 
 
 def _attach(engine: Any, hook: BridgeHook) -> None:
-    try:
+    with shield("bridge.attach"):  # A trace without steps is better than none.
         engine.hooks.append(hook)
-    except Exception as error:  # noqa: BLE001 - a trace without steps is better than none
-        report("bridge.attach", error)
 
 
 def _detach(engine: Any, hook: BridgeHook) -> None:
     """Take just this hook away, from whatever list the Engine has by now."""
-    try:
+    with shield("bridge.detach"):  # A hook left behind does nothing.
         for index, candidate in enumerate(engine.hooks):
             if candidate is hook:
                 del engine.hooks[index]
                 return
-    except Exception as error:  # noqa: BLE001 - a hook left behind does nothing
-        report("bridge.detach", error)
 
 
 def _begin_tool(place: Place, executor: Any, action: Any) -> Any:
@@ -240,10 +235,8 @@ def _end_tool(live: LiveTrace, span: Any, result: Any) -> None:
 
 
 def _finish(live: LiveTrace, span: Any, error: BaseException | str | None) -> None:
-    try:
+    with shield("bridge.tool"):
         live.finish(span, error)
-    except Exception as problem:  # noqa: BLE001 - somebody's processor
-        report("bridge.tool", problem)
 
 
 def _abandon(engine_id: int) -> None:
@@ -263,7 +256,7 @@ def _end_session(engine_id: int, stop_reason: str | None = None) -> None:
 def _end_leftover_sessions(engine_id: int | None = None) -> None:
     """End this Engine's session and those whose Engine is gone; all of them for None."""
     place = here.get()
-    with suppress(IndexError):  # Until there are none, whichever thread takes the last.
+    with suppress(IndexError):  # Other threads may be taking some of them.
         while True:
             _abandoned.popleft().end()
     here.set(place)

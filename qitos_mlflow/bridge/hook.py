@@ -15,9 +15,8 @@ from typing import Any
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.context import Place, here
 from qitos_mlflow.bridge.outcome import issues_of
-from qitos_mlflow.bridge.run import AgentRun
+from qitos_mlflow.bridge.run import AgentRun, Place, here
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
 
 __all__ = ["BridgeHook"]

@@ -1,4 +1,4 @@
-"""A trace while it goes on: starts its spans, and finishes each of them once.
+"""An open trace: starts its spans, and finishes each of them once.
 
 Hands `Trace` and `Span` objects to the host's tracing. Parents are explicit: the host takes them
 from a context variable that other traces and threads share.
@@ -13,16 +13,16 @@ from contextvars import Token
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge.extract import describe
 from qitos_mlflow.tracing.span import NOT_FINISHED
 from qitos_mlflow.tracing.trace import NoOpTrace
 
-__all__ = ["LiveTrace", "somebody_listens"]
+__all__ = ["LiveTrace", "is_wanted"]
 
 
-def somebody_listens() -> bool:
-    """Whether any attached processor wants a new trace. Costs a microsecond when there is none."""
+def is_wanted() -> bool:
+    """Whether any attached processor wants a new trace. Takes a microsecond if there is none."""
     attached = tracing.processors()
     if not attached or tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
         return False
@@ -30,12 +30,10 @@ def somebody_listens() -> bool:
 
 
 def _wants_trace(processor: Any) -> bool:
-    try:
+    with shield("bridge.wants_trace"):
         wants = getattr(processor, "wants_trace", None)
         return wants is None or bool(wants())
-    except Exception as error:  # noqa: BLE001 - somebody's processor; it says nothing
-        report("bridge.wants_trace", error)
-        return True
+    return True  # A processor that fails to answer has not declined.
 
 
 _forks = 0
@@ -52,9 +50,9 @@ if hasattr(os, "register_at_fork"):
 
 
 class LiveTrace:
-    """A trace that is going on, shared by the agents in it. Any thread.
+    """An open trace, shared by the agents in it. Any thread.
 
-    A process forked off within it has no part in it: the trace is the parent's to end.
+    In a process forked within it, it is closed: the parent process ends the trace.
     """
 
     def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
@@ -67,16 +65,14 @@ class LiveTrace:
         self._lock = threading.RLock()  # A signal handler may run an agent while it is held.
         try:
             self.trace.__enter__()
-        except BaseException as error:  # Ctrl-C while a processor was told
-            try:
+        except BaseException as error:  # Such as Ctrl-C in a processor.
+            with shield("bridge.trace_end"):
                 self.trace.__exit__(type(error), error, error.__traceback__)
-            except Exception as another:  # noqa: BLE001 - somebody's processor, told once more
-                report("bridge.trace_end", another)
             raise
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more spans: it has ended, or is that of a parent process."""
+        """Whether it takes no more spans: it has ended, or belongs to the parent process."""
         return self._ended or self._forks != _forks
 
     def start(self, data: Any, parent: Any) -> Any:
@@ -87,17 +83,17 @@ class LiveTrace:
         _leave_context(span)
         with self._lock:
             self._open[span.span_id] = span
-        if self.closed:  # ended by another thread meanwhile: nothing may stay open
+        if self.closed:  # Another thread has ended it meanwhile: no span may stay open.
             self.finish(span, NOT_FINISHED)
         return span
 
     def finish(self, span: Any, error: BaseException | str | None = None) -> None:
         """Finish a span, once; a second call does nothing.
 
-        An exception is on ``span.exception`` while the processors see the span, and no longer:
-        its traceback keeps the agent's local variables alive.
+        An exception is on ``span.exception`` only while the processors are called: its traceback
+        keeps the agent's local variables alive.
         """
-        if self._forks != _forks:  # Before the lock, which another thread may have held.
+        if self._forks != _forks:  # Before the lock, which another thread may have held in a fork.
             return
         with self._lock:
             if self._open.pop(span.span_id, None) is None:
@@ -113,7 +109,7 @@ class LiveTrace:
 
     def annotate(self, metadata: Mapping[str, Any]) -> None:
         """Add to the trace's metadata."""
-        # A disabled host shares one dict among all its traces.
+        # A host with tracing disabled has one dict for all its traces.
         if not isinstance(self.trace, tracing.NoOpTrace):
             self.trace.metadata.update(metadata)
 
@@ -122,8 +118,8 @@ class LiveTrace:
 
         Agents still running in it lose their spans, see `AgentRun.open`.
 
-        Call it inside the handler of `error`: a host's own trace tells its processors nothing,
-        they look at ``sys.exc_info()``.
+        Call it inside the handler of `error`: processors of a host's own trace find the error in
+        ``sys.exc_info()`` only.
         """
         if self.closed:
             return
@@ -135,13 +131,11 @@ class LiveTrace:
         trace = self.trace
         try:
             for span in reversed(left):
-                try:
+                with shield("bridge.end"):  # The other spans and the trace must end, too.
                     self.finish(span, NOT_FINISHED)
-                except Exception as problem:  # noqa: BLE001 - the next one and the trace must end
-                    report("bridge.end", problem)
-        finally:  # Whatever comes in between (Ctrl-C), the trace is told of its end.
-            # Contexts copied within the trace lead here as long as they live, and a traceback
-            # does: neither may keep the spans, nor the trace the traceback.
+        finally:  # Also after Ctrl-C in between.
+            # Contexts copied within the trace refer to this object, and so does a traceback.
+            # Neither may keep the spans in memory.
             self.trace = NoOpTrace()
             self.trace.trace_id = trace.trace_id
             if error is None:
@@ -153,8 +147,8 @@ class LiveTrace:
 def _leave_context(span: Any) -> None:
     """Take the span out of the host's context variable again.
 
-    There it would become the parent of whatever trace comes next on this thread, and could only
-    be finished on this thread: elsewhere the reset raises and no processor hears of the end.
+    There it would become the parent of the next trace on this thread. And it could only be
+    finished on this thread: on another one the reset raises, and no processor gets the end.
     """
     token = getattr(span, "_token", None)
     if isinstance(token, Token):

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qitos_mlflow._guard import report, warn
-from qitos_mlflow.bridge.context import BackgroundPool, ContextPool
+from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
 
 __all__ = ["Patches"]
 

@@ -1,22 +1,47 @@
 """One agent run as a branch of a trace: which spans are open, one inside the other.
 
-Receives calls from the wrappers and the hook. Whatever happens, everything opened here is closed,
-in reverse order.
+Receives calls from the wrappers and the hook. Everything opened here is closed in reverse order,
+whatever happens. `here` is the place in a run that the current thread or task has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.context import Place, here
 from qitos_mlflow.bridge.live import LiveTrace
 from qitos_mlflow.bridge.outcome import outcome_of, outcome_of_exception
 
-__all__ = ["AgentRun"]
+__all__ = ["AgentRun", "Place", "here"]
+
+
+class Place(NamedTuple):
+    """A position in a trace: new spans and nested agents go below `span`.
+
+    It is immutable, so that a copied context (a pool, ``asyncio``) keeps the parent that it was
+    copied with.
+    """
+
+    run: AgentRun
+    span: Any
+    """The host's `Span`, or one of ours."""
+    tool: bool = False
+    """Whether `span` is that of a tool call."""
+    detached: bool = False
+    """Whether work started here is meant to outlive the run."""
+
+    @property
+    def starts_trace(self) -> bool:
+        """Whether an agent started here gets a linked trace of its own."""
+        return self.detached or self.run.live.closed
+
+
+here: ContextVar[Place | None] = ContextVar("qitos_mlflow_place", default=None)
+"""The current place; None outside of any traced run."""
 
 
 class AgentRun:
@@ -26,7 +51,7 @@ class AgentRun:
     """
 
     def __init__(self, engine: Any, task: Any, before: Place | None) -> None:
-        """Begin: a subtree at `before` where its trace still goes on, else a trace of its own."""
+        """Begin: a subtree at `before` if its trace has not ended, else a trace of its own."""
         self.engine_id = id(engine)
         self.before = before
         self.began = False
@@ -43,7 +68,7 @@ class AgentRun:
         self.acts_with_tools: set[str] = set()
         self.ended = False
         self.stack: list[Any] = []
-        self._innermost: dict[str, Any] = {}  # open spans by type; an older one is not looked for
+        self._innermost: dict[str, Any] = {}  # Open spans by type, of each the last one.
         self._parent: Any = None
         self._session_failure: dict[str, Any] | None = None
         self._metadata = extract.run_metadata(engine, task)
@@ -63,7 +88,7 @@ class AgentRun:
             data.task = self._metadata.get("task")
         try:
             self.open(data)
-        except BaseException as error:  # Nobody else can end what has begun.
+        except BaseException as error:  # The caller gets no run that it could end.
             self.end(error=error)
             raise
 
@@ -73,7 +98,7 @@ class AgentRun:
         return self.stack[0] if self.stack else None
 
     def open(self, data: Any, parent: Any = None) -> Any:
-        """Open a span below `parent`, by default the innermost open one, and stand there."""
+        """Open a span below `parent`, by default the innermost open one; it becomes the place."""
         if self.live.closed:
             self._outlive()
         if parent is None:
@@ -113,7 +138,7 @@ class AgentRun:
             self.live.annotate(metadata)
 
     def session_began(self, engine: Any) -> None:
-        """Note what a session has instead of an INIT event, and leave this context."""
+        """Take what a session has instead of an INIT event, and leave this context."""
         self.began = True
         self.state = extract.first(engine, "_active_state")
         self.annotate(extract.session_metadata(engine))
@@ -122,15 +147,14 @@ class AgentRun:
     def session_stepped(self, error: BaseException | None) -> None:
         """Close what the step left open; `error` is what left it, and the session may go on.
 
-        It may be over, too: ended by a new one in the middle of its step. Never raises Exception.
+        The session may have ended: a new one may begin in the middle of its step. Never raises
+        `Exception`.
         """
-        try:
+        with shield("bridge.step"):
             self.close_above(self.root, error)
             self._session_failure = None
             if error is not None:
                 self._session_failure = outcome_of_exception(error, self.state)
-        except Exception as problem:  # noqa: BLE001 - the agent's thread
-            report("bridge.step", problem)
 
     def end(
         self,
@@ -145,15 +169,15 @@ class AgentRun:
         Args:
             error: what left the run; call inside its handler.
             result: the host's result, when the run returned one.
-            stop_reason: the host's word, where it is not on the result's state.
-            run_id: the host's id of the run, where it failed before it said so.
+            stop_reason: the host's word, if it is not on the result's state.
+            run_id: the host's id of the run, if it failed before its INIT event.
         """
         if self.ended:
             return
         if run_id:
             self._metadata.setdefault("qitos_run_id", run_id)
         outcome: dict[str, Any] = {"status": "error" if error is not None else "ok"}
-        try:
+        with shield("bridge.outcome"):
             state = extract.first(result, "state") or self.state
             if error is None and self._session_failure is not None:
                 outcome = self._session_failure
@@ -163,23 +187,17 @@ class AgentRun:
                 outcome = outcome_of(result, state, reason, self.failure, self.end_issues)
             else:
                 outcome = outcome_of_exception(error, state)
-        except Exception as problem:  # noqa: BLE001 - spans and trace are closed without it
-            report("bridge.outcome", problem)
-        try:
+        with shield("bridge.end"):
             self._close_all(error, outcome)
             if self.owns_trace:
                 self.live.annotate({**self._metadata, **outcome})
-        except Exception as problem:  # noqa: BLE001 - the trace is ended anyway
-            report("bridge.end", problem)
-        try:
+        with shield("bridge.end"):  # Whatever failed above, the trace ends.
             if self.owns_trace:
                 self.live.end(error)
-        except Exception as problem:  # noqa: BLE001 - somebody's processor
-            report("bridge.end", problem)
         self.ended = True
         here.set(self.before)
-        # Contexts copied within the run keep it, and may be where the next one begins, and so on:
-        # nothing of the content, nor what was before, may stay with it.
+        # Contexts copied within the run keep this object, and the next run may begin in one of
+        # them: the object must hold no content, nor the place before it, from now on.
         self.failure = self.state = self.before = None
         self.stack, self.critics, self.verdicts = [], [], []
         self._innermost.clear()
@@ -213,7 +231,7 @@ class AgentRun:
         return LiveTrace(metadata["agent_name"], metadata.get("benchmark_name"), metadata)
 
     def _outlive(self) -> None:
-        """Go on in a trace of our own: the one we were part of has ended, and our spans with it."""
+        """Continue in a trace of its own: the trace it was part of has ended, with its spans."""
         stale = self.stack
         if not stale:
             return

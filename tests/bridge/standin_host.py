@@ -20,7 +20,7 @@ from qitos.kit.tool.fanout import fan_out
 
 from qitos_mlflow import bridge, tracing
 from qitos_mlflow.bridge import calls
-from qitos_mlflow.bridge.context import here
+from qitos_mlflow.bridge.run import here
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on
 

@@ -11,8 +11,8 @@ from qitos import Decision, Engine
 
 from qitos_mlflow import tracing
 from qitos_mlflow.bridge import calls
-from qitos_mlflow.bridge.context import here
 from qitos_mlflow.bridge.live import LiveTrace
+from qitos_mlflow.bridge.run import here
 from qitos_mlflow.tracing.span import NOT_FINISHED
 from tests.bridge.agents import ScriptAgent
 from tests.fakes.recorder import Recorder
@@ -41,7 +41,7 @@ FORKED_TOOL = """
                 print(who, record["kind"], found["task"], linked, record.get("status"), flush=True)
 
     def work():
-        from qitos_mlflow.bridge.context import here
+        from qitos_mlflow.bridge.run import here
         with here.get().run.live._lock:  # As another thread may hold it.
             child = os.fork()
         if child == 0:

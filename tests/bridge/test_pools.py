@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from opentelemetry import context as otel
 
-from qitos_mlflow.bridge.context import BackgroundPool, ContextPool, Place, here
+from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
+from qitos_mlflow.bridge.run import Place, here
 
 WAIT_S = 20.0
 PLACE: Any = Place(None, None)  # type: ignore[arg-type]
@@ -64,5 +65,5 @@ def test_a_failing_opentelemetry_costs_the_agent_nothing(
     monkeypatch.setattr(otel, broken, fail)
     with ContextPool(1) as pool:
         assert pool.submit(divmod, 7, 2).result(WAIT_S) == (3, 1)
-    assert {where for where, _ in swallowed} == {"bridge.context"}
+    assert {where for where, _ in swallowed} == {"bridge.pools"}
     swallowed.clear()
