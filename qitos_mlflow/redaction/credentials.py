@@ -1,8 +1,8 @@
-"""What a credential looks like: its names, its shapes, and where they are in a text.
+"""Where the credentials in a text are: by their shape, or by the name beside them. Pure.
 
-Prompts grow to hundreds of kilobytes, so texts are not handed to one big pattern (14 ns a
-character): literal searches (0.7 ns) find the few places worth a closer look, and each look is
-bounded, so that no text costs more than a time proportional to its length.
+Prompts grow to hundreds of kilobytes, and one large pattern takes 14 ns a character. So literal
+searches (0.7 ns) find the few places that need a closer look. Each look is bounded: the cost of a
+text is proportional to its length.
 """
 
 from __future__ import annotations
@@ -11,128 +11,56 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import pairwise
 
+from qitos_mlflow.redaction.names import names_credential
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-
-_ALWAYS = _words(
-    "password passwords passwd pwd passphrase passcode secret secrets credential credentials "
-    "creds authorization auth cookie cookies jwt dsn apikey apikeys"
-)
-"""Words that make a name a credential's, wherever they stand in it."""
-
-_JOINED = tuple(
-    _words(
-        "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey "
-        "masterkey accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken "
-        "bearertoken sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret "
-        "password passwd passphrase connectionstring connstr"
-    )
-)
-"""Endings of names written without any separator."""
-
-_KEY_OF = _words(
-    "access account admin anthropic api app application auth azure client consumer deploy "
-    "encryption gemini google groq hmac license master mistral openai openrouter private secret "
-    "service session shared signing ssh storage subscription together tavily wandb webhook"
-)
-"""What stands before ``key`` when the key is a secret, and not a dictionary's or a table's."""
-
-_PASS_OF = _words("db ftp http imap login mail mysql pg postgres proxy redis root smtp ssh user")
-
-_TOKEN_COUNTED = _words(
-    "audio bos cached class cls completion continuation current decoder end eos first image input "
-    "last mask max min new next num output pad page per prompt reasoning sep special start stop "
-    "sync thinking total unexpected unk"
-)
-"""What stands before ``token`` when it means a piece of text or a page, not a pass."""
-
-_HARMLESS_END = _words(
-    "accepted age arn at budget changed class conflict correct cost count created details enabled "
-    "endpoint env error errors exception expiration expired expires expiry failed failure field "
-    "file format found header hint in index invalid kind label length limit limits location max "
-    "method min missing mode name names number path policy position prompt provider rate ratio "
-    "required reset rotation rule rules scheme size source status strategy strength ttl type "
-    "types updated uri url usage valid variable version window"
-)
-"""Last words of names that speak about a credential without being one."""
-
-
-def _is_credential(words: list[str]) -> bool:
-    while len(words) > 1 and words[-1].isdigit():  # api_key_2
-        words = words[:-1]
-    last = words[-1]
-    if last in _HARMLESS_END:
-        return False
-    if not _ALWAYS.isdisjoint(words) or "".join(words).endswith(_JOINED):
-        return True
-    if last == "token":
-        return len(words) == 1 or words[-2] not in _TOKEN_COUNTED
-    if last == "tokens":
-        return len(words) > 1 and words[-2] in {"access", "refresh", "auth", "api", "session"}
-    if last == "pass":
-        return len(words) > 1 and words[-2] in _PASS_OF
-    # The key itself, or what it is followed by: aws_access_key_id, api_key_prod.
-    return any(b in {"key", "keys"} and a in _KEY_OF for a, b in pairwise(words))
-
-
-@lru_cache(maxsize=4096)
-def _cached_names_credential(name: str) -> bool:
-    plain = re.findall(r"[a-z0-9]+", name.lower())
-    camel = [word.lower() for word in _WORD.findall(name)]
-    if camel and camel[-1] in _HARMLESS_END:  # google.auth.DefaultCredentialsError
-        return False
-    return any(_is_credential(words) for words in (plain, camel) if words)
-
-
-def names_credential(name: str) -> bool:
-    """Whether a value under this name is a secret: any case, with ``-``, ``_``, ``.`` or camelCase.
-
-    Token *counts* (``prompt_tokens``, ``maxTokens``, ``token_usage``) and names that only speak
-    about a credential (``password_policy``, ``token_type``) are not.
-    """
-    return len(name) <= 128 and _cached_names_credential(name)
-
-
-# ---------------------------------------------------------------------------- texts
-
-_SHAPE = re.compile(
-    rb"sk-(?!learn)[A-Za-z0-9_-]{12,}|[sr]k_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9]{16,}"
-    rb"|gh[oprsu]_[A-Za-z0-9]{12,}|github_pat_\w{12,}|glpat-[\w-]{10,}|xox[a-z]-[A-Za-z0-9-]{10,}"
-    rb"|xapp-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}|AIza[\w-]{16,}"
-    rb"|hf_[A-Za-z0-9]{13,}|npm_[A-Za-z0-9]{20,}|pypi-[\w-]{20,}|gsk_[A-Za-z0-9]{16,}"
-    rb"|xai-[A-Za-z0-9]{16,}|nvapi-[\w-]{16,}|pplx-[A-Za-z0-9]{16,}|tvly-[\w-]{12,}"
-    rb"|lsv2_[A-Za-z0-9_]{16,}|dapi[0-9a-f]{32}|r8_[A-Za-z0-9]{20,}"
-    rb"|eyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}"
-)
-_BY_PART = {
-    b"ya29.": re.compile(rb"ya29\.[\w-]{20,}"),  # Google
-    b"SG.": re.compile(rb"SG\.[\w-]{16,}\.[\w-]{16,}"),  # SendGrid
-    b"hooks.slack.com/services/": re.compile(rb"hooks\.slack\.com/services/([\w/]{16,})"),
-    b"api.telegram.org/bot": re.compile(rb"api\.telegram\.org/bot([0-9]+:[\w-]{16,})"),
-    b"curl ": re.compile(
-        rb"curl(?:[^\\\r\n]|\\[\s\S]){0,512}?[ \t](?:-[a-zA-Z]{0,8}[uU]|--(?:proxy-)?user)"
-        rb"[ \t=]{0,4}[\"']?([^\s\"':]{1,256}:[^\s\"']{1,256})"
-    ),
+_SHAPES = {
+    "sk-": r"(?!learn)[A-Za-z0-9_-]{12,}",
+    "sk_live_|sk_test_|rk_live_|rk_test_": r"[A-Za-z0-9]{10,}",
+    "whsec_": r"[A-Za-z0-9]{16,}",
+    "gho_|ghp_|ghr_|ghs_|ghu_": r"[A-Za-z0-9]{12,}",
+    "github_pat_": r"\w{12,}",
+    "glpat-": r"[\w-]{10,}",
+    "xox": r"[a-z]-[A-Za-z0-9-]{10,}",
+    "xapp-": r"[A-Za-z0-9-]{10,}",
+    "AKIA|ASIA|AROA|AIDA": r"[A-Z0-9]{12,}",
+    "AIza": r"[\w-]{16,}",
+    "hf_": r"[A-Za-z0-9]{13,}",
+    "npm_|r8_": r"[A-Za-z0-9]{20,}",
+    "pypi-": r"[\w-]{20,}",
+    "gsk_|xai-|pplx-": r"[A-Za-z0-9]{16,}",
+    "nvapi-": r"[\w-]{16,}",
+    "tvly-": r"[\w-]{12,}",
+    "lsv2_": r"[A-Za-z0-9_]{16,}",
+    "dapi": r"[0-9a-f]{32}",
+    "eyJ": r"[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}",  # JWT
+    "ya29.": r"[\w-]{20,}",  # Google
+    "SG.": r"[\w-]{16,}\.[\w-]{16,}",  # SendGrid
+    "hooks.slack.com/services/": r"([\w/]{16,})",
+    "api.telegram.org/bot": r"([0-9]+:[\w-]{16,})",
+    "curl ": r"(?:(?:[^\\\r\n]|\\[\s\S]){0,511}?[ \t])??(?:-[a-zA-Z]{0,8}[uU]|--(?:proxy-)?user)"
+    r"[ \t=]{0,4}[\"']?([^\s\"':]{1,256}:[^\s\"']{1,256})",
 }
-"""Shapes whose first unbroken run is too short to be looked at, by a part that each has."""
-_SIGNATURE = re.compile(rb"(?i)&(?:amp;)?(?:x-(?:amz|goog)-)?sig(?:nature)?=([\w%.~+/=-]{16,})")
-"""In URLs of AWS, Azure and Google, which have other parameters before it."""
-_SHAPE_STARTS = frozenset(
-    b"sk rk wh gh gi gl xo xa AK AS AR AI hf np py gs nv pp tv ls da r8 ey".split()
-)
+"""How credentials begin, and how they go on. If there is a group, it alone is the credential."""
+
+_AFTER = {start: rest for starts, rest in _SHAPES.items() for start in starts.split("|")}
+_IN_RUN = [start for start in _AFTER if re.fullmatch(r"[\w-]+", start)]
+_SHAPE = re.compile("|".join(start + _AFTER[start] for start in _IN_RUN).encode())
+_SHAPE_STARTS = frozenset(start[:2].encode() for start in _IN_RUN)
 _RUN_OF = bytes(
     97 if chr(code).isascii() and (chr(code).isalnum() or chr(code) in "_-") else 32
     for code in range(256)
 )
 _RUN = b"a" * 16
-"""Every shape begins with an unbroken run of at least 16 letters, digits, ``_`` and ``-``."""
+"""Searched for: each shape of `_IN_RUN` begins with 16 or more letters, digits, ``_`` and ``-``."""
+_BY_START = {
+    start.encode(): re.compile((re.escape(start) + rest).encode())
+    for start, rest in _AFTER.items()
+    if start not in _IN_RUN
+}
+"""Shapes whose first unbroken run is shorter; searched for by their start."""
+_SIGNATURE = re.compile(rb"(?i)&(?:amp;)?(?:x-(?:amz|goog)-)?sig(?:nature)?=([\w%.~+/=-]{16,})")
+"""In URLs of AWS, Azure and Google, after other parameters."""
 
 _FIELD = re.compile(
     rb"[A-Za-z0-9_-]{0,48}"  # the rest of the name
@@ -166,7 +94,7 @@ _HEADERS = (b"authorization", b"cookie")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]*")
 _NAME_LOOK_BYTES = 48
 _HARMLESS_LOOK_BYTES = 256
-"""Longer values are neither `_HARMLESS` nor one word: only then is a value read to its end."""
+"""Longer values are neither `_HARMLESS` nor one word, and are then read to their end."""
 
 _ESCAPING = frozenset(b"\\%[;")
 _ESCAPE = re.compile(
@@ -174,10 +102,10 @@ _ESCAPE = re.compile(
     rb"|(?<=%)[0-9A-Fa-f]{2}"  # %3D in a URL
     rb"|(?<=[\[;])[0-9]{1,3}m|(?<=\x1b\[)[mK]"  # ESC[1;32m, a terminal's colours
 )
-"""The letters and digits of an escape, which look like the beginning of the word behind it."""
+"""The letters and digits of an escape: they look like the beginning of the word behind it."""
 
 _STEMS = tuple(
-    re.compile(stem)  # Each begins with one letter, which re looks for with memchr.
+    re.compile(stem)  # Each begins with one letter, which re finds with memchr.
     for stem in (rb"k(?:ey|en|ie)", rb"cre", rb"p(?:ass|wd)", rb"auth")
 )
 """Parts of names that `names_credential` may accept: key, token, cookie; secret, credential; …"""
@@ -215,7 +143,7 @@ Found = tuple[int, int, bytes]
 
 
 def _value_span(data: bytes, at: int, name: bytes, before: int, separator: bytes) -> Found | None:
-    """Where the value is that begins at `at`, or None if nothing there needs hiding."""
+    """The value that begins at `at`, or None if nothing there needs to be redacted."""
     if not separator:  # <password>…</password>
         found = _XML.match(data, at) if data[before : before + 1] == b"<" else None
         return (*found.span(1), b"") if found else None
@@ -265,7 +193,7 @@ def _closing(data: bytes, start: int) -> int:
 
 
 def _named(data: bytes, low: bytes) -> Iterator[Found]:
-    """Values that stand beside a credential's name."""
+    """Values beside a credential's name."""
     for stem in _STEMS:
         done = 0
         for found in stem.finditer(low):
@@ -294,7 +222,7 @@ def _named(data: bytes, low: bytes) -> Iterator[Found]:
 
 
 def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
-    """Parts that are credentials by their look."""
+    """Parts that have the shape of a credential."""
     runs = data.translate(_RUN_OF)
     start = runs.find(_RUN)
     while start >= 0:
@@ -318,8 +246,8 @@ def _shaped(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
         elif _is_basic(word.group()):
             yield word.span()
     yield from (signature.span(1) for signature in _SIGNATURE.finditer(data))
-    for part, pattern in _BY_PART.items():
-        for at in _places(data, part):
+    for begin, pattern in _BY_START.items():
+        for at in _places(data, begin):
             if found := pattern.match(data, at):
                 yield found.span(found.lastindex or 0)
     for at in _places(data, b"@"):

@@ -1,15 +1,13 @@
-"""Takes credentials out: a decoded record goes in, a copy without them comes out.
+"""Takes credentials out: a decoded record goes in, a copy without them comes out. Pure.
 
-Called by `refine` on the worker, before the disk and the network, over the record as a whole:
-metadata, tags, inputs, outputs, errors, URLs. (What QitOS's `ENABLED_WITHOUT_DATA` leaves out is
-another matter: `tracing.redaction`.) Two rules, both always on:
+`normalize` calls it on the spooling thread, before disk and network, for the whole record:
+metadata, tags, inputs, outputs, errors, URLs. (`tracing.redaction` is something else: what QitOS's
+mode `ENABLED_WITHOUT_DATA` leaves out.) Two rules, both always on:
 
-* A key that names a credential loses its value, whatever the value is.
-* A text loses every part that has a credential's shape (an ``sk-…`` key, a JWT, a private key
-  block, ``user:password@`` in a URL) or stands beside a credential's name (``API_KEY=…``,
-  ``"password": "…"``, ``Authorization: …``, ``--token …``).
-
-What counts as either: `credentials`.
+* A value under a key that names a credential (`names`) is replaced, whatever it is.
+* In a text, every part is replaced that has a credential's shape (an ``sk-…`` key, a JWT, a private
+  key block, ``user:password@`` in a URL) or follows a credential's name (``API_KEY=…``,
+  ``"password": "…"``, ``Authorization: …``, ``--token …``): `credentials`.
 """
 
 from __future__ import annotations
@@ -20,25 +18,26 @@ from typing import Any
 
 import orjson
 
-from qitos_mlflow.redaction.credentials import find_credentials, names_credential
+from qitos_mlflow.redaction.credentials import find_credentials
+from qitos_mlflow.redaction.names import names_credential
 
 MARKER = "[redacted]"
 
-MAX_DEPTH = 256
-"""Deeper levels become `MARKER`. orjson writes no more than 254, so no record of ours has them."""
+MAX_LEVELS = 256
+"""Deeper levels become `MARKER`. A record has at most 254, because orjson writes no more."""
 
 _SHORTEST = 8
-"""Texts below this many characters have no room for a name and a value, or for a key's shape."""
+"""Shorter texts have no room for a name and a value, or for a shape (characters)."""
 
 _REMEMBERED_CHARS = 4096
-"""Longer texts are not remembered: a few MB in all, 16 at the very worst."""
+"""Longer texts are not remembered, so that the cache takes a few MB, at most 16 (characters)."""
 
 _SHORTEST_SHAPE = 16
-"""Keys of a mapping below this many characters, and without ``=``, hold no credential."""
+"""Shorter keys of a mapping hold no credential, unless they have a ``=`` (characters)."""
 
 
 def redact_text(text: str) -> str:
-    """`text` with `MARKER` in the place of every credential in it; the same object if none."""
+    """`text` with `MARKER` in the place of each credential; the same object if there is none."""
     if len(text) < _SHORTEST:
         return text
     return _remembered(text) if len(text) <= _REMEMBERED_CHARS else _redacted(text)
@@ -59,20 +58,17 @@ def _redacted(text: str) -> str:
     return b"".join(parts).decode("utf-8", "surrogatepass")
 
 
-# An agent sends its whole conversation again with every step: most texts have been seen before.
+# An agent sends its whole conversation again with every step, so most texts come many times.
 _remembered = lru_cache(maxsize=512)(_redacted)
 
 
 def redact(value: Any, _depth: int = 0) -> Any:
-    """A copy of `value` (JSON types, any nesting) in which no credential is left.
-
-    Never raises and never changes `value`. Pure; any thread.
-    """
+    """A copy of `value` (JSON types, any nesting) without the credentials in it. Never raises."""
     if isinstance(value, str):
         return redact_text(value)
     if not isinstance(value, (dict, list, tuple)):
         return value
-    if _depth >= MAX_DEPTH:
+    if _depth >= MAX_LEVELS:
         return MARKER
     if isinstance(value, dict):
         return _redact_mapping(value, _depth)
@@ -89,8 +85,8 @@ def _redact_mapping(value: dict[Any, Any], depth: int) -> dict[Any, Any]:
                 kept[key] = MARKER
                 continue
         kept[key] = redact(item, depth + 1)
-    # {"name": "Authorization", "value": "…"}: headers and variables, as HAR files and Kubernetes
-    # write them.
+    # {"name": "Authorization", "value": "…"}: HAR files and Kubernetes write headers and variables
+    # in this form.
     name = value.get("name", value.get("key"))
     if "value" in kept and isinstance(name, str) and names_credential(name):
         kept["value"] = MARKER
@@ -116,18 +112,18 @@ def _redact_list(value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
 def redact_json(text: str) -> str:
     """`text`, a JSON document, without credentials and still JSON; unchanged if it has none.
 
-    What is no JSON, like the torn last line of a file, is redacted as text.
+    If it is not JSON, such as the torn last line of a file, it is redacted as text.
     """
     try:
         value = orjson.loads(text)
         kept = redact(value)
-        # Both rules: of a key that is there twice, only the last value was looked at.
+        # The text too: if a key is there twice, `value` has only its last value.
         if kept == value and redact_text(text) == text:
             return text
         kept = redact(json.loads(text))  # orjson makes floats of integers above 64 bits.
     except (orjson.JSONDecodeError, RecursionError):
         return redact_text(text)
     body = text.strip()
-    # As QitOS writes it: a manifest in many lines, an event in one.
+    # QitOS writes a manifest in many lines, and an event in one.
     hidden = json.dumps(kept, ensure_ascii=False, indent=2 if "\n" in body else None)
     return text.replace(body, hidden)

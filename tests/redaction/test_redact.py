@@ -13,14 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qitos_mlflow.redaction.credentials import names_credential
+from qitos_mlflow.redaction.names import names_credential
 from qitos_mlflow.redaction.redact import (
     MARKER,
     redact,
     redact_json,
     redact_text,
 )
-from qitos_mlflow.redaction.trim import cut, trim, trim_fields
 
 SECRET = "hunter2xyz9"
 
@@ -312,7 +311,7 @@ def test_the_argument_is_not_changed() -> None:
 
 
 def test_deep_values_do_not_break_it() -> None:
-    """AutologSpans deeper than any record's is cut, not an error."""
+    """A value deeper than any record is cut, and is no error."""
     value: Any = SECRET
     for _ in range(5_000):
         value = [value]
@@ -392,9 +391,9 @@ def test_cost_grows_with_the_length_only(piece: str) -> None:
         text = (piece * length)[:length]
         best = 1e9
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.thread_time()
             redact_text(text)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
     # Quadratic cost would make it 64 times.
@@ -406,39 +405,3 @@ def test_images_and_hashes_are_left_alone() -> None:
     data = bytes(range(256)) * 200
     for text in (base64.b64encode(data).decode(), base64.encodebytes(data).decode(), data.hex()):
         assert redact_text(text) == text
-
-
-def test_trim_says_how_long_it_was() -> None:
-    """A text that is too long is cut within the limit, between characters, with its size."""
-    assert trim("größe", 100) == "größe"
-    trimmed = trim("ö" * 1000, 101)
-    assert len(trimmed.encode()) <= 101
-    assert trimmed.endswith("[trimmed, 2000 bytes in all]")
-    assert trimmed.startswith("öö")
-    twice = trim(trim(cut("ö" * 5000, 1000), 1500), 500)
-    assert len(twice.encode()) <= 500
-    assert twice.endswith("[cut: 5000 characters in all]")
-
-
-def test_a_chat_that_is_trimmed_stays_a_chat() -> None:
-    """A field above the limit keeps its form while cutting its longest texts is enough."""
-    messages = [{"role": "user", "content": "short"}, {"role": "tool", "content": "x" * 50_000}]
-    record = {
-        "kind": "span",
-        "data": {"input_content": messages, "model": "m"},
-        "output": "y" * 50_000,
-    }
-    trimmed = trim_fields(record, 10_000)
-    kept = trimmed["data"]["input_content"]
-    assert kept[0] == messages[0]
-    assert kept[1]["content"].endswith("[trimmed, 50000 bytes in all]")
-    assert len(orjson.dumps(kept)) <= 10_000
-    assert len(trimmed["output"].encode()) <= 10_000
-    assert trimmed["data"]["model"] == "m"
-
-
-def test_a_field_of_many_small_things_is_cut_as_text() -> None:
-    """Where cutting texts is not enough, the field becomes the beginning of its JSON."""
-    trimmed = trim_fields({"data": {"tool_args": {"rows": list(range(10_000))}}}, 2_000)
-    assert trimmed["data"]["tool_args"].startswith('{"rows":[0,1')
-    assert len(trimmed["data"]["tool_args"].encode()) <= 2_000

@@ -1,0 +1,93 @@
+"""Which names are a credential's: ``api_key``, ``clientSecret``, ``Authorization``. Pure."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import pairwise
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+_ALWAYS = _words(
+    "password passwords passwd pwd passphrase passcode secret secrets credential credentials "
+    "creds authorization auth cookie cookies jwt dsn apikey apikeys"
+)
+"""A name with one of these words names a credential, wherever the word stands."""
+
+_JOINED = tuple(
+    _words(
+        "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey "
+        "masterkey accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken "
+        "bearertoken sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret "
+        "password passwd passphrase connectionstring connstr"
+    )
+)
+"""A name that ends so, without separators, names a credential."""
+
+_KEY_OF = _words(
+    "access account admin anthropic api app application auth azure client consumer deploy "
+    "encryption gemini google groq hmac license master mistral openai openrouter private secret "
+    "service session shared signing ssh storage subscription together tavily wandb webhook"
+)
+"""Words before ``key`` that make it a secret, unlike the key of a dictionary or a table."""
+
+_PASS_OF = _words("db ftp http imap login mail mysql pg postgres proxy redis root smtp ssh user")
+"""Words before ``pass`` that make it a password."""
+
+_TOKEN_COUNTED = _words(
+    "audio bos cached class cls completion continuation current decoder end eos first image input "
+    "last mask max min new next num output pad page per prompt reasoning sep special start stop "
+    "sync thinking total unexpected unk"
+)
+"""Words before ``token`` that make it a piece of text or a page, not a credential."""
+
+_HARMLESS_END = _words(
+    "accepted age arn at budget changed class conflict correct cost count created details enabled "
+    "endpoint env error errors exception expiration expired expires expiry failed failure field "
+    "file format found header hint in index invalid kind label length limit limits location max "
+    "method min missing mode name names number path policy position prompt provider rate ratio "
+    "required reset rotation rule rules scheme size source status strategy strength ttl type "
+    "types updated uri url usage valid variable version window"
+)
+"""A name that ends so says something about a credential, and holds none."""
+
+
+def _is_credential(words: list[str]) -> bool:
+    while len(words) > 1 and words[-1].isdigit():  # api_key_2
+        words = words[:-1]
+    last = words[-1]
+    if last in _HARMLESS_END:
+        return False
+    if not _ALWAYS.isdisjoint(words) or "".join(words).endswith(_JOINED):
+        return True
+    if last == "token":
+        return len(words) == 1 or words[-2] not in _TOKEN_COUNTED
+    if last == "tokens":
+        return len(words) > 1 and words[-2] in {"access", "refresh", "auth", "api", "session"}
+    if last == "pass":
+        return len(words) > 1 and words[-2] in _PASS_OF
+    # "key" need not be the last word: aws_access_key_id, api_key_prod.
+    return any(b in {"key", "keys"} and a in _KEY_OF for a, b in pairwise(words))
+
+
+@lru_cache(maxsize=4096)
+def _cached_names_credential(name: str) -> bool:
+    plain = re.findall(r"[a-z0-9]+", name.lower())
+    camel = [word.lower() for word in _WORD.findall(name)]
+    if camel and camel[-1] in _HARMLESS_END:  # google.auth.DefaultCredentialsError
+        return False
+    return any(_is_credential(words) for words in (plain, camel) if words)
+
+
+def names_credential(name: str) -> bool:
+    """Whether a value under this name is a secret: any case, with ``-``, ``_``, ``.`` or camelCase.
+
+    False for token *counts* (``prompt_tokens``, ``maxTokens``, ``token_usage``) and for names that
+    say something about a credential (``password_policy``, ``token_type``).
+    """
+    return len(name) <= 128 and _cached_names_credential(name)
