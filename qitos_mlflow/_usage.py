@@ -1,7 +1,7 @@
-"""Token counts as providers spell them, in one spelling. Pure.
+"""Token counts of all providers in one spelling. Pure.
 
-The bridge reads a model's answer with it, the MLflow plugin the usage of a span, whoever made that:
-one table, so that both know the same spellings. Nothing is estimated.
+The bridge reads the usage in a model's answer with it, the MLflow plugin the usage of a span. With
+one table, both know the same spellings. Nothing is estimated.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MAX_TOKENS = 10**15
 class Usage:
     """Token counts of one model call; None where they are not known.
 
-    The prompt includes what was read from a cache or written to it, the completion what was
-    thought.
+    The prompt includes tokens read from a cache or written to it; the completion includes
+    reasoning.
     """
 
     prompt: int | None
@@ -54,7 +54,7 @@ class Usage:
 
     @property
     def total(self) -> int | None:
-        """Prompt + completion where both are known, whatever a provider calls its total."""
+        """Prompt + completion if both are known, else the total that the provider reports."""
         if self.prompt is None or self.completion is None:
             return self.reported_total
         return self.prompt + self.completion
@@ -63,9 +63,8 @@ class Usage:
 def parse_usage(raw: Any, lost: Counter[str] | None = None) -> Usage | None:
     """The counts in `raw`, or None when it holds none.
 
-    An absent prompt or completion follows from the total and the other. Values that are there but
-    are no counts (texts, NaN, negative, fractions, booleans) are ``bad_value``, and nothing
-    replaces them.
+    A missing prompt or completion is computed from the total and the other. Values that are no
+    counts (texts, NaN, negative, fractions, booleans) are ``bad_value``, and nothing replaces them.
     """
     if not isinstance(raw, Mapping):
         if raw is not None and lost is not None:

@@ -86,9 +86,6 @@ LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
 KNOWN: set[tuple[str, str]] = {
     ("mlflow_plugin.destination", "__init__"),
     ("mlflow_plugin.fluent.active_run", "redaction.uris"),
-    ("mlflow_plugin.sink.operations", "redaction.uris"),
-    ("mlflow_plugin.sink.sink", "redaction.uris"),
-    ("mlflow_plugin.sink.trace_cost", "redaction.uris"),
     ("recording.pipelines", "mlflow_plugin.destination"),
     ("recording.pipelines", "mlflow_plugin.mapping.entities"),
     ("recording.pipelines", "mlflow_plugin.sink.sink"),

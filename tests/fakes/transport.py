@@ -9,6 +9,7 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
+from qitos_mlflow.redaction.uris import without_credentials
 
 
 class FakeTransport:
@@ -30,6 +31,10 @@ class FakeTransport:
         self.artifacts: dict[str, bytes] = {}
         self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
         self.fail_after: Callable[[str, Any], Exception | None] = lambda call, what: None
+
+    @property
+    def address(self) -> str:
+        return without_credentials(self.uri)
 
     def _answer(self, call: str, what: Any, answer: Callable[[], Any]) -> Any:
         self.calls.append(call)

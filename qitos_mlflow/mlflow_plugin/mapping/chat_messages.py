@@ -1,13 +1,12 @@
 """Model calls in the one chat format that MLflow's page renders as a conversation: OpenAI's. Pure.
 
-Receives what went into a model and came out of it in any of the common shapes (texts, OpenAI
-chat and Responses, Anthropic, Gemini, Ollama), hands on messages with role, content, reasoning,
-tool calls and tool results. What is in no known shape is shown as text or kept beside the rest,
-never lost.
+Receives the input and the output of a model in any of the common shapes (texts, OpenAI chat and
+Responses, Anthropic, Gemini, Ollama), hands on messages with role, content, reasoning, tool calls
+and tool results. Anything in another shape is shown as text or kept beside the rest, never lost.
 
-The page shows no conversation at all once a role, or the type of a part, is one it does not know
-(MLflow 3.12 to 3.17, ModelTraceExplorer): roles are ``system``, ``user``, ``assistant`` and
-``tool``, and thoughts are the message's ``reasoning``, not a part.
+If a role, or the type of a part, is unknown to the page, it shows no conversation at all (MLflow
+3.12 to 3.17, ModelTraceExplorer). So roles are ``system``, ``user``, ``assistant`` and ``tool``,
+and thoughts are the message's ``reasoning``, not a part.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ def request(content: Any) -> tuple[list[Fields], Fields]:
     return found + _all_messages(given, "user"), rest
 
 
-def response(output: Any, told: Fields) -> Fields:
+def response(output: Any, summary: Fields) -> Fields:
     """The answer as an OpenAI response.
 
     Args:
         output: text, message, list of content blocks, or a provider's whole answer.
-        told: the summary beside it: tool_calls, finish_reason, model_name, metadata.
+        summary: what the host says beside it: tool_calls, finish_reason, model_name, metadata.
     """
     choices, rest = _choices(output)
-    calls, finish = told.get("tool_calls"), told.get("finish_reason")
+    calls, finish = summary.get("tool_calls"), summary.get("finish_reason")
     if isinstance(calls, list):
         _add_calls(choices[0]["message"], [tool_call(call) for call in calls])
     finish = finish or take(rest, "stop_reason", "done_reason", kind=str)
@@ -87,12 +86,12 @@ def response(output: Any, told: Fields) -> Fields:
             choice["finish_reason"] = as_text(
                 finish or ("tool_calls" if message.get("tool_calls") else "stop")
             )
-    metadata = told.get("metadata")
+    metadata = summary.get("metadata")
     identity = metadata.get("id") if isinstance(metadata, dict) else None
     answer: Fields = {
         "id": identity or take(rest, "id", "responseId", "response_id"),
         "object": take(rest, "object") or "chat.completion",
-        "model": told.get("model_name") or take(rest, "model", "modelVersion", "model_version"),
+        "model": summary.get("model_name") or take(rest, "model", "modelVersion", "model_version"),
         "choices": choices,
     }
     return with_rest({key: value for key, value in answer.items() if value is not None}, rest)
@@ -209,11 +208,13 @@ def _one_message(raw: Any) -> Fields:
     return merged
 
 
-def _add_calls(message: Fields, told: list[Fields]) -> None:
-    """Add the calls that the host tells of; most often they are the message's own."""
+def _add_calls(message: Fields, calls: list[Fields]) -> None:
+    """Add the calls of the host's summary; most often the message has them already."""
     own = message.get("tool_calls", [])
-    free = list(own)  # Two calls may be alike: each of the message's is that of one told at most.
-    for call in told:
+    free = list(
+        own
+    )  # Two calls may be alike: each of the message's stands for one of `calls` at most.
+    for call in calls:
         for known in free:
             same = _same(call["function"], known["function"])
             if call["id"] == known["id"] != "" or (same and "" in (call["id"], known["id"])):

@@ -1,7 +1,7 @@
 """Content blocks, tool calls and tool results of any provider, in OpenAI's form. Pure.
 
-Nothing is lost on the way: `take` what has a place in that form, and `with_rest` keeps the other
-fields beside it, where the page's JSON view shows them.
+Nothing is lost: `take` picks the fields that have a place in that form, and `with_rest` keeps the
+others beside them, where the page's JSON view shows them.
 """
 
 from __future__ import annotations

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
+from qitos_mlflow.recording.record import SpanEnd
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MODELS = frozenset({"llm", "judge", "gpt", "claude", "gemini"})
-"""Words in the name of a critic that is a model; ``RemodelBudget`` and ``ModelCheck`` are none."""
+"""Words in the name of a critic that is a model; ``RemodelBudget`` and ``ModelCheck`` have none."""
 
 
-def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any] | None:
-    """MLflow's assessment, as JSON, for a critic's span record; None if it says nothing.
+def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
+    """MLflow's assessment, as JSON, for a critic's span record; None if there is no verdict.
 
-    The value is the score, or the critic's action where it gave none. The id follows from the
-    span's, so that writing it again with the trace's info replaces it.
+    The value is the score, or the critic's action if there is no score. The id follows from the
+    span's, so that the same assessment written again replaces the first one.
     """
     data = mapping(record.get("data"))
     verdict = mapping(data.get("output_content"))
@@ -33,8 +33,9 @@ def feedback_of(record: Mapping[str, Any], qitos_trace_id: str) -> dict[str, Any
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
     at = rfc3339(limits.clean_ns(record.get("end_ns")))
     judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
-    told = mapping(record.get("output")).get("judged_by_model") is True  # False: none was found.
-    by_model = told or bool(judge) or _names_model(name)
+    # If the bridge found no model, the verdict or the name may still have one.
+    found = mapping(record.get("output")).get("judged_by_model") is True
+    by_model = found or bool(judge) or _names_model(name)
     own = str(record.get("span_id", ""))
     facts = {"step": record.get("step"), "action": verdict.get("action")}
     feedback: dict[str, Any] = {

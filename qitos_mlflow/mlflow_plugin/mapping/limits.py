@@ -1,8 +1,8 @@
 """Every limit of MLflow in one place, each with its source, and the functions that keep to them.
 
-A batch that MLflow refuses is refused whole, so a bad value must be caught before it is sent: it
-alone is dropped or trimmed, and counted. The functions are total and pure; where something can be
-lost they take a ``Counter`` and note the reason in it.
+MLflow refuses a batch as a whole, so a bad value must be found before it is sent: only this value
+is dropped or trimmed, and counted. The functions are total and pure. Those that can lose something
+take a ``Counter`` and count the reason in it.
 
 Sources: *server* is what mlflow 3.17.2 checks itself (``mlflow/utils/validation.py``), *column*
 the width of the database column (``store/tracking/dbmodels/models.py``), which SQLite ignores
@@ -31,9 +31,9 @@ BATCH_TOTAL = 1000
 KEY_CHARS = 250
 """Name of a metric, param, tag or assessment (server: MAX_ENTITY_KEY_LENGTH; column)."""
 PARAM_CHARS = 6000
-"""Value of a param; longer ones are cut without a word (server: MAX_PARAM_VAL_LENGTH)."""
+"""Value of a param; longer ones are cut silently (server: MAX_PARAM_VAL_LENGTH)."""
 TAG_CHARS = 8000
-"""Value of a run's tag; longer ones are cut without a word (server: MAX_TAG_VAL_LENGTH)."""
+"""Value of a run's tag; longer ones are cut silently (server: MAX_TAG_VAL_LENGTH)."""
 EXPERIMENT_CHARS = 256
 """Name of an experiment (column; the server itself says 500)."""
 RUN_NAME_CHARS = 250
@@ -122,9 +122,9 @@ def clean_metric(
 ) -> float | None:
     """`value` as a finite float, or None, counted as ``bad_value``, when it is not a number.
 
-    None itself is an absent value and not counted. Texts that hold a finite number count as one.
-    NaN breaks the charts of MLflow's run page, infinity is stored as 1.8e308, everything that is
-    not a number fails the whole batch (all: run).
+    None is an absent value and not counted. A text that holds a finite number counts as a number.
+    NaN breaks the charts of MLflow's run page, infinity is stored as 1.8e308, and anything that is
+    no number fails the whole batch (all: run).
 
     Args:
         value: anything.
@@ -147,7 +147,7 @@ def clean_metric(
 
 
 def clean_step(value: Any) -> int:
-    """`value` as a step: a whole number within 64 bits; 0 for what is none.
+    """`value` as a step: a whole number within 64 bits; 0 for anything else.
 
     A float would be refused by servers and break whole runs in file stores (run).
     """
@@ -164,12 +164,12 @@ def clean_ms(ns: Any) -> int:
 
 
 def clean_ns(ns: Any) -> int:
-    """`ns` as whole nanoseconds within 0 and 64 bits; 0 for what is no number."""
+    """`ns` as whole nanoseconds within 0 and 64 bits; 0 for anything that is no number."""
     return max(0, clean_step(ns))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """`value`, or an empty mapping where it is none."""
+    """`value`, or an empty mapping if it is no mapping."""
     return value if isinstance(value, Mapping) else {}
 
 

@@ -16,14 +16,14 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text
 
-MAX_DEPTH = 20
+NATIVE_LEVELS = 20
 """Deeper values are sent as JSON text: each level is three of protobuf's, which allows 100."""
 
-NAME_CHARS = 1000
-"""A span's name; nothing breaks beyond, but nobody reads it."""
+SPAN_NAME_CHARS = 1000
+"""Longest name of a span (characters). MLflow has no limit; a longer one cannot be read."""
 
 
-def set_value(target: AnyValue, value: Any, depth: int = MAX_DEPTH) -> None:
+def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
     """Write `value` (JSON types; others as text) into `target`; None leaves it unset."""
     if isinstance(value, str):
         target.string_value = _encodable(value)
@@ -65,7 +65,7 @@ def build_span(
     end_ns: Any,
     attributes: Mapping[str, Any],
 ) -> Span:
-    """A span; attributes that are None are left out, a time that is missing is the other one.
+    """A span. Attributes that are None are left out; if one time is missing, the other stands in.
 
     Args:
         trace: 16 bytes.
@@ -82,7 +82,7 @@ def build_span(
         trace_id=trace,
         span_id=span,
         parent_span_id=parent if parent is not None and parent != span else b"",
-        name=clean_text(name or "unnamed", NAME_CHARS),
+        name=clean_text(name or "unnamed", SPAN_NAME_CHARS),
         start_time_unix_nano=start,
         end_time_unix_nano=max(start, clean_ns(end_ns)),
     )
@@ -126,7 +126,7 @@ def _add_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
 def distinct(spans: Iterable[Span]) -> list[Span]:
     """`spans` with each id once (the last wins) and without circles of parents.
 
-    PostgreSQL refuses a batch that has an id twice; the server never finishes with a circle.
+    PostgreSQL refuses a batch with the same id twice, and the server never finishes with a circle.
     Spans of different traces may be mixed.
     """
     by_id = {(span.trace_id, span.span_id): span for span in spans}

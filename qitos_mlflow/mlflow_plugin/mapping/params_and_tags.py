@@ -1,4 +1,4 @@
-"""What a run's texts are: params and tags from a trace's metadata and its loss ledger. Pure.
+"""What a run's texts are: params and tags from a trace's metadata and its losses. Pure.
 
 `run_totals` has the run's numbers.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_text, mapping
+from qitos_mlflow.recording.record import TraceEnd
 
 MAX_PARAMS = 500
 """Params of one run; metadata beyond is counted as ``too_many_params``."""
@@ -19,7 +20,7 @@ MAX_NESTING = 8
 """Levels of nested metadata that become params."""
 
 LOST_IN_SPOOL = "lost_in_spool"
-"""Reason of a span that was spooled and never read: a damaged line, a deleted file."""
+"""Reason of a span that was written to the spool and not read: a damaged line, a deleted file."""
 
 _NOT_PARAMS = frozenset(
     # How the run went: tags, metrics and status. A param is an input of the run.
@@ -60,7 +61,7 @@ def start_tags(
     ]
 
 
-def end_tags(record: Mapping[str, Any], lost: Counter[str] | None) -> list[tuple[str, str]]:
+def end_tags(record: TraceEnd, lost: Counter[str] | None) -> list[tuple[str, str]]:
     """Tags of a run from its trace_end record: stop reason, error, what was not known before."""
     metadata = mapping(record.get("metadata"))
     error = error_text(record.get("error")) or metadata.get("error")

@@ -12,10 +12,10 @@ SIZE = 64
 
 @dataclass
 class Sample:
-    """Every `stride`-th number seen; whenever there are `SIZE`, every other one is let go.
+    """Every `stride`-th number seen; whenever there are `SIZE`, every other one is dropped.
 
-    The same stream always gives the same sample, which a random reservoir would not: a replay
-    must log the same percentile.
+    The same stream always gives the same sample, because a replay must log the same percentile. A
+    random reservoir would not.
     """
 
     seen: int = 0

@@ -28,13 +28,14 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import (
 from qitos_mlflow.mlflow_plugin.mapping.percentiles import Sample
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
+from qitos_mlflow.recording.record import Record, SpanEnd, TraceEnd, TraceStart
 
 MAX_NAMES = 100
 """Tools, and models, with numbers of their own; later ones count under `OTHERS`."""
 OTHERS = "others"
 
-NAME_CHARS = 200
-"""Room for a tool's or model's name in a metric's key."""
+NAME_IN_KEY_CHARS = 200
+"""Longest name of a tool or model in a metric's key (characters)."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,20 @@ class RunTotals:
 
     # -- records -----------------------------------------------------------------------------
 
-    def fold(self, record: Mapping[str, Any]) -> RunData:
+    def fold(self, record: Record) -> RunData:
         """Take in the trace's next record; returns what it adds to the run beside its tags."""
         added = list(contributed.metrics(record, self.facts.lost))
-        kind, run = record.get("kind"), RunData()
-        if kind == "span":
+        fields: Mapping[str, Any] = record
+        run = RunData()
+        if record["kind"] == "span":
             run = self._fold_span(record)
-        elif kind == "trace_start":
+        elif record["kind"] == "trace_start":
             run = RunData(params=self._trace_params(record))
-        elif kind == "trace_end":
+        elif record["kind"] == "trace_end":
             run = self._fold_end(record)
-        step = record.get("step")
+        step = fields.get("step")
         step = self.last_step if step is None else limits.clean_step(step)
-        at_ms = clean_ms(record.get("end_ns") or record.get("time_ns"))
+        at_ms = clean_ms(fields.get("end_ns") or fields.get("time_ns"))
         run.metrics.extend(Metric(key, value, at_ms, step) for key, value in added)
         return run
 
@@ -152,7 +154,7 @@ class RunTotals:
     def _accounts(self) -> list[tuple[str, str]]:
         return self.ledger({}) + params_and_tags.lost_tags(self.facts.lost)
 
-    def _fold_end(self, record: Mapping[str, Any]) -> RunData:
+    def _fold_end(self, record: TraceEnd) -> RunData:
         facts = self.facts
         metrics = self._totals()
         success = mapping(record.get("metadata")).get("success")
@@ -165,7 +167,7 @@ class RunTotals:
         facts.lost.update(mapping(record.get("lost")))
         return RunData(metrics, params, self._accounts())
 
-    def _fold_span(self, record: Mapping[str, Any]) -> RunData:
+    def _fold_span(self, record: SpanEnd) -> RunData:
         data, kind = mapping(record.get("data")), kind_of(record)
         start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
         at_ms = clean_ms(end_ns if end_ns is not None else start_ns)
@@ -255,12 +257,12 @@ class RunTotals:
 
     @staticmethod
     def _named(table: dict[str, Any], name: str, new: Any) -> Any:
-        key = clean_key(name, NAME_CHARS)
+        key = clean_key(name, NAME_IN_KEY_CHARS)
         if key not in table and len(table) >= MAX_NAMES:
             key = OTHERS
         return table.setdefault(key, new()) if key not in table else table[key]
 
-    def _trace_params(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def _trace_params(self, record: TraceStart | TraceEnd) -> list[tuple[str, str]]:
         version = {"qitos_mlflow_version": self.facts.settings.get("plugin_version")}
         return self._new_params({**version, **mapping(record.get("metadata"))})
 

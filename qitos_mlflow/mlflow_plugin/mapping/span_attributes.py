@@ -15,6 +15,7 @@ from qitos_mlflow.mlflow_plugin.mapping import chat_messages, limits
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import with_rest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
+from qitos_mlflow.recording.record import SpanEnd
 
 _PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "bedrock", "ollama", "deepseek")
 """Names that MLflow has prices for; hosts' model classes contain them."""
@@ -23,7 +24,7 @@ _SHOWN = ("finish_reason", "model_name", "provider", "cached")
 """Fields of the host's summary of an answer that have a place of their own."""
 
 
-def of_span(record: Mapping[str, Any], tools: list[str] | None = None) -> dict[str, Any]:
+def of_span(record: SpanEnd, tools: list[str] | None = None) -> dict[str, Any]:
     """The attributes of a span; one without a value is left out.
 
     Args:

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
+from qitos_mlflow.recording.record import SpanEnd
 
 Data = Mapping[str, Any]
 Source = str | Callable[[Data], Any]
@@ -77,13 +78,13 @@ def read_all(sources: Mapping[str, Source], data: Data) -> dict[str, Any]:
     return {name: read(source, data) for name, source in sources.items()}
 
 
-def kind_of(record: Mapping[str, Any]) -> SpanKind:
+def kind_of(record: SpanEnd) -> SpanKind:
     """The row of a span's type."""
     kind = record.get("type")
     return SPAN_KINDS.get(kind, OTHER) if isinstance(kind, str) else OTHER
 
 
-def span_name(record: Mapping[str, Any]) -> str:
+def span_name(record: SpanEnd) -> str:
     """What the tree shows: ``step 3``, the model, the tool, the critic, or the span's type."""
     kind, data = kind_of(record), mapping(record.get("data"))
     name = read(kind.title, data) or record.get("name") or read(kind.name, data)

@@ -24,6 +24,7 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, set_status
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
+from qitos_mlflow.recording.record import Record, SpanEnd, SpanStart, TraceEnd, TraceStart
 
 MAX_PRICED = 20
 """Names of generations, each of which is two requests when the trace's cost is asked for."""
@@ -135,17 +136,16 @@ class SpanTree:
 
     # -- records -----------------------------------------------------------------------------
 
-    def fold(self, record: Mapping[str, Any]) -> TraceData:
+    def fold(self, record: Record) -> TraceData:
         """Take in the trace's next record; returns what it adds to the trace."""
-        kind = record.get("kind")
         self.news = self.news or bool(mapping(record.get("added")).get("tags"))
-        if kind == "trace_start":
+        if record["kind"] == "trace_start":
             self._fold_start(record)
-        elif kind == "span_start":
+        elif record["kind"] == "span_start":
             return self._fold_root(record)
-        elif kind == "span":
+        elif record["kind"] == "span":
             return self._fold_span(record)
-        elif kind == "trace_end":
+        elif record["kind"] == "trace_end":
             return self._fold_end(record)
         return TraceData()
 
@@ -158,7 +158,7 @@ class SpanTree:
         self.response = clean_text(reason, limits.PREVIEW_CHARS)
         return self._end(reason, None)
 
-    def _fold_start(self, record: Mapping[str, Any]) -> None:
+    def _fold_start(self, record: TraceStart) -> None:
         """Keep what the root and the infos need; the tree itself begins with its first span.
 
         Until then the agent may be waiting for its run.
@@ -183,7 +183,7 @@ class SpanTree:
         if metadata.get("task") is not None:
             self.request = span_attributes.preview(metadata["task"])
 
-    def _fold_root(self, record: Mapping[str, Any]) -> TraceData:
+    def _fold_root(self, record: SpanStart) -> TraceData:
         """An announced agent span becomes the root, unless the trace has one."""
         if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
             self.root = str(record.get("span_id"))
@@ -197,7 +197,7 @@ class SpanTree:
         # Ended at once and without a status: the server shows the trace as IN_PROGRESS.
         return TraceData([self._root_span(self.start_ns, {})], changed=True)
 
-    def _fold_span(self, record: Mapping[str, Any]) -> TraceData:
+    def _fold_span(self, record: SpanEnd) -> TraceData:
         began = self._begin()
         trace, own = self.facts.trace_id, str(record.get("span_id", ""))
         parent, is_root = record.get("parent_id"), own == self.root
@@ -231,7 +231,7 @@ class SpanTree:
         changed = self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full)
         return TraceData([*began.spans, span], began.changed or changed)
 
-    def _fold_end(self, record: Mapping[str, Any]) -> TraceData:
+    def _fold_end(self, record: TraceEnd) -> TraceData:
         metadata, status = mapping(record.get("metadata")), self.facts.status
         error = record.get("error")
         exception = dict(error) if isinstance(error, Mapping) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text, mapping
-from qitos_mlflow.recording.record import RunSettings
+from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd, TraceStart
 
 DEFAULT_EXPERIMENT = "qitos"
 """Experiment of a trace whose start, and with it the settings, was lost."""
@@ -120,16 +120,16 @@ class TraceFacts:
             if not key.startswith("mlflow.")
         }
 
-    def fold(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def fold(self, record: Record) -> list[tuple[str, str]]:
         """Take in the trace's next record; returns the tags that it adds to the run."""
-        kind = record.get("kind")
+        fields: Mapping[str, Any] = record
         added = contributed.tags(record, self.lost)
-        self.start_ns = self.start_ns or clean_ns(record.get("start_ns") or record.get("time_ns"))
-        at_ns = record.get("end_ns") or record.get("time_ns") or record.get("start_ns")
+        self.start_ns = self.start_ns or clean_ns(fields.get("start_ns") or fields.get("time_ns"))
+        at_ns = fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns")
         self.last_ns = max(self.last_ns, clean_ns(at_ns))
-        if kind == "trace_start":
+        if record["kind"] == "trace_start":
             return self._fold_start(record, added)
-        tags = self._fold_end(record) if kind == "trace_end" else []
+        tags = self._fold_end(record) if record["kind"] == "trace_end" else []
         for key, text in added:
             if key in self.later_tags or len(self.start_tags) + len(self.later_tags) < MAX_TAGS:
                 self.later_tags[key] = clean_text(text, limits.TRACE_TAG_CHARS)
@@ -137,7 +137,7 @@ class TraceFacts:
         return tags + added
 
     def _fold_start(
-        self, record: Mapping[str, Any], added: list[tuple[str, str]]
+        self, record: TraceStart, added: list[tuple[str, str]]
     ) -> list[tuple[str, str]]:
         self.started = True
         self.trace_id = str(record.get("trace_id", ""))
@@ -157,7 +157,7 @@ class TraceFacts:
         self.start_tags = dict(tags)  # Servers refuse a key that is given twice.
         self.start_tags.pop(RUN_NAME_TAG, None)
 
-    def _fold_end(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def _fold_end(self, record: TraceEnd) -> list[tuple[str, str]]:
         self.ended_ns = clean_ns(record.get("time_ns"))
         self.status = str(record.get("status") or "FINISHED")
         self.cut_off = "qitos.closed" in mapping(record.get("metadata"))

@@ -1,8 +1,8 @@
 """One request at a time to an MLflow server over http(s): how it is sent, what its answer means.
 
 Receives paths and bytes from `rest`, hands back what MLflow answered or raises one of the failures
-that `Transport` knows. Only MLflow itself can refuse something for good: a proxy's page, another
-program on the port or half an answer say nothing about the request, which is sent again later.
+that `Transport` knows. Only MLflow itself can refuse something for good. A proxy's page, another
+program on the port or half an answer say nothing about the request, so it is sent again later.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ SMALL_BYTES = 64 * 1024
 OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
 TOO_LARGE = frozenset({413, 414, 431})
-"""What a proxy may refuse by itself: this request, not those that are smaller."""
+"""A proxy may say so of this request alone; it may accept smaller ones."""
 UNPROCESSABLE = 422
 """MLflow's span endpoint says so of every failure of its own, a broken database included."""
 NOT_IMPLEMENTED = 501
-"""It also says what a file store can never do."""
+"""A file store says so of what it can never do."""
 WITH_BODY = frozenset({307, 308})
-"""Redirects that requests follows with the request as it was; after others it leaves the body out,
-and what then answers, a login page or MLflow itself, has not been told anything."""
+"""Redirects that requests follows with the whole request. After others it leaves the body out, so
+the answer, of a login page or of MLflow itself, says nothing about the body."""
 PAGE_BYTES = 1000
-"""So much of a page that is no JSON is read for a reason."""
+"""How much of an answer that is no JSON becomes the reason of a failure (bytes)."""
 PROTOBUF = "application/x-protobuf"
 LENGTHS = ("Content-Length", "Transfer-Encoding")
 """A server that keeps connections open says with one of these where its answer ends."""
@@ -140,14 +140,14 @@ class Exchange:
         headers: Mapping[str, str],
         timeout_s: float,
     ) -> requests.Response:
-        """Send one request; returns the answer of a server that has done what it was asked.
+        """Send one request; returns the answer of a server that has carried it out.
 
         MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
 
         Raises:
             RetryLater: not reachable, overloaded, not authorised, or not MLflow that answers.
-            Poisoned: MLflow broke on it.
-            Refused: MLflow will never take it.
+            Poisoned: MLflow failed on it.
+            Refused: MLflow will never accept it.
         """
         response = self._answer(method, path, body, headers, timeout_s)
         hops = response.history
@@ -184,7 +184,7 @@ class Exchange:
         return response
 
     def _failure(self, path: str, response: requests.Response, timeout_s: float) -> Exception:
-        """The exception that says what to do after an answer with an error status."""
+        """The exception for an answer with an error status."""
         status = response.status_code
         code = f"HTTP {status}"
         if status in OVERLOADED:
@@ -229,7 +229,7 @@ class Exchange:
 
 
 def _moved(address: str | None) -> str:
-    """That the server is elsewhere; login pages put tokens into the rest of their address."""
+    """Says where the server is: the host only, because login pages put tokens into the rest."""
     try:
         parts = urlsplit(address or "")
         host = parts.netloc.rpartition("@")[2]

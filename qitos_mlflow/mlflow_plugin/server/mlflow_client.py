@@ -1,9 +1,8 @@
 """MLflow through MLflow itself: local stores, and http for what only its client can do.
 
-The only module of the library that imports mlflow (the commands' `readback` does, too). It is
-imported on the shipper's thread, and only where the destination needs it; everything goes through
-clients bound to the destination's URI, so nothing of MLflow's process-wide state is read
-or changed.
+The only module of the library that imports mlflow (besides the command line). It is imported on the
+sending thread, and only if the destination needs it. All calls go through clients bound to the
+destination's URI, so MLflow's process-wide state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.server.http import Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
-"""A place for artifacts that says one of these is not this machine's: the server's own disk."""
+"""Errors of a place for artifacts that is not on this machine: the server's own disk."""
 
 
 def default_tracking_uri(cwd: str | None) -> str:
@@ -58,7 +57,7 @@ def default_tracking_uri(cwd: str | None) -> str:
 def mlflow_requester(uri: str) -> Requester:
     """A `Requester` with mlflow's own authentication, headers and TLS, but none of its retries.
 
-    mlflow's default of seven retries would hold the shipper for four minutes (247 s measured).
+    mlflow's default of seven retries would hold the sending thread for four minutes (247 s measured).
     """
     from mlflow.tracking._tracking_service.utils import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -88,8 +87,8 @@ def mlflow_requester(uri: str) -> Requester:
 def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:
     """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it.
 
-    Raises the failures of `Transport`. A place that this process can never write to refuses the
-    file, lest all that comes after it waits for ever.
+    Raises the failures of `Transport`. If this process can never write to the place, the file is
+    refused, because everything after it would wait for ever.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -130,8 +129,8 @@ def prepare_sqlite(uri: str) -> None:
     """Create the database of a sqlite store in one step, if there is none.
 
     MLflow creates one by dozens of migrations. A process that ends among them, or a second one
-    that begins meanwhile, leaves a store that nobody can open again; so they are run on a file
-    beside it, which then takes its place.
+    that begins meanwhile, leaves a store that cannot be opened again. So the migrations run on a
+    file beside it, which then takes its place.
     """
     from mlflow.tracking._tracking_service.utils import _get_store
 
@@ -159,22 +158,20 @@ class StoreTransport:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri, self.address = uri, without_credentials(uri)
         try:
             prepare_sqlite(uri)
             self._mlflow: Any = MlflowClient(tracking_uri=uri)
-            # All that a store imports at its first use, and that is most of it, is imported here,
-            # while a fork waits for the sink to be opened: amid an import it would leave a broken
-            # child.
+            # A store imports most of what it needs at its first use. That happens here, because
+            # forks wait until the sink is open: a fork amid an import leaves a broken child.
             with contextlib.suppress(Refused), _failures():
                 self._mlflow.search_experiments(max_results=1)
         except RetryLater:
             raise
-        except Exception as error:  # Nothing is lost by a store that is misnamed or not there yet.
-            told = without_credentials(uri)
-            reason = readable(str(error).replace(uri, told))
+        except Exception as error:  # A store that is misnamed, or not there yet.
+            reason = readable(str(error).replace(uri, self.address))
             kind = type(error).__name__
-            raise RetryLater(f"{told} cannot be opened: {kind}: {reason}") from error
+            raise RetryLater(f"{self.address} cannot be opened: {kind}: {reason}") from error
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""

@@ -2,9 +2,9 @@
 
 `import mlflow` costs 1 to 2 s of CPU and some 130 MiB, and stalls the agent's threads for up to
 87 ms (docs/transport.md); this module costs a tenth. Authentication, TLS and workspace follow
-MLflow's environment variables; what only mlflow can do (SigV4, auth plugins, request header
-plugins) goes through mlflow's own `http_request`, which `store.mlflow_requester` provides behind
-the same `Requester` call.
+MLflow's environment variables. What only mlflow can do (SigV4, auth plugins, request header
+plugins) goes through mlflow's own `http_request`, which `mlflow_client.mlflow_requester` provides
+behind the same `Requester` call.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.http import Exchange, Requester
 from qitos_mlflow.mlflow_plugin.server.transport import MAX_FOUND, TRACE_TAG, Refused, equals
+from qitos_mlflow.redaction.uris import without_credentials
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
@@ -45,6 +46,7 @@ class RestTransport:
 
     def __init__(self, uri: str, requester: Requester | None = None) -> None:
         self.uri = uri.rstrip("/")
+        self.address = without_credentials(self.uri)
         self._exchange = Exchange(uri, requester)
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
@@ -67,7 +69,7 @@ class RestTransport:
         try:
             made = self._api("experiments/create", {"name": name}, timeout_s)
         except Refused as refusal:
-            if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Somebody else was faster.
+            if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
                 return self.experiment_id(name, timeout_s)
             raise
         return str(_part(made, "experiment_id"))
@@ -208,7 +210,7 @@ class RestTransport:
 
 
 def _part(answer: Any, key: str) -> Any:
-    """A part of an answer that MLflow always gives; without it, it is not MLflow that answers."""
+    """A part that every answer of MLflow has; an answer without it is not MLflow's."""
     if not isinstance(answer, dict) or key not in answer:
         raise RetryLater(f"an answer without {key!r}, which is not MLflow's")
     return answer[key]

@@ -1,6 +1,6 @@
-"""What the sink asks of an MLflow server, whatever carries it: `Transport`, and how calls fail.
+"""The calls of a sink to an MLflow server (`Transport`), and how they fail.
 
-`rest` speaks to http(s) servers without mlflow in the process; `store` speaks to local stores
+`rest` speaks to http(s) servers without mlflow in the process, `mlflow_client` to local stores
 through mlflow. Every call is synchronous, used by one thread, and bounded by `timeout_s`.
 """
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
 
 DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed")
-"""What SQLAlchemy's errors speak of. All but OperationalError are BAD_REQUEST to MLflow
+"""Words in SQLAlchemy's errors. All but OperationalError are BAD_REQUEST to MLflow
 (store/db/utils.py), a pool without connections and a refused value alike."""
 
 REASON_CHARS = 300
-"""Kept of what a server or a library says of a failure: one line of a log, no page of HTML."""
+"""Longest reason of a failure that is kept (characters): one line of a log, no page of HTML."""
 
 TRACE_TAG = "tags.`qitos.trace_id`"
-"""What a run's trace is searched by."""
+"""The field that a trace's run is searched by."""
 
 MAX_FOUND = 10
-"""Runs that `find_runs` returns at most; there is one, or one more for each unanswered creation."""
+"""Most runs that `find_runs` returns. There is one, and one for each unanswered creation."""
 
 
 class Refused(QitosMlflowError):
-    """The server will never take this call; trying again is useless.
+    """The server will never accept this call; trying again is useless.
 
     Attributes:
         code: MLflow's error code, such as ``INVALID_PARAMETER_VALUE``, or ``HTTP 404``.
@@ -48,7 +48,7 @@ class Refused(QitosMlflowError):
 
 
 class Poisoned(QitosMlflowError):
-    """The server failed on this call (MLflow's INTERNAL_ERROR); it may be the call's own fault."""
+    """The server failed on this call (MLflow's INTERNAL_ERROR). The call may be the reason."""
 
 
 def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
@@ -63,7 +63,7 @@ def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
 
 
 def readable(text: object) -> str:
-    """What somebody else wrote of a failure, fit for logs and dead letters."""
+    """A text of a server or a library about a failure, fit for logs and dead letters."""
     return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
 
 
@@ -71,10 +71,12 @@ class Transport(Protocol):
     """Calls on one MLflow server or store.
 
     Each method may raise `RetryLater` (not reachable, overloaded, not authorised: nothing is
-    lost, try again), `Poisoned` (the server broke on it) or `Refused` (never again).
+    lost, try again), `Poisoned` (the server failed on it) or `Refused` (never again).
     """
 
     uri: str
+    address: str
+    """The URI without credentials."""
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""
@@ -92,7 +94,7 @@ class Transport(Protocol):
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
         """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most.
 
-        Empty for an id with both kinds of quotes in it, which MLflow cannot be asked for.
+        Empty for an id with both kinds of quotes in it, which no filter of MLflow can hold.
         """
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
@@ -153,7 +155,7 @@ def equals(field: str, text: str) -> str | None:
 def delete_others(transport: Transport, run: RunRef, trace_id: str, timeout_s: float) -> None:
     """Delete all runs of a trace but `run`.
 
-    They are of attempts to create it that went unanswered and came through later: all empty.
+    They come from attempts to create it that went unanswered and took effect later; all are empty.
     """
     for other in transport.find_runs(run.experiment_id, trace_id, timeout_s):
         if other.run_id != run.run_id:

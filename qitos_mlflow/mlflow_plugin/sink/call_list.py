@@ -1,7 +1,7 @@
 """A batch of records as calls on a server, made in order, resumed where they stopped.
 
-Receives `Call`s from the sink and hands back dead letters. What the server refuses for good is
-split until only the offending item is left out and the rest is delivered.
+Receives `Call`s from the sink and hands back dead letters. A call that the server refuses for good
+is split until only the offending item is left out and the rest is delivered.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 REQUEST_TIMEOUT_S = 10.0
 """Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
 FAIR_SHARE = 0.1
-"""Of the time given: with less left no further call is begun, lest it fail for that alone."""
+"""Share of the given time. With less left, no further call begins: it would fail for lack of time."""
 
 FAILING_TRIES = 4
 """A call that fails is tried as it is at least this often, ..."""
 FAILING_S = 20.0
-"""... and for so long (seconds): less than the patience of `qitos-mlflow sync`, which would never
-get past it. Then one that makes the server itself fail is treated as refused if the server is well
-otherwise: one whose database is away says the same of every call. One that is not answered is made
-in halves: it may be too large for the time it has, or a firewall minds one item of it.
+"""... and at least for this time (seconds), which is shorter than `qitos-mlflow sync` waits.
+
+Then, if the call makes the server itself fail and the server is well otherwise, it is treated as
+refused. (A server without its database fails on every call.) If the call is not answered, it is
+made in halves: it may be too large for its time, or a firewall may block one item of it.
 """
 
 
 @dataclass
 class Failing:
-    """How often a call has failed in one way, and since when (monotonic, seconds)."""
+    """How often a call has failed in one way, and since when (seconds, monotonic clock)."""
 
     times: int = 0
     since: float = 0.0
 
     def again(self) -> bool:
-        """Count one more time; True when it has been often and long enough."""
+        """Count one more failure; True if there were enough of them over enough time."""
         now = time.monotonic()
         self.times += 1
         if self.times == 1:
@@ -50,12 +51,12 @@ class Failing:
 
 @dataclass(frozen=True)
 class Group:
-    """What some calls are about; without it there is no use in making them.
+    """What some calls have in common, such as their run. If it is refused, none of them is made.
 
     Attributes:
-        records: what all of the calls come from.
-        check: raises `Refused` if the server takes nothing at all of this group.
-        refuse: told why the server will not have it.
+        records: all records that the calls come from.
+        check: raises `Refused` if the server refuses everything of this group.
+        refuse: called with the reason when the server refuses the group.
     """
 
     records: Sequence[bytes]
@@ -72,10 +73,10 @@ class Call:
         items: what the request carries; a refusal is traced to single ones by splitting.
         letter: the dead letter of one refused item.
         group: what the call is about.
-        essential: if this call is refused, the group is.
-        checked: the server was asked whether it takes anything of the group.
-        broke: how often the server broke on it; its halves go on counting.
-        failed: the same of attempts that came to nothing.
+        essential: if this call is refused, so is the group.
+        checked: the server has said that it does not refuse the group.
+        broke: how often the server failed on it; its halves go on counting.
+        failed: how often it was not answered; its halves go on counting.
     """
 
     send: Callable[[Sequence[Any], float], None]
@@ -99,8 +100,8 @@ class CallList:
 
     Args:
         calls: to be made, in order.
-        dead: what was refused before.
-        healthy: whether the server is well; asked before a call that breaks it is given up.
+        dead: dead letters from before.
+        healthy: whether the server is well; asked before a call that it fails on is given up.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class CallList:
         """Make the remaining calls; returns what was refused for good.
 
         Raises:
-            RetryLater: the server cannot be reached; calling again goes on with the call that
+            RetryLater: the server cannot be reached; the next `send` goes on with the call that
                 failed.
             OutOfTime: some calls were made, and `timeout_s` is over.
         """
@@ -195,7 +196,7 @@ MOST = {
 def batches(
     metrics: list[Metric], params: list[tuple[str, str]], tags: list[tuple[str, str]]
 ) -> Iterator[list[Item]]:
-    """Everything in batches within MLflow's limits; of tags set more than once the last stays."""
+    """Everything in batches within MLflow's limits. If a tag is set twice, the last value stays."""
     left: dict[str, deque[Any]] = {
         "metric": deque(metrics),
         "param": deque(params),

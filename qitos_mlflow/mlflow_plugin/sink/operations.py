@@ -18,7 +18,6 @@ from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, delete_others
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import TraceCosts
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
-from qitos_mlflow.redaction.uris import without_credentials
 
 Announce = Callable[[str, RunRef], None]
 
@@ -174,7 +173,7 @@ class Operations:
             if refusal.code not in NO_TRACES:
                 raise
             self.stores_traces = False
-            server = without_credentials(self._transport.uri)
+            server = self._transport.address
             warn(
                 f"sink.no_traces {server}",
                 "%s cannot store traces (%s): runs are logged, span trees are not",

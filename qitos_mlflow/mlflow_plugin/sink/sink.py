@@ -27,7 +27,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList, Group, batches
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, of_first_version
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.recording.record import Record
 
 STATE_VERSION = 2
 """Form of the state in acknowledgements; version 0.1.0 wrote another one, without a version."""
@@ -110,7 +110,7 @@ class MlflowSink:
         touched: dict[str, TraceState] = {}
         for data in records:
             try:
-                record = orjson.loads(data)
+                record: Record = orjson.loads(data)
                 if (reason := self._refused.get(record["trace_id"])) is not None:
                     dead.append(DeadLetter(data, reason))
                     if record["kind"] == "trace_end":
@@ -147,11 +147,11 @@ class MlflowSink:
 
     @property
     def _uri(self) -> str:
-        return without_credentials(self._transport.uri)
+        return self._transport.address
 
     # -- records to calls --------------------------------------------------------------------
 
-    def _trace_of(self, record: dict[str, Any]) -> TraceState:
+    def _trace_of(self, record: Record) -> TraceState:
         trace_id = record["trace_id"]
         trace = self._traces.get(trace_id)
         if trace is None:

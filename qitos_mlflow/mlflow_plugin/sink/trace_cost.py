@@ -18,7 +18,6 @@ from qitos_mlflow._guard import log
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, equals
-from qitos_mlflow.redaction.uris import without_credentials
 
 MARGIN_MS = 60_000
 """How much earlier than its trace a span may begin, if the clock was set meanwhile."""
@@ -74,7 +73,7 @@ class TraceCosts:
         log(
             logging.WARNING,
             "%s does not say what model calls cost, so traces have no cost: %.200s",
-            without_credentials(self._transport.uri),
+            self._transport.address,
             reason,
         )
 

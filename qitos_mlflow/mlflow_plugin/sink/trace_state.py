@@ -16,6 +16,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunData, RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, TraceData
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
+from qitos_mlflow.recording.record import Record
 
 
 @dataclass
@@ -98,7 +99,7 @@ class TraceState:
 
     # -- records -----------------------------------------------------------------------------
 
-    def take(self, record: dict[str, Any], data: bytes) -> None:
+    def take(self, record: Record, data: bytes) -> None:
         """Fold in the next record; what it adds waits to be sent."""
         self.waiting.records.append(data)
         if record["kind"] == "artifact":
