@@ -211,9 +211,7 @@ def _one_message(raw: Any) -> Fields:
 def _add_calls(message: Fields, calls: list[Fields]) -> None:
     """Add the calls of the host's summary; most often the message has them already."""
     own = message.get("tool_calls", [])
-    free = list(
-        own
-    )  # Two calls may be alike: each of the message's stands for one of `calls` at most.
+    free = list(own)  # Two calls may be alike: each of the message's is one of `calls` at most.
     for call in calls:
         for known in free:
             same = _same(call["function"], known["function"])

@@ -57,7 +57,7 @@ def default_tracking_uri(cwd: str | None) -> str:
 def mlflow_requester(uri: str) -> Requester:
     """A `Requester` with mlflow's own authentication, headers and TLS, but none of its retries.
 
-    mlflow's default of seven retries would hold the sending thread for four minutes (247 s measured).
+    mlflow's default of seven retries would hold the sending thread for 247 s (measured).
     """
     from mlflow.tracking._tracking_service.utils import get_default_host_creds
     from mlflow.utils.rest_utils import http_request

@@ -20,7 +20,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 REQUEST_TIMEOUT_S = 10.0
 """Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
 FAIR_SHARE = 0.1
-"""Share of the given time. With less left, no further call begins: it would fail for lack of time."""
+"""Share of the given time. With less left no further call begins, lest it fail for that alone."""
 
 FAILING_TRIES = 4
 """A call that fails is tried as it is at least this often, ..."""
