@@ -1,7 +1,7 @@
-"""Memory between the agent's threads and the worker: bounded in bytes, never blocks.
+"""Memory between the agent's threads and the spooling thread: bounded in bytes, never blocks.
 
-Receives payloads on any thread, hands them to the worker in order. Nothing here takes a lock
-that another thread or an interrupted frame of this one could hold: `queue.SimpleQueue.put` is
+Receives payloads on any thread, hands them to the spooling thread in order. Nothing here takes a
+lock that another thread or an interrupted frame of this one could hold: `queue.SimpleQueue.put` is
 documented to be reentrant, so a signal handler or a finalizer may offer at any moment.
 """
 
@@ -12,14 +12,14 @@ import threading
 from typing import NamedTuple
 
 ITEM_OVERHEAD_BYTES = 120
-"""What CPython needs beside the payload: its header, the tuple, the slot (measured: 97-121)."""
+"""What CPython needs beside the payload (bytes): header, tuple, slot (measured: 97-121)."""
 
 DRAIN_BYTES = 1024 * 1024
-"""The worker takes about this much at once, so that the bound holds for what it works on too."""
+"""Taken from the queue at once (bytes): small, as it adds to what the bound allows."""
 
 
 class Item(NamedTuple):
-    """A payload, whether it is to be kept when space is short, and whether it is waited for."""
+    """A payload, whether to keep it when space is short, and whether a thread waits for it."""
 
     payload: bytes
     keep: bool
@@ -39,20 +39,20 @@ class ByteQueue:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        # Not exact: two threads adding at once may lose one addition where there is no GIL.
+        # Not exact: without a GIL, two threads that add at once may lose one addition.
         # drain() sets it right whenever it finds the queue empty.
         self._held_bytes = 0
         self.more = False
         """Whether the last drain stopped because it had enough. Spooling thread only."""
         self._barriers = 0  # Not exact either.
         self._items: queue.SimpleQueue[Item | Barrier] = queue.SimpleQueue()
-        self._hurry = threading.Lock()  # As a binary semaphore: held = nobody is in a hurry.
+        self._hurry = threading.Lock()  # A binary semaphore: held while no thread is in a hurry.
         self._hurry.acquire()
 
     def offer(self, payload: bytes, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload`, or refuse it because the queue is full. Any thread; never blocks.
 
-        An urgent one ends the worker's linger.
+        An urgent one ends `linger`.
         """
         size = len(payload) + ITEM_OVERHEAD_BYTES
         if not keep and self._held_bytes + size > self._max_bytes:
@@ -64,14 +64,14 @@ class ByteQueue:
         return True
 
     def put(self, barrier: Barrier) -> None:
-        """Place a barrier behind everything offered so far and end the worker's linger."""
+        """Place a barrier behind everything offered so far and end `linger`."""
         self._barriers += 1
         self._items.put(barrier)
         self._end_linger()
 
     @property
     def empty(self) -> bool:
-        """Whether the worker would find nothing."""
+        """Whether `drain` would find nothing."""
         return self._items.empty()
 
     @property
@@ -82,7 +82,7 @@ class ByteQueue:
     def _end_linger(self) -> None:
         try:
             self._hurry.release()
-        except RuntimeError:  # Already released: somebody else is in a hurry too.
+        except RuntimeError:  # Already released: another thread is in a hurry too.
             pass
 
     def linger(self, timeout_s: float) -> None:

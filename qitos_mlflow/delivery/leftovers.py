@@ -12,7 +12,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from enum import Enum
 from pathlib import Path
 
@@ -217,8 +217,7 @@ class Leftovers:
         self._directory = directory
         self._open_leftovers = open_leftovers
         self._due_at = time.monotonic() + FIRST_LOOK_S
-        self._found: Iterator[Paths] | None = None
-        self._delivery: Delivery | None = None
+        self._steps = self._looks()
 
     @property
     def delay_s(self) -> float:
@@ -227,9 +226,38 @@ class Leftovers:
 
     def step(self) -> None:
         """Send one batch of a leftover segment, if there is one. Never raises."""
-        self.pending = True
+        self._due_at = time.monotonic() + next(self._steps)
+
+    def close(self) -> None:
+        """Release the segment at hand for others. Nothing is sent afterwards."""
+        self._steps.close()
+
+    def _looks(self) -> Generator[float, None, None]:
+        """Each step; yields how long to pause before the next one (seconds)."""
+        while True:
+            self.pending = True
+            try:
+                found = find_segments(self._directory)
+            except OSError:  # The directory is gone, or cannot be read now.
+                found = []
+            for paths in found:
+                yield from self._deliver(paths)
+            self.pending = False
+            yield LOOK_EVERY_S
+
+    def _deliver(self, paths: Paths) -> Generator[float, None, None]:
         try:
-            self._step()
+            delivery = self._take(paths)
+            if delivery is None:
+                return
+            with contextlib.closing(delivery):
+                while not delivery.gives_up:
+                    if delay_s := delivery.circuit.delay_s:
+                        yield min(delay_s, LOOK_EVERY_S)  # A server may ask for minutes.
+                    elif delivery.step(SEND_TIMEOUT_S) is None:
+                        yield BATCH_PAUSE_S
+                    else:
+                        break
         except OSError as error:
             _guard.warn(
                 "delivery.leftovers",
@@ -238,31 +266,7 @@ class Leftovers:
             )
         except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
             _guard.report("delivery.leftovers", error)
-            self.close()
-        self.pending = self._found is not None
-        delay_s = BATCH_PAUSE_S if self.pending else LOOK_EVERY_S
-        if self._delivery is not None:
-            delay_s = max(delay_s, self._delivery.circuit.delay_s)
-        self._due_at = time.monotonic() + delay_s
-
-    def close(self) -> None:
-        """Release the segment at hand for others."""
-        delivery, self._delivery = self._delivery, None
-        if delivery is not None:
-            delivery.close()
-
-    def _step(self) -> None:
-        if self._found is None:
-            self._found = iter(find_segments(self._directory))
-        while self._delivery is None:
-            paths = next(self._found, None)
-            if paths is None:
-                self._found = None
-                return
-            self._delivery = self._take(paths)
-        outcome = self._delivery.step(SEND_TIMEOUT_S)
-        if outcome is not None or self._delivery.gives_up:
-            self.close()
+        yield BATCH_PAUSE_S
 
     def _take(self, paths: Paths) -> Delivery | None:
         if is_held(paths.own):

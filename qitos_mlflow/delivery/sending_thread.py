@@ -191,7 +191,7 @@ class SendingThread:
     def _wait_for_work(self) -> Callable[[], None] | None:
         """Block until a step is due and return it; None when it is time to stop.
 
-        Own records and leftovers take turns where both are due, so that neither waits for more
+        Own records and leftovers take turns if both are due, so that neither waits for more
         than one batch of the other.
         """
         with self._changed:

@@ -44,7 +44,9 @@ def follow(
         default_header: for segments whose own cannot be read.
     """
     stats = stats or Counts()
-    following = _Following(directory, open_sink, stats, default_header, stop)
+    following = _Following(
+        directory, lambda paths: take(paths, open_sink, stats, default_header), stop
+    )
     try:
         while True:
             idle = following.round()
@@ -60,17 +62,10 @@ class _Following:
     """The segments of a directory that `follow` has open, `OPEN_SEGMENTS` at most."""
 
     def __init__(
-        self,
-        directory: Path,
-        open_sink: OpenSink,
-        stats: Counts,
-        default_header: bytes | None,
-        stop: threading.Event,
+        self, directory: Path, take: Callable[[Paths], Delivery | Outcome], stop: threading.Event
     ) -> None:
         self._directory = directory
-        self._open_sink = open_sink
-        self._stats = stats
-        self._default_header = default_header
+        self._take = take
         self._stop = stop
         self._deliveries: dict[Paths, Delivery] = {}
         self._put_off: dict[Paths, float] = {}
@@ -121,7 +116,7 @@ class _Following:
             spare = next(waiting, None)
             if spare is None:
                 return None
-        taken = take(paths, self._open_sink, self._stats, self._default_header)
+        taken = self._take(paths)
         if isinstance(taken, Outcome):
             if taken is Outcome.UNREADABLE:
                 _guard.warn(

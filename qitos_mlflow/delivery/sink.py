@@ -1,7 +1,7 @@
-"""What delivery hands its records to: a sink, written by whoever knows the server.
+"""What delivery hands its records to: a sink, the part that knows the server.
 
 Receives records in the order they were recorded, each at least once. A sink runs on one thread
-only, the shipper's or that of `qitos-mlflow sync`, never on the agent's.
+only: the sending thread or that of `qitos-mlflow sync`, never the agent's.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Sink(Protocol):
     def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
         """What ends the traces left open: no more records will come. None: there are none.
 
-        Called once after the last record, by whoever delivers the segment of a dead process, and
-        with `closed` by the process itself, which has closed in order: what it means to stay open
-        stays open. `last_time_ns` is the wall clock's time of the last record.
+        Called once after the last record, by the process that delivers the segment of a dead one.
+        Called with `closed` by the process itself when it closes in order: what is meant to stay
+        open stays open. `last_time_ns` is the wall clock's time of the last record.
         """
         ...
 

@@ -43,16 +43,16 @@ def reason_of(error: OSError) -> str:
 class CountsSnapshot:
     """The counts at one moment, in records, except `bad_lines`."""
 
-    recorded: int
-    """Reached the spooling thread (those that `offer` refused are in `dropped` only)."""
-    delivered: int
-    """Accepted by the server and acknowledged."""
-    dead_letters: int
-    """Refused by the server for good, kept in the dead-letter file."""
-    bad_lines: int
-    """Torn or corrupt lines of the spool, kept aside."""
     dropped: Mapping[str, int]
     """Lost, by reason."""
+    recorded: int = 0
+    """Reached the spooling thread (those that `offer` refused are in `dropped` only)."""
+    delivered: int = 0
+    """Accepted by the server and acknowledged."""
+    dead_letters: int = 0
+    """Refused by the server for good, kept in the dead-letter file."""
+    bad_lines: int = 0
+    """Torn or corrupt lines of the spool, kept aside."""
 
 
 class Counts:
@@ -71,24 +71,12 @@ class Counts:
         self._saved: Counter[str] = Counter()
         self._saving = threading.Lock()
 
-    def add(
-        self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0, bad_lines: int = 0
-    ) -> None:
-        """Add to the counts."""
+    def add(self, **counts: int) -> None:
+        """Add to the counts, which have the names of `CountsSnapshot`."""
         with self._lock:
-            self._counts.update(
-                recorded=recorded,
-                delivered=delivered,
-                dead_letters=dead_letters,
-                bad_lines=bad_lines,
-            )
+            self._counts.update(counts)
         if self._total is not None:
-            self._total.add(
-                recorded=recorded,
-                delivered=delivered,
-                dead_letters=dead_letters,
-                bad_lines=bad_lines,
-            )
+            self._total.add(**counts)
 
     def drop(self, reason: str, records: int = 1) -> None:
         """Count records lost for `reason`."""
@@ -116,10 +104,4 @@ class Counts:
     def snapshot(self) -> CountsSnapshot:
         """The counts now; what one thread has added is seen whole."""
         with self._lock:
-            return CountsSnapshot(
-                recorded=self._counts["recorded"],
-                delivered=self._counts["delivered"],
-                dead_letters=self._counts["dead_letters"],
-                bad_lines=self._counts["bad_lines"],
-                dropped=dict(self._dropped),
-            )
+            return CountsSnapshot(dict(self._dropped), **self._counts)

@@ -216,7 +216,7 @@ def _holder_lives(descriptor: int) -> bool:
 
 
 def _identity(pid: int) -> dict[str, object]:
-    """What tells the process `pid` of this host from every other one; differs once it is gone."""
+    """Identifies the process `pid` of this host; differs once that process is gone."""
     return {
         "host": socket.gethostname(),
         "boot": _boot_id(),

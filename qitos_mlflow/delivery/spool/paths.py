@@ -35,6 +35,16 @@ _PRIVATE_DIRECTORY = 0o700
 _NAME = re.compile(r"(?P<stem>[\w-]+)(?:\.(?P<base>[0-9a-f]{16}))?(?P<suffix>\.[a-z.]+)")
 
 
+class _File:
+    """A file of the segment, by its suffix."""
+
+    def __init__(self, suffix: str) -> None:
+        self._suffix = suffix
+
+    def __get__(self, paths: Paths, _: object = None) -> Path:
+        return paths.directory / f"{paths.stem}{self._suffix}"
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where the files of one segment are."""
@@ -47,35 +57,18 @@ class Paths:
     Reading it for each of many segments would take a time that grows with their square.
     """
 
-    @property
-    def ack(self) -> Path:
-        """How far records were accepted."""
-        return self.directory / f"{self.stem}.ack"
-
-    @property
-    def own(self) -> Path:
-        """Lock of the process that appends."""
-        return self.directory / f"{self.stem}.own"
-
-    @property
-    def ship(self) -> Path:
-        """Lock of the process that sends."""
-        return self.directory / f"{self.stem}.ship"
-
-    @property
-    def dead(self) -> Path:
-        """Records the server refused for good."""
-        return self.directory / f"{self.stem}.dead"
-
-    @property
-    def bad(self) -> Path:
-        """Torn and corrupt lines."""
-        return self.directory / f"{self.stem}.bad"
-
-    @property
-    def lost(self) -> Path:
-        """Losses by reason."""
-        return self.directory / f"{self.stem}.lost"
+    ack = _File(".ack")
+    """How far records were accepted."""
+    own = _File(".own")
+    """Lock of the process that appends."""
+    ship = _File(".ship")
+    """Lock of the process that sends."""
+    dead = _File(".dead")
+    """Records the server refused for good."""
+    bad = _File(".bad")
+    """Torn and corrupt lines."""
+    lost = _File(".lost")
+    """Losses by reason."""
 
     def part(self, base: int) -> Path:
         """The part whose first line has position `base`."""
