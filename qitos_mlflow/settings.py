@@ -1,7 +1,7 @@
-"""What can be set: one frozen `Settings`, each option declared once.
+"""The settings: one frozen `Settings`, with each option declared once.
 
 A value comes from the argument in code, else from its environment variable, else from its
-default. Nothing here imports mlflow or qitos or touches the disk.
+default. This module imports neither mlflow nor qitos and does not touch the disk.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ SCHEMES = frozenset(
     {"http", "https", "file", "sqlite", "mysql", "mssql", "postgresql"}
     | {"databricks", "databricks-uc", "uc"}
 )
-"""The tracking stores of MLflow itself; packages add others in the entry-point group below."""
+"""The tracking stores of MLflow itself."""
 
 STORE_GROUP = "mlflow.tracking_store"
+"""Entry-point group in which other packages add stores."""
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 PREFIX = "QITOS_MLFLOW_"
-"""What our variables begin with."""
+"""Begins the names of our variables."""
 
 
 def _flag(value: object) -> bool:
@@ -73,12 +74,8 @@ def _text(value: object) -> str:
     return value
 
 
-def _optional_text(value: object) -> str | None:
-    return None if value == "" else _text(value)
-
-
-def _optional_uri(value: object) -> str | None:
-    return None if value == "" else usable_uri(value)
+def _optional(parse: Callable[[object], str]) -> Callable[[object], str | None]:
+    return lambda value: None if value == "" else parse(value)
 
 
 def _tags(value: object) -> Mapping[str, str]:
@@ -101,12 +98,13 @@ def _directory(value: object) -> Path:
 
 
 def usable_uri(value: object) -> str:
-    """`value` as a tracking URI of a kind that MLflow has a store for; a plain path is one too.
+    """`value` as a tracking URI that MLflow has a store for. A path is such a URI too.
 
-    Asks the installed packages only where MLflow itself has no such store. Connects to nothing.
+    Asks the installed packages only if MLflow itself has no such store. Connects to nothing.
 
     Raises:
-        ValueError: it is none; the text says what to give instead, and may repeat parts of it.
+        ValueError: there is no such store; the text says what to give instead, and may repeat
+            parts of `value`.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text.strip():
@@ -116,11 +114,11 @@ def usable_uri(value: object) -> str:
     scheme = scheme.lower()
     if scheme in {"http", "https"}:
         _check_host(text)
-    # One letter is a drive of Windows; "mysql+pymysql" names the driver as well.
+    # One letter is a drive of Windows. "mysql+pymysql" names store and driver.
     elif colon and re.fullmatch(r"[\w.+-]{2,}", scheme) and scheme.split("+")[0] not in SCHEMES:
         if rest.partition("/")[0].isdigit():
             raise ValueError(f"it has no scheme; did you mean http://{text}?")
-        if scheme[0].isalpha() and not _added(scheme):
+        if scheme[0].isalpha() and not _other_package_has(scheme):
             known = ", ".join(sorted(SCHEMES))
             raise ValueError(f"MLflow has no store {scheme!r}; it has: {known}")
     return text
@@ -129,7 +127,7 @@ def usable_uri(value: object) -> str:
 def _check_host(uri: str) -> None:
     try:
         parts = urlsplit(uri)
-        host, _port = parts.hostname, parts.port  # Each of the three may raise.
+        host, _ = parts.hostname, parts.port  # Each of the three calls may raise.
     except ValueError:  # Its text may hold a part of the password.
         raise ValueError(
             "its host or port is not valid; expected a URI such as http://localhost:5000"
@@ -138,14 +136,14 @@ def _check_host(uri: str) -> None:
         raise ValueError("it names no host; expected a URI such as http://localhost:5000")
 
 
-def _added(scheme: str) -> bool:
+def _other_package_has(scheme: str) -> bool:
     from importlib_metadata import entry_points
 
     return any(entry.name == scheme for entry in entry_points(group=STORE_GROUP))
 
 
 def default_spool_dir() -> Path:
-    """The spool's directory below the user's state directory (XDG on Linux)."""
+    """The spool's directory in the user's state directory (XDG on Linux)."""
     return Path(platformdirs.user_state_dir("qitos-mlflow")) / "spool"
 
 
@@ -162,83 +160,83 @@ class Settings:
         _text, "qitos", "MLflow experiment, created when missing", env="MLFLOW_EXPERIMENT_NAME"
     )
     run_name: str | None = _option(
-        _optional_text,
-        None,
-        "MLflow run name; falls back to the trace's name, by default the agent's",
+        _optional(_text), None, "MLflow run name; if not set, the trace's name, such as the agent's"
     )
     tracking_uri: str | None = _option(
-        _optional_uri,
+        _optional(usable_uri),
         None,
-        "tracking server; when not set, MLflow's own default (MLFLOW_TRACKING_URI, else its "
-        "local store)",
+        "tracking server or store; if not set, MLFLOW_TRACKING_URI, else MLflow's local store",
         env="",
     )
     tags: Mapping[str, str] = _option(_tags, dict, "tags of every run; in the environment as JSON")
     auto_end_run: bool = _option(_flag, True, "end the run when the trace ends", env="")
     capture_content: bool = _option(
-        _flag, True, "log inputs and outputs; off keeps metrics, span tree and timing"
+        _flag, True, "log inputs and outputs; if off, metrics, span tree and times remain"
     )
-    log_traces: bool = _option(_flag, True, "log an MLflow trace with the span tree for each run")
+    log_traces: bool = _option(_flag, True, "log the span tree of each run as an MLflow trace")
     log_artifacts: bool = _option(
-        _flag, True, "log the final answer and QitOS's run directory as artifacts of the run"
+        _flag, True, "log the final answer and QitOS's run directory as artifacts"
     )
     offline: bool = _option(
-        _flag, False, "write to the spool only; `qitos-mlflow sync` delivers it later"
+        _flag, False, "write to the spool only; `qitos-mlflow sync` delivers later"
     )
     start_timeout_s: float = _option(
-        _seconds, 2.0, "longest wait for the run to be created when a trace starts (seconds)"
+        _seconds, 2.0, "longest wait for the new run when a trace starts (seconds)"
     )
     flush_timeout_s: float = _option(
         _seconds, 10.0, "longest wait of force_flush() and shutdown() (seconds)"
     )
     exit_timeout_s: float = _option(
-        _seconds, 5.0, "longest time the interpreter's exit is held up (seconds)"
+        _seconds, 5.0, "longest delay of the interpreter's exit (seconds)"
     )
     queue_bytes: int = _option(
-        _bytes, 64 * MIB, "memory for records on their way to the spool (bytes)"
+        _bytes,
+        64 * MIB,
+        "memory for records on their way to the spool (bytes); processors with the same "
+        "destination share it, and the largest value counts",
     )
     field_bytes: int = _option(
-        _bytes, MIB, "longest text kept of one input or output; the rest is cut (bytes)"
+        _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
     )
     spool_dir: Path = _option(_directory, default_spool_dir, "directory of the spool")
     spool_bytes: int = _option(
-        _bytes, 1024 * MIB, "disk space for the spool; newest spans are refused beyond (bytes)"
+        _bytes,
+        1024 * MIB,
+        "disk space for all segments in the spool's directory (bytes); beyond it, new spans are "
+        "dropped; as with `queue_bytes`, the largest value counts",
     )
 
     @classmethod
     def resolve(cls, **given: Any) -> Settings:
         """Settings from `given`, the environment and the defaults, in that order.
 
-        An argument that is None counts as not given. `env_names` tells which variables an option
-        has. One that begins with ``QITOS_MLFLOW_`` and is no option's is one warning.
-        ``MLFLOW_TRACKING_URI`` is only checked: it is read when a trace starts.
+        An argument that is None counts as not given, and so does an empty variable. A variable
+        that begins with ``QITOS_MLFLOW_`` and belongs to no setting causes one warning.
+        ``MLFLOW_TRACKING_URI`` is only checked here; its value is read when a trace starts.
 
         Raises:
-            TypeError: an option of that name does not exist.
-            SettingsError: a value cannot be used; the text names option, value and source.
+            TypeError: there is no setting of that name.
+            SettingsError: a value cannot be used; the text names setting, value and source.
         """
-        known = {option.name: option for option in fields(cls)}
+        options = {option.name: option.metadata["parse"] for option in fields(cls)}
         for name in given:
-            if name not in known:
-                raise TypeError(f"unknown setting {name!r}; the settings are: {', '.join(known)}")
+            if name not in options:
+                raise TypeError(f"unknown setting {name!r}; the settings are: {', '.join(options)}")
         values: dict[str, Any] = {}
-        for name, option in known.items():
+        for name, parse in options.items():
             value, source = given.get(name), f"argument {name}"
             if value is None:
-                for variable in env_names(name):
-                    if os.environ.get(variable):
-                        value, source = os.environ[variable], f"environment variable {variable}"
-                        break
+                value, source = _from_environment(name)
             if value is not None:
-                values[name] = _parsed(option.metadata["parse"], value, source)
+                values[name] = _parsed(name, parse, value, source)
         if not values.get("tracking_uri") and (uri := os.environ.get(TRACKING_VARIABLE)):
-            _parsed(usable_uri, uri, f"environment variable {TRACKING_VARIABLE}")
+            _parsed("tracking_uri", usable_uri, uri, f"environment variable {TRACKING_VARIABLE}")
         _warn_of_unknown()
         return cls(**values)
 
 
 def env_names(option: str) -> tuple[str, ...]:
-    """The environment variables that set `option`, the first one set wins."""
+    """The environment variables of `option`; the first one that is set counts."""
     extra = next(f.metadata["env"] for f in fields(Settings) if f.name == option)
     if extra == "":  # Given in code only, or by MLflow's own variable when a trace starts.
         return ()
@@ -246,19 +244,28 @@ def env_names(option: str) -> tuple[str, ...]:
     return (own, extra) if extra else (own,)
 
 
-def _parsed(parse: Callable[[Any], Any], value: object, source: str) -> Any:
+def _from_environment(option: str) -> tuple[str | None, str]:
+    """The text of the first variable that is set, else None; and the source in words."""
+    for variable in env_names(option):
+        if value := os.environ.get(variable):
+            return value, f"environment variable {variable}"
+    return None, ""
+
+
+def _parsed(name: str, parse: Callable[[Any], Any], value: object, source: str) -> Any:
     try:
         return parse(value)
     except (TypeError, ValueError) as error:
-        message = str(error)
+        reason = str(error)
     from qitos_mlflow.redaction.uris import redact_text, without_credentials
 
-    # Tags are free text: no rule finds every secret in them.
-    shown = f", a {type(value).__name__}," if parse is _tags else f"={value!r}"
-    if isinstance(value, str) and parse in (usable_uri, _optional_uri):
+    shown = f"={value!r}"
+    if name == "tags":  # Free text: no rule finds every secret in it.
+        shown = f", a {type(value).__name__},"
+    elif name == "tracking_uri" and isinstance(value, str):
         shown = f"={without_credentials(value)!r}"
-    message = f"{source}{shown} cannot be used: {message}"
-    raise SettingsError(redact_text(message))  # Without a cause: that one is not redacted.
+    # Outside the except clause, and so without a cause: the cause is not redacted.
+    raise SettingsError(redact_text(f"{source}{shown} cannot be used: {reason}"))
 
 
 def _warn_of_unknown() -> None:
@@ -266,11 +273,12 @@ def _warn_of_unknown() -> None:
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             ours = ", ".join(sorted(other for other in known if other.startswith(PREFIX)))
-            instead = INSTEAD.get(name, f"there are: {ours}")
-            warn(f"settings.{name}", "%s is set, but there is no such setting; %s", name, instead)
+            advice = ADVICE.get(name, f"the variables are: {ours}")
+            warn(f"settings.{name}", "%s is set, but no such setting exists; %s", name, advice)
 
 
-INSTEAD = {
+ADVICE = {
     f"{PREFIX}TRACKING_URI": f"use {TRACKING_VARIABLE}",
     f"{PREFIX}AUTO_END_RUN": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
 }
+"""What to do instead of setting a variable that could be expected to exist."""

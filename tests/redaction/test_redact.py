@@ -6,6 +6,7 @@ import base64
 import json
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -102,14 +103,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("secret", SHAPES)
-@pytest.mark.parametrize(
-    "around",
-    ["{}", "use {} please", "x={}", "'{}'", '{{"v": "{}"}}', "https://h/p?q={}&r=1", "(see {}, ok)",
+AROUND = ["{}", "use {} please", "x={}", "'{}'", '{{"v": "{}"}}', "https://h/p?q={}&r=1", "(see {}, ok)",
      "https://h/{}/x", "größe {}\n", "{}.", "k:{}",
      '{{"c": "x\\n{}\\ty"}}', '"{{\\"c\\": \\"x\\\\n{}\\\\n\\"}}"', "\x1b[32m{}\x1b[0m",
-     "\\u001b[0m{}", "q%3D{}", "\\uff1a{}", "\\{}", "\\n{}"],
-)  # fmt: skip
+     "\\u001b[0m{}", "q%3D{}", "\\uff1a{}", "\\{}", "\\n{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", SHAPES)
+@pytest.mark.parametrize("around", AROUND)
 def test_credentials_are_known_by_their_shape(secret: str, around: str) -> None:
     """A provider's key is found in any text, whatever stands around it."""
     for value in (around.format(secret), [around.format(secret)], {around.format(secret): 1}):
@@ -288,6 +289,14 @@ INNOCENT_TEXTS = [
 def test_innocent_texts_stay(text: str) -> None:
     """Prose, code, counts, hashes and addresses pass unchanged."""
     assert redact_text(text) == text
+
+
+def test_the_numbers_in_security_md_are_these() -> None:
+    """SECURITY.md says how many examples are tested."""
+    page = " ".join((Path(__file__).parents[2] / "SECURITY.md").read_text("utf-8").split())
+    assert f"{len(SHAPES)} shapes in {len(AROUND)} surroundings" in page
+    assert f"{len(TEXTS)} forms of text and {len(CREDENTIAL_KEYS)} names of keys" in page
+    assert f"{len(INNOCENT_TEXTS)} texts and {len(INNOCENT_KEYS)} names that look" in page
 
 
 def test_pairs_and_command_lines_are_understood() -> None:
