@@ -1,7 +1,7 @@
-"""Turns what a QitOS Engine does into Trace and Span objects, for whatever processors listen.
+"""Turns what a QitOS Engine does into Trace and Span objects, for the attached processors.
 
-`install` wraps the Engine's entry points, `uninstall` restores the very originals. In between a
-run without a listening processor is handed through. Knows nothing of MLflow.
+`install` wraps the Engine's entry points, `uninstall` restores the originals. A run that no
+processor wants is passed through. Nothing here knows of MLflow.
 """
 
 from __future__ import annotations

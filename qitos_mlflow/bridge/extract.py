@@ -1,27 +1,28 @@
 """Reads what a span needs out of the Engine's objects. Pure: no spans, no clock, no threads.
 
-Receives agents, engines, records, results as the host made them; hands on plain values or
-references. Copies nothing deep and formats nothing large: this runs on the agent's thread. What
-a host does not have is None, so that every version is read by the same functions.
+Receives agents, engines, records and results as the host made them; hands on plain values or
+references. Makes no deep copies and formats nothing large: this runs on the agent's thread. What
+a host does not have is None, so that the same functions read every version.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Number
 from typing import Any
 
 FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
-"""A tool that reports one of these in a dict output failed, as later hosts read it themselves."""
+"""A tool failed if its output is a dict with one of these: later hosts read it so themselves."""
 
 
 def first(source: Any, *names: str) -> Any:
-    """The first of these attributes that is there and not None; one that raises is not there."""
+    """The first of these attributes that exists and is not None; one that raises does not exist."""
     for name in names:
         try:
             value = getattr(source, name, None)
-        except Exception:  # noqa: BLE001, S112 - somebody's property; the next name may do
+        except Exception:  # noqa: BLE001, S112 - a property of the user's; the next name may do
             continue
         if value is not None:
             return value
@@ -29,10 +30,10 @@ def first(source: Any, *names: str) -> Any:
 
 
 def describe(error: BaseException) -> str:
-    """``"Type: text"``, or the type alone when the text is empty or cannot be had."""
+    """``"Type: text"``, or the type alone if the text is empty or ``__str__`` raises."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - somebody's __str__
+    except Exception:  # noqa: BLE001 - a __str__ of the user's
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -46,7 +47,7 @@ def agent_name(agent: Any) -> str:
 
 
 def model_name(agent: Any) -> str | None:
-    """The model the agent is configured with, before any answer says more."""
+    """The model the agent is configured with; an answer may name another one."""
     name = first(first(agent, "llm"), "model", "model_name")
     return name if isinstance(name, str) and name else None
 
@@ -58,12 +59,12 @@ def tool_names(engine: Any) -> list[str] | None:
         return None
     try:
         return [str(name) for name in listing()]
-    except Exception:  # noqa: BLE001 - a registry of somebody's own
+    except Exception:  # noqa: BLE001 - a registry of the user's
         return None
 
 
 def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
-    """What is known of a run before it starts; unknown keys are left out.
+    """What is known of a run before it starts, without unknown keys.
 
     Args:
         engine: the Engine about to run.
@@ -100,7 +101,7 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         "qitos_run_dir": first(writer, "run_dir"),
         "tools": tool_names(engine),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return present(found)
 
 
 def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,16 +115,16 @@ def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": meta.get("protocol"),
         "parser": meta.get("parser"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return present(found)
 
 
 def session_metadata(engine: Any) -> dict[str, Any]:
     """What an Engine knows after ``init_session``, which makes no INIT event."""
     found = {
-        "qitos_run_id": first(engine, "_active_run_id"),
-        "protocol": first(first(engine, "_resolved_protocol"), "id"),
+        "qitos_run_id": first(engine, "_active_run_id") or None,
+        "protocol": first(first(engine, "_resolved_protocol"), "id") or None,
     }
-    return {key: value for key, value in found.items() if value}
+    return present(found)
 
 
 def text_of(reason: Any) -> str | None:
@@ -136,7 +137,7 @@ def text_of(reason: Any) -> str | None:
 
 
 def decision(source: Any) -> dict[str, Any] | None:
-    """A decision as a dict that leaves out what is empty."""
+    """A decision as a dict without empty fields."""
     if source is None or isinstance(source, dict):
         return source
     found = {
@@ -151,11 +152,8 @@ def decision(source: Any) -> dict[str, Any] | None:
 
 def action(source: Any) -> dict[str, Any]:
     """An action's name, arguments and, when native tool calls gave one, its id."""
-    if isinstance(source, Mapping):
-        found = {key: source.get(key) for key in ("name", "args", "action_id")}
-    else:
-        found = {key: first(source, key) for key in ("name", "args", "action_id")}
-    return {key: value for key, value in found.items() if value is not None}
+    read = source.get if isinstance(source, Mapping) else partial(first, source)
+    return present({key: read(key) for key in ("name", "args", "action_id")})
 
 
 def messages(payload: Mapping[str, Any]) -> Any:
@@ -181,7 +179,7 @@ def response(model_response: Any) -> dict[str, Any] | None:
 
 
 def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
-    """What the agent saw of a tool call, why it failed (None: it did not), and how it went.
+    """What the agent saw of a tool call, why it failed (None: it did not), and details.
 
     Args:
         result: an `ActionResult`; anything else counts as plain output.
@@ -195,7 +193,7 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
         mapping(result.metadata),
     )
     category = extra.get("error_category")
-    details = {
+    found = {
         "status": status,
         "attempts": first(result, "attempts"),
         "latency_ms": first(result, "latency_ms"),
@@ -204,7 +202,7 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
         "source": extra.get("source"),
         "action_id": first(result, "action_id"),
     }
-    details = {key: value for key, value in details.items() if value is not None}
+    details = present(found)
     if status == "success":
         said = mapping(output) if isinstance(output, dict) else {}
         if str(said.get("status") or "").strip().lower() not in FAILED_OUTPUT_STATUSES:
@@ -219,7 +217,7 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
 def mcp_server(tool: Any) -> str | None:
     """Name of the MCP server behind a tool, None for any other tool.
 
-    A bridged tool bears no mark; its function's module and closure tell.
+    A bridged tool has no mark of its own: its function's module and closure have the server.
     """
     function = first(tool, "func", "fn", "function")
     if getattr(function, "__module__", None) != "qitos.mcp.bridge":
@@ -241,7 +239,7 @@ def action_names(actions: Sequence[Any]) -> str | None:
 
 
 def critic_name(critic: Any, output: Any = None) -> str:
-    """A critic's own name, else the host's word for it, else its class's."""
+    """A critic's own name, else the host's for it, else its class's."""
     own = first(critic, "name")
     if isinstance(own, str) and own:
         return own
@@ -261,7 +259,7 @@ def critic_scores(
     Args:
         outputs: what the host recorded, in the critics' order.
         verdicts: what the host made of those critics that returned a dict, in the same order, and
-            whether there was a score: where not, the host records one of its own.
+            whether the dict had a score: if not, the host records one of its own.
     """
     left = list(verdicts)
     scores: list[float | None] = []
@@ -296,13 +294,18 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def present(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` without the keys whose value is None."""
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def known(*values: Any) -> Any:
     """The first of these that is not None, else None."""
     return next((value for value in values if value is not None), None)
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, Number):  # Numpy's and `Decimal` are, too.
+    if isinstance(value, bool) or not isinstance(value, Number):  # Numpy's and `Decimal` are.
         return None
     try:
         return float(value)  # type: ignore[arg-type]  # What cannot be one raises.
@@ -324,8 +327,7 @@ def _public(message: Any) -> Any:
 
 
 def _protocol_id(engine: Any, agent: Any) -> str | None:
-    # Only what is written down: resolving the rest is the host's business, and its INIT event
-    # says what came out of it.
+    # Only what is configured: the host resolves the rest, and its INIT event has the result.
     protocol = first(engine, "protocol") or first(agent, "model_protocol")
     if protocol is None or isinstance(protocol, str):
         return protocol

@@ -1,9 +1,9 @@
-"""The Engine's callbacks become spans. Receives hook calls; tells one `AgentRun` to open and close.
+"""The Engine's callbacks become spans: hook calls open and close spans of one `AgentRun`.
 
-Hosts call hooks by keyword and swallow what they raise, but call again on ``TypeError``, and pass
-on ``BaseException``. So every callback here is guarded, and does nothing unless its run is the one
-this thread is in: one Engine may run in several threads, or inside its own tools, and every hook
-on it then hears of every run.
+Hosts call hooks by keyword. They swallow what a hook raises, but call it again on ``TypeError``,
+and pass ``BaseException`` on; so every callback here catches its own exceptions. One Engine may run
+in several threads, or inside its own tools, and then calls every hook for every run; so a callback
+does nothing unless its run is the current one on this thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import report, shield
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.outcome import issues_of
 from qitos_mlflow.bridge.run import AgentRun, Place, here
@@ -28,8 +28,7 @@ def _callback(method: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, An
     @functools.wraps(method)
     def guarded(self: BridgeHook, ctx: Any, engine: Any) -> None:
         try:
-            place = here.get()
-            if place is not None and place.run is self._run:
+            if self._is_current():
                 method(self, ctx, engine)
         except Exception as error:  # noqa: BLE001 - the agent's thread
             report(where, error)
@@ -45,25 +44,26 @@ class BridgeHook:
         self._in_session = in_session
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, in a copied Engine, hears nothing: what that runs has hooks of its own."""
+        """A copy, in a copied Engine, does nothing: runs of that Engine have their own hooks."""
         return BridgeHook, (None,)
+
+    def _is_current(self) -> bool:
+        place = here.get()
+        return place is not None and place.run is self._run
 
     # -- step ------------------------------------------------------------------------------
 
     @_callback
     def on_before_step(self, ctx: Any, engine: Any) -> None:
-        """Open the step, after a step that nobody closed."""
+        """Open the step, after closing one that is still open."""
         self._end_step(None)
         self._begin_step(ctx)
 
     def on_step_end(self, record: Any, state: Any, engine: Any) -> None:
         """Close a session's step; in a run, more of the step follows."""
-        try:
-            place = here.get()
-            if self._in_session and place is not None and place.run is self._run:
+        with shield("bridge.on_step_end"):
+            if self._in_session and self._is_current():
                 self._end_step(record)
-        except Exception as error:  # noqa: BLE001 - the agent's thread
-            report("bridge.on_step_end", error)
 
     @_callback
     def on_after_step(self, ctx: Any, engine: Any) -> None:
@@ -71,7 +71,7 @@ class BridgeHook:
         self._end_step(ctx.record, ended_by=extract.text_of(ctx.phase))
 
     def _begin_step(self, ctx: Any) -> None:
-        self._run.failure = None  # the run survived it; its traceback keeps frames alive
+        self._run.failure = None  # The run went on; a traceback keeps frames alive.
         number = extract.first(ctx.record, "step_id")
         self._run.open(
             tracing.StepSpanData(
@@ -99,7 +99,7 @@ class BridgeHook:
 
     @_callback
     def on_before_decide(self, ctx: Any, engine: Any) -> None:
-        """Open the decision, and its step where the host's sessions announce none."""
+        """Open the decision, and its step on hosts whose sessions do not announce steps."""
         if self._run.find("step") is None:
             self._begin_step(ctx)
         self._run.open(tracing.DecideSpanData(input_content=ctx.observation))
@@ -131,7 +131,7 @@ class BridgeHook:
         summary = extract.response(answer) or {}
         usage = summary.get("usage")
         if cache_hits(engine.agent) != self._run.cache_hits:
-            # Answered by a cache: nothing was spent, and the wrapper repeats the last usage.
+            # Answered by a cache: no tokens were used, and the wrapper repeats the last usage.
             usage = None
             summary = {key: value for key, value in summary.items() if key != "usage"}
             summary["cached"] = True
@@ -179,7 +179,7 @@ class BridgeHook:
 
     @_callback
     def on_before_reduce(self, ctx: Any, engine: Any) -> None:
-        """Open the reduction, after an action that the host does not say is over."""
+        """Open the reduction, after an action whose end the host did not announce."""
         self._end_act(ctx.record)
         self._run.open(tracing.ReduceSpanData(input_count=len(ctx.action_results or ())))
 
@@ -193,7 +193,7 @@ class BridgeHook:
 
     @_callback
     def on_before_critic(self, ctx: Any, engine: Any) -> None:
-        """Open one span a critic: the host tells when all begin and end, not each."""
+        """Open a span for each critic: the host announces only when all begin and end."""
         run = self._run
         step = run.find("step")
         given = {"decision": extract.decision(ctx.decision), "results": ctx.action_results}
@@ -202,17 +202,17 @@ class BridgeHook:
             name = extract.critic_name(critic)
             run.open(tracing.CriticSpanData(critic_name=name, input_content=given), parent=step)
         if len(run.critics) > 1 and step is not None:
-            here.set(Place(run, step))  # which of them starts an agent, nobody says
+            here.set(Place(run, step))  # An agent started now is of any of them.
 
     @_callback
     def on_after_critic(self, ctx: Any, engine: Any) -> None:
-        """Close the critics' spans, each with what it said."""
+        """Close the critics' spans, each with its result."""
         run = self._run
         outputs = list(extract.first(ctx.record, "critic_outputs") or ())
         spans = [span for span in run.stack if span.data.type == "critic"]
         scores = extract.critic_scores(outputs, run.verdicts)
-        told = zip(run.critics, spans, outputs, scores, strict=False)
-        for critic, span, output, score in reversed(list(told)):
+        results = zip(run.critics, spans, outputs, scores, strict=False)
+        for critic, span, output, score in reversed(list(results)):
             span.data.critic_name = extract.critic_name(critic, output)
             span.data.output_content = output
             span.data.score = score
@@ -222,7 +222,7 @@ class BridgeHook:
 
     @_callback
     def on_recover(self, ctx: Any, engine: Any) -> None:
-        """Close what failed; the step goes on to its end."""
+        """Close what failed; the step stays open until its own end."""
         run = self._run
         run.failure = ctx.error
         step = run.find("step")
@@ -238,16 +238,15 @@ class BridgeHook:
     # -- events ----------------------------------------------------------------------------
 
     def on_event(self, event: Any, state: Any, record: Any, engine: Any) -> None:
-        """Take from the event stream what has no callback of its own."""
+        """Handle events that have no callback of their own."""
         try:
-            place = here.get()
-            if place is not None and place.run is self._run:
+            if self._is_current():
                 self._take(event, state, record, engine)
         except Exception as error:  # noqa: BLE001 - the agent's thread
             report("bridge.on_event", error)
 
     def _take(self, event: Any, state: Any, record: Any, engine: Any) -> None:
-        # Most events are none of these: hosts' phases are strings, which compare fast.
+        # Most events are none of these. Hosts' phases are strings, which compare fast.
         phase, payload = event.phase, event.payload
         stage = payload.get("stage")
         if phase == "DECIDE":

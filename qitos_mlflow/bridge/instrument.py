@@ -13,13 +13,13 @@ __all__ = ["install", "installed", "uninstall"]
 
 
 def install() -> None:
-    """Have every Engine of this process traced, those that exist already included. Idempotent.
+    """Trace every Engine of this process, existing ones included. Idempotent.
 
-    Imports the host's Engine. Its tools are left alone until the first run that somebody listens
-    to: a wrapper costs a microsecond or so a call.
+    Imports the host's Engine. Its tools stay as they are until the first run that a processor
+    wants: a wrapper costs about a microsecond a call.
 
     Raises:
-        ImportError: QitOS is not there, or has no Engine.
+        ImportError: QitOS is not installed, or has no Engine.
     """
     module = importlib.import_module("qitos.engine.engine")
     engine_class = getattr(module, "Engine", None)
@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put everything back. Runs that are going on are traced to their end. Idempotent."""
+    """Put every original back. Open runs are traced to their end. Idempotent."""
     patches.undo()
 
 
@@ -49,7 +49,7 @@ def installed() -> bool:
 def _wrap_tools_and_critics() -> None:
     executor = getattr(_module("qitos.engine.action_executor"), "ActionExecutor", None)
     if executor is None:
-        warn("bridge.tools", "this QitOS has no ActionExecutor: tools get no spans")
+        warn("bridge.tools", "this QitOS has no ActionExecutor; tool calls get no spans")
     else:
         patches.wrap(executor, "_execute_one", calls.execute_one)
         patches.wrap(executor, "_call_tool", calls.call_tool)

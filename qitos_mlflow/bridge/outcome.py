@@ -1,4 +1,4 @@
-"""How a run ended, in the words of the trace's metadata. Pure."""
+"""How a run ended, as metadata of its trace. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qitos_mlflow._stop_reasons import ERROR_STOPS, SUCCESS_STOPS
-from qitos_mlflow.bridge.extract import describe, first, mapping, text_of
+from qitos_mlflow.bridge.extract import describe, first, mapping, present, text_of
 
 
 def outcome_of(
@@ -21,7 +21,7 @@ def outcome_of(
     Args:
         result: what it returned; None for a session.
         state: the agent's last state.
-        stop_reason: the host's word, None when it gave none.
+        stop_reason: the host's word; None: it gave none.
         failure: what the Engine last tried to recover from, in the last step.
         issues: what was wrong before the first step.
     """
@@ -30,7 +30,7 @@ def outcome_of(
     elif stop_reason not in ERROR_STOPS:
         status = "ok"
     elif failure is not None and is_interrupt(failure):
-        status = "interrupted"  # for a human, which ``run()`` calls an unrecoverable error
+        status = "interrupted"  # It waits for a human; ``run()`` calls that unrecoverable.
     else:
         status = "error"
     verdict = first(first(result, "task_result"), "success")
@@ -47,7 +47,7 @@ def outcome_of_exception(error: BaseException, state: Any) -> dict[str, Any]:
     if is_interrupt(error):
         status, reason = "interrupted", "interrupted"
     elif type(error).__name__ == "StateValidationError" and "exceed" in text:
-        # An agent that used all its steps ends so when its budget allows more than its state.
+        # An agent that used all steps of its state ends so if its budget allows more.
         status, reason = "error", "max_steps"
     else:
         status, reason = "error", "unrecoverable_error"
@@ -55,13 +55,13 @@ def outcome_of_exception(error: BaseException, state: Any) -> dict[str, Any]:
 
 
 def issues_of(payload: Mapping[str, Any]) -> str | None:
-    """What the host's END event says was wrong before the first step."""
+    """What was wrong before the first step, as the host's END event says."""
     found = [mapping(issue).get("message") for issue in payload.get("issues") or ()]
     return "; ".join(str(text) for text in found if text) or None
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether this exception stops a program or waits for a human: it reports no failure."""
+    """Whether this exception stops a program or waits for a human, and is no failure."""
     return not isinstance(error, Exception) or type(error).__name__ == "EngineInterrupt"
 
 
@@ -75,4 +75,4 @@ def _known(
         "status": status,
         "error": error,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return present(found)

@@ -1,7 +1,7 @@
-"""What was replaced in the host, and how to put it back.
+"""Replaces methods and thread pools of the host, and puts the originals back.
 
-Each replacement is fitted on its own after looking at what is there, never at a version: one that
-does not fit is left out with one line in the log.
+Each replacement is decided on its own by what the host has, never by a version number. One that
+does not fit is left out, with one line in the log.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qitos_mlflow._guard import report, warn
+from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
 
 __all__ = ["Patches"]
@@ -24,7 +24,7 @@ POOLS: dict[str, type[ThreadPoolExecutor]] = {
     "qitos.kit.tool.fanout": ContextPool,
     "qitos.kit.tool.agent.agent_tool": BackgroundPool,
 }
-"""Host modules whose thread pools start tools or agents, and what stands in for their pool."""
+"""Host modules whose thread pools start tools or agents, and what replaces the pool."""
 
 
 class Patches:
@@ -37,12 +37,12 @@ class Patches:
         self._postponed: list[Callable[[], None]] = []
 
     def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
-        """Put `wrapper` around a method that `owner` itself defines, if it is as expected.
+        """Put `wrapper` around a method that `owner` itself defines, if it takes arguments.
 
         Args:
             owner: the host's class.
             name: of the method.
-            wrapper: called in its place, with the bound original, what that is bound to, and the
+            wrapper: called instead, with the bound original, the object it is bound to, and the
                 arguments as a tuple and a dict.
         """
         original: Any = vars(owner).get(name)
@@ -65,19 +65,17 @@ class Patches:
         self._made.append((owner, name, original, ours))
 
     def postpone(self, fitting: Callable[[], None]) -> None:
-        """Call `fitting` before the first run that is traced, and never if there is none."""
+        """Call `fitting` before the first run that is traced."""
         self._postponed.append(fitting)
 
     def fit(self) -> None:
         """Make the postponed replacements, and replace the pools imported by now."""
         if self._postponed:
-            with self.lock:
+            with self.lock, shield("bridge.fit"):  # Runs are traced without what is missing.
                 try:
                     for fitting in self._postponed:
                         fitting()
-                except Exception as error:  # noqa: BLE001 - runs are traced without what is missing
-                    report("bridge.fit", error)
-                finally:  # What was made must not be made once more.
+                finally:  # Nothing may be replaced once more.
                     self._postponed.clear()
         for module_name, pool in POOLS.items():
             module = sys.modules.get(module_name)
@@ -89,7 +87,7 @@ class Patches:
                     self._made.append((module, "ThreadPoolExecutor", ThreadPoolExecutor, pool))
 
     def undo(self) -> None:
-        """Put every original back, except below a wrapper that somebody else put around ours."""
+        """Put every original back, except under a wrapper of other code around ours."""
         with self.lock:
             self.active = False
             self._postponed.clear()
@@ -102,5 +100,5 @@ class Patches:
 def _takes_arguments(function: Any) -> bool:
     try:
         return len(inspect.signature(function).parameters) > 1
-    except (TypeError, ValueError):  # not a function, or one that tells nothing
+    except (TypeError, ValueError):  # Not a function, or one without a signature.
         return False

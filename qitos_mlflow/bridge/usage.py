@@ -1,19 +1,19 @@
-"""Token counts of a model's answer, under one spelling. Pure."""
+"""Token counts of a model's answer, under one set of names. Pure."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from qitos_mlflow._usage import parse_usage
-from qitos_mlflow.bridge.extract import first, mapping
+from qitos_mlflow.bridge.extract import first, mapping, present
 
 
 def token_usage(usage: Any, provider: Any = None) -> dict[str, int] | None:
-    """Token counts under one spelling; None when there are no real ones.
+    """Token counts under one set of names; None if there are no real ones.
 
     Args:
-        usage: what the provider's answer carried, never an estimate.
-        provider: the host's name for who answered.
+        usage: the provider's own, never an estimate.
+        provider: the host's name for the provider.
     """
     found = parse_usage(usage)
     if found is None:
@@ -25,7 +25,7 @@ def token_usage(usage: Any, provider: Any = None) -> dict[str, int] | None:
         and total > prompt + (completion or 0)
         and any(name in str(provider).lower() for name in ("gemini", "google"))
     ):
-        completion = total - prompt  # QitOS 0.3.0 hands on all of Gemini's counts but the thoughts.
+        completion = total - prompt  # QitOS 0.3.0 leaves the thoughts out of Gemini's counts.
     if total is None:
         total = (prompt or 0) + (completion or 0)
     counts = {
@@ -35,13 +35,13 @@ def token_usage(usage: Any, provider: Any = None) -> dict[str, int] | None:
         "cache_read_tokens": found.cache_read,
         "cache_creation_tokens": found.cache_creation,
     }
-    return {key: count for key, count in counts.items() if count is not None}
+    return present(counts)
 
 
 def cache_hits(agent: Any) -> int | None:
-    """How often a caching model has answered by itself; None for a model that does not cache.
+    """How often a caching model has answered from its cache; None for a model without one.
 
-    A hit on such a model may report the usage of its last miss again.
+    After a hit, such a model may report the usage of its last miss again.
     """
     hits = mapping(getattr(first(agent, "llm"), "__dict__", None)).get("_hits")
     return hits if isinstance(hits, int) else None

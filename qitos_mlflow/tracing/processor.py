@@ -1,18 +1,19 @@
-"""Processors hear of every start and end; `SynchronousMultiTraceProcessor` tells several."""
+"""Processors get every start and end; `SynchronousMultiTraceProcessor` passes them to several."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
-from qitos_mlflow import _guard
+from qitos_mlflow._guard import report, shield
 from qitos_mlflow.tracing.span import Span
 from qitos_mlflow.tracing.trace import Trace
 
 
 class TraceProcessor(ABC):
-    """Hears of traces and spans. Every method runs on the thread where the thing happens.
+    """Gets the events of traces and spans, each on the thread on which it happens.
 
     That is the agent's thread: return within microseconds, and do slow work elsewhere. The objects
     are live; copy what is needed later.
@@ -28,26 +29,41 @@ class TraceProcessor(ABC):
 
     @abstractmethod
     def on_span_start(self, span: Span) -> None:
-        """A span was started; what it is about may not be known in full yet."""
+        """A span was started; its data may be incomplete."""
 
     @abstractmethod
     def on_span_end(self, span: Span) -> None:
-        """A span was finished; it is told of once, possibly after its trace."""
+        """A span was finished; called once for a span, possibly after the end of its trace."""
 
     def shutdown(self) -> None:  # noqa: B027 - most have nothing to close
-        """No more is to come: deliver and close. May be called many times, from any thread."""
+        """Deliver and close: no event follows. May be called many times, from any thread."""
 
     def force_flush(self) -> bool | None:
-        """Deliver everything heard so far; returns False when that was not possible in time."""
+        """Deliver all events so far; returns False if that was not possible in time."""
         return None
 
 
-class SynchronousMultiTraceProcessor(TraceProcessor):
-    """Tells each of its processors, in order, whatever the others do.
+def _to_each(event: str) -> Any:
+    """A method that calls the method `event` of each processor, whatever the others raise."""
 
-    Any thread may add, remove and tell at once: those who tell go through the tuple there was
-    when they began. Telling takes no lock. A processor's `Exception` is kept from the caller and
-    from the other processors, and logged at most once a minute.
+    def method(self: SynchronousMultiTraceProcessor, item: Any) -> None:
+        for processor in self._processors:
+            try:
+                getattr(processor, event)(item)
+            except Exception as error:  # noqa: BLE001 - other code, on the agent's thread
+                report(_name(processor, event), error)
+
+    method.__name__ = event
+    method.__doc__ = f"Call ``{event}`` of each processor."
+    return method
+
+
+class SynchronousMultiTraceProcessor(TraceProcessor):
+    """Passes each event to each of its processors, in order, whatever the others do.
+
+    Any thread may add, remove and pass on at the same time: an event goes to the processors that
+    there were when it began. No event takes a lock. A processor's `Exception` is kept from the
+    caller and from the other processors, and logged at most once a minute.
     """
 
     def __init__(self, processors: Iterable[TraceProcessor] | None = None) -> None:
@@ -60,69 +76,39 @@ class SynchronousMultiTraceProcessor(TraceProcessor):
         return list(self._processors)
 
     def add_processor(self, processor: TraceProcessor) -> None:
-        """Tell `processor` too, last, from now on."""
+        """Pass events to `processor` too, last, from now on."""
         with self._changing:
             self._processors = (*self._processors, processor)
 
     def remove_processor(self, processor: TraceProcessor) -> None:
-        """Tell `processor` no more; one that is not here is no error."""
+        """Pass no more events to `processor`; one that is not here is no error."""
         with self._changing:
             self._processors = tuple(p for p in self._processors if p is not processor)
 
-    def on_trace_start(self, trace: Trace) -> None:
-        """Tell each."""
-        for processor in self._processors:
-            try:
-                processor.on_trace_start(trace)
-            except Exception as error:  # noqa: BLE001 - someone else's code, on the agent's thread
-                _report(processor, "on_trace_start", error)
-
-    def on_trace_end(self, trace: Trace) -> None:
-        """Tell each."""
-        for processor in self._processors:
-            try:
-                processor.on_trace_end(trace)
-            except Exception as error:  # noqa: BLE001
-                _report(processor, "on_trace_end", error)
-
-    def on_span_start(self, span: Span) -> None:
-        """Tell each."""
-        for processor in self._processors:
-            try:
-                processor.on_span_start(span)
-            except Exception as error:  # noqa: BLE001
-                _report(processor, "on_span_start", error)
-
-    def on_span_end(self, span: Span) -> None:
-        """Tell each."""
-        for processor in self._processors:
-            try:
-                processor.on_span_end(span)
-            except Exception as error:  # noqa: BLE001
-                _report(processor, "on_span_end", error)
+    on_trace_start = _to_each("on_trace_start")
+    on_trace_end = _to_each("on_trace_end")
+    on_span_start = _to_each("on_span_start")
+    on_span_end = _to_each("on_span_end")
 
     def shutdown(self) -> None:
         """Shut each down."""
         for processor in self._processors:
-            try:
+            with shield(_name(processor, "shutdown")):
                 processor.shutdown()
-            except Exception as error:  # noqa: BLE001
-                _report(processor, "shutdown", error)
 
     def force_flush(self) -> bool:
         """Flush each, also after one failed; True when every one returned True or None."""
         flushed = True
         for processor in self._processors:
-            try:
-                flushed = processor.force_flush() in (True, None) and flushed
-            except Exception as error:  # noqa: BLE001
-                _report(processor, "force_flush", error)
-                flushed = False
+            done = False
+            with shield(_name(processor, "force_flush")):
+                done = processor.force_flush() in (True, None)
+            flushed = done and flushed
         return flushed
 
 
 class NoOpTraceProcessor(TraceProcessor):
-    """Hears everything, does nothing."""
+    """Does nothing with any event."""
 
     def on_trace_start(self, trace: Trace) -> None:
         """Nothing."""
@@ -137,5 +123,5 @@ class NoOpTraceProcessor(TraceProcessor):
         """Nothing."""
 
 
-def _report(processor: TraceProcessor, method: str, error: Exception) -> None:
-    _guard.report(f"{type(processor).__qualname__}.{method}", error)
+def _name(processor: TraceProcessor, method: str) -> str:
+    return f"{type(processor).__qualname__}.{method}"

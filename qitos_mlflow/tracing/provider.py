@@ -1,7 +1,7 @@
-"""Where traces are made: the provider holds the processors and the mode, and there is one for all.
+"""Makes traces: a provider has the processors and the mode. One provider is the global one.
 
-A trace keeps the processors and the mode it was made with; `add_processor` and
-`remove_processor` change them for traces under way too, `set_processors` only for later ones.
+A trace keeps the processors and the mode it was made with. `add_processor` and
+`remove_processor` change the processors of open traces too, `set_processors` only of later ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from qitos_mlflow import _guard
+from qitos_mlflow._guard import shield
 from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
 from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor, TraceProcessor
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_exception, redacted_metadata
@@ -40,15 +40,15 @@ class TracingProvider:
         return self._mode
 
     def set_processors(self, processors: Iterable[TraceProcessor]) -> None:
-        """Have traces made from now on tell `processors` only; earlier ones keep theirs."""
+        """Use `processors` for traces made from now on; earlier ones keep theirs."""
         self._multi_processor = SynchronousMultiTraceProcessor(processors)
 
     def add_processor(self, processor: TraceProcessor) -> None:
-        """Have `processor` told too, last."""
+        """Notify `processor` too, after the others."""
         self._multi_processor.add_processor(processor)
 
     def remove_processor(self, processor: TraceProcessor) -> None:
-        """Have `processor` told no more; the others stay, one that is not here is no error."""
+        """Stop notifying `processor`; the others stay. One that is not here is no error."""
         self._multi_processor.remove_processor(processor)
 
     def set_mode(self, mode: TracingMode) -> None:
@@ -62,7 +62,7 @@ class TracingProvider:
             self._mode_when_on = self._mode
 
     def set_disabled(self, disabled: bool) -> None:
-        """Turn tracing off, or back on in the mode it last had: turning on never adds content."""
+        """Turn tracing off, or on in the mode it last had: turning it on never adds content."""
         self.set_mode(TracingMode.DISABLED if disabled else self._mode_when_on)
 
     def create_trace(
@@ -72,11 +72,11 @@ class TracingProvider:
         metadata: dict[str, Any] | None = None,
         trace_id: str | None = None,
     ) -> Trace | NoOpTrace:
-        """A trace to be entered with ``with``; one that does nothing when tracing is disabled.
+        """A trace for a ``with`` block; one that does nothing if tracing is disabled.
 
         Args:
-            name: what the run is called.
-            group_id: what it belongs to, such as a benchmark; None for nothing.
+            name: of the run.
+            group_id: a group that it belongs to, such as a benchmark; None: none.
             metadata: copied into the trace's own.
             trace_id: its id; None for a new one.
         """
@@ -104,39 +104,34 @@ class TracingProvider:
         self._multi_processor.shutdown()
 
     def force_flush(self) -> bool:
-        """Flush every processor; True when none said otherwise. May wait as long as they do."""
+        """Flush every processor; True unless one returns False. May wait as long as they do."""
         return self._multi_processor.force_flush()
 
 
 class _RedactingProcessor(TraceProcessor):
-    """Tells another processor the same, in copies without content."""
+    """Passes each event to another processor, with a copy without content.
+
+    An event of which no copy can be made is lost: it is neither passed on in full nor raised.
+    """
 
     def __init__(self, delegate: TraceProcessor) -> None:
         self._delegate = delegate
 
     def on_trace_start(self, trace: Trace) -> None:
-        try:
+        with shield("tracing.redaction"):
             self._delegate.on_trace_start(_redacted_trace(trace))
-        except Exception as error:  # noqa: BLE001 - rather lost than told in full, or raised
-            _guard.report("tracing.redaction", error)
 
     def on_trace_end(self, trace: Trace) -> None:
-        try:
+        with shield("tracing.redaction"):
             self._delegate.on_trace_end(_redacted_trace(trace))
-        except Exception as error:  # noqa: BLE001
-            _guard.report("tracing.redaction", error)
 
     def on_span_start(self, span: Span) -> None:
-        try:
+        with shield("tracing.redaction"):
             self._delegate.on_span_start(_redacted_span(span))
-        except Exception as error:  # noqa: BLE001
-            _guard.report("tracing.redaction", error)
 
     def on_span_end(self, span: Span) -> None:
-        try:
+        with shield("tracing.redaction"):
             self._delegate.on_span_end(_redacted_span(span))
-        except Exception as error:  # noqa: BLE001
-            _guard.report("tracing.redaction", error)
 
 
 def _redacted_span(span: Span) -> Span:
@@ -169,12 +164,12 @@ def get_tracing_provider() -> TracingProvider:
 
 
 def set_trace_processors(processors: list[TraceProcessor]) -> None:
-    """Replace the global provider's processors; traces under way keep theirs."""
+    """Replace the global provider's processors; open traces keep theirs."""
     _provider.set_processors(processors)
 
 
 def add_trace_processor(processor: TraceProcessor) -> None:
-    """Have `processor` told of every trace, after those already there."""
+    """Notify `processor` of every trace, after the processors that are there."""
     _provider.add_processor(processor)
 
 
@@ -184,7 +179,7 @@ def set_tracing_mode(mode: TracingMode) -> None:
 
 
 def set_tracing_disabled(disabled: bool) -> None:
-    """Turn tracing off, or back on in the mode it last had, for traces made from now on."""
+    """Turn tracing off, or on in the mode it last had, for traces made from now on."""
     _provider.set_disabled(disabled)
 
 

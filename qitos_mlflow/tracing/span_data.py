@@ -1,7 +1,7 @@
-"""What a span is about: one small class a kind of span, each a set of plain attributes.
+"""What a span is about: one small class for each kind of span, with plain attributes.
 
-Receives what the caller has; hands on `export`, a dict of ``type`` and the fields. Values are
-kept as given, neither copied nor checked.
+`export` returns a dict of ``type`` and the fields. Values are kept as given, neither copied nor
+checked. A class that is added here is part of the tracing API without any further list.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 
 class SpanType(str, Enum):
-    """The kinds of spans; `DELEGATE`, `FANOUT`, `PARSE` and `GUARDRAIL` have no class here."""
+    """The kinds of spans. `DELEGATE`, `FANOUT`, `PARSE` and `GUARDRAIL` have no class here."""
 
     AGENT = "agent"
     STEP = "step"
@@ -46,9 +46,10 @@ class SpanData(ABC):
 
 
 class _FieldSpanData(SpanData):
-    """Exports its dataclass fields."""
+    """Exports its dataclass fields; those in `left_out` only if they are not None."""
 
     kind: ClassVar[SpanType]
+    left_out: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def type(self) -> str:
@@ -58,11 +59,14 @@ class _FieldSpanData(SpanData):
         exported: dict[str, Any] = {"type": self.type}
         for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
             exported[name] = getattr(self, name)
+        for name in self.left_out:
+            if exported[name] is None:
+                del exported[name]
         return exported
 
 
-# No generated __repr__: a span that ends up in a log line must not bring its content along. No
-# generated __eq__: spans of equal content are still different spans.
+# No generated __repr__: a span in a log line must not show its content. No generated __eq__:
+# spans of equal content are still different spans.
 # (Spelled out each time: type checkers do not follow an alias of `dataclass`.)
 
 
@@ -71,23 +75,17 @@ class AgentSpanData(_FieldSpanData):
     """One run of an agent; `tools` are names."""
 
     kind = SpanType.AGENT
+    left_out = frozenset({"task"})
     name: str
     _: KW_ONLY
     model: str | None = None
     tools: list[str] | None = None
     output_type: str | None = None
     task: Any = field(default=None, init=False)
-    """What it was given to do, where the metadata of its trace does not say; not on every host."""
+    """Its task, if the metadata of its trace does not have it; not on every host."""
 
     def __post_init__(self) -> None:
         self.tools = self.tools or []
-
-    def export(self) -> dict[str, Any]:
-        """As the others, but without `task` if not given."""
-        exported = super().export()
-        if self.task is None:
-            del exported["task"]
-        return exported
 
 
 @dataclass(eq=False, repr=False)
@@ -101,23 +99,21 @@ class StepSpanData(_FieldSpanData):
     decision: Any = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class DecideSpanData(_FieldSpanData):
-    """Finding the next decision, from observation to decision."""
+    """The way from an observation to a decision."""
 
     kind = SpanType.DECIDE
-    _: KW_ONLY
     input_content: Any = None
     output_content: Any = None
     model_response: dict[str, Any] | None = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class GenerationSpanData(_FieldSpanData):
     """One call of a language model; `token_usage` holds real counts or is None."""
 
     kind = SpanType.GENERATION
-    _: KW_ONLY
     model: str | None = None
     input_content: Any = None
     output_content: Any = None
@@ -125,89 +121,75 @@ class GenerationSpanData(_FieldSpanData):
     token_usage: dict[str, int] | None = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ActSpanData(_FieldSpanData):
     """Carrying out a decision's actions."""
 
     kind = SpanType.ACT
-    _: KW_ONLY
     action_name: str | None = None
     tool_args: dict[str, Any] | None = None
     output_content: Any = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ToolSpanData(_FieldSpanData):
     """One call of a tool."""
 
     kind = SpanType.TOOL
-    _: KW_ONLY
     tool_name: str
     tool_args: dict[str, Any] | None = None
     output_content: Any = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ReduceSpanData(_FieldSpanData):
-    """Folding results into the agent's state; `input_count` is how many there were."""
+    """Merging results into the agent's state; `input_count` is their number."""
 
     kind = SpanType.REDUCE
-    _: KW_ONLY
     input_count: int = 0
     output_content: Any = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CriticSpanData(_FieldSpanData):
     """One critic's verdict; `score` is None when it gave none."""
 
     kind = SpanType.CRITIC
-    _: KW_ONLY
     critic_name: str | None = None
     input_content: Any = None
     output_content: Any = None
     score: float | None = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class HandoffSpanData(_FieldSpanData):
     """One agent passing the run to another."""
 
     kind = SpanType.HANDOFF
-    _: KW_ONLY
+    left_out = frozenset({"context_strategy", "messages_passed"})
     from_agent: str | None = None
     to_agent: str | None = None
     output_content: Any = None
     context_strategy: str | None = None
     messages_passed: int | None = None
 
-    def export(self) -> dict[str, Any]:
-        """As the others, but without `context_strategy` and `messages_passed` if not given."""
-        exported = super().export()
-        for name in ("context_strategy", "messages_passed"):
-            if exported[name] is None:
-                del exported[name]
-        return exported
 
-
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MCPSpanData(_FieldSpanData):
     """One call of a tool on an MCP server."""
 
     kind = SpanType.MCP
-    _: KW_ONLY
     server_name: str | None = None
     tool_name: str | None = None
     tool_args: dict[str, Any] | None = None
     output_content: Any = None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CustomSpanData(_FieldSpanData):
-    """Anything else, under a name of the caller's."""
+    """Anything else, under a name of the caller's choice."""
 
     kind = SpanType.CUSTOM
-    _: KW_ONLY
     name: str
     data: dict[str, Any] | None = None
 
