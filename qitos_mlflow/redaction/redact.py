@@ -23,7 +23,7 @@ from qitos_mlflow.redaction.names import names_credential
 
 MARKER = "[redacted]"
 
-MAX_LEVELS = 256
+DEEPEST_LEVEL = 256
 """Deeper levels become `MARKER`. A record has at most 254, because orjson writes no more."""
 
 _SHORTEST = 8
@@ -68,7 +68,7 @@ def redact(value: Any, _depth: int = 0) -> Any:
         return redact_text(value)
     if not isinstance(value, (dict, list, tuple)):
         return value
-    if _depth >= MAX_LEVELS:
+    if _depth >= DEEPEST_LEVEL:
         return MARKER
     if isinstance(value, dict):
         return _redact_mapping(value, _depth)

@@ -23,26 +23,30 @@ _NOTE_CHARS = 60
 """A note of a cut is not longer (characters)."""
 
 MAX_INLINED_CHARS = 32_768
-"""Files up to here stay, and pictures are shown."""
+"""Longest file that stays; MLflow shows such pictures (characters)."""
 
 _MEDIA = r"[\w.+-]{1,64}(?:/[\w.+-]{1,64})?"
+_MEDIA_KEYS = ("media_type", "mime_type", "mimeType", "format")
 _DATA_URL = re.compile(r"data:([\w.+-]{1,64}/[\w.+-]{1,64})?[;,]", re.ASCII | re.IGNORECASE)
 _BASE64 = re.compile(r"[\w+/=-]*", re.ASCII)
 _LOOK_CHARS = 1024
+"""As many characters show whether a text is base64."""
 _CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all\]$")
 _FILE_NOTE = re.compile(rf"\[{_MEDIA}, \d+ characters\]", re.ASCII)
-_MEDIA_KEYS = ("media_type", "mime_type", "mimeType", "format")
+_WITH_FIELDS = ("data", "metadata")
 
 
 def is_note(text: str) -> bool:
-    """Whether `text` stands for a file that was left out."""
+    """Whether `text` is the note of a file that was left out."""
     return _FILE_NOTE.fullmatch(text) is not None
 
 
 def note_large(value: Any, max_chars: int = MAX_INLINED_CHARS) -> Any:
     """A copy of `value` (JSON types) with a note in the place of each file over `max_chars`."""
     if isinstance(value, str):
-        return _note_url(value, max_chars)
+        if len(value) > max_chars and (url := _DATA_URL.match(value)):
+            return _note(url.group(1) or "data", value)
+        return value
     if isinstance(value, list):
         return [note_large(item, max_chars) for item in value]
     if not isinstance(value, dict):
@@ -56,89 +60,75 @@ def note_large(value: Any, max_chars: int = MAX_INLINED_CHARS) -> Any:
     return kept
 
 
-def _note_url(text: str, max_chars: int) -> str:
-    if len(text) <= max_chars or (url := _DATA_URL.match(text)) is None:
-        return text
-    return _note(url.group(1) or "data", text)
-
-
 def _note_base64(text: Any, media: str, max_chars: int) -> Any:
-    if not isinstance(text, str) or len(text) <= max_chars:
-        return text
-    return _note(media, text) if _BASE64.fullmatch(text, 0, _LOOK_CHARS) else text
+    large = isinstance(text, str) and len(text) > max_chars
+    return _note(media, text) if large and _BASE64.fullmatch(text, 0, _LOOK_CHARS) else text
 
 
 def _note(media: str, text: str) -> str:
-    # The snapshot may have cut it: then its note says how long the file was.
+    # If the snapshot has cut the file, the note of that says how long it was.
     cut_note = _CUT.search(text, max(0, len(text) - _NOTE_CHARS))
-    # Nothing but a media type: it is not searched for credentials in any other form.
+    # Only a media type: the note is not searched for credentials in the form that `media` had.
     media = media if re.fullmatch(_MEDIA, media, re.ASCII) else "data"
     return f"[{media}, {cut_note.group(1) if cut_note else len(text)} characters]"
 
 
 def cut(text: str, length: int) -> str:
-    """The first `length` characters of `text` and a note of its length."""
+    """The first `length` characters of `text`, and a note of how many it had."""
     return f"{text[:length]}{CUT_HERE}{len(text)} characters in all]"
 
 
 def trim(text: str, max_bytes: int) -> str:
-    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and a marker with its size.
+    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and a note of its size.
 
-    The result stays within `max_bytes` as long as the marker itself does (40 bytes).
+    The result has at most `max_bytes`, or the size of the note (40 bytes) if that is more.
     """
     if len(text) * 4 <= max_bytes:
         return text
     data = text.encode("utf-8", "surrogatepass")
     if len(data) <= max_bytes:
         return text
-    # A text that was cut before says how long it was in the first place.
-    at = text.rfind(CUT_HERE, -_NOTE_CHARS)
-    marker = text[at:] if at >= 0 else f"… [trimmed, {len(data)} bytes in all]"
-    room = max(0, max_bytes - len(marker.encode()))
-    return data[:room].decode("utf-8", "ignore") + marker
-
-
-_FIELDS = ("data", "metadata")
+    at = text.rfind(CUT_HERE, -_NOTE_CHARS)  # The note of an earlier cut has the true length.
+    note = text[at:] if at >= 0 else f"… [trimmed, {len(data)} bytes in all]"
+    room = max(0, max_bytes - len(note.encode()))
+    return data[:room].decode("utf-8", "ignore") + note
 
 
 def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
-    """A copy of `record` in which no input, output or other field is larger than `max_bytes`.
+    """A copy of `record` in which no field is larger than `max_bytes` of JSON.
 
-    A field that is too large keeps its form while cutting its longest texts is enough, so that a
-    chat stays a chat; else it becomes the beginning of its JSON text. Call it when the whole
-    record is larger than `max_bytes`; nothing can be too large before.
+    Each item of `data` and `metadata` is a field, and so is everything else. If it is enough to cut
+    the longest texts of a field, the field keeps its form, so that a chat stays a chat. Otherwise
+    the field becomes the beginning of its JSON text.
     """
-    kept = dict(record)
+    kept = {}
     for name, value in record.items():
-        if name in _FIELDS and isinstance(value, dict):
-            kept[name] = {key: _fit(item, max_bytes) for key, item in value.items()}
+        if name in _WITH_FIELDS and isinstance(value, dict):
+            kept[name] = {key: _trim_field(item, max_bytes) for key, item in value.items()}
         else:
-            kept[name] = _fit(value, max_bytes)
+            kept[name] = _trim_field(value, max_bytes)
     return kept
 
 
-def _fit(value: Any, max_bytes: int) -> Any:
+def _trim_field(value: Any, max_bytes: int) -> Any:
     if isinstance(value, str):
         return trim(note_large(value, max_bytes), max_bytes)
-    if not isinstance(value, (dict, list)):
-        return value
-    size = len(orjson.dumps(value))
-    if size <= max_bytes:
+    if not isinstance(value, (dict, list)) or len(orjson.dumps(value)) <= max_bytes:
         return value
     each = max_bytes // 2
     while each >= 256:
-        smaller = _trim_all(note_large(value, each), each)
+        smaller = _trim_texts(note_large(value, each), each)
         if len(orjson.dumps(smaller)) <= max_bytes:
             return smaller
         each //= 4
     return trim(orjson.dumps(value).decode(), max_bytes)
 
 
-def _trim_all(value: Any, max_bytes: int) -> Any:
+def _trim_texts(value: Any, max_bytes: int) -> Any:
     if isinstance(value, str):
         return trim(value, max_bytes)
     if isinstance(value, dict):
-        return {key: _trim_all(item, max_bytes) for key, item in value.items()}
+        return {key: _trim_texts(item, max_bytes) for key, item in value.items()}
     if isinstance(value, list):
-        return [_trim_all(item, max_bytes) for item in value]
+        return [_trim_texts(item, max_bytes) for item in value]
     return value
