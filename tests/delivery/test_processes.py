@@ -284,6 +284,37 @@ print(os.waitpid(child, 0)[1], pipeline.close(30), server.accepted)
 
 
 @posix
+def test_a_fork_leaves_the_parents_sinks_alone(tmp_path: Path) -> None:
+    """What the parent is sending for a dead process goes on; the child closes none of it."""
+    code = """
+import gc, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from qitos_mlflow.delivery import leftovers, segment_transfer
+leftovers.FIRST_LOOK_S, leftovers.BATCH_PAUSE_S, segment_transfer.BATCH_RECORDS = 0, 60, 1
+class Sink(FakeSink):
+    def close(self):
+        if self is not own:
+            os.write(1, b"closed by parent\\n" if os.getpid() == parent else b"by child\\n")
+own, parent = Sink(server), os.getpid()
+left_behind(spool, numbered(2))
+pipeline = make_pipeline(
+    spool, server, open_sink=lambda: own, open_leftovers=lambda header: lambda: Sink(server)
+)
+pipeline.offer(b"own", urgent=True)
+while numbered(1)[0] not in server.accepted:
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    gc.collect()
+    pipeline.offer(b"child", urgent=True)
+    os._exit(0 if pipeline.close(30) else 1)
+print(os.waitpid(child, 0)[1], flush=True)
+pipeline.close(30)
+"""
+    assert run(code, tmp_path / "spool") == ["0", "closed by parent"]
+
+
+@posix
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(tmp_path: Path, method: str) -> None:
     """Workers of multiprocessing deliver for themselves, however they are started."""
