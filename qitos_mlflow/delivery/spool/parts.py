@@ -1,7 +1,8 @@
 """A part of a segment: lines one after the other, on disk or in memory.
 
 Positions count bytes from the segment's beginning through all of its parts. A part holds those
-from `base` on. So a place in the segment is one number, wherever it is stored.
+from `base` on. So a place in the segment is one number, wherever it is stored. The spooling thread
+appends, the sending thread reads.
 """
 
 from __future__ import annotations
@@ -10,48 +11,10 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.paths import open_private, write_all
-
-
-class Part(Protocol):
-    """Lines from position `base` on; the spooling thread appends, the sending thread reads."""
-
-    base: int
-    records: int
-    """Lines appended by this object; 0 if another process appends."""
-    acknowledged: int
-    """Records of it that have been acknowledged, or given up."""
-
-    @property
-    def path(self) -> Path | None:
-        """Its file; None of a part in memory."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Bytes appended so far."""
-        ...
-
-    def append(self, lines: Sequence[bytes]) -> int:
-        """Append lines; returns how many were appended whole."""
-        ...
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes; fewer only at the end.
-
-        Raises:
-            FileNotFoundError: the part is gone.
-            OSError: it cannot be read.
-        """
-        ...
-
-    def remove(self) -> None:
-        """Free its disk space or memory. Nothing is read from it afterwards."""
-        ...
 
 
 class DiskPart:
@@ -61,7 +24,9 @@ class DiskPart:
         self.path = path
         self.base = base
         self.records = 0
+        """Records appended by this object; 0 if another process appends."""
         self.acknowledged = 0
+        """Records of it that are acknowledged, or given up."""
         self.failure: str | None = None
         self._descriptor: int | None = None
         self._made: os.stat_result | None = None
@@ -141,7 +106,12 @@ class DiskPart:
                 )
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes of the file. Keeps nothing open."""
+        """Up to `size` bytes of the file; fewer only at the end. Keeps nothing open.
+
+        Raises:
+            FileNotFoundError: the file is gone.
+            OSError: it cannot be read.
+        """
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -195,3 +165,6 @@ class MemoryPart:
     def remove(self) -> None:
         """Free the memory."""
         self._lines = bytearray()
+
+
+Part = DiskPart | MemoryPart

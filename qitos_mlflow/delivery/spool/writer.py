@@ -27,7 +27,7 @@ from qitos_mlflow.delivery.spool.counts import (
     reason_of,
 )
 from qitos_mlflow.delivery.spool.locks import FileLock
-from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart
+from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, make_directory, new_stem
 from qitos_mlflow.delivery.spool.quota import Quota
 
@@ -89,7 +89,7 @@ class SegmentWriter:
         self._quota = Quota(directory, cap_bytes)
         self._own = FileLock(self.paths.own)
         self._sending = FileLock(self.paths.ship)
-        self._parts: list[DiskPart | MemoryPart] = []
+        self._parts: list[Part] = []
         self._parts_lock = threading.Lock()
         self._disk_failure = ""
         self._disk_retry_at = 0.0
@@ -134,7 +134,7 @@ class SegmentWriter:
                 done += 1
         return losses
 
-    def parts(self) -> list[DiskPart | MemoryPart]:
+    def parts(self) -> list[Part]:
         """The parts that are not discarded, in order."""
         with self._parts_lock:
             return list(self._parts)
@@ -182,7 +182,7 @@ class SegmentWriter:
             if isinstance(part, DiskPart):
                 part.seal()
 
-    def _writable(self, record: Record, line: bytes, time_ns: int) -> DiskPart | MemoryPart:
+    def _writable(self, record: Record, line: bytes, time_ns: int) -> Part:
         part = self._parts[-1] if self._parts else None
         if isinstance(part, DiskPart) and part.size < self._part_bytes:
             return part
@@ -201,7 +201,7 @@ class SegmentWriter:
             self._quota.add(len(lines[index]))
         return len(lines)
 
-    def _disk_or_memory(self, record: Record, line: bytes, time_ns: int) -> DiskPart | MemoryPart:
+    def _disk_or_memory(self, record: Record, line: bytes, time_ns: int) -> Part:
         """A new part, for `line` and what follows."""
         try:
             return self._add_disk(record, line, time_ns) or self._fall_back(SPOOL_FULL)
@@ -249,7 +249,7 @@ class SegmentWriter:
         self._add(part)
         return part
 
-    def _add(self, part: DiskPart | MemoryPart) -> None:
+    def _add(self, part: Part) -> None:
         with self._parts_lock:
             if self._parts:
                 last = self._parts[-1]
