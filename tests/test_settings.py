@@ -44,7 +44,7 @@ def test_the_five_parameters_keep_names_order_and_defaults() -> None:
 
 
 def test_defaults() -> None:
-    """Without a word everything is on, and waits are short."""
+    """By default everything is on, and waits are short."""
     settings = Settings()
     assert (settings.experiment_name, settings.run_name, settings.tags) == ("qitos", None, {})
     assert (settings.tracking_uri, settings.auto_end_run, settings.offline) == (None, True, False)
@@ -143,7 +143,7 @@ def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
 def test_a_destination_that_mlflow_cannot_have_is_refused(
     uri: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, from either source, with what to give instead: no record is ever sent there."""
+    """Refused at once, from either source, with what to give instead: no record is sent there."""
     with pytest.raises(SettingsError, match=f"argument tracking_uri={re.escape(repr(uri))}") as one:
         Settings.resolve(tracking_uri=uri)
     assert advice in str(one.value)
@@ -168,7 +168,7 @@ def test_a_destination_that_mlflow_cannot_have_is_refused(
     ],
 )
 def test_every_kind_of_destination_is_taken(uri: str) -> None:
-    """Whatever MLflow has a store for, paths included."""
+    """Every URI that MLflow has a store for is accepted, paths included."""
     assert Settings.resolve(tracking_uri=uri).tracking_uri == uri.strip()
 
 
@@ -188,7 +188,7 @@ def test_a_destination_may_be_a_path_and_an_empty_one_is_none() -> None:
 
 @pytest.mark.parametrize("uri", ["http://[::1", "http://u:secret@[::1", "http://h:port", "", ":"])
 def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that became unusable since is one more destination, which nobody can reach."""
+    """A variable that becomes unusable later is one more destination that cannot be reached."""
     settings = Settings.resolve()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert is_http(tracking_uri(settings)) is uri.startswith("http")
@@ -230,14 +230,14 @@ def test_errors_hold_no_credentials(
 
 
 @pytest.mark.parametrize("tags", [["env"], "env=dev", "7"])
-def test_tags_that_cannot_be_used_are_told_by_their_kind(tags: Any) -> None:
+def test_tags_that_cannot_be_used_are_named_by_their_kind(tags: Any) -> None:
     """Tags are free text, so the error names what was given, but shows none of it."""
     with pytest.raises(SettingsError, match=r"argument tags, a (list|str), .*expected a mapping"):
         Settings.resolve(tags=tags)
 
 
 def test_a_directory_may_be_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tilde is the home directory, as in a shell; nobody's home is an error."""
+    """A tilde is the home directory, as in a shell; a user who does not exist is an error."""
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("USERPROFILE", "/home/someone")
     monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", "~/spool")
@@ -254,17 +254,17 @@ def test_a_directory_may_be_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("QITOS_MLFLOW_RUNNAME", "QITOS_MLFLOW_RUN_NAME"),
     ],
 )
-def test_a_variable_that_sets_nothing_is_told_once(
+def test_a_variable_that_sets_nothing_causes_one_warning(
     variable: str, advice: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A misspelt variable is one warning with the names there are."""
+    """A misspelt variable causes one warning that lists the valid names."""
     monkeypatch.setattr(_guard, "_last_logged", {})
     monkeypatch.setenv(variable, "x")
     Settings.resolve()
     Settings.resolve()
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert variable in said
-    assert advice in said
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert variable in line
+    assert advice in line
 
 
 def test_the_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_the_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPat
         Settings.resolve()
 
 
-def test_unknown_options_are_told_with_those_there_are() -> None:
+def test_an_unknown_option_is_an_error_with_the_valid_names() -> None:
     """A misspelt option is a TypeError that lists the right names."""
     with pytest.raises(TypeError, match=r"unknown setting 'experiment'.*experiment_name"):
         MlflowTraceProcessor(experiment="runs")

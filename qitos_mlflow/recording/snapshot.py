@@ -66,13 +66,7 @@ def span_record(
     }
     if late:
         record["late"] = late
-    # orjson writes NaN and infinity as null. As text the mapping drops *and counts* them.
-    if kind == "critic":
-        data["score"] = _finite(data.get("score"))
-    elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
-        data["token_usage"] = {
-            key: value if type(value) is int else _finite(value) for key, value in usage.items()
-        }
+    _keep_numbers(kind, data)
     exception = getattr(span, "exception", None)
     if content:
         for key, value in data.items():
@@ -124,6 +118,19 @@ def failure_in_flight(at_start: BaseException | None) -> BaseException | None:
     """
     current = sys.exc_info()[1]
     return None if current is at_start else current
+
+
+def _keep_numbers(kind: str, data: dict[str, Any]) -> None:
+    """Make NaN and infinity texts among the numbers that become metrics.
+
+    orjson would write null. A text the mapping drops *and counts*.
+    """
+    if kind == "critic":
+        data["score"] = _finite(data.get("score"))
+    elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
+        data["token_usage"] = {
+            key: value if type(value) is int else _finite(value) for key, value in usage.items()
+        }
 
 
 def _finite(value: Any) -> Any:

@@ -28,7 +28,7 @@ Said = Callable[[dict[str, Any]], Any]
 
 
 class Says:
-    """A plugin that says this of every record."""
+    """A plugin that returns this for every record."""
 
     def __init__(self, say: Said) -> None:
         self._say = say
@@ -40,7 +40,7 @@ class Says:
 
 @pytest.fixture
 def attach() -> Iterator[Callable[..., None]]:
-    """Attach plugins that say what the functions given return."""
+    """Attach plugins that return what the given functions return."""
     attached: list[PluginTraceProcessor] = []
 
     def attach_plugins(*says: Said) -> None:
@@ -62,8 +62,8 @@ def kept(record: dict[str, Any], field_bytes: int = 1_000_000) -> dict[str, Any]
     return record
 
 
-def test_what_plugins_say_is_kept_with_the_record(attach: Callable[..., None]) -> None:
-    """All plugins' parts become one; of the same name the later one stays."""
+def test_what_plugins_return_is_kept_with_the_record(attach: Callable[..., None]) -> None:
+    """The parts of all plugins are merged; of the same name the later value stays."""
     attach(
         lambda record: {"tags": {"team": "blue", "site": "a"}},
         lambda record: None,
@@ -78,7 +78,7 @@ def test_what_plugins_say_is_kept_with_the_record(attach: Callable[..., None]) -
 
 
 def test_the_record_is_seen_without_credentials(attach: Callable[..., None]) -> None:
-    """What a plugin sees is redacted, and so is what it says."""
+    """What a plugin sees is redacted, and so is what it returns."""
     seen: list[Any] = []
 
     def say(record: dict[str, Any]) -> Any:
@@ -92,7 +92,7 @@ def test_the_record_is_seen_without_credentials(attach: Callable[..., None]) -> 
     assert record["added"]["attributes"]["api_key"] == "[redacted]"
 
 
-def test_what_is_said_has_the_limit_of_a_field(attach: Callable[..., None]) -> None:
+def test_what_a_plugin_returns_has_the_limit_of_a_field(attach: Callable[..., None]) -> None:
     """A plugin cannot make a record larger than a setting allows."""
     attach(lambda record: {"attributes": {"page": "x" * 50_000}})
     record = kept(Records().span("tool", tool_name="get"), field_bytes=2_000)
@@ -111,10 +111,10 @@ def test_what_is_said_has_the_limit_of_a_field(attach: Callable[..., None]) -> N
         ({"metrics": {7: 1}}, "7"),
     ],
 )
-def test_what_is_said_wrongly_is_reported(
+def test_what_is_returned_wrongly_is_reported(
     said: Any, complaint: str, attach: Callable[..., None], swallowed: list[Any]
 ) -> None:
-    """It is left out as a whole, under its plugin's name; what others say is kept."""
+    """It is left out as a whole and logged under its plugin's name; other plugins' parts stay."""
     attach(lambda record: said, lambda record: {"tags": {"team": "blue"}})
     assert kept(Records().span("tool", tool_name="get"))["added"] == {"tags": {"team": "blue"}}
     ((where, error),) = swallowed
@@ -126,7 +126,7 @@ def test_what_is_said_wrongly_is_reported(
 def test_a_plugin_that_raises_costs_its_addition_only(
     attach: Callable[..., None], swallowed: list[Any]
 ) -> None:
-    """The record is kept, with what the others said."""
+    """The record is kept, with what the others returned."""
 
     def fail(record: dict[str, Any]) -> Any:
         raise RuntimeError("mine")
@@ -138,7 +138,7 @@ def test_a_plugin_that_raises_costs_its_addition_only(
 
 
 def test_only_events_are_asked_about(attach: Callable[..., None]) -> None:
-    """Files, and the announcement of a root, are none of a plugin's business."""
+    """Plugins are not asked about files and the start of a root."""
     attach(lambda record: {"tags": {"kind": record["kind"]}})
     make = Records()
     assert kept(make.start())["added"]["tags"] == {"kind": "trace_start"}
