@@ -15,7 +15,6 @@ from qitos_mlflow import MlflowTraceProcessor, _guard
 from qitos_mlflow.errors import SettingsError
 from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
-from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import MIB, Settings, env_names, usable_uri
 
 NAMES = [option.name for option in fields(Settings)]
@@ -193,20 +192,6 @@ def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert is_http(tracking_uri(settings)) is uri.startswith("http")
     assert b"secret" not in segment_header(settings, uri)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("http://user:pass@host:1/p?a=b@c", "http://host:1/p?a=b@c"),
-        ("http://host/a@b", "http://host/a@b"),
-        ("sqlite:////home/a@b/x.db", "sqlite:////home/a@b/x.db"),
-        ("mysql+pymysql://u:p@x@host/d", "mysql+pymysql://host/d"),
-    ],
-)
-def test_credentials_are_left_out_of_a_destination(uri: str, shown: str) -> None:
-    """User and password, and nothing else."""
-    assert without_credentials(uri) == shown
 
 
 @pytest.mark.parametrize(

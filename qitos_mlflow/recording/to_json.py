@@ -164,7 +164,8 @@ def _name(key: Any, levels: int, budget: list[int]) -> str:
 def _known(value: Any, budget: list[int]) -> Any:
     """`value`, which orjson cannot write, as something simpler; cheap, however large it is.
 
-    Runs as little code of its class as possible, and none of a subclass of str, int, dict or list.
+    Runs as little code of its class as possible. Subclasses of str, int, float, dict and list run
+    none.
     """
     kind = type(value)
     try:
@@ -172,6 +173,8 @@ def _known(value: Any, budget: list[int]) -> Any:
             return str.__str__(value)
         if issubclass(kind, int):
             return int.__int__(value)
+        if issubclass(kind, float):
+            return float.__float__(value)
         if issubclass(kind, dict):
             return dict(dict.items(value))
         if issubclass(kind, list):

@@ -76,6 +76,13 @@ class Size(enum.IntEnum):
     SMALL = 1
 
 
+class Ratio(float):
+    """A number of a user's class."""
+
+    def __repr__(self) -> str:
+        return "a ratio"
+
+
 @dataclass
 class Point:
     x: int
@@ -193,6 +200,7 @@ class HostilePath:
         (b"abc", "<3 bytes>"),
         (np.array([1, 2]), [1, 2]),
         (np.float64(1.5), 1.5),
+        ([Ratio(1.5), {1: Ratio(0.5)}], [1.5, {"1": 0.5}]),
         (np.float32(1.5), 1.5),
         (np.int64(7), 7),
         (np.bool_(True), True),
