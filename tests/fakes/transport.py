@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
 from qitos_mlflow.redaction.uris import without_credentials
 
@@ -53,28 +53,21 @@ class FakeTransport:
     def experiment_id(self, name: str, timeout_s: float) -> str:
         return self._answer("experiment_id", name, lambda: "7")
 
-    def create_run(
-        self,
-        experiment_id: str,
-        start_ms: int,
-        name: str,
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> RunRef:
+    def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
 
         def create() -> RunRef:
             run_id = f"{prefix}{next(self.numbers)}"
             self.runs[run_id] = {
-                "name": name,
-                "tags": dict(tags),
+                "name": run.name,
+                "tags": dict(run.tags),
                 "metrics": Counter(),
                 "params": {},
                 "status": "RUNNING",
             }
-            return RunRef(run_id, experiment_id, name, "mlflow-artifacts:/7", start_ms)
+            return RunRef(run_id, run.experiment_id, run.name, "mlflow-artifacts:/7", run.start_ms)
 
-        return self._answer("create_run", dict(tags), create)
+        return self._answer("create_run", dict(run.tags), create)
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
         def find() -> list[RunRef]:
@@ -89,25 +82,18 @@ class FakeTransport:
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
 
-    def log_batch(
-        self,
-        run_id: str,
-        metrics: Sequence[Metric],
-        params: Sequence[tuple[str, str]],
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> None:
+    def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         def log() -> None:
             run = self._run(run_id)
-            for key, value in params:
+            for key, value in data.params:
                 if run["params"].get(key, value) != value:
                     raise Refused("INVALID_PARAMETER_VALUE", f"param {key} changes")
             # The same point again is the same row.
-            run["metrics"].update({point: 1 for point in metrics if not run["metrics"][point]})
-            run["params"].update(params)
-            run["tags"].update(tags)
+            run["metrics"].update({point: 1 for point in data.metrics if not run["metrics"][point]})
+            run["params"].update(data.params)
+            run["tags"].update(data.tags)
 
-        self._answer("log_batch", [*metrics, *params, *tags], log)
+        self._answer("log_batch", [*data.metrics, *data.params, *data.tags], log)
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         self._answer("end_run", status, lambda: self._run(run_id).update(status=status))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,42 @@ class Metric:
     value: float
     timestamp_ms: int
     step: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Metrics, params and tags to be added to a run."""
+
+    metrics: list[Metric] = field(default_factory=list)
+    params: list[tuple[str, str]] = field(default_factory=list)
+    tags: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """A run to be created; `start_ms` is milliseconds since the epoch."""
+
+    experiment_id: str
+    name: str
+    start_ms: int
+    tags: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class SpanSum:
+    """A question: the sum of a metric over the spans that match all `filters`.
+
+    Attributes:
+        experiment_id: of the spans.
+        metric: MLflow's name of a metric of spans, such as ``input_cost``.
+        filters: in MLflow's language for trace metrics.
+        times_ms: spans between these times only, milliseconds since the epoch.
+    """
+
+    experiment_id: str
+    metric: str
+    filters: Sequence[str]
+    times_ms: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qitos_mlflow._usage import parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
 from qitos_mlflow.mlflow_plugin.mapping.limits import (
     clean_key,
     clean_metric,
@@ -36,15 +36,6 @@ OTHERS = "others"
 
 NAME_IN_KEY_CHARS = 200
 """Longest name of a tool or model in a metric's key (characters)."""
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What one record adds to its run."""
-
-    metrics: list[Metric] = field(default_factory=list)
-    params: list[tuple[str, str]] = field(default_factory=list)
-    tags: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass

@@ -7,7 +7,7 @@ shown whole and counted as a span only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -128,6 +128,12 @@ def _decision(data: Data) -> Any:
 OTHER = SpanKind()
 """Types of later hosts: everything that is there."""
 
+_TOOL_CALL = SpanKind(
+    "TOOL", name="tool_name", inputs="tool_args", latency="tool/latency_ms", tool=_tool
+)
+_STAGE = SpanKind("CHAIN", inputs="input_content", attributes={"qitos.input_count": "input_count"})
+"""A stage of the agent's step, from its input to its output."""
+
 SPAN_KINDS: Mapping[str, SpanKind] = {
     "agent": SpanKind(
         "AGENT",
@@ -144,9 +150,7 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         latency="step/latency_ms",
         counts=Counts.STEP,
     ),
-    "decide": SpanKind(
-        "CHAIN", inputs="input_content", attributes={"qitos.input_count": "input_count"}
-    ),
+    "decide": _STAGE,
     "generation": SpanKind(
         "CHAT_MODEL",
         name="model",
@@ -158,20 +162,9 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
     "act": SpanKind(
         "CHAIN", name=_actions, inputs="tool_args", tool=_actions, tool_tag="action/name"
     ),
-    "tool": SpanKind(
-        "TOOL", name="tool_name", inputs="tool_args", latency="tool/latency_ms", tool=_tool
-    ),
-    "mcp": SpanKind(
-        "TOOL",
-        name="tool_name",
-        title=_server_and_tool,
-        inputs="tool_args",
-        latency="tool/latency_ms",
-        tool=_tool,
-    ),
-    "reduce": SpanKind(
-        "CHAIN", inputs="input_content", attributes={"qitos.input_count": "input_count"}
-    ),
+    "tool": _TOOL_CALL,
+    "mcp": replace(_TOOL_CALL, title=_server_and_tool),
+    "reduce": _STAGE,
     "critic": SpanKind(
         "EVALUATOR",
         name="critic_name",

@@ -29,6 +29,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     TRACE_TAG,
     Poisoned,
     Refused,
+    deleted_experiment,
     equals,
     failure,
     readable,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     import requests
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
+    from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
     from qitos_mlflow.mlflow_plugin.server.http import Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
@@ -185,28 +186,16 @@ class StoreTransport:
                         raise
                     found = self._mlflow.get_experiment_by_name(name)
             if found.lifecycle_stage == "deleted":
-                raise Refused(
-                    "INVALID_STATE",
-                    f"experiment {name!r} is deleted; restore it with "
-                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`",
-                )
+                raise deleted_experiment(name, found.experiment_id)
             return str(found.experiment_id)
 
-    def create_run(
-        self,
-        experiment_id: str,
-        start_ms: int,
-        name: str,
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> RunRef:
+    def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run."""
         with _failures():
-            return _run_ref(
-                self._mlflow.create_run(
-                    experiment_id, start_time=start_ms, tags=dict(tags), run_name=name
-                )
+            made = self._mlflow.create_run(
+                run.experiment_id, start_time=run.start_ms, tags=dict(run.tags), run_name=run.name
             )
+            return _run_ref(made)
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
         """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
@@ -227,21 +216,14 @@ class StoreTransport:
         with _failures():
             self._mlflow.delete_run(run_id)
 
-    def log_batch(
-        self,
-        run_id: str,
-        metrics: Sequence[Metric],
-        params: Sequence[tuple[str, str]],
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> None:
+    def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         """Log metrics, params and tags in one call."""
         with _failures():
             self._mlflow.log_batch(
                 run_id,
-                [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in metrics],
-                [Param(*pair) for pair in params],
-                [RunTag(*pair) for pair in tags],
+                [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in data.metrics],
+                [Param(*pair) for pair in data.params],
+                [RunTag(*pair) for pair in data.tags],
                 synchronous=True,  # Whatever MLFLOW_ENABLE_ASYNC_LOGGING says of the user's calls.
             )
 
@@ -270,15 +252,8 @@ class StoreTransport:
             with _failures():
                 self._tracing.log_spans(experiment_id, converted)
 
-    def sum_spans(
-        self,
-        experiment_id: str,
-        metric: str,
-        filters: Sequence[str],
-        times_ms: tuple[int, int],
-        timeout_s: float,
-    ) -> float | None:
-        """The sum of a metric over the spans that match all `filters`; None if none has it."""
+    def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
+        """The sum that `question` asks for; None if none of the spans has the metric."""
         from mlflow.entities.trace_metrics import (
             AggregationType,
             MetricAggregation,
@@ -287,13 +262,13 @@ class StoreTransport:
 
         with _failures():
             points = self._tracing.store.query_trace_metrics(
-                [experiment_id],
+                [question.experiment_id],
                 MetricViewType.SPANS,
-                metric,
+                question.metric,
                 [MetricAggregation(AggregationType.SUM)],
-                filters=list(filters),
-                start_time_ms=times_ms[0],
-                end_time_ms=times_ms[1],
+                filters=list(question.filters),
+                start_time_ms=question.times_ms[0],
+                end_time_ms=question.times_ms[1],
             )
             return float(points[0].values["SUM"]) if points else None
 

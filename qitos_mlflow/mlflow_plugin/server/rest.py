@@ -21,11 +21,17 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.http import Exchange, Requester
-from qitos_mlflow.mlflow_plugin.server.transport import MAX_FOUND, TRACE_TAG, Refused, equals
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    MAX_FOUND,
+    TRACE_TAG,
+    Refused,
+    deleted_experiment,
+    equals,
+)
 from qitos_mlflow.redaction.uris import without_credentials
 
 if TYPE_CHECKING:
-    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
+    from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
 
 
 def needs_mlflow(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -60,11 +66,7 @@ class RestTransport:
                 raise
         else:
             if found.get("lifecycle_stage") == "deleted":
-                raise Refused(
-                    "INVALID_STATE",
-                    f"experiment {name!r} is deleted; restore it with "
-                    f"`mlflow experiments restore --experiment-id {experiment_id}`",
-                )
+                raise deleted_experiment(name, experiment_id)
             return experiment_id
         try:
             made = self._api("experiments/create", {"name": name}, timeout_s)
@@ -74,25 +76,15 @@ class RestTransport:
             raise
         return str(_part(made, "experiment_id"))
 
-    def create_run(
-        self,
-        experiment_id: str,
-        start_ms: int,
-        name: str,
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> RunRef:
+    def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run."""
-        answer = self._api(
-            "runs/create",
-            {
-                "experiment_id": experiment_id,
-                "start_time": start_ms,
-                "run_name": name,
-                "tags": _pairs(tags),
-            },
-            timeout_s,
-        )
+        body = {
+            "experiment_id": run.experiment_id,
+            "start_time": run.start_ms,
+            "run_name": run.name,
+            "tags": _pairs(run.tags),
+        }
+        answer = self._api("runs/create", body, timeout_s)
         return _run_ref(_part(answer, "run"))
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
@@ -116,28 +108,14 @@ class RestTransport:
         """Mark a run as deleted, as MLflow's pages do."""
         self._api("runs/delete", {"run_id": run_id}, timeout_s)
 
-    def log_batch(
-        self,
-        run_id: str,
-        metrics: Sequence[Metric],
-        params: Sequence[tuple[str, str]],
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> None:
+    def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         """Log metrics, params and tags in one call."""
-        self._api(
-            "runs/log-batch",
-            {
-                "run_id": run_id,
-                "metrics": [
-                    {"key": m.key, "value": m.value, "timestamp": m.timestamp_ms, "step": m.step}
-                    for m in metrics
-                ],
-                "params": _pairs(params),
-                "tags": _pairs(tags),
-            },
-            timeout_s,
-        )
+        metrics = [
+            {"key": m.key, "value": m.value, "timestamp": m.timestamp_ms, "step": m.step}
+            for m in data.metrics
+        ]
+        pairs = {"params": _pairs(data.params), "tags": _pairs(data.tags)}
+        self._api("runs/log-batch", {"run_id": run_id, "metrics": metrics, **pairs}, timeout_s)
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         """Set the run's status and end time."""
@@ -161,28 +139,20 @@ class RestTransport:
         }
         self._exchange.send("POST", "/v1/traces", message.SerializeToString(), headers, timeout_s)
 
-    def sum_spans(
-        self,
-        experiment_id: str,
-        metric: str,
-        filters: Sequence[str],
-        times_ms: tuple[int, int],
-        timeout_s: float,
-    ) -> float | None:
-        """The sum of a metric over the spans that match all `filters`; None if none has it."""
-        question = {
-            "experiment_ids": [experiment_id],
+    def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
+        """The sum that `question` asks for; None if none of the spans has the metric."""
+        body = {
+            "experiment_ids": [question.experiment_id],
             "view_type": "SPANS",
-            "metric_name": metric,
+            "metric_name": question.metric,
             "aggregations": [{"aggregation_type": "SUM"}],
-            "filters": list(filters),
-            "start_time_ms": times_ms[0],
-            "end_time_ms": times_ms[1],
+            "filters": list(question.filters),
+            "start_time_ms": question.times_ms[0],
+            "end_time_ms": question.times_ms[1],
         }
         path = "/api/3.0/mlflow/traces/metrics"
-        points = self._exchange.json("POST", path, orjson.dumps(question), timeout_s).get(
-            "data_points"
-        )
+        answer = self._exchange.json("POST", path, orjson.dumps(body), timeout_s)
+        points = answer.get("data_points")
         return float(points[0]["values"]["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:

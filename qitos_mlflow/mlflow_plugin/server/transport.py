@@ -16,7 +16,7 @@ from qitos_mlflow.redaction.redact import redact_text
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-    from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
+    from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef, SpanSum
 
 
 RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
@@ -62,6 +62,15 @@ def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
     return Refused(code, text)
 
 
+def deleted_experiment(name: str, experiment_id: str) -> Refused:
+    """The exception for an experiment that was deleted, with the command that restores it."""
+    return Refused(
+        "INVALID_STATE",
+        f"experiment {name!r} is deleted; restore it with "
+        f"`mlflow experiments restore --experiment-id {experiment_id}`",
+    )
+
+
 def readable(text: object) -> str:
     """A text of a server or a library about a failure, fit for logs and dead letters."""
     return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
@@ -81,14 +90,7 @@ class Transport(Protocol):
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""
 
-    def create_run(
-        self,
-        experiment_id: str,
-        start_ms: int,
-        name: str,
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> RunRef:
+    def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
@@ -100,14 +102,7 @@ class Transport(Protocol):
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         """Mark a run as deleted, as MLflow's pages do."""
 
-    def log_batch(
-        self,
-        run_id: str,
-        metrics: Sequence[Metric],
-        params: Sequence[tuple[str, str]],
-        tags: Sequence[tuple[str, str]],
-        timeout_s: float,
-    ) -> None:
+    def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         """Log at most `limits.BATCH_TOTAL` items in one call; all or nothing."""
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
@@ -119,23 +114,8 @@ class Transport(Protocol):
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, of any number of traces of one experiment."""
 
-    def sum_spans(
-        self,
-        experiment_id: str,
-        metric: str,
-        filters: Sequence[str],
-        times_ms: tuple[int, int],
-        timeout_s: float,
-    ) -> float | None:
-        """The sum of a metric over the spans that match all `filters`; None if none has it.
-
-        Args:
-            experiment_id: where to look.
-            metric: MLflow's name of a metric of spans, such as ``input_cost``.
-            filters: in MLflow's language for trace metrics.
-            times_ms: spans from here to there only, milliseconds since the epoch.
-            timeout_s: longest wait.
-        """
+    def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
+        """The sum that `question` asks for; None if none of the spans has the metric."""
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""

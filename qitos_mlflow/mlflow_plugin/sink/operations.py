@@ -13,7 +13,7 @@ from typing import Any
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, delete_others
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import TraceCosts
@@ -76,13 +76,10 @@ class Operations:
             # An attempt that went unanswered may still come through.
             trace.creations += 2 if trace.maybe_created else 1
             trace.maybe_created = True
-            trace.run = self._transport.create_run(
-                experiment_id,
-                limits.clean_ms(facts.start_ns),
-                facts.run_name,
-                trace.creation_tags()[: limits.BATCH_TAGS],
-                timeout_s,
-            )
+            tags = trace.creation_tags()[: limits.BATCH_TAGS]
+            start_ms = limits.clean_ms(facts.start_ns)
+            new = NewRun(experiment_id, facts.run_name, start_ms, tags)
+            trace.run = self._transport.create_run(new, timeout_s)
         trace.settle()
 
     def _experiment(self, name: str, timeout_s: float) -> str:
@@ -103,15 +100,20 @@ class Operations:
 
     def check_run(self, trace: TraceState, timeout_s: float) -> None:
         """Raise `Refused` if the run takes nothing: it was deleted."""
-        same = [("qitos.trace_id", trace.facts.trace_id)]
-        self._transport.log_batch(_run_of(trace).run_id, [], [], same, timeout_s)
+        same = RunData(tags=[("qitos.trace_id", trace.facts.trace_id)])
+        self._transport.log_batch(_run_of(trace).run_id, same, timeout_s)
 
     def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Log metrics, params and tags of the run."""
-        metrics = [item for kind, item in items if kind == "metric"]
-        params = [item for kind, item in items if kind == "param"]
-        tags = [item for kind, item in items if kind == "tag"]
-        self._transport.log_batch(_run_of(trace).run_id, metrics, params, tags, timeout_s)
+        data = RunData()
+        by_kind: dict[str, list[Any]] = {
+            "metric": data.metrics,
+            "param": data.params,
+            "tag": data.tags,
+        }
+        for kind, item in items:
+            by_kind[kind].append(item)
+        self._transport.log_batch(_run_of(trace).run_id, data, timeout_s)
 
     def write_spans(
         self, traces: Mapping[bytes, TraceState], spans: Sequence[Any], timeout_s: float
@@ -193,8 +195,8 @@ class Operations:
             trace.lost_spans.pop("no_traces", None)
             trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
         if trace.lost_spans:
-            ledger = trace.totals.ledger(trace.lost_spans)
-            self._transport.log_batch(_run_of(trace).run_id, [], [], ledger, timeout_s)
+            account = RunData(tags=trace.totals.ledger(trace.lost_spans))
+            self._transport.log_batch(_run_of(trace).run_id, account, timeout_s)
         # Not if its start was lost: the process that has it may be creating the run right now.
         if trace.creations > 1 and facts.started:
             delete_others(self._transport, _run_of(trace), facts.trace_id, timeout_s)

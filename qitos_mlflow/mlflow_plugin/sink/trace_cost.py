@@ -16,6 +16,7 @@ import orjson
 
 from qitos_mlflow._guard import log
 from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.mapping.entities import SpanSum
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, equals
 
@@ -101,7 +102,8 @@ def trace_cost(
     priced = False
     for filters in ([of_trace, of_span] for of_span in of_spans if of_span):
         for kind in KINDS:
-            amount = transport.sum_spans(experiment_id, kind, filters, window_ms, timeout_s)
+            question = SpanSum(experiment_id, kind, filters, window_ms)
+            amount = transport.sum_spans(question, timeout_s)
             if amount is None:
                 break  # It has no price for this model.
             costs[kind] += amount

@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunRef
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunData, RunTotals
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, TraceData
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
 from qitos_mlflow.recording.record import Record

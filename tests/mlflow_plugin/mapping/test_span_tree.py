@@ -11,6 +11,7 @@ from mlflow.version import VERSION
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from packaging.version import Version
 
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, distinct, set_status, set_value
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
@@ -352,7 +353,7 @@ def test_the_server_shows_what_the_agent_did(server: MlflowServer) -> None:
     """Tree, times, chat, tokens, feedback, session and run link: once, after a replay too."""
     transport = RestTransport(server.uri)
     experiment = transport.experiment_id("spans", 30)
-    run = transport.create_run(experiment, START_NS // MS, "r", [], 30).run_id
+    run = transport.create_run(NewRun(experiment, "r", START_NS // MS), 30).run_id
     name = str(uuid.uuid4())
     for _ in range(2):
         write(transport, experiment, run, agent_run(name))
@@ -407,7 +408,7 @@ def test_a_running_trace_is_on_the_server(server: MlflowServer) -> None:
     """Before its end a trace is there, IN_PROGRESS, with the spans so far and its run."""
     transport = RestTransport(server.uri)
     experiment = transport.experiment_id("live", 30)
-    run = transport.create_run(experiment, START_NS // MS, "r", [], 30).run_id
+    run = transport.create_run(NewRun(experiment, "r", START_NS // MS), 30).run_id
     write(transport, experiment, run, agent_run("live-trace")[:4])
     trace = server.client.get_trace(trace_id("live-trace"))
     assert trace.info.state.value == "IN_PROGRESS"

@@ -13,7 +13,7 @@ import requests
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import PROTOBUF, SMALL_BYTES, Exchange, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
@@ -84,7 +84,7 @@ def test_a_call_needs_what_mlflow_answers(body: bytes) -> None:
     """Another program's JSON on the port creates no run."""
     transport = RestTransport("http://host", FakeRequester(200, body))
     with pytest.raises(RetryLater):
-        transport.create_run("0", 0, "name", [], 1.0)
+        transport.create_run(NewRun("0", "name", 0), 1.0)
     with pytest.raises(RetryLater):
         transport.experiment_id("name", 1.0)
 

@@ -15,7 +15,7 @@ from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from qitos_mlflow.delivery import RetryLater, importing
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
@@ -60,7 +60,7 @@ def test_a_database_that_fails_is_not_refusing(
 
     monkeypatch.setattr(store._mlflow, "log_batch", fail)
     with pytest.raises(Poisoned):
-        store.log_batch("run", [], [], [], 1.0)
+        store.log_batch("run", RunData(), 1.0)
 
 
 def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
@@ -69,7 +69,7 @@ def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
     """A refusal reaches us whatever MLflow's switch for the user's own calls says."""
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
     with pytest.raises(Refused):
-        store.log_batch("0" * 32, [], [("param", "value")], [], 1.0)
+        store.log_batch("0" * 32, RunData(params=[("param", "value")]), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,6 @@ def test_mlflows_own_client_loses_nothing_either(place: str) -> None:
 def test_runs_are_found_by_any_id(store: StoreTransport, trace_id: str) -> None:
     """An id with quotes in it is no other question."""
     experiment = store.experiment_id("quotes", 1.0)
-    run = store.create_run(experiment, 1, "n", [("qitos.trace_id", trace_id)], 1.0)
+    run = store.create_run(NewRun(experiment, "n", 1, [("qitos.trace_id", trace_id)]), 1.0)
     assert [found.run_id for found in store.find_runs(experiment, trace_id, 1.0)] == [run.run_id]
     assert store.find_runs(experiment, trace_id + "'\"", 1.0) == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.destination import segment_header
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
@@ -226,7 +226,7 @@ def test_a_run_whose_creation_comes_through_late_is_deleted(server: FakeTranspor
         shipment.send(TIMEOUT_S)
     server.fail = lambda call, _: None
     assert shipment.send(TIMEOUT_S) == []
-    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
     assert len(server.runs) == 2
     assert ship(sink, *rest) == []
     assert list(server.runs) == ["run-0"]
@@ -237,7 +237,7 @@ def test_a_late_twin_of_a_process_that_died_is_deleted(server: FakeTransport) ->
     records = a_trace()
     sink = sink_to(server, resumed=True)
     ship(sink, *records[:2])
-    server.create_run("7", 0, "late", [("qitos.trace_id", "trace-1")], TIMEOUT_S)
+    server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
     assert ship(sink, *records[2:]) == []
     assert list(server.runs) == ["run-0"]
 
@@ -623,10 +623,10 @@ def test_an_experiment_that_is_replaced(server: FakeTransport) -> None:
     server.experiment_id = lambda name, timeout_s: "8"  # type: ignore[method-assign]
     create = server.create_run
 
-    def refuse(experiment_id: str, *rest: Any) -> RunRef:
-        if experiment_id in gone:
-            raise Refused("RESOURCE_DOES_NOT_EXIST", f"No Experiment with id={experiment_id}")
-        return create(experiment_id, *rest)
+    def refuse(run: NewRun, timeout_s: float) -> RunRef:
+        if run.experiment_id in gone:
+            raise Refused("RESOURCE_DOES_NOT_EXIST", f"No Experiment with id={run.experiment_id}")
+        return create(run, timeout_s)
 
     server.create_run = refuse  # type: ignore[method-assign]
     assert ship(sink, *a_trace("two")) == []
