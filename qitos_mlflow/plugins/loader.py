@@ -1,7 +1,7 @@
-"""Finds the installed trace plugins, selects, and loads each on its own into an adapter.
+"""Finds the installed trace plugins, selects some, and loads each of these into an adapter.
 
-A plugin is an entry point of the group `GROUP`. `selection` says which of them are loaded; those
-that are not are not even imported. Nothing here raises but KeyboardInterrupt.
+A plugin is an entry point of the group `GROUP`. `selection` says which are loaded; the others are
+not imported. Nothing here raises but KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _this_thread = threading.local()
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """What is known of one installed plugin.
+    """One installed plugin.
 
     `state` is "found" (selected, not loaded yet), "loaded", "blocked" (not selected) or "failed";
-    `error` says why, for the last two. `hooks` is empty unless loaded.
+    for the last two `error` says why. `hooks` is empty unless it is loaded.
     """
 
     name: str
@@ -46,10 +46,10 @@ class PluginInfo:
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> list[PluginInfo]:
-    """The installed plugins, in the order they would be loaded in, then those blocked.
+    """The installed plugins in the order in which they would be loaded, then the blocked ones.
 
-    Imports no plugin, warns of nothing. Reads the metadata of every installed distribution:
-    tens of milliseconds.
+    Imports no plugin and logs nothing. Reads the metadata of every installed distribution, which
+    takes tens of milliseconds.
     """
     return _select(_installed(), Selection.from_environ(environ))
 
@@ -58,15 +58,15 @@ def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> l
     """Load the selected plugins and register each with `adapter`, under its name.
 
     Args:
-        adapter: what calls them from now on. A plugin it has already is not loaded again.
+        adapter: it calls them from now on. A plugin that it has already is not loaded again.
         selection: which ones; None: as the environment says.
 
     Returns:
-        All installed plugins, with what became of them.
+        All installed plugins, with their state.
 
-    A plugin that cannot be loaded, and a name that does not exist, is one warning; the others
-    load. Blocks for the plugins' imports. A plugin whose import leads here again, on the same
-    thread, gets an empty list.
+    There is one warning for each plugin that cannot be loaded, and one for names that do not
+    exist; the others load. Blocks for the plugins' imports. If a plugin's import calls this again
+    on the same thread, that call returns an empty list.
     """
     if getattr(_this_thread, "loading", False):
         return []
@@ -74,7 +74,7 @@ def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> l
     try:
         selection = selection or Selection.from_environ()
         if selection.nothing:
-            return []  # Not even a look at what is installed.
+            return []  # Not even the metadata is read.
         found = _select(_installed(), selection)
         _warn_of_unknown(selection, found)
         _warn_of_shared(found)
@@ -114,7 +114,7 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
 
 
 def _plugin(found: object) -> object:
-    """`found`, or what it makes: a class or a function is no plugin itself, but makes one."""
+    """`found`, or what it returns: a class or a function is no plugin itself, but makes one."""
     if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial):
         found = found()
     if found is None:
@@ -123,7 +123,7 @@ def _plugin(found: object) -> object:
 
 
 def _select(installed: Iterable[PluginInfo], selection: Selection) -> list[PluginInfo]:
-    """`installed` with what is selected first, in the order of loading."""
+    """`installed`, the selected ones first, in the order of loading."""
     found: list[tuple[int, PluginInfo]] = []
     blocked: list[PluginInfo] = []
     holders: dict[str, str] = {}
@@ -133,7 +133,7 @@ def _select(installed: Iterable[PluginInfo], selection: Selection) -> list[Plugi
         if rank is None:
             blocked.append(replace(info, state="blocked", error=f"not selected by {VARIABLE}"))
         elif holder is not None and not selection.singles_out(info.name, info.distribution):
-            # One name, one plugin: two of the same would, most likely, do everything twice.
+            # One plugin for a name: two would most likely do everything twice.
             why = f"{SHARED} {holder}; to load this one, name it {info.distribution}:{info.name}"
             blocked.append(replace(info, state="blocked", error=why))
         else:
@@ -154,18 +154,18 @@ def _installed() -> list[PluginInfo]:
                 for entry in distribution.entry_points
                 if entry.group == GROUP
             ]
-        except Exception as error:  # noqa: BLE001 - anything may lie in a site-packages
+        except Exception as error:  # noqa: BLE001 - site-packages may hold anything
             _skipped(name, error)
     return sorted(found, key=lambda info: (canonical(info.name), canonical(info.distribution)))
 
 
 def _distributions() -> list[str]:
-    """The names of the distributions that speak of our group, each once."""
+    """The names of the distributions whose entry points mention our group, each once."""
     names: dict[str, None] = {}
     for distribution in importlib_metadata.distributions():
         try:
             # The text first: parsing the entry points of everything installed takes ten times as
-            # long, and one that cannot be parsed is nothing to us unless it is a plugin's.
+            # long, and entry points that cannot be parsed matter only if they are a plugin's.
             if GROUP in (distribution.read_text("entry_points.txt") or ""):
                 names[distribution.name] = None
         except Exception as error:  # noqa: BLE001
@@ -183,9 +183,9 @@ def _warn_of_unknown(selection: Selection, found: list[PluginInfo]) -> None:
     if unknown:
         _guard.warn(
             f"plugins.unknown.{unknown}",
-            "%s names %s, which is no installed trace plugin; installed are: %s",
+            "%s: no trace plugin named %s is installed; installed are: %s",
             VARIABLE,
-            ", ".join(unknown),
+            " or ".join(unknown),
             ", ".join(sorted({info.name for info in found})) or "none",
         )
 

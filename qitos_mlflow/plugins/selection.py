@@ -8,7 +8,7 @@
 Not set: everything. Empty: nothing. Only "no:" tokens: everything but those. Names are those of
 entry points, never of modules: an environment variable must not be able to import anything that
 is not installed as a plugin. Case, surrounding blanks, and ``-`` for ``_`` make no difference.
-Pure: nothing is looked up here.
+Pure: only the environment variable is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXCEPT = "no:"
 class Selection:
     """What is selected: everything or `chosen`, in any case without `excluded`.
 
-    `explicit`: somebody asked for it, as opposed to having said nothing.
+    `explicit`: the variable asks for plugins, by name or by "all".
     """
 
     everything: bool = True
@@ -62,7 +62,7 @@ class Selection:
         return not self.everything and not self.chosen
 
     def rank(self, name: str, distribution: str) -> int | None:
-        """Where the plugin comes in the order of loading; None when it is not selected."""
+        """The plugin's position in the order of loading; None if it is not selected."""
         names = self._names(name, distribution)
         if not self.excluded.isdisjoint(names):
             return None
@@ -87,15 +87,15 @@ class Selection:
 
 
 def canonical(name: str) -> str:
-    """`name` in the one spelling that names are compared in."""
+    """`name` in the spelling in which names are compared."""
     return name.strip().lower().replace("-", "_")
 
 
 def named(name: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment asks for the plugin of that name, by name or by "all".
 
-    False where the variable is not set: then a plugin that is merely installed is loaded, but
-    should not do anything that nobody asked for.
+    False if the variable is not set: a plugin that is merely installed is loaded then, but should
+    do nothing that the user has not asked for.
     """
     selection = Selection.from_environ(environ)
     if not selection.explicit:

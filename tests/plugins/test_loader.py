@@ -196,13 +196,13 @@ def test_order_is_the_variable_s(installed: Distributions, monkeypatch: pytest.M
 def test_unknown_names_are_one_warning(
     installed: Distributions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A name nobody has is told with the names there are; what is known loads."""
+    """A name that no plugin has is one warning with the names that exist; the others load."""
     installed.plugin("good", GOOD)
     adapter = PluginTraceProcessor()
     load(adapter, Selection.parse("god,good"))
     assert list(adapter.plugins) == ["good"]
     (warning,) = warnings(caplog)
-    assert "names god," in warning
+    assert "named god is" in warning
     assert "installed are: good" in warning
 
 
