@@ -13,7 +13,7 @@ from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 
 
 class RetryLater(Exception):
-    """Raised by a sink: not now, the same again later.
+    """Raised by a sink: not now; call again later.
 
     Args:
         reason: for people, such as ``"503 from http://host"``; holds no payload and no key.
@@ -27,7 +27,7 @@ class RetryLater(Exception):
 
 
 class OutOfTime(RetryLater):
-    """Raised by a sink: the server does what it is asked, but there is more to do than time."""
+    """Raised by a sink: the server answers, but there is more to send than time."""
 
     def __init__(self) -> None:
         super().__init__("out of time", 0.0)
@@ -40,11 +40,11 @@ class Shipment(Protocol):
         """Bring everything to the server; returns all it refused for good since `prepare`.
 
         Blocks up to about `timeout_s` (more than 0). After `RetryLater` it is called again and
-        goes on where it stopped; doing a part twice must be harmless.
+        continues where it stopped; doing a part twice must be harmless.
 
         Raises:
             RetryLater: the server cannot be reached or is busy.
-            OutOfTime: it is well; the rest is sent by the next call.
+            OutOfTime: the server answers; the next call sends the rest.
         """
         ...
 

@@ -28,7 +28,7 @@ def test_one_payload_larger_than_the_bound_is_refused() -> None:
 
 
 def test_a_drain_is_bounded_and_leaves_the_rest_counted() -> None:
-    """The worker takes about a MiB at once; what stays still counts against the bound."""
+    """The spooling thread takes about a MiB at once; the rest still counts against the bound."""
     queue = ByteQueue(4 * 1024 * 1024)
     big = b"x" * 600_000
     for _ in range(6):
@@ -73,7 +73,7 @@ def test_order_is_kept_for_each_thread_and_nothing_is_lost() -> None:
 
 
 def test_a_barrier_ends_the_linger() -> None:
-    """Somebody who flushes does not wait for payloads to gather."""
+    """A flush does not wait for payloads to gather."""
     queue = ByteQueue(1000)
     lingered = threading.Event()
 

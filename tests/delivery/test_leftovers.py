@@ -105,8 +105,8 @@ def test_a_delivery_can_be_stopped(tmp_path: Path) -> None:
     assert outcomes == [Outcome.UNFINISHED]
 
 
-def test_a_living_process_ships_for_itself(tmp_path: Path) -> None:
-    """Nobody delivers or deletes the segment of a process that is online and alive."""
+def test_a_living_process_delivers_for_itself(tmp_path: Path) -> None:
+    """No other process delivers or deletes the segment of one that is online and alive."""
     own, other = FakeServer(), FakeServer()
     own.down = RetryLater("503")
     pipeline = make_pipeline(tmp_path, own)
@@ -123,7 +123,7 @@ def test_a_living_process_ships_for_itself(tmp_path: Path) -> None:
 
 
 def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
-    """Of several deliveries of one segment only one ships at any time."""
+    """Of several deliveries of one segment only one sends at any time."""
     server = FakeServer()
     paths = left_behind(tmp_path, numbered(10))
     lock = FileLock(paths.ship)
@@ -145,7 +145,7 @@ def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_offline_process_is_shipped_while_it_lives(tmp_path: Path) -> None:
+def test_an_offline_process_is_delivered_while_it_lives(tmp_path: Path) -> None:
     """A sync delivers what there is so far, and a later one the rest and the end."""
     server = FakeServer()
     pipeline = make_pipeline(tmp_path, None)
@@ -289,7 +289,7 @@ def test_more_living_processes_than_a_sidecar_has_in_hand(
 
 @pytest.mark.parametrize("default", [None, b"given by hand"])
 def test_a_damaged_header_needs_a_destination(tmp_path: Path, default: bytes | None) -> None:
-    """Records whose header is lost are kept until somebody says where they are to go."""
+    """Records whose header is lost are kept until a destination is named."""
     server = FakeServer()
     paths = left_behind(tmp_path, [b"one"])
     [(_, part)] = paths.parts()

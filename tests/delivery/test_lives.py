@@ -49,7 +49,7 @@ class Recording:
         return SegmentTransfer(reader, self.server.sink)
 
     def step(self, transfer: SegmentTransfer, end: int | None, *, dies: bool = False) -> bool:
-        """Ship a batch; with `dies`, the process does when the server has it."""
+        """Send a batch; with `dies`, the process does when the server has it."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(segment_transfer, "BATCH_RECORDS", BATCH)
             if dies:
@@ -83,7 +83,7 @@ def has_left(machine: Lives) -> bool:
 
 
 class Lives(RuleBasedStateMachine):
-    """Append, ship, be cut off, die, be delivered by others: all arrives in order, and once.
+    """Append, send, be cut off, die, be delivered by others: all arrives in order, and once.
 
     But for what the server had and the process did not live to acknowledge: a batch at most.
     """
@@ -108,7 +108,7 @@ class Lives(RuleBasedStateMachine):
         self.now.recorded += records
 
     @rule(cut_after=CUTS)
-    def ship(self, cut_after: int | None) -> None:
+    def send(self, cut_after: int | None) -> None:
         self.now.server.breaks_after = cut_after
         try:
             self.now.step(self.transfer, self.segment.end)

@@ -92,7 +92,7 @@ def test_nothing_offered_starts_nothing(make: Make, spool: Path) -> None:
 def test_urgent_records_are_sent_at_once(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What somebody waits for does not wait for others to gather, in memory or in the spool."""
+    """An urgent record does not wait for others to gather, in memory or in the spool."""
     monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.APPEND_EVERY_S", 10 * LONG_S)
     monkeypatch.setattr("qitos_mlflow.delivery.sending_thread.SEND_EVERY_S", 10 * LONG_S)
     pipeline = make()
@@ -102,7 +102,7 @@ def test_urgent_records_are_sent_at_once(
 
 
 def test_spans_are_sent_without_a_flush(make: Make, server: FakeServer) -> None:
-    """Live charts need nobody to ask for them."""
+    """Live charts need no call of flush."""
     make().offer(b"span")
     assert server.attempted.wait(LONG_S)
 
@@ -125,7 +125,7 @@ def test_an_outage_costs_nothing(make: Make, server: FakeServer) -> None:
 
 
 def test_a_flush_tries_at_once(make: Make, server: FakeServer) -> None:
-    """However long the server asked to be left alone, somebody who waits gets one attempt."""
+    """Whatever delay the server asked for, each flush makes one attempt."""
     server.down = RetryLater("429", after_s=100_000.0)
     pipeline = make()
     pipeline.offer(b"one")
@@ -224,8 +224,8 @@ def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
     swallowed.clear()
 
 
-def test_refining_happens_off_the_agents_thread(make: Make, server: FakeServer) -> None:
-    """Decoding and redaction run on the worker; only what they return reaches disk and wire."""
+def test_normalizing_happens_off_the_agents_thread(make: Make, server: FakeServer) -> None:
+    """The spooling thread decodes and redacts; only the result reaches disk and wire."""
     threads: set[str] = set()
 
     def normalize(payload: bytes) -> bytes | None:
@@ -241,13 +241,13 @@ def test_refining_happens_off_the_agents_thread(make: Make, server: FakeServer) 
     assert pipeline.stats.dropped == {}
 
 
-def test_a_bug_of_the_worker_costs_the_records_at_hand_only(
+def test_a_bug_of_the_spooling_thread_costs_the_records_at_hand_only(
     make: Make,
     server: FakeServer,
     swallowed: list[tuple[str, BaseException]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They are counted, told and seen by other processes; what comes after them is delivered."""
+    """They are counted, reported and seen by other processes; later records are delivered."""
     losses = Losses()
     store = SegmentWriter.append
 
@@ -271,10 +271,10 @@ def test_a_bug_of_the_worker_costs_the_records_at_hand_only(
     swallowed.clear()
 
 
-def test_a_failing_refine_costs_its_record_only(
+def test_a_failing_normalize_costs_its_record_only(
     make: Make, server: FakeServer, swallowed: list[tuple[str, BaseException]]
 ) -> None:
-    """What cannot be redacted is not stored; it is counted and told, and the worker goes on."""
+    """What cannot be redacted is not stored, but counted and reported; the thread continues."""
     losses = Losses()
 
     def normalize(payload: bytes) -> bytes:
@@ -293,7 +293,7 @@ def test_a_failing_refine_costs_its_record_only(
 
 
 def test_a_full_queue_refuses_spans_and_keeps_ends(make: Make, server: FakeServer) -> None:
-    """With the worker stuck, spans beyond the bound are refused and counted, ends are taken."""
+    """If the spooling thread hangs, spans beyond the bound are refused and counted, ends taken."""
     busy, go_on = threading.Event(), threading.Event()
 
     def normalize(payload: bytes) -> bytes:
@@ -405,7 +405,7 @@ def test_close_without_time_still_saves_to_disk(make: Make, server: FakeServer) 
 
 
 def test_an_offer_that_races_with_close_is_counted(make: Make) -> None:
-    """A record that slips in behind the worker's end is a counted loss."""
+    """A record that comes after the spooling thread's end is a counted loss."""
     busy, go_on = threading.Event(), threading.Event()
 
     def normalize(payload: bytes) -> bytes:
@@ -443,7 +443,7 @@ def test_no_disk_means_memory(make: Make, server: FakeServer, tmp_path: Path) ->
 
 
 def test_no_disk_and_offline_is_a_counted_loss(make: Make, tmp_path: Path) -> None:
-    """Offline there is nobody to take records from memory: each is counted and told."""
+    """Offline no thread takes records from memory: each is counted and reported."""
     (tmp_path / "file").write_text("in the way")
     losses = Losses()
     pipeline = make(None, directory=tmp_path / "file" / "spool", dropped=losses)
@@ -455,14 +455,14 @@ def test_no_disk_and_offline_is_a_counted_loss(make: Make, tmp_path: Path) -> No
 
 
 def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None:
-    """A record to be kept is refined once all before it is on disk, or known to be lost."""
+    """A record to keep is normalized once all before it are on disk, or known to be lost."""
     (tmp_path / "file").write_text("in the way")
     losses = Losses()
-    told: list[int] = []
+    known: list[int] = []
 
     def normalize(payload: bytes) -> bytes:
         if payload == b"end":
-            told.append(len(losses.records))
+            known.append(len(losses.records))
         return payload
 
     pipeline = make(
@@ -474,7 +474,7 @@ def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None
     for payload in [b"span", b"span", b"end", b"span", b"end"]:
         assert pipeline.offer(payload, keep=payload == b"end")
     pipeline.close(LONG_S)
-    assert told == [2, 4]
+    assert known == [2, 4]
 
 
 def test_losses_can_be_seen_by_other_processes(make: Make, spool: Path) -> None:
@@ -502,10 +502,10 @@ def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "logged"),
     [
         ("can't create new thread at interpreter shutdown", 0),  # 3.12 and later, always.
-        ("can't start new thread", 1),  # The system's limit: somebody has to know.
+        ("can't start new thread", 1),  # The system's limit: logged.
     ],
 )
 def test_where_no_thread_can_start_flush_does_the_work(
@@ -514,7 +514,7 @@ def test_where_no_thread_can_start_flush_does_the_work(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     reason: str,
-    told: int,
+    logged: int,
 ) -> None:
     """Where no thread is to be had records still arrive."""
     monkeypatch.setattr(_guard, "_last_logged", {})
@@ -532,7 +532,7 @@ def test_where_no_thread_can_start_flush_does_the_work(
         pipeline.offer(b"more")
         assert pipeline.close(LONG_S)
     assert server.accepted == [*numbered(10), b"more"]
-    assert caplog.text.count(reason) == told
+    assert caplog.text.count(reason) == logged
 
 
 def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeServer) -> None:
@@ -560,7 +560,7 @@ def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeSe
 
 
 def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServer) -> None:
-    """What the worker has not written when time is up is told as unsaved, and written all the
+    """What is not written when time is up is reported as unsaved, and written all the
     same if the process lives on; then all threads end."""
     busy, go_on = threading.Event(), threading.Event()
 
@@ -653,7 +653,7 @@ def test_no_rest_before_all_is_delivered(make: Make, server: FakeServer) -> None
 
 @pytest.mark.usefixtures("soon")
 def test_offline_all_records_are_in_one_segment(make: Make) -> None:
-    """A pipeline that only writes does not rest: whoever delivers finds one segment a process."""
+    """A pipeline that only writes does not rest: `sync` finds one segment a process."""
     pipeline = make(None, may_rest=lambda: pytest.fail("asked"))
     paths = pipeline.paths
     for number, record in enumerate(numbered(3)):
@@ -667,7 +667,7 @@ def test_offline_all_records_are_in_one_segment(make: Make) -> None:
 def test_nothing_is_lost_between_work_and_rest(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records, flushes and a close that come as the threads are just going are taken care of."""
+    """Records, flushes and a close that come while the threads end are not lost."""
     monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.0001)
     monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.APPEND_EVERY_S", 0.0001)
     pipeline = make()

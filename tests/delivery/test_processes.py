@@ -70,7 +70,7 @@ while True:
     os.write(1, b"%d %d\\n" % (n, time.monotonic_ns()))
     time.sleep(0.001)
 """
-"""Offers records for ever and tells after how many it was when."""
+"""Offers records without end and prints how many they are at which time."""
 
 
 def kill_once(spool: Path, after_s: float) -> float:
@@ -81,9 +81,9 @@ def kill_once(spool: Path, after_s: float) -> float:
         time.sleep(after_s)
         killed_ns = time.monotonic_ns()
         process.kill()
-        told = [first, *process.stdout.read().splitlines()]
+        printed = [first, *process.stdout.read().splitlines()]
         process.wait()
-    steps = [tuple(map(int, line.split())) for line in told if line.count(" ") == 1]
+    steps = [tuple(map(int, line.split())) for line in printed if line.count(" ") == 1]
     found = find_segments(spool)
     if not found:  # Killed before the first append.
         return (killed_ns - steps[0][1]) / 1e9
@@ -317,7 +317,7 @@ pipeline.close(30)
 @posix
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(tmp_path: Path, method: str) -> None:
-    """Workers of multiprocessing deliver for themselves, however they are started."""
+    """Processes of multiprocessing deliver for themselves, however they are started."""
     script = tmp_path / "workers.py"
     script.write_text(
         "import warnings\n"
@@ -510,5 +510,5 @@ print(len(server.accepted))
 
 
 def test_numbered_records_differ() -> None:
-    """What these tests compare are records that can be told apart."""
+    """What these tests compare are records that differ."""
     assert len(set(numbered(100))) == 100

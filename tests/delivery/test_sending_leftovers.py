@@ -67,7 +67,7 @@ def test_a_living_process_finishes_a_dead_ones_segment(
     """Its records arrive in order, its open traces are ended, its files are gone."""
     paths = left_behind(tmp_path, numbered(3))
     pipeline = make(lambda header: lambda: server.sink(header))
-    pipeline.offer(b"own")
+    pipeline.offer(b"own", urgent=True)
     eventually(lambda: paths not in find_segments(tmp_path))
     assert server.accepted == [b"own", *numbered(3), b"killed"]
     assert [mapped for mapped, _ in server.abandoned] == [3]
@@ -92,7 +92,7 @@ def test_only_what_may_be_sent_is_sent(
         asked.append(header)
         return server.sink if header == b"{}" else None
 
-    make(open_leftovers).offer(b"own")
+    make(open_leftovers).offer(b"own", urgent=True)
     eventually(lambda: b"killed" in server.accepted)
     eventually(lambda: asked.count(b'{"to": "elsewhere"}') >= 2)
     assert set(asked) == {b"{}", b'{"to": "elsewhere"}'}
@@ -200,7 +200,7 @@ def test_a_leftover_that_fails_is_tried_again(
             raise ValueError("a bug")
         return server.sink(header)
 
-    make(lambda header: lambda: open_sink(header)).offer(b"own")
+    make(lambda header: lambda: open_sink(header)).offer(b"own", urgent=True)
     eventually(lambda: b"next" in server.accepted)
     assert b"fails" not in server.accepted
     failing = False
@@ -214,7 +214,7 @@ def test_a_batch_of_leftovers_goes_on_where_it_stopped(
 ) -> None:
     """A server that takes a few records at a time gets each of them once."""
     pipeline = make(lambda header: server.sink)
-    pipeline.offer(b"own")
+    pipeline.offer(b"own", urgent=True)
     assert pipeline.flush(LONG_S)
     server.breaks_after = 4
     left_behind(tmp_path, numbered(9), part_bytes=MIB)

@@ -37,9 +37,9 @@ def test_what_takes_long_gets_through_after_a_failure() -> None:
             raise RetryLater("ReadTimeout")
 
     steps, circuit = Steps(slow), Circuit()
-    shipper = SendingThread(steps, circuit)  # type: ignore[arg-type]
+    sending = SendingThread(steps, circuit)  # type: ignore[arg-type]
     for _ in range(4):
-        shipper.attempt()
+        sending.attempt()
     assert steps.given_s == [SEND_TIMEOUT_S, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S, SEND_TIMEOUT_S]
     assert circuit.online
 

@@ -72,7 +72,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_deleted_under_its_holder_is_taken_anew(tmp_path: Path) -> None:
-    """Holding a lock that nobody can see is noticed by asking for it again."""
+    """A holder notices that its lock file was deleted when it asks for the lock again."""
     path = tmp_path / "a.own"
     lock = FileLock(path)
     assert lock.acquire()
@@ -145,7 +145,7 @@ def test_without_kernel_locks_a_live_holder_is_respected(tmp_path: Path) -> None
 def test_without_kernel_locks_a_dead_holder_is_known(
     tmp_path: Path, changes: dict[str, object], lives: bool
 ) -> None:
-    """On this host pid, start and boot tell exactly; a holder on another one is presumed alive."""
+    """Here, pid, start and boot identify the holder; one on another host is presumed alive."""
     path = tmp_path / "a.own"
     path.write_text(json.dumps({**locks._identity(os.getpid()), **changes}))
     lock = FileLock(path, no_kernel_lock)
@@ -171,10 +171,10 @@ def test_a_child_holds_none_of_its_parents_locks(tmp_path: Path) -> None:
     """Whatever the parent had locked is free once the parent gives it up, while the child lives."""
     lock = FileLock(tmp_path / "lock")
     assert lock.acquire()
-    ready, told = os.pipe()
+    ready, done = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(told, b".")
+        os.write(done, b".")
         time.sleep(60)
         os._exit(0)
     try:
@@ -185,4 +185,4 @@ def test_a_child_holds_none_of_its_parents_locks(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(ready)
-        os.close(told)
+        os.close(done)

@@ -326,7 +326,7 @@ def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
 
 
 def test_losses_are_saved_once(tmp_path: Path) -> None:
-    """Each loss is in one segment's file, whatever could not be written and whoever adds more."""
+    """Each loss is in one segment's file, whatever could not be written before."""
     stats = Counts()
     first, second = (Paths(tmp_path / "spool", stem) for stem in ("a", "b"))
     stats.drop(SPOOL_FULL)
@@ -423,7 +423,7 @@ def test_a_directory_that_cannot_be_made_means_memory(tmp_path: Path) -> None:
 
 
 def test_memory_has_room_for_what_is_to_be_kept(tmp_path: Path) -> None:
-    """Starts and ends of traces go in beyond the bound, in order, and can be told from the rest."""
+    """Starts and ends of traces go in beyond the bound, in order, apart from the rest."""
     (tmp_path / "file").write_text("in the way")
     segment = make_segment(tmp_path / "file" / "spool", memory_bytes=3000)
     reader = own_reader(segment)
@@ -486,7 +486,7 @@ def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
 
 
 def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
-    """Somebody who empties the spool loses what was in it; what comes after is safe again."""
+    """Emptying the spool loses what was in it; what comes after is safe again."""
     segment = make_segment(tmp_path / "spool")
     stats = Counts()
     reader = own_reader(segment, stats)
@@ -504,7 +504,7 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 150])
 def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path, left: int) -> None:
-    """Somebody who empties it to free the disk: its records are counted, what follows arrives."""
+    """Emptying it to free the disk: its records are counted, what follows arrives."""
     segment, stats = make_segment(tmp_path), Counts()
     reader = own_reader(segment, stats)
     append(segment, numbered(4))
