@@ -244,10 +244,8 @@ def _array(value: Any) -> Any:
         return f"<{type(value).__qualname__} {shape} {kind}".rstrip() + ">"
     numpy = sys.modules.get("numpy")  # Another thread may be importing it.
     array, scalar = (getattr(numpy, name, ()) for name in ("ndarray", "generic"))
-    plain: Any = value
-    if isinstance(value, array):
+    if isinstance(value, array) or (isinstance(value, scalar) and value.dtype.kind not in "mM"):
         plain = value.tolist()
-    elif isinstance(value, scalar) and value.dtype.kind not in "mM":
-        plain = value.item()
-    # Some types give back themselves, and times their nanoseconds.
-    return plain if type(plain) in (bool, int, float, str, list) else text_of(value)
+        if type(plain) in (bool, int, float, str, list):  # Some types give back themselves.
+            return plain
+    return text_of(value)

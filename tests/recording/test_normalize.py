@@ -77,7 +77,8 @@ def test_a_spans_times_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["data", "metadata", "output", "error", "exception", "name", "group_id", "settings"]
+    "where",
+    ["data", "metadata", "output", "error", "exception", "name", "group_id", "user", "settings"],
 )
 def test_credentials_are_nowhere_in_a_record(where: str) -> None:
     """Whatever part of the record holds them, by name or by shape, they are gone."""
