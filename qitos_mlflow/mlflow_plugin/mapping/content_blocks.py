@@ -1,7 +1,7 @@
 """Content blocks, tool calls and tool results of any provider, in OpenAI's form. Pure.
 
 Nothing is lost: `take` picks the fields that have a place in that form, and `with_rest` keeps the
-others beside them, where the page's JSON view shows them.
+others beside them, for the page's JSON view.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PICTURES = {"iVBOR": "image/png", "/9j/": "image/jpeg", "R0lG": "image/gif", "U
 
 
 def take(fields: Fields, *names: str, kind: Any = object) -> Any:
-    """Remove and return the first of these fields whose value is of `kind`; None if none is."""
+    """Remove and return the first of these fields with a value of `kind`; None if there is none."""
     for name in names:
         value = fields.get(name)
         if value is not None and isinstance(value, kind):
@@ -80,7 +80,7 @@ def parts(raw: Any) -> list[Fields]:
 
 
 def joined(found: list[Fields]) -> str | list[Fields] | None:
-    """Parts as a message's content: one text where they are nothing more."""
+    """Parts as a message's content: one text if they are nothing more."""
     if any(part.keys() != {"type", "text"} for part in found):
         return found
     return "\n".join(part["text"] for part in found) if found else None
@@ -125,7 +125,7 @@ def _part(block: Any) -> Fields:
 
 
 def _image(rest: Fields) -> Fields | None:
-    """An image's part from its block's fields, or None where there is no image in them."""
+    """An image's part from its block's fields, or None if there is no image in them."""
     rest.pop("type", None)
     url = take(rest, "image_url", "url", "path")
     inner: Fields = {}

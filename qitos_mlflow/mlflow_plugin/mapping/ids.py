@@ -17,7 +17,7 @@ def digest(*parts: str, size: int) -> bytes:
 
 
 def otel_trace_id(qitos_id: str) -> bytes:
-    """16 bytes: the id itself where it is a UUID or 32 hex digits, else a hash of it."""
+    """16 bytes: the id itself if it is a UUID or 32 hex digits, else a hash of it."""
     plain = qitos_id.replace("-", "").lower()
     if _HEX_32.fullmatch(plain) and not _NO_ID.fullmatch(plain):
         return bytes.fromhex(plain)
@@ -30,7 +30,7 @@ def trace_id(qitos_id: str) -> str:
 
 
 def span_id(qitos_trace_id: str, qitos_id: str) -> bytes:
-    """8 bytes: the id itself where it is 16 hex digits, else a hash of both ids."""
+    """8 bytes: the id itself if it is 16 hex digits, else a hash of both ids."""
     if _HEX_16.fullmatch(qitos_id) and not _NO_ID.fullmatch(qitos_id):
         return bytes.fromhex(qitos_id)
     return digest("span", qitos_trace_id, qitos_id, size=8)

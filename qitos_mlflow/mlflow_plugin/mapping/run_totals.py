@@ -2,7 +2,7 @@
 
 Receives decoded, redacted records of one trace, in order; hands on `RunData`. A `RunTotals` keeps
 the totals of the trace. It turns to JSON and back, so that delivery goes on in another process
-exactly where it stopped.
+from the same numbers.
 
 Metrics at a span's end have the agent's step number as their step (the outermost agent's, if agents
 are nested) and the span's end as their time. The totals follow when the trace ends, at the last

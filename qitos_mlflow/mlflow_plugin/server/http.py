@@ -49,7 +49,7 @@ PAGE_BYTES = 1000
 """How much of an answer that is no JSON becomes the reason of a failure (bytes)."""
 PROTOBUF = "application/x-protobuf"
 LENGTHS = ("Content-Length", "Transfer-Encoding")
-"""A server that keeps connections open says with one of these where its answer ends."""
+"""A server that keeps connections open marks the end of its answer with one of these."""
 
 Requester = Callable[[str, str, bytes | None, Mapping[str, str], float], requests.Response]
 """``(method, path, body, headers, timeout_s) -> response``; raises `requests.RequestException`."""

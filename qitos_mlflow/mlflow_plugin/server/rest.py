@@ -156,7 +156,7 @@ class RestTransport:
         return float(points[0]["values"]["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
-        """Create or replace an artifact, through the server where it serves artifacts."""
+        """Create or replace an artifact, through the server if it serves artifacts."""
         parts = urlsplit(run.artifact_uri)
         if parts.scheme != "mlflow-artifacts":
             with importing():  # mlflow.

@@ -9,7 +9,7 @@ HTTP = ("http", "https")
 
 
 def working_directory() -> str:
-    """The current directory; the root where it has been removed."""
+    """The current directory; the root if it has been removed."""
     try:
         return os.getcwd()  # noqa: PTH109 - a str is wanted
     except OSError:

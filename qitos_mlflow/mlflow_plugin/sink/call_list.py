@@ -1,4 +1,4 @@
-"""A batch of records as calls on a server, made in order, resumed where they stopped.
+"""A batch of records as calls on a server, made in order and resumed at the one that failed.
 
 Receives `Call`s from the sink and hands back dead letters. A call that the server refuses for good
 is split until only the offending item is left out and the rest is delivered.

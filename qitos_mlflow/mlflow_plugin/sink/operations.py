@@ -105,14 +105,8 @@ class Operations:
 
     def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Log metrics, params and tags of the run."""
-        data = RunData()
-        by_kind: dict[str, list[Any]] = {
-            "metric": data.metrics,
-            "param": data.params,
-            "tag": data.tags,
-        }
-        for kind, item in items:
-            by_kind[kind].append(item)
+        kinds = ("metric", "param", "tag")
+        data = RunData(*([item for kind, item in items if kind == wanted] for wanted in kinds))
         self._transport.log_batch(_run_of(trace).run_id, data, timeout_s)
 
     def write_spans(

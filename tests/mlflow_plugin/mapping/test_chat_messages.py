@@ -23,9 +23,9 @@ def request_messages(content: Any) -> list[dict[str, Any]]:
     return request(content)[0]
 
 
-def answered(output: Any, **told: Any) -> dict[str, Any]:
+def answered(output: Any, **summary: Any) -> dict[str, Any]:
     """The message of an answer's one choice."""
-    (choice,) = response(output, told)["choices"]
+    (choice,) = response(output, summary)["choices"]
     message: dict[str, Any] = choice["message"]
     return message
 
@@ -333,12 +333,12 @@ def test_what_else_an_answer_says_is_beside_it() -> None:
 
 def test_calls_that_the_host_tells_too_are_there_once() -> None:
     """The host's list of tool calls is the message's own, in another spelling."""
-    told = [{"id": "c1", "name": "add", "arguments": {"a": 1}}]
-    assert answered({"content": None, "tool_calls": [CALL]}, tool_calls=told)["tool_calls"] == [
+    listed = [{"id": "c1", "name": "add", "arguments": {"a": 1}}]
+    assert answered({"content": None, "tool_calls": [CALL]}, tool_calls=listed)["tool_calls"] == [
         CALL
     ]
     without_id = {"functionCall": {"name": "add", "args": {"a": 1}}}
-    assert answered([without_id], tool_calls=told)["tool_calls"] == [CALL]
+    assert answered([without_id], tool_calls=listed)["tool_calls"] == [CALL]
     assert len(answered([USE], tool_calls=[{"id": "c2", "name": "sub"}])["tool_calls"]) == 2
     twice = [{"name": "add", "arguments": {"a": 1}}] * 2  # Alike, and two all the same.
     assert len(answered("hi", tool_calls=twice)["tool_calls"]) == 2
@@ -422,7 +422,7 @@ def test_parameters_of_a_request_are_inputs() -> None:
     ],
 )
 def test_the_note_of_a_large_picture_is_shown(block: dict[str, Any]) -> None:
-    """What `refine` left of a picture is text, however the picture was inlined."""
+    """What `normalize` left of a picture is text, however the picture was inlined."""
     (message,) = request_messages([{"role": "user", "content": [{"text": "see"}, block]}])
     text = message["content"]
     shown = text if isinstance(text, str) else "\n".join(part["text"] for part in text)
@@ -492,12 +492,12 @@ def shown_by_the_page(message: dict[str, Any]) -> bool:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(_values, _values, st.dictionaries(_keys, _values, max_size=3))
-def test_nothing_of_any_shape_is_lost(content: Any, output: Any, told: dict[str, Any]) -> None:
+def test_nothing_of_any_shape_is_lost(content: Any, output: Any, summary: dict[str, Any]) -> None:
     """Each word of a model call is somewhere in its span, in messages that the page can show."""
-    data = {"input_content": content, "output_content": output, "model_response": told}
+    data = {"input_content": content, "output_content": output, "model_response": summary}
     found = span_attributes.of_span({"type": "generation", "data": data})
     text = orjson.dumps(found).decode()
-    missing = {word for word in words([content, output, told]) if word not in text}
+    missing = {word for word in words([content, output, summary]) if word not in text}
     assert not missing, found
     messages = list(found.get("mlflow.spanInputs", {}).get("messages", []))
     messages += [one["message"] for one in found.get("mlflow.spanOutputs", {}).get("choices", [])]

@@ -1,4 +1,4 @@
-"""What is sent keeps to MLflow's limits, and what cannot is told."""
+"""What is sent keeps to MLflow's limits, and what does not fit is counted."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def outcome(server: FakeRequester) -> BaseException | None:
 
 
 def test_mlflows_word_is_final() -> None:
-    """An error of MLflow's own below 500 is a refusal, with its code; nobody is asked again."""
+    """An error of MLflow's own below 500 is a refusal with its code, after one request."""
     server = FakeRequester(404, NOT_FOUND)
     refusal = outcome(server)
     assert isinstance(refusal, Refused)
@@ -212,7 +212,7 @@ def test_an_unusable_uri_loses_nothing(uri: str) -> None:
 
 
 def test_a_broken_header_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that cannot be sent is a reason to wait, but not to be told to everybody."""
+    """A token that cannot be sent is a reason to wait; no message shows it."""
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{SECRET}\n")
     with pytest.raises(RetryLater) as later:
         RestTransport("http://127.0.0.1:9").experiment_id("name", 1.0)
@@ -264,7 +264,7 @@ def test_retry_after_is_obeyed(header: str, seconds: float | None) -> None:
 
 
 class Listener:
-    """A server of one thread on a socket: reads requests as slowly as it is told, answers ``{}``.
+    """A server of one thread on a socket: reads requests at a given speed, answers ``{}``.
 
     Attributes:
         redirects: so many requests are answered by a redirect to the same path.

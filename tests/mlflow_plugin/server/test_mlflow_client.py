@@ -20,7 +20,7 @@ from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlfl
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 
-SECRET = "s3cr3t-of-somebody"
+SECRET = "s3cr3t-of-a-user"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ class CloudError(Exception):
     ],
 )
 def test_a_store_that_cannot_be_opened_loses_nothing(uri: str) -> None:
-    """Records wait until it is named rightly, or there; its password is nobody's business."""
+    """Records wait until it has the right name or exists; no message has its password."""
     with pytest.raises(RetryLater) as later:
         StoreTransport(uri.format(SECRET))
     assert SECRET not in str(later.value)

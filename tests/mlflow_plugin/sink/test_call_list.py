@@ -90,12 +90,12 @@ def test_what_a_firewall_minds_is_kept(clock: Clock) -> None:
 def test_a_run_deleted_during_an_outage_is_found_out_at_once(clock: Clock) -> None:
     """That its calls were made smaller meanwhile does not have their items refused one by one."""
     deleted = Refused("RESOURCE_DOES_NOT_EXIST", "")
-    told: list[str] = []
+    reasons: list[str] = []
 
     def check(timeout_s: float) -> None:
         raise deleted
 
-    group = Group([b"record"], check, told.append)
+    group = Group([b"record"], check, reasons.append)
     server = Server(clock, takes_s=8.0)
     shipment = CallList([server.call(range(500), group)])
     server.fail = lambda items: RetryLater("ConnectionError")
@@ -103,11 +103,11 @@ def test_a_run_deleted_during_an_outage_is_found_out_at_once(clock: Clock) -> No
     server.attempts.clear()
     server.fail = lambda items: deleted
     assert send(shipment, 1) == [DeadLetter(b"record", str(deleted))]
-    assert len(server.attempts) == len(told) == 1
+    assert len(server.attempts) == len(reasons) == 1
 
 
 def test_many_calls_that_are_answered_are_no_failure(clock: Clock) -> None:
-    """Where only the time is too short, that is told apart, and no call is begun without time."""
+    """If only the time is too short, the exception says so, and no call begins without time."""
     server = Server(clock, takes_s=4.8)
     shipment = CallList([server.call([number]) for number in range(5)])
     with pytest.raises(OutOfTime):

@@ -278,7 +278,7 @@ def test_spans_after_the_end_of_their_trace(server: FakeTransport) -> None:
     assert server.runs["run-0"]["status"] == "FINISHED"
     assert server.runs["run-0"]["tags"]["qitos.spans.late"] == "1"
     assert server.runs["run-0"]["tags"]["qitos.spans.delivered"] == "3"
-    (letter,) = ship(sink, {**late, "trace_id": "nobody's"})
+    (letter,) = ship(sink, {**late, "trace_id": "unknown"})
     assert "NO_RUN" in letter.reason
 
 
@@ -350,19 +350,19 @@ def verdicts(make: Records, count: int) -> list[dict[str, Any]]:
 
 def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> None:
     """However many verdicts, each is sent; what the spool keeps of them is bounded."""
-    told: dict[str, Any] = {}
+    sent: dict[str, Any] = {}
 
     answers = cycle([None, None, Poisoned("HTTP 500")])
 
-    def tell(call: str, info: Any) -> Exception | None:
+    def receive(call: str, info: Any) -> Exception | None:
         if call != "write_trace":
             return None
         if failure := next(answers):
             return failure
-        told.update({one["assessment_id"]: one for one in info.get("assessments", [])})
+        sent.update({one["assessment_id"]: one for one in info.get("assessments", [])})
         return None
 
-    server.fail = tell
+    server.fail = receive
     make = Records()
     sink = sink_to(server)
     ship(sink, make.start())
@@ -379,7 +379,7 @@ def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> 
     assert max(sizes) < 150_000
     answers = cycle([None])
     assert ship(sink, make.end()) == []
-    assert len(told) == 200
+    assert len(sent) == 200
 
 
 def test_feedback_that_is_refused_is_kept_aside(server: FakeTransport) -> None:
@@ -396,7 +396,7 @@ def test_feedback_that_is_refused_is_kept_aside(server: FakeTransport) -> None:
 
 
 def test_an_info_that_failed_is_sent_again(server: FakeTransport) -> None:
-    """What a running trace could not tell is told some seconds later."""
+    """If the info of a running trace is refused, another one follows some seconds later."""
     make = Records()
     sink = sink_to(server)
     server.fail = lambda call, _: Poisoned("HTTP 500") if call == "write_trace" else None
@@ -482,7 +482,7 @@ def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
 def test_a_cost_that_is_not_told_holds_nothing_back(
     server: FakeTransport, failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a few failures traces go without a cost, told once; it is asked for again later."""
+    """After a few failures traces go without a cost for a while, with one warning."""
     now = [0.0]
     server.fail = lambda call, _: failure if call == "sum_spans" else None
     sink = sink_to(server)
@@ -521,8 +521,8 @@ def test_the_cost_is_that_of_our_generations(
     spans = [make.span("generation", model=f"m{n}", token_usage=usage) for n in range(names)]
     assert ship(sink_to(server), make.start(), *spans, make.end()) == []
     (info,) = server.traces.values()
-    told = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
-    assert told.get("total_cost") == cost
+    cost_of = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
+    assert cost_of.get("total_cost") == cost
 
 
 def test_a_server_without_prices_is_asked_once(server: FakeTransport) -> None:
@@ -560,9 +560,9 @@ def test_what_is_refused_loses_only_itself(server: FakeTransport, key: str) -> N
         dead += ship(sink, *rest)
     assert {letter.reason for letter in dead} == {f"INVALID_PARAMETER_VALUE: {key} is bad"}
     for letter in dead:
-        told = orjson.loads(letter.record)
-        assert (told["trace_id"], told["run_id"]) == ("trace-1", "run-0")
-        assert key in str(told["item"])
+        kept = orjson.loads(letter.record)
+        assert (kept["trace_id"], kept["run_id"]) == ("trace-1", "run-0")
+        assert key in str(kept["item"])
     run, whole = server.runs["run-0"], straight.runs["run-0"]
     assert set(whole["params"]) - set(run["params"]) == {key} & {"late"}
     assert set(whole["tags"]) - set(run["tags"]) == {key} & {"stop_reason"}
@@ -755,7 +755,7 @@ def test_a_broken_server_is_no_reason_to_give_up(
 def test_a_server_without_traces_has_runs(
     server: FakeTransport, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a server is too old for traces that is told once, without its password."""
+    """If a server is too old for traces, one warning says so, without its password."""
 
     def refuse(call: str, _: Any) -> Exception | None:
         return Refused("HTTP 404", "") if call in ("write_spans", "write_trace") else None
