@@ -1,7 +1,7 @@
 """What one span costs the agent's thread, beside OpenTelemetry's BatchSpanProcessor.
 
 Both sides do the same: start a span with a 4 KB payload, end it, hand it to the processor. Ours
-goes through Trace, Span, provider, pluggy and capture into the queue, offline; theirs through a
+goes through Trace, Span, provider, pluggy and snapshot into the queue, offline; theirs through a
 tracer with a no-op exporter. Bursts of spans with pauses between, as between an agent's model
 calls, so that neither side's background thread is measured; medians of interleaved rounds.
 

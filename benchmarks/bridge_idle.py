@@ -1,7 +1,7 @@
-"""What an installed bridge costs a run that nobody listens to: a ratio, to be below 1.01.
+"""What an installed bridge costs a run without a processor: a ratio, to be below 1.01.
 
 Runs through the wrapper and runs of the very function it wraps, in one process, turn by turn, so
-that a noisy machine disturbs both alike. The wrapper is all there is while nobody listens: tools
+that a noisy machine disturbs both alike. The wrapper is all there is without a processor: tools
 are not touched before. Prints JSON; exits with 1 above the bound.
 """
 
@@ -58,7 +58,7 @@ def run_ns(run: Callable[[Any, str], Any]) -> int:
 
 
 def fastest_ns(runs: dict[str, Callable[[Any, str], Any]]) -> dict[str, int]:
-    """The fastest of a round: what is above it was somebody else on this machine."""
+    """The fastest of a round: what is above it was other work on this machine."""
     fastest: dict[str, int] = {}
     for _ in range(PAIRS):
         for name in random.sample(list(runs), 2):

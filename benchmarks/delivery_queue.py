@@ -3,8 +3,8 @@
     python benchmarks/delivery_queue.py
 
 The least: append to a deque, set an event that a thread waits on. Two situations: *busy*, records
-one after the other, where the worker is awake; *paced*, a pause before each, where it sleeps and
-has to be woken by the kernel. Rounds of both alternate, so that a noisy machine hits both.
+one after the other, while the spooling thread is awake; *paced*, a pause before each, so that it
+sleeps and has to be woken by the kernel. Rounds of both alternate, so that noise hits both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def least() -> tuple[Callable[[bytes], object], Callable[[], object]]:
 
 
 def ours(directory: Path) -> tuple[Callable[[bytes], object], Callable[[], object]]:
-    """A pipeline that writes to a real spool; nobody ships."""
+    """A pipeline that writes to a real spool and delivers nothing."""
     pipeline = Pipeline(
         header=b"{}",
         normalize=lambda payload: payload,

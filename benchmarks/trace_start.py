@@ -64,7 +64,7 @@ def main() -> None:
     given = arguments.parse_args()
     print(f"one request to the healthy server takes {request_ms(given.tracking_uri):.1f} ms")
     with socket.create_server(("127.0.0.1", 0)) as hanging, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # Bound, but nobody listens.
+        closed.bind(("127.0.0.1", 0))  # Bound, but without a listener.
         for name, uri in (
             ("healthy", given.tracking_uri),
             ("refusing", f"http://127.0.0.1:{closed.getsockname()[1]}"),

@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "mlflow_plugin.mapping.ids",
         "mlflow_plugin.mapping.entities",
         "mlflow_plugin.server.tracking_uri",
+        "redaction.uris",
     ),
     "mlflow_plugin.sink": (
         "mlflow_plugin.mapping",
@@ -85,7 +86,6 @@ LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
 
 KNOWN: set[tuple[str, str]] = {
     ("mlflow_plugin.destination", "__init__"),
-    ("mlflow_plugin.fluent.active_run", "redaction.uris"),
     ("recording.pipelines", "mlflow_plugin.destination"),
     ("recording.pipelines", "mlflow_plugin.mapping.entities"),
     ("recording.pipelines", "mlflow_plugin.sink.sink"),

@@ -133,7 +133,7 @@ def make_pipeline(directory: Path, server: FakeServer | None, **changes: object)
 
 
 def numbered(count: int, start: int = 0) -> list[bytes]:
-    """Records that can be told apart and look like ours."""
+    """Records with a number each, in the form of ours."""
     return [b'{"kind":"span","n":%d}' % n for n in range(start, start + count)]
 
 

@@ -85,7 +85,7 @@ class Config:
 
 
 class Gates:
-    """The points of interest: told when reached, waited at when asked for.
+    """The points of interest: reported when reached, and waited at if the test asks for that.
 
     ready: everything is imported and attached, no run has begun.
     start, mid, end: in the first run: in its first and its middle tool call, and before its answer.
@@ -102,9 +102,9 @@ class Gates:
         self._lock = threading.Lock()
 
     def reach(self, point: str, **facts: Any) -> None:
-        told = {"point": point, "time_s": time.monotonic(), "worst_ms": self._holds.worst_ms}
+        fact = {"point": point, "time_s": time.monotonic(), "worst_ms": self._holds.worst_ms}
         with self._lock:
-            os.write(1, json.dumps({**told, **facts}).encode() + b"\n")
+            os.write(1, json.dumps({**fact, **facts}).encode() + b"\n")
         if point in self._config.gates:
             sys.stdin.readline()
         if point == self._config.clock_back_at:
@@ -116,7 +116,8 @@ class Gates:
 class GarbageCollection(threading.local):
     """Seconds that collecting garbage has taken on this thread.
 
-    It falls on whoever allocates at that moment, 20 ms for all that qitos and mlflow have loaded.
+    It runs on the thread that allocates at that moment, and takes 20 ms for all that qitos and
+    mlflow have loaded.
     """
 
     spent_s = 0.0
@@ -141,7 +142,7 @@ class RunDelays:
         self._files: dict[str, int] = {}
 
     def __call__(self) -> dict[str, int]:
-        """Nanoseconds so far; nothing where the system does not tell."""
+        """Nanoseconds so far; 0 if the system does not say."""
         if self._pid != os.getpid():  # A forked child has threads of its own.
             self._pid, self._files = os.getpid(), {}
         delays = {}
@@ -152,7 +153,7 @@ class RunDelays:
         return delays
 
     def since(self, before: dict[str, int]) -> float:
-        """Seconds, of all threads together, since `before` was told."""
+        """Seconds, of all threads together, since `before` was read."""
         now = self()
         return sum(now[thread] - before.get(thread, 0) for thread in now) / 1e9
 
@@ -291,7 +292,7 @@ def make_agent(config: Config, number: int, gates: Gates) -> Any:
 
 
 def set_clock_back(by_s: float) -> None:
-    """Let `time.time` and `time.time_ns` tell an earlier time from now on."""
+    """Let `time.time` and `time.time_ns` return an earlier time from now on."""
     if by_s:
         real_ns, by_ns = time.time_ns, int(by_s * 1e9)
         time.time_ns = lambda: real_ns() - by_ns

@@ -33,7 +33,7 @@ class Report:
     exit_s: float | None
     """From its last line of code to the end of the process; None when it did not get there."""
     points: dict[str, dict[str, Any]]
-    """What it told at each point it reached; see `Gates`."""
+    """What it reported at each point it reached; see `Gates`."""
     stdout: str
     """Without the points."""
     stderr: str
@@ -46,8 +46,8 @@ class Report:
 
         Of this process and those it started.
         """
-        told = [point["worst_ms"] for point in self.points.values()]
-        return {callback: max(worst[callback] for worst in told) for callback in CALLBACKS}
+        worst_ms = [point["worst_ms"] for point in self.points.values()]
+        return {callback: max(worst[callback] for worst in worst_ms) for callback in CALLBACKS}
 
     @property
     def flushed(self) -> bool | None:
@@ -120,7 +120,7 @@ class Agent:
         return self._process.pid
 
     def wait_for(self, point: str, timeout_s: float = POINT_TIMEOUT_S) -> dict[str, Any]:
-        """Block until the agent reaches `point`; returns what it tells there.
+        """Block until the agent reaches `point`; returns what it reports there.
 
         Raises:
             AssertionError: it ended, or took longer; the text has its stderr.
@@ -204,8 +204,8 @@ class Agent:
                 line = raw.decode(errors="replace")
                 with self._news:
                     if name == "stdout" and line.startswith('{"point"'):
-                        told = json.loads(line)
-                        self._points[told["point"]] = told
+                        fact = json.loads(line)
+                        self._points[fact["point"]] = fact
                     else:
                         self._output[name].append(line)
                     self._news.notify_all()

@@ -58,7 +58,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Latency:
-    """Hold each response back for so long."""
+    """Delay each response by this long."""
 
     ms: float
 

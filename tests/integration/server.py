@@ -28,7 +28,7 @@ PORTS = range(18_000 + WORKER % 12 * 1_000, 19_000 + WORKER % 12 * 1_000)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A port of 127.0.0.1 without a listener."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ class MlflowServer:
         self.start()
 
     def freeze(self) -> None:
-        """Stop it in its tracks: connections are accepted by the kernel, nobody answers."""
+        """Stop its processes (SIGSTOP): the kernel accepts connections, and no answer comes."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:

@@ -226,15 +226,15 @@ def _assert_points(run: StoredRun, kinds: list[str]) -> None:
 
 
 @never_rerun()
-def assert_losses_are_told(report: Report, runs: Iterable[StoredRun], reason: str) -> None:
-    """Each run of an agent process tells how many spans it lost; some were, for this reason.
+def assert_losses_are_counted(report: Report, runs: Iterable[StoredRun], reason: str) -> None:
+    """Each run of an agent process says how many spans it lost; some were, for this reason.
 
     A burst may also have been more than the queue holds.
     """
     recorded = spans_by_trace(report)
     runs = list(runs)
     assert sorted(run.trace_id for run in runs) == sorted(report.trace_ids())
-    told: dict[str, int] = defaultdict(int)
+    lost: dict[str, int] = defaultdict(int)
     for run in runs:
         count, delivered, dropped = ledger(run)
         assert count == len(recorded[run.trace_id])
@@ -244,9 +244,9 @@ def assert_losses_are_told(report: Report, runs: Iterable[StoredRun], reason: st
         losses = dict(loss.split("=") for loss in dropped.split(", ") if loss)
         assert sum(map(int, losses.values())) == count - delivered, run.tags
         for why, number in losses.items():
-            told[why] += int(number)
-    assert told.keys() <= {reason, "queue_full"}, told
-    assert told[reason] > 0, told
+            lost[why] += int(number)
+    assert lost.keys() <= {reason, "queue_full"}, lost
+    assert lost[reason] > 0, lost
 
 
 def spans_by_trace(report: Report) -> Mapping[str, dict[str, str]]:

@@ -66,8 +66,8 @@ def test_installed_with_a_destination(client: MlflowClient, environ: dict[str, s
     """A plain QitOS script is logged, without a change to it, where MLflow's variables say."""
     done = run_script(AGENT, RUN, **environ)
     assert one_run(client, environ).metrics["total_tokens"] == 30
-    told = [line for line in done.stderr.splitlines() if "traces have no cost" not in line]
-    assert told == []  # What is left out is told on the oldest servers.
+    said = [line for line in done.stderr.splitlines() if "traces have no cost" not in line]
+    assert said == []  # The oldest servers cause a message about what is left out.
 
 
 def test_installed_with_a_destination_set_in_code(
@@ -456,7 +456,7 @@ def test_plugins_that_fail_harm_nobody(
         (line,) = [line for line in done.stderr.splitlines() if f"plugin {name} of" in line]
         assert error in line
     assert done.stderr.count("was not loaded") == 3
-    # Named with the hook, and told once each in spite of eleven spans.
+    # Named with the hook, once each in spite of eleven spans.
     for hook in ("trace_start", "span_start", "span_end", "trace_end"):
         assert done.stderr.count(f"trace plugin in-every-hook, hook qitos_{hook} failed") == 1
     assert "trace plugin sleeps" not in done.stderr

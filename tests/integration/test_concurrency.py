@@ -210,7 +210,7 @@ def test_two_processors_at_once(
     client: MlflowClient,
     experiment_name: str,
 ) -> None:
-    """Each logs the whole trace where it was told to: a run and a tree of its own."""
+    """Each logs the whole trace to its own destination: a run and a tree of its own."""
     names = (experiment_name, f"{experiment_name} too")
     with logged(mlflow_server.uri, experiment_name=names[1]) as second:
         with create_trace("twice") as trace:

@@ -29,7 +29,7 @@ def client(mlflow_server: MlflowServer) -> MlflowClient:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_to_deliver(tmp_path: Path) -> Iterator[None]:
-    """Take away what stays in a spool, or the tests' own process would tell of it at its end."""
+    """Take away what stays in a spool, or the tests' own process would report it at its end."""
     yield
     shutil.rmtree(tmp_path)
 
@@ -255,5 +255,5 @@ def test_the_servers_password_is_used_and_nowhere_written(
             assert processor.force_flush() is delivered
     assert only_run(client, experiment_name).status == "FINISHED"
     assert everywhere(mlflow_server, tmp_path / "spool", password) == []
-    told = capfd.readouterr()
-    assert password not in caplog.text + told.out + told.err
+    printed = capfd.readouterr()
+    assert password not in caplog.text + printed.out + printed.err

@@ -488,7 +488,7 @@ def test_the_agent_never_waits_for_an_answer(
     assert (run.status, run.metrics["total_steps"]) == ("FINISHED", 2)
 
 
-def test_a_deleted_experiment_is_told_and_nothing_is_lost(
+def test_a_deleted_experiment_is_reported_and_nothing_is_lost(
     log: MlflowTraceProcessor,
     client: MlflowClient,
     experiment_name: str,
@@ -510,7 +510,7 @@ def test_a_deleted_experiment_is_told_and_nothing_is_lost(
 def test_shutdown_ends_open_runs_early(
     log: MlflowTraceProcessor, client: MlflowClient, experiment_name: str
 ) -> None:
-    """From any thread and any number of times; a trace still going has its run ended, once."""
+    """From any thread and any number of times; the run of an open trace is ended, once."""
     with create_trace("long") as trace:
         step(trace, tracing.StepSpanData(0))
         threads = [threading.Thread(target=log.shutdown) for _ in range(3)]
@@ -529,7 +529,7 @@ def test_shutdown_ends_open_runs_early(
 def test_a_flush_that_succeeds_means_on_the_server(
     log: MlflowTraceProcessor, client: MlflowClient, experiment_name: str
 ) -> None:
-    """After True the run of a trace still going has everything recorded so far."""
+    """After True the run of an open trace has everything recorded so far."""
     with create_trace("long") as trace:
         for number in range(3):
             step(trace, tracing.StepSpanData(number))

@@ -59,7 +59,7 @@ def test_a_chat_with_many_screenshots(
 
 
 def test_tools_come_with_their_schemas(mlflow_server: MlflowServer, experiment_name: str) -> None:
-    """What a model was told of its tools is there as MLflow's own tools show it."""
+    """The schemas of a model's tools are stored in the form that MLflow's own tools use."""
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tool = {"name": "weather", "description": "Look outside.", "parameters": schema}
     request = {"messages": [{"role": "user", "content": "Rain?"}], "temperature": 0.5}

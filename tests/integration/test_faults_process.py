@@ -32,7 +32,7 @@ from tests.integration.server import MlflowServer
 from tests.integration.stored import (
     StoredRun,
     assert_exactly_once,
-    assert_losses_are_told,
+    assert_losses_are_counted,
     assert_survived_kill,
     ledger,
     runs_of,
@@ -273,10 +273,10 @@ def test_work_of_two_processors_pending_at_exit(
     segments = sorted(shlex.split(command)[2:], key=lambda path: too in Path(path).read_text())
     assert len(segments) == 2
     # One after the other: MLflow's id of a trace is QitOS's, so a server has it only once.
-    told = execute(f"qitos-mlflow sync {segments[0]}")
+    printed = execute(f"qitos-mlflow sync {segments[0]}")
     assert_exactly_once(report, runs())
-    told += execute(f"qitos-mlflow sync {segments[1]}")
-    assert sum(map(int, re.findall(r"(\d+) records? delivered", told))) == records
+    printed += execute(f"qitos-mlflow sync {segments[1]}")
+    assert sum(map(int, re.findall(r"(\d+) records? delivered", printed))) == records
 
 
 def test_the_clock_set_back(logging_agent: Start, control: Agent, runs: Runs) -> None:
@@ -349,7 +349,7 @@ def test_no_disk_for_the_spool(
         else:
             beneath_a_file = place == "unwritable" and "ready" in agent.config.gates
             reason = "spool_unwritable" if beneath_a_file else "disk_full"
-            assert_losses_are_told(report, runs_of(report, runs()), reason)
+            assert_losses_are_counted(report, runs_of(report, runs()), reason)
     assert len(runs()) == 2 * 3
 
 

@@ -66,7 +66,7 @@ def sidecar(*options: str) -> Iterator[subprocess.Popen[bytes]]:
 def test_the_next_agent_finishes_what_a_killed_one_left(
     proxy: Proxy, logging_agent: Start, runs: Runs
 ) -> None:
-    """Nobody need run anything: an agent that delivers its own delivers what it finds."""
+    """No command is needed: an agent that delivers its own records also delivers leftovers."""
     proxy.set(Refuse())
     killed = kill_in_mid_run(logging_agent(gates=["mid"]))
     proxy.set(None)
@@ -107,7 +107,7 @@ def test_syncs_at_once_beside_an_agent_at_work(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(execute, ["qitos-mlflow sync"] * 2))
     reports.append(living.finish())
-    execute("qitos-mlflow sync")  # The living one may have adopted some, and ended over it.
+    execute("qitos-mlflow sync")  # The living one may have begun with some of them and ended.
     found = runs()
     for report in reports:
         assert_exactly_once(report, of(report, found))
@@ -223,7 +223,7 @@ def test_the_rest_of_a_run_goes_to_another_server(
 def test_a_damaged_line_is_a_counted_loss(
     proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path
 ) -> None:
-    """All other records arrive, and the run tells how many did not."""
+    """All other records arrive, and the run says how many did not."""
     proxy.set(Refuse())
     report = logging_agent({"exit_timeout_s": 0.1}).finish()
     [part] = (tmp_path / "spool").glob("*.seg")
@@ -289,7 +289,7 @@ def test_a_run_is_deleted_on_the_server(
         pytest.param(Hang(), id="hanging", marks=pytest.mark.soak),
     ],
 )
-def test_a_cost_that_is_not_told_holds_nothing_back(
+def test_an_unknown_cost_holds_nothing_back(
     proxy: Proxy, logging_agent: Start, runs: Runs, tmp_path: Path, fault: Fault
 ) -> None:
     """A server that answers all but what model calls cost gets everything in time."""

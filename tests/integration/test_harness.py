@@ -216,7 +216,7 @@ def test_a_locked_database_holds_writes_up(
 
 
 def test_an_agent_meets_the_test_at_its_gates(run_agent: Callable[..., Agent]) -> None:
-    """A real QitOS agent stops where asked, goes on when told, and reports its way."""
+    """A QitOS agent waits at its gates, continues when the test says so, and reports events."""
     agent = run_agent(way="off", steps=3, gates=["mid", "over"])
     agent.wait_for("mid")
     agent.go()

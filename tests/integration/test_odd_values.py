@@ -280,7 +280,7 @@ def test_any_tool_names(store: tuple[MlflowTraceProcessor, str], names: list[str
 def test_any_metadata_and_content(
     store: tuple[MlflowTraceProcessor, str], metadata: dict[str, Any], value: Any
 ) -> None:
-    """Whatever a trace is told and its spans hold, the run is complete and has what is good."""
+    """Whatever a trace and its spans hold, the run is complete and has every valid value."""
     with create_trace("anything", metadata={**metadata, "sentinel": "here"}) as trace:
         for data in (
             tracing.GenerationSpanData(model=value, input_content=value, token_usage=value),

@@ -74,7 +74,7 @@ class Memory:
 
 @contextmanager
 def writes_locked(server: MlflowServer) -> Iterator[None]:
-    """Nobody else can write the server's database; reading goes on."""
+    """Nothing else can write the server's database; it can be read."""
     with closing(sqlite3.connect(server.database, timeout=30, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield

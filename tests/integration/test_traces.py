@@ -202,7 +202,7 @@ def test_the_demos_agents(
         assert info.state == (TraceState.ERROR if failed else TraceState.OK)
         assert info.trace_metadata["mlflow.trace.session"] == "desk-questions"
         assert info.trace_metadata["mlflow.trace.user"]
-        assert info.cost is None, "nobody has prices of scripted models"
+        assert info.cost is None, "scripted models have no price"
         expected = {
             "mlflow.traceName": task.agent,
             "qitos.agent": task.agent,
@@ -269,9 +269,9 @@ def test_the_cost(store: Store, experiment_name: str) -> None:
         with create_trace("priced") as trace:
             for number in (1, 2, 3):
                 usage = {"prompt_tokens": 1000 * number, "completion_tokens": 10}
-                told = {"provider": "openai"}
+                response = {"provider": "openai"}
                 data = tracing.GenerationSpanData(
-                    model=MODEL, token_usage=usage, model_response=told
+                    model=MODEL, token_usage=usage, model_response=response
                 )
                 trace.create_span(SpanType.GENERATION, data).start().finish()
                 assert processor.force_flush(FLUSH_S) is True  # A batch of its own.
@@ -415,7 +415,7 @@ def test_a_trace_is_live_and_survives_its_process(
         found = server.traces(experiment_name)
         steps = [s for t in found for s in t.data.spans if s.name.startswith("step ")]
         # The spans come first, and what is known of their trace with the next request; the server
-        # itself tells tokens of spans alone.
+        # itself shows the tokens of spans only.
         known = [t for t in found if "mlflow.sourceRun" in t.info.trace_metadata]
         return known[0] if len(steps) == 3 and known and known[0].info.token_usage else None
 

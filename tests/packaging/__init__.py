@@ -1,1 +1,1 @@
-"""What is shipped: the wheel, its start-up files, and what an import costs."""
+"""What is distributed: the wheel, its start-up files, and what an import costs."""

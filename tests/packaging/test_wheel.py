@@ -16,7 +16,7 @@ WATCHES = "import sys; print(any(getattr(f, 'qitos_watcher', False) for f in sys
 def test_the_wheel_holds_the_package_and_the_startup_files_and_no_more(
     wheel: Path, source_tree: Path
 ) -> None:
-    """Every module is shipped, the start-up files lie beside the package, and no test is."""
+    """The wheel has every module, the start-up files beside the package, and no test."""
     names = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in names if ".dist-info/" in name}
     package = source_tree / "qitos_mlflow"
@@ -38,7 +38,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
 
 
 def test_install_and_uninstall(environment: Environment, wheel: Path) -> None:
-    """Installed, every Python watches for qitos, unless told not to; uninstalled, nothing stays."""
+    """Installed, Python waits for `import qitos` unless turned off; uninstalled, nothing stays."""
     environment.pip("install", "--no-deps", str(wheel))
     assert environment.startup_files() == STARTUP_FILES
     assert environment.run("-c", WATCHES) == "True\n"
@@ -54,7 +54,7 @@ def test_install_and_uninstall(environment: Environment, wheel: Path) -> None:
 def test_an_editable_installation_has_the_startup_files_too(
     environment: Environment, source_tree: Path
 ) -> None:
-    """Whoever works on the package is logged in the same way as who uses it."""
+    """An editable installation logs in the same way as a normal one."""
     environment.pip("install", "--no-deps", "--editable", str(source_tree))
     assert set(STARTUP_FILES) <= set(environment.startup_files())
     where = "import qitos_mlflow; print(qitos_mlflow.__file__)"
