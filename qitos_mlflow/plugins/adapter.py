@@ -111,23 +111,19 @@ class PluginTraceProcessor(TraceProcessor):
 
     def on_trace_start(self, trace: Trace) -> None:
         """Call ``qitos_trace_start`` of each plugin."""
-        if not self._repeats("qitos_trace_start", trace):
-            self._call("qitos_trace_start", trace=trace)
+        self._pass_on("qitos_trace_start", trace, trace=trace)
 
     def on_trace_end(self, trace: Trace) -> None:
         """Call ``qitos_trace_end`` of each plugin."""
-        if not self._repeats("qitos_trace_end", trace):
-            self._call("qitos_trace_end", trace=trace)
+        self._pass_on("qitos_trace_end", trace, trace=trace)
 
     def on_span_start(self, span: Span) -> None:
         """Call ``qitos_span_start`` of each plugin."""
-        if not self._repeats("qitos_span_start", span):
-            self._call("qitos_span_start", span=span)
+        self._pass_on("qitos_span_start", span, span=span)
 
     def on_span_end(self, span: Span) -> None:
         """Call ``qitos_span_end`` of each plugin."""
-        if not self._repeats("qitos_span_end", span):
-            self._call("qitos_span_end", span=span)
+        self._pass_on("qitos_span_end", span, span=span)
 
     def on_record(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """What each plugin's ``qitos_record`` returns for a copy of `record`, with its name."""
@@ -158,22 +154,24 @@ class PluginTraceProcessor(TraceProcessor):
 
     def shutdown(self) -> None:
         """Shut each plugin down; blocks as long as they do, one after another."""
-        self._call("qitos_shutdown")
+        for call in self._calls["qitos_shutdown"]:
+            with _guard.shield(call.where):
+                call.hook()
 
-    def _repeats(self, hook: str, item: Trace | Span) -> bool:
-        """Whether this call, of this very object, was the last one on this thread."""
-        last = getattr(self._last, "event", None)
-        if last is not None and last[1]() is item and last[0] == hook:
-            return True
+    def _pass_on(self, hook: str, item: Trace | Span, **event: Trace | Span) -> None:
+        """Call each plugin, unless this call with this very object was the last on this thread."""
+        try:
+            last_hook, last_item = self._last.event
+            if last_hook == hook and last_item() is item:
+                return
+        except AttributeError:  # The first event on this thread.
+            pass
         try:
             # Weakly: what an agent said must not stay in memory after its run, and an id may be
             # that of a new object by then.
             self._last.event = (hook, weakref.ref(item))
-        except TypeError:  # An object of the host's that knows no weak references.
-            self._last.event = None
-        return False
-
-    def _call(self, hook: str, **event: Any) -> None:
+        except TypeError:  # A host's object that knows no weak references.
+            self._last.__dict__.clear()
         for call in self._calls[hook]:
             try:
                 call.hook(**event)
