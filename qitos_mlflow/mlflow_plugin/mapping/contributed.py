@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_metric, clean_text
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_metric, clean_text, mapping
 
 
 def attributes(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,4 @@ def tags(record: Mapping[str, Any], lost: Counter[str] | None = None) -> list[tu
 
 
 def _part(record: Mapping[str, Any], part: str) -> Iterator[tuple[str, Any]]:
-    added = record.get("added")
-    values = added.get(part) if isinstance(added, Mapping) else None
-    if isinstance(values, Mapping):
-        yield from values.items()
+    yield from mapping(mapping(record.get("added")).get(part)).items()

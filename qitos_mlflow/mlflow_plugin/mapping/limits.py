@@ -169,8 +169,8 @@ def clean_ns(ns: Any) -> int:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """`value`, or an empty mapping if it is no mapping."""
-    return value if isinstance(value, Mapping) else {}
+    """`value`, or an empty mapping if it is no JSON object."""
+    return value if isinstance(value, dict) else {}  # Five times faster than with `Mapping`.
 
 
 def _count(lost: Counter[str] | None, reason: str) -> None:

@@ -76,6 +76,7 @@ class SpanTree:
         usage: tokens so far.
         priced: names of generations with tokens and a model.
         assessments: feedback that each info repeats.
+        assessment_bytes: their size as JSON.
         news: the next info says more than the last one.
         info_ns: `facts.last_ns` as of the last info.
     """
@@ -94,6 +95,7 @@ class SpanTree:
     usage: dict[str, int] = field(default_factory=dict)
     priced: list[str] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
+    assessment_bytes: int = 0
     news: bool = False
     info_ns: int = 0
 
@@ -126,13 +128,13 @@ class SpanTree:
     @property
     def full(self) -> bool:
         """The next info is the last one with the assessments that there are."""
-        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
+        return self.assessment_bytes >= MAX_ASSESSMENT_BYTES
 
     def info_made(self) -> None:
         """Take account of an info that says all there is to say now."""
         self.news, self.info_ns = False, self.facts.last_ns
         if self.full:
-            self.assessments = []
+            self.assessments, self.assessment_bytes = [], 0
 
     # -- records -----------------------------------------------------------------------------
 
@@ -202,9 +204,9 @@ class SpanTree:
         trace, own = self.facts.trace_id, str(record.get("span_id", ""))
         parent, is_root = record.get("parent_id"), own == self.root
         found = {**span_attributes.of_span(record, self.tools), **contributed.attributes(record)}
-        counts = kind_of(record).counts
+        counts, name = kind_of(record).counts, span_name(record)
         if counts is Counts.MODEL_CALL:
-            self._count(found, span_name(record))
+            self._count(found, name)
             self.response = span_attributes.answer_preview(found) or self.response
         if is_root:
             found = {**self._root_attributes(None), **found}
@@ -214,7 +216,7 @@ class SpanTree:
             otel_trace_id(trace),
             identity,
             None if is_root else self._root_id() if above == identity else above,
-            self.name if is_root else span_name(record),
+            self.name if is_root else name,
             record.get("start_ns"),
             record.get("end_ns"),
             found,
@@ -227,6 +229,7 @@ class SpanTree:
             self._add_link(span)
         if counts is Counts.VERDICT and (feedback := feedback_of(record, trace)):
             self.assessments.append(feedback)
+            self.assessment_bytes += len(orjson.dumps(feedback))
             self.news = True
         changed = self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full)
         return TraceData([*began.spans, span], began.changed or changed)

@@ -221,6 +221,7 @@ def of_first_version(plain: Mapping[str, Any], settings: Mapping[str, Any]) -> d
         start_ns, tree["root_name"] = tree.pop("start_ns"), tree.pop("name")
         tree["root_start_ns"] = None if start_ns == facts["start_ns"] else start_ns
         tree["info_ns"] = tree.pop("told_ns")
+        tree["assessment_bytes"] = sum(len(orjson.dumps(one)) for one in tree["assessments"])
     gone = {"start_ms", "ended", "cut_off", "status", "end_ms", "recorded", "dropped", "told"}
     parts = {
         "facts": facts,
