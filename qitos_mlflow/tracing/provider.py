@@ -89,15 +89,7 @@ class TracingProvider:
         trace_id = trace_id or self.gen_trace_id()
         return Trace(trace_id, name, group_id, metadata, processor, mode=mode)
 
-    @staticmethod
-    def gen_trace_id() -> str:
-        """A new id, a UUID with hyphens."""
-        return new_id()
-
-    @staticmethod
-    def gen_span_id() -> str:
-        """A new id, a UUID with hyphens."""
-        return new_id()
+    gen_trace_id = gen_span_id = staticmethod(new_id)
 
     def shutdown(self) -> None:
         """Shut every processor down; may wait as long as they do."""
