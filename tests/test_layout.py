@@ -102,7 +102,7 @@ TO_COME: set[str] = set()
 """What the table has and the package does not have yet."""
 
 MODULE_LINES = 350
-MEDIAN_LINES = 132  # To become 130.
+MEDIAN_LINES = 130
 FUNCTION_LINES = 51  # To become 50.
 """Of a function's body, its docstring left out; functions inside it count with it."""
 PACKAGE_LINES = 18_500  # To become 15,500.
