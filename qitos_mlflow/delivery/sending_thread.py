@@ -161,7 +161,7 @@ class SendingThread:
             self._circuit.failed(later.after_s)
             _guard.warn(
                 "delivery.later",
-                "records could not be delivered (%s); they are kept and sent again later",
+                "records are not delivered yet (%s); they are kept and sent again later",
                 later.reason,
             )
         except OSError as error:
