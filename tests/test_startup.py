@@ -102,9 +102,9 @@ def test_asking_for_qitos_without_importing_it() -> None:
     )
 
 
-def test_a_broken_installation_is_told_and_does_not_stop_the_agent() -> None:
+def test_a_broken_installation_is_one_line_and_does_not_stop_the_agent() -> None:
     """When our own code cannot be imported, qitos can, and one line says that logging is off."""
-    told = run_on(
+    printed = run_on(
         None,
         """
         import sys
@@ -115,8 +115,8 @@ def test_a_broken_installation_is_told_and_does_not_stop_the_agent() -> None:
         """,
         QITOS_TRACE_PLUGINS="all",
     )
-    assert "0.3.0" in told
-    assert told.count("qitos-mlflow: not active:") == 1
+    assert "0.3.0" in printed
+    assert printed.count("qitos-mlflow: not active:") == 1
 
 
 def test_without_qitos() -> None:

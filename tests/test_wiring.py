@@ -78,7 +78,7 @@ def test_disabled_it_is_off_and_can_be_on_again() -> None:
 
 
 def test_replaced_by_set_trace_processors_it_comes_back() -> None:
-    """After somebody has replaced all processors, the same call registers it again."""
+    """After all processors were replaced, the same call registers it again."""
     qitos_mlflow.autolog()
     tracing.set_trace_processors([])
     qitos_mlflow.autolog()
@@ -99,7 +99,7 @@ def test_disabled_in_mid_trace_it_hears_the_end() -> None:
     assert tracing.processors() == ()
     assert [state.ended for state in plugin._traces.values()] == [True]
     processor.shutdown()
-    shutil.rmtree(plugin.settings.spool_dir)  # Or the tests' own process would tell of it.
+    shutil.rmtree(plugin.settings.spool_dir)  # Or the tests' own process would report it.
 
 
 def test_the_installed_plugins_are_attached_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,7 +383,7 @@ def test_a_session_step_that_raises_is_closed_and_the_session_goes_on(recorder: 
 
 
 def test_a_session_left_after_an_error_is_an_error(recorder: Recorder) -> None:
-    """A session whose last step raised, and that nobody goes on with, did not go well."""
+    """A session that is not continued after a step that raised did not succeed."""
     engine = Engine(agent(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         engine.step(*engine.init_session("t"))

@@ -104,7 +104,7 @@ def test_what_is_no_count_is_none(usage: Any) -> None:
     ],
 )
 def test_cache_counts_are_kept_apart(usage: dict[str, Any], read: Any, created: Any) -> None:
-    """Tokens read from and written to a provider's cache are extra keys, where it tells."""
+    """Tokens read from and written to a provider's cache are extra keys, if it reports them."""
     found = token_usage({"prompt_tokens": 5, "completion_tokens": 1, **usage})
     assert found is not None
     assert (found.get("cache_read_tokens"), found.get("cache_creation_tokens")) == (read, created)
@@ -205,12 +205,12 @@ def test_a_tool_result_is_what_the_agent_saw(result: Any, seen: Any, error: Any)
 
 
 def test_a_tool_result_of_another_shape_is_plain_output() -> None:
-    """What an executor of somebody's own returns is the output."""
+    """What a custom executor returns is the output."""
     assert extract.tool_result([1, 2]) == ([1, 2], None, {})
 
 
 def test_mcp_tools_are_known_by_their_function() -> None:
-    """A tool bridged from an MCP server is told by its function's module and closure."""
+    """A tool bridged from an MCP server is recognised by its function's module and closure."""
 
     def bridged(server: Any) -> Any:
         def call(**args: Any) -> Any:

@@ -180,7 +180,7 @@ def test_the_traceback_gets_one_frame_of_ours_at_most(recorder: Recorder) -> Non
 
 
 def test_processors_of_a_host_find_the_exception_in_sys_exc_info(recorder: Recorder) -> None:
-    """The trace ends inside the exception's handler: a host's own trace tells it no other way."""
+    """The trace ends inside the exception's handler: a host's own trace has it no other way."""
     seen: list[Any] = []
 
     class Looking(tracing.NoOpTraceProcessor):
@@ -281,7 +281,7 @@ def test_a_run_is_the_same_when_tracing_it_cannot_begin(
 def test_a_processor_that_raises_everywhere_changes_nothing(
     installed: None, swallowed: list[tuple[str, BaseException]]
 ) -> None:
-    """Processors are somebody else's code, on the agent's thread."""
+    """A processor that raises does not harm the agent on whose thread it runs."""
 
     class Broken(tracing.TraceProcessor):
         def on_trace_start(self, trace: Any) -> None:

@@ -1,4 +1,4 @@
-"""Installing, uninstalling, and what it costs when nobody listens."""
+"""Installing, uninstalling, and what it costs if no processor wants the run."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ FORKED_TOOL = """
 
 
 def traces(who: str, *tasks: str, linked: str) -> list[str]:
-    """What is told of traces, from start to end, one after the other."""
+    """The events of traces, from start to end, one after the other."""
     return [
         line
         for task in tasks
@@ -150,7 +150,7 @@ def test_ctrl_c_as_a_trace_ends(recorder: Recorder) -> None:
 
 
 def test_a_late_start_is_heard_of_by_nobody(recorder: Recorder) -> None:
-    """What starts as its trace ends on another thread is no part of it, and harms nobody."""
+    """A span that starts as its trace ends on another thread is no part of it, and does no harm."""
     live = LiveTrace("a", None, {})
     live.end(None)
     span = live.start(tracing.ToolSpanData(tool_name="late"), None)

@@ -251,7 +251,7 @@ def test_pool_threads_stand_where_their_work_was_submitted(recorder: Recorder) -
 
 
 def test_pools_outside_of_a_run_are_ordinary(recorder: Recorder) -> None:
-    """A pool that stands in for the host's hands work through where no run is traced."""
+    """A pool that replaces the host's passes tasks through if no run is traced."""
     for pool_class in (ContextPool, BackgroundPool):
         with pool_class(1) as pool:
             assert pool.submit(divmod, 7, 2).result(WAIT_S) == (3, 1)

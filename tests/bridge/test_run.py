@@ -276,7 +276,7 @@ def test_several_tools_of_one_step_are_siblings(recorder: Recorder) -> None:
 
 
 def test_an_action_without_a_tool_span_is_named_by_its_act_span(recorder: Recorder) -> None:
-    """Where a host's executor is not the one we know, the act span stands for the call."""
+    """If a host's executor is not the one we know, the act span is the call's."""
 
     class OtherExecutor:
         def execute(self, actions: Any, env: Any = None, state: Any = None) -> list[Any]:
@@ -356,7 +356,7 @@ def test_each_critic_is_a_span_with_its_verdict(recorder: Recorder) -> None:
 
 @pytest.mark.parametrize("attribute", ["llm", "model"])
 def test_a_critic_with_a_model_is_told_apart(recorder: Recorder, attribute: str) -> None:
-    """Whoever reads a verdict can tell a model's from a rule's."""
+    """A verdict says whether a model or a rule gave it."""
     critic = Judge({"action": "continue", "score": 1})
     setattr(critic, attribute, Model(FINAL))
     Engine(agent=ScriptAgent(Decision.final("x")), critics=[critic]).run("sum")

@@ -61,7 +61,7 @@ def plugin(hook: str, body: Callable[..., Any], **options: Any) -> Any:
 
 
 class Hearing:
-    """A plugin that implements everything, and keeps what it hears."""
+    """A plugin that implements everything, and keeps the events."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, Any]] = []
@@ -106,7 +106,7 @@ class Hearing:
 
 
 def test_every_hook_is_called() -> None:
-    """Every hook there is reaches a plugin, through the processor's method that stands for it."""
+    """Every hook is called through the processor's method for it."""
     hearing = Hearing()
     processor = PluginTraceProcessor({"hearing": hearing})
     assert isinstance(processor, TraceProcessor)
@@ -209,7 +209,7 @@ def test_interrupts_go_through() -> None:
 
 
 def test_a_sleeping_plugin_leaves_the_others_alone() -> None:
-    """While one plugin blocks one thread, the others hear of what happens on other threads."""
+    """While one plugin blocks one thread, the others get the events of other threads."""
     asleep, wake = threading.Event(), threading.Event()
 
     def sleep(span: Span) -> None:
@@ -301,7 +301,7 @@ def test_adding_to_records_asks_for_no_trace() -> None:
 
 
 def test_what_plugins_say_of_a_record() -> None:
-    """Each plugin's addition comes with its name; None is none, and nobody's copy is another's."""
+    """Each plugin's addition comes with its name; None is none, and each gets its own copy."""
 
     def spoil(record: dict[str, Any]) -> dict[str, Any]:
         record["data"].clear()
@@ -358,7 +358,7 @@ def test_force_flush_that_fails_is_false(swallowed: list[Any]) -> None:
 
 
 def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each plugin is told how many of the seconds are left, never less than none."""
+    """Each plugin gets the seconds that are left, never less than zero."""
     clock = Clock()
     told: list[float | None] = []
 
@@ -378,7 +378,7 @@ def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_register_and_unregister() -> None:
-    """`register` tells the hooks; an unregistered plugin is handed back and hears no more."""
+    """`register` returns the hooks; an unregistered plugin is returned and gets no more events."""
     hearing = Hearing()
     processor = PluginTraceProcessor()
     assert processor.register(hearing, "hearing") == processor.hooks("hearing") == HOOKS
@@ -424,7 +424,7 @@ def test_plugins_that_equal_everything() -> None:
 
 
 def test_unknown_hooks_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A plugin made for a later version loads, and is told which hook is not called here."""
+    """A plugin made for a later version loads, and a warning names the hook that is not called."""
 
     class Newer(Hearing):
         @hookimpl
@@ -441,7 +441,7 @@ def test_unknown_hooks_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_hooks_that_may_not_exist_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A plugin that says itself that a hook may be missing is not told so."""
+    """For a hook that a plugin marks as optional there is no warning."""
     newer = plugin("qitos_span_pulse", lambda: None, optionalhook=True)
     with caplog.at_level(logging.WARNING, "qitos_mlflow"):
         PluginTraceProcessor({"patient": newer, "other": Hearing()})
@@ -449,7 +449,7 @@ def test_hooks_that_may_not_exist_are_no_warning(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_plugin_without_hooks_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A plugin whose functions are not marked is told how to mark them."""
+    """For a plugin whose functions are not marked, a warning says how to mark them."""
 
     class Unmarked:
         def qitos_span_end(self, span: Any) -> None:

@@ -35,7 +35,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_good_plugin(installed: Distributions) -> None:
-    """An installed plugin is found without being imported, then loaded, and hears of spans."""
+    """An installed plugin is found without being imported, then loaded, and gets spans."""
     installed.plugin("good", GOOD, distribution="acme-good")
     expected = PluginInfo("good", "acme-good", "1.0", "fake_acme_good")
     assert discover() == [expected]
@@ -173,7 +173,7 @@ def test_blocked_plugins_are_not_imported(
 def test_nothing_is_not_even_a_look(
     installed: Distributions, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    """`none` loads nothing and reads no metadata; `discover` still tells what there is."""
+    """`none` loads nothing and reads no metadata; `discover` still lists what there is."""
     installed.plugin("good", GOOD)
     monkeypatch.setenv("QITOS_TRACE_PLUGINS", value)
     adapter = PluginTraceProcessor()

@@ -53,7 +53,7 @@ def test_selection(text: str | None, names: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["none", "off", "0", "", ",", "none,all"])
 def test_nothing_is_known_beforehand(text: str) -> None:
-    """Where nothing can be selected, nobody needs to look at what is installed."""
+    """If nothing can be selected, the installed plugins need not be read."""
     assert Selection.parse(text).nothing
 
 
@@ -64,7 +64,7 @@ def test_something_may_be_selected(text: str | None) -> None:
 
 
 def test_unknown_names() -> None:
-    """Names that nothing installed has are told, wanted and unwanted ones alike."""
+    """Names that no installed plugin has are listed, wanted and excluded ones alike."""
     selection = Selection.parse("mlflow,Nope,no:gone-too,other:mlflow")
     assert selection.unknown(INSTALLED) == ["nope", "other:mlflow", "gone_too"]
     assert Selection.parse("all,no:wandb").unknown(INSTALLED) == []
@@ -84,7 +84,7 @@ def test_unknown_names() -> None:
     ],
 )
 def test_named(environ: dict[str, str], asked: bool) -> None:
-    """A plugin learns whether somebody asked for it, as opposed to it being merely installed."""
+    """A plugin learns whether the variable asks for it, or it is merely installed."""
     assert named("mlflow", environ) is asked
 
 

@@ -222,7 +222,7 @@ def test_no_host_at_all(tmp_path: Path) -> None:
 
 
 def test_contract_snippet() -> None:
-    """A processor added through the served names hears of traces made through ours."""
+    """A processor added through the served names gets traces made through ours."""
     run_on(
         None,
         """

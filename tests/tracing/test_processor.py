@@ -110,7 +110,7 @@ def test_force_flush_of_a_failing_processor_is_false(swallowed: list[Any]) -> No
 
 
 def test_removing_while_telling() -> None:
-    """A processor that removes itself, or adds another, skips nobody and is not told again."""
+    """A processor that removes itself, or adds another, skips none and is not called again."""
     multi = SynchronousMultiTraceProcessor()
     last = Recorder()
 
@@ -132,7 +132,7 @@ def test_removing_while_telling() -> None:
 
 
 def test_adding_and_removing_from_many_threads() -> None:
-    """Nothing added is lost and nobody else removed, with threads doing both as others tell."""
+    """No processor added is lost and no other removed, with threads doing both during events."""
     stays = Recorder()
     multi = SynchronousMultiTraceProcessor([stays])
     together = threading.Barrier(4)

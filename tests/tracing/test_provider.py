@@ -235,7 +235,7 @@ def test_span_data_of_ones_own_is_redacted(data: SpanData) -> None:
 
 @pytest.mark.parametrize("data", [None, {"x": SECRET}, 7])
 def test_what_is_no_span_data_is_redacted_too(data: Any) -> None:
-    """Objects that have no business being span data tell nothing, and raise nothing."""
+    """Objects that are no span data show no content, and raise nothing."""
     copy = RedactingSpanData(data)
     assert copy.type == "custom"
     assert copy.export() == {"type": "custom"}
@@ -243,7 +243,7 @@ def test_what_is_no_span_data_is_redacted_too(data: Any) -> None:
 
 
 def test_disabled_traces_nothing() -> None:
-    """Disabled, a trace and its spans do nothing and nobody hears of them."""
+    """Disabled, a trace and its spans do nothing and reach no processor."""
     recorder = Recorder()
     trace = TracingProvider([recorder], TracingMode.DISABLED).create_trace("run")
     assert isinstance(trace, NoOpTrace)

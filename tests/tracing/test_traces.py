@@ -135,7 +135,7 @@ def test_content_stays_out_of_reprs() -> None:
 
 
 def test_events_in_order_with_times() -> None:
-    """A trace tells start, its spans' starts and ends, and its end, in order; times are ISO UTC."""
+    """A processor gets a trace and its spans, starts and ends, in order; times are ISO UTC."""
     recorder = Recorder()
     with a_trace(recorder) as trace:
         span = step(trace).start()
@@ -208,7 +208,7 @@ def test_out_of_order_finish_leaves_nothing_behind() -> None:
 
 
 def test_finish_on_another_thread() -> None:
-    """A span finished on another thread is told of, and is nobody's parent afterwards."""
+    """A span finished on another thread reaches the processor, and is no parent afterwards."""
     recorder = Recorder()
     with a_trace(recorder) as trace:
         span = step(trace).start()
@@ -253,7 +253,7 @@ def test_asyncio_tasks_do_not_mix() -> None:
 
 
 def test_traces_in_many_threads() -> None:
-    """16 traces in 8 threads, one processor: each hears of its own spans, all of them, once."""
+    """16 traces in 8 threads, one processor: each trace has its own spans, all of them, once."""
     recorder = Recorder()
     shared = TracingProvider([recorder])
     together = threading.Barrier(8)
@@ -280,7 +280,7 @@ def test_traces_in_many_threads() -> None:
 
 
 def test_finish_counts_once() -> None:
-    """However many threads finish a span, it is told of once, with what the first one said."""
+    """However many threads finish a span, it ends once, with the error of the first one."""
     recorder = Recorder()
     together = threading.Barrier(8)
     with a_trace(recorder) as trace:
@@ -370,7 +370,7 @@ def test_trace_closes_open_spans_with_its_exception() -> None:
 
 
 def test_span_on_a_living_thread_outlives_its_trace() -> None:
-    """A span still going on another thread is told of once, when that thread finishes it."""
+    """A span still open on another thread ends once, when that thread finishes it."""
     recorder = Recorder()
     started, go_on = threading.Event(), threading.Event()
     with a_trace(recorder) as trace:
@@ -402,7 +402,7 @@ def test_span_of_a_dead_thread_is_closed() -> None:
 
 
 def test_trace_begins_and_ends_once() -> None:
-    """Entering and leaving a trace again tells nobody again."""
+    """Entering and leaving a trace again notifies no processor."""
     recorder = Recorder()
     trace = a_trace(recorder)
     for _ in range(2):
@@ -421,7 +421,7 @@ def test_metadata_is_the_trace_s_own() -> None:
 
 
 def test_copies_are_snapshots() -> None:
-    """A copied or pickled span keeps its facts and tells nobody anything."""
+    """A copied or pickled span keeps its attributes and notifies no processor."""
     recorder = Recorder()
     with a_trace(recorder) as trace:
         span = step(trace).start()
