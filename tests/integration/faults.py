@@ -41,7 +41,7 @@ GRACE_S = 0.5
 """So much later than its deadline the process may be gone."""
 
 
-RETRYING = "records could not be delivered ("
+RETRYING = "not delivered yet ("
 """What an agent that meets a failing server says on stderr, once a minute."""
 
 
