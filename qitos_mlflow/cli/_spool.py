@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,3 +124,28 @@ def age(time_ns: int) -> str:
 def plural(count: int, noun: str) -> str:
     """Such as "1 record" and "2 records"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def waiting_traces(segment: SegmentInfo) -> tuple[Counter[str], set[str]]:
+    """What the starts and ends that still wait say of their traces.
+
+    Returns the spans lost, by reason, and the names of the experiments. Of traces whose start or
+    end is delivered, the runs have it.
+    """
+    from qitos_mlflow.delivery import waiting_records
+
+    lost: Counter[str] = Counter()
+    experiments: set[str] = set()
+    if (name := header_of(segment).get("experiment_name")) is not None:
+        experiments.add(str(name))  # The first version of the format has it there.
+    for record in waiting_records(segment.paths):
+        if b'"trace_end"' in record or b'"trace_start"' in record:
+            try:
+                content = json.loads(record)
+                if content["kind"] == "trace_end":
+                    lost.update(content["dropped"])
+                elif content["kind"] == "trace_start":
+                    experiments.add(str(content["settings"]["experiment_name"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # The sink refuses it and says why.
+    return lost, experiments

@@ -19,6 +19,7 @@ from qitos_mlflow.cli._spool import (
     paths_argument,
     plural,
     reason_of,
+    waiting_traces,
 )
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         try:
             # What the end of a trace tells is in the counts as well, but for what was never
             # offered.
-            lost += lost_spans(segment.paths) | Counter(segment.losses)
+            dropped, experiments = waiting_traces(segment)
+            lost += dropped | Counter(segment.losses)
         except OSError as error:
             unreadable[segment.paths] = reason_of(error)
             continue
-        segments.append(_described(segment))
+        segments.append(_described(segment, experiments))
         refused += reasons(segment.paths.dead)
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
@@ -93,22 +95,6 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         "lost": dict(lost.most_common()),
         "servers": [ask(uri)._asdict() for _, uri in sorted(servers.items())],
     }
-
-
-def lost_spans(paths: Paths) -> Counter[str]:
-    """Spans lost of traces whose end still waits, by reason; the rest is in the runs' tags."""
-    from qitos_mlflow.delivery import waiting_records
-
-    lost: Counter[str] = Counter()
-    for record in waiting_records(paths):
-        if b'"trace_end"' in record:
-            try:
-                content = json.loads(record)
-                if content["kind"] == "trace_end":
-                    lost.update(content["dropped"])
-            except (ValueError, KeyError, TypeError):
-                continue  # Not to be judged here: the sink will refuse it and say why.
-    return lost
 
 
 def reasons(dead: Path) -> Counter[str]:
@@ -144,7 +130,7 @@ def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
         damaged=(),
         **counts,
     )
-    return {**_described(nothing), "owner": "unknown", "error": reason}
+    return {**_described(nothing, set()), "owner": "unknown", "error": reason}
 
 
 def _process(paths: Paths) -> str:
@@ -152,14 +138,14 @@ def _process(paths: Paths) -> str:
     return paths.stem.rsplit("-", 2)[0]
 
 
-def _described(segment: SegmentInfo) -> dict[str, Any]:
+def _described(segment: SegmentInfo, experiments: set[str]) -> dict[str, Any]:
     header = header_of(segment)
     return {
         "segment": segment.paths.stem,
         "directory": str(segment.paths.directory),
         "error": None,
         "destination": destination_of(header) if segment.size_bytes else "",
-        "experiment": header.get("experiment_name"),
+        "experiments": sorted(experiments),
         "process": _process(segment.paths),
         "host": segment.host,
         "pid": segment.pid,

@@ -25,6 +25,7 @@ from qitos_mlflow.cli._spool import (
     paths_argument,
     plural,
     reason_of,
+    waiting_traces,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def sync(
     user's spool is meant.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of tables it makes.
-    from qitos_mlflow.mlflow_plugin.destination import segment_header
+    from qitos_mlflow.mlflow_plugin.destination import default_header
     from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
     from qitos_mlflow.settings import Settings
 
@@ -78,7 +79,7 @@ def sync(
         ),
         # A segment whose own header is damaged goes where it is told to, or nowhere.
         "default_header": tracking_uri
-        and segment_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
+        and default_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
     }
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")
@@ -154,7 +155,12 @@ class Sync:
         from qitos_mlflow.redaction.uris import without_credentials
 
         header = header_of(segment)
-        uri, experiment = self._uri_of(header), header.get("experiment_name")
+        uri = self._uri_of(header)
+        try:
+            experiment = ", ".join(sorted(waiting_traces(segment)[1])) or None
+        except OSError as error:
+            self.problems[segment.paths] = reason_of(error)
+            return
         to = without_credentials(uri) if uri else destination_of(header)
         if self._interrupted or self._silent.keys() & {(to, None), (to, experiment)}:
             self.problems[segment.paths] = ""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from qitos_mlflow import __version__
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
+from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
@@ -29,10 +28,11 @@ def tracking_uri(settings: Settings) -> str | None:
     return None if uri is None else absolute(uri, working_directory())
 
 
-def segment_header(settings: Settings, uri: str | None) -> bytes:
-    """What a spool segment says of itself: destination, run settings and process, as JSON.
+def segment_header(uri: str | None) -> bytes:
+    """What a spool segment says of itself, as JSON: where its records go, and nothing else.
 
-    Credentials are left out; whoever delivers the segment later supplies them as MLflow does.
+    Credentials are left out; the process that delivers the segment later supplies them as MLflow
+    does. How a trace is logged is in its own start: `run_settings`.
 
     Raises:
         QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
@@ -44,23 +44,39 @@ def segment_header(settings: Settings, uri: str | None) -> bytes:
             f"cannot log to {place!a}, whose name is not UTF-8: work in another directory, or "
             "set MLFLOW_TRACKING_URI to a server or an absolute path"
         )
-    header: dict[str, Any] = {
-        "tracking_uri": None if uri is None else without_credentials(uri),
-        "cwd": cwd,
+    header = {"tracking_uri": None if uri is None else without_credentials(uri), "cwd": cwd}
+    return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
+
+
+def run_settings(settings: Settings) -> RunSettings:
+    """The field ``settings`` of a trace's start: how its run is logged, and by which process."""
+    script = sys.argv[0] if sys.argv else ""
+    found: RunSettings = {
         "experiment_name": settings.experiment_name,
         "run_name": settings.run_name,
         "tags": dict(settings.tags),
         "auto_end_run": settings.auto_end_run,
         "log_traces": settings.log_traces,
-        "log_artifacts": settings.log_artifacts,
         "user": _user(),
-        "source": Path(sys.argv[0]).name
-        if sys.argv and sys.argv[0] not in ("", "-c")
-        else "python",
-        "host": socket.gethostname(),
-        "plugin_version": __version__,
+        "source": Path(script).name if script not in ("", "-c") else "python",
+        "plugin_version": version("qitos-mlflow"),
     }
-    return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
+    # Names that the system has in another encoding are there for people to read.
+    cleaned: RunSettings = json.loads(_in_utf8(json.dumps(found, ensure_ascii=False)))
+    return cleaned
+
+
+def default_header(settings: Settings, uri: str) -> bytes:
+    """The header for a segment whose own is damaged: where its records go, and how it is logged.
+
+    Traces that the first version of the spool's format recorded have no settings of their own.
+    """
+    return orjson.dumps({**orjson.loads(segment_header(uri)), **run_settings(settings)})
+
+
+def destination_key(uri: str | None) -> tuple[str | None, str | None]:
+    """Equal for destinations that are the same server or store, seen from this process."""
+    return uri, working_directory() if uri is None else None
 
 
 def same_destination(header: bytes, other: bytes) -> bool:

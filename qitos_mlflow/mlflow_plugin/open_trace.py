@@ -1,106 +1,47 @@
-"""What the agent's side keeps of each trace while it goes; the plugin alone reads and writes it.
-
-Bounded by what is going: nothing here grows with a trace but one number for each open span, and
-one id for each thread.
-"""
+"""One trace on the agent's thread: what is recorded of it, and its run in MLflow's fluent API."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import Counter
-from dataclasses import dataclass, field
-from itertools import chain, count
 from typing import Any
 
-from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+from qitos_mlflow.recording import process_exit
+from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
+from qitos_mlflow.settings import Settings
 
 
-@dataclass
-class OpenTrace:
-    """One trace, as one processor logs it.
+class OpenTrace(TraceRecorder):
+    """A trace that is recorded for MLflow.
 
     Attributes:
-        id: in its records and on the server; see `free_id`.
-        pipeline: where its records go.
-        content: whether they hold inputs and outputs.
-        active: its run as MLflow's active run.
         run: its run, once there is one.
-        nesting: has MLflow's own spans below its spans.
-        handling: the exception being handled when it started: not a failure of its own.
-        steps: of each open span, the agent's step it belongs to.
-        awaits_root: its first span is to be announced.
-        recorded: spans that were taken.
-        dropped: spans that were not, by reason.
-        lost: other records that were not, by reason.
-        late: spans that ended after it.
-        ended: nothing but late spans is to come.
-        end_told: the host has told of its end.
-        over_s: when the record of its end had been offered (monotonic).
+        active: that run as MLflow's active run.
+        autolog: makes MLflow's own spans children of its spans; None if that is another's task.
+        end_received: `on_trace_end` was called.
     """
 
-    id: str
-    pipeline: Pipeline
-    content: bool
-    active: ActiveRun
-    run: PendingRun
-    nesting: AutologSpans | None
-    handling: BaseException | None
-    steps: dict[str, int | None] = field(default_factory=dict)
-    awaits_root: bool = False
-    recorded: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    late: int = 0
-    ended: bool = False
-    end_told: bool = False
-    over_s: float | None = None
-    _here: threading.local = field(default_factory=threading.local)
-
-    # Where the same processor was added twice, it is told of everything twice in a row.
-
-    def begin_span(self, span: Any) -> bool:
-        """Take note of a span and the agent's step it belongs to; False where that is done."""
-        if span.span_id in self.steps:
-            return False
-        # The outermost step counts, so that charts line up with nested agents too.
-        step = self.steps.get(span.parent_span_id)
-        if step is None and span.data.type == "step":
-            step = span.data.step_number
-        self.steps[span.span_id] = step
-        return True
-
-    def has_just_ended(self, span: Any) -> bool:
-        """Whether `span` was the last one to end on this thread, and has not begun again."""
-        if span.span_id in self.steps:
-            return False
-        # With the time, as ids that the user gives may be there twice.
-        return getattr(self._here, "ended", None) == (span.span_id, span.started_at)
-
-    def end_span(self, span: Any) -> int | None:
-        """Take note of a span's end; returns the agent's step it belongs to, None for none."""
-        self._here.ended = (span.span_id, span.started_at)
-        step = self.steps.pop(span.span_id, None)
-        if step is None:
-            step = self.steps.get(span.parent_span_id)
-        if step is None and span.data.type == "step":
-            step = span.data.step_number
-        return step
-
-
-going: weakref.WeakValueDictionary[tuple[str | None, str], OpenTrace] = (
-    weakref.WeakValueDictionary()
-)
-"""All that go in this process, by tracking URI and id."""
-
-
-def free_id(uri: str | None, trace_id: str) -> str:
-    """`trace_id`, or while a trace with that id is going to the same server, another one like it.
-
-    Run and trace are found on a server by it: two processors must not take each other's.
-    """
-    names = chain([trace_id], (f"{trace_id}~{number}" for number in count(2)))
-    return next(n for n in names if (other := going.get((uri, n))) is None or other.ended)
+    def __init__(
+        self,
+        trace: Any,
+        pipeline: RecordPipeline,
+        settings: Settings,
+        uri: str | None,
+        *,
+        content: bool,
+    ) -> None:
+        super().__init__(trace, pipeline, content=content, field_chars=settings.field_bytes)
+        self.end_received = False
+        self.run = PendingRun(lambda: settings.offline or pipeline.delivery.online is False)
+        self.active = ActiveRun(
+            self.run,
+            uri,
+            adopt_uri=not settings.auto_end_run,
+            on_push=process_exit.end_first,
+        )
+        host_id = str(trace.trace_id)
+        # Of two processors that log one trace to one server, the first has MLflow's own spans.
+        nests = settings.log_traces and self.id == host_id
+        self.autolog = AutologSpans(host_id, self.run, uri) if nests else None

@@ -1,4 +1,4 @@
-"""Which of several MLflow plugins logs a run: nothing is logged twice, and nothing unasked."""
+"""Which of several MLflow plugins logs a run, so that it is logged once, and only if wanted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger("qitos_mlflow")
 
 
 class Origin(IntEnum):
-    """How a plugin was registered. It stands down for one of a higher value."""
+    """How a plugin was registered. A plugin logs nothing if there is one of a higher value."""
 
     INSTALLED = 0
     AUTOLOG = 1
@@ -22,12 +22,13 @@ class Origin(IntEnum):
 
 
 def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
-    """Whether a plugin leaves a run that would begin now to another one, or unlogged.
+    """Whether a plugin must not log a run that starts now. Costs microseconds.
 
-    Costs microseconds. What is worth telling is logged once.
+    Another plugin with a higher `Origin` logs it, or the host's own processor does. A plugin that
+    is only installed also needs a destination. Each reason is logged once.
 
     Args:
-        origin: how the plugin came in. One that is merely installed needs a destination, too.
+        origin: how the plugin was registered.
         settings: the plugin's.
         said: what has been logged; added to.
     """
@@ -42,8 +43,9 @@ def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
             _say_once(
                 said,
                 logging.WARNING,
-                "qitos-mlflow stands down for the host's own %s.MlflowTraceProcessor; take it "
-                "out, or use qitos_mlflow.MlflowTraceProcessor in its place.",
+                "this package logs nothing, because the host's own %s.MlflowTraceProcessor is "
+                "registered. To use this package, remove that processor, or register "
+                "qitos_mlflow.MlflowTraceProcessor in its place.",
                 theirs.__module__,
             )
             return True

@@ -21,7 +21,7 @@ if find_spec("mlflow") is None:  # Looked for, not imported: what that costs: do
 
 
 class _Default(str):
-    """A default that can be told from the same text given by the caller."""
+    """A default that differs from the same text given by the caller."""
 
     __slots__ = ()
 
@@ -31,15 +31,15 @@ class MlflowTraceProcessor(PluginTraceProcessor):
 
     Register it with `add_trace_processor`. One processor serves any number of traces, one after
     another and at once, from any threads. Constructing it starts nothing, connects to nothing and
-    does not import mlflow; the first trace starts its threads.
+    does not import mlflow; the first trace starts the threads. Processors with the same destination
+    share them.
 
-    No callback waits for the server, but `on_trace_start`, which may wait up to `start_timeout_s`
-    for the run to be created when mlflow is in use in the process, so that the run can be
-    MLflow's active run on this thread, where MLflow's own calls go to the same server. No
-    callback raises.
+    No callback waits for the server, with one exception. If mlflow is in use in the process and
+    its own calls go to the same server, `on_trace_start` waits up to `start_timeout_s` for the
+    run, so that the run can be MLflow's active run on this thread. No callback raises.
 
-    `force_flush` returns True when nothing waits any more, and nothing was lost or refused since it
-    was last called.
+    `force_flush` returns True when everything recorded so far is on the server. It returns False
+    if something is still waiting, or was lost or refused since the last call.
 
     Args:
         experiment_name: MLflow experiment, created when missing. When not given,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qitos_mlflow._stop_reasons import ERROR_STOPS
 
 
-def run_status(metadata: dict[str, Any], failure: BaseException | None) -> str:
+def run_status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
     """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED."""
     # Anybody writes the metadata: what is no text may not even be comparable.
     status, reason = (

@@ -1,49 +1,40 @@
-"""What was lost between the agent and the spool, told by the end of its trace.
+"""What was lost of one trace between the agent and the spool, by reason. One ledger a trace.
 
-On the worker's thread only: whatever comes before a trace's end is on disk, or known to be lost,
-when that is refined. What is lost later, or of a trace that does not end, only the spool tells.
+Counted on the agent's thread (the queue is full, a span cannot be read) and on the spooling thread
+(the disk is full). The record of the trace's end gets the sums when it is normalized: everything
+before it is in the spool by then, or known to be lost. Later losses are only in the counts of the
+pipeline, which `qitos-mlflow status` shows.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable
-
-import orjson
+from typing import Any
 
 
-class LossLedger:
-    """Wraps a pipeline's `refine` and hears of its losses.
+class TraceLosses:
+    """The loss ledger of one trace. Any thread; waits for nothing longer than an addition."""
 
-    Args:
-        refine: makes the record that goes to disk; None drops it on purpose.
-    """
+    def __init__(self) -> None:
+        # Reentrant: a signal handler may record while this thread counts.
+        self._lock = threading.RLock()
+        self._counts: Counter[tuple[str, str]] = Counter()
 
-    def __init__(self, refine: Callable[[bytes], bytes | None]) -> None:
-        self._refine = refine
-        self._lost: dict[str, Counter[tuple[str, str]]] = {}  # Of the traces that are going.
+    def add(self, kind: str, reason: str, number: int = 1) -> None:
+        """Count records of this kind (``span``, ``artifact``, …) that were lost."""
+        with self._lock:
+            self._counts[kind, reason] += number
 
-    def lost(self, record: bytes, reason: str) -> None:
-        """Count a record that was lost, as refined or, where that failed, as captured."""
-        fields = orjson.loads(record)
-        if (lost := self._lost.get(fields["trace_id"])) is not None:
-            lost[fields["kind"], reason] += 1
+    def complete(self, end: dict[str, Any]) -> None:
+        """Write the sums into a ``trace_end`` record.
 
-    def refine(self, payload: bytes) -> bytes | None:
-        """The refined record; a trace's end with the losses that are known by now.
-
-        Its `dropped` counts spans by reason, its `lost` the rest by kind and reason.
+        Its ``dropped`` counts spans by reason, its ``lost`` the other records by kind and reason.
         """
-        record = self._refine(payload)
-        if record is None or b'"kind":"trace_' not in record:
-            return record
-        fields = orjson.loads(record)
-        if fields["kind"] == "trace_start":
-            self._lost[fields["trace_id"]] = Counter()
-        if fields["kind"] != "trace_end" or not (lost := self._lost.pop(fields["trace_id"], None)):
-            return record
-        for (kind, reason), number in lost.items():
-            counts, key = ("dropped", reason) if kind == "span" else ("lost", f"{kind}_{reason}")
-            known = fields.setdefault(counts, {})
-            known[key] = known.get(key, 0) + number
-        return orjson.dumps(fields)
+        with self._lock:
+            counts = dict(self._counts)
+        dropped = {reason: n for (kind, reason), n in counts.items() if kind == "span"}
+        end["dropped"] = dropped
+        end["lost"] = {
+            f"{kind}_{reason}": n for (kind, reason), n in counts.items() if kind != "span"
+        }

@@ -31,7 +31,10 @@ UNCUT = OURS | {"settings"}
 
 
 def normalize(
-    snapshot: bytes, field_bytes: int, contributions: Contributions | None = None
+    snapshot: bytes,
+    field_bytes: int,
+    contributions: Contributions | None = None,
+    add_losses: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> bytes | None:
     """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
@@ -39,6 +42,7 @@ def normalize(
         snapshot: one event as `to_json.encode` wrote it.
         field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
         contributions: what it returns becomes the record's `added`, redacted and cut as the rest.
+        add_losses: writes into the record what is known by now to be lost.
 
     Raises:
         OSError: a file of the run cannot be read.
@@ -48,6 +52,7 @@ def normalize(
         file = run_files.read(record)
         return None if file is None else _to_bytes(_redacted_file(file))
     _complete(record)
+    add_losses(record)
     # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
     if len(snapshot) > MAX_INLINED_CHARS:
         record = note_large(record)

@@ -1,151 +1,211 @@
-"""One delivery pipeline for each destination that a plugin's traces go to.
+"""One pipeline per destination and process, shared by all processors that record for it.
 
-Nothing is opened before the first trace. A destination is looked up when a trace starts, so
-`mlflow.set_tracking_uri` in between is followed.
+Receives the bytes of records from `recorder`, on the agent's thread. Hands them to a
+`delivery.Pipeline`, which normalizes them on its spooling thread. Opens nothing before the first
+trace. Knows no server: a plugin's `Destination` says how to open a sink.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from qitos_mlflow._guard import warn
-from qitos_mlflow.delivery import Pipeline
-from qitos_mlflow.mlflow_plugin.destination import same_destination, segment_header
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+import orjson
+
+from qitos_mlflow.delivery import Pipeline, Sink
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.contributions import ask_plugins
-from qitos_mlflow.recording.losses import LossLedger
+from qitos_mlflow.recording.losses import TraceLosses
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings
 
 
-class Pipelines:
-    """The pipelines of one plugin, by tracking URI. Any thread.
+class OpenTrace(Protocol):
+    """What a pipeline asks of a trace that is recorded to it."""
 
-    Args:
-        settings: what was configured.
-        announce: told each run as it is created, with its trace's id; on the shipper's thread.
-        end_traces: called before the process ends: has the last records of open traces offered.
-        may_rest: whether no trace is going, whose records may yet come.
+    id: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end is recorded: only late spans can follow."""
+        ...
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it has ended and no late span is expected."""
+        ...
+
+    def kill(self, why: str) -> None:
+        """Record its end now, as KILLED."""
+        ...
+
+
+FindTrace = Callable[[str], "OpenTrace | None"]
+"""The open trace with this id in this process; None if there is none."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where records go, and how the threads of a pipeline reach it.
+
+    Attributes:
+        header: stored with the records, for the process that delivers them later. Opaque.
+        open_sink: opens the sink. It gets the lookup of this process's open traces. Called on the
+            sending thread; may block and may raise (then it is called again later).
+        open_leftovers: given the header of a dead process's segment, returns what opens a sink
+            for it, or None if this process must leave that segment alone.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        announce: Callable[[str, RunRef], None],
-        end_traces: Callable[[], None],
-        may_rest: Callable[[], bool],
-    ) -> None:
-        self.settings = settings
-        self._announce = announce
-        self._end_traces = end_traces
-        self._may_rest = may_rest
-        self._losses_told = 0
-        self._pipelines: dict[str | None, Pipeline] = {}
-        self._inherited: dict[str, Pipeline] = {}
-        # Reentrant: a signal handler may flush or shut down while this thread holds it.
-        self._lock = threading.RLock()
+    header: bytes
+    open_sink: Callable[[FindTrace], Sink]
+    open_leftovers: Callable[[bytes], Callable[[], Sink] | None]
 
-    def to(self, uri: str | None) -> Pipeline:
-        """The pipeline to `uri`, made when there is none yet; None is MLflow's local default."""
-        with self._lock:
-            process_exit.watch(self)
-            if uri not in self._pipelines:
-                self._pipelines.setdefault(uri, self._new(uri))
-            return self._pipelines[uri]
 
-    def all(self) -> list[Pipeline]:
-        """The pipelines there are now."""
-        with self._lock:
-            return list(self._pipelines.values())
+class RecordPipeline:
+    """A `delivery.Pipeline` with the open traces that are recorded to it. Any thread.
 
-    def flush(self, timeout_s: float) -> bool:
-        """Deliver all that was offered so far; True when it is on the server.
+    Args:
+        destination: where the records go.
+        settings: the first user's. Spool, queue and offline mode follow from them.
+    """
 
-        False when `timeout_s` passes first, and, once for each loss, when something was lost,
-        damaged or refused since the last time this was asked.
-        """
-        deadline = time.monotonic() + timeout_s
-        pipelines = self.all()
-        delivered = [pipeline.flush(deadline - time.monotonic()) for pipeline in pipelines]
-        lost = sum(_losses(pipeline) for pipeline in pipelines)
-        lost, self._losses_told = lost - self._losses_told, lost
-        return all(delivered) and not lost
+    def __init__(self, destination: Destination, settings: Settings) -> None:
+        self.exit_timeout_s = 0.0
+        """The longest of its users' exit timeouts (seconds)."""
+        self.field_bytes = 0
+        """The largest of its users' bounds of one field (bytes)."""
+        self.closed = False
+        """Whether it takes no more."""
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._open: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._losses: dict[str, TraceLosses] = {}
 
-    def close(self, timeout_s: float) -> bool:
-        """Flush and end; True when nothing is left. Any number of times."""
-        deadline = time.monotonic() + timeout_s
-        pipelines = self.all()
-        for pipeline in pipelines:  # All of them first: the time for the disk runs at once.
-            pipeline.refuse()
-        closed = [pipeline.close(deadline - time.monotonic()) for pipeline in pipelines]
-        if not all(closed):
-            process_exit.keep(self)
-        return all(closed)
+        def open_sink() -> Sink:
+            return destination.open_sink(self.find)
 
-    def begin_end(self) -> None:
-        """The process is about to end: the last records of all are on their way. No waiting."""
-        self._end_traces()
-        for pipeline in self.all():
-            pipeline.refuse()
-
-    def after_fork(self, traces: Mapping[str, Pipeline]) -> None:
-        """In a forked child: locks that another thread held are free again.
-
-        Args:
-            traces: the parent's traces, by id, and where they go.
-        """
-        self._lock = threading.RLock()
-        self._losses_told = 0
-        self._inherited.update(traces)
-
-    def lose_if_inherited(self, trace_id: str) -> None:
-        """Count a span that has begun here, if its trace is that of a parent process."""
-        pipeline = self._inherited.get(trace_id)
-        if pipeline is not None:
-            pipeline.count_lost("forked")
-            process_exit.watch(self)  # Its end brings the count to the disk.
-            warn(
-                "plugin.forked",
-                "spans of a trace that began in the process this one was forked from are lost; "
-                "begin a trace in this one",
-            )
-
-    def _new(self, uri: str | None) -> Pipeline:
-        settings = self.settings
-        header = segment_header(settings, uri)
-        ledger = LossLedger(lambda payload: normalize(payload, settings.field_bytes, ask_plugins))
-
-        def open_sink() -> Any:
-            from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
-
-            return open_sink(header, tracking_uri=uri, announce=self._announce)
-
-        def adopt(theirs: bytes) -> Callable[[], Any] | None:
-            if not same_destination(header, theirs):
-                return None
-            from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
-
-            # With our URI, which may have the credentials that theirs has not on disk.
-            return partial(open_sink, theirs, tracking_uri=uri, resumed=True)
-
-        return Pipeline(
-            header=header,
-            normalize=ledger.refine,
+        self.delivery = Pipeline(
+            header=destination.header,
+            normalize=self._normalize,
             open_sink=None if settings.offline else open_sink,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
-            dropped=ledger.lost,
-            open_leftovers=adopt,
+            dropped=self._dropped,
+            open_leftovers=destination.open_leftovers,
             may_rest=self._may_rest,
         )
+        self.offer = self.delivery.offer
+        """See `delivery.Pipeline.offer`: on the agent's thread, without another call."""
+
+    def find(self, trace_id: str) -> Any:
+        """The open trace with this id, None if there is none."""
+        return self._open.get(trace_id)
+
+    def add(self, trace: OpenTrace) -> TraceLosses:
+        """Register a trace that begins; returns its loss ledger. Its id must be free."""
+        losses = TraceLosses()
+        self._losses[trace.id] = losses
+        self._open[trace.id] = trace
+        return losses
+
+    def is_free(self, trace_id: str) -> bool:
+        """Whether no trace with this id is open."""
+        trace = self._open.get(trace_id)
+        return trace is None or trace.ended
+
+    @property
+    def counted_losses(self) -> int:
+        """Records lost, refused or damaged so far."""
+        counts = self.delivery.stats
+        return counts.dead_letters + counts.bad_lines + sum(counts.dropped.values())
+
+    def refuse(self, why: str) -> None:
+        """Record the end of all open traces, then take no more. Waits for nothing."""
+        for trace in list(self._open.values()):
+            trace.kill(why)
+        self.closed = True
+        self.delivery.refuse()
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver what is left and end the threads; True if nothing is left. See `Pipeline`."""
+        self.closed = True
+        return self.delivery.close(timeout_s)
+
+    def _may_rest(self) -> bool:
+        """Spooling thread. Whether no open trace can record anything soon."""
+        return all(trace.is_quiet for trace in list(self._open.values()))
+
+    def _normalize(self, payload: bytes) -> bytes | None:
+        """Spooling thread. The record that goes to disk; see `normalize`."""
+        return normalize(payload, self.field_bytes, ask_plugins, self._add_losses)
+
+    def _add_losses(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "trace_end":
+            losses = self._losses.pop(record["trace_id"], None)
+            if losses is not None:
+                losses.complete(record)
+
+    def _dropped(self, record: bytes, reason: str) -> None:
+        """Spooling thread. Count a record that was lost after it was offered."""
+        fields = orjson.loads(record)
+        losses = self._losses.get(fields["trace_id"])
+        if losses is not None:
+            losses.add(fields["kind"], reason)
 
 
-def _losses(pipeline: Pipeline) -> int:
-    counts = pipeline.stats
-    return counts.dead_letters + counts.bad_lines + sum(counts.dropped.values())
+_pipelines: dict[Hashable, RecordPipeline] = {}
+# Reentrant: a signal handler may begin or end a trace while this thread holds it.
+_lock = threading.RLock()
+
+
+def acquire(
+    user: object, settings: Settings, key: Hashable, make: Callable[[], Destination]
+) -> RecordPipeline:
+    """The pipeline for this destination, made if there is none yet. Waits for nothing.
+
+    Args:
+        user: what records to it until `release`; held weakly.
+        settings: the user's. Those of the first user decide about spool, queue and offline mode.
+        key: equal for equal destinations.
+        make: describes the destination, if this process has no pipeline to it.
+    """
+    key = (key, settings.spool_dir, settings.offline)
+    with _lock:
+        pipeline = _pipelines.get(key)
+        if pipeline is None:
+            pipeline = _pipelines[key] = RecordPipeline(make(), settings)
+        process_exit.watch(pipeline)
+        pipeline.users.add(user)
+        pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
+        pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
+        return pipeline
+
+
+def release(user: object, pipeline: RecordPipeline) -> bool:
+    """Take note that `user` records nothing more; True if it was the last user.
+
+    Then nobody gets this pipeline any more, and the caller must close it. Waits for nothing.
+    """
+    with _lock:
+        pipeline.users.discard(user)
+        if pipeline.users:
+            return False
+        for key in [key for key, other in _pipelines.items() if other is pipeline]:
+            del _pipelines[key]
+        return True
+
+
+def _after_fork() -> None:
+    """In a forked child: open traces are the parent's. The delivery begins anew by itself."""
+    global _lock
+    _lock = threading.RLock()
+    for pipeline in _pipelines.values():
+        pipeline.__dict__.update(_open=weakref.WeakValueDictionary(), _losses={})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,6 +1,6 @@
-"""The end of the process: all plugins deliver what they can, within one deadline together.
+"""The end of the process: all pipelines deliver what they can, within one deadline together.
 
-Then one line says what is left, and the command that delivers it.
+Then one line on stderr says what is left, and the command that delivers it.
 """
 
 from __future__ import annotations
@@ -13,51 +13,65 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import orjson
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.delivery import waiting_records
-from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go
+from qitos_mlflow.delivery import Pipeline, waiting_records
 
-if TYPE_CHECKING:
-    from qitos_mlflow.recording.pipelines import Pipelines
+KILLED_BY_EXIT = "the process ended before the trace did"
+"""Why traces that are open when the process ends are KILLED."""
 
 COUNT_S = 0.25
-"""Longest time that the end of the process is held up by counting what is left (seconds)."""
+"""Longest time that counting what is left delays the end of the process (seconds)."""
 
 MAX_FILES = 8
-"""More files than this are told by their directories."""
+"""If more files than this are left, the command names their directories."""
+
+
+class Ending(Protocol):
+    """What the end of the process asks of a pipeline."""
+
+    delivery: Pipeline
+    exit_timeout_s: float
+    """How long it may delay the end of the process (seconds)."""
+
+    def refuse(self, why: str) -> None:
+        """Record the end of open traces, then take no more. Waits for nothing."""
+        ...
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver what can be delivered in time; True if nothing is left."""
+        ...
 
 
 class _Process:
     """What this process has to end."""
 
     def __init__(self) -> None:
-        # Weakly: what nobody holds, not even a thread, has delivered everything, or is kept.
-        self._used: weakref.WeakSet[Pipelines] = weakref.WeakSet()
-        self._kept: set[Pipelines] = set()
-        self._told: weakref.WeakSet[Pipelines] = weakref.WeakSet()
+        self._watched: weakref.WeakSet[Ending] = weakref.WeakSet()
+        self._kept: set[Ending] = set()
+        self._reported: weakref.WeakSet[Ending] = weakref.WeakSet()
         self._lock = threading.RLock()  # Reentrant: a signal handler may begin a trace.
-        self._watching = False
+        self._registered = False
         self._before_mlflow = False
-        self._began: float | None = None
+        self._began_s: float | None = None
 
-    def watch(self, pipelines: Pipelines) -> None:
+    def watch(self, pipeline: Ending) -> None:
         with self._lock:
-            self._used.add(pipelines)
-            if not self._watching:
-                self._watching = True
+            self._watched.add(pipeline)
+            if not self._registered:
+                self._registered = True
                 _register()
 
-    def keep(self, pipelines: Pipelines) -> None:
+    def keep(self, pipeline: Ending) -> None:
         with self._lock:
-            self._kept.add(pipelines)
+            self._kept.add(pipeline)
 
-    def end_before_mlflow(self) -> None:
+    def end_first(self) -> None:
         if not self._before_mlflow:
             self._before_mlflow = True
             atexit.unregister(_end)
@@ -65,44 +79,51 @@ class _Process:
 
     def end(self) -> None:
         with self._lock:
-            used = {*self._used, *self._kept} - {*self._told}
-            self._told.update(used)
-        ending = sorted(used, key=lambda one: one.settings.exit_timeout_s)
-        if not ending:
+            found = {*self._watched, *self._kept} - {*self._reported}
+            self._reported.update(found)
+        pipelines = sorted(found, key=lambda pipeline: pipeline.exit_timeout_s)
+        if not pipelines:
             return
-        if self._began is None:  # Not the last exit handler to come here: one deadline for all.
-            self._began = time.monotonic()
-        for pipelines in ending:
-            _guarded(pipelines.begin_end)
+        if self._began_s is None:  # Not the last exit handler to come here: one deadline for all.
+            self._began_s = time.monotonic()
+        for pipeline in pipelines:
+            _guarded(pipeline.refuse, KILLED_BY_EXIT)
         left = []
-        for pipelines in ending:
-            deadline = self._began + pipelines.settings.exit_timeout_s
-            if not _guarded(pipelines.close, deadline - time.monotonic()):
-                left.append(pipelines)
-        _guarded(_say_what_is_left, left)  # Which fails where stderr is a closed pipe.
-        let_go()
+        for pipeline in pipelines:
+            deadline = self._began_s + pipeline.exit_timeout_s
+            if not _guarded(pipeline.close, deadline - time.monotonic()):
+                left.append(pipeline.delivery)
+        _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
+        for act in _at_last:
+            _guarded(act)
 
 
 _process = _Process()
+_at_last: list[Callable[[], object]] = []
 
 
-def watch(pipelines: Pipelines) -> None:
-    """Have `pipelines` ended before this process ends. Any thread, any number of times."""
-    _process.watch(pipelines)
+def watch(pipeline: Ending) -> None:
+    """End `pipeline` before this process ends. Held weakly. Any thread, any number of times."""
+    _process.watch(pipeline)
 
 
-def keep(pipelines: Pipelines) -> None:
-    """When this process ends, tell that `pipelines` left something in the spool."""
-    _process.keep(pipelines)
+def keep(pipeline: Ending) -> None:
+    """When this process ends, report what `pipeline`, which is closed, left in the spool."""
+    _process.keep(pipeline)
 
 
-def end_before_mlflow() -> None:
-    """From now on deliver before MLflow's own exit handler, which ends its active run.
+def end_first() -> None:
+    """From now on deliver before the exit handlers that are registered so far.
 
-    Exit handlers come last in, first out, and MLflow may have been imported since ours was
-    registered.
+    Exit handlers run last in, first out. A library that was imported after ours was registered
+    may end in its own handler what the delivery still needs.
     """
-    _process.end_before_mlflow()
+    _process.end_first()
+
+
+def at_last(act: Callable[[], object]) -> None:
+    """Call `act` once everything is delivered or reported, in each process. Register it once."""
+    _at_last.append(act)
 
 
 def _register() -> None:
@@ -126,7 +147,7 @@ def _end_late() -> None:
     _end()
 
 
-# For a first trace in somebody's exit handler, when it is too late to register another.
+# For a first trace in an exit handler of the program, when it is too late to register another.
 atexit.register(_end_late)
 
 
@@ -143,19 +164,17 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
     try:
         return bool(act(*args))
     except Exception as error:  # noqa: BLE001 - the process ends as it would have
-        report("plugin.at_exit", error)
+        report("process_exit", error)
         return False
 
 
-def _say_what_is_left(left: Iterable[Pipelines]) -> None:
-    """On stderr: what is lost; how much was not delivered, and the command that delivers it."""
+def _say_what_is_left(left: Collection[Pipeline]) -> None:
+    """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
     until = time.monotonic() + COUNT_S
     records, traces, complete = 0, set(), True
     files: list[Path] = []
     directories: set[Path] = set()
-    pipelines = [pipeline for one in left for pipeline in one.all()]
-    # Each once: one pipeline may have left its own to another.
-    for paths in dict.fromkeys(paths for pipeline in pipelines for paths in pipeline.segments):
+    for paths in dict.fromkeys(paths for pipeline in left for paths in pipeline.segments):
         directories.add(paths.directory)
         complete = complete and time.monotonic() < until
         if not complete:
@@ -169,13 +188,13 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
                 break
         if records > before:  # One file stands for all of its segment.
             files += [path for _, path in paths.parts()[:1]]
-    if unsaved := sum(pipeline.unsaved for pipeline in pipelines):
-        spools = ", ".join(sorted({str(one.settings.spool_dir) for one in left}))
+    if unsaved := sum(pipeline.unsaved for pipeline in left):
+        spools = ", ".join(sorted({str(p.paths.directory) for p in left}))
         _say(
-            f"{_count(unsaved, 'record')} lost: neither the server nor the spool {spools} has "
-            f"taken them in time"
+            f"{_count(unsaved, 'record')} lost: neither the server nor the spool {spools} took "
+            f"them in time"
         )
-    if files or not complete:  # Neither: a sidecar has delivered them meanwhile.
+    if files or not complete:  # Neither: another process has delivered them meanwhile.
         where = files if complete and len(files) <= MAX_FILES else sorted(directories)
         _say(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
@@ -186,15 +205,15 @@ def _say_what_is_left(left: Iterable[Pipelines]) -> None:
 
 
 def _keep_exit_status() -> None:
-    """Have a script that Ctrl-C ended tell its parent so, as it would have without us.
+    """Let a script that Ctrl-C ended report this to its parent, as it does without us.
 
-    Python forgets it when a text is compiled meanwhile, as it is for every dataclass of a module
+    Python forgets it if a text is compiled meanwhile, as it is for every dataclass of a module
     that is imported in the last moments (3.10 to 3.13: `unhandled_keyboard_interrupt`).
     """
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
         with contextlib.suppress(KeyboardInterrupt):
-            exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to have it remember
+            exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to make Python remember
 
 
 def _count(number: int, noun: str) -> str:

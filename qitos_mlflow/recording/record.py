@@ -38,8 +38,6 @@ class RunSettings(TypedDict, total=False):
     """Whether the run ends with its trace."""
     log_traces: bool
     """Whether the tree of spans is logged."""
-    log_artifacts: bool
-    """Whether files of the run are logged."""
     user: str
     """The operating system's user."""
     source: str

@@ -31,9 +31,9 @@ FORKED_TOOL = """
     bridge.install()
 
     def tell(who):
-        (pipeline,) = processor.mlflow_plugin._pipelines.all()
+        (pipeline,) = processor.mlflow_plugin._recorder._pipelines
         processor.force_flush()
-        for payload in pipeline.waiting():
+        for payload in pipeline.delivery.waiting():
             record = orjson.loads(payload)
             if record["kind"] in ("trace_start", "trace_end"):
                 found = record["metadata"]

@@ -20,7 +20,6 @@ from qitos_mlflow.cli import main
 from qitos_mlflow.cli._logged_runs import LoggedRun, read_runs
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
-from qitos_mlflow.settings import Settings
 from tests.cli.conftest import Run, environment
 from tests.waiting import eventually
 
@@ -101,11 +100,10 @@ def runs(store: str, experiment: str) -> tuple[LoggedRun, ...]:
     return read_runs(store, experiment).runs
 
 
-def write_segment(tmp_path: Path, uri: str, experiment: str, *records: bytes) -> Path:
+def write_segment(tmp_path: Path, uri: str, *records: bytes) -> Path:
     """Leave a segment with these records behind, as a process that is gone."""
-    settings = Settings.resolve(experiment_name=experiment)
     pipeline = Pipeline(
-        header=segment_header(settings, uri),
+        header=segment_header(uri),
         normalize=lambda payload: payload,
         open_sink=None,
         directory=tmp_path / "spool",
@@ -119,7 +117,7 @@ def write_segment(tmp_path: Path, uri: str, experiment: str, *records: bytes) ->
     return part
 
 
-def trace(**end: Any) -> tuple[bytes, bytes]:
+def trace(experiment: str, **end: Any) -> tuple[bytes, bytes]:
     """The two records of a trace without spans."""
     start = {
         "kind": "trace_start",
@@ -130,6 +128,7 @@ def trace(**end: Any) -> tuple[bytes, bytes]:
         "time_ns": time.time_ns(),
         "parent_run_id": None,
         "content": True,
+        "settings": {"experiment_name": experiment},
     }
     rest = {"kind": "trace_end", "metadata": {}, "status": "FINISHED", "error": None}
     rest |= {"time_ns": time.time_ns(), "recorded": 0, "dropped": {}}
@@ -145,7 +144,7 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
     told = status()
     (segment,) = told["segments"]
     assert (segment["pid"], segment["owner"], segment["offline"]) == (agent.pid, "dead", True)
-    assert (segment["destination"], segment["experiment"]) == (store, experiment)
+    assert (segment["destination"], segment["experiments"]) == (store, [experiment])
     assert segment["waiting"] == told["waiting"] > 5
     done = cli("sync")
     assert done.returncode == 0, done.stderr
@@ -214,7 +213,7 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """Sync gives up on a dead server, says so and keeps all; --tracking-uri delivers elsewhere."""
-    write_segment(tmp_path, NOWHERE, experiment, *trace())
+    write_segment(tmp_path, NOWHERE, *trace(experiment))
     done = cli("sync", "--patience", "0")
     assert done.returncode == 1
     assert f"{NOWHERE} takes nothing: " in done.stderr
@@ -239,7 +238,7 @@ def test_losses_and_dead_letters_are_told_by_reason(
 ) -> None:
     """What was dropped and what the server refuses for good is counted with its reasons."""
     dropped = {"queue_full": 3, "spool_full": 1}
-    write_segment(tmp_path, store, experiment, *trace(dropped=dropped, recorded=4), b"no record")
+    write_segment(tmp_path, store, *trace(experiment, dropped=dropped, recorded=4), b"no record")
     assert status()["lost"] == dropped
     assert "3 lost: queue_full" in cli("status").stdout
     done = cli("sync")
@@ -254,7 +253,7 @@ def test_what_a_process_lost_is_told_when_it_is_gone(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """Losses outlive the segment they are of, each counted once, until they are purged."""
-    part = write_segment(tmp_path, store, experiment, *trace(dropped={"disk_full": 2}, recorded=2))
+    part = write_segment(tmp_path, store, *trace(experiment, dropped={"disk_full": 2}, recorded=2))
     lost = {"disk_full": 2, "closed": 1}
     part.with_name(part.name.split(".")[0] + ".lost").write_text(json.dumps(lost))
     assert status()["lost"] == lost
@@ -269,9 +268,9 @@ def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """Nothing is guessed: without a header sync asks for the destination, and then delivers."""
-    part = write_segment(tmp_path, store, experiment, *trace())
+    part = write_segment(tmp_path, store, *trace(experiment))
     content = part.read_bytes()
-    at = content.index(b"experiment_name")
+    at = content.index(b"tracking_uri")
     part.write_bytes(content[:at] + b"E" + content[at + 1 :])
     assert status()["segments"][0]["destination"] == "unknown"
     done = cli("sync")
@@ -310,7 +309,7 @@ def test_purge_asks_and_spares_the_living(
     tmp_path: Path, start: Callable[..., Agent], cli: Run, store: str, experiment: str
 ) -> None:
     """Purge deletes nothing unasked, and nothing of a process that lives."""
-    part = write_segment(tmp_path, store, experiment, *trace())
+    part = write_segment(tmp_path, store, *trace(experiment))
     start()
     eventually(lambda: len(status()["segments"]) == 2)
     done = cli("spool", "purge")  # Its stdin is at its end.

@@ -105,7 +105,7 @@ def test_a_server_is_asked_once_and_with_its_password(
 ) -> None:
     """Segments have the server without the password that the configuration has."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", f"//user:{SECRET}@"))
-    write_segment(tmp_path, server, "qitos", *trace())
+    write_segment(tmp_path, server, *trace("qitos"))
     found = json.loads(invoke("status", "--json").output)
     assert [s["uri"] for s in found["servers"]] == [server]
 
@@ -128,8 +128,8 @@ def test_a_broken_file_of_credentials_is_told(
 
 def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: str) -> None:
     """It is named with its reason, and the exit code tells; all others are delivered."""
-    broken = write_segment(tmp_path, store, "broken", *trace())
-    write_segment(tmp_path, store, "well", *trace())
+    broken = write_segment(tmp_path, store, *trace("broken"))
+    write_segment(tmp_path, store, *trace("well"))
     break_segment(broken)
     told = invoke("status", "--json")
     assert told.exit_code == 1
@@ -151,11 +151,12 @@ class Unwilling:
     """A sink whose server refuses one experiment, for a long time, and takes all else."""
 
     def __init__(self, header: bytes) -> None:
-        self.locked = json.loads(header)["experiment_name"] == "locked"
+        self.locked = False
 
     def restore(self, state: bytes) -> None: ...
 
     def prepare(self, records: Any) -> Unwilling:
+        self.locked = json.loads(records[0])["settings"]["experiment_name"] == "locked"
         return self
 
     def send(self, timeout_s: float) -> list[Any]:
@@ -177,7 +178,7 @@ def test_one_refused_experiment_does_not_stop_the_others(
 ) -> None:
     """Patience ends also while the server asks for more; what is not locked is delivered."""
     for experiment in ("locked", "open", "locked"):
-        write_segment(tmp_path, server, experiment, *trace())
+        write_segment(tmp_path, server, *trace(experiment))
     ways = {"open_sink": Unwilling, "default_header": None}
     sync = Sync(ways, 0.1, lambda header: header["tracking_uri"])
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
@@ -236,7 +237,7 @@ def test_a_wrong_word_is_told_with_the_right_ones(args: tuple[str, ...], told: s
 
 def test_where_refused_records_are_is_told(tmp_path: Path, store: str) -> None:
     """Their reasons are counted; the records themselves are kept for whoever wants to look."""
-    write_segment(tmp_path, store, "kept", b"no record")
+    write_segment(tmp_path, store, b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
     assert f"What was refused is kept in {tmp_path / 'spool' / '*.dead'}; nothing sends it" in shown

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 import qitos_mlflow
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.tracing import SpanType, StepSpanData, create_trace
 from tests.integration.logged import runs_of
 from tests.integration.server import MlflowServer
@@ -89,15 +90,14 @@ def test_a_trace_that_goes_on_keeps_its_pipeline(
     client: MlflowClient = mlflow_server.client
     processor = MlflowTraceProcessor(experiment_name, tracking_uri=mlflow_server.uri)
     tracing.set_trace_processors([processor])
-    plugin = processor.mlflow_plugin
     asked = threading.Semaphore(0)
-    is_over = plugin._pipelines._may_rest
+    is_quiet = TraceRecorder.is_quiet.fget
 
-    def may_rest() -> bool:
+    def asked_and_answered(trace: TraceRecorder) -> bool:
         asked.release()
-        return is_over()
+        return is_quiet(trace)
 
-    monkeypatch.setattr(plugin._pipelines, "_may_rest", may_rest)
+    monkeypatch.setattr(TraceRecorder, "is_quiet", property(asked_and_answered))
     with create_trace("agent") as trace:
         for number in range(3):
             trace.create_span(SpanType.STEP, StepSpanData(number)).start().finish()

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
-from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.destination import run_settings, segment_header
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import Settings
@@ -92,9 +92,9 @@ def latin_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("latin_1")
 def test_names_in_another_encoding_are_written_with_question_marks() -> None:
     """They are there for people to read; the records arrive all the same."""
-    header = orjson.loads(segment_header(Settings.resolve(), "http://host"))
-    assert (header["source"], header["tags"]) == ("M?ller.py", {"owner": "M?ller"})
-    assert header["tracking_uri"] == "http://host"
+    settings = run_settings(Settings.resolve())
+    assert (settings["source"], settings["tags"]) == ("M?ller.py", {"owner": "M?ller"})
+    assert orjson.loads(segment_header("http://host"))["tracking_uri"] == "http://host"
 
 
 @pytest.mark.usefixtures("latin_1")
@@ -102,4 +102,4 @@ def test_names_in_another_encoding_are_written_with_question_marks() -> None:
 def test_a_destination_in_another_encoding_is_no_other_one(uri: str | None) -> None:
     """Where the name itself is the destination, nothing is written beside it."""
     with pytest.raises(QitosMlflowError, match="not UTF-8"):
-        segment_header(Settings.resolve(), uri)
+        segment_header(uri)

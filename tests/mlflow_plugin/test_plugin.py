@@ -26,7 +26,9 @@ from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_record
 from qitos_mlflow.mlflow_plugin import plugin as plugin_module
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
 from qitos_mlflow.mlflow_plugin.precedence import Origin
-from qitos_mlflow.recording import pipelines
+from qitos_mlflow.recording import pipelines, recorder
+from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
 
@@ -227,7 +229,7 @@ def test_a_bug_costs_no_trace_its_end(
 
     attach()
     with nullcontext() if error is None else pytest.raises(ValueError), create_trace("agent"):
-        monkeypatch.setattr(plugin_module if bug == "run_status" else MlflowPlugin, bug, fails)
+        monkeypatch.setattr(plugin_module if bug == "run_status" else TraceRecorder, bug, fails)
         if error is not None:
             raise error
     end = records()[-1]
@@ -310,14 +312,14 @@ def test_what_cannot_be_captured_is_counted(
     lost: Lost,
     swallowed: list[tuple[str, BaseException]],
 ) -> None:
-    """A span whose data raises is lost, told, and in both accounts; the rest goes on."""
+    """A span whose data raises is lost, logged, and counted twice: on the run and in `status`."""
     attach()
     with create_trace("agent") as trace:
         step(trace, Unreadable())
         step(trace, tracing.StepSpanData(0))
-    assert lost() == {"capture_failed": 1}
+    assert lost() == {"snapshot_failed": 1}
     end = records()[-1]
-    assert (end["recorded"], end["dropped"]) == (2, {"capture_failed": 1})
+    assert (end["recorded"], end["dropped"]) == (2, {"snapshot_failed": 1})
     assert [str(error) for _, error in swallowed] == ["not today"]
     swallowed.clear()
 
@@ -371,19 +373,25 @@ def test_what_comes_after_the_end_is_refused_as_such(
     with create_trace("agent") as trace:
         processor.shutdown()
         step(trace, tracing.StepSpanData(0))
-        [state] = processor.mlflow_plugin._traces.values()
-        assert state.dropped == {"closed": 1}
+        trace.metadata["stop_reason"] = "final"
+    [state] = processor.mlflow_plugin._recorder.traces
+    end: dict[str, Any] = {}
+    state._losses.complete(end)
+    assert end["dropped"] == {"closed": 1}
+
+
+DESTINATION = Destination(b"{}", lambda find: pytest.fail("offline"), lambda header: None)
 
 
 def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProcessor]) -> None:
     """It is True when nothing waits, and nothing was lost or damaged since the last one."""
     processor = attach()
-    pipeline = processor.mlflow_plugin._pipelines.to("http://mlflow.test")
+    pipeline = processor.mlflow_plugin._recorder.pipeline_to("key", lambda: DESTINATION)
     assert processor.force_flush() is True
     for happened in ({"bad_lines": 1}, {"dead_letters": 1}):
-        pipeline._stats.add(**happened)
+        pipeline.delivery._stats.add(**happened)
         assert [processor.force_flush() for _ in range(2)] == [False, True]
-    pipeline.count_lost("queue_full")
+    pipeline.delivery.count_lost("queue_full")
     assert [processor.force_flush() for _ in range(2)] == [False, True]
 
 
@@ -421,7 +429,7 @@ def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
         timeout=60,
         check=True,
     )
-    assert "begin a trace in this one" in done.stderr
+    assert "Begin a trace in the forked process" in done.stderr
     ended = [
         record
         for segment in find_segments(tmp_path)
@@ -498,14 +506,14 @@ def test_ended_traces_are_forgotten_in_the_end(
     attach: Callable[..., MlflowTraceProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the traces that have ended the last are remembered; one that is going never goes."""
-    monkeypatch.setattr(plugin_module, "ENDED_TRACES", 3)
+    monkeypatch.setattr(recorder, "ENDED_TRACES", 3)
     plugin = attach().mlflow_plugin
     with create_trace("going") as going:
         others = []
         for number in range(10):
             with create_trace(f"{number}") as trace:
                 others.append(trace.trace_id)
-        assert list(plugin._traces) == [going.trace_id, *others[-3:]]
+        assert [one.id for one in plugin._recorder.traces] == [going.trace_id, *others[-3:]]
 
 
 def test_a_trace_with_open_spans_is_not_forgotten(
@@ -516,8 +524,8 @@ def test_a_trace_with_open_spans_is_not_forgotten(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its spans may end yet, on other threads; beyond a bound the oldest are lost, and counted."""
-    monkeypatch.setattr(plugin_module, "ENDED_TRACES", 1)
-    monkeypatch.setattr(plugin_module, "OPEN_TRACES", 3)
+    monkeypatch.setattr(recorder, "ENDED_TRACES", 1)
+    monkeypatch.setattr(recorder, "OPEN_TRACES", 3)
     attach()
     open_spans = []
     with ThreadPoolExecutor(1) as elsewhere:
@@ -542,7 +550,7 @@ def test_a_signal_handler_may_shut_down_while_a_trace_starts(
     processor = attach()
     watch = pipelines.process_exit.watch
 
-    def interrupted(one: pipelines.Pipelines) -> None:
+    def interrupted(one: pipelines.RecordPipeline) -> None:
         watch(one)
         processor.force_flush()
         processor.shutdown()

@@ -28,7 +28,7 @@ for number in range(count):
     add_trace_processor(
         MlflowTraceProcessor(
             f"e{number}",
-            tracking_uri=uri or f"http://127.0.0.1:9/{number}",
+            tracking_uri=f"{uri or 'http://127.0.0.1:9'}/{number}",
             exit_timeout_s=timeout_s,
             offline=not uri,
         )
@@ -66,7 +66,7 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     held_s, said = run(hanging, 5, 1.0)
     assert held_s < 3.0
     [line] = said.splitlines()
-    match = re.search(r": (\d+) records of 5 traces are kept .*: qitos-mlflow sync (.*)$", line)
+    match = re.search(r": (\d+) records of 1 trace are kept .*: qitos-mlflow sync (.*)$", line)
     assert match, line
     assert int(match[1]) == 15
     assert len(match[2].split()) == 5
@@ -132,18 +132,16 @@ class ClosedPipe(io.StringIO):
 
 
 class LeftSomething:
-    """Pipelines that could not deliver all they had."""
+    """A pipeline that could not deliver all it had."""
 
-    settings = SimpleNamespace(exit_timeout_s=0.0, spool_dir=Path("spool"))
+    exit_timeout_s = 0.0
+    delivery = SimpleNamespace(segments=[], unsaved=1, paths=SimpleNamespace(directory="spool"))
 
-    def begin_end(self) -> None:
-        """Nothing is under way."""
+    def refuse(self, why: str) -> None:
+        """No trace is open."""
 
     def close(self, timeout_s: float) -> bool:
         return False
-
-    def all(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(segments=[], unsaved=1)]
 
 
 def test_what_cannot_be_printed_does_not_keep_mlflows_run(
@@ -151,7 +149,7 @@ def test_what_cannot_be_printed_does_not_keep_mlflows_run(
 ) -> None:
     """MLflow's exit handler finds no active run of ours, whose server may be gone."""
     let_go: list[bool] = []
-    monkeypatch.setattr(process_exit, "let_go", lambda: let_go.append(True))
+    monkeypatch.setattr(process_exit, "_at_last", [lambda: let_go.append(True)])
     monkeypatch.setattr(sys, "stderr", ClosedPipe())
     process = process_exit._Process()
     pipelines = LeftSomething()

@@ -1,10 +1,10 @@
 """Makes a trace's run MLflow's *active run* on the thread that runs the trace.
 
-A small, isolated step that may fail without consequence. MLflow keeps a stack of active runs per
-thread; its public way to push one costs three requests and the agent's time, so the run is put on
-the stack directly (`mlflow.tracking.fluent._active_run_stack`, the same in every supported
-version; tested on the oldest and the newest). mlflow is never imported here: where the process has
-not imported it, nobody can be relying on an active run.
+MLflow keeps a stack of active runs per thread. Its public way to push one costs three requests on
+the agent's thread, so the run is put on the stack directly
+(`mlflow.tracking.fluent._active_run_stack`, the same in every supported version; tested on the
+oldest and the newest). If that fails, the trace is recorded all the same. mlflow is never imported
+here: as long as the process has not imported it, nothing can rely on an active run.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def same_place(uri: str | None) -> bool:
 
 
 def parent_run_id(uri: str | None) -> str | None:
-    """Id of the caller's own active run on this thread, None when there is none.
+    """Id of the caller's own active run on this thread, None if there is none.
 
-    The runs of other traces are not the caller's own: those that go on beside this one, in other
-    tasks of the thread, and those left open (`auto_end_run=False`) are siblings.
+    The runs of other traces are siblings, not the caller's own: those of other tasks of this
+    thread that are open, and those left open (`auto_end_run=False`).
     """
     try:
         fluent = _fluent()
@@ -65,10 +65,10 @@ def parent_run_id(uri: str | None) -> str | None:
 
 
 def let_go() -> None:
-    """Take runs off this thread's stack that cannot be ended now. Any time, never raises.
+    """Take runs off this thread's stack that cannot be ended now. Never raises.
 
-    MLflow ends what is on it when the process does, and would wait for four minutes for a server
-    that is gone.
+    When the process ends, MLflow ends the runs on it. It would wait four minutes for a server that
+    is gone.
     """
     try:
         fluent = _fluent()
@@ -80,15 +80,15 @@ def let_go() -> None:
 
 
 class ActiveRun:
-    """The run of one trace on MLflow's stack of the thread that made this; every method is total.
+    """The run of one trace on MLflow's stack of the thread that made this. No method raises.
 
     Args:
         run: the run, perhaps not created yet.
         uri: where the trace goes; None for MLflow's default.
         adopt_uri: set MLflow's tracking URI to `uri` if none is set. The one documented change
             of MLflow's global state: with ``auto_end_run=False`` the calls that continue the
-            run must find it. Where another one is set, they will not: that is logged.
-        on_push: called when the run has become active, or may soon.
+            run must find it. If another URI is set, they do not find it, and a warning says so.
+        on_push: called when the run is put on the stack.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class ActiveRun:
             after_import("mlflow.tracking.fluent", _on_import)
 
     def follow(self) -> None:
-        """Push the run if it is to be active now, this is its thread, and mlflow is in use.
+        """Push the run if this is its thread, mlflow is in use, and the run can be active now.
 
-        Of several traces that take turns on a thread (tasks), the one whose turn it is. Waits for
-        nothing.
+        If several traces take turns on a thread (tasks), it comes to the top of the stack. Waits
+        for nothing.
         """
         if self._settled:
             if self._stack and self._stack[-1] is not self._pushed:
@@ -139,9 +139,9 @@ class ActiveRun:
             report("active_run.follow", error)
 
     def leave(self, *, open: bool) -> None:
-        """Take the run off the stack, or with `open` leave it there for the caller to go on in.
+        """Take the run off the stack, or with `open` leave it there: the caller continues in it.
 
-        Any thread; with `open`, a run not pushed yet is so only on the thread of the trace.
+        Any thread. With `open`, a run that is not pushed yet is pushed on the trace's thread only.
         """
         try:
             self._open = open
@@ -162,7 +162,7 @@ class ActiveRun:
         return (self._patient or self._open) and not self._pending.out_of_reach()
 
     def _come_up(self) -> None:
-        """Change places with the run of another trace that goes on; the caller's own stay above."""
+        """Move above the runs of other open traces. The caller's own runs stay above it."""
         stack, top = self._stack, self._stack[-1]
         if is_ours(top) and not top.left_open and self._is_here():
             below = [run for run in stack if run is not self._pushed]
@@ -192,9 +192,9 @@ class ActiveRun:
         theirs = without_credentials(mlflows)
         warn(
             f"active_run.elsewhere {ours} {theirs}",
-            "the run is left open at %s, and MLflow's own calls go to %s: to go on in that run, "
-            "have mlflow.set_tracking_uri or MLFLOW_TRACKING_URI name its place before the agent "
-            "runs",
+            "the run stays open at %s, but MLflow's own calls go to %s. To continue in that run, "
+            "give mlflow.set_tracking_uri or MLFLOW_TRACKING_URI the first address before the "
+            "agent runs",
             ours,
             theirs,
         )
@@ -206,8 +206,8 @@ _waiting: weakref.WeakSet[ActiveRun] = weakref.WeakSet()
 
 
 def _on_import(fluent: Any) -> None:
-    # A stack belongs to its thread, and this may be another one (ours, for a local store). So each
-    # thread's first use of MLflow finds its run there.
+    # A stack belongs to its thread, and this may be another one (ours, for a local store). So the
+    # run is put on the stack when its thread uses MLflow for the first time.
     variable = getattr(fluent, "_active_run_stack", None)
     if variable is not None:
         variable.default_factory = _first_stack

@@ -1,12 +1,12 @@
 """Makes MLflow's own spans children of the QitOS span in which they are made.
 
 With `mlflow.openai.autolog()` and the like, a model call leaves a span of MLflow's tracer. While a
-QitOS span is going, that span is what MLflow takes for its current one on this thread: a remote
-parent, in the way of MLflow's distributed tracing. Nothing of MLflow is set up, cleared or
-configured for it; its exporter sends its spans, with our trace's id.
+QitOS span is open, it is MLflow's current span on this thread: a remote parent, as in MLflow's
+distributed tracing. Nothing of MLflow is set up, cleared or configured for it. MLflow's exporter
+sends its spans with our trace's id.
 
-A small, isolated step that may fail without consequence: then MLflow's spans are traces of their
-own, as they are without us. mlflow is never imported here.
+If this fails, MLflow's spans are traces of their own, as they are without this package. mlflow is
+never imported here.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
 
 RENEW_S = 60.0
-"""How often MLflow is told again of a trace that goes on; it forgets after an hour. Far longer than
-its exporter, which looks spans up there, waits for more of them (5 s)."""
+"""How often an open trace is registered with MLflow, which forgets it after an hour (seconds). Far
+longer than the 5 s that MLflow's exporter, which looks spans up there, waits for more."""
 
 FLUSH_MS = 30_000
-"""How long MLflow's exporter may take for its last spans of a trace, in the background."""
+"""How long MLflow's exporter may take for its last spans of a trace, in the background (ms)."""
 
 
 class AutologSpans:
-    """What MLflow's tracer sees of one trace. Any thread; every method is total.
+    """What MLflow's tracer sees of one trace. Any thread; no method raises.
 
     Args:
         qitos_trace_id: the trace.
-        run: its run; while its server is out of reach nothing is done.
+        run: its run. While its server is out of reach, MLflow's spans stay traces of their own.
         uri: where the trace goes; None for MLflow's default. MLflow's spans must go there too.
     """
 
@@ -53,7 +53,7 @@ class AutologSpans:
         self._known_until_s = 0.0
 
     def enter(self, span: Any) -> None:
-        """`span` has started on this thread: MLflow's spans go below it from now on."""
+        """`span` has started on this thread: MLflow's spans are its children from now on."""
         try:
             if not self._is_possible():
                 return
@@ -75,11 +75,11 @@ class AutologSpans:
             report("nesting.enter", error)
 
     def leave(self, span: Any) -> None:
-        """`span` has ended: MLflow's current span is again what it was before."""
+        """`span` has ended: MLflow's current span is again the one before it."""
         attached = self._attached.pop(span.span_id, None)
         if attached is None:
             return
-        # On whatever thread or task it is current, which this one need not be.
+        # It may be current on another thread or task than this one.
         attached.ended = True
         try:
             from opentelemetry import trace as otel
@@ -93,7 +93,7 @@ class AutologSpans:
             report("nesting.leave", error)
 
     def end(self) -> dict[str, str]:
-        """The trace is over. Returns the tags that were given to it through MLflow."""
+        """The trace has ended. Returns the tags that were set on it through MLflow."""
         self._over = True
         for attached in list(self._attached.values()):
             attached.ended = True
@@ -138,7 +138,7 @@ class AutologSpans:
         return True
 
     def _make_known(self) -> None:
-        """Tell MLflow of the trace: it drops spans of those that it does not know."""
+        """Register the trace with MLflow, which drops spans of unknown traces."""
         manager = _manager()
         with manager.get_trace(self._trace_id) as trace:  # With the manager's lock.
             if trace is not None:
@@ -152,13 +152,13 @@ class AutologSpans:
             trace_location=location.from_experiment_id(ref.experiment_id) if ref else None,
             request_time=0,
             state=entities.TraceState.IN_PROGRESS,
-            # Whoever reads the trace in this process gets it from where it is.
+            # MLflow reads the trace from the tracking store, also in this process.
             tags={"mlflow.trace.spansLocation": "TRACKING_STORE"},
         )
         manager.register_trace(self._otel_trace_id, info, is_remote_trace=True)
 
     def _renew(self, traces: Any, trace: Any) -> None:
-        """Have MLflow keep the trace for another hour, but not the spans it has sent."""
+        """Keep the trace in MLflow for another hour, without the spans it has sent."""
         sent_ns = time.time_ns() - int(RENEW_S * 1e9)
         for key, span in list(trace.span_dict.items()):
             if span.end_time_ns and span.end_time_ns < sent_ns:
@@ -179,14 +179,14 @@ class AutologSpans:
 
 @lru_cache(maxsize=1)
 def _attached_class() -> Any:
-    """The class of what stands for a QitOS span in MLflow's contexts."""
+    """The class that represents a QitOS span in MLflow's contexts."""
     from opentelemetry import trace as otel
 
     class AttachedSpan(otel.NonRecordingSpan):
-        """A remote parent, and of no effect once it has ended.
+        """A remote parent, without effect once it has ended.
 
         The contexts of other threads and tasks keep it, and MLflow drops every span whose parent
-        is of a trace that it has forgotten.
+        belongs to a trace that it has forgotten.
         """
 
         def __init__(self, context: Any, outer: Any) -> None:
@@ -201,7 +201,7 @@ def _attached_class() -> Any:
 
 
 def _going(span: Any) -> Any:
-    """`span`, or where it is one of ours that has ended, what was current outside of it."""
+    """`span`; if it is one of ours that has ended, the span that was current outside of it."""
     while isinstance(span, _attached_class()) and span.ended:
         span = span.outer
     return span

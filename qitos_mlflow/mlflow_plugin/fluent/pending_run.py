@@ -1,7 +1,7 @@
 """A run that may not exist yet, and what MLflow's callers see of it meanwhile.
 
-Known to the plugin from the moment the server has created it; on MLflow's stack it may be before:
-whoever asks it for its id, which is the caller's own `mlflow.log_metric`, waits there until then.
+It may be on MLflow's stack before the server has created it. A call that asks for its id, such as
+the caller's own `mlflow.log_metric`, waits until then.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from qitos_mlflow._guard import warn
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 
-LATE_S = 10.0
-"""Longest wait of a caller's own MLflow call for the run to be created (a new local store takes
-three seconds); then the call goes on as it would without us."""
+CREATION_WAIT_S = 10.0
+"""Longest wait of a caller's own MLflow call for the run to be created (seconds; a new local store
+takes three). After it the call continues as it does without this package."""
 
 POLL_S = 0.05
 """How soon a wait notices that the server is out of reach (seconds)."""
 
 
 def before_alarm_s() -> float:
-    """How long a wait may last that is to end before the process's alarm goes off (seconds).
+    """How long a wait may last so that it ends before the process's alarm (seconds).
 
-    Many limit the time of a task by an alarm whose handler raises. Raised in a wait of ours, it
-    would end in what keeps our failures from the agent, and the task would go on.
+    Programs limit the time of a task with an alarm whose handler raises. If it raised inside a
+    wait of ours, the exception would be taken for a failure of ours, and the task would continue.
     """
     if not hasattr(signal, "getitimer"):  # Windows.
         return math.inf
@@ -57,7 +57,7 @@ class PendingRun:
         self._created.set()
 
     def wait(self, timeout_s: float) -> RunRef | None:
-        """The run, waiting for it at most `timeout_s` and only while there is hope; else None."""
+        """The run; None if it is not created in `timeout_s` or the server is out of reach."""
         deadline = time.monotonic() + timeout_s
         while not self.out_of_reach() and (left_s := deadline - time.monotonic()) > 0:
             if self._created.wait(min(left_s, POLL_S)):
@@ -65,7 +65,7 @@ class PendingRun:
         return self.ref
 
     def lost(self) -> bool:
-        """Whether a request about the run is sure to fail, or the run is not there yet."""
+        """Whether a request about the run would fail: it is not created, or out of reach."""
         return self.ref is None or self.out_of_reach()
 
 
@@ -94,7 +94,7 @@ def run_class(fluent: Any) -> Any:
 
         @property
         def info(self) -> Any:
-            """The run's info; waits for the run to be created, at most `LATE_S`."""
+            """The run's info; waits for the run to be created, at most `CREATION_WAIT_S`."""
             if not self._known:
                 with self._lock:
                     if not self._known:
@@ -105,14 +105,14 @@ def run_class(fluent: Any) -> Any:
             return self._info
 
         def _find(self) -> Any:
-            ref = self.pending.wait(LATE_S)
+            ref = self.pending.wait(CREATION_WAIT_S)
             if ref is None:
-                # As MLflow does it where no run is active; or it says why it cannot.
+                # What MLflow does if no run is active.
                 warn(
                     "pending_run.late",
-                    "the run of a QitOS trace was not created in %s s; MLflow calls made inside "
-                    "the trace go to a run of their own",
-                    LATE_S,
+                    "the run of a QitOS trace was not created in %s s. MLflow calls inside the "
+                    "trace go to a run of their own",
+                    CREATION_WAIT_S,
                 )
                 return fluent.MlflowClient().create_run(fluent._get_experiment_id()).info
             return entities.RunInfo(

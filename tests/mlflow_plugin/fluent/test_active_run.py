@@ -257,7 +257,7 @@ def test_a_run_that_does_not_come_is_replaced(
     """A call that has waited in vain goes on as it would have without us, in a run of MLflow's."""
     uri = f"sqlite:///{tmp_path}/runs.db"
     monkeypatch.setenv(VARIABLE, uri)
-    monkeypatch.setattr(pending_run, "LATE_S", 0.01)
+    monkeypatch.setattr(pending_run, "CREATION_WAIT_S", 0.01)
     pending = PendingRun()
     run = ActiveRun(pending, uri)
     run.leave(open=True)
@@ -312,7 +312,7 @@ def test_waiting_ends_before_an_alarm() -> None:
 
 def test_a_signal_handler_may_ask_for_the_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits no longer than the thread that it interrupts, and both get the same run."""
-    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.fluent.pending_run.LATE_S", 0.0)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.fluent.pending_run.CREATION_WAIT_S", 0.0)
     inside: list[str] = []
 
     def out_of_reach() -> bool:

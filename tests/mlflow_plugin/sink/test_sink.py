@@ -24,7 +24,6 @@ from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
-from qitos_mlflow.settings import Settings
 from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import Records
 
@@ -789,10 +788,9 @@ def test_what_is_no_record_is_kept_aside(server: FakeTransport) -> None:
 
 def test_the_header_says_where_it_goes() -> None:
     """A segment's header is all that is needed; another destination can be given instead."""
-    header = segment_header(Settings(experiment_name="runs", tags={"a": "b"}), "http://one.test")
+    header = segment_header("http://one.test")
     assert open_sink(header)._transport.uri == "http://one.test"
     assert open_sink(header, tracking_uri="http://two.test")._transport.uri == "http://two.test"
-    assert orjson.loads(header)["experiment_name"] == "runs"
 
 
 def test_the_transport_for_each_destination(tmp_path: Any) -> None:

@@ -1,0 +1,167 @@
+"""All traces of one plugin, on the agent's thread, and the pipelines that they are recorded to.
+
+Receives traces from a plugin's hooks and keeps them until they have ended. What is kept is bounded
+by what is open.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+from qitos_mlflow._guard import warn
+from qitos_mlflow.recording import pipelines, process_exit
+from qitos_mlflow.recording.pipelines import Destination, RecordPipeline
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
+from qitos_mlflow.settings import Settings
+
+ENDED_TRACES = 256
+"""Ended traces that are remembered, for spans of theirs that begin late on other threads."""
+
+OPEN_TRACES = 4096
+"""Traces that are remembered in all. Beyond it, ended ones with unfinished spans are forgotten."""
+
+T = TypeVar("T", bound=TraceRecorder)
+
+
+class Recorder(Generic[T]):
+    """The traces that one plugin records, by the host's id. Any thread.
+
+    Args:
+        settings: the plugin's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.closed = False
+        self._traces: OrderedDict[str, T] = OrderedDict()
+        self._pipelines: dict[RecordPipeline, int] = {}
+        """The pipelines it uses, and the losses of each that a flush has reported."""
+        self._inherited: dict[str, RecordPipeline] = {}
+        # Reentrant: the garbage collector may end a trace while this thread holds it.
+        self._lock = threading.RLock()
+        _recorders.add(self)
+
+    @property
+    def traces(self) -> list[T]:
+        """The open traces, and the last ended ones."""
+        with self._lock:
+            return list(self._traces.values())
+
+    def get(self, trace_id: str) -> T | None:
+        """The trace with this host id; None if this plugin does not record it."""
+        return self._traces.get(trace_id)
+
+    def pipeline_to(self, key: Hashable, make: Callable[[], Destination]) -> RecordPipeline:
+        """The pipeline to a destination; see `pipelines.acquire`."""
+        pipeline = pipelines.acquire(self, self.settings, key, make)
+        with self._lock:
+            self._pipelines.setdefault(pipeline, pipeline.counted_losses)
+        return pipeline
+
+    def add(self, trace_id: str, trace: T) -> None:
+        """Remember a trace that begins, and forget the oldest ended ones."""
+        with self._lock:
+            self._traces[trace_id] = trace
+            self._forget_oldest()
+
+    def lose_span(self, trace_id: str) -> None:
+        """Count a span of an unknown trace, if its trace is that of a parent process."""
+        pipeline = self._inherited.get(trace_id)
+        if pipeline is not None:
+            pipeline.delivery.count_lost("forked")
+            process_exit.watch(pipeline)  # The end of the process writes the count to disk.
+            warn(
+                "recorder.forked",
+                "a trace began before this process was forked; its spans from this process are "
+                "lost. Begin a trace in the forked process",
+            )
+
+    def flush(self, timeout_s: float) -> bool:
+        """Deliver all that was recorded so far; True if it is on the server. Blocks.
+
+        False if `timeout_s` passes first. Also False, once for each loss, if anything was lost,
+        damaged or refused since the last call.
+        """
+        deadline = time.monotonic() + timeout_s
+        used = self._used()
+        delivered = [p.delivery.flush(deadline - time.monotonic()) for p in used]
+        losses = {pipeline: pipeline.counted_losses for pipeline in used}
+        with self._lock:
+            lost = sum(losses.values()) - sum(self._pipelines.get(p, 0) for p in used)
+            self._pipelines.update(losses)
+        return all(delivered) and not lost
+
+    def end_all(self, status: str, why: str) -> None:
+        """Record the end of all open traces, and take no more. Waits for nothing."""
+        self.closed = True
+        for trace in self.traces:
+            trace.end_early(status, why)
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver what is recorded; True if nothing is left. Blocks at most `timeout_s`.
+
+        Takes no more from now on. Ends the pipelines that nothing else uses. Idempotent.
+        """
+        deadline = time.monotonic() + timeout_s
+        self.closed = True
+        for trace in self.traces:
+            trace.closed = True
+        used = self._used()
+        last = {pipeline for pipeline in used if pipelines.release(self, pipeline)}
+        for pipeline in last:  # All of them first: the time for the disk runs at once.
+            pipeline.closed = True
+            pipeline.delivery.refuse()
+        done = True
+        for pipeline in used:
+            left_s = deadline - time.monotonic()
+            if pipeline not in last:
+                done = pipeline.delivery.flush(left_s) and done
+            elif not pipeline.close(left_s):
+                process_exit.keep(pipeline)
+                done = False
+        return done
+
+    def _used(self) -> list[RecordPipeline]:
+        with self._lock:
+            return list(self._pipelines)
+
+    def _forget_oldest(self) -> None:
+        """Keep the last ended traces only. Open ones stay, however many they are."""
+        excess = len(self._traces) - OPEN_TRACES
+        for trace_id, trace in list(self._traces.items())[:-ENDED_TRACES]:
+            excess -= 1
+            unfinished = trace.unfinished_spans
+            if trace.ended and (not unfinished or excess >= 0):
+                self._traces.pop(trace_id, None)
+                if unfinished:
+                    trace.pipeline.delivery.count_lost("forgotten", unfinished)
+                    warn(
+                        "recorder.forgotten",
+                        "%s spans of a trace that ended long ago have not ended; they are lost",
+                        unfinished,
+                    )
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()
+        self._inherited.update({key: trace.pipeline for key, trace in self._traces.items()})
+        self._traces.clear()
+
+
+# Weakly: a recorder that nothing holds any more must not live until the process ends.
+_recorders: weakref.WeakSet[Recorder[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child: the parent's traces are the parent's."""
+    for recorder in list(_recorders):
+        recorder._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

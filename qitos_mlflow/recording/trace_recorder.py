@@ -1,0 +1,224 @@
+"""Host events to records, on the agent's thread: one open trace, as one plugin records it.
+
+Receives the host's Trace and Span objects from a plugin's hooks. Hands bytes to the pipeline of
+their destination. Nothing here waits. Nothing grows with the trace but one number for each open
+span.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+from qitos_mlflow._guard import report
+from qitos_mlflow.recording import run_files, snapshot
+from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.tracing.redaction import redacted_metadata
+
+LATE_SPAN_S = 60.0
+"""How long after its trace's end an unfinished span keeps the pipeline running (seconds)."""
+
+
+class TraceRecorder:
+    """One trace, as one plugin records it. Any thread; every method returns at once.
+
+    Args:
+        trace: the host's.
+        pipeline: where its records go.
+        content: whether they hold inputs and outputs.
+        field_chars: longest text kept of one field (characters).
+
+    Attributes:
+        id: of the trace in its records; see `_free_id`.
+        closed: its plugin takes no more spans.
+        ended: its end is recorded: only late spans can follow.
+    """
+
+    def __init__(
+        self, trace: Any, pipeline: RecordPipeline, *, content: bool, field_chars: int
+    ) -> None:
+        self.id = _free_id(pipeline, str(trace.trace_id))
+        self.pipeline = pipeline
+        self.content = content
+        self.closed = False
+        self.ended = False
+        self._field_chars = field_chars
+        self._quiet_from_s = float("inf")
+        self._spans = 0
+        self._late = 0
+        self._steps: dict[str, int | None] = {}
+        # The bridge's traces are one agent's run, whose span is the root of the tree.
+        self._awaits_root = "agent_name" in (trace.metadata or {})
+        # Not a failure of this trace: it was being handled when the trace began.
+        self._handling = sys.exc_info()[1]
+        self._ending = threading.RLock()
+        self._losses = pipeline.add(self)
+
+    @property
+    def unfinished_spans(self) -> int:
+        """How many of its spans are open."""
+        return len(self._steps)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it has ended and no late span is expected any more."""
+        late_s = time.monotonic() - LATE_SPAN_S
+        return self.ended and (self._quiet_from_s < late_s or not self._steps)
+
+    def start(self, trace: Any, **more: Any) -> None:
+        """Record the start; `more` are the plugin's own fields, such as ``settings``."""
+        record = {
+            "kind": "trace_start",
+            "trace_id": self.id,
+            "name": trace.name,
+            "group_id": trace.group_id,
+            "metadata": self._metadata(trace),
+            "time_ns": time.time_ns(),
+            "content": self.content,
+            **more,
+        }
+        self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
+
+    def start_span(self, span: Any) -> None:
+        """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
+        # The outermost step counts, so that charts line up with nested agents too.
+        step = self._steps.get(span.parent_span_id)
+        if step is None and span.data.type == "step":
+            step = span.data.step_number
+        self._steps[span.span_id] = step
+        if self._awaits_root:
+            self._awaits_root = False
+            record = snapshot.root_record(self.id, span)
+            self.pipeline.offer(snapshot.encode(record), keep=True)
+
+    def end_span(self, span: Any) -> None:
+        """Record a span.
+
+        Raises:
+            Exception: the span's data is not the host's and cannot be read. The loss is counted.
+        """
+        step = self._steps.pop(span.span_id, None)
+        if step is None:
+            step = self._steps.get(span.parent_span_id)
+        if step is None and span.data.type == "step":
+            step = span.data.step_number
+        self._spans += 1
+        self._late += self.ended
+        if self.closed or self.pipeline.closed:
+            self._lose_span("closed")
+            return
+        try:
+            # In characters: each is at least a byte, and `normalize` cuts to the byte.
+            payload = snapshot.span_record(
+                self.id, span, step, self.content, self._field_chars, self._late
+            )
+        except Exception:
+            self._lose_span("snapshot_failed")
+            raise
+        if not self.pipeline.offer(payload):
+            self._losses.add("span", "queue_full")
+
+    def add_files(self, metadata: Mapping[str, Any]) -> None:
+        """Record the files that go with the run: the answer, and the host's run directory."""
+        for record in run_files.of_trace(self.id, metadata):
+            if not self.pipeline.offer(snapshot.encode(record)):
+                self._losses.add("artifact", "queue_full")
+
+    def end(
+        self,
+        trace: Any,
+        status_of: Callable[[Mapping[str, Any], BaseException | None], str],
+        *,
+        files: bool,
+        tags: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """Record the end of the trace, once.
+
+        Args:
+            trace: the host's.
+            status_of: returns the run's status for metadata and failure.
+            files: also record the files that go with the run.
+            tags: returns tags for the run and its trace.
+        """
+        failure = getattr(trace, "error", None)
+        if failure is None and not hasattr(trace, "error"):
+            failure = snapshot.failure_in_flight(self._handling)
+        metadata: dict[str, Any] = {}
+        try:
+            metadata = self._metadata(trace)
+            if files and self.content:
+                self.add_files(metadata)
+        except Exception as error:  # noqa: BLE001 - the end itself must not be lost
+            report("recorder.trace_end", error)
+        status = "FINISHED" if failure is None else "FAILED"
+        self._end(metadata, failure, status, status_of, tags)
+
+    def kill(self, why: str) -> None:
+        """Record the end now, as KILLED, unless it is recorded."""
+        self.end_early("KILLED", why)
+
+    def end_early(self, status: str, why: str) -> None:
+        """Record the end with this status before the trace itself ends."""
+        self._end({"qitos.closed": why}, None, status)
+
+    def _end(
+        self,
+        metadata: dict[str, Any],
+        failure: BaseException | None,
+        status: str,
+        status_of: Callable[[Mapping[str, Any], BaseException | None], str] | None = None,
+        tags: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        with self._ending:
+            if self.ended:  # `close` on one thread, the trace's own end on another.
+                return
+            self.ended = True
+        self._handling = None  # Its traceback keeps the agent's local variables alive.
+        record: dict[str, Any] = {
+            "kind": "trace_end",
+            "trace_id": self.id,
+            "time_ns": time.time_ns(),
+            "metadata": metadata,
+            "status": status,
+            "error": None,
+            "recorded": self._spans,
+            "dropped": {},
+            "lost": {},
+        }
+        try:
+            if status_of is not None:
+                record["status"] = status_of(metadata, failure)
+            if failure is not None:
+                record["error"] = snapshot.describe(failure)
+                if not self.content:
+                    kind = record["error"]["type"]
+                    record["error"] = {"type": kind, "message": snapshot.WITHHELD}
+            if added := tags():
+                record["added"] = {"tags": dict(added)}
+        except Exception as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
+            report("recorder.end", error)
+        finally:  # Also after Ctrl-C: nothing ends it once more.
+            # At once: the program that waited for the agent looks at its trace next.
+            self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
+            self._quiet_from_s = time.monotonic()
+
+    def _lose_span(self, reason: str) -> None:
+        self._losses.add("span", reason)
+        self.pipeline.delivery.count_lost(reason)
+
+    def _metadata(self, trace: Any) -> dict[str, Any]:
+        metadata = dict(trace.metadata or {})
+        return metadata if self.content else snapshot.structure_only(redacted_metadata(metadata))
+
+
+def _free_id(pipeline: RecordPipeline, trace_id: str) -> str:
+    """`trace_id`, or if a trace with that id is open for the same destination, one like it.
+
+    Run and trace are found on a server by it, so two processors must not use the same one.
+    """
+    names = (trace_id if number == 1 else f"{trace_id}~{number}" for number in count(1))
+    return next(name for name in names if pipeline.is_free(name))

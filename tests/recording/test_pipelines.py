@@ -1,0 +1,204 @@
+"""One pipeline per destination and process, however many plugins record to it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from qitos_mlflow.delivery import find_segments
+from qitos_mlflow.recording import pipelines
+from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording.recorder import Recorder
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
+from qitos_mlflow.settings import Settings
+from qitos_mlflow.tracing import SpanType, StepSpanData, Trace
+from tests.fakes.sink import FakeServer
+
+LONG_S = 30.0
+
+
+@pytest.fixture
+def server() -> FakeServer:
+    """What all destinations of a test deliver to."""
+    return FakeServer()
+
+
+@pytest.fixture
+def recorder(
+    server: FakeServer, tmp_path: Path
+) -> Iterator[Callable[..., Recorder[TraceRecorder]]]:
+    """Make a recorder, with these settings: ``recorder(exit_timeout_s=7.0)``."""
+    made: list[Recorder[TraceRecorder]] = []
+
+    def make(**settings: Any) -> Recorder[TraceRecorder]:
+        made.append(Recorder(Settings(**{"spool_dir": tmp_path / "spool", **settings})))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close(LONG_S)
+
+
+@pytest.fixture
+def begin(server: FakeServer) -> Callable[..., TraceRecorder]:
+    """Begin a trace: ``begin(recorder, "id", key="destination")``."""
+
+    def begin(to: Recorder[TraceRecorder], trace_id: str, key: str = "one") -> TraceRecorder:
+        def destination() -> Destination:
+            return Destination(key.encode(), lambda find: server.sink(), lambda header: None)
+
+        pipeline = to.pipeline_to(key, destination)
+        host = Trace(name=trace_id, trace_id=trace_id)
+        trace = TraceRecorder(host, pipeline, content=True, field_chars=1000)
+        to.add(trace_id, trace)
+        trace.start(host, who=key)
+        return trace
+
+    return begin
+
+
+def finish(trace: TraceRecorder) -> None:
+    """End it."""
+    trace.end_early("FINISHED", "over")
+
+
+def accepted(server: FakeServer) -> list[dict[str, Any]]:
+    """The records that arrived."""
+    return [orjson.loads(record) for record in server.accepted]
+
+
+def of_delivery() -> int:
+    """How many threads deliver."""
+    return sum(thread.name.startswith("qitos-mlflow") for thread in threading.enumerate())
+
+
+def test_recorders_of_one_destination_share_one_pipeline(
+    recorder: Any, begin: Any, server: FakeServer, tmp_path: Path
+) -> None:
+    """Threads, segment and connection are there once; each trace arrives whole."""
+    many = [recorder() for _ in range(5)]
+    traces = [begin(one, f"trace-{number}") for number, one in enumerate(many)]
+    assert len({trace.pipeline for trace in traces}) == 1
+    assert of_delivery() <= 2
+    for trace in traces:
+        finish(trace)
+    assert all(one.flush(LONG_S) for one in many)
+    assert len(server.opened) == 1
+    assert len(find_segments(tmp_path / "spool")) == 1
+    ends = [record["trace_id"] for record in accepted(server) if record["kind"] == "trace_end"]
+    assert ends == [trace.id for trace in traces]
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("two", {}),
+        ("one", {"offline": True}),
+        ("one", {"spool_dir": Path("elsewhere").absolute()}),
+    ],
+)
+def test_what_goes_elsewhere_has_a_pipeline_of_its_own(
+    recorder: Any, begin: Any, key: str, settings: dict[str, Any]
+) -> None:
+    """Another destination, another spool, or one that is not delivered from here."""
+    first = begin(recorder(), "a")
+    second = begin(recorder(**settings), "b", key=key)
+    assert first.pipeline is not second.pipeline
+
+
+def test_a_recorder_that_closes_leaves_the_others_at_work(
+    recorder: Any, begin: Any, server: FakeServer
+) -> None:
+    """Its own records are delivered and its later spans refused; those of others go on."""
+    one, other = recorder(), recorder()
+    closing, open_trace = begin(one, "closing"), begin(other, "open")
+    one.end_all("FINISHED", "closed early")
+    assert one.close(LONG_S) is True
+    assert [record["trace_id"] for record in accepted(server)] == ["closing", "open", "closing"]
+    step = Trace(name="x", trace_id="x").create_span(SpanType.STEP, StepSpanData(1))
+    closing.end_span(step)
+    open_trace.end_span(step)
+    finish(open_trace)
+    assert other.flush(LONG_S) is False  # The loss of the refused span is reported once.
+    assert other.flush(LONG_S) is True
+    kinds = [(record["kind"], record["trace_id"]) for record in accepted(server)[3:]]
+    assert kinds == [("span", "open"), ("trace_end", "open")]
+
+
+def test_the_last_one_ends_the_pipeline(recorder: Any, begin: Any, server: FakeServer) -> None:
+    """Threads and files go; whatever records there next gets a new one."""
+    one, other = recorder(), recorder()
+    before = of_delivery()
+    traces = [begin(one, "a"), begin(other, "b")]
+    for trace in traces:
+        finish(trace)
+    assert one.close(LONG_S) is True
+    assert of_delivery() > before
+    assert other.close(LONG_S) is True
+    assert of_delivery() == before
+    assert begin(recorder(), "c").pipeline is not traces[0].pipeline
+
+
+def test_a_recorder_that_was_dropped_is_no_user_any_more(recorder: Any, begin: Any) -> None:
+    """The next one that closes ends the pipeline."""
+    dropped, closes = Recorder[TraceRecorder](recorder().settings), recorder()
+    begin(dropped, "a")
+    pipeline = begin(closes, "b").pipeline
+    del dropped
+    gc.collect()
+    closes.end_all("FINISHED", "over")
+    assert closes.close(LONG_S) is True
+    assert pipeline.closed
+
+
+def test_the_longest_deadline_and_the_largest_field_count(recorder: Any, begin: Any) -> None:
+    """No user gets less than it asked for."""
+    for number, (seconds, size) in enumerate([(1.0, 10), (7.0, 5000), (2.0, 20)]):
+        trace = begin(recorder(exit_timeout_s=seconds, field_bytes=size), f"{number}")
+    assert (trace.pipeline.exit_timeout_s, trace.pipeline.field_bytes) == (7.0, 5000)
+
+
+def test_two_recorders_of_one_trace_have_an_id_each(
+    recorder: Any, begin: Any, server: FakeServer
+) -> None:
+    """Run and trace are found on the server by it. Once a trace has ended, its id is free."""
+    one, other = recorder(), recorder()
+    first, second = begin(one, "t"), begin(other, "t")
+    assert (first.id, second.id) == ("t", "t~2")
+    finish(first)
+    finish(second)
+    assert begin(recorder(), "t").id == "t"
+
+
+def test_the_sink_finds_the_open_traces_of_its_destination(
+    recorder: Any, begin: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the id in the records; none of another destination, and none that nobody holds."""
+    one = recorder()
+    trace = begin(one, "t")
+    elsewhere = begin(one, "other", key="two")
+    find = trace.pipeline.find
+    assert find("t") is trace
+    assert find(elsewhere.id) is None
+    assert not trace.is_quiet
+    finish(trace)
+    assert trace.is_quiet
+
+
+def test_nothing_is_taken_once_the_process_ends(
+    recorder: Any, begin: Any, server: FakeServer
+) -> None:
+    """Open traces end as KILLED, and a plugin sees that the pipeline takes no more."""
+    one = recorder()
+    trace = begin(one, "t")
+    trace.pipeline.refuse("the process ended")
+    assert trace.pipeline.closed
+    assert pipelines.acquire(one, one.settings, "one", lambda: pytest.fail("made")).closed
+    assert one.close(LONG_S) is True
+    assert [record.get("status") for record in accepted(server)] == [None, "KILLED"]
