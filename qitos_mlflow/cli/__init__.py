@@ -1,43 +1,49 @@
-"""`qitos-mlflow`: what a person types. A file a command, imported when that command is asked for.
+"""The command `qitos-mlflow`. Each subcommand is one module, imported when it is used.
 
-Nothing here is needed by the library, and importing this package imports neither mlflow nor qitos,
-so that `qitos-mlflow --help` answers at once.
+The library needs nothing of this package. Importing it imports neither mlflow nor qitos, so
+`qitos-mlflow --help` answers at once. Error lines and warnings begin with "qitos-mlflow: ".
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from qitos_mlflow.cli._show import complain
 from qitos_mlflow.errors import QitosMlflowError
 
 COMMANDS = ("demo", "plugins", "run", "spool", "status", "sync")
-"""Each is a module of this package that holds the click command of the same name."""
+"""Modules of this package. Each has a click command of the same name."""
 
 
 class Refused(click.ClickException):
-    """What was asked for cannot be done; the text names the value and the next step."""
+    """The command cannot do what was asked. The text names the value and the next step."""
 
     exit_code = 2
 
+    def show(self, file: Any = None) -> None:
+        """Print the error line."""
+        complain(self.format_message())
+
 
 class Handover(BaseException):
-    """Ends click's part of the work; `Commands.main` then calls `then` with nothing around it."""
+    """Ends click's part; `Commands.main` then calls `then` outside of all handlers."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self.then = then
 
 
 class Group(click.Group):
-    """A group that tells which commands there are when an unknown one is given."""
+    """A group whose error about an unknown command lists the commands."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Click's answer, but an unknown name is told which ones there are."""
+        """As click does, except that the error about an unknown name lists the commands."""
         names = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in names:
             known = ", ".join(names)
@@ -60,20 +66,37 @@ class Commands(Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; our own errors are shown as messages, not as tracebacks."""
+        """Run the command. Errors of this package become messages instead of tracebacks."""
         try:
             return super().invoke(ctx)
-        except QitosMlflowError as error:  # Their texts are written for whoever reads this.
+        except QitosMlflowError as error:
             raise Refused(str(error)) from error
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Click's work, and then whatever a command handed over."""
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line and exit, or call the function that a command handed over."""
         try:
-            return super().main(*args, **kwargs)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.exit(code or 0)
+        except click.ClickException as error:
+            sys.exit(_complained(error))
+        except click.Abort:
+            complain("aborted; nothing was changed")
+            sys.exit(1)
         except Handover as handover:
             then = handover.then
-        # Outside of the handler and of click: what an agent's script raises is its own affair.
-        return then()
+        # Outside of the handlers, so that a script's own exception has no context of ours.
+        then()
+        sys.exit(0)
+
+
+def _complained(error: click.ClickException) -> int:
+    """Print `error` and return its exit code."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        help_command = f"{context.command_path} --help"
+        click.echo(f"{context.get_usage()}\nAll options: {help_command}\n", err=True)
+    complain(error.format_message())
+    return error.exit_code
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,6 +104,6 @@ class Commands(Group):
 def main() -> None:
     """QitOS agent runs in MLflow.
 
-    Begin with `demo`, then start your own agent with `run`. What an agent could not deliver waits
-    in the spool, a directory on this machine: `status` shows it, `sync` delivers it.
+    Begin with `demo`, then start your own agent with `run`. Records that an agent could not deliver
+    wait in the spool, a directory on this machine. `status` shows them, `sync` delivers them.
     """

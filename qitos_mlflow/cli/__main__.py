@@ -1,4 +1,4 @@
-"""`python -m qitos_mlflow.cli`, for where the `qitos-mlflow` script is not on the PATH."""
+"""`python -m qitos_mlflow.cli`, the same if the `qitos-mlflow` script is not on the PATH."""
 
 from __future__ import annotations
 

@@ -1,61 +1,49 @@
-"""A whole QitOS agent that needs no key and no network: its model says what a script tells it.
+"""The agents and tasks of `qitos-mlflow demo`. The model replies from a script: no key, no network.
 
-Everything but the model is real: the Engine runs the steps, parses the replies, calls the tools
-and asks the critic. Nothing here knows of MLflow; `demo` logs it as it would any other agent.
+Everything else is real: the Engine runs the steps, parses the replies, calls the tools and asks
+the critic. Nothing here imports MLflow; `demo` logs these agents as it would log any others.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
-import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
-from qitos import AgentModule, ModelResponse, StateSchema, ToolRegistry
+from qitos import AgentModule, ModelResponse, StateSchema, Task, TaskBudget, ToolRegistry
 from qitos.engine.critic import Critic
 from qitos.kit.parser.json_parser import JsonDecisionParser
 
 ALMANAC = (
     "Light travels 299792458 metres in one second in a vacuum.",
-    "Sound travels about 343 metres in one second in air of 20 degrees Celsius.",
     "The Moon is on average 384400 kilometres away from the Earth.",
     "The Sun is on average 149597871 kilometres away from the Earth.",
     "The Earth's equator is 40075 kilometres long.",
     "A marathon is 42195 metres long.",
-    "One lap of a running track is 400 metres long.",
     "The summit of Mount Everest is 8849 metres above the sea.",
     "Water boils at 100 degrees Celsius at the sea and near 70 on the summit of Mount Everest.",
-    "Lake Baikal is the deepest lake on Earth.",
     "Honey bees dance to tell each other where flowers are.",
-    "A day on Venus lasts longer than a year on Venus.",
 )
-"""What the agent can look things up in."""
-
-WORK_PER_TOKEN = {"scripted-small": 40, "scripted-large": 200}
-"""Hash rounds a model spends on each token: its size, as far as the clock can tell."""
+"""What `search_almanac` searches."""
 
 
 def act(thought: str, *calls: tuple[str, dict[str, Any]]) -> str:
-    """A model's reply that calls tools: pairs of a tool's name and its arguments."""
+    """A reply that calls tools. Each call is the tool's name and its arguments."""
     actions = [{"name": name, "args": args} for name, args in calls]
     return json.dumps({"thought": thought, "actions": actions})
 
 
 def answer(thought: str, text: str) -> str:
-    """A model's reply that ends the task with the answer `text`."""
+    """A reply that ends the task with the answer `text`."""
     return json.dumps({"thought": thought, "final_answer": text})
 
 
 class ScriptedModel:
-    """Says the given replies one after another; an exception among them is raised instead.
+    """Gives the replies one after another; an exception among them is raised.
 
-    Its token counts are real: the words and signs of what it was sent and of what it said.
+    Token counts are real: the words and signs of the prompt and of the reply.
     """
 
     provider = "scripted"
@@ -66,118 +54,60 @@ class ScriptedModel:
         self._replies = iter(replies)
 
     def __call__(self, messages: list[dict[str, str]], **options: Any) -> ModelResponse:
-        reply = next(self._replies, None)
-        if reply is None:
-            raise RuntimeError(f"the script of {self.model} has no further reply")
+        reply = next(self._replies, RuntimeError(f"{self.model} has no further reply"))
         if isinstance(reply, Exception):
             raise reply
         prompt = "\n".join(message["content"] for message in messages)
-        sent, said = _tokens(prompt), _tokens(reply)
-        rounds = WORK_PER_TOKEN.get(self.model, 1) * (sent // 10 + said)
-        digest = hashlib.pbkdf2_hmac("sha256", prompt.encode(), reply.encode(), rounds)
+        sent, said = (len(re.findall(r"\w+|[^\w\s]", text)) for text in (prompt, reply))
         return ModelResponse(
             text=reply,
             usage={"prompt_tokens": sent, "completion_tokens": said, "total_tokens": sent + said},
             finish_reason="stop",
             model_name=self.model,
             provider=self.provider,
-            metadata={"id": f"reply-{digest.hex()[:12]}"},
         )
-
-
-def _tokens(text: str) -> int:
-    return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-_OPERATORS: dict[type, Callable[..., float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.USub: operator.neg,
-}
 
 
 def calculate(expression: str) -> float:
     """Work out an arithmetic expression with + - * / and brackets."""
-
-    def value(node: ast.AST) -> float:
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](value(node.operand))
-        raise ValueError(f"cannot calculate {ast.unparse(node)!r}")
-
-    return round(value(ast.parse(expression, mode="eval").body), 6)
+    if not re.fullmatch(r"(?!.*\*\*)[-+*/(). 0-9]+", expression):
+        raise ValueError(f"cannot calculate {expression!r}")
+    return float(round(eval(expression), 6))  # noqa: S307 - only digits, operators and brackets
 
 
 def search_almanac(query: str, top: int = 2) -> list[str]:
-    """Find the sentences of the almanac nearest to the query, nearest first."""
-
-    def nearness(sentence: str) -> float:
-        words = re.findall(r"\w+", sentence.lower())
-        return sum(
-            max(SequenceMatcher(None, word, other).ratio() for other in words) ** 4
-            for word in re.findall(r"\w+", query.lower())
-        )
-
-    return sorted(ALMANAC, key=nearness, reverse=True)[:top]
+    """Find the sentences of the almanac that share most words with the query, best first."""
+    asked = _words(query)
+    return sorted(ALMANAC, key=lambda line: len(asked & _words(line)), reverse=True)[:top]
 
 
-class Notes:
-    """Two tools that write and read text files in one directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def write_note(self, name: str, text: str) -> str:
-        """Write a note, over what it held before."""
-        self._path(name).write_text(text, encoding="utf-8")
-        return f"{name}: {len(text)} characters"
-
-    def read_note(self, name: str) -> str:
-        """Read a note back."""
-        path = self._path(name)
-        if not path.is_file():
-            there = ", ".join(sorted(note.name for note in self._directory.iterdir())) or "none"
-            raise FileNotFoundError(f"there is no note {name!r}; the notes are: {there}")
-        return path.read_text(encoding="utf-8")
-
-    def _path(self, name: str) -> Path:
-        if Path(name).name != name:
-            raise ValueError(f"{name!r} is not the plain name of a note")
-        return self._directory / name
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 @dataclass
 class DeskState(StateSchema):  # type: ignore[misc]  # mypy does not follow qitos
-    """What the agent knows of its task: the task, and what happened so far."""
+    """The task, and what happened so far."""
 
     happened: list[str] = field(default_factory=list)
 
 
 class DeskAgent(AgentModule):  # type: ignore[misc]  # mypy does not follow qitos
-    """Answers questions with the tools it was given, one model reply a step."""
+    """Answers questions with the given tools, one model reply a step."""
 
     def __init__(self, name: str, llm: Any, tools: Iterable[Callable[..., Any]]) -> None:
         registry = ToolRegistry()
         for tool in tools:
             registry.register(tool)
-        super().__init__(
-            tool_registry=registry,
-            llm=llm,
-            model_parser=JsonDecisionParser(),
-            model_protocol="json_decision_v1",
-        )
+        parser = {"model_parser": JsonDecisionParser(), "model_protocol": "json_decision_v1"}
+        super().__init__(tool_registry=registry, llm=llm, **parser)
         self.name = name
 
     def init_state(self, task: str, **kwargs: Any) -> DeskState:
         return DeskState(task=task, max_steps=int(kwargs.get("max_steps", 10)))
 
     def base_persona_prompt(self, state: DeskState) -> str:
-        return "You answer questions at a desk, with an almanac, a calculator and notes."
+        return "You answer questions at a desk, with an almanac and a calculator."
 
     def prepare(self, state: DeskState) -> str:
         return "\n".join([f"Task: {state.task}", *state.happened])
@@ -186,33 +116,25 @@ class DeskAgent(AgentModule):  # type: ignore[misc]  # mypy does not follow qito
         if decision.rationale:
             state.happened.append(f"Thought: {decision.rationale}")
         for result in observation.get("action_results", []):
-            state.happened.append(f"Tool: {_plain(result)}")
+            if isinstance(result, dict) and "output" in result:  # Later QitOS wraps results.
+                result = result.get("error") or result["output"]
+            state.happened.append(f"Tool: {result}")
         return state
 
 
-def _plain(result: Any) -> Any:
-    """A tool's result or error as the model should read it; later QitOS wraps them."""
-    if isinstance(result, dict) and "output" in result:
-        return result.get("error") or result["output"]
-    return result
-
-
 def ask_librarian(model: ScriptedModel) -> Callable[..., Any]:
-    """A tool that hands a question on to a second agent, run inside the first one's step."""
+    """A tool that runs a second agent inside the first agent's step."""
 
     def ask_librarian(question: str) -> str:
         """Ask the librarian, who searches the almanac and answers in one sentence."""
         librarian = DeskAgent("librarian", model, [search_almanac])
-        result = librarian.run(
-            task=question, max_steps=4, trace=False, render=False, return_state=True
-        )
-        return str(result.state.final_result)
+        return str(librarian.run(task=question, max_steps=4, trace=False, render=False))
 
     return ask_librarian
 
 
 class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
-    """Sends an answer back until it says every one of the given words."""
+    """Sends an answer back until it contains all the given words."""
 
     def __init__(self, *words: str) -> None:
         self._words = words
@@ -227,3 +149,97 @@ class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
             "reason": f"does not mention {', '.join(missing)}" if missing else "complete",
             "score": 1 - len(missing) / len(self._words),
         }
+
+
+LARGE, SMALL = "scripted-large", "scripted-small"
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """A question, the replies that the model gives, and the stop reason that the run ends with."""
+
+    id: str
+    agent: str
+    model: str
+    objective: str
+    replies: tuple[str | Exception, ...]
+    stop_reason: str = "final"
+    max_steps: int = 8
+    needs: tuple[str, ...] = ()
+    librarian: tuple[str, ...] = ()
+
+
+def run_task(demo: DemoTask) -> Any:
+    """Run one task on a QitOS Engine and return its EngineResult. A failed task does not raise."""
+    librarian = ask_librarian(ScriptedModel(SMALL, demo.librarian))
+    tools: list[Any] = [calculate, search_almanac, librarian]
+    agent = DeskAgent(demo.agent, ScriptedModel(demo.model, demo.replies), tools)
+    return agent.run(
+        task=Task(
+            id=demo.id,
+            objective=demo.objective,
+            budget=TaskBudget(max_steps=demo.max_steps),
+            metadata={"benchmark": "desk-questions", "split": "demo"},
+        ),
+        max_steps=demo.max_steps,
+        critics=[Reviewer(*demo.needs)] if demo.needs else None,
+        trace=False,
+        render=False,
+        return_state=True,
+    )
+
+
+def _search(query: str, top: int = 1) -> tuple[str, dict[str, Any]]:
+    return "search_almanac", {"query": query, "top": top}
+
+
+LIGHT = _search("how far light travels in a second")
+MOONLIGHT = (
+    act("Distance and speed.", _search("how far away is the Moon from the Earth"), LIGHT),
+    act("Metres by metres a second.", ("calculate", {"expression": "384400000/299792458"})),
+    answer("Both numbers are known.", "About 1.28 seconds."),
+)
+SHOPPING = (
+    act("Add up.", ("calculate", {"expression": "12 eggs + 3 loaves"})),
+    act("Only numbers, then.", ("calculate", {"expression": "12 + 3"})),
+    answer("Added up.", "15 things."),
+)
+BOILING_WATER = (
+    answer("I know this.", "Because water boils too early up there."),
+    act("The reviewer wants facts.", _search("water boils summit Everest", top=2)),
+    answer("Numbers.", "Water boils near 70 degrees there, says the almanac."),
+    answer("And the height.", "At 8849 metres water boils near 70 degrees, says the almanac."),
+)
+SUNLIGHT = (
+    act("The librarian knows.", ("ask_librarian", {"question": "How far is the Sun?"})),
+    act("The speed I look up.", LIGHT),
+    act("In minutes.", ("calculate", {"expression": "149597871000/299792458/60"})),
+    answer("Done.", "About 8.3 minutes."),
+)
+LIBRARIAN = (
+    act("The Sun.", _search("how far away is the Sun")),
+    answer("Found.", "The Sun is on average 149597871 kilometres away."),
+)
+BEES = tuple(act("Not there.", _search(f"how many bees, attempt {n}")) for n in range(1, 7))
+EQUATOR = (
+    act("How long is it?", _search("equator long")),
+    act("Divide.", ("calculate", {"expression": "40075/30"})),
+    RuntimeError("scripted-large is out of service (as this demo wants it)"),
+)
+
+MOON_ASKED = "How many seconds does light take from the Moon to the Earth?"
+LIST_ASKED = "How many things are on the shopping list: 12 eggs and 3 loaves?"
+TEA_ASKED = "Why is tea not as good on Mount Everest? Name your source."
+SUN_ASKED = "How many minutes does light take from the Sun to the Earth? Ask the librarian."
+BEES_ASKED = "How many honey bees are there on Earth?"
+WALK_ASKED = "How many days does walking the equator take, at 30 kilometres a day?"
+TEA_NEEDS = ("boils", "70", "almanac", "8849")
+
+TASKS = (
+    DemoTask("moonlight", "astronomer", LARGE, MOON_ASKED, MOONLIGHT),
+    DemoTask("shopping", "shopper", SMALL, LIST_ASKED, SHOPPING),
+    DemoTask("boiling-water", "tea-taster", LARGE, TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
+    DemoTask("sunlight", "astronomer", LARGE, SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
+    DemoTask("counting-bees", "beekeeper", SMALL, BEES_ASKED, BEES, "budget_steps", max_steps=6),
+    DemoTask("equator-walk", "hiker", LARGE, WALK_ASKED, EQUATOR, "unrecoverable_error"),
+)

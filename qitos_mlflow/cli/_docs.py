@@ -14,11 +14,12 @@ WIDTH = 80
 HEAD = """\
 # The command line
 
-Written by `python -m qitos_mlflow.cli._docs` from `--help`; a test compares the two.
-Without the `qitos-mlflow` script on the PATH, `python -m qitos_mlflow.cli` is the same.
+This page is generated from `--help` by `python -m qitos_mlflow.cli._docs`; a test compares the two.
+If the `qitos-mlflow` script is not on the PATH, use `python -m qitos_mlflow.cli`.
 
-Exit codes: 0 done; 1 not all of it could be done, the last line says what is left; 2 something
-given cannot be used, the message names it. `run` exits with the script's own code.
+Exit codes: 0 done; 1 not everything could be done, the last line says what is left; 2 an argument
+or a setting cannot be used, the message names it. `run` exits with the script's own code. Errors
+and warnings are written to stderr and begin with `qitos-mlflow: `.
 """
 
 

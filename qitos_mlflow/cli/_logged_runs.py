@@ -1,6 +1,6 @@
-"""Reads logged runs back from MLflow, for people: what the commands show is what the server has.
+"""Reads logged runs back from MLflow, so that the commands show what the server has.
 
-Imports mlflow when called, never before. Nothing of the library calls this.
+Imports mlflow when called, never before. The library does not use this module.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.uris import without_credentials
 
 PORT = 5000
-"""Where the page of a local store is suggested to be opened: MLflow's own default port."""
+"""Port of the suggested server for a local store; MLflow's own default."""
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """One run as MLflow has it; None: the run has no such metric or tag."""
+    """One run as MLflow has it. None means that the run has no such metric or tag."""
 
     run_id: str
     name: str
@@ -37,7 +37,7 @@ class LoggedRun:
 
 @dataclass(frozen=True)
 class LoggedRunsReader:
-    """Runs of one experiment, oldest first, and where their page is."""
+    """The runs of one experiment, oldest first, and the address of their page."""
 
     tracking_uri: str
     experiment_id: str | None
@@ -45,9 +45,9 @@ class LoggedRunsReader:
 
     @property
     def server_command(self) -> str | None:
-        """The command that serves the page of a local store; None where a server runs already.
+        """The command that serves the page of a local store; None if there is a server already.
 
-        A database's password is left out: it is for the screen.
+        A database's password is left out.
         """
         if is_http(self.tracking_uri) or self.tracking_uri.split(":")[0] in {"databricks", "uc"}:
             return None
@@ -66,7 +66,7 @@ class LoggedRunsReader:
 
 
 def _mlflow() -> str:
-    """How this shell starts the mlflow of this Python."""
+    """The command that starts the mlflow of this Python."""
     beside = Path(sys.executable).with_name("mlflow")
     found = shutil.which("mlflow")
     if found is not None and Path(found).resolve() == beside.resolve():

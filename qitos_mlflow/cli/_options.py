@@ -1,4 +1,4 @@
-"""Options that several commands share, and mean the same in each of them."""
+"""Options that several commands share, with one meaning in all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Accept what is a tracking URI as a setting, too."""
+    """Accept the same URIs as the setting `tracking_uri`."""
     from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import usable_uri
 
@@ -30,7 +30,7 @@ def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None
 def tags(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """Take each value apart at its first equals sign."""
+    """Split each value at its first equals sign."""
     pairs = []
     for value in values:
         key, equals, text = value.partition("=")
@@ -48,7 +48,7 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 
 def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Take a number of seconds; infinity and NaN are none, as no wait ever reaches them."""
+    """Accept a number of seconds. Infinity and NaN are rejected: such a wait never ends."""
     try:
         number = float(value)
     except ValueError:
@@ -59,9 +59,9 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 
 
 def tracking_uri(
-    otherwise: str = "MLflow's own, MLFLOW_TRACKING_URI or the local store",
+    otherwise: str = "MLFLOW_TRACKING_URI, else MLflow's local store",
 ) -> Callable[[F], F]:
-    """`--tracking-uri`, where runs are; `otherwise` says what holds without it."""
+    """`--tracking-uri`, where the runs are; `otherwise` describes the default."""
     return click.option(
         "--tracking-uri",
         metavar="URI",
@@ -76,6 +76,6 @@ def experiment_name(command: F) -> F:
         "--experiment-name",
         metavar="NAME",
         callback=not_empty,
-        help="MLflow experiment of the runs, created when missing.  "
+        help="MLflow experiment of the runs, created if missing.  "
         "[default: MLFLOW_EXPERIMENT_NAME, else qitos]",
     )(command)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 TIMEOUT_S = 2.0
-"""A server that is well answers within milliseconds; a person waits for this."""
+"""A healthy server answers within milliseconds; the user waits for this."""
 
 
 class Answer(NamedTuple):
-    """`reachable` is None where there is no server to ask; `detail` is for people."""
+    """`reachable` is None if there is no server to ask; `detail` is shown to the user."""
 
     uri: str
     reachable: bool | None
@@ -17,7 +17,7 @@ class Answer(NamedTuple):
 
 
 def ask(uri: str | None) -> Answer:
-    """Ask the server at `uri` for its version, or else its health. Blocks some `TIMEOUT_S`."""
+    """Ask the server at `uri` for its version, else its health. Blocks up to 2 * `TIMEOUT_S`."""
     from qitos_mlflow.cli._spool import DEFAULT_STORE
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
     from qitos_mlflow.redaction.uris import without_credentials
@@ -31,7 +31,7 @@ def ask(uri: str | None) -> Answer:
             usable_uri(uri)
         except ValueError as error:
             return Answer(shown, False, str(error))
-        return Answer(shown, None, "not an http server, so not asked")
+        return Answer(shown, None, "not an http server, not checked")
     from configparser import Error as BadCredentialsFile
     from contextlib import closing
 
@@ -42,19 +42,19 @@ def ask(uri: str | None) -> Answer:
     try:
         with closing(SessionRequester(uri)) as request:
             version = request("GET", "/version", None, {}, TIMEOUT_S)
-            if version.ok and len(version.text) < 40:  # Otherwise it is somebody's web page.
+            if version.ok and len(version.text) < 40:  # A longer text is a web page.
                 return Answer(shown, True, f"MLflow {version.text.strip()}")
             health = request("GET", "/health", None, {}, TIMEOUT_S)
-    except (ValueError, BadCredentialsFile) as error:  # Its text holds what was configured.
+    except (ValueError, BadCredentialsFile) as error:  # Its text has the password in it.
         kind = type(error).__name__
-        return Answer(shown, False, f"{kind}: check the URI and MLflow's settings of credentials")
+        return Answer(shown, False, f"{kind}: check the URI and MLflow's credential settings")
     except (OSError, HTTPError) as error:
         return Answer(shown, False, _cause(error))
     return Answer(shown, health.ok, f"HTTP {health.status_code}")
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, such as "Connection refused", without the wrapping of each layer."""
+    """The innermost reason, such as "Connection refused", without the layers around it."""
     while True:
         inner = getattr(error, "reason", None) or next(
             (arg for arg in error.args if isinstance(arg, BaseException)), None

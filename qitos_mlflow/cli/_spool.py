@@ -1,12 +1,10 @@
-"""What the commands about the spool share: which segments are meant, and where they are to go."""
+"""What the commands about the spool share: which segments are meant, and where they go."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,8 +27,8 @@ def paths_argument(command: F) -> F:
 
 
 def _paths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Path, ...]:
-    if "" in values:  # A variable that is not set; to Path it is the working directory.
-        raise click.BadParameter("one is empty; leave it out for this user's spool")
+    if "" in values:  # Such as an unset shell variable; Path("") is the working directory.
+        raise click.BadParameter("a path is empty; leave it out for this user's spool")
     return tuple(map(Path, values))
 
 
@@ -42,9 +40,9 @@ def default_directory() -> Path:
 
 
 def segments_in(paths: Iterable[Path]) -> list[Paths]:
-    """The segments that are meant, each once, oldest first; without paths those of the spool.
+    """The segments at `paths`, each once, oldest first. Without paths those of this user's spool.
 
-    A segment whose file is gone by now is none to complain of: it has been delivered.
+    A segment whose file no longer exists is no error: it has been delivered.
     """
     from qitos_mlflow.delivery import find_segments
 
@@ -53,33 +51,31 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
     for path in chosen or (default_directory(),):
         try:
             if path.is_dir():
-                os.scandir(path).close()  # An agent's spool that it may not read is no error.
+                os.scandir(path).close()  # Raises if this user may not read the directory.
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:
             raise Refused(f"{str(path)!r} cannot be read: {reason_of(error)}") from error
         if not known:
-            raise Refused(
-                f"{str(path)!r} is neither a directory nor a file of a spool; "
-                + (
-                    f"without a path, {default_directory()} is meant"
-                    if chosen
-                    else "check QITOS_MLFLOW_SPOOL_DIR"
-                )
+            advice = (
+                f"without a path, {default_directory()} is used"
+                if chosen
+                else "check QITOS_MLFLOW_SPOOL_DIR"
             )
+            raise Refused(f"{str(path)!r} is neither a spool directory nor a file in one; {advice}")
         found.update(dict.fromkeys(segments))
     return list(found)
 
 
 def look_at(paths: Iterable[Path]) -> tuple[list[SegmentInfo], dict[Paths, str]]:
-    """The segments that are meant; those that cannot be read are told apart, with the reason."""
+    """The segments at `paths`, and apart from them the unreadable ones with their reasons."""
     from qitos_mlflow.delivery import inspect_segment
 
     seen, unreadable = [], {}
     for segment in segments_in(paths):
         try:
             for _, part in segment.parts():
-                # What this user may not read is not for this user to give up.
+                # Without this a part that this user may not read would count as damaged.
                 with contextlib.suppress(FileNotFoundError), part.open("rb"):
                     pass
             seen.append(inspect_segment(segment))
@@ -95,57 +91,35 @@ def reason_of(error: OSError) -> str:
 
 
 def header_of(segment: SegmentInfo) -> dict[str, Any]:
-    """Where the segment's records are to go, as its header has it; empty where it is damaged."""
+    """The segment's header, which names its destination; empty if it is damaged."""
     if segment.header is None:
         return {}
     header: dict[str, Any] = json.loads(segment.header)
     return header
 
 
+def experiment_of(segment: SegmentInfo) -> str | None:
+    """The experiment of the segment's first waiting trace; None if no record that waits names one.
+
+    Segments of version 0.1.0 have it in their header. Reads records from disk.
+    """
+    from qitos_mlflow.delivery import waiting_records
+
+    recorded: str | None = header_of(segment).get("experiment_name")
+    if recorded is not None:
+        return recorded
+    for record in waiting_records(segment.paths):
+        if b'"trace_start"' in record:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return str(json.loads(record)["settings"]["experiment_name"])
+    return None
+
+
 def destination_of(header: dict[str, Any]) -> str:
-    """The header's destination, for people."""
+    """The header's destination as it is shown."""
     from qitos_mlflow.redaction.uris import without_credentials
 
     if not header:
         return "unknown"
     uri = header.get("tracking_uri")
     return without_credentials(uri) if uri else f"{DEFAULT_STORE} in {header.get('cwd')}"
-
-
-def age(time_ns: int) -> str:
-    """How long ago, for people."""
-    seconds = max(0.0, time.time() - time_ns / 1e9)
-    for unit, size_s in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size_s:
-            return f"{seconds / size_s:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
-
-
-def plural(count: int, noun: str) -> str:
-    """Such as "1 record" and "2 records"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def waiting_traces(segment: SegmentInfo) -> tuple[Counter[str], set[str]]:
-    """What the starts and ends that still wait say of their traces.
-
-    Returns the spans lost, by reason, and the names of the experiments. Of traces whose start or
-    end is delivered, the runs have it.
-    """
-    from qitos_mlflow.delivery import waiting_records
-
-    lost: Counter[str] = Counter()
-    experiments: set[str] = set()
-    if (name := header_of(segment).get("experiment_name")) is not None:
-        experiments.add(str(name))  # The first version of the format has it there.
-    for record in waiting_records(segment.paths):
-        if b'"trace_end"' in record or b'"trace_start"' in record:
-            try:
-                content = json.loads(record)
-                if content["kind"] == "trace_end":
-                    lost.update(content["dropped"])
-                elif content["kind"] == "trace_start":
-                    experiments.add(str(content["settings"]["experiment_name"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # The sink refuses it and says why.
-    return lost, experiments

@@ -1,4 +1,4 @@
-"""`qitos-mlflow plugins`: which trace plugins there are, which load, and why not the others."""
+"""`qitos-mlflow plugins`: which trace plugins are installed, and whether they load."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from qitos_mlflow.cli._show import table
 from qitos_mlflow.cli._spool import DEFAULT_STORE
 
 
@@ -26,9 +27,9 @@ def plugins(as_json: bool) -> None:
 
 
 def survey() -> dict[str, Any]:
-    """All there is to say, as JSON has it.
+    """The content of --json.
 
-    Loads the selected plugins, to see whether they do; qitos and mlflow are not imported for it.
+    Loads the selected plugins to see whether they load. Does not import qitos or mlflow itself.
     """
     startup_line = {"active": any(getattr(f, "qitos_watcher", False) for f in sys.meta_path)}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
@@ -41,13 +42,13 @@ def survey() -> dict[str, Any]:
         "startup_line": startup_line,
         "destination": destination(),
         "host": host(),
-        # Where nothing at all is to be loaded, the loader does not even look.
+        # If nothing is selected, the loader does not look for plugins.
         "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor()) or discover()],
     }
 
 
 def destination() -> str | None:
-    """Where the installed MLflow plugin logs to, without credentials; None: nowhere."""
+    """Where the installed MLflow plugin logs to, without credentials. None if it logs nothing."""
     from qitos_mlflow.plugins.selection import named
     from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import TRACKING_VARIABLE
@@ -58,10 +59,10 @@ def destination() -> str | None:
 
 
 def host() -> dict[str, Any]:
-    """Whether QitOS is installed, its version, and whether it brings its own `qitos.tracing`."""
+    """Whether QitOS is installed, its version, and whether it has its own `qitos.tracing`."""
     import importlib_metadata
 
-    # Path finders only: ours serves `qitos.tracing` to hosts without it, and qitos stays unloaded.
+    # Path finders only: our finder serves `qitos.tracing` too, and qitos is not imported this way.
     spec = PathFinder.find_spec("qitos")
     if spec is None:
         return {"installed": False, "version": None, "own_tracing": False}
@@ -76,19 +77,16 @@ def host() -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
     console.print(f"Entry points of the group {found['group']}", highlight=False)
-    table = Table()
-    for heading in ("plugin", "from", "state", "hooks or error"):
-        table.add_column(heading, overflow="fold")
+    rows = table("plugin", "from", "state", "hooks or error")
     for plugin in found["plugins"]:
         distribution = f"{plugin['distribution']} {plugin['version']}\n{plugin['value']}"
         what = plugin["error"] or ", ".join(plugin["hooks"])
-        table.add_row(*map(escape, (plugin["name"], distribution, plugin["state"], what or "")))
+        rows.add_row(*map(escape, (plugin["name"], distribution, plugin["state"], what or "")))
     if found["plugins"]:
-        console.print(table)
+        console.print(rows)
     else:
         console.print("  none is installed in this Python\n")
     for label, text in _facts(found):
@@ -100,7 +98,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     if not host["installed"]:
         qitos = "not installed; install it with: pip install qitos"
     else:
-        whose = "its own" if host["own_tracing"] else "none of its own, served by qitos-mlflow"
+        whose = "its own" if host["own_tracing"] else "provided by qitos-mlflow"
         qitos = f"{host['version'] or 'of an unknown version'}, qitos.tracing: {whose}"
     if found["startup_line"]["active"]:
         startup = "active in this Python"
@@ -108,7 +106,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         startup = "not active in this Python; use: qitos-mlflow run, or import qitos_mlflow.auto"
     chosen = "not set" if value is None else repr(value)
     where = found["destination"] or (
-        "none set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
+        "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
         "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store"
     )
     return [

@@ -1,4 +1,4 @@
-"""`qitos-mlflow run`: someone's own agent, started as python itself would, with logging on."""
+"""`qitos-mlflow run`: starts a script as python itself would, with logging on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from qitos_mlflow.cli import Handover, Refused, _options
     metavar="KEY=VALUE",
     multiple=True,
     callback=_options.tags,
-    help="A tag of the runs; may be given several times.",
+    help="A tag of the runs. Repeat the option for more tags.",
 )
 @click.argument("target")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -55,9 +55,9 @@ def run(
 ) -> None:
     """Start an agent's script with logging on.
 
-    TARGET is the script and ARGS are its own, as with python. What it prints, raises and exits with
-    stays as it is. Processes that it starts are logged as well: the settings are handed on in the
-    environment.
+    TARGET is the script and ARGS are its arguments, as with python. Its output, exceptions and exit
+    code are those of a plain python call. Agents in processes that it starts are logged too: the
+    settings are passed on in environment variables.
     """
     os.environ.update(environment(tracking_uri, experiment_name, run_name, dict(tags)))
     importlib.import_module("qitos_mlflow.auto")
@@ -82,7 +82,7 @@ def environment(
 
 
 def selection(before: str) -> str:
-    """`QITOS_TRACE_PLUGINS` with mlflow among the plugins; those chosen before stay chosen."""
+    """`QITOS_TRACE_PLUGINS` with mlflow added; the plugins selected before stay selected."""
     names = [name.strip().lower() for name in before.split(",") if name.strip()]
     names = [name for name in names if name not in {*OFF, "no:mlflow"}]
     if names and all(name.startswith("no:") for name in names):
@@ -113,7 +113,7 @@ def launch(target: str, args: Sequence[str], as_module: bool) -> None:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """End as python does after an uncaught `error`, without showing frames of ours."""
+    """End as python does after an uncaught `error`, without the frames of this package."""
     sys.excepthook(type(error), error, error.__traceback__)
     raise SystemExit(1) from None
 
@@ -124,7 +124,7 @@ def load_script(target: str) -> tuple[CodeType, ModuleType]:
     if not path.exists():
         raise Refused(
             f"there is no script {target!r} in {Path.cwd()}; "
-            f"a module is started with: qitos-mlflow run -m {path.stem}"
+            f"to start a module: qitos-mlflow run -m {path.stem}"
         )
     place = os.path.join(Path.cwd(), target)  # noqa: PTH118 - "./x.py" keeps its dot, as in python
     inside = PathFinder.find_spec("__main__", [place])
@@ -132,7 +132,7 @@ def load_script(target: str) -> tuple[CodeType, ModuleType]:
         _put_on_path(place)
         return _from_spec(inside, target)
     if path.is_dir():
-        raise Refused(f"the directory {target!r} holds no __main__.py; name a script in it")
+        raise Refused(f"the directory {target!r} has no __main__.py; give a script in it")
     _put_on_path(str(path.resolve().parent))
     loader = SourceFileLoader("__main__", place)
     code = loader.source_to_code(loader.get_data(place), place)
@@ -176,7 +176,7 @@ def _main_module(**attributes: Any) -> ModuleType:
 
 
 def _put_on_path(directory: str) -> None:
-    """Let imports find what lies beside the script; under `python -P` nothing is to do so."""
+    """Let imports find modules beside the script, except under `python -P`."""
     if getattr(sys.flags, "safe_path", False):
         return
     sys.path[0] = directory

@@ -1,4 +1,4 @@
-"""`qitos-mlflow spool`: what is done to the spool by hand."""
+"""`qitos-mlflow spool`: maintains the spool by hand."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from pathlib import Path
 import click
 
 from qitos_mlflow.cli import Group
-from qitos_mlflow.cli._spool import look_at, paths_argument, plural, reason_of
+from qitos_mlflow.cli._show import complain, plural
+from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
 
 
 @click.group(cls=Group)
 def spool() -> None:
-    """Look after the directory that records wait in."""
+    """Maintain the directory that records wait in."""
 
 
 @spool.command()
 @paths_argument
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 def purge(paths: tuple[Path, ...], yes: bool) -> None:
     """Delete segments with all their records, delivered or not.
 
-    A segment is what one process has written. Those of living processes are left alone, and so are
-    those that are being delivered. Asks before it deletes.
+    A segment holds what one process has written. Segments of living processes and segments that
+    are being delivered are left alone. Asks before it deletes.
 
-    PATH is the directory of a spool or a file in it; without one, this user's spool is meant.
+    PATH is a spool directory or a file in it. The default is this user's spool.
     """
     from qitos_mlflow.delivery import purge as purge_segment
 
@@ -36,7 +37,7 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
         refused = sum(segment.dead_letters for segment in idle)
         click.echo(
             f"{plural(len(idle), 'segment')} with {plural(waiting, 'record')} not delivered yet "
-            + (f"and {plural(refused, 'record')} refused for good " if refused else "")
+            + (f"and {plural(refused, 'record')} rejected for good " if refused else "")
             + f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}"
         )
         if not yes:
@@ -50,6 +51,6 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
     done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
     click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
     for failed, reason in failures.items():
-        click.echo(f"{failed.stem} cannot be deleted: {reason}", err=True)
+        complain(f"segment {failed.stem} cannot be deleted: {reason}")
     if failures:
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""`qitos-mlflow status`: what waits in the spool, what was lost and why, and who answers."""
+"""`qitos-mlflow status`: what waits, what was rejected or lost and why, which servers answer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qitos_mlflow.cli._options import tracking_uri
+from qitos_mlflow.cli._show import age, complain, plural, table
 from qitos_mlflow.cli._spool import (
-    age,
     default_directory,
     destination_of,
+    experiment_of,
     header_of,
     look_at,
     paths_argument,
-    plural,
     reason_of,
-    waiting_traces,
 )
 
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
 
 REASON_CHARS = 200
-"""So much of a reason is shown; --json has all of it."""
+"""Reasons are cut to this many characters; --json has them whole."""
 
 TORN = "torn or corrupt line in the spool"
 
@@ -38,11 +37,12 @@ TORN = "torn or corrupt line in the spool"
 def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> None:
     """Show what waits in the spool and what was lost.
 
-    By process, and whether it lives; what servers refused for good and what was lost, by reason;
-    whether the servers answer. Changes nothing. A run that has ended has its losses in its own tags
-    as well. Exits with 1 if a part of the spool cannot be read.
+    Lists the records that wait for each process and whether the process lives, the records that
+    servers rejected and those that were lost, by reason, and whether the servers answer. Changes
+    nothing. A run that has ended also has its losses in its tags. Exits with 1 if a part of the
+    spool cannot be read.
 
-    PATH is the directory of a spool or a file in it; without one, this user's spool is meant.
+    PATH is a spool directory or a file in it. The default is this user's spool.
     """
     found = survey(paths, tracking_uri)
     if as_json:
@@ -54,7 +54,7 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
 
 
 def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
-    """All there is to say, as JSON has it. Reads every record that waits; asks each server."""
+    """The content of --json. Reads every record that waits and asks each server."""
     from qitos_mlflow.cli._server import ask
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
@@ -65,21 +65,20 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     segments = []
     configured = tracking_uri or destination(Settings.resolve())
-    # By what is shown of them; only what is configured here has the credentials as well.
+    # The key is the URI as shown. Segments have no credentials, the configuration may have.
     servers = {without_credentials(configured or ""): configured}
     seen, unreadable = look_at(paths)
     for segment in seen:
         if not (segment.size_bytes or segment.dead_letters or segment.bad_lines or segment.losses):
-            continue  # Its process is just beginning or just done.
+            continue  # The process has just started or just ended.
         try:
-            # What the end of a trace tells is in the counts as well, but for what was never
-            # offered.
-            dropped, experiments = waiting_traces(segment)
-            lost += dropped | Counter(segment.losses)
+            # A trace's end repeats what is in the segment's counts; the larger number is right,
+            # because the counts miss what was never offered.
+            lost += lost_spans(segment.paths) | Counter(segment.losses)
         except OSError as error:
             unreadable[segment.paths] = reason_of(error)
             continue
-        segments.append(_described(segment, experiments))
+        segments.append(_described(segment))
         refused += reasons(segment.paths.dead)
         if segment.bad_lines:
             lost[TORN] += segment.bad_lines
@@ -97,8 +96,24 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     }
 
 
+def lost_spans(paths: Paths) -> Counter[str]:
+    """Lost spans, by reason, of traces whose end still waits. The rest is in tags of the runs."""
+    from qitos_mlflow.delivery import waiting_records
+
+    lost: Counter[str] = Counter()
+    for record in waiting_records(paths):
+        if b'"trace_end"' in record:
+            try:
+                content = json.loads(record)
+                if content["kind"] == "trace_end":
+                    lost.update(content["dropped"])
+            except (ValueError, KeyError, TypeError):
+                continue  # The sink will reject this record and say why.
+    return lost
+
+
 def reasons(dead: Path) -> Counter[str]:
-    """Why the records in a dead-letter file were refused."""
+    """Why the records in a dead-letter file were rejected."""
     found: Counter[str] = Counter()
     try:
         lines = dead.read_bytes().splitlines()
@@ -115,46 +130,33 @@ def reasons(dead: Path) -> Counter[str]:
 def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
     from qitos_mlflow.delivery import SegmentInfo
 
-    counts = dict.fromkeys(("waiting", "size_bytes", "dead_letters", "bad_lines"), 0)
-    nothing = SegmentInfo(
-        paths=paths,
-        header=None,
-        host="",
-        pid=0,
-        offline=False,
-        started_ns=0,
-        last_time_ns=0,
-        owner_alive=False,
-        delivering=False,
-        losses={},
-        damaged=(),
-        **counts,
-    )
-    return {**_described(nothing, set()), "owner": "unknown", "error": reason}
+    # Of an unreadable segment only the file names are known.
+    numbers = ("pid", "started_ns", "last_time_ns", "waiting", "size_bytes", "dead_letters")
+    fields: dict[str, Any] = dict.fromkeys((*numbers, "bad_lines"), 0)
+    fields |= dict.fromkeys(("offline", "owner_alive", "delivering"), False)
+    unknown = SegmentInfo(paths=paths, header=None, host="", losses={}, **fields)
+    return {**_described(unknown), "owner": "unknown", "error": reason}
 
 
-def _process(paths: Paths) -> str:
-    # Delivered to its end, a segment is gone but for what was refused; its name still tells.
-    return paths.stem.rsplit("-", 2)[0]
-
-
-def _described(segment: SegmentInfo, experiments: set[str]) -> dict[str, Any]:
-    header = header_of(segment)
+def _described(segment: SegmentInfo) -> dict[str, Any]:
+    stem = segment.paths.stem
     return {
-        "segment": segment.paths.stem,
+        "segment": stem,
         "directory": str(segment.paths.directory),
         "error": None,
-        "destination": destination_of(header) if segment.size_bytes else "",
-        "experiments": sorted(experiments),
-        "process": _process(segment.paths),
+        # A delivered segment has no header any more, only the file of what was rejected.
+        "destination": destination_of(header_of(segment)) if segment.size_bytes else "",
+        "experiment": experiment_of(segment) if segment.size_bytes else None,
+        "process": stem.rsplit("-", 2)[0],
         "host": segment.host,
         "pid": segment.pid,
         "owner": "alive" if segment.owner_alive else "dead",
         "offline": segment.offline,
-        "shipping": segment.delivering,
+        "delivering": segment.delivering,
         "waiting": segment.waiting,
         "dead_letters": segment.dead_letters,
         "bad_lines": segment.bad_lines,
+        "damaged": list(segment.damaged),
         "lost": dict(segment.losses),
         "bytes": segment.size_bytes,
         "last_record_ns": segment.last_time_ns,
@@ -164,42 +166,38 @@ def _described(segment: SegmentInfo, experiments: set[str]) -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console()
-    if found["segments"]:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("process", "owner", "waiting", "refused", "last record", "destination"):
-            table.add_column(heading, overflow="fold")
-        for segment in found["segments"]:
-            owner = segment["owner"] + (", offline" if segment["offline"] else "")
+    segments = found["segments"]
+    if segments:
+        rows = table("process", "owner", "waiting", "rejected", "last record", "destination")
+        for segment in segments:
             row = (
-                *(segment["process"], owner, str(segment["waiting"])),
+                segment["process"],
+                segment["owner"] + (", offline" if segment["offline"] else ""),
+                str(segment["waiting"]),
                 str(segment["dead_letters"]),
                 age(segment["last_record_ns"]) if segment["last_record_ns"] else "",
                 segment["destination"],
             )
-            table.add_row(*map(escape, row))
-        console.print(table)
-    where = ", ".join(found["directories"])
-    count = plural(found["waiting"], "record")
-    click.echo(f"{count} in {plural(len(found['segments']), 'segment')} wait in {where}")
-    for title, counts in (("refused for good", found["dead_letters"]), ("lost", found["lost"])):
+            rows.add_row(*map(escape, row))
+        Console().print(rows)
+    count = f"{plural(found['waiting'], 'record')} in {plural(len(segments), 'segment')}"
+    click.echo(f"{count} wait in {', '.join(found['directories'])}")
+    for title, counts in (("rejected for good", found["dead_letters"]), ("lost", found["lost"])):
         for reason, number in counts.items():
-            line = " ".join(reason.split())
-            click.echo(f"{number} {title}: {line[:REASON_CHARS]}")
+            click.echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
+    for segment in segments:
+        for place in segment["damaged"]:
+            click.echo(f"damaged line: {place}")
     if found["dead_letters"]:
-        kept = ", ".join(str(Path(where, "*.dead")) for where in _directories(found))
-        click.echo(f"What was refused is kept in {kept}; nothing sends it again")
+        directories = sorted({segment["directory"] for segment in segments})
+        kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
+        click.echo(f"Rejected records are kept in {kept}; they are not sent again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
-    for segment in found["segments"]:
+    if any(segment["waiting"] and segment["owner"] == "dead" for segment in segments):
+        click.echo("Deliver the records of dead processes: qitos-mlflow sync")
+    for segment in segments:
         if segment["error"]:
-            click.echo(f"{segment['segment']} cannot be read: {segment['error']}", err=True)
-    if any(s["waiting"] and s["owner"] == "dead" for s in found["segments"]):
-        click.echo("Deliver what dead processes left behind: qitos-mlflow sync")
-
-
-def _directories(found: dict[str, Any]) -> list[str]:
-    return sorted({segment["directory"] for segment in found["segments"]})
+            complain(f"segment {segment['segment']} cannot be read: {segment['error']}")

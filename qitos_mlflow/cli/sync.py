@@ -17,31 +17,27 @@ import click
 
 from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import seconds, tracking_uri
+from qitos_mlflow.cli._show import complain, plural
 from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
+    experiment_of,
     header_of,
     look_at,
     paths_argument,
-    plural,
     reason_of,
-    waiting_traces,
 )
 
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Counts, Outcome, Paths, SegmentInfo
 
 PATIENCE_S = "30"
-"""So long (seconds, as --help shows it) a server may take nothing before `sync` leaves the rest."""
+"""Default of --patience (seconds, as text for --help)."""
 
 
 @click.command()
 @paths_argument
-@click.option(
-    "--follow",
-    is_flag=True,
-    help="Keep running and deliver what comes, as a sidecar, until interrupted.",
-)
+@click.option("--follow", is_flag=True, help="Keep running as a sidecar; Ctrl-C ends it.")
 @tracking_uri(otherwise="what each segment has recorded")
 @click.option(
     "--patience",
@@ -50,23 +46,24 @@ PATIENCE_S = "30"
     callback=seconds,
     default=PATIENCE_S,
     show_default=True,
-    help="Give up on a server that takes nothing for so long; not with --follow.",
+    help="Give up on a server that has accepted nothing for this long. Without effect if --follow "
+    "is given.",
 )
 def sync(
     paths: tuple[Path, ...], follow: bool, tracking_uri: str | None, patience_s: float
 ) -> None:
-    """Deliver what is left in the spool.
+    """Deliver the records that wait in the spool.
 
-    Agents deliver for themselves while they live, unless they work offline. This is for the rest:
-    the server was away for too long, or the process died, whose runs are closed as KILLED. Any
-    number of syncs may run at once, and beside running agents. Exits with 1 if something is left,
-    and says why.
+    A running agent delivers its own records, unless it works offline. This command delivers the
+    rest: the server was away for too long, or the process died. Runs of dead processes are closed
+    as KILLED. Several syncs may run at once, also beside running agents. Exits with 1 if something
+    is left, and says why.
 
-    PATH is the directory of a spool or a file in it, of another machine as well; without one, this
-    user's spool is meant.
+    PATH is a spool directory or a file in it, also one copied from another machine. The default is
+    this user's spool.
     """
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of tables it makes.
-    from qitos_mlflow.mlflow_plugin.destination import default_header
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
+    from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
     from qitos_mlflow.settings import Settings
 
@@ -77,9 +74,9 @@ def sync(
         "open_sink": lambda header: open_sink(
             header, tracking_uri=uri_of(json.loads(header)), resumed=True
         ),
-        # A segment whose own header is damaged goes where it is told to, or nowhere.
+        # A segment whose own header is damaged goes where --tracking-uri says, or nowhere.
         "default_header": tracking_uri
-        and default_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
+        and segment_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
     }
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")
@@ -90,13 +87,13 @@ def sync(
     delivery = Sync(ways, patience_s, uri_of)
     delivery.problems.update(unreadable)
     delivery.run([segment for segment in segments if segment.paths.parts()])
-    delivery.tell()
-    if delivery.unfinished:
+    delivery.show()
+    if delivery.problems:
         raise SystemExit(1)
 
 
 def _with_credentials(recorded: str | None) -> str | None:
-    """A segment's URI, with what MLFLOW_TRACKING_URI has in it and a segment must not."""
+    """A segment's URI, with the credentials of MLFLOW_TRACKING_URI if it is the same server."""
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri
     from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import Settings
@@ -106,12 +103,12 @@ def _with_credentials(recorded: str | None) -> str | None:
 
 
 class Sync:
-    """One delivery of some segments, one after another.
+    """Delivers some segments, one after another.
 
     Args:
         ways: how `deliver_segment` opens sinks.
-        patience_s: how long a server may take nothing before its segments are left.
-        uri_of: where the segment with a header goes.
+        patience_s: how long a server may accept nothing before its segments are left.
+        uri_of: the destination of a segment with this header.
     """
 
     def __init__(
@@ -122,28 +119,29 @@ class Sync:
     ) -> None:
         from qitos_mlflow.delivery import Counts
 
-        self.stats = Counts()
+        self.counts = Counts()
         self.outcomes: Counter[Outcome] = Counter()
         self.problems: dict[Paths, str] = {}
-        """Why segments are left that nobody else is delivering; empty where that is said once."""
+        """The segments not delivered, each with its reason; "" if another line says why."""
         self._ways = ways
         self._patience_s = patience_s
         self._uri_of = uri_of
         self._stop = threading.Event()
         self._interrupted = False
-        self._silent: dict[tuple[str, str | None], str] = {}
+        self._given_up: dict[tuple[str, str | None], str] = {}
+        """Servers, and experiments of a server, that are not tried again, each with the reason."""
         self._failure = ""
         self._settled = 0
         self._settled_at = 0.0
 
     def run(self, segments: Iterable[SegmentInfo]) -> None:
-        """Deliver `segments`, with a progress bar where there is a terminal."""
+        """Deliver `segments`. Shows a progress bar if stdout is a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         segments = list(segments)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         progress = Progress(*columns, transient=True)
-        # Elsewhere it would leave an empty line behind (rich 13).
+        # Without a terminal rich 13 leaves an empty line behind.
         shown = progress if progress.console.is_terminal else nullcontext()
         with _signals(self._interrupt), shown:
             bar = progress.add_task("records", total=sum(s.waiting for s in segments))
@@ -154,85 +152,80 @@ class Sync:
         from qitos_mlflow.delivery import Outcome, deliver_segment
         from qitos_mlflow.redaction.uris import without_credentials
 
-        header = header_of(segment)
+        header, paths = header_of(segment), segment.paths
         uri = self._uri_of(header)
-        try:
-            experiment = ", ".join(sorted(waiting_traces(segment)[1])) or None
-        except OSError as error:
-            self.problems[segment.paths] = reason_of(error)
-            return
         to = without_credentials(uri) if uri else destination_of(header)
-        if self._interrupted or self._silent.keys() & {(to, None), (to, experiment)}:
-            self.problems[segment.paths] = ""
-            return
-        self._stop.clear()
-        self._settled_at = time.monotonic()
-        self._failure = "no progress"
         try:
+            experiment = experiment_of(segment)
+            if self._interrupted or self._given_up.keys() & {(to, None), (to, experiment)}:
+                self.problems[paths] = ""
+                return
+            self._stop.clear()
+            self._settled_at = time.monotonic()
+            self._failure = f"nothing was accepted for {self._patience_s:g} s"
             outcome = deliver_segment(
-                segment.paths,
+                paths,
                 stop=self._stop,
-                stats=self.stats,
+                stats=self.counts,
                 progress=lambda _: moved(),
                 failed=self._failed,
                 **self._ways,
             )
         except OSError as error:
-            self.problems[segment.paths] = reason_of(error)
+            self.problems[paths] = f"cannot be read: {reason_of(error)}"
             return
         self.outcomes[outcome] += 1
         if outcome is Outcome.UNREADABLE:
-            self.problems[segment.paths] = (
-                "its header is damaged, so its destination is unknown. Name it: "
-                f"qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}"
+            self.problems[paths] = (
+                "has a damaged header, so its destination is unknown; give it: "
+                f"qitos-mlflow sync --tracking-uri URI {paths.parts()[0][1]}"
             )
         elif outcome is Outcome.UNFINISHED:
-            self.problems[segment.paths] = ""
-            if not self._interrupted:
-                self._give_up(to, experiment, uri)
+            self.problems[paths] = "" if self._interrupted else self._give_up(to, experiment, uri)
 
-    def _give_up(self, to: str, experiment: str | None, uri: str | None) -> None:
-        """Try no further segment that would wait as long, in vain."""
+    def _give_up(self, to: str, experiment: str | None, uri: str | None) -> str:
+        """Remember what not to try again. Returns what to say about this segment alone."""
         from qitos_mlflow.cli._server import ask
 
         answer = ask(uri)
         if answer.reachable is False:
-            self._silent[to, None] = answer.detail
-        else:  # Its other experiments may be open to us.
-            self._silent[to, experiment] = self._failure
+            self._given_up[to, None] = answer.detail
+        elif experiment is None:
+            return f"rejected by {to}: {self._failure}"
+        else:  # The server may accept other experiments.
+            self._given_up[to, experiment] = self._failure
+        return ""
 
-    @property
-    def unfinished(self) -> int:
-        """How many segments are left that nobody else is delivering."""
-        return len(self.problems)
-
-    def tell(self) -> None:
+    def show(self) -> None:
         """Print what was delivered, what was not, and the next step."""
         from qitos_mlflow.delivery import Outcome
 
-        counts = self.stats.snapshot()
+        counts = self.counts.snapshot()
         done, busy = self.outcomes[Outcome.FINISHED], self.outcomes[Outcome.BUSY]
         click.echo(
             f"{plural(counts.delivered, 'record')} delivered, {plural(done, 'segment')} finished"
-            + (f", {busy} delivered by others" if busy else "")
+            + (f", {busy} being delivered by other processes" if busy else "")
         )
         if counts.dead_letters:
             click.echo(
-                f"{plural(counts.dead_letters, 'record')} refused by the server for good; "
+                f"{plural(counts.dead_letters, 'record')} rejected by the server for good; "
                 "the reasons: qitos-mlflow status"
             )
-        for (to, experiment), reason in self._silent.items():
-            what = f"nothing for experiment {experiment!r}" if experiment else "nothing"
-            click.echo(f"{to} takes {what}: {reason}", err=True)
+        for (to, experiment), reason in self._given_up.items():
+            if experiment is None:
+                complain(f"{to} is unreachable: {reason}")
+            else:
+                complain(f"{to} rejected the data of experiment {experiment!r}: {reason}")
         for paths, reason in self.problems.items():
             if reason:
-                click.echo(f"{paths.stem}: {reason}", err=True)
+                complain(f"segment {paths.stem} {reason}")
         if self.problems:
-            click.echo(f"{plural(self.unfinished, 'segment')} kept for another time", err=True)
+            left = plural(len(self.problems), "segment")
+            complain(f"{left} not delivered; run `qitos-mlflow sync` again later")
 
     def _look(self) -> int:
-        """How many records are settled; stops the segment when that has not grown for long."""
-        counts = self.stats.snapshot()
+        """How many records are settled. Ends the delivery of a segment that makes no progress."""
+        counts = self.counts.snapshot()
         settled = counts.delivered + counts.dead_letters
         if settled > self._settled:
             self._settled, self._settled_at = settled, time.monotonic()
@@ -259,23 +252,23 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
             raise click.UsageError(f"--follow watches a directory; {str(directory)!r} is a file")
     except OSError as error:
         raise Refused(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
-    wait = "" if there else ", which is not there yet"
-    click.echo(f"Delivering what comes to {directory}{wait}; Ctrl-C ends it", err=True)
-    stop, stats = threading.Event(), Counts()
+    wait = "" if there else ", which does not exist yet"
+    click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
+    stop, total = threading.Event(), Counts()
     with _signals(stop.set), Console().status("") as status:
 
         def moved(stats: Counts) -> None:
             counts = stats.snapshot()
-            refused = f", {counts.dead_letters} refused for good" if counts.dead_letters else ""
-            status.update(f"{directory}: {plural(counts.delivered, 'record')} delivered{refused}")
+            rejected = f", {counts.dead_letters} rejected for good" if counts.dead_letters else ""
+            status.update(f"{directory}: {plural(counts.delivered, 'record')} delivered{rejected}")
 
-        follow(directory, stop=stop, stats=stats, progress=moved, **ways)
-    click.echo(f"{plural(stats.snapshot().delivered, 'record')} delivered")
+        follow(directory, stop=stop, stats=total, progress=moved, **ways)
+    click.echo(f"{plural(total.snapshot().delivered, 'record')} delivered")
 
 
 @contextmanager
 def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first SIGINT or SIGTERM; the second one acts as it always does."""
+    """Call `stop` at the first SIGINT or SIGTERM. The second one acts as without this."""
     before: dict[signal.Signals, Any] = {}
 
     def restore() -> None:

@@ -70,3 +70,11 @@ def test_a_setting_that_cannot_be_used_is_named_without_a_traceback(python: Run)
     assert got.returncode == 2
     assert "QITOS_MLFLOW_EXIT_TIMEOUT_S='soon' cannot be used" in got.stderr
     assert "Traceback" not in got.stderr
+
+
+@pytest.mark.parametrize("args", [("snyc",), ("status", "no"), ("sync", "--no")])
+def test_error_lines_begin_with_the_name_of_the_program(args: tuple[str, ...]) -> None:
+    """The last line of an error says who speaks, whatever kind of error it is."""
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1].startswith("qitos-mlflow: ")

@@ -103,7 +103,7 @@ def test_a_host_with_its_own_tracing_is_seen(
 @pytest.mark.parametrize(
     ("variables", "wanted", "told"),
     [
-        ({}, None, "none set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI"),
+        ({}, None, "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI"),
         (
             {"MLFLOW_TRACKING_URI": "http://user:secret@host:5000"},
             "http://host:5000",

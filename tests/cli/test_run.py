@@ -169,7 +169,7 @@ def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> 
         (("-m", "no_such_module"), "there is no module 'no_such_module'"),
         (("-m", "program.py"), "start it without -m"),
         (("-m", "email"), "there is no module 'email' that can be run"),
-        (("empty",), "holds no __main__.py"),
+        (("empty",), "has no __main__.py"),
         ((), "Missing argument 'TARGET'"),
         (("--tag", "env", "program.py"), "'env' is not a tag; write it as key=value"),
         (("--tracking-uri", "localhost:5000", "program.py"), "mean http://localhost:5000?"),

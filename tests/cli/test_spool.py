@@ -216,8 +216,8 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     write_segment(tmp_path, NOWHERE, *trace(experiment))
     done = cli("sync", "--patience", "0")
     assert done.returncode == 1
-    assert f"{NOWHERE} takes nothing: " in done.stderr
-    assert "1 segment kept for another time" in done.stderr
+    assert f"qitos-mlflow: {NOWHERE} is unreachable: " in done.stderr
+    assert "qitos-mlflow: 1 segment not delivered; run `qitos-mlflow sync` again" in done.stderr
     assert "Traceback" not in done.stderr
     (server,) = (s for s in status()["servers"] if s["uri"] == NOWHERE)
     assert server["reachable"] is False
@@ -243,10 +243,10 @@ def test_losses_and_dead_letters_are_told_by_reason(
     assert "3 lost: queue_full" in cli("status").stdout
     done = cli("sync")
     assert done.returncode == 0
-    assert "1 record refused by the server for good" in done.stdout
+    assert "1 record rejected by the server for good" in done.stdout
     (reason,) = status()["dead_letters"]
     assert reason.startswith("not a record")
-    assert f"1 refused for good: {reason}" in cli("status").stdout
+    assert f"1 rejected for good: {reason}" in cli("status").stdout
 
 
 def test_what_a_process_lost_is_told_when_it_is_gone(
@@ -352,7 +352,7 @@ def test_a_path_that_is_no_spool_is_named(cli: Run, command: tuple[str, ...]) ->
     """A wrong path exits with 2 and says which directory would be meant."""
     done = cli(*command, "no-such-thing")
     assert done.returncode == 2
-    assert "'no-such-thing' is neither a directory nor a file of a spool" in done.stderr
+    assert "'no-such-thing' is neither a spool directory nor a file in one" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -182,12 +182,12 @@ def test_one_refused_experiment_does_not_stop_the_others(
     ways = {"open_sink": Unwilling, "default_header": None}
     sync = Sync(ways, 0.1, lambda header: header["tracking_uri"])
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
-    sync.tell()
+    sync.show()
     told = capsys.readouterr()
     assert told.out == "2 records delivered, 1 segment finished\n"
     assert told.err.splitlines() == [
-        f"{server} takes nothing for experiment 'locked': HTTP 403: not yours",
-        "2 segments kept for another time",
+        f"qitos-mlflow: {server} rejected the data of experiment 'locked': HTTP 403: not yours",
+        "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
     ]
 
 
@@ -223,7 +223,7 @@ def test_a_directory_that_cannot_be_read_is_named(
     [
         (("sync", "--patience", "soon"), "'soon' is not a number of seconds, such as 30"),
         (("sync", "--tracking-uri", "http://h:99999"), "'http://h:99999': its host or port"),
-        (("status", ""), "one is empty; leave it out for this user's spool"),
+        (("status", ""), "a path is empty; leave it out for this user's spool"),
         (("spool", "prune"), "no command 'prune'; the commands are: purge"),
         (("stats",), "no command 'stats'; the commands are: demo, "),
     ],
@@ -240,4 +240,4 @@ def test_where_refused_records_are_is_told(tmp_path: Path, store: str) -> None:
     write_segment(tmp_path, store, b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
-    assert f"What was refused is kept in {tmp_path / 'spool' / '*.dead'}; nothing sends it" in shown
+    assert f"Rejected records are kept in {tmp_path / 'spool' / '*.dead'}; they are not" in shown

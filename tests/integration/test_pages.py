@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Trace
 
 from qitos_mlflow import tracing
-from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
+from qitos_mlflow.cli._demo_agent import TASKS, run_task
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.integration.browser import Browser, Pages
 from tests.integration.logged import logged
@@ -97,11 +97,10 @@ PIXEL = (
 def shown(shared_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """The demo's agents on the server."""
     workspace = tmp_path_factory.mktemp("workspace")
-    prepare_workspace(workspace)
     uri, spool = shared_server.uri, workspace / "spool"
     with logged(uri, experiment_name=DESK, spool_dir=spool) as processor:
         for task in TASKS:
-            run_task(task, workspace, lambda: None)
+            run_task(task)
         assert processor.force_flush(FLUSH_S) is True
     with logged(uri, experiment_name=WEATHER, spool_dir=spool) as processor:
         native_tool_calls()
@@ -206,7 +205,7 @@ def test_the_conversation(browser: Browser, shown: Shown, images: Path) -> None:
         wait_for_text=["System", "User", "Assistant"],
         size=HIGH,
     )
-    assert "Tools (4)" in text.replace("\n", " ")
+    assert "Tools (3)" in text.replace("\n", " ")
     assert "You answer questions at a desk" in text
     assert "About 1.28 seconds." in text
 

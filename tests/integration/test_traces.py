@@ -20,8 +20,15 @@ from mlflow.entities import SpanStatusCode, Trace, TraceState
 
 from qitos_mlflow import tracing
 from qitos_mlflow.cli import main
-from qitos_mlflow.cli._demo_agent import DeskAgent, Reviewer, ScriptedModel, act, answer
-from qitos_mlflow.cli._demo_tasks import TASKS, prepare_workspace, run_task
+from qitos_mlflow.cli._demo_agent import (
+    TASKS,
+    DeskAgent,
+    Reviewer,
+    ScriptedModel,
+    act,
+    answer,
+    run_task,
+)
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import SPAN_KINDS
 from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
@@ -182,10 +189,9 @@ def test_the_demos_agents(
     store: Store, heard: Recorder, experiment_name: str, tmp_path: Path
 ) -> None:
     """Tree, times, types, statuses, tokens, previews, session, user, tags, links of all tasks."""
-    prepare_workspace(tmp_path)
     with agents(store, experiment_name, heard, tags={"env": "test"}):
         for task in TASKS:
-            run_task(task, tmp_path, lambda: None)
+            run_task(task)
     traces = store.traces(experiment_name)
     assert len(traces) == len(TASKS) == len(heard.started)
     for trace, heard_of, task in zip(traces, heard.started, TASKS, strict=True):
