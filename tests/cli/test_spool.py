@@ -144,7 +144,7 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
     told = status()
     (segment,) = told["segments"]
     assert (segment["pid"], segment["owner"], segment["offline"]) == (agent.pid, "dead", True)
-    assert (segment["destination"], segment["experiments"]) == (store, [experiment])
+    assert (segment["destination"], segment["experiment"]) == (store, experiment)
     assert segment["waiting"] == told["waiting"] > 5
     done = cli("sync")
     assert done.returncode == 0, done.stderr
