@@ -118,7 +118,7 @@ class MlflowPlugin:
         autolog = open_trace.autolog
         open_trace.end(
             trace,
-            run_status,
+            status_of=run_status,
             files=self.settings.log_artifacts,
             tags=autolog.end if autolog is not None else dict,
         )

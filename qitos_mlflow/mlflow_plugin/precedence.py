@@ -7,10 +7,9 @@ import os
 from enum import IntEnum
 
 from qitos_mlflow import tracing
+from qitos_mlflow._guard import log
 from qitos_mlflow.plugins.selection import named
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
-
-_log = logging.getLogger("qitos_mlflow")
 
 
 class Origin(IntEnum):
@@ -70,4 +69,4 @@ def _hosts_own(kind: type) -> type | None:
 def _say_once(said: set[str], level: int, message: str, *args: object) -> None:
     if message not in said:
         said.add(message)
-        _log.log(level, message, *args)
+        log(level, message, *args)

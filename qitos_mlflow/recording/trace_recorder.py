@@ -22,6 +22,8 @@ from qitos_mlflow.tracing.redaction import redacted_metadata
 LATE_SPAN_S = 60.0
 """How long after its trace's end an unfinished span keeps the pipeline running (seconds)."""
 
+StatusOf = Callable[[Mapping[str, Any], "BaseException | None"], str]
+
 
 class TraceRecorder:
     """One trace, as one plugin records it. Any thread; every method returns at once.
@@ -131,16 +133,17 @@ class TraceRecorder:
     def end(
         self,
         trace: Any,
-        status_of: Callable[[Mapping[str, Any], BaseException | None], str],
         *,
-        files: bool,
+        status_of: StatusOf | None = None,
+        files: bool = False,
         tags: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """Record the end of the trace, once.
 
         Args:
             trace: the host's.
-            status_of: returns the run's status for metadata and failure.
+            status_of: returns the run's status for metadata and failure; None: FAILED if there is
+                a failure, else FINISHED.
             files: also record the files that go with the run.
             tags: returns tags for the run and its trace.
         """
@@ -170,7 +173,7 @@ class TraceRecorder:
         metadata: dict[str, Any],
         failure: BaseException | None,
         status: str,
-        status_of: Callable[[Mapping[str, Any], BaseException | None], str] | None = None,
+        status_of: StatusOf | None = None,
         tags: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         with self._ending:

@@ -8,7 +8,6 @@ Copy it as a start for a plugin of your own; only the sink is about JSON lines.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,22 +17,18 @@ import pluggy
 
 from qitos_mlflow.delivery import (
     DeadLetter,
-    Pipeline,
     RetryLater,
     Shipment,
     Sink,
     deliver_segment,
     find_segments,
 )
-from qitos_mlflow.recording import snapshot
-from qitos_mlflow.recording.contributions import ask_plugins
-from qitos_mlflow.recording.normalize import normalize
+from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording.recorder import Recorder
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
+from qitos_mlflow.settings import Settings
 
 hookimpl = pluggy.HookimplMarker("qitos")
-
-FIELD_BYTES = 1024 * 1024
-QUEUE_BYTES = 64 * 1024 * 1024
-SPOOL_BYTES = 1024 * 1024 * 1024
 
 
 class Lines:
@@ -100,38 +95,50 @@ class JsonlPlugin:
     """
 
     def __init__(self, file: Path, spool: Path) -> None:
-        header = json.dumps({"file": str(file)}).encode()
-        self._pipeline = Pipeline(
-            header=header,
-            normalize=partial(normalize, field_bytes=FIELD_BYTES, contributions=ask_plugins),
-            open_sink=partial(open_sink, header),
-            open_leftovers=lambda theirs: partial(open_sink, header) if theirs == header else None,
-            directory=spool,
-            queue_bytes=QUEUE_BYTES,
-            spool_bytes=SPOOL_BYTES,
+        self._header = json.dumps({"file": str(file)}).encode()
+        self._settings = Settings(spool_dir=spool)
+        self._recorder: Recorder[TraceRecorder] = Recorder(self._settings)
+
+    def _destination(self) -> Destination:
+        return Destination(
+            header=self._header,
+            open_sink=lambda find: open_sink(self._header),
+            open_leftovers=lambda theirs: (
+                partial(open_sink, theirs) if theirs == self._header else None
+            ),
         )
 
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
-        self._offer("trace_start", trace, name=trace.name, metadata=trace.metadata)
+        pipeline = self._recorder.pipeline_to(self._header, self._destination)
+        recorded = TraceRecorder(
+            trace, pipeline, content=True, field_chars=self._settings.field_bytes
+        )
+        self._recorder.add(trace.trace_id, recorded)
+        recorded.start(trace)
+
+    @hookimpl
+    def qitos_span_start(self, span: Any) -> None:
+        if (recorded := self._recorder.get(span.trace_id)) is not None:
+            recorded.start_span(span)
 
     @hookimpl
     def qitos_span_end(self, span: Any) -> None:
-        record = snapshot.span_record(span.trace_id, span, None, True, FIELD_BYTES)
-        self._pipeline.offer(record)
+        if (recorded := self._recorder.get(span.trace_id)) is not None:
+            recorded.end_span(span)
 
     @hookimpl
     def qitos_trace_end(self, trace: Any) -> None:
-        self._offer("trace_end", trace, metadata=trace.metadata)
+        if (recorded := self._recorder.get(trace.trace_id)) is not None:
+            recorded.end(trace)
 
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
-        return self._pipeline.flush(30.0 if timeout_s is None else timeout_s)
+        return self._recorder.flush(
+            self._settings.flush_timeout_s if timeout_s is None else timeout_s
+        )
 
     @hookimpl
     def qitos_shutdown(self) -> None:
-        self._pipeline.close(5.0)
-
-    def _offer(self, kind: str, trace: Any, **fields: Any) -> None:
-        record = {"kind": kind, "trace_id": trace.trace_id, "time_ns": time.time_ns(), **fields}
-        self._pipeline.offer(snapshot.encode(record), keep=True)
+        self._recorder.end_all("FINISHED", "shut down before the trace ended")
+        self._recorder.close(self._settings.flush_timeout_s)

@@ -122,4 +122,4 @@ def test_it_is_built_on_recording_and_delivery_alone() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qitos_mlflow")
         if node.module is not None
     }
-    assert imported == {"recording", "delivery"}
+    assert imported == {"recording", "delivery", "settings"}

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from qitos_mlflow._after_import import after_import
+from qitos_mlflow._after_import import after_import, imported
 from qitos_mlflow._guard import report, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
@@ -30,11 +30,7 @@ def mlflow_in_use() -> bool:
 
 
 def _fluent() -> Any:
-    for name in ("mlflow", "mlflow.tracking.fluent"):
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if spec is None or getattr(spec, "_initializing", False):
-            return None
-    return sys.modules["mlflow.tracking.fluent"]
+    return imported("mlflow") and imported("mlflow.tracking.fluent")
 
 
 def same_place(uri: str | None) -> bool:

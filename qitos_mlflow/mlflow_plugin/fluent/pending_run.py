@@ -95,14 +95,12 @@ def run_class(fluent: Any) -> Any:
         @property
         def info(self) -> Any:
             """The run's info; waits for the run to be created, at most `CREATION_WAIT_S`."""
-            if not self._known:
-                with self._lock:
-                    if not self._known:
-                        info = self._find()
-                        if not self._known:
-                            self._info = info
-                            self._known = True
-            return self._info
+            with self._lock:
+                if not self._known:
+                    info = self._find()
+                    if not self._known:  # Else a signal handler has asked meanwhile.
+                        self._info, self._known = info, True
+                return self._info
 
         def _find(self) -> Any:
             ref = self.pending.wait(CREATION_WAIT_S)
