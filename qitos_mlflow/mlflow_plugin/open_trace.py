@@ -9,6 +9,7 @@ from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 
@@ -28,11 +29,18 @@ class OpenTrace(TraceRecorder):
         trace: Any,
         pipeline: RecordPipeline,
         settings: Settings,
+        run_settings: RunSettings,
         uri: str | None,
         *,
         content: bool,
     ) -> None:
-        super().__init__(trace, pipeline, content=content, field_chars=settings.field_bytes)
+        super().__init__(
+            trace,
+            pipeline,
+            content=content,
+            field_chars=settings.field_bytes,
+            settings=run_settings,
+        )
         self.end_received = False
         self.run = PendingRun(lambda: settings.offline or pipeline.delivery.online is False)
         self.active = ActiveRun(

@@ -73,11 +73,11 @@ class MlflowPlugin:
         if pipeline.closed:  # The process is ending.
             return
         content = settings.capture_content and tracing.content_allowed(trace)
-        open_trace = OpenTrace(trace, pipeline, settings, uri, content=content)
+        open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri, content=content)
         self._recorder.add(key, open_trace)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
-        open_trace.start(trace, parent_run_id=parent_run_id(uri), settings=self._run_settings)
+        open_trace.start(trace, parent_run_id=parent_run_id(uri))
         if waits:
             open_trace.run.wait(min(settings.start_timeout_s, before_alarm_s()))
         open_trace.active.follow()

@@ -109,6 +109,8 @@ class SpanStart(_Record, total=False):
     """The span's type: `agent`."""
     data: JsonObject
     """`name` of the agent."""
+    settings: RunSettings
+    """As at the trace's start: a sink may not have got that."""
 
 
 class SpanEnd(_Record, total=False):
@@ -137,6 +139,8 @@ class SpanEnd(_Record, total=False):
     """The span's `output`; missing with content off."""
     late: int
     """How many spans have ended after their trace, this one included; missing before its end."""
+    settings: RunSettings
+    """As at the trace's start; only of a span that ends after its trace."""
 
 
 class TraceEnd(_Record, total=False):
@@ -155,6 +159,8 @@ class TraceEnd(_Record, total=False):
     """Spans that ended in the agent."""
     dropped: dict[str, int]
     """Spans lost before they reached the disk, by reason."""
+    settings: RunSettings
+    """As at the trace's start: a sink may not have got that."""
     lost: dict[str, int]
     """Other records lost before they reached the disk, by kind and reason."""
 

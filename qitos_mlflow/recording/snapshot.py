@@ -39,7 +39,12 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def span_record(
-    trace_id: str, span: Any, step: int | None, content: bool, field_chars: int, late: int = 0
+    trace_id: str,
+    span: Any,
+    step: int | None,
+    content: bool,
+    field_chars: int,
+    more: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The record of a span that has just ended.
 
@@ -49,7 +54,7 @@ def span_record(
         step: number of the agent's step that the span belongs to; None outside any step.
         content: if False, inputs, outputs and error texts are left out; numbers and names stay.
         field_chars: longest text kept of one field (characters).
-        late: how many spans have ended after their trace, this one included; 0 before its end.
+        more: further fields; those of a span that ends after its trace.
     """
     data = {**span.data.export()}
     kind = data.pop("type", None) or span.data.type
@@ -64,8 +69,8 @@ def span_record(
         "ended_at": span.ended_at,
         "error": span.error,
     }
-    if late:
-        record["late"] = late
+    if more:
+        record.update(more)
     _keep_numbers(kind, data)
     exception = getattr(span, "exception", None)
     if content:

@@ -33,6 +33,8 @@ class TraceRecorder:
         pipeline: where its records go.
         content: whether they hold inputs and outputs.
         field_chars: longest text kept of one field (characters).
+        settings: how its run is logged. They are in the start, and again in the records that a
+            sink may get without the start.
 
     Attributes:
         id: of the trace in its records; see `_free_id`.
@@ -41,7 +43,13 @@ class TraceRecorder:
     """
 
     def __init__(
-        self, trace: Any, pipeline: RecordPipeline, *, content: bool, field_chars: int
+        self,
+        trace: Any,
+        pipeline: RecordPipeline,
+        *,
+        content: bool,
+        field_chars: int,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.id = _free_id(pipeline, str(trace.trace_id))
         self.pipeline = pipeline
@@ -49,6 +57,7 @@ class TraceRecorder:
         self.closed = False
         self.ended = False
         self._field_chars = field_chars
+        self._settings = {} if settings is None else {"settings": settings}
         self._quiet_from_s = float("inf")
         self._spans = 0
         self._late = 0
@@ -72,7 +81,7 @@ class TraceRecorder:
         return self.ended and (self._quiet_from_s < late_s or not self._steps)
 
     def start(self, trace: Any, **more: Any) -> None:
-        """Record the start; `more` are the plugin's own fields, such as ``settings``."""
+        """Record the start; `more` are the plugin's own fields."""
         record = {
             "kind": "trace_start",
             "trace_id": self.id,
@@ -81,6 +90,7 @@ class TraceRecorder:
             "metadata": self._metadata(trace),
             "time_ns": time.time_ns(),
             "content": self.content,
+            **self._settings,
             **more,
         }
         self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
@@ -94,7 +104,7 @@ class TraceRecorder:
         self._steps[span.span_id] = step
         if self._awaits_root:
             self._awaits_root = False
-            record = snapshot.root_record(self.id, span)
+            record = {**snapshot.root_record(self.id, span), **self._settings}
             self.pipeline.offer(snapshot.encode(record), keep=True)
 
     def end_span(self, span: Any) -> None:
@@ -115,8 +125,9 @@ class TraceRecorder:
             return
         try:
             # In characters: each is at least a byte, and `normalize` cuts to the byte.
+            late = {"late": self._late, **self._settings} if self._late else None
             payload = snapshot.span_record(
-                self.id, span, step, self.content, self._field_chars, self._late
+                self.id, span, step, self.content, self._field_chars, late
             )
         except Exception:
             self._lose_span("snapshot_failed")
@@ -191,6 +202,7 @@ class TraceRecorder:
             "recorded": self._spans,
             "dropped": {},
             "lost": {},
+            **self._settings,
         }
         try:
             if status_of is not None:

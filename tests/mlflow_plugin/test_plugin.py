@@ -361,8 +361,11 @@ def test_what_ends_after_its_trace_is_numbered(
             step(trace, tracing.StepSpanData(2))
         for span in late:
             elsewhere.submit(span.finish).result()
-    spans = [record for record in records() if record["kind"] == "span"]
+    start, *others = records()
+    spans = [record for record in others if record["kind"] == "span"]
     assert [span.get("late") for span in spans] == [None, 1, 2]
+    # Whoever delivers them may not know the trace any more.
+    assert [span.get("settings") for span in spans] == [None, *[start["settings"]] * 2]
 
 
 def test_what_comes_after_the_end_is_refused_as_such(

@@ -123,6 +123,9 @@ class TraceFacts:
     def fold(self, record: Record) -> list[tuple[str, str]]:
         """Take in the trace's next record; returns the tags that it adds to the run."""
         fields: Mapping[str, Any] = record
+        if not (self.started or self.settings) and "settings" in fields:
+            self.settings = settings_in(fields["settings"])
+            self.lose_start()
         added = contributed.tags(record, self.lost)
         self.start_ns = self.start_ns or clean_ns(fields.get("start_ns") or fields.get("time_ns"))
         at_ns = fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns")

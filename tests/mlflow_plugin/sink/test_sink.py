@@ -664,11 +664,20 @@ def test_a_run_that_was_deleted_before_its_end(server: FakeTransport) -> None:
     assert [orjson.loads(letter.record) for letter in ship(sink, end)] == [end]
 
 
-def test_the_start_of_a_trace_was_lost(server: FakeTransport) -> None:
-    """A run is made of what there is once its end is known, and says so."""
-    records = a_trace(spans=4)
-    sink = sink_to(server, user="me", tags={"env": "dev", "mlflow.runName": "by-tag"})
-    assert ship(sink, *records[1:]) == []
+@pytest.mark.parametrize("settings_in", ["header", "end"])
+def test_the_start_of_a_trace_was_lost(server: FakeTransport, settings_in: str) -> None:
+    """A run is made of what there is once its end is known, and says so.
+
+    The settings are in the end as well; those of the first version's traces, in the header.
+    """
+    _, *spans, end = a_trace(spans=4)
+    settings = {**SETTINGS, "user": "me", "tags": {"env": "dev", "mlflow.runName": "by-tag"}}
+    if settings_in == "header":
+        sink = MlflowSink(server, settings)
+    else:
+        sink = MlflowSink(server, {"tracking_uri": None, "cwd": "/"})
+        end["settings"] = settings
+    assert ship(sink, *spans, end) == []
     (run,) = server.runs.values()
     wanted = {"qitos.start_lost": "true", "qitos.trace_id": "trace-1", "env": "dev"}
     assert wanted.items() <= run["tags"].items()
