@@ -193,7 +193,7 @@ class Settings:
         _bytes,
         64 * MIB,
         "memory for records on their way to the spool (bytes); processors with the same "
-        "destination share it, and the largest value counts",
+        "destination share it, and the first one decides",
     )
     field_bytes: int = _option(
         _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
@@ -203,7 +203,7 @@ class Settings:
         _bytes,
         1024 * MIB,
         "disk space for all segments in the spool's directory (bytes); beyond it, new spans are "
-        "dropped; as with `queue_bytes`, the largest value counts",
+        "dropped; as with `queue_bytes`, the first one decides",
     )
 
     @classmethod
