@@ -18,7 +18,6 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -26,7 +25,7 @@ import requests
 
 from qitos_mlflow.delivery import Counts, Outcome, deliver_segment, find_segments
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
+from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from qitos_mlflow.tracing import (
@@ -83,18 +82,11 @@ class Recorder:
 
     def __init__(self, uri: str) -> None:
         self._send = SessionRequester(uri)
-        self.kept: list[tuple[str, str, bytes | None, Mapping[str, str], bytes]] = []
+        self.kept: list[tuple[Request, bytes]] = []
 
-    def __call__(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
-        response = self._send(method, path, body, headers, timeout_s)
-        self.kept.append((method, path, body, dict(headers), response.content))
+    def __call__(self, request: Request) -> requests.Response:
+        response = self._send(request)
+        self.kept.append((request, response.content))
         return response
 
 
@@ -117,21 +109,21 @@ def deliver(directory: Path, uri: str) -> tuple[float, int, Recorder]:
 def send_again(uri: str, recorder: Recorder) -> Counter[str]:
     """Send the same requests about other runs and traces; returns seconds by endpoint."""
     send = SessionRequester(uri)
-    bodies = [kept[2] or b"" for kept in recorder.kept]
+    bodies = [request.body or b"" for request, _ in recorder.kept]
     for trace in set(re.findall(rb"tr-([0-9a-f]{32})", b"".join(bodies))):
         other = uuid.uuid4().hex.encode()
         for form in (bytes, _packed, _dashed):
             bodies = [body.replace(form(trace), form(other)) for body in bodies]
     runs: dict[bytes, bytes] = {}
     taken: Counter[str] = Counter()
-    for (method, path, _, headers, answer), body in zip(recorder.kept, bodies, strict=True):
+    for (request, answer), body in zip(recorder.kept, bodies, strict=True):
         for old, new in runs.items():
             body = body.replace(old, new)
         began = time.perf_counter()
-        response = send(method, path, body or None, headers, TIMEOUT_S)
-        taken[_endpoint(path)] += time.perf_counter() - began
+        response = send(request._replace(body=body or None, timeout_s=TIMEOUT_S))
+        taken[_endpoint(request.path)] += time.perf_counter() - began
         response.raise_for_status()
-        if path.endswith("runs/create"):
+        if request.path.endswith("runs/create"):
             before = orjson.loads(answer)["run"]["info"]["run_id"].encode()
             runs[before] = response.json()["run"]["info"]["run_id"].encode()
     return taken

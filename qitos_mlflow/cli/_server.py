@@ -37,14 +37,14 @@ def ask(uri: str | None) -> Answer:
 
     from urllib3.exceptions import HTTPError
 
-    from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
+    from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 
     try:
-        with closing(SessionRequester(uri)) as request:
-            version = request("GET", "/version", None, {}, TIMEOUT_S)
+        with closing(SessionRequester(uri)) as send:
+            version = send(Request("GET", "/version", TIMEOUT_S))
             if version.ok and len(version.text) < 40:  # A longer text is a web page.
                 return Answer(shown, True, f"MLflow {version.text.strip()}")
-            health = request("GET", "/health", None, {}, TIMEOUT_S)
+            health = send(Request("GET", "/health", TIMEOUT_S))
     except (ValueError, BadCredentialsFile) as error:  # Its text has the password in it.
         kind = type(error).__name__
         return Answer(shown, False, f"{kind}: check the URI and MLflow's credential settings")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import requests
+
+from qitos_mlflow.mlflow_plugin.server.http import Request
 
 PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
@@ -24,22 +24,16 @@ class FakeRequester:
         self.probe: tuple[int, bytes, dict[str, str]] = (200, MLFLOW, {})
         self.paths: list[str] = []
 
-    def __call__(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
-        self.paths.append(path)
-        status, content, given = self.probe if path == PROBE else self.answer
+    def __call__(self, request: Request) -> requests.Response:
+        self.paths.append(request.path)
+        probing = request.path == PROBE
+        status, content, given = self.probe if probing else self.answer
         response = requests.Response()
         response.status_code = status
         response._content = content
         response.headers.update({"Content-Length": str(len(content)), **given})
         response.url = f"https://sso.example/login?token={SECRET}"
-        for hop in self.hops if path != PROBE else ():
+        for hop in () if probing else self.hops:
             response.history.append(requests.Response())
             response.history[-1].status_code = hop
         return response

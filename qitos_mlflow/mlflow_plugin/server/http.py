@@ -15,15 +15,14 @@ import io
 import netrc  # noqa: F401
 import os
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from time import time
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import orjson
 import requests
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InvalidHeader
+from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, failure, readable
@@ -51,14 +50,33 @@ PROTOBUF = "application/x-protobuf"
 LENGTHS = ("Content-Length", "Transfer-Encoding")
 """A server that keeps connections open marks the end of its answer with one of these."""
 
-Requester = Callable[[str, str, bytes | None, Mapping[str, str], float], requests.Response]
-"""``(method, path, body, headers, timeout_s) -> response``; raises `requests.RequestException`."""
+
+class Request(NamedTuple):
+    """One request to a server.
+
+    Attributes:
+        method: HTTP's.
+        path: below the tracking URI, with the query if there is one.
+        timeout_s: longest wait for a connection, and for each piece of the answer (seconds).
+        body: what is sent; None for nothing.
+        headers: those of this request alone.
+    """
+
+    method: str
+    path: str
+    timeout_s: float
+    body: bytes | None = None
+    headers: Mapping[str, str] = {"Content-Type": "application/json"}
 
 
-def _credentials(environ: Mapping[str, str]) -> tuple[str, str] | None:
+Requester = Callable[[Request], requests.Response]
+"""Sends a request and returns the answer; raises `requests.RequestException`."""
+
+
+def _credentials() -> tuple[str, str] | None:
     """User and password from the environment, else from MLflow's credentials file."""
-    user = environ.get("MLFLOW_TRACKING_USERNAME")
-    password = environ.get("MLFLOW_TRACKING_PASSWORD")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
     path = Path("~/.mlflow/credentials").expanduser()
     if (user is None or password is None) and path.exists():
         config = configparser.ConfigParser()
@@ -72,12 +90,13 @@ def _credentials(environ: Mapping[str, str]) -> tuple[str, str] | None:
 class SessionRequester:
     """A `Requester` on one `requests.Session`, set up as MLflow's environment variables say."""
 
-    def __init__(self, uri: str, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, uri: str) -> None:
+        environ = os.environ
         self._base = uri.rstrip("/")
         self._session = session = requests.Session()
         if token := environ.get("MLFLOW_TRACKING_TOKEN"):
             session.headers["Authorization"] = f"Bearer {token}"
-        elif credentials := _credentials(environ):
+        elif credentials := _credentials():
             session.auth = credentials
         if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
             session.verify = False
@@ -88,27 +107,20 @@ class SessionRequester:
         if workspace := environ.get("MLFLOW_WORKSPACE"):
             session.headers["X-MLFLOW-WORKSPACE"] = workspace
 
-    def __call__(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
-        """Send one request; `timeout_s` bounds the connection and each wait for data."""
-        data: bytes | io.BytesIO | None = body
-        connect_s = min(CONNECT_TIMEOUT_S, timeout_s)
-        if body is not None and len(body) > SMALL_BYTES:
+    def __call__(self, request: Request) -> requests.Response:
+        """Send `request`."""
+        data: bytes | io.BytesIO | None = request.body
+        connect_s = min(CONNECT_TIMEOUT_S, request.timeout_s)
+        if request.body is not None and len(request.body) > SMALL_BYTES:
             # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
             # piece with as long for each.
-            data, connect_s = io.BytesIO(body), timeout_s
+            data, connect_s = io.BytesIO(request.body), request.timeout_s
         return self._session.request(
-            method,
-            self._base + path,
+            request.method,
+            self._base + request.path,
             data=data,
-            headers=dict(headers),
-            timeout=(connect_s, timeout_s),
+            headers=dict(request.headers),
+            timeout=(connect_s, request.timeout_s),
         )
 
     def close(self) -> None:
@@ -121,26 +133,18 @@ class Exchange:
 
     def __init__(self, uri: str, requester: Requester | None = None) -> None:
         self._host = without_credentials(uri)
-        self._request = requester or SessionRequester(uri)
+        self._requester = requester or SessionRequester(uri)
 
-    def json(self, method: str, path: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
-        """Send JSON, or nothing; returns the JSON object that is answered."""
-        headers = {"Content-Type": "application/json"}
-        response = self.send(method, path, body, headers, timeout_s)
+    def json(self, request: Request) -> dict[str, Any]:
+        """Send `request` as `send` does; returns the JSON object that is answered."""
+        response = self.send(request)
         answer = _object(response)
         if answer is None:
             raise self._foreign(response)
         return answer
 
-    def send(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
-        """Send one request; returns the answer of a server that has carried it out.
+    def send(self, request: Request) -> requests.Response:
+        """Send `request`; returns the answer of a server that has carried it out.
 
         MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
 
@@ -149,28 +153,21 @@ class Exchange:
             Poisoned: MLflow failed on it.
             Refused: MLflow will never accept it.
         """
-        response = self._answer(method, path, body, headers, timeout_s)
+        response = self._answer(request)
         hops = response.history
-        if body is not None and any(hop.status_code not in WITH_BODY for hop in hops):
+        if request.body is not None and any(hop.status_code not in WITH_BODY for hop in hops):
             raise RetryLater(_moved(response.url))
         if response.status_code >= 300:
-            raise self._failure(path, response, timeout_s)
+            raise self._failure(request, response)
         kind = response.headers.get("Content-Type", "")
         if response.content and PROTOBUF not in kind and _object(response) is None:
             raise self._foreign(response)
         return response
 
-    def _answer(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout_s: float,
-    ) -> requests.Response:
+    def _answer(self, request: Request) -> requests.Response:
         """The answer, whatever its status, if it is whole."""
         try:
-            response = self._request(method, path, body, headers, timeout_s)
+            response = self._requester(request)
         except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
             kind = type(error).__name__
             raise RetryLater(
@@ -183,7 +180,7 @@ class Exchange:
             raise RetryLater(f"a truncated answer from {self._host}")
         return response
 
-    def _failure(self, path: str, response: requests.Response, timeout_s: float) -> Exception:
+    def _failure(self, request: Request, response: requests.Response) -> Exception:
         """The exception for an answer with an error status."""
         status = response.status_code
         code = f"HTTP {status}"
@@ -199,13 +196,13 @@ class Exchange:
         if "error_code" in answer:
             code = str(answer["error_code"])
         elif (status >= 500 and not answer) or (
-            status not in TOO_LARGE and not self._is_mlflow(timeout_s)
+            status not in TOO_LARGE and not self._is_mlflow(request.timeout_s)
         ):
             # Something in front of MLflow is out of order, or it is being exchanged.
             return self._foreign(response)
         failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
         if failed or (status == UNPROCESSABLE and "error_code" not in answer):
-            return Poisoned(f"{path}: {code}: {readable(message)}")
+            return Poisoned(f"{request.path}: {code}: {readable(message)}")
         return failure(code, message)
 
     def _foreign(self, response: requests.Response) -> RetryLater:
@@ -216,14 +213,14 @@ class Exchange:
         """Whether it is MLflow that answers now: an endpoint that all versions have says so."""
         path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
         try:
-            answer = _object(self._answer("GET", path, None, {}, timeout_s)) or {}
+            answer = _object(self._answer(Request("GET", path, timeout_s))) or {}
         except RetryLater:
             return False
         return not answer.keys().isdisjoint({"experiment", "error_code"})
 
     def close(self) -> None:
         """Give up connections."""
-        close = getattr(self._request, "close", None)
+        close = getattr(self._requester, "close", None)
         if close is not None:
             close()
 
@@ -250,13 +247,7 @@ def _object(response: requests.Response) -> dict[str, Any] | None:
 
 def _retry_after_s(header: str | None) -> float | None:
     """Seconds the server asked to wait, from either form of the header (RFC 9110, 10.2.3)."""
-    if not header:
-        return None
     try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
-    except (TypeError, ValueError):
+        return float(Retry().parse_retry_after(header or ""))
+    except (InvalidHeader, ValueError, OverflowError):
         return None

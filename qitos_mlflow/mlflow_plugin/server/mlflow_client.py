@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
     from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
-    from qitos_mlflow.mlflow_plugin.server.http import Requester
+    from qitos_mlflow.mlflow_plugin.server.http import Request, Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
@@ -63,26 +63,24 @@ def mlflow_requester(uri: str) -> Requester:
     from mlflow.tracking._tracking_service.utils import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    def request(
-        method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
-    ) -> requests.Response:
+    def send(request: Request) -> requests.Response:
         try:
             response: requests.Response = http_request(
                 get_default_host_creds(uri),
-                path,
-                method,
+                request.path,
+                request.method,
                 max_retries=0,
                 backoff_factor=0,
                 raise_on_status=False,
-                timeout=timeout_s,
-                extra_headers=dict(headers),
-                data=body,  # As bytes: what signs a request reads them.
+                timeout=request.timeout_s,
+                extra_headers=dict(request.headers),
+                data=request.body,  # As bytes: what signs a request reads them.
             )
         except Exception as error:  # Whatever the client or a plugin for it finds wrong.
             raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
         return response
 
-    return request
+    return send
 
 
 def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:

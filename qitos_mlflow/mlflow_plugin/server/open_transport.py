@@ -12,7 +12,7 @@ def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
         from qitos_mlflow.mlflow_plugin.server.rest import RestTransport, needs_mlflow
 
         assert uri is not None
-        if needs_mlflow() is None:
+        if not needs_mlflow():
             return RestTransport(uri)
         from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
 

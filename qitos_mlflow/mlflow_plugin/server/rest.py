@@ -10,7 +10,7 @@ behind the same `Requester` call.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
-from qitos_mlflow.mlflow_plugin.server.http import Exchange, Requester
+from qitos_mlflow.mlflow_plugin.server.http import Exchange, Request, Requester
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     TRACE_TAG,
@@ -34,17 +34,15 @@ if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
 
 
-def needs_mlflow(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why an http destination needs mlflow's own client, or None when it does not."""
+def needs_mlflow() -> bool:
+    """Whether http destinations need mlflow's own client, by its settings or its plugins."""
     for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):
-        if environ.get(name, "").lower() not in ("", "0", "false"):
-            return f"{name} is set"
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            return True
     from importlib_metadata import entry_points
 
-    for point in entry_points(group="mlflow.request_header_provider"):
-        if not point.value.startswith("mlflow."):
-            return f"the request header plugin {point.name!r} is installed"
-    return None
+    providers = entry_points(group="mlflow.request_header_provider")
+    return any(not provider.value.startswith("mlflow.") for provider in providers)
 
 
 class RestTransport:
@@ -59,7 +57,7 @@ class RestTransport:
         """The experiment called `name`, created when missing."""
         path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
         try:
-            found = _part(self._exchange.json("GET", path, None, timeout_s), "experiment")
+            found = _part(self._exchange.json(Request("GET", path, timeout_s)), "experiment")
             experiment_id = str(_part(found, "experiment_id"))
         except Refused as refusal:
             if refusal.code != "RESOURCE_DOES_NOT_EXIST":
@@ -69,7 +67,7 @@ class RestTransport:
                 raise deleted_experiment(name, experiment_id)
             return experiment_id
         try:
-            made = self._api("experiments/create", {"name": name}, timeout_s)
+            made = self._post("/api/2.0/mlflow/experiments/create", {"name": name}, timeout_s)
         except Refused as refusal:
             if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
                 return self.experiment_id(name, timeout_s)
@@ -84,7 +82,7 @@ class RestTransport:
             "run_name": run.name,
             "tags": _pairs(run.tags),
         }
-        answer = self._api("runs/create", body, timeout_s)
+        answer = self._post("/api/2.0/mlflow/runs/create", body, timeout_s)
         return _run_ref(_part(answer, "run"))
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
@@ -92,21 +90,18 @@ class RestTransport:
         tagged = equals(TRACE_TAG, trace_id)
         if tagged is None:
             return []
-        answer = self._api(
-            "runs/search",
-            {
-                "experiment_ids": [experiment_id],
-                "filter": tagged,
-                "order_by": ["attributes.start_time ASC"],
-                "max_results": MAX_FOUND,
-            },
-            timeout_s,
-        )
+        body = {
+            "experiment_ids": [experiment_id],
+            "filter": tagged,
+            "order_by": ["attributes.start_time ASC"],
+            "max_results": MAX_FOUND,
+        }
+        answer = self._post("/api/2.0/mlflow/runs/search", body, timeout_s)
         return [_run_ref(run) for run in answer.get("runs") or []]
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         """Mark a run as deleted, as MLflow's pages do."""
-        self._api("runs/delete", {"run_id": run_id}, timeout_s)
+        self._post("/api/2.0/mlflow/runs/delete", {"run_id": run_id}, timeout_s)
 
     def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         """Log metrics, params and tags in one call."""
@@ -115,18 +110,17 @@ class RestTransport:
             for m in data.metrics
         ]
         pairs = {"params": _pairs(data.params), "tags": _pairs(data.tags)}
-        self._api("runs/log-batch", {"run_id": run_id, "metrics": metrics, **pairs}, timeout_s)
+        body = {"run_id": run_id, "metrics": metrics, **pairs}
+        self._post("/api/2.0/mlflow/runs/log-batch", body, timeout_s)
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         """Set the run's status and end time."""
-        self._api(
-            "runs/update", {"run_id": run_id, "status": status, "end_time": end_ms}, timeout_s
-        )
+        body = {"run_id": run_id, "status": status, "end_time": end_ms}
+        self._post("/api/2.0/mlflow/runs/update", body, timeout_s)
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         """Create or replace a trace."""
-        body = orjson.dumps({"trace": {"trace_info": info}})
-        self._exchange.json("POST", "/api/3.0/mlflow/traces", body, timeout_s)
+        self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s)
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, in OpenTelemetry's own protocol."""
@@ -137,7 +131,8 @@ class RestTransport:
             "Content-Type": "application/x-protobuf",
             "x-mlflow-experiment-id": experiment_id,
         }
-        self._exchange.send("POST", "/v1/traces", message.SerializeToString(), headers, timeout_s)
+        body = message.SerializeToString()
+        self._exchange.send(Request("POST", "/v1/traces", timeout_s, body, headers))
 
     def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
         """The sum that `question` asks for; None if none of the spans has the metric."""
@@ -150,9 +145,7 @@ class RestTransport:
             "start_time_ms": question.times_ms[0],
             "end_time_ms": question.times_ms[1],
         }
-        path = "/api/3.0/mlflow/traces/metrics"
-        answer = self._exchange.json("POST", path, orjson.dumps(body), timeout_s)
-        points = answer.get("data_points")
+        points = self._post("/api/3.0/mlflow/traces/metrics", body, timeout_s).get("data_points")
         return float(points[0]["values"]["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
@@ -164,19 +157,16 @@ class RestTransport:
 
             write_artifact(run.artifact_uri, path, data, self.uri)
             return
-        where = quote(f"{parts.path.strip('/')}/{path}")
+        where = "/api/2.0/mlflow-artifacts/artifacts/" + quote(f"{parts.path.strip('/')}/{path}")
         headers = {"Content-Type": "application/octet-stream"}
-        self._exchange.send(
-            "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{where}", data, headers, timeout_s
-        )
+        self._exchange.send(Request("PUT", where, timeout_s, data, headers))
 
     def close(self) -> None:
         """Give up connections."""
         self._exchange.close()
 
-    def _api(self, name: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        path = f"/api/2.0/mlflow/{name}"
-        return self._exchange.json("POST", path, orjson.dumps(body), timeout_s)
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return self._exchange.json(Request("POST", path, timeout_s, orjson.dumps(body)))
 
 
 def _part(answer: Any, key: str) -> Any:

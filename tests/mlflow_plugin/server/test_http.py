@@ -14,7 +14,13 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
-from qitos_mlflow.mlflow_plugin.server.http import PROTOBUF, SMALL_BYTES, Exchange, SessionRequester
+from qitos_mlflow.mlflow_plugin.server.http import (
+    PROTOBUF,
+    SMALL_BYTES,
+    Exchange,
+    Request,
+    SessionRequester,
+)
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink.operations import NO_TRACES
@@ -35,7 +41,7 @@ UNUSABLE = (
 def outcome(server: FakeRequester) -> BaseException | None:
     """What a call on `server` raises."""
     try:
-        Exchange(f"http://u:{SECRET}@host:5000", server).json("POST", PATH, b"{}", 1.0)
+        Exchange(f"http://u:{SECRET}@host:5000", server).json(Request("POST", PATH, 1.0, b"{}"))
     except (RetryLater, Refused, Poisoned) as error:
         return error
     return None
@@ -100,7 +106,7 @@ def test_an_answer_cut_amid_its_headers_is_none(status: int) -> None:
         return response
 
     with pytest.raises(RetryLater):
-        Exchange("http://host", cut).send("POST", PATH, b"", {}, 1.0)
+        Exchange("http://host", cut).send(Request("POST", PATH, 1.0, b""))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_a_question_may_be_redirected() -> None:
     """What has no body loses none."""
     server = FakeRequester(200, MLFLOW)
     server.hops = (301,)
-    assert Exchange("http://host", server).json("GET", PATH, None, 1.0)
+    assert Exchange("http://host", server).json(Request("GET", PATH, 1.0))
 
 
 @pytest.mark.parametrize("uri", UNUSABLE)
@@ -247,9 +253,10 @@ def test_a_server_that_is_not_itself_is_asked_later(status: int) -> None:
     ("header", "seconds"),
     [
         ("7", 7.0),
-        ("-1", 0.0),
-        ("nan", 0.0),
+        ("-1", None),
+        ("nan", None),
         ("soon", None),
+        ("Fri, 01 Jan 99999 00:00:00 GMT", None),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
     ],
 )
@@ -348,7 +355,7 @@ def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> No
     adapter = requester._session.get_adapter(listener.uri)
     adapter.init_poolmanager(1, 1, socket_options=[buffer])  # type: ignore[attr-defined]
     exchange = Exchange(listener.uri, requester)
-    exchange.send("PUT", "/file", body, {}, 1.0)
+    exchange.send(Request("PUT", "/file", 1.0, body))
     exchange.close()
     assert listener.bodies == [body]
 
@@ -359,6 +366,6 @@ def test_a_body_goes_along_with_a_redirect(listener: Listener, size: int) -> Non
     listener.redirects = 1
     body = b"x" * size
     exchange = Exchange(listener.uri)
-    exchange.send("PUT", "/file", body, {}, 10.0)
+    exchange.send(Request("PUT", "/file", 10.0, body))
     exchange.close()
     assert listener.bodies == [body, body]
