@@ -25,10 +25,6 @@ class Refused(click.ClickException):
 
     exit_code = 2
 
-    def show(self, file: Any = None) -> None:
-        """Print the error line."""
-        complain(self.format_message())
-
 
 class Handover(BaseException):
     """Ends click's part; `Commands.main` then calls `then` outside of all handlers."""
@@ -78,7 +74,12 @@ class Commands(Group):
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.exit(code or 0)
         except click.ClickException as error:
-            sys.exit(_complained(error))
+            context = getattr(error, "ctx", None)
+            if context is not None:
+                help_command = f"{context.command_path} --help"
+                click.echo(f"{context.get_usage()}\nAll options: {help_command}\n", err=True)
+            complain(error.format_message())
+            sys.exit(error.exit_code)
         except click.Abort:
             complain("aborted; nothing was changed")
             sys.exit(1)
@@ -87,16 +88,6 @@ class Commands(Group):
         # Outside of the handlers, so that a script's own exception has no context of ours.
         then()
         sys.exit(0)
-
-
-def _complained(error: click.ClickException) -> int:
-    """Print `error` and return its exit code."""
-    context = getattr(error, "ctx", None)
-    if context is not None:
-        help_command = f"{context.command_path} --help"
-        click.echo(f"{context.get_usage()}\nAll options: {help_command}\n", err=True)
-    complain(error.format_message())
-    return error.exit_code
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""Reads logged runs back from MLflow, so that the commands show what the server has.
+"""Reads logged runs back from MLflow, so that the demo shows what the server has.
 
 Imports mlflow when called, never before. The library does not use this module.
 """
@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.uris import without_credentials
@@ -20,28 +21,12 @@ PORT = 5000
 
 
 @dataclass(frozen=True)
-class LoggedRun:
-    """One run as MLflow has it. None means that the run has no such metric or tag."""
-
-    run_id: str
-    name: str
-    status: str
-    model: str | None
-    stop_reason: str | None
-    steps: int | None
-    tool_calls: int | None
-    tokens: int | None
-    critic_score: float | None
-    duration_s: float | None
-
-
-@dataclass(frozen=True)
-class LoggedRunsReader:
-    """The runs of one experiment, oldest first, and the address of their page."""
+class LoggedRuns:
+    """Runs of one experiment, oldest first, as `mlflow.entities.Run`; and where their page is."""
 
     tracking_uri: str
     experiment_id: str | None
-    runs: tuple[LoggedRun, ...]
+    runs: tuple[Any, ...]
 
     @property
     def server_command(self) -> str | None:
@@ -57,12 +42,9 @@ class LoggedRunsReader:
     @property
     def page(self) -> str:
         """The address of the experiment's page, once its server runs."""
-        served = self.server_command is not None
         shown = without_credentials(self.tracking_uri).rstrip("/")
-        server = f"http://localhost:{PORT}" if served else shown
-        return (
-            server if self.experiment_id is None else f"{server}/#/experiments/{self.experiment_id}"
-        )
+        server = shown if self.server_command is None else f"http://localhost:{PORT}"
+        return f"{server}/#/experiments/{self.experiment_id}" if self.experiment_id else server
 
 
 def _mlflow() -> str:
@@ -76,46 +58,23 @@ def _mlflow() -> str:
     return f"{shlex.quote(sys.executable)} -m mlflow"
 
 
-def read_runs(
-    tracking_uri: str | None, experiment_name: str, tag: tuple[str, str] | None = None
-) -> LoggedRunsReader:
-    """The runs of an experiment. Blocks on the server; raises what mlflow raises.
+def read_runs(tracking_uri: str | None, experiment_name: str, tag: tuple[str, str]) -> LoggedRuns:
+    """The runs with a tag. Blocks on the server; raises what mlflow raises.
 
     Args:
         tracking_uri: server or store; None: MLflow's own default.
-        experiment_name: where to look; one that does not exist has no runs.
-        tag: only runs with this key and value, which may hold no quotes or backquotes.
+        experiment_name: where to look; an experiment that does not exist has no runs.
+        tag: key and value, which may hold no quotes or backquotes.
     """
     mlflow = import_module("mlflow")
     uri = tracking_uri or mlflow.get_tracking_uri()
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
-        return LoggedRunsReader(uri, None, ())
+        return LoggedRuns(uri, None, ())
     found = client.search_runs(
         [experiment.experiment_id],
-        filter_string=f"tags.`{tag[0]}` = '{tag[1]}'" if tag else "",
+        filter_string=f"tags.`{tag[0]}` = '{tag[1]}'",
         order_by=["attributes.start_time ASC"],
     )
-    return LoggedRunsReader(uri, experiment.experiment_id, tuple(_logged(run) for run in found))
-
-
-def _logged(run: object) -> LoggedRun:
-    info, data = run.info, run.data  # type: ignore[attr-defined]  # mlflow's Run, see above
-    metrics: dict[str, float] = data.metrics
-
-    def count(name: str) -> int | None:
-        return int(metrics[name]) if name in metrics else None
-
-    return LoggedRun(
-        run_id=info.run_id,
-        name=info.run_name,
-        status=info.status,
-        model=data.params.get("model_name"),
-        stop_reason=data.tags.get("stop_reason"),
-        steps=count("total_steps"),
-        tool_calls=count("total_tool_calls"),
-        tokens=count("total_tokens"),
-        critic_score=metrics.get("critic/avg_score"),
-        duration_s=metrics.get("duration_s"),
-    )
+    return LoggedRuns(uri, experiment.experiment_id, tuple(found))

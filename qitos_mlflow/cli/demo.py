@@ -14,7 +14,7 @@ from qitos_mlflow.cli._options import experiment_name, tracking_uri
 from qitos_mlflow.cli._show import complain, table
 
 if TYPE_CHECKING:
-    from qitos_mlflow.cli._logged_runs import LoggedRun, LoggedRunsReader
+    from qitos_mlflow.cli._logged_runs import LoggedRuns
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 
 LOCAL_STORE_S = 60.0
@@ -22,6 +22,15 @@ LOCAL_STORE_S = 60.0
 
 TAG = "qitos.demo"
 """Tag of the demo's runs. Each demo gives it another value."""
+
+METRICS = {
+    "steps": ("total_steps", 0),
+    "tools": ("total_tool_calls", 0),
+    "tokens": ("total_tokens", 0),
+    "critic": ("critic/avg_score", 2),
+    "sec": ("duration_s", 2),
+}
+"""Columns of the table: the metric, and how many digits follow the point."""
 
 
 @click.command()
@@ -83,21 +92,24 @@ def run_and_deliver(processor: MlflowTraceProcessor) -> bool:
     return processor.force_flush(wait_s)
 
 
-def show(found: LoggedRunsReader) -> None:
+def show(found: LoggedRuns) -> None:
     """Print the runs as MLflow has them, and how to open their page."""
     from rich.console import Console
 
-    rows = table("run", "status", "stop reason", ">steps", ">tools", ">tokens", ">critic", ">sec")
+    rows = table("run", "status", "stop reason", *(f">{heading}" for heading in METRICS))
     for run in found.runs:
-        rows.add_row(*_row(run))
+        status = run.info.status
+        numbers = (
+            f"{run.data.metrics[metric]:.{digits}f}" if metric in run.data.metrics else ""
+            for metric, digits in METRICS.values()
+        )
+        rows.add_row(
+            run.info.run_name,
+            status if status == "FINISHED" else f"[red]{status}[/red]",
+            run.data.tags.get("stop_reason", ""),
+            *numbers,
+        )
     Console().print(rows)
     command = found.server_command
     see = f"See them with\n\n  {command}\n\nand then at" if command else "See them at"
     click.echo(f"{see}  {found.page}")
-
-
-def _row(run: LoggedRun) -> list[str]:
-    status = run.status if run.status == "FINISHED" else f"[red]{run.status}[/red]"
-    numbers = (run.steps, run.tool_calls, run.tokens, run.critic_score, run.duration_s)
-    shown = (f"{number:.2f}" if isinstance(number, float) else number for number in numbers)
-    return [run.name, status, run.stop_reason or "", *("" if n is None else str(n) for n in shown)]

@@ -18,6 +18,7 @@ import click
 
 from qitos_mlflow._startup import OFF
 from qitos_mlflow.cli import Handover, Refused, _options
+from qitos_mlflow.cli._show import complain
 
 
 @click.command(
@@ -97,7 +98,7 @@ def launch(target: str, args: Sequence[str], as_module: bool) -> None:
     try:
         code, module = load_module(target) if as_module else load_script(target)
     except Refused as refused:
-        refused.show()
+        complain(refused.format_message())
         sys.exit(refused.exit_code)
     except SyntaxError as error:
         _fail(error.with_traceback(None))

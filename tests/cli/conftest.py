@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 import qitos_mlflow
+from tests.integration.logged import LoggedRun, runs_of
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -40,6 +42,11 @@ def run_python(*args: str, cwd: Path | None = None, **environ: str) -> Done:
 def run_cli(*args: str, cwd: Path | None = None, **environ: str) -> Done:
     """Run `qitos-mlflow args…`."""
     return run_python("-m", "qitos_mlflow.cli", *args, cwd=cwd, **environ)
+
+
+def runs_in(store: str, experiment_name: str) -> list[LoggedRun]:
+    """The runs that a store or server has; creates the store if it is missing."""
+    return runs_of(MlflowClient(tracking_uri=store), experiment_name)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.cli._demo_agent import TASKS, DemoTask, run_task
-from qitos_mlflow.cli._logged_runs import LoggedRunsReader, read_runs
-from tests.cli.conftest import Done, Run, run_cli
+from tests.cli.conftest import Done, Run, run_cli, runs_in
+from tests.integration.logged import LoggedRun
 from tests.integration.server import MlflowServer
 
 EXPERIMENT = "desk"
@@ -35,54 +35,58 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, LoggedRunsReader]:
+def logged(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, list[LoggedRun]]:
     """The finished command, and what MLflow has of it."""
     options = ("--tracking-uri", store, "--experiment-name", EXPERIMENT)
     spool = str(tmp_path_factory.mktemp("spool"))
     cwd = tmp_path_factory.mktemp("demo")
     done = run_cli("demo", *options, cwd=cwd, QITOS_MLFLOW_SPOOL_DIR=spool, **SLOW)
     assert done.returncode == 0, done.stderr
-    return done, read_runs(store, EXPERIMENT)
+    return done, runs_in(store, EXPERIMENT)
 
 
 def test_the_runs_are_in_mlflow_correct_to_the_digit(
-    logged: tuple[Done, LoggedRunsReader],
+    logged: tuple[Done, list[LoggedRun]],
 ) -> None:
     """Every task is one run, with the status, counts, tokens and scores the Engine really had."""
-    runs = logged[1].runs
+    runs = logged[1]
     assert [run.name for run in runs] == [demo.agent for demo in TASKS]
     for run, demo in zip(runs, TASKS, strict=True):
         assert run.status == STATUS.get(demo.stop_reason, "FINISHED")
-        assert (run.model, run.stop_reason) == (demo.model, demo.stop_reason)
-        assert run.steps == len(demo.replies) + len(demo.librarian)
-        assert run.tool_calls == actions(demo)
+        assert run.params["model_name"] == demo.model
+        assert run.tags["stop_reason"] == demo.stop_reason
+        assert run.metrics["total_steps"] == len(demo.replies) + len(demo.librarian)
+        assert run.metrics["total_tool_calls"] == actions(demo)
         records = run_task(demo).records
         if not demo.librarian:  # Whose tokens the outer result does not know of.
-            assert run.tokens == sum(
+            assert run.metrics["total_tokens"] == sum(
                 record.model_response["usage"]["total_tokens"]
                 for record in records
                 if record.model_response
             )
         scores = [out["score"] for r in records for out in r.critic_outputs if "score" in out]
-        assert run.critic_score == (sum(scores) / len(scores) if scores else None)
+        score = run.metrics.get("critic/avg_score")
+        assert score == (sum(scores) / len(scores) if scores else None)
 
 
 def test_what_is_printed_is_what_mlflow_has(
-    logged: tuple[Done, LoggedRunsReader], store: str
+    logged: tuple[Done, list[LoggedRun]], store: str
 ) -> None:
     """The table has one row a run, and the last lines open the page of that very store."""
-    done, found = logged
+    done, runs = logged
     lines = done.stdout.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("run "))
     rows = [line.split() for line in lines[head + 1 : head + 1 + len(TASKS)]]
-    assert [row[:3] for row in rows] == [[r.name, r.status, r.stop_reason] for r in found.runs]
+    assert [row[:3] for row in rows] == [[r.name, r.status, r.tags["stop_reason"]] for r in runs]
     assert [row[3:6] for row in rows] == [
-        [str(run.steps), str(run.tool_calls), str(run.tokens)] for run in found.runs
+        [f"{run.metrics[f'total_{what}']:g}" for what in ("steps", "tool_calls", "tokens")]
+        for run in runs
     ]
     assert [row[6:-1] for row in rows] == [
-        [] if run.critic_score is None else [f"{run.critic_score:.2f}"] for run in found.runs
+        [f"{score:.2f}" for name, score in run.metrics.items() if name == "critic/avg_score"]
+        for run in runs
     ]
-    page = f"/#/experiments/{found.experiment_id}\n"
+    page = f"/#/experiments/{runs[0].experiment_id}\n"
     if store.startswith("http"):
         assert done.stdout.endswith(f"See them at  {store}{page}")
     else:
@@ -90,11 +94,11 @@ def test_what_is_printed_is_what_mlflow_has(
         assert done.stdout.endswith(f"http://localhost:5000{page}")
 
 
-def test_two_demos_do_not_mix(logged: tuple[Done, LoggedRunsReader], store: str, cli: Run) -> None:
+def test_two_demos_do_not_mix(logged: tuple[Done, list[LoggedRun]], store: str, cli: Run) -> None:
     """A second demo into the same experiment shows its own runs only."""
     again = cli("demo", "--tracking-uri", store, "--experiment-name", EXPERIMENT, **SLOW)
     assert again.stdout.count("astronomer") == logged[0].stdout.count("astronomer") == 2
-    assert len(read_runs(store, EXPERIMENT).runs) == 2 * len(TASKS)
+    assert len(runs_in(store, EXPERIMENT)) == 2 * len(TASKS)
 
 
 def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run) -> None:
@@ -103,7 +107,7 @@ def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run)
     assert done.returncode == 0, done.stderr
     uri = re.search(r"--backend-store-uri (\S+)", done.stdout)
     assert uri is not None
-    assert len(read_runs(uri[1], "qitos").runs) == len(TASKS)
+    assert len(runs_in(uri[1], "qitos")) == len(TASKS)
     made = {path.name for path in Path.cwd().iterdir()} - {"spool"}
     assert made <= {"mlflow.db", "mlruns"}
 

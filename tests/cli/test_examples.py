@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.cli._logged_runs import read_runs
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, runs_in
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SLOW = {"QITOS_MLFLOW_FLUSH_TIMEOUT_S": "90", "QITOS_MLFLOW_EXIT_TIMEOUT_S": "90"}
@@ -38,12 +37,12 @@ def test_example(tmp_path: Path, python: Run, name: str) -> None:
     """The example prints what it promises, and its runs are in MLflow, all finished."""
     lines, runs = EXPECTED[name]
     store = f"sqlite:///{tmp_path}/examples.db"
-    assert read_runs(store, "qitos-examples").runs == ()  # It is made now, not within a deadline.
+    assert runs_in(store, "qitos-examples") == []  # It is made now, not within a deadline.
     got = python(str(EXAMPLES / name), MLFLOW_TRACKING_URI=store, QITOS_TRACE_PLUGINS="all", **SLOW)
     assert got.returncode == 0, got.stderr
     printed = got.stdout.splitlines()
     assert len(printed) == len(lines)
     assert all(seen.startswith(line) for seen, line in zip(printed, lines, strict=True))
-    logged = read_runs(store, "qitos-examples").runs
+    logged = runs_in(store, "qitos-examples")
     assert sorted(run.name for run in logged) == runs
     assert {run.status for run in logged} <= {"FINISHED"}

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 
 from qitos_mlflow import cli
 from qitos_mlflow.cli import COMMANDS, main
-from qitos_mlflow.cli._docs import page
 from tests.cli.conftest import Run
+from tests.cli.page import page
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_in_docs_is_the_help_there_is() -> None:
-    """docs/cli.md is what `python -m qitos_mlflow.cli._docs` writes now."""
+    """docs/cli.md is what `python -m tests.cli.page` writes now."""
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page()
 
 
@@ -34,7 +34,7 @@ def test_help_imports_neither_mlflow_nor_qitos(python: Run) -> None:
     """The help of everything is there at once: the two slow imports do not happen."""
     code = (
         "import sys\n"
-        "from qitos_mlflow.cli._docs import page\n"
+        "from tests.cli.page import page\n"
         "page()\n"
         "print([name for name in ('mlflow', 'qitos', 'rich', 'requests') if name in sys.modules])"
     )

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.cli._logged_runs import read_runs
 from qitos_mlflow.cli.run import selection
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, runs_in
 
 PROGRAM = """\
 import os, sys, threading
@@ -198,9 +197,9 @@ def test_an_agent_that_knows_nothing_of_it_is_logged(tmp_path: Path, cli: Run) -
         "print(result)\n"
     )
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    assert read_runs(store, "e").runs == ()  # It is made now, not within a deadline.
+    assert runs_in(store, "e") == []  # It is made now, not within a deadline.
     options = ("--tracking-uri", store, "--experiment-name", "e", "--run-name", "r")
     tag = ("--tag", "env=dev=1")
     got = cli("run", *options, *tag, "agent.py", QITOS_MLFLOW_EXIT_TIMEOUT_S="90")
     assert (got.stdout, got.stderr, got.returncode) == ("yes\n", "", 0)
-    assert [run.name for run in read_runs(store, "e", ("env", "dev=1")).runs] == ["r"]
+    assert [(run.name, run.tags["env"]) for run in runs_in(store, "e")] == [("r", "dev=1")]

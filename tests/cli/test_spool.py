@@ -17,10 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
-from qitos_mlflow.cli._logged_runs import LoggedRun, read_runs
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
-from tests.cli.conftest import Run, environment
+from tests.cli.conftest import Run, environment, runs_in
 from tests.waiting import eventually
 
 NOWHERE = "http://127.0.0.1:9"
@@ -95,11 +94,6 @@ def status() -> dict[str, Any]:
     return told
 
 
-def runs(store: str, experiment: str) -> tuple[LoggedRun, ...]:
-    """The test's runs."""
-    return read_runs(store, experiment).runs
-
-
 def write_segment(tmp_path: Path, uri: str, *records: bytes) -> Path:
     """Leave a segment with these records behind, as a process that is gone."""
     pipeline = Pipeline(
@@ -149,8 +143,9 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
     done = cli("sync")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{told['waiting']} records delivered, 1 segment finished"
-    (run,) = runs(store, experiment)
-    assert (run.name, run.status, run.stop_reason, run.steps) == ("asker", "FINISHED", "final", 2)
+    (run,) = runs_in(store, experiment)
+    assert (run.name, run.status, run.tags["stop_reason"]) == ("asker", "FINISHED", "final")
+    assert run.metrics["total_steps"] == 2
     told = status()
     assert (told["segments"], told["waiting"]) == ([], 0)
     assert cli("sync").stdout.strip() == "0 records delivered, 0 segments finished"
@@ -165,7 +160,7 @@ def test_a_run_whose_process_was_killed_is_closed(
     agent.kill()
     agent.communicate()
     assert cli("sync").returncode == 0
-    (run,) = runs(store, experiment)
+    (run,) = runs_in(store, experiment)
     assert (run.name, run.status) == ("asker", "KILLED")
     assert status()["segments"] == []
 
@@ -178,12 +173,12 @@ def test_sync_beside_a_living_agent_does_no_harm(
     eventually(lambda: status()["waiting"] > 0)
     assert status()["segments"][0]["owner"] == "alive"
     assert cli("sync").returncode == 0
-    (run,) = runs(store, experiment)
+    (run,) = runs_in(store, experiment)
     assert run.status == "RUNNING"
     finish(agent)
     assert cli("sync").returncode == 0
-    (run,) = runs(store, experiment)
-    assert (run.status, run.steps) == ("FINISHED", 2)
+    (run,) = runs_in(store, experiment)
+    assert (run.status, run.metrics["total_steps"]) == ("FINISHED", 2)
 
 
 def test_several_syncs_at_once_do_no_harm(
@@ -206,7 +201,8 @@ def test_several_syncs_at_once_do_no_harm(
         _, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, errors
     eventually(lambda: status()["segments"] == [])
-    assert [(run.status, run.steps) for run in runs(store, experiment)] == [("FINISHED", 2)] * 2
+    ended = [(run.status, run.metrics["total_steps"]) for run in runs_in(store, experiment)]
+    assert ended == [("FINISHED", 2)] * 2
 
 
 def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
@@ -222,7 +218,7 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     (server,) = (s for s in status()["servers"] if s["uri"] == NOWHERE)
     assert server["reachable"] is False
     assert cli("sync", "--tracking-uri", store).returncode == 0
-    assert [(run.name, run.status) for run in runs(store, experiment)] == [("bare", "FINISHED")]
+    assert [(run.name, run.status) for run in runs_in(store, experiment)] == [("bare", "FINISHED")]
 
 
 @pytest.mark.parametrize("patience", ["nan", "inf", "-1"])
@@ -280,7 +276,7 @@ def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(
         *("sync", "--tracking-uri", store, str(part)), QITOS_MLFLOW_EXPERIMENT_NAME=experiment
     )
     assert done.returncode == 0, done.stderr
-    assert [run.status for run in runs(store, experiment)] == ["FINISHED"]
+    assert [run.status for run in runs_in(store, experiment)] == ["FINISHED"]
 
 
 def test_follow_delivers_what_comes_until_it_is_told_to_end(
@@ -296,7 +292,7 @@ def test_follow_delivers_what_comes_until_it_is_told_to_end(
     )
     try:
         finish(start())
-        eventually(lambda: [run.status for run in runs(store, experiment)] == ["FINISHED"])
+        eventually(lambda: [run.status for run in runs_in(store, experiment)] == ["FINISHED"])
         sidecar.send_signal(signal.SIGTERM)
         output, errors = sidecar.communicate(timeout=DEADLINE_S)
     finally:

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands' own help: `python -m qitos_mlflow.cli._docs`."""
+"""Writes docs/cli.md from the commands' own help: `python -m tests.cli.page`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 80
 HEAD = """\
 # The command line
 
-This page is generated from `--help` by `python -m qitos_mlflow.cli._docs`; a test compares the two.
+This page is generated from `--help` by `python -m tests.cli.page`; a test compares the two.
 If the `qitos-mlflow` script is not on the PATH, use `python -m qitos_mlflow.cli`.
 
 Exit codes: 0 done; 1 not everything could be done, the last line says what is left; 2 an argument
