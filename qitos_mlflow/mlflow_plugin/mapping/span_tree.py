@@ -4,7 +4,7 @@ Receives decoded, redacted records of one trace, in order; hands on OpenTelemetr
 from QitOS's ids, so a record sent again replaces what it wrote before.
 
 The order to send in (observed on MLflow 3.6 to 3.17): spans first, then `trace_info` of the tree
-whenever `TraceData.changed` is True. Beginning a trace with its info, or ending it before its root,
+whenever `SpanTree.changed` is True. Beginning a trace with its info, or ending it before its root,
 leaves wrong times behind.
 """
 
@@ -39,19 +39,6 @@ INFO_EVERY_NS = 5_000_000_000
 """How often a running trace's totals and feedback are sent; spans do not wait for it."""
 
 
-@dataclass(frozen=True)
-class TraceData:
-    """What one record adds to its trace.
-
-    Attributes:
-        spans: to create or replace.
-        changed: the trace's info is to be sent after them.
-    """
-
-    spans: list[Span] = field(default_factory=list)
-    changed: bool = False
-
-
 @dataclass
 class SpanTree:
     """What must be known of one trace to write its info at any time; bounded, turns to JSON.
@@ -78,6 +65,7 @@ class SpanTree:
         assessments: feedback that each info repeats.
         assessment_bytes: their size as JSON.
         news: the next info says more than the last one.
+        changed: that info is to be sent after the spans that there are.
         info_ns: `facts.last_ns` as of the last info.
     """
 
@@ -97,6 +85,7 @@ class SpanTree:
     assessments: list[dict[str, Any]] = field(default_factory=list)
     assessment_bytes: int = 0
     news: bool = False
+    changed: bool = False
     info_ns: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -132,14 +121,15 @@ class SpanTree:
 
     def info_made(self) -> None:
         """Take account of an info that says all there is to say now."""
-        self.news, self.info_ns = False, self.facts.last_ns
+        self.news = self.changed = False
+        self.info_ns = self.facts.last_ns
         if self.full:
             self.assessments, self.assessment_bytes = [], 0
 
     # -- records -----------------------------------------------------------------------------
 
-    def fold(self, record: Record) -> TraceData:
-        """Take in the trace's next record; returns what it adds to the trace."""
+    def fold(self, record: Record) -> list[Span]:
+        """Take in the trace's next record; returns spans to create or replace."""
         self.news = self.news or bool(mapping(record.get("added")).get("tags"))
         if record["kind"] == "trace_start":
             self._fold_start(record)
@@ -149,10 +139,10 @@ class SpanTree:
             return self._fold_span(record)
         elif record["kind"] == "trace_end":
             return self._fold_end(record)
-        return TraceData()
+        return []
 
-    def killed(self, reason: str) -> TraceData:
-        """What ends the tree of a trace that the facts say was killed: state ERROR.
+    def killed(self, reason: str) -> list[Span]:
+        """The spans that end the tree of a trace that the facts say was killed: state ERROR.
 
         Args:
             reason: the root's error text.
@@ -185,21 +175,21 @@ class SpanTree:
         if metadata.get("task") is not None:
             self.request = span_attributes.preview(metadata["task"])
 
-    def _fold_root(self, record: SpanStart) -> TraceData:
+    def _fold_root(self, record: SpanStart) -> list[Span]:
         """An announced agent span becomes the root, unless the trace has one."""
         if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
             self.root = str(record.get("span_id"))
             self.root_name = str(mapping(record.get("data")).get("name") or "")
         return self._begin()
 
-    def _begin(self) -> TraceData:
+    def _begin(self) -> list[Span]:
         if self.begun:
-            return TraceData()
-        self.begun = True
+            return []
+        self.begun = self.changed = True
         # Ended at once and without a status: the server shows the trace as IN_PROGRESS.
-        return TraceData([self._root_span(self.start_ns, {})], changed=True)
+        return [self._root_span(self.start_ns, {})]
 
-    def _fold_span(self, record: SpanEnd) -> TraceData:
+    def _fold_span(self, record: SpanEnd) -> list[Span]:
         began = self._begin()
         trace, own = self.facts.trace_id, str(record.get("span_id", ""))
         parent, is_root = record.get("parent_id"), own == self.root
@@ -231,10 +221,11 @@ class SpanTree:
             self.assessments.append(feedback)
             self.assessment_bytes += len(orjson.dumps(feedback))
             self.news = True
-        changed = self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full)
-        return TraceData([*began.spans, span], began.changed or changed)
+        if self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full):
+            self.changed = True
+        return [*began, span]
 
-    def _fold_end(self, record: TraceEnd) -> TraceData:
+    def _fold_end(self, record: TraceEnd) -> list[Span]:
         metadata, status = mapping(record.get("metadata")), self.facts.status
         error = record.get("error")
         exception = dict(error) if isinstance(error, Mapping) else None
@@ -255,14 +246,15 @@ class SpanTree:
 
     def _end(
         self, error: str | None, exception: dict[str, Any] | None, result: Any = None
-    ) -> TraceData:
+    ) -> list[Span]:
         began = self._begin()
+        self.changed = True
         if self.root_closed:  # The agent's own span says more than this one would.
-            return TraceData(began.spans, changed=True)
+            return began
         root = self._root_span(self.facts.ended_ns or 0, {"mlflow.spanOutputs": result})
         set_status(root, error, exception)
         self.root_closed = True
-        return TraceData([*began.spans, root], changed=True)
+        return [*began, root]
 
     # -- parts -------------------------------------------------------------------------------
 

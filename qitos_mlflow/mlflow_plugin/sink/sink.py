@@ -202,7 +202,9 @@ class MlflowSink:
             of_id = {otel_trace_id(trace.facts.trace_id): trace for trace in traces}
             yield Call(partial(self._calls.write_spans, of_id), spans, partial(_span_letter, of_id))
         for trace in traces:
-            if trace.tree is not None and trace.waiting.tree_changed:
+            # What comes after a trace's end does not change what is known of it.
+            known = trace.facts.started or trace.facts.ended
+            if known and trace.tree is not None and trace.tree.changed:
                 # Another info follows, unless the trace has ended or this one has feedback that
                 # no later one repeats.
                 last = trace.facts.ended or trace.tree.full

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, TraceData
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
 from qitos_mlflow.recording.record import Record
 
@@ -36,7 +36,6 @@ class Waiting:
     params: list[tuple[str, str]] = field(default_factory=list)
     tags: list[tuple[str, str]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    tree_changed: bool = False
     artifacts: list[tuple[str, bytes]] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
 
@@ -108,25 +107,21 @@ class TraceState:
         self.waiting.tags += self.facts.fold(record)
         if not self.facts.log_traces:
             self.tree = None
-        tree = None if self.tree is None else self.tree.fold(record)
-        self._add(self.totals.fold(record), tree)
+        if self.tree is not None:
+            self.waiting.spans += self.tree.fold(record)
+        self._add(self.totals.fold(record))
 
     def kill(self, last_time_ns: int, reason: str) -> None:
         """End the trace whose end will not come; `reason` says why."""
         self.waiting.tags += self.facts.kill(last_time_ns, reason)
-        tree = None if self.tree is None else self.tree.killed(reason)
-        self._add(self.totals.killed(), tree)
+        if self.tree is not None:
+            self.waiting.spans += self.tree.killed(reason)
+        self._add(self.totals.killed())
 
-    def _add(self, run: RunData, tree: TraceData | None) -> None:
-        waiting = self.waiting
-        waiting.metrics += run.metrics
-        waiting.params += run.params
-        waiting.tags += run.tags
-        if tree is not None:
-            waiting.spans += tree.spans
-            # What comes after a trace's end does not change what is known of it.
-            known = self.facts.started or self.facts.ended
-            waiting.tree_changed = known and (waiting.tree_changed or tree.changed)
+    def _add(self, run: RunData) -> None:
+        self.waiting.metrics += run.metrics
+        self.waiting.params += run.params
+        self.waiting.tags += run.tags
 
     def sent(self) -> None:
         """Forget what was waiting: it is part of a shipment now."""

@@ -334,13 +334,13 @@ def write(
 ) -> None:
     """Send what the records say, one by one, as a live run does."""
     state = new_state()
+    assert state.tree is not None
     for record in records:
         state.take(record, b"")
         if state.waiting.spans:
             transport.write_spans(experiment, distinct(state.waiting.spans), 30)
-        if state.waiting.tree_changed:
+        if state.tree.changed:
             info = locate(info_of(state), experiment, run)
-            assert state.tree is not None
             state.tree.info_made()
             try:
                 transport.write_trace(info, 30)
