@@ -73,11 +73,12 @@ def log(level: int, message: str, *args: object, error: BaseException | None = N
 
 
 def in_words(error: BaseException) -> str:
-    """``"Type: text"``, or the type alone if its ``__str__`` raises. Never raises."""
+    """``"Type: text"``, or the type alone if the text is empty or ``__str__`` raises."""
     try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001
-        return type(error).__name__
+        text = str(error)
+    except Exception:  # noqa: BLE001 - an exception class of the user's
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def watch(watcher: Callable[[str, BaseException], None]) -> Callable[[], None]:

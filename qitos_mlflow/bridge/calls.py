@@ -23,16 +23,6 @@ from qitos_mlflow.bridge.live import LiveTrace, is_wanted
 from qitos_mlflow.bridge.patches import Patches
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 
-__all__ = [
-    "call_tool",
-    "critic_result",
-    "execute_one",
-    "init_session",
-    "patches",
-    "run",
-    "step",
-]
-
 patches = Patches()
 _sessions: dict[int, AgentRun] = {}
 """Open sessions by the id of their Engine, which outlives its entry."""

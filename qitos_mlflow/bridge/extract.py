@@ -29,15 +29,6 @@ def first(source: Any, *names: str) -> Any:
     return None
 
 
-def describe(error: BaseException) -> str:
-    """``"Type: text"``, or the type alone if the text is empty or ``__str__`` raises."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - a __str__ of the user's
-        text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 # -- the run -----------------------------------------------------------------------------------
 
 

@@ -19,8 +19,6 @@ from qitos_mlflow.bridge.outcome import issues_of
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
 
-__all__ = ["BridgeHook"]
-
 
 def _callback(method: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
     where = f"bridge.{method.__name__}"

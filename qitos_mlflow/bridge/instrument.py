@@ -9,8 +9,6 @@ from qitos_mlflow._guard import warn
 from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.calls import patches
 
-__all__ = ["install", "installed", "uninstall"]
-
 
 def install() -> None:
     """Trace every Engine of this process, existing ones included. Idempotent.

@@ -13,12 +13,9 @@ from contextvars import Token
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import shield
-from qitos_mlflow.bridge.extract import describe
+from qitos_mlflow._guard import in_words, shield
 from qitos_mlflow.tracing.span import NOT_FINISHED
 from qitos_mlflow.tracing.trace import NoOpTrace
-
-__all__ = ["LiveTrace", "is_wanted"]
 
 
 def is_wanted() -> bool:
@@ -103,7 +100,7 @@ class LiveTrace:
             return
         span.exception = error
         try:
-            span.finish(describe(error))
+            span.finish(in_words(error))
         finally:
             span.exception = None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qitos_mlflow._guard import in_words
 from qitos_mlflow._stop_reasons import ERROR_STOPS, SUCCESS_STOPS
-from qitos_mlflow.bridge.extract import describe, first, mapping, present, text_of
+from qitos_mlflow.bridge.extract import first, mapping, present, text_of
 
 
 def outcome_of(
@@ -37,13 +38,13 @@ def outcome_of(
     success = bool(verdict) if verdict is not None else stop_reason in SUCCESS_STOPS
     error = None
     if status != "ok":
-        error = describe(failure) if failure is not None else issues or stop_reason
+        error = in_words(failure) if failure is not None else issues or stop_reason
     return _known(stop_reason, state, status, success and status == "ok", error)
 
 
 def outcome_of_exception(error: BaseException, state: Any) -> dict[str, Any]:
     """The outcome of a run that `error` left."""
-    text = describe(error)
+    text = in_words(error)
     if is_interrupt(error):
         status, reason = "interrupted", "interrupted"
     elif type(error).__name__ == "StateValidationError" and "exceed" in text:

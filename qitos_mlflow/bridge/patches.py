@@ -17,8 +17,6 @@ from typing import Any
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
 
-__all__ = ["Patches"]
-
 POOLS: dict[str, type[ThreadPoolExecutor]] = {
     "qitos.engine.action_executor": ContextPool,  # parallel tools, tools with a time limit
     "qitos.kit.tool.fanout": ContextPool,

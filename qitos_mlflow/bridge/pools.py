@@ -16,8 +16,6 @@ from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import report
 from qitos_mlflow.bridge.run import Place, here
 
-__all__ = ["BackgroundPool", "ContextPool"]
-
 
 class ContextPool(ThreadPoolExecutor):
     """A thread pool whose tasks have the place at which they were submitted."""

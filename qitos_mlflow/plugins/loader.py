@@ -23,7 +23,8 @@ from qitos_mlflow.plugins.selection import VARIABLE, Selection, canonical
 GROUP = "qitos.trace_plugins"
 """The entry-point group."""
 
-SHARED = "the name is taken by the plugin of"
+NOT_SELECTED = f"not selected by {VARIABLE}"
+"""The `PluginInfo.error` that is no failure."""
 
 _this_thread = threading.local()
 
@@ -77,13 +78,14 @@ def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> l
             return []  # Not even the metadata is read.
         found = _select(_installed(), selection)
         _warn_of_unknown(selection, found)
-        _warn_of_shared(found)
         outcome: list[PluginInfo] = []
         for info in found:
             if info.state == "found":
                 shared = any(info.name == other.name for other in outcome)
                 name = f"{info.distribution}:{info.name}" if shared else info.name
                 info = _load(info, name, adapter)
+            if info.error is not None and info.error != NOT_SELECTED:
+                _warn_of_failure(info)
             outcome.append(info)
         return outcome
     finally:
@@ -99,17 +101,8 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the agent
-        why = _guard.in_words(error)
-        _guard.warn(
-            f"plugins.load.{info.distribution}:{info.name}",
-            "trace plugin %s of %s %s was not loaded: %s",
-            info.name,
-            info.distribution,
-            info.version,
-            why,
-        )
         _guard.log(logging.DEBUG, "traceback of the failure to load %s", info.value, error=error)
-        return replace(info, state="failed", error=why)
+        return replace(info, state="failed", error=_guard.in_words(error))
     return replace(info, state="loaded", hooks=hooks)
 
 
@@ -131,10 +124,11 @@ def _select(installed: Iterable[PluginInfo], selection: Selection) -> list[Plugi
         rank = selection.rank(info.name, info.distribution)
         holder = holders.get(canonical(info.name))
         if rank is None:
-            blocked.append(replace(info, state="blocked", error=f"not selected by {VARIABLE}"))
+            blocked.append(replace(info, state="blocked", error=NOT_SELECTED))
         elif holder is not None and not selection.singles_out(info.name, info.distribution):
             # One plugin for a name: two would most likely do everything twice.
-            why = f"{SHARED} {holder}; to load this one, name it {info.distribution}:{info.name}"
+            why = f"the name is taken by the plugin of {holder}; to load this one, name it "
+            why += f"{info.distribution}:{info.name}"
             blocked.append(replace(info, state="blocked", error=why))
         else:
             holders[canonical(info.name)] = info.distribution
@@ -190,13 +184,12 @@ def _warn_of_unknown(selection: Selection, found: list[PluginInfo]) -> None:
         )
 
 
-def _warn_of_shared(found: list[PluginInfo]) -> None:
-    for info in found:
-        if info.error is not None and info.error.startswith(SHARED):
-            _guard.warn(
-                f"plugins.shared.{info.distribution}:{info.name}",
-                "trace plugin %s of %s was not loaded: %s",
-                info.name,
-                info.distribution,
-                info.error,
-            )
+def _warn_of_failure(info: PluginInfo) -> None:
+    _guard.warn(
+        f"plugins.load.{info.distribution}:{info.name}",
+        "trace plugin %s of %s %s was not loaded: %s",
+        info.name,
+        info.distribution,
+        info.version,
+        info.error,
+    )

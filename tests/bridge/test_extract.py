@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qitos_mlflow._guard import in_words
 from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.outcome import (
@@ -249,14 +250,14 @@ def test_the_status_follows_the_stop_reason(reason: Any, failure: Any, status: s
 
 
 def test_an_exception_without_text_is_called_by_its_type() -> None:
-    """Neither an empty text nor one that cannot be had makes an empty error."""
+    """Neither an empty text nor a `__str__` that raises makes an empty error."""
 
     class Mute(Exception):
         def __str__(self) -> str:
             raise RuntimeError
 
-    assert extract.describe(KeyboardInterrupt()) == "KeyboardInterrupt"
-    assert extract.describe(Mute()) == "Mute"
+    assert in_words(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert in_words(Mute()) == "Mute"
     assert outcome_of_exception(Mute(), None)["error"] == "Mute"
     assert is_interrupt(SystemExit())
     assert not is_interrupt(Mute())
