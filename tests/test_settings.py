@@ -142,7 +142,7 @@ def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
 def test_a_destination_that_mlflow_cannot_have_is_refused(
     uri: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused at once, from either source, with what to give instead: no record is sent there."""
+    """From both sources the value is rejected at once, and the error says what to give instead."""
     with pytest.raises(SettingsError, match=f"argument tracking_uri={re.escape(repr(uri))}") as one:
         Settings.resolve(tracking_uri=uri)
     assert advice in str(one.value)
@@ -172,7 +172,7 @@ def test_every_kind_of_destination_is_taken(uri: str) -> None:
 
 
 def test_no_store_of_mlflow_is_missing() -> None:
-    """The installed MLflow has no store of its own that would be refused."""
+    """Every store that the installed MLflow has itself is accepted."""
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
     for scheme in filter(None, _tracking_store_registry._registry):

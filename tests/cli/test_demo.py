@@ -112,8 +112,8 @@ def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run)
     assert made <= {"mlflow.db", "mlruns"}
 
 
-def test_a_server_that_is_not_there_is_told(cli: Run) -> None:
-    """With no server the demo still ends, says that the runs are kept, and how to go on."""
+def test_without_its_server_the_demo_ends_with_the_next_step(cli: Run) -> None:
+    """The demo says that the runs are kept, and which command delivers them."""
     done = cli("demo", "--tracking-uri", "http://127.0.0.1:9", QITOS_MLFLOW_FLUSH_TIMEOUT_S="1")
     assert done.returncode == 1
     assert "qitos-mlflow: not all runs were delivered in time; the rest is kept" in done.stderr

@@ -42,7 +42,7 @@ def test_help_imports_neither_mlflow_nor_qitos(python: Run) -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_an_unknown_command_is_told_which_ones_there_are(python: Run) -> None:
+def test_the_error_about_an_unknown_command_lists_the_commands(python: Run) -> None:
     """A mistyped command exits with 2 and the list of commands."""
     got = python("-m", "qitos_mlflow.cli", "snyc")
     assert got.returncode == 2
@@ -65,7 +65,7 @@ def test_shared_options_mean_the_same_everywhere(option: str) -> None:
 
 
 def test_a_setting_that_cannot_be_used_is_named_without_a_traceback(python: Run) -> None:
-    """A wrong environment variable is told by name and value, with exit code 2."""
+    """The error names a wrong environment variable and its value; the exit code is 2."""
     got = python("-m", "qitos_mlflow.cli", "demo", QITOS_MLFLOW_EXIT_TIMEOUT_S="soon")
     assert got.returncode == 2
     assert "QITOS_MLFLOW_EXIT_TIMEOUT_S='soon' cannot be used" in got.stderr

@@ -44,8 +44,8 @@ def ours(done: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("installed")
-def test_each_plugin_is_told_with_its_state(cli: Run) -> None:
-    """Loaded with its hooks, failed with the exception, blocked by the variable: all are told."""
+def test_each_plugin_is_found_with_its_state(cli: Run) -> None:
+    """The list shows a loaded plugin's hooks, a failed one's exception, and a blocked one."""
     found = ours(cli("plugins", "--json", QITOS_TRACE_PLUGINS="good,broken"))
     assert found["good"]["state"] == "loaded"
     assert found["good"]["hooks"] == ["qitos_span_end"]
@@ -58,7 +58,7 @@ def test_each_plugin_is_told_with_its_state(cli: Run) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_where_nothing_is_selected_all_are_told_as_blocked(cli: Run) -> None:
+def test_where_nothing_is_selected_all_are_found_as_blocked(cli: Run) -> None:
     """With QITOS_TRACE_PLUGINS=none the list is still there, and nothing of it is loaded."""
     found = ours(cli("plugins", "--json", QITOS_TRACE_PLUGINS="none"))
     assert {name: plugin["state"] for name, plugin in found.items()} == dict.fromkeys(
@@ -75,33 +75,33 @@ def test_the_table_says_the_same(cli: Run) -> None:
         assert text in done.stdout
 
 
-def test_host_and_start_up_line_are_told(cli: Run, python: Run) -> None:
+def test_host_and_start_up_line_are_found(cli: Run, python: Run) -> None:
     """Which QitOS there is, and whether the start-up line ran in this interpreter."""
-    told = json.loads(cli("plugins", "--json").stdout)
+    found = json.loads(cli("plugins", "--json").stdout)
     version = python("-c", "import qitos; print(qitos.__version__)").stdout.strip()
-    assert told["host"]["installed"] is True
-    assert told["host"]["version"] == version
-    assert told["variable"] == {"name": "QITOS_TRACE_PLUGINS", "value": "none"}
+    assert found["host"]["installed"] is True
+    assert found["host"]["version"] == version
+    assert found["variable"] == {"name": "QITOS_TRACE_PLUGINS", "value": "none"}
     watches = "import sys; print(any(getattr(f, 'qitos_watcher', False) for f in sys.meta_path))"
     ran = python("-c", watches).stdout.strip()
-    assert str(told["startup_line"]["active"]) == ran
+    assert str(found["startup_line"]["active"]) == ran
 
 
 def test_a_host_with_its_own_tracing_is_seen(
     tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A qitos that brings `qitos.tracing` is told apart, without importing it."""
+    """A qitos that has its own `qitos.tracing` is recognised without importing it."""
     tracing = tmp_path / "host" / "qitos" / "tracing"
     tracing.mkdir(parents=True)
     for package in (tracing, tracing.parent):
         (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "host"))
-    told = json.loads(cli("plugins", "--json").stdout)
-    assert told["host"]["own_tracing"] is True
+    found = json.loads(cli("plugins", "--json").stdout)
+    assert found["host"]["own_tracing"] is True
 
 
 @pytest.mark.parametrize(
-    ("variables", "wanted", "told"),
+    ("variables", "wanted", "line"),
     [
         ({}, None, "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI"),
         (
@@ -112,11 +112,11 @@ def test_a_host_with_its_own_tracing_is_seen(
         ({"QITOS_TRACE_PLUGINS": "mlflow"}, "MLflow's local store", "MLflow's local store"),
     ],
 )
-def test_it_is_told_where_runs_go(
-    cli: Run, variables: dict[str, str], wanted: str | None, told: str
+def test_the_destination_of_runs_is_shown(
+    cli: Run, variables: dict[str, str], wanted: str | None, line: str
 ) -> None:
-    """Nothing is logged without a destination, and nobody would know why."""
+    """Without a destination nothing is logged, and the command says so."""
     assert json.loads(cli("plugins", "--json", **variables).stdout)["destination"] == wanted
     shown = cli("plugins", **variables).stdout
-    assert told in shown
+    assert line in shown
     assert "secret" not in shown

@@ -90,8 +90,8 @@ def status() -> dict[str, Any]:
     """What `qitos-mlflow status --json` says."""
     done = CliRunner().invoke(main, ["status", "--json"])
     assert done.exit_code == 0, done.output
-    told: dict[str, Any] = json.loads(done.output)
-    return told
+    found: dict[str, Any] = json.loads(done.output)
+    return found
 
 
 def write_segment(tmp_path: Path, uri: str, *records: bytes) -> Path:
@@ -135,19 +135,19 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
     """Status names what waits and where it is to go; sync brings it there; nothing is left."""
     agent = start()
     finish(agent)
-    told = status()
-    (segment,) = told["segments"]
+    found = status()
+    (segment,) = found["segments"]
     assert (segment["pid"], segment["owner"], segment["offline"]) == (agent.pid, "dead", True)
     assert (segment["destination"], segment["experiment"]) == (store, experiment)
-    assert segment["waiting"] == told["waiting"] > 5
+    assert segment["waiting"] == found["waiting"] > 5
     done = cli("sync")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{told['waiting']} records delivered, 1 segment finished"
+    assert done.stdout.strip() == f"{found['waiting']} records delivered, 1 segment finished"
     (run,) = runs_in(store, experiment)
     assert (run.name, run.status, run.tags["stop_reason"]) == ("asker", "FINISHED", "final")
     assert run.metrics["total_steps"] == 2
-    told = status()
-    assert (told["segments"], told["waiting"]) == ([], 0)
+    found = status()
+    assert (found["segments"], found["waiting"]) == ([], 0)
     assert cli("sync").stdout.strip() == "0 records delivered, 0 segments finished"
 
 
@@ -223,13 +223,13 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
 
 @pytest.mark.parametrize("patience", ["nan", "inf", "-1"])
 def test_patience_has_an_end(cli: Run, patience: str) -> None:
-    """A patience that would never be over is refused."""
+    """A patience that never ends is rejected."""
     done = cli("sync", "--patience", patience)
     assert done.returncode == 2
     assert "--patience" in done.stderr
 
 
-def test_losses_and_dead_letters_are_told_by_reason(
+def test_losses_and_dead_letters_are_counted_by_reason(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """What was dropped and what the server refuses for good is counted with its reasons."""
@@ -245,7 +245,7 @@ def test_losses_and_dead_letters_are_told_by_reason(
     assert f"1 rejected for good: {reason}" in cli("status").stdout
 
 
-def test_what_a_process_lost_is_told_when_it_is_gone(
+def test_losses_of_a_dead_process_are_shown(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """Losses outlive the segment they are of, each counted once, until they are purged."""
@@ -260,7 +260,7 @@ def test_what_a_process_lost_is_told_when_it_is_gone(
     assert list(part.parent.iterdir()) == []
 
 
-def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(
+def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
     """Nothing is guessed: without a header sync asks for the destination, and then delivers."""
@@ -279,7 +279,7 @@ def test_a_segment_with_a_damaged_header_is_delivered_where_it_is_told_to(
     assert [run.status for run in runs_in(store, experiment)] == ["FINISHED"]
 
 
-def test_follow_delivers_what_comes_until_it_is_told_to_end(
+def test_follow_delivers_what_comes_until_a_signal_ends_it(
     start: Callable[..., Agent], cli: Run, store: str, experiment: str
 ) -> None:
     """As a sidecar, sync delivers agents that start later; SIGTERM ends it with exit code 0."""
@@ -319,7 +319,7 @@ def test_purge_asks_and_spares_the_living(
     assert [s["owner"] for s in status()["segments"]] == ["alive"]
 
 
-def test_a_server_that_answers_is_told_with_its_version(cli: Run) -> None:
+def test_a_server_that_answers_is_shown_with_its_version(cli: Run) -> None:
     """Status asks the configured server for its version."""
 
     class Version(BaseHTTPRequestHandler):

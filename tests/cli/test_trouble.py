@@ -112,11 +112,11 @@ def test_a_server_is_asked_once_and_with_its_password(
 
 @pytest.mark.parametrize("uri", ["http://a..b", "http://[bad", "http://h:999999", "http://"])
 def test_asking_never_raises(uri: str) -> None:
-    """`status` tells of a URI that cannot be used as of a server that is away."""
+    """`status` shows a URI that cannot be used like a server that does not answer."""
     assert ask(uri).reachable is False
 
 
-def test_a_broken_file_of_credentials_is_told(
+def test_a_broken_file_of_credentials_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read for every request to a server."""
@@ -127,13 +127,13 @@ def test_a_broken_file_of_credentials_is_told(
 
 
 def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: str) -> None:
-    """It is named with its reason, and the exit code tells; all others are delivered."""
+    """It is named with its reason, the exit code is 1, and all others are delivered."""
     broken = write_segment(tmp_path, store, *trace("broken"))
     write_segment(tmp_path, store, *trace("well"))
     break_segment(broken)
-    told = invoke("status", "--json")
-    assert told.exit_code == 1
-    errors = [segment["error"] for segment in json.loads(told.output)["segments"]]
+    shown = invoke("status", "--json")
+    assert shown.exit_code == 1
+    errors = [segment["error"] for segment in json.loads(shown.output)["segments"]]
     assert sorted(map(bool, errors)) == [False, True]
     shown = invoke("status")
     assert shown.exit_code == 1
@@ -183,9 +183,9 @@ def test_one_refused_experiment_does_not_stop_the_others(
     sync = Sync(ways, 0.1, lambda header: header["tracking_uri"])
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
     sync.show()
-    told = capsys.readouterr()
-    assert told.out == "2 records delivered, 1 segment finished\n"
-    assert told.err.splitlines() == [
+    shown = capsys.readouterr()
+    assert shown.out == "2 records delivered, 1 segment finished\n"
+    assert shown.err.splitlines() == [
         f"qitos-mlflow: {server} rejected the data of experiment 'locked': HTTP 403: not yours",
         "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
     ]
@@ -195,7 +195,7 @@ def test_one_refused_experiment_does_not_stop_the_others(
 def test_a_spool_that_is_a_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    """A wrong setting is told with its name."""
+    """The error names a wrong setting."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "file"))
     done = invoke(*command)
@@ -219,7 +219,7 @@ def test_a_directory_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (("sync", "--patience", "soon"), "'soon' is not a number of seconds, such as 30"),
         (("sync", "--tracking-uri", "http://h:99999"), "'http://h:99999': its host or port"),
@@ -228,15 +228,15 @@ def test_a_directory_that_cannot_be_read_is_named(
         (("stats",), "no command 'stats'; the commands are: demo, "),
     ],
 )
-def test_a_wrong_word_is_told_with_the_right_ones(args: tuple[str, ...], told: str) -> None:
+def test_a_wrong_word_is_named_with_the_right_ones(args: tuple[str, ...], message: str) -> None:
     """The message names the value and what to give instead."""
     done = invoke(*args)
     assert done.exit_code == 2
-    assert told in done.output
+    assert message in done.output
 
 
-def test_where_refused_records_are_is_told(tmp_path: Path, store: str) -> None:
-    """Their reasons are counted; the records themselves are kept for whoever wants to look."""
+def test_the_file_of_rejected_records_is_named(tmp_path: Path, store: str) -> None:
+    """Their reasons are counted; the records themselves are kept in a file that `status` names."""
     write_segment(tmp_path, store, b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
