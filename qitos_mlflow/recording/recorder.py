@@ -40,6 +40,8 @@ class Recorder(Generic[T]):
         self.settings = settings
         self.closed = False
         self._traces: OrderedDict[str, T] = OrderedDict()
+        self.get: Callable[[str], T | None] = self._traces.get
+        """The trace with this host id; None if this plugin does not record it."""
         self._pipelines: dict[RecordPipeline, int] = {}
         """The pipelines it uses, and the losses of each that a flush has reported."""
         self._inherited: dict[str, RecordPipeline] = {}
@@ -52,10 +54,6 @@ class Recorder(Generic[T]):
         """The open traces, and the last ended ones."""
         with self._lock:
             return list(self._traces.values())
-
-    def get(self, trace_id: str) -> T | None:
-        """The trace with this host id; None if this plugin does not record it."""
-        return self._traces.get(trace_id)
 
     def pipeline_to(self, key: Hashable, make: Callable[[], Destination]) -> RecordPipeline:
         """The pipeline to a destination; see `pipelines.acquire`."""
