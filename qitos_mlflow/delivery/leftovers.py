@@ -54,7 +54,7 @@ class Outcome(Enum):
     UNREADABLE = "unreadable"
     """The header is damaged in every part, so the destination is not known."""
     UNFINISHED = "unfinished"
-    """The deadline passed or the delivery was stopped; the rest is kept."""
+    """The delivery was stopped; the rest is kept."""
 
 
 class Delivery:
@@ -68,7 +68,6 @@ class Delivery:
         """Whether the segment's owner was alive at the last step."""
         self._claim = claimed
         self._transfer = SegmentTransfer(claimed.reader, open_sink)
-        self._finished = False
         self._failing_since = 0.0
         self._out_of_time = False
 
@@ -83,11 +82,11 @@ class Delivery:
         failing_s = time.monotonic() - self._failing_since
         return self.problem is not None and failing_s >= MAKE_ROOM_AFTER_S
 
-    def step(self, timeout_s: float) -> Outcome | None:
+    def step(self) -> Outcome | None:
         """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``."""
         self._out_of_time = False
         try:
-            outcome = self._step(self.circuit.timeout_s(timeout_s))
+            outcome = self._step(self.circuit.timeout_s(SEND_TIMEOUT_S))
         except OutOfTime:
             self._out_of_time = True
             outcome = None
@@ -117,14 +116,12 @@ class Delivery:
             return Outcome.UP_TO_DATE
         self._transfer.abandon(timeout_s)
         self._claim.finish()
-        self._finished = True
         return Outcome.FINISHED
 
     def close(self) -> None:
         """Close the sink and release the segment for others."""
         self._transfer.close()
-        if not self._finished:
-            self._claim.release()
+        self._claim.release()
 
 
 def take(
@@ -152,20 +149,18 @@ def deliver_segment(
     paths: Paths,
     open_sink: OpenSink,
     *,
-    timeout_s: float | None = None,
     stop: threading.Event | None = None,
     stats: Counts | None = None,
     progress: Callable[[Counts], None] | None = None,
     failed: Callable[[str], None] | None = None,
     default_header: bytes | None = None,
 ) -> Outcome:
-    """Deliver what a segment has now; blocks, and waits while the server is away.
+    """Deliver what a segment has now. Blocks, and waits for the server until `stop` is set.
 
     Args:
         paths: the segment, see `find_segments`.
         open_sink: given the segment's header, on this thread.
-        timeout_s: give up after this long; None waits for the server without end.
-        stop: set it to end early.
+        stop: ends it, after the step under way.
         stats: counts what is delivered.
         progress: called with `stats` after each step and every `REPORT_EVERY_S` while waiting.
         failed: called with the reason when a step fails that is tried again.
@@ -174,7 +169,6 @@ def deliver_segment(
     Raises:
         OSError: the spool cannot be read or written.
     """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     stop = stop or threading.Event()
     stats = stats or Counts()
     taken = take(paths, open_sink, stats, default_header)
@@ -182,14 +176,11 @@ def deliver_segment(
         return taken
     with contextlib.closing(taken) as delivery:
         while not stop.is_set():
-            left = SEND_TIMEOUT_S if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                break
             outcome = None
             if delay := delivery.circuit.delay_s:
-                stop.wait(min(delay, left, REPORT_EVERY_S))  # A server may ask for minutes.
+                stop.wait(min(delay, REPORT_EVERY_S))  # A server may ask for minutes.
             else:
-                outcome = delivery.step(min(SEND_TIMEOUT_S, left))
+                outcome = delivery.step()
                 if failed is not None and delivery.problem is not None:
                     failed(delivery.problem)
             if progress is not None:
@@ -254,7 +245,7 @@ class Leftovers:
                 while not delivery.gives_up:
                     if delay_s := delivery.circuit.delay_s:
                         yield min(delay_s, LOOK_EVERY_S)  # A server may ask for minutes.
-                    elif delivery.step(SEND_TIMEOUT_S) is None:
+                    elif delivery.step() is None:
                         yield BATCH_PAUSE_S
                     else:
                         break
@@ -279,5 +270,5 @@ class Leftovers:
         open_sink = self._open_leftovers(head.caller)
         if open_sink is None:
             return None
-        taken = take(paths, lambda _: open_sink(), Counts())
-        return taken if isinstance(taken, Delivery) else None
+        claimed = claim(paths, Counts())
+        return None if claimed is None else Delivery(claimed, open_sink)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.leftovers import Delivery, OpenSink, Outcome, take
-from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.segments import find_segments
@@ -139,7 +138,7 @@ class _Following:
         """One step; if the owner is gone, as many as it takes to finish the segment."""
         until = time.monotonic() + TURN_S
         while True:
-            outcome = delivery.step(SEND_TIMEOUT_S)
+            outcome = delivery.step()
             over = outcome is not None or delivery.problem is not None or delivery.owner_alive
             if over or self._stop.is_set() or time.monotonic() >= until:
                 return outcome

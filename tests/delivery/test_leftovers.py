@@ -82,7 +82,9 @@ def test_a_server_that_is_away_leaves_everything(tmp_path: Path) -> None:
     server = FakeServer()
     paths = left_behind(tmp_path, numbered(3))
     server.breaks_after = 3  # All records get through, the ending does not.
-    assert deliver_segment(paths, server.sink, timeout_s=0.2) is Outcome.UNFINISHED
+    stop = threading.Event()
+    outcome = deliver_segment(paths, server.sink, stop=stop, failed=lambda _: stop.set())
+    assert outcome is Outcome.UNFINISHED
     assert inspect_segment(paths).waiting == 0
     server.breaks_after = None
     assert deliver_segment(paths, server.sink) is Outcome.FINISHED

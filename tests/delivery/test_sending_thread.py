@@ -78,9 +78,9 @@ def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
     assert taken is not None
     delivery = Delivery(taken, server.sink)
     server.down = OutOfTime()
-    delivery.step(1.0)
+    delivery.step()
     assert not delivery.may_wait
     server.down = None
-    delivery.step(1.0)
+    delivery.step()
     assert delivery.may_wait
     delivery.close()

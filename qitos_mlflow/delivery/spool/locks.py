@@ -74,11 +74,6 @@ class FileLock:
         self._kernel_lock = kernel_lock
         self._descriptor: int | None = None
 
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._descriptor is not None
-
     def acquire_patiently(self) -> bool:
         """Like `acquire`, but waits for a process that only tests whether the lock is held."""
         for _ in range(LOCK_TRIES):

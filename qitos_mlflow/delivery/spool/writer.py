@@ -81,7 +81,6 @@ class SegmentWriter:
         self.end = 0
         """Position behind the last record appended; all before it can be read."""
         self.paths = Paths(directory, new_stem())
-        self.cap_bytes = cap_bytes
         self._header = header
         self._offline = offline
         self._memory_bytes = memory_bytes
