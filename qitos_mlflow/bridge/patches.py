@@ -32,7 +32,8 @@ class Patches:
         self.active = False
         self.lock = threading.RLock()
         self._made: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
-        self._postponed: list[Callable[[], None]] = []
+        self.before_first_run: Callable[[], None] | None = None
+        """Makes the replacements that the first run to be traced needs. Called once."""
 
     def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
         """Put `wrapper` around a method that `owner` itself defines, if it takes arguments.
@@ -62,19 +63,15 @@ class Patches:
         setattr(owner, name, ours)
         self._made.append((owner, name, original, ours))
 
-    def postpone(self, fitting: Callable[[], None]) -> None:
-        """Call `fitting` before the first run that is traced."""
-        self._postponed.append(fitting)
-
     def fit(self) -> None:
-        """Make the postponed replacements, and replace the pools imported by now."""
-        if self._postponed:
+        """Before a run that is traced: call `before_first_run`, replace pools imported by now."""
+        if self.before_first_run is not None:
             with self.lock, shield("bridge.fit"):  # Runs are traced without what is missing.
                 try:
-                    for fitting in self._postponed:
-                        fitting()
+                    if self.before_first_run is not None:
+                        self.before_first_run()
                 finally:  # Nothing may be replaced once more.
-                    self._postponed.clear()
+                    self.before_first_run = None
         for module_name, pool in POOLS.items():
             module = sys.modules.get(module_name)
             if getattr(module, "ThreadPoolExecutor", None) is not ThreadPoolExecutor:
@@ -88,7 +85,7 @@ class Patches:
         """Put every original back, except under a wrapper of other code around ours."""
         with self.lock:
             self.active = False
-            self._postponed.clear()
+            self.before_first_run = None
             while self._made:
                 owner, name, original, ours = self._made.pop()
                 if vars(owner).get(name) is ours:

@@ -17,7 +17,6 @@ from qitos.engine import action_executor
 from qitos.engine.action_executor import ActionExecutor
 
 from qitos_mlflow import _guard, bridge, tracing
-from qitos_mlflow.bridge import instrument
 from qitos_mlflow.bridge.patches import Patches
 from tests.bridge.agents import ScriptAgent, act
 from tests.fakes.recorder import Recorder
@@ -224,7 +223,7 @@ def test_a_replacement_that_fails_is_not_made_once_more(
             raise OSError(name)
         return action_executor
 
-    monkeypatch.setattr(instrument, "_module", broken)
+    monkeypatch.setattr(bridge, "_module", broken)
     bridge.install()
     for _ in range(2):
         ScriptAgent(act("add", a=1, b=1), Decision.final("x")).run("sum", render=False)
