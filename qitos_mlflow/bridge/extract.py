@@ -221,11 +221,6 @@ def mcp_server(tool: Any) -> str | None:
     return str(first(server, "name") or type(server).__name__) if server is not None else "mcp"
 
 
-def action_names(actions: Sequence[Any]) -> str | None:
-    """The names of these actions, joined; None without any."""
-    return ", ".join(str(action(item).get("name")) for item in actions) or None
-
-
 # -- critic ------------------------------------------------------------------------------------
 
 

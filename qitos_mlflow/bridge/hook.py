@@ -167,11 +167,12 @@ class BridgeHook:
 
     @staticmethod
     def _name_actions(act: Any, actions: Any) -> None:
-        act.data.action_name = extract.action_names(actions)
-        if len(actions) == 1:
-            act.data.tool_args = extract.action(actions[0]).get("args")
-        elif actions:
-            act.data.tool_args = {"actions": [extract.action(item) for item in actions]}
+        taken = [extract.action(item) for item in actions]
+        act.data.action_name = ", ".join(str(one.get("name")) for one in taken) or None
+        if len(taken) == 1:
+            act.data.tool_args = taken[0].get("args")
+        elif taken:
+            act.data.tool_args = {"actions": taken}
 
     # -- reduce, critics, recovery ---------------------------------------------------------
 

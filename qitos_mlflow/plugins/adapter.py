@@ -77,7 +77,7 @@ class PluginTraceProcessor(TraceProcessor):
                 if registered is plugin:
                     raise ValueError(f"plugin {name!r} is registered already, as {other!r}")
             self._arrange({**self._managers, name: manager})
-        _warn_of_uncalled(name, _callers(manager, plugin))
+        _warn_of_uncalled(name, manager.get_hookcallers(plugin) or [])
         return self.hooks(name)
 
     def hooks(self, name: str) -> tuple[str, ...]:
@@ -85,8 +85,7 @@ class PluginTraceProcessor(TraceProcessor):
         manager = self._managers.get(name)
         if manager is None:
             return ()
-        implemented = {caller.name for caller in _callers(manager, manager.get_plugin(name))}
-        return tuple(hook for hook in HOOKS if hook in implemented)
+        return tuple(hook for hook in HOOKS if getattr(manager.hook, hook).get_hookimpls())
 
     def unregister(self, name: str) -> object | None:
         """Stop calling the plugin of that name, and return it; None when there is none."""
@@ -194,10 +193,6 @@ class PluginTraceProcessor(TraceProcessor):
             )
         self._managers, self._calls = managers, calls
         self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
-
-
-def _callers(manager: pluggy.PluginManager, plugin: object) -> list[pluggy.HookCaller]:
-    return list(manager.get_hookcallers(plugin) or ())
 
 
 def _quick(caller: pluggy.HookCaller) -> Callable[..., list[Any]]:

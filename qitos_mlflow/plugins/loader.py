@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import importlib_metadata
@@ -46,24 +45,20 @@ class PluginInfo:
     hooks: tuple[str, ...] = ()
 
 
-def discover(environ: Mapping[str, str] = os.environ) -> list[PluginInfo]:
+def discover() -> list[PluginInfo]:
     """The installed plugins in the order in which they would be loaded, then the blocked ones.
 
     Imports no plugin and logs nothing. Reads the metadata of every installed distribution, which
     takes tens of milliseconds.
     """
-    return _select(_installed(), Selection.from_environ(environ))
+    return _select(_installed(), Selection.from_environ())
 
 
-def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> list[PluginInfo]:
+def load(adapter: PluginTraceProcessor) -> list[PluginInfo]:
     """Load the selected plugins and register each with `adapter`, under its name.
 
-    Args:
-        adapter: it calls them from now on. A plugin that it has already is not loaded again.
-        selection: which ones; None: as the environment says.
-
-    Returns:
-        All installed plugins, with their state.
+    Returns all installed plugins, with their state. `adapter` calls the loaded ones from now on;
+    a plugin that it has already is not loaded again.
 
     There is one warning for each plugin that cannot be loaded, and one for names that do not
     exist; the others load. Blocks for the plugins' imports. If a plugin's import calls this again
@@ -73,7 +68,7 @@ def load(adapter: PluginTraceProcessor, selection: Selection | None = None) -> l
         return []
     _this_thread.loading = True
     try:
-        selection = selection or Selection.from_environ()
+        selection = Selection.from_environ()
         if selection.nothing:
             return []  # Not even the metadata is read.
         found = _select(_installed(), selection)

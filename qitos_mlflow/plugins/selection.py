@@ -14,7 +14,7 @@ Pure: only the environment variable is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 VARIABLE = "QITOS_TRACE_PLUGINS"
@@ -52,9 +52,9 @@ class Selection:
         return cls(everything, chosen, excluded, explicit=bool(wanted))
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Selection:
-        """The selection that `environ` has."""
-        return cls.parse(environ.get(VARIABLE))
+    def from_environ(cls) -> Selection:
+        """The selection that the environment variable has."""
+        return cls.parse(os.environ.get(VARIABLE))
 
     @property
     def nothing(self) -> bool:
@@ -91,13 +91,13 @@ def canonical(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-def named(name: str, environ: Mapping[str, str] = os.environ) -> bool:
+def named(name: str) -> bool:
     """Whether the environment asks for the plugin of that name, by name or by "all".
 
     False if the variable is not set: a plugin that is merely installed is loaded then, but should
     do nothing that the user has not asked for.
     """
-    selection = Selection.from_environ(environ)
+    selection = Selection.from_environ()
     if not selection.explicit:
         return False
     name = canonical(name)

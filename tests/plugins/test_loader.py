@@ -12,7 +12,7 @@ import pytest
 from qitos_mlflow.plugins import loader
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.plugins.loader import PluginInfo, discover, load
-from qitos_mlflow.plugins.selection import VARIABLE, Selection
+from qitos_mlflow.plugins.selection import VARIABLE
 from qitos_mlflow.tracing import Span, StepSpanData
 from tests.hosts import run_on
 from tests.plugins.conftest import Distributions
@@ -156,13 +156,14 @@ def test_what_an_entry_point_may_name(installed: Distributions, value: str) -> N
 
 
 def test_blocked_plugins_are_not_imported(
-    installed: Distributions, caplog: pytest.LogCaptureFixture
+    installed: Distributions, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is not selected is listed as blocked, and never imported."""
     installed.plugin("good", GOOD)
     installed.plugin("blocked", "raise AssertionError")
     adapter = PluginTraceProcessor()
-    infos = load(adapter, Selection.parse("good"))
+    monkeypatch.setenv(VARIABLE, "good")
+    infos = load(adapter)
     assert states(infos) == {"good": "loaded", "blocked": "blocked"}
     assert infos[1].error == "not selected by QITOS_TRACE_PLUGINS"
     assert "fake_blocked" not in sys.modules
@@ -194,23 +195,27 @@ def test_order_is_the_variable_s(installed: Distributions, monkeypatch: pytest.M
 
 
 def test_unknown_names_are_one_warning(
-    installed: Distributions, caplog: pytest.LogCaptureFixture
+    installed: Distributions, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that no plugin has is one warning with the names that exist; the others load."""
     installed.plugin("good", GOOD)
     adapter = PluginTraceProcessor()
-    load(adapter, Selection.parse("god,good"))
+    monkeypatch.setenv(VARIABLE, "god,good")
+    load(adapter)
     assert list(adapter.plugins) == ["good"]
     (warning,) = warnings(caplog)
     assert "named god is" in warning
     assert "installed are: good" in warning
 
 
-def test_modules_are_no_names(installed: Distributions, caplog: pytest.LogCaptureFixture) -> None:
+def test_modules_are_no_names(
+    installed: Distributions, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The variable cannot import a module, only select what is installed as a plugin."""
     installed.module("fake_evil", "raise AssertionError")
     adapter = PluginTraceProcessor()
-    assert load(adapter, Selection.parse("fake_evil,fake_evil:qitos")) == []
+    monkeypatch.setenv(VARIABLE, "fake_evil,fake_evil:qitos")
+    assert load(adapter) == []
     assert "fake_evil" not in sys.modules
     assert "installed are: none" in warnings(caplog)[0]
 
@@ -239,13 +244,18 @@ def test_one_name_in_two_distributions(
     ],
 )
 def test_choosing_between_two_of_one_name(
-    installed: Distributions, caplog: pytest.LogCaptureFixture, text: str, modules: list[str]
+    installed: Distributions,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    modules: list[str],
 ) -> None:
     """With its distribution a plugin is named without doubt; naming both loads both."""
     for distribution in ("a-dist", "b-dist"):
         installed.plugin("same", GOOD, distribution=distribution)
     adapter = PluginTraceProcessor()
-    load(adapter, Selection.parse(text))
+    monkeypatch.setenv(VARIABLE, text)
+    load(adapter)
     loaded: list[Any] = list(adapter.plugins.values())
     assert [module.__name__ for module in loaded] == modules
     assert warnings(caplog) == []
