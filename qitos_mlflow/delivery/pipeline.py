@@ -16,7 +16,7 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from qitos_mlflow.delivery import fork
@@ -31,7 +31,6 @@ from qitos_mlflow.delivery.spool.counts import CLOSED, QUEUE_FULL, Counts, Count
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.reader import SegmentReader
-from qitos_mlflow.delivery.spool.segments import waiting_records
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from qitos_mlflow.delivery.spooling_thread import SpoolingThread
 
@@ -155,7 +154,7 @@ class Pipeline:
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()
-        self._threads.save_losses()  # Those of offers refused since the last time.
+        self._threads.aside.save_losses()  # Those of offers refused since the last time.
         if not self._at_rest and not self._end(deadline):
             return False
         return self._threads.nothing_left()
@@ -172,17 +171,8 @@ class Pipeline:
 
     @property
     def paths(self) -> Paths:
-        """The files of this process's segment; there are none before the first record."""
+        """The files of its segment. Before the first record and at rest there are none."""
         return self._threads.segment.paths
-
-    @property
-    def segments(self) -> list[Paths]:
-        """All segments that may hold records of this pipeline: one, as it rests without any."""
-        return [self.paths]
-
-    def waiting(self) -> Iterator[bytes]:
-        """The records that wait on disk, in order. Reads them: not for hot paths."""
-        return waiting_records(self.paths)
 
     @property
     def unsaved(self) -> int:

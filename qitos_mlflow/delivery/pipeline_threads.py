@@ -53,13 +53,13 @@ class PipelineThreads:
         rested: Callable[[], None],
     ) -> None:
         self.segment = segment
+        self.aside = aside
         self.cannot_start = False
         """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
         close do the work themselves."""
         self._spooling = spooling
         self._sending = sending
         self._stats = stats
-        self._aside = aside
         self._may_rest = may_rest
         self._rested = rested
         self._no_sending_thread = False
@@ -113,10 +113,6 @@ class PipelineThreads:
         """How many records are in memory only, the queue's not counted."""
         return self._spooling.held + self.segment.unsaved
 
-    def save_losses(self) -> None:
-        """Write the losses so far to the disk, for other processes to see."""
-        self._aside.save_losses()
-
     def _spool(self) -> None:
         if self._sending is not None:
             self._no_sending_thread = not _start(self._sending_thread)
@@ -160,7 +156,7 @@ class PipelineThreads:
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
                 self._stats.drop(part.failure, lost)
-        self.save_losses()
+        self.aside.save_losses()
         delivered = self._sending is not None and self._sending.finished
         try:
             self.segment.close(delete=delivered or self.segment.end == 0)

@@ -174,7 +174,7 @@ def _say_what_is_left(left: Collection[Pipeline]) -> None:
     records, traces, complete = 0, set(), True
     files: list[Path] = []
     directories: set[Path] = set()
-    for paths in dict.fromkeys(paths for pipeline in left for paths in pipeline.segments):
+    for paths in [pipeline.paths for pipeline in left]:
         directories.add(paths.directory)
         complete = complete and time.monotonic() < until
         if not complete:

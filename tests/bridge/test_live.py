@@ -24,6 +24,7 @@ FORKED_TOOL = """
     warnings.simplefilter("ignore", DeprecationWarning)  # Forking with threads is the point here.
     from qitos import Decision
     from qitos_mlflow import MlflowTraceProcessor, bridge, tracing
+    from qitos_mlflow.delivery import waiting_records
     from tests.bridge.agents import ScriptAgent, act, toolbox
 
     processor = MlflowTraceProcessor(tracking_uri="http://127.0.0.1:9", offline=True)
@@ -33,7 +34,7 @@ FORKED_TOOL = """
     def tell(who):
         (pipeline,) = processor.mlflow_plugin._recorder._pipelines
         processor.force_flush()
-        for payload in pipeline.delivery.waiting():
+        for payload in waiting_records(pipeline.delivery.paths):
             record = orjson.loads(payload)
             if record["kind"] in ("trace_start", "trace_end"):
                 found = record["metadata"]

@@ -19,6 +19,7 @@ from qitos_mlflow.delivery import (
     deliver_segment,
     inspect_segment,
     segment_transfer,
+    waiting_records,
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS, SEND_TIMEOUT_S
@@ -74,7 +75,7 @@ def test_everything_arrives_in_order(make: Make, server: FakeServer, spool: Path
     assert pipeline.online is True
     stats = pipeline.stats
     assert (stats.recorded, stats.delivered, stats.dropped) == (len(records), len(records), {})
-    assert list(pipeline.waiting()) == []
+    assert list(waiting_records(pipeline.paths)) == []
     assert pipeline.close(LONG_S)
     assert list(spool.iterdir()) == []
 
@@ -116,7 +117,7 @@ def test_an_outage_costs_nothing(make: Make, server: FakeServer) -> None:
         pipeline.offer(record)
     assert not pipeline.flush(0.2)
     assert pipeline.online is False
-    assert list(pipeline.waiting()) == records[:25]
+    assert list(waiting_records(pipeline.paths)) == records[:25]
     server.down = None
     for record in records[25:]:
         pipeline.offer(record)
@@ -321,7 +322,7 @@ def test_a_hanging_server_never_delays_the_disk(make: Make, server: FakeServer) 
     assert server.attempted.wait(LONG_S)
     for record in numbered(20):
         pipeline.offer(record)
-    eventually(lambda: len(list(pipeline.waiting())) == 21)
+    eventually(lambda: len(list(waiting_records(pipeline.paths))) == 21)
     assert pipeline.stats.delivered == 0
 
 
@@ -338,7 +339,7 @@ def test_deadlines_hold_with_a_server_that_hangs(
     assert not pipeline.close(0.1)
     hung = time.monotonic() - began
     assert hung < SEND_TIMEOUT_S / 2
-    assert len(list(pipeline.waiting())) == 1
+    assert len(list(waiting_records(pipeline.paths))) == 1
     server.answers.set()
     eventually(lambda: not any(spool.iterdir()))  # The send is back, the last thread tidies up.
     assert server.accepted == [b"one"]
@@ -400,7 +401,7 @@ def test_close_without_time_still_saves_to_disk(make: Make, server: FakeServer) 
     for record in numbered(100):
         pipeline.offer(record)
     assert not pipeline.close(0)
-    assert list(pipeline.waiting()) == numbered(100)
+    assert list(waiting_records(pipeline.paths)) == numbered(100)
     assert len(pipeline.paths.parts()) == 1
 
 
@@ -497,7 +498,7 @@ def test_offline_only_fills_the_spool(make: Make, spool: Path) -> None:
         pipeline.offer(record)
     assert not pipeline.flush(LONG_S)
     assert not pipeline.close(LONG_S)
-    assert len(list(pipeline.waiting())) == 10
+    assert len(list(waiting_records(pipeline.paths))) == 10
     assert pipeline.online is None
 
 
@@ -582,7 +583,7 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
         thread.join(LONG_S)
         assert not thread.is_alive()
     assert pipeline.unsaved == 0
-    assert [*server.accepted, *pipeline.waiting()] == records
+    assert [*server.accepted, *waiting_records(pipeline.paths)] == records
     assert pipeline.close(0.0) == (server.accepted == records)
 
 
@@ -659,7 +660,7 @@ def test_offline_all_records_are_in_one_segment(make: Make) -> None:
     for number, record in enumerate(numbered(3)):
         pipeline.offer(record)
         assert not pipeline.flush(LONG_S)
-        assert list(pipeline.waiting()) == numbered(number + 1)
+        assert list(waiting_records(pipeline.paths)) == numbered(number + 1)
     assert pipeline.paths == paths
 
 

@@ -26,7 +26,7 @@ PREAMBLE = """
 import logging, os, sys, threading, time
 from pathlib import Path
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import RetryLater, waiting_records
 from tests.fakes.sink import FakeServer, FakeSink, left_behind, make_pipeline, numbered
 spool = Path(sys.argv[1])
 server = FakeServer()
@@ -373,7 +373,7 @@ for record in records:
 offline.close(30)
 stats = offline.stats
 print(list(stats.dropped), stats.recorded == 1000)
-print(stats.recorded == len(list(offline.waiting())) + stats.dropped["disk_full"])
+print(stats.recorded == len(list(waiting_records(offline.paths))) + stats.dropped["disk_full"])
 """
     assert run(code, tmp_path / "spool") == ["True True {}", "['disk_full'] True", "True"]
     [paths] = find_segments(tmp_path / "spool")

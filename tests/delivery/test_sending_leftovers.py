@@ -19,6 +19,7 @@ from qitos_mlflow.delivery import (
     leftovers,
     segment_transfer,
     sending_thread,
+    waiting_records,
 )
 from tests.fakes.sink import MIB, FakeServer, FakeSink, left_behind, make_pipeline, numbered
 from tests.waiting import eventually
@@ -157,7 +158,7 @@ def test_leftovers_hold_up_neither_the_disk_nor_the_end(tmp_path: Path, server: 
     assert hanging.wait(LONG_S)
     pipeline.offer(b"two")
     assert not pipeline.flush(0.1)
-    assert list(pipeline.waiting()) == [b"two"]
+    assert list(waiting_records(pipeline.paths)) == [b"two"]
     assert not pipeline.close(0.1)
     assert server.accepted == [b"one"]
     go_on.set()

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qitos_mlflow.delivery import Paths
 from qitos_mlflow.recording import process_exit
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ class LeftSomething:
     """A pipeline that could not deliver all it had."""
 
     exit_timeout_s = 0.0
-    delivery = SimpleNamespace(segments=[], unsaved=1, paths=SimpleNamespace(directory="spool"))
+    delivery = SimpleNamespace(unsaved=1, paths=Paths(Path("spool"), "none-1-1-1"))
 
     def refuse(self, why: str) -> None:
         """No trace is open."""

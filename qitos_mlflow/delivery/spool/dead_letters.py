@@ -1,12 +1,7 @@
 """What stays of a segment when it is delivered: what could not be delivered, and counts of losses.
 
-    <stem>.dead   records the server refused for good
-    <stem>.bad    damaged lines and where they were; with a part's base in its name, a part that
-                  could not be read
-    <stem>.lost   losses by reason: JSON
-
-All of it has a share of the spool of its own, so that it never takes the space of records. What
-goes beyond that share is counted only.
+The files `.dead`, `.bad` and `.lost` (see `paths`) have a share of the spool of their own, so that
+they never take the space of records. What goes beyond that share is counted only.
 """
 
 from __future__ import annotations

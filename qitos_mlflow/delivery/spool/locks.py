@@ -154,20 +154,17 @@ class FileLock:
             if sys.platform != "win32":
                 os.close(descriptor)
 
-    def disown(self) -> None:
-        """In a forked child: forget the parent's lock and leave it with the parent.
-
-        Closing the inherited descriptor releases nothing while the parent has its own open.
-        """
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-            _held.pop(str(self.path), None)
-
 
 def _disown_all() -> None:
-    for lock in list(_held.values()):
-        lock.disown()
+    """In a forked child: forget the parent's locks and leave them with the parent.
+
+    Closing an inherited descriptor releases nothing while the parent has its own open.
+    """
+    for lock in _held.values():
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
+    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -7,8 +7,8 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
     <stem>.ack.tmp      the next acknowledgement while it is written
     <stem>.own          lock of the process that appends
     <stem>.ship         lock of the process that sends
-    <stem>.dead         records the server refused for good, JSON lines; stays
-    <stem>.bad          torn and corrupt lines, JSON lines; stays
+    <stem>.dead         records the server refused for good, and why, JSON lines; stays
+    <stem>.bad          torn and corrupt lines and where they were, JSON lines; stays
     <stem>.<base>.bad   a part that could not be read; stays
     <stem>.lost         losses by reason, JSON; stays
 """
@@ -47,7 +47,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where the files of one segment are."""
+    """Where the files of one segment are; what each holds is said above."""
 
     directory: Path
     stem: str
@@ -58,17 +58,11 @@ class Paths:
     """
 
     ack = _File(".ack")
-    """How far records were accepted."""
     own = _File(".own")
-    """Lock of the process that appends."""
     ship = _File(".ship")
-    """Lock of the process that sends."""
     dead = _File(".dead")
-    """Records the server refused for good."""
     bad = _File(".bad")
-    """Torn and corrupt lines."""
     lost = _File(".lost")
-    """Losses by reason."""
 
     def part(self, base: int) -> Path:
         """The part whose first line has position `base`."""
