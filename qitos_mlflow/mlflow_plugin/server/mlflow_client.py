@@ -20,6 +20,7 @@ from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import path_to_local_file_uri, path_to_local_sqlite_uri
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
@@ -47,12 +48,14 @@ UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, er
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
 
 
-def default_tracking_uri(cwd: str | None) -> str:
+def default_tracking_uri(cwd: str) -> str:
     """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
-    uri, here = str(mlflow.get_tracking_uri()), str(Path.cwd())
-    if cwd is None:
-        cwd = here
-    return absolute(uri.replace(here, cwd, 1), cwd)  # MLFLOW_TRACKING_URI may be relative.
+    uri = str(mlflow.get_tracking_uri())
+    if mlflow.is_tracking_uri_set():  # Meanwhile, and perhaps to a relative path.
+        return absolute(uri, cwd)
+    # A database or a folder in the working directory, whose name MLflow quotes in the URI.
+    to_uri = path_to_local_sqlite_uri if uri.startswith("sqlite:") else path_to_local_file_uri
+    return str(to_uri(str(Path(cwd, uri.rpartition("/")[2]))))
 
 
 def mlflow_requester(uri: str) -> Requester:
@@ -132,15 +135,18 @@ def prepare_sqlite(uri: str) -> None:
     file beside it, which then takes its place.
     """
     from mlflow.tracking._tracking_service.utils import _get_store
+    from sqlalchemy.engine import make_url
 
-    scheme, _, path = uri.partition(":///")
-    if scheme != "sqlite" or not path or ":memory:" in path or Path(path).exists():
+    if not uri.startswith("sqlite:///"):
         return
-    target = Path(path)
+    url = make_url(uri)  # From version 2.1 on, SQLAlchemy takes the path for quoted.
+    target = Path(url.database or ":memory:")
+    if ":memory:" in str(target) or target.exists():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mlflow-new-", dir=target.parent) as directory:
         made = Path(directory, target.name)
-        store = _get_store(f"sqlite:///{made}")
+        store = _get_store(url.set(database=str(made)).render_as_string())
         store.search_experiments(max_results=1)
         store.engine.dispose()
         with contextlib.suppress(FileExistsError):  # Another process was faster.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 
 
@@ -19,4 +19,5 @@ def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
         return RestTransport(uri, mlflow_requester(uri))
     from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, default_tracking_uri
 
-    return StoreTransport(absolute(uri, cwd or ".") if uri else default_tracking_uri(cwd))
+    cwd = cwd or working_directory()
+    return StoreTransport(absolute(uri, cwd) if uri else default_tracking_uri(cwd))

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
@@ -16,7 +17,11 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
+    StoreTransport,
+    default_tracking_uri,
+    mlflow_requester,
+)
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 
@@ -27,6 +32,37 @@ SECRET = "s3cr3t-of-a-user"
 def store(tmp_path_factory: pytest.TempPathFactory) -> StoreTransport:
     """A local store."""
     return StoreTransport(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+@pytest.mark.parametrize("here", ["", "a b", "/"])
+@pytest.mark.parametrize("there", ["", "a b", "50%20/ü", "/"])
+def test_the_default_store_is_that_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, there: str
+) -> None:
+    """Delivery finds the store that MLflow has in a directory, from whatever directory it runs."""
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for place in (tmp_path / here, tmp_path / there):
+        place.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / there)
+    wanted = mlflow.get_tracking_uri()
+    monkeypatch.chdir(tmp_path / here)
+    assert default_tracking_uri(str(tmp_path / there)) == wanted
+
+
+@pytest.mark.parametrize("name", ["a b", "50%20"])
+def test_the_directory_of_a_new_store_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What is logged in a directory with a space in its name is where MLflow looks for it."""
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    made = StoreTransport(default_tracking_uri(str(Path.cwd()))).experiment_id("ours", 1.0)
+    found = mlflow.MlflowClient().get_experiment_by_name("ours")
+    assert found is not None
+    assert found.experiment_id == made
 
 
 class CloudError(Exception):
