@@ -20,10 +20,8 @@ COMMANDS = ("demo", "plugins", "run", "spool", "status", "sync")
 """Modules of this package. Each has a click command of the same name."""
 
 
-class Refused(click.ClickException):
+class Refused(QitosMlflowError):
     """The command cannot do what was asked. The text names the value and the next step."""
-
-    exit_code = 2
 
 
 class Handover(BaseException):
@@ -61,15 +59,11 @@ class Commands(Group):
         command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Errors of this package become messages instead of tracebacks."""
-        try:
-            return super().invoke(ctx)
-        except QitosMlflowError as error:
-            raise Refused(str(error)) from error
-
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Run the command line and exit, or call the function that a command handed over."""
+        """Run the command line and exit, or call the function that a command handed over.
+
+        Errors of this package become messages instead of tracebacks.
+        """
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.exit(code or 0)
@@ -80,6 +74,9 @@ class Commands(Group):
                 click.echo(f"{context.get_usage()}\nAll options: {help_command}\n", err=True)
             complain(error.format_message())
             sys.exit(error.exit_code)
+        except QitosMlflowError as error:
+            complain(str(error))
+            sys.exit(2)
         except click.Abort:
             complain("aborted; nothing was changed")
             sys.exit(1)

@@ -60,26 +60,16 @@ def run(
     code are those of a plain python call. Agents in processes that it starts are logged too: the
     settings are passed on in environment variables.
     """
-    os.environ.update(environment(tracking_uri, experiment_name, run_name, dict(tags)))
-    importlib.import_module("qitos_mlflow.auto")
-    raise Handover(partial(launch, target, args, as_module))
-
-
-def environment(
-    tracking_uri: str | None,
-    experiment_name: str | None,
-    run_name: str | None,
-    tags: dict[str, str],
-) -> dict[str, str]:
-    """The variables that turn logging on, here and in every process started from here."""
-    given = {
+    variables = {
         "QITOS_TRACE_PLUGINS": selection(os.environ.get("QITOS_TRACE_PLUGINS", "")),
         "MLFLOW_TRACKING_URI": tracking_uri,
         "QITOS_MLFLOW_EXPERIMENT_NAME": experiment_name,
         "QITOS_MLFLOW_RUN_NAME": run_name,
-        "QITOS_MLFLOW_TAGS": json.dumps(tags) if tags else None,
+        "QITOS_MLFLOW_TAGS": json.dumps(dict(tags)) if tags else None,
     }
-    return {name: value for name, value in given.items() if value}
+    os.environ.update({name: value for name, value in variables.items() if value})
+    importlib.import_module("qitos_mlflow.auto")
+    raise Handover(partial(launch, target, args, as_module))
 
 
 def selection(before: str) -> str:
@@ -98,8 +88,8 @@ def launch(target: str, args: Sequence[str], as_module: bool) -> None:
     try:
         code, module = load_module(target) if as_module else load_script(target)
     except Refused as refused:
-        complain(refused.format_message())
-        sys.exit(refused.exit_code)
+        complain(str(refused))
+        sys.exit(2)
     except SyntaxError as error:
         _fail(error.with_traceback(None))
     sys.argv = [str(module.__file__) if as_module else target, *args]

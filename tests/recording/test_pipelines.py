@@ -115,7 +115,7 @@ def test_what_goes_elsewhere_has_a_pipeline_of_its_own(
 def test_a_recorder_that_closes_leaves_the_others_at_work(
     recorder: Any, begin: Any, server: FakeServer
 ) -> None:
-    """Its own records are delivered and its later spans refused; those of others go on."""
+    """Its own records are delivered and its later spans rejected; those of others go on."""
     one, other = recorder(), recorder()
     closing, open_trace = begin(one, "closing"), begin(other, "open")
     one.end_all("FINISHED", "closed early")
@@ -179,7 +179,7 @@ def test_two_recorders_of_one_trace_have_an_id_each(
 def test_the_sink_finds_the_open_traces_of_its_destination(
     recorder: Any, begin: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the id in the records; none of another destination, and none that nobody holds."""
+    """`find` takes the id in the records; it finds none of another destination, and none deleted."""
     one = recorder()
     trace = begin(one, "t")
     elsewhere = begin(one, "other", key="two")

@@ -63,7 +63,7 @@ def hanging() -> Iterator[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="compares the clocks of two processes")
 def test_the_deadline_is_the_processs(hanging: str) -> None:
-    """Five processors hold the process up no longer than one does, and one line tells of all."""
+    """Five processors hold the process up no longer than one does, and one line names all."""
     held_s, said = run(hanging, 5, 1.0)
     assert held_s < 3.0
     [line] = said.splitlines()
@@ -73,8 +73,8 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     assert len(match[2].split()) == 5
 
 
-def test_many_files_are_told_by_their_directory(tmp_path: Path) -> None:
-    """The line stays one that can be read."""
+def test_many_files_are_named_by_their_directory(tmp_path: Path) -> None:
+    """With many segments the line names their directory, so that it stays short."""
     said = run("", 12, 1.0)[1]
     assert said.endswith(f"sync {tmp_path / 'spool'}\n")
 
@@ -98,8 +98,8 @@ gc.collect()
 
 @pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize("close", ["pass", "processor.mlflow_plugin.close(0.0, 'FINISHED', '')"])
-def test_what_was_dropped_is_told_all_the_same(offline: bool, close: str) -> None:
-    """A processor that nobody holds any more has left what it has left."""
+def test_records_of_a_deleted_processor_are_named_all_the_same(offline: bool, close: str) -> None:
+    """The line at the exit counts the records of processors that no longer exist."""
     code = DROPPED.format(options={"offline": offline}, close=close)
     said = run("http://127.0.0.1:9", code=code)[1]
     assert "6 records of 3 traces are kept" in said.splitlines()[-1]
@@ -119,8 +119,8 @@ pipelines.normalize = slow
 """
 
 
-def test_what_is_still_in_memory_is_told_as_lost() -> None:
-    """What the worker could not write in time is not passed over in silence."""
+def test_what_is_still_in_memory_is_reported_as_lost() -> None:
+    """Records that the spooling thread could not write in time are reported as lost."""
     said = run("http://127.0.0.1:9", 1, 0.0, code=IN_MEMORY + SCRIPT)[1]
     assert "3 records lost: neither the server nor the spool" in said
 
