@@ -1,7 +1,7 @@
 """MLflow's own style, one call for every agent: python examples/autolog_example.py
 
-Needs no key and no network. The runs go to MLFLOW_TRACKING_URI or MLflow's local store; they are
-delivered in the background, at the latest when the process ends.
+Needs no key and no network. The runs go to MLFLOW_TRACKING_URI or MLflow's local store. They are
+delivered in the background, the last ones when the process ends.
 """
 
 import qitos_mlflow

@@ -3,7 +3,7 @@
 Needs no key and no network. The run goes to MLFLOW_TRACKING_URI or MLflow's local store.
 """
 
-# First, for where the start-up line does not run (python -I, -S): QitOS 0.3 has no qitos.tracing.
+# Comes first because QitOS 0.3 has no qitos.tracing, and python -I and -S skip the start-up line.
 from qitos_mlflow import MlflowTraceProcessor  # isort: skip
 from qitos.tracing import add_trace_processor
 

@@ -1,6 +1,6 @@
 """Many agents at once, one processor: python examples/concurrent_agents.py
 
-16 agents in 8 threads become 16 runs; nothing of one shows up in another. Needs no key and no
+16 agents in 8 threads become 16 runs. No run has data of another agent. Needs no key and no
 network. The runs go to MLFLOW_TRACKING_URI or MLflow's local store.
 """
 
@@ -16,7 +16,7 @@ THREADS, AGENTS = 8, 16
 
 
 def square(number: int) -> str:
-    """Have an agent of its own square the number."""
+    """Square the number with a new agent."""
     call = ("calculate", {"expression": f"{number}*{number}"})
     model = ScriptedModel(
         "scripted-small", [act("Multiply.", call), answer("Done.", f"{number**2}")]

@@ -1,7 +1,7 @@
-"""A trace plugin of one's own, which needs only pluggy: python examples/custom_plugin.py
+"""A trace plugin that needs only pluggy: python examples/custom_plugin.py
 
-Here it is registered by hand. In a package of its own it is found by its entry point, with no
-code in the agent at all; QITOS_TRACE_PLUGINS=tool-times then selects it:
+This script registers the plugin in code. A package declares it as an entry point instead, and
+QITOS_TRACE_PLUGINS=tool-times selects it. The agent then needs no code for it:
 
     [project.entry-points."qitos.trace_plugins"]
     tool-times = "my_package:ToolTimes"

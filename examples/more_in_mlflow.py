@@ -1,7 +1,7 @@
-"""A plugin that adds to what is logged, which needs only pluggy: python examples/more_in_mlflow.py
+"""A plugin that adds to what is logged and needs only pluggy: python examples/more_in_mlflow.py
 
-Needs no key and no network. docs/extending.md explains the hook; as in custom_plugin.py, a package
-of its own would bring the plugin by an entry point, with no code in the agent at all.
+Needs no key and no network. docs/extending.md explains the hook. As custom_plugin.py says, a
+package can declare the plugin as an entry point, so that the agent needs no code for it.
 """
 
 import platform
@@ -17,7 +17,7 @@ class ToolSizes:
 
     @hookimpl
     def qitos_record(self, record: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
-        """Called in the background, with a copy of each event that is about to be kept."""
+        """Called on the spooling thread, with a copy of each record before it is kept."""
         if record["kind"] == "trace_start":
             return {"tags": {"machine": platform.machine()}}
         if record["kind"] == "span" and record["type"] == "tool":

@@ -74,7 +74,7 @@ def test_the_argument_goes_before_the_environment(
     wanted: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is given in code counts, also when it is the default's very text; then the variables."""
+    """A value given in code counts first, also one equal to the default; then the variables."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     options = {} if given is None else {"experiment_name": given}
@@ -180,14 +180,14 @@ def test_no_store_of_mlflow_is_missing() -> None:
 
 
 def test_a_destination_may_be_a_path_and_an_empty_one_is_none() -> None:
-    """A `Path` is taken as its text; a text without content as nothing given."""
+    """A `Path` counts as its text; an empty text counts as not given."""
     assert Settings.resolve(tracking_uri=Path("runs")).tracking_uri == "runs"
     assert Settings.resolve(tracking_uri="").tracking_uri is None
 
 
 @pytest.mark.parametrize("uri", ["http://[::1", "http://u:secret@[::1", "http://h:port", "", ":"])
 def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that becomes unusable later is one more destination that cannot be reached."""
+    """A variable that becomes unusable later is treated as a destination that does not answer."""
     settings = Settings.resolve()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert is_http(tracking_uri(settings)) is uri.startswith("http")
@@ -207,7 +207,7 @@ def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.Mo
 def test_errors_hold_no_credentials(
     variable: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are logged, with their causes: what looks like a credential is left out."""
+    """Errors are logged with their causes, so both are without credentials."""
     monkeypatch.setenv(variable, text)
     with pytest.raises(SettingsError, match=variable) as raised:
         Settings.resolve()
@@ -216,7 +216,7 @@ def test_errors_hold_no_credentials(
 
 @pytest.mark.parametrize("tags", [["env"], "env=dev", "7"])
 def test_tags_that_cannot_be_used_are_named_by_their_kind(tags: Any) -> None:
-    """Tags are free text, so the error names what was given, but shows none of it."""
+    """Tags are free text, so the error shows only the type of the value."""
     with pytest.raises(SettingsError, match=r"argument tags, a (list|str), .*expected a mapping"):
         Settings.resolve(tags=tags)
 
@@ -281,7 +281,7 @@ def test_settings_do_not_change() -> None:
 
 
 def test_tags_are_texts() -> None:
-    """Tags of any kind are taken as their texts; one that is None is not given."""
+    """A tag's value becomes text; a tag whose value is None is left out."""
     assert Settings.resolve(tags={"number": 2, 3: True, "a": None}).tags == {
         "number": "2",
         "3": "True",
@@ -305,7 +305,7 @@ def test_tags_are_texts() -> None:
 def test_a_destination_means_the_same_in_any_directory(
     uri: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A relative destination is absolute from the moment it is asked for, from either source."""
+    """A relative destination becomes absolute when it is read, from both sources."""
     cwd = tmp_path.as_posix()
     assert tracking_uri(Settings.resolve(tracking_uri=uri)) == wanted.format(cwd=cwd)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -313,5 +313,5 @@ def test_a_destination_means_the_same_in_any_directory(
 
 
 def test_no_destination_is_mlflows_default() -> None:
-    """Without a destination there is none: MLflow decides, when the time comes."""
+    """Without a destination the result is None: MLflow chooses when the trace starts."""
     assert tracking_uri(Settings.resolve()) is None

@@ -27,7 +27,7 @@ _JOINED = tuple(
         "password passwd passphrase connectionstring connstr"
     )
 )
-"""A name that ends so, without separators, names a credential."""
+"""A name that ends in one of these, read without separators, names a credential."""
 
 _KEY_OF = _words(
     "access account admin anthropic api app application auth azure client consumer deploy "
@@ -54,7 +54,7 @@ _HARMLESS_END = _words(
     "required reset rotation rule rules scheme size source status strategy strength ttl type "
     "types updated uri url usage valid variable version window"
 )
-"""A name that ends so says something about a credential, and holds none."""
+"""A name that ends in one of these describes a credential and does not hold one."""
 
 
 def _is_credential(words: list[str]) -> bool:

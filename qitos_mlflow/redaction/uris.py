@@ -7,10 +7,10 @@ import re
 from qitos_mlflow.redaction.redact import redact_text as redact_text
 
 _USER_INFO = re.compile(
-    # Up to the "@" of the host; beyond a slash only after what cannot be a port: SQLAlchemy takes
-    # any password as it is.
+    # Up to the "@" before the host. A password may hold a slash, because SQLAlchemy takes it as it
+    # is; so the match goes beyond a slash if the text after the colon cannot be a port.
     r"\A(?P<scheme>[^:/?#]+:?//)(?:[^/?#]*@|[^@:/?#]*:(?!\d+(?:[/?#]|$))[^@]*@)"
-    # Without the slashes nothing can be reached, but the password is one all the same.
+    # Without the two slashes the URI is not valid, but it has a password all the same.
     r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
 )
 

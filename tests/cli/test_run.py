@@ -1,4 +1,4 @@
-"""`qitos-mlflow run`: someone's own program must not see a difference."""
+"""`qitos-mlflow run`: the program that it starts sees no difference to python."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> 
     ],
 )
 def test_bad_input_is_named(programs: Path, cli: Run, args: tuple[str, ...], message: str) -> None:
-    """What cannot be used is named together with the next step; exit code 2, no traceback."""
+    """The error names the wrong value and the next step; exit code 2, no traceback."""
     (programs / "empty").mkdir()
     got = cli("run", *args)
     assert got.returncode == 2

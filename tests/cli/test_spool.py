@@ -232,7 +232,7 @@ def test_patience_has_an_end(cli: Run, patience: str) -> None:
 def test_losses_and_dead_letters_are_counted_by_reason(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
-    """What was dropped and what the server refuses for good is counted with its reasons."""
+    """Dropped records and records that the server rejects for good are counted by reason."""
     dropped = {"queue_full": 3, "spool_full": 1}
     write_segment(tmp_path, store, *trace(experiment, dropped=dropped, recorded=4), b"no record")
     assert status()["lost"] == dropped
@@ -263,7 +263,7 @@ def test_losses_of_a_dead_process_are_shown(
 def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
-    """Nothing is guessed: without a header sync asks for the destination, and then delivers."""
+    """Without a header sync asks for the destination; given one, it delivers."""
     part = write_segment(tmp_path, store, *trace(experiment))
     content = part.read_bytes()
     at = content.index(b"tracking_uri")

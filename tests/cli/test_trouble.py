@@ -1,4 +1,4 @@
-"""What the commands make of passwords, broken spools and unwilling servers."""
+"""The commands with passwords, broken spools, and servers that reject data."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def break_segment(part: Path) -> None:
 
 @pytest.mark.parametrize("uri", [NOWHERE.replace("//", f"//user:{SECRET}@"), UNUSABLE])
 def test_no_password_is_shown_or_kept(tmp_path: Path, python: Run, uri: str) -> None:
-    """Not by an agent's logs, not by a command, not in the spool."""
+    """No log line, no command and no file of the spool has the password."""
     (tmp_path / "agent.py").write_text(AGENT)
     done = python("agent.py", uri)
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_asking_never_raises(uri: str) -> None:
 def test_a_broken_file_of_credentials_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read for every request to a server."""
+    """With a broken credentials file of MLflow, the server counts as not reachable."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow" / "credentials").write_text("no section\n")
@@ -176,7 +176,7 @@ class Unwilling:
 def test_one_refused_experiment_does_not_stop_the_others(
     tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Patience ends also while the server asks for more; what is not locked is delivered."""
+    """Patience also ends while the server asks to retry; the other experiments are delivered."""
     for experiment in ("locked", "open", "locked"):
         write_segment(tmp_path, server, *trace(experiment))
     ways = {"open_sink": Unwilling, "default_header": None}

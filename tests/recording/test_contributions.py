@@ -114,7 +114,7 @@ def test_what_a_plugin_returns_has_the_limit_of_a_field(attach: Callable[..., No
 def test_what_is_returned_wrongly_is_reported(
     said: Any, complaint: str, attach: Callable[..., None], swallowed: list[Any]
 ) -> None:
-    """It is left out as a whole and logged under its plugin's name; other plugins' parts stay."""
+    """A wrong return value is left out and logged with its plugin's name; others' parts stay."""
     attach(lambda record: said, lambda record: {"tags": {"team": "blue"}})
     assert kept(Records().span("tool", tool_name="get"))["added"] == {"tags": {"team": "blue"}}
     ((where, error),) = swallowed
@@ -192,7 +192,7 @@ def test_tags_of_a_trace_are_bounded() -> None:
 
 
 def test_names_are_cleaned() -> None:
-    """Names that MLflow would refuse are written so that it takes them."""
+    """Characters that MLflow does not allow in names are replaced."""
     lost: Counter[str] = Counter()
     record = {"added": {"metrics": {"a//b": 1}, "tags": {"#": "x"}, "attributes": {"": 1}}}
     ((name, _),) = contributed.metrics(record, lost)

@@ -52,7 +52,7 @@ def normalized(record: dict[str, Any], field_bytes: int = ROOM) -> Any:
     ],
 )
 def test_times_are_exact(text: str | None, ns: int | None) -> None:
-    """An ISO time is its nanoseconds to the microsecond it has; without a zone it is UTC."""
+    """An ISO time becomes exact nanoseconds; a time without a zone is UTC."""
     assert nanoseconds(text) == ns
 
 
@@ -61,14 +61,14 @@ def test_times_are_exact(text: str | None, ns: int | None) -> None:
     zone=st.sampled_from([timezone.utc, timezone(timedelta(hours=5, minutes=30))]),
 )
 def test_any_time_comes_back(moment: datetime, zone: timezone) -> None:
-    """No time is off by the least bit, in any zone."""
+    """Every time in every zone is exact to the microsecond."""
     moment = moment.replace(tzinfo=zone)
     since = moment - datetime(1970, 1, 1, tzinfo=timezone.utc)
     assert nanoseconds(moment.isoformat()) == since // timedelta(microseconds=1) * 1_000
 
 
 def test_a_spans_times_are_numbers() -> None:
-    """Start and end are nanoseconds in the record; a time that is missing stays so."""
+    """Start and end are nanoseconds in the record; a missing time stays missing."""
     record = normalized({"started_at": "1970-01-01T00:00:01+00:00", "ended_at": None})
     assert record == {"kind": "span", "start_ns": 1_000_000_000, "end_ns": None}
 
@@ -81,7 +81,7 @@ def test_a_spans_times_are_numbers() -> None:
     ["data", "metadata", "output", "error", "exception", "name", "group_id", "user", "settings"],
 )
 def test_credentials_are_nowhere_in_a_record(where: str) -> None:
-    """Whatever part of the record holds them, by name or by shape, they are gone."""
+    """Credentials are redacted in every part of a record, by name and by shape."""
     number = uuid.uuid4().hex
     secret = f"sk-{number}{number}"
     for value in (secret, {"api_key": number}, {"deep": [{"password": number, "text": secret}]}):
@@ -91,13 +91,13 @@ def test_credentials_are_nowhere_in_a_record(where: str) -> None:
 
 
 def test_ids_and_words_of_ours_pass() -> None:
-    """What the record says of itself is not mistaken for a credential."""
+    """The record's own ids and words are not mistaken for credentials."""
     ids = {"trace_id": "a" * 64, "span_id": "sk-" + "b" * 40, "type": "tool", "step": 3}
     assert normalized(ids) == {"kind": "span", **ids}
 
 
 def test_large_fields_are_trimmed_after_redaction() -> None:
-    """A field is cut where it is too large, and no cut leaves half a credential."""
+    """A field is cut if it is too large, and no cut leaves half a credential."""
     number = uuid.uuid4().hex
     text = "x" * 990 + f" api_key={number}{number} " + "y" * 5_000
     record = normalized({"output": text, "data": {"short": "kept"}}, field_bytes=1_024)
@@ -114,7 +114,7 @@ def test_a_record_within_its_limit_is_not_touched() -> None:
 
 
 def test_ids_and_settings_are_never_cut() -> None:
-    """However small a field may be, a record says what it is and how its run is logged."""
+    """With the smallest field limit, a record still has its ids and the settings of its run."""
     record = {
         "trace_id": "a" * 64,
         "settings": {"experiment_name": "runs", "tags": {"a": "b" * 99}},
@@ -136,7 +136,7 @@ NOTE = f"[image/png, {len(BASE64)} characters]"
 
 @pytest.mark.parametrize("pictures", [1, 3, 12, 40])
 def test_pictures_do_not_count_against_a_chat(pictures: int) -> None:
-    """However many there are, each becomes a note of its true size, and no text is cut."""
+    """Any number of pictures become notes of their true sizes, and no text is cut."""
     system = {"role": "system", "content": "You see. " * 5_000}
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": DATA_URL}}]}
     record = normalized({"data": {"input_content": [system, *[picture] * pictures]}})
@@ -186,7 +186,7 @@ def test_large_files_become_notes_wherever_they_are(block: Any, noted: Any) -> N
     ],
 )
 def test_long_texts_are_no_files(value: Any) -> None:
-    """What a person can read stays, though it stands where files stand."""
+    """Readable text stays, also in a place where files are usual."""
     assert normalized({"output": value})["output"] == value
 
 
@@ -205,7 +205,7 @@ def test_a_picture_that_the_snapshot_cut_has_its_true_size_in_its_note() -> None
 
 
 def test_no_secret_comes_through_a_picture() -> None:
-    """The note of a file that is none has nothing of it; its media type is redacted like all."""
+    """A note has no content of the file, and its media type is redacted too."""
     number = uuid.uuid4().hex
     secret = f"sk-{number}{number}"
     for value in (
@@ -249,7 +249,7 @@ def test_a_stack_has_the_source_and_no_credentials() -> None:
 
 
 def test_a_failure_without_a_stack_has_none() -> None:
-    """With content off there is a type and no more."""
+    """With content off an exception has its type only."""
     failure = {"type": "ValueError", "message": "[content off]"}
     assert normalized({"exception": failure})["exception"] == failure
 
@@ -258,7 +258,7 @@ def test_a_failure_without_a_stack_has_none() -> None:
 
 
 def test_a_file_travels_with_its_run(tmp_path: Path) -> None:
-    """A file's content is read here, redacted, and never cut; one that is missing is no record."""
+    """A file is read and redacted here, and never cut; a missing file makes no record."""
     file = tmp_path / "events.jsonl"
     number = uuid.uuid4().hex
     file.write_text('{"text": "' + "x" * 5_000 + f'", "api_key": "{number}"}}\n')

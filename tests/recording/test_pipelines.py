@@ -179,7 +179,7 @@ def test_two_recorders_of_one_trace_have_an_id_each(
 def test_the_sink_finds_the_open_traces_of_its_destination(
     recorder: Any, begin: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`find` takes the id in the records; it finds none of another destination, and none deleted."""
+    """`find` takes the id in the records; other destinations and deleted traces give None."""
     one = recorder()
     trace = begin(one, "t")
     elsewhere = begin(one, "other", key="two")

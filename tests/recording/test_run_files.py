@@ -31,7 +31,7 @@ def test_a_file_that_is_not_there_is_no_loss(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_loss(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is there and will be missed, so the spooling thread counts it."""
+    """An unreadable file raises, so that the spooling thread counts it as lost."""
     file = tmp_path / "events.jsonl"
     file.touch()
 

@@ -90,7 +90,7 @@ class Point:
 
 
 class Call(pydantic.BaseModel):
-    """As the clients of OpenAI and Anthropic give them out; none of its code is run."""
+    """As the clients of OpenAI and Anthropic return them; none of its code is run."""
 
     model_config = pydantic.ConfigDict(extra="allow")
     name: str
@@ -117,7 +117,7 @@ class OldCall(pydantic.v1.BaseModel):
 
 
 class Hostile:
-    """Raises whatever is asked of it."""
+    """Raises at every access."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -219,7 +219,7 @@ class HostilePath:
     ],
 )
 def test_values_keep_their_form(value: Any, wanted: Any) -> None:
-    """JSON is itself; what is like JSON becomes it; anything else is its text."""
+    """JSON values stay, similar values become JSON, anything else becomes its text."""
     assert through(value) == wanted
 
 
@@ -305,7 +305,7 @@ def test_a_snapshot_stays_as_it_was() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_hostile_objects_cost_only_themselves(value: Any) -> None:
-    """An object that raises at every touch is a few words; what stands beside it is intact."""
+    """An object that raises at every access becomes a few words; all beside it is intact."""
     assert orjson.loads(encode({"value": value, "beside": [1, {"a": "b"}]}))["beside"] == [
         *(1, {"a": "b"}),
     ]
@@ -328,7 +328,7 @@ def test_what_json_cannot_hold() -> None:
 
 
 def test_models_keep_their_fields() -> None:
-    """A pydantic model is what it holds, extra fields too, not what it says of itself."""
+    """A pydantic model becomes its fields, extra ones too, whatever its own methods return."""
     inner = Call(name="inner", arguments=[Path("/a")])
     call = Call.model_construct(name="f", arguments={"x": inner}, more=(1, OldCall(name="g")))
     call._client = Hostile()
@@ -351,7 +351,7 @@ def test_models_share_the_bounds_of_containers() -> None:
 
 
 def test_what_holds_itself_twice_at_each_level_is_bounded() -> None:
-    """A value of little memory can be more JSON than there is room for."""
+    """A value that holds one list in many places is cut: its JSON would be too large."""
     level: Any = ["bottom"]
     for _ in range(60):
         level = [level, level]
@@ -372,7 +372,7 @@ def test_rows_with_times_are_not_cut() -> None:
 def test_a_flat_dict_is_known_as_such_only_while_it_is(
     nested: Callable[[dict[Any, Any]], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However something with insides came into a dict, it is looked into."""
+    """A container in a dict is found, whichever way it came into the dict."""
     monkeypatch.setattr(to_json, "_nested", nested)
     bare = Bare()
     bare.a = bare.b = 1  # type: ignore[attr-defined]
@@ -390,7 +390,7 @@ def test_a_flat_dict_is_known_as_such_only_while_it_is(
 
 @pytest.mark.parametrize("who", ["alone", "threads"])
 def test_a_payload_that_changes_meanwhile_does_no_harm(who: str) -> None:
-    """Whether its own code or another thread changes a payload: the process lives on."""
+    """The process survives if a payload's own code or another thread changes the payload."""
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.recording.changing", who]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "no crash"), done
@@ -418,7 +418,7 @@ ANYTHING = st.recursive(
 
 @given(value=ANYTHING)
 def test_anything_has_a_snapshot(value: Any) -> None:
-    """Whatever it is given, the result is JSON."""
+    """Every value becomes JSON."""
     assert "value" in orjson.loads(encode({"value": value}))
 
 
@@ -445,7 +445,7 @@ def test_the_record_of_a_span() -> None:
 
 
 def test_numbers_that_are_none_stay_visible() -> None:
-    """JSON has no NaN: as texts they can still be dropped and counted, not just be missing."""
+    """JSON has no NaN. As texts, such numbers can be dropped and counted later."""
     record = record_of(tracing.CriticSpanData(score=math.nan))
     assert record["data"]["score"] == "nan"
     usage = {"prompt_tokens": math.inf, "completion_tokens": 1.0}
@@ -454,7 +454,7 @@ def test_numbers_that_are_none_stay_visible() -> None:
 
 
 def test_long_texts_are_cut_on_the_spot() -> None:
-    """A text far beyond what is kept is not carried along; the rest says how long it was."""
+    """A text longer than a field is cut in the snapshot; a note says how long it was."""
     data = tracing.ToolSpanData(tool_name="read", output_content="x" * 5_000)
     record = record_of(data, output="y" * 7_000, field_chars=100)
     assert record["data"]["output_content"] == "x" * 100 + "… [cut: 5000 characters in all]"
@@ -533,7 +533,7 @@ def test_an_exception_without_a_text() -> None:
 
 
 def test_an_exception_in_flight_is_the_blocks_own_or_not() -> None:
-    """What is being handled counts, unless it was so when the block was entered."""
+    """The handled exception counts, unless it was handled before the block was entered."""
     found = [snapshot.failure_in_flight(None)]
     outer, inner = ValueError("outer"), KeyError("inner")
     try:

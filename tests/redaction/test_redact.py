@@ -1,4 +1,4 @@
-"""No credential passes the choke point, and what is none passes unchanged."""
+"""No credential passes `redact`, and everything else passes unchanged."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_what_is_around_a_credential_stays() -> None:
 )
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
-    """What takes the place of a number, list or object can be read, and nothing beside it goes."""
+    """A number, list or object is replaced by valid JSON, and everything beside it stays."""
     told = {"a": {"cookies": value}, "list": [{"token": value}], "status": 200}
     text = json.dumps(told, indent=indent)
     hidden = json.loads(redact_text(text))
@@ -222,7 +222,7 @@ def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
 
 
 def test_a_json_document_is_redacted_by_its_structure() -> None:
-    """A document keeps its form: hidden are names, pairs and texts, whatever escapes they have."""
+    """Named values, pairs and texts are hidden in any escaping; the document keeps its form."""
     told = {"headers": [{"name": "Cookie", "value": "a"}], "text": f"x\ntoken={SECRET}", "pin": {}}
     hidden = {
         "headers": [{"name": "Cookie", "value": MARKER}],
@@ -339,7 +339,7 @@ _json = st.recursive(
 
 @given(_json)
 def test_any_value_passes(value: Any) -> None:
-    """Whatever the value, there is a result, and a second pass finds nothing more to hide."""
+    """Every value has a result, and a second pass finds nothing more to hide."""
     once = redact(value)
     assert redact(once) == once
 
@@ -354,7 +354,7 @@ def test_any_document_stays_a_document(value: Any) -> None:
 
 @given(st.text(alphabet="sk-eyJ.=:\"'\\ {[@/<>abAB12\nkeytokenpasswordBearer", max_size=200))
 def test_any_text_passes(text: str) -> None:
-    """A text made of everything the search looks for is hidden once and for all."""
+    """A second pass finds nothing more to hide in a text of random parts of credentials."""
     once = redact_text(text)
     assert redact_text(once) == once
 

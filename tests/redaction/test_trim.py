@@ -37,7 +37,7 @@ def test_a_chat_that_is_trimmed_stays_a_chat() -> None:
 
 
 def test_a_field_of_many_small_things_is_cut_as_text() -> None:
-    """Where cutting texts is not enough, the field becomes the beginning of its JSON."""
+    """If cutting texts is not enough, the field becomes the beginning of its JSON."""
     trimmed = trim_fields({"data": {"tool_args": {"rows": list(range(10_000))}}}, 2_000)
     assert trimmed["data"]["tool_args"].startswith('{"rows":[0,1')
     assert len(trimmed["data"]["tool_args"].encode()) <= 2_000

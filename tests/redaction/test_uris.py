@@ -17,5 +17,5 @@ from qitos_mlflow.redaction.uris import without_credentials
     ],
 )
 def test_credentials_are_left_out_of_a_destination(uri: str, shown: str) -> None:
-    """User and password, and nothing else."""
+    """User and password are left out, and nothing else."""
     assert without_credentials(uri) == shown
