@@ -30,17 +30,12 @@ def arrived() -> object:
         return None
 
 
-def off() -> bool:
-    """Whether ``QITOS_TRACE_PLUGINS`` says that nothing is to be loaded."""
-    return os.environ.get("QITOS_TRACE_PLUGINS", "unset").strip().lower() in OFF
-
-
 def install() -> None:
     """Call `wiring.activate` once qitos is imported, unless ``QITOS_TRACE_PLUGINS`` says none.
 
     May be called any number of times, before and after qitos is imported.
     """
-    if off():
+    if os.environ.get("QITOS_TRACE_PLUGINS", "unset").strip().lower() in OFF:
         return
     from qitos_mlflow._after_import import after_import
 

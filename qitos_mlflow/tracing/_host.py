@@ -63,17 +63,23 @@ REQUIRED = frozenset(
         "Trace",
         "TraceProcessor",
         "TracingMode",
+        "add_trace_processor",
+        "create_trace",
         "get_tracing_provider",
     }
-    | {"add_trace_processor", "create_trace"}
 )
 """A `qitos.tracing` without these is something else."""
 
 
-def find_spec(name: str) -> ModuleSpec | None:
-    """The spec that other finders have for `name`, which is `HOST` or below; imports nothing."""
-    path = _search_path(name.rpartition(".")[0])
-    return None if path is None else spec_from(sys.meta_path, name, path)
+def find_spec() -> ModuleSpec | None:
+    """The spec that other finders have for the host's `qitos.tracing`; imports nothing."""
+    host = sys.modules.get("qitos")
+    if host is not None:
+        path = getattr(host, "__path__", None)
+    else:
+        spec = spec_from(sys.meta_path, "qitos", None)
+        path = None if spec is None else spec.submodule_search_locations
+    return None if path is None else spec_from(sys.meta_path, HOST, path)
 
 
 def spec_from(finders: list[Any], name: str, path: Any) -> ModuleSpec | None:
@@ -85,19 +91,6 @@ def spec_from(finders: list[Any], name: str, path: Any) -> ModuleSpec | None:
         if spec is not None and spec.origin != ORIGIN:
             return spec
     return None
-
-
-def _search_path(package: str) -> Any:
-    """Where the submodules of `package` are looked for; None when there is no such package."""
-    module = sys.modules.get(package)
-    if module is not None:
-        return getattr(module, "__path__", None)
-    parent = package.rpartition(".")[0]
-    parent_path = _search_path(parent) if parent else None
-    if parent and parent_path is None:
-        return None
-    spec = spec_from(sys.meta_path, package, parent_path)
-    return None if spec is None else spec.submodule_search_locations
 
 
 _settled: dict[str, Any] = {}
@@ -142,7 +135,7 @@ def _exists() -> bool:
     loaded = sys.modules.get(HOST)
     if loaded is not None:  # By whichever loader; not all have a path.
         return not getattr(loaded, "__qitos_mlflow__", False)
-    return find_spec(HOST) is not None
+    return find_spec() is not None
 
 
 def _names(package: ModuleType) -> list[tuple[str, Any]]:

@@ -47,11 +47,7 @@ def install() -> None:
             if not any(getattr(f, "serves_qitos_tracing", False) for f in sys.meta_path):
                 sys.meta_path.append(_Finder())
         host = sys.modules.get("qitos")
-        if (
-            host is not None
-            and not hasattr(host, "tracing")
-            and _host.find_spec(_host.HOST) is None
-        ):
+        if host is not None and not hasattr(host, "tracing") and _host.find_spec() is None:
             import_module(_host.HOST)
     except Exception as error:  # noqa: BLE001 - runs while the user's program starts
         _guard.report("tracing.compat", error)
