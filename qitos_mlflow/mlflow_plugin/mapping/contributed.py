@@ -27,7 +27,7 @@ def metrics(record: Mapping[str, Any], lost: Counter[str]) -> Iterator[tuple[str
             yield clean_key(name), number
 
 
-def tags(record: Mapping[str, Any], lost: Counter[str] | None = None) -> list[tuple[str, str]]:
+def tags(record: Mapping[str, Any], lost: Counter[str]) -> list[tuple[str, str]]:
     """Tags that plugins add to the run and its trace."""
     return [
         (clean_key(name), clean_text(value, limits.TAG_CHARS, lost))

@@ -47,20 +47,17 @@ def trace_info(tree: SpanTree) -> dict[str, Any]:
     return info
 
 
-def locate(info: Mapping[str, Any], experiment_id: str, run_id: str | None) -> dict[str, Any]:
-    """`info` completed for ``POST /api/3.0/mlflow/traces``.
+def locate(info: Mapping[str, Any], experiment_id: str, run_id: str) -> dict[str, Any]:
+    """`info` completed for ``POST /api/3.0/mlflow/traces``: in its experiment, linked to its run.
 
     Args:
-        info: what `trace_info` returned.
-        experiment_id: where the trace belongs.
-        run_id: the run it is linked to, None for none.
+        info: what `trace_info` returned; it stays as it is.
+        experiment_id: MLflow's id.
+        run_id: MLflow's id.
     """
     experiment = {"experiment_id": experiment_id}
-    metadata = dict(info["trace_metadata"])
-    if run_id:
-        metadata["mlflow.sourceRun"] = run_id
     return {
         **info,
         "trace_location": {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": experiment},
-        "trace_metadata": metadata,
+        "trace_metadata": {**info["trace_metadata"], "mlflow.sourceRun": run_id},
     }

@@ -88,12 +88,6 @@ class Call:
     broke: Failing = field(default_factory=Failing)
     failed: Failing = field(default_factory=Failing)
 
-    def halves(self) -> tuple[Call, Call]:
-        """The same call twice, each with half of the items."""
-        middle = len(self.items) // 2
-        one, other = self.items[:middle], self.items[middle:]
-        return replace(self, items=one), replace(self, items=other)
-
 
 class CallList:
     """`delivery.Shipment` over a list of calls. Used by one thread.
@@ -174,8 +168,11 @@ class CallList:
             self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
 
     def _halve(self, call: Call) -> None:
+        """Put two calls in its place, each with half of the items."""
         self._calls.popleft()
-        self._calls.extendleft(reversed(call.halves()))
+        middle = len(call.items) // 2
+        for half in (call.items[middle:], call.items[:middle]):
+            self._calls.appendleft(replace(call, items=half))
 
     def _bury(self, group: Group, reason: str) -> None:
         group.refuse(reason)

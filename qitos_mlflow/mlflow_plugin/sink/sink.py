@@ -239,12 +239,9 @@ def _letter(trace: TraceState, item: Any) -> bytes:
     """The dead letter of one item: enough to log it by hand."""
     run_id = None if trace.run is None else trace.run.run_id
     return orjson.dumps(
-        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item}, default=_plain
+        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item},
+        default=lambda content: content.decode("utf-8", "replace"),  # Of a file.
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else vars(value)
 
 
 def _span_letter(traces: dict[bytes, TraceState], span: Any) -> bytes:

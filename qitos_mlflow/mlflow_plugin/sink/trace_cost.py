@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 import orjson
 
@@ -37,8 +36,7 @@ PAUSE_S = 60.0
 class TraceCosts:
     """Asks one server what traces cost. Used by one thread."""
 
-    def __init__(self, transport: Transport, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._answers = True
         self._failures = 0
@@ -50,7 +48,7 @@ class TraceCosts:
         Raises:
             RetryLater: the server did not say; not more than `TRIES` times in a row.
         """
-        if not self._answers or self.clock() < self._asks_at:
+        if not self._answers or time.monotonic() < self._asks_at:
             return {}
         try:
             cost = trace_cost(self._transport, experiment_id, tree, min(timeout_s, TIMEOUT_S))
@@ -65,7 +63,7 @@ class TraceCosts:
                 raise RetryLater(f"no cost: {failure}") from failure
             if self._failures == TRIES:
                 self._warn(failure)
-            self._asks_at = self.clock() + PAUSE_S
+            self._asks_at = time.monotonic() + PAUSE_S
             return {}
         self._failures = 0
         return {"mlflow.trace.cost": orjson.dumps(cost).decode()} if cost else {}

@@ -22,8 +22,10 @@ from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
+from qitos_mlflow.mlflow_plugin.sink import trace_cost
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
+from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import Records
 
@@ -479,13 +481,16 @@ def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("failure", [RetryLater("HTTP 503"), Poisoned("HTTP 500")])
 def test_a_cost_that_is_not_told_holds_nothing_back(
-    server: FakeTransport, failure: Exception, caplog: pytest.LogCaptureFixture
+    server: FakeTransport,
+    failure: Exception,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After a few failures traces go without a cost for a while, with one warning."""
-    now = [0.0]
+    clock = Clock()
+    monkeypatch.setattr(trace_cost, "time", clock)
     server.fail = lambda call, _: failure if call == "sum_spans" else None
     sink = sink_to(server)
-    sink._calls._costs.clock = lambda: now[0]
     shipment = sink.prepare(lines(*a_priced_trace("one")))
     with caplog.at_level(logging.WARNING):
         for _ in range(TRIES - 1):
@@ -494,7 +499,7 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
         assert shipment.send(TIMEOUT_S) == []
         assert ship(sink, *a_priced_trace("two")) == []
         assert server.calls.count("sum_spans") == TRIES
-        now[0] += PAUSE_S
+        clock.now += PAUSE_S
         assert ship(sink, *a_priced_trace("three")) == []
     assert server.calls.count("sum_spans") == TRIES + 1
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
@@ -502,7 +507,7 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
     assert "password" not in caplog.text
     server.fail = lambda call, _: None
     server.cost = 0.5
-    now[0] += PAUSE_S
+    clock.now += PAUSE_S
     ship(sink, *a_priced_trace("four"))
     costs = [info["trace_metadata"].get("mlflow.trace.cost") for info in server.traces.values()]
     assert costs[:3] == [None] * 3
