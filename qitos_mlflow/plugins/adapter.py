@@ -102,10 +102,8 @@ class PluginTraceProcessor(TraceProcessor):
         """
         unwilling = self._only_add
         for call in self._calls["qitos_wants_trace"]:
-            try:
+            with _guard.shield(call.where):
                 unwilling += False in call.hook()
-            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
-                _guard.report(call.where, error)
         return unwilling < len(self._managers)
 
     def on_trace_start(self, trace: Trace) -> None:
@@ -128,10 +126,8 @@ class PluginTraceProcessor(TraceProcessor):
         """What each plugin's ``qitos_record`` returns for a copy of `record`, with its name."""
         returned: list[tuple[str, Any]] = []
         for call in self._calls["qitos_record"]:
-            try:
+            with _guard.shield(call.where):
                 returned += [(call.where, one) for one in call.hook(record=deepcopy(record))]
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
         return returned
 
     def force_flush(self, timeout_s: float | None = None) -> bool:
@@ -144,11 +140,10 @@ class PluginTraceProcessor(TraceProcessor):
         flushed = True
         for call in self._calls["qitos_force_flush"]:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                flushed = False not in call.hook(timeout_s=left_s) and flushed
-            except Exception as error:  # noqa: BLE001
-                _guard.report(call.where, error)
-                flushed = False
+            done = False
+            with _guard.shield(call.where):
+                done = False not in call.hook(timeout_s=left_s)
+            flushed = done and flushed
         return flushed
 
     def shutdown(self) -> None:

@@ -16,11 +16,6 @@ from qitos_mlflow.tracing import _host
 from qitos_mlflow.tracing.access import content_allowed as content_allowed
 from qitos_mlflow.tracing.access import processors as processors
 from qitos_mlflow.tracing.access import remove_trace_processor as remove_trace_processor
-from qitos_mlflow.tracing.redaction import REDACTED as REDACTED
-from qitos_mlflow.tracing.redaction import STRUCTURAL_FIELDS as STRUCTURAL_FIELDS
-from qitos_mlflow.tracing.redaction import STRUCTURAL_METADATA as STRUCTURAL_METADATA
-from qitos_mlflow.tracing.redaction import redacted_export as redacted_export
-from qitos_mlflow.tracing.redaction import redacted_metadata as redacted_metadata
 
 if TYPE_CHECKING:
     # At run time the names are found in `_host.OURS`, which has what these modules define.
