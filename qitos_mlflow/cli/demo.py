@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 import uuid
+from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +20,11 @@ from qitos_mlflow.cli._options import experiment_name, tracking_uri
 from qitos_mlflow.cli._show import complain, table
 
 if TYPE_CHECKING:
-    from qitos_mlflow.cli._logged_runs import LoggedRuns
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
+    from qitos_mlflow.settings import Settings
+
+PORT = 5000
+"""Port of the suggested server for a local store; MLflow's own default."""
 
 LOCAL_STORE_S = 60.0
 """Deadline of delivery to a local store, whose first use imports mlflow and creates tables."""
@@ -46,7 +55,6 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     if find_spec("qitos") is None:
         raise Refused("the demo's agents need QitOS; install it with: pip install qitos")
     from qitos_mlflow.cli._demo_agent import TASKS
-    from qitos_mlflow.cli._logged_runs import read_runs
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
     from qitos_mlflow.tracing import add_trace_processor, remove_trace_processor
 
@@ -66,12 +74,10 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
             "See what is left: qitos-mlflow status. Deliver it later: qitos-mlflow sync"
         )
         raise SystemExit(1)
-    settings = processor.mlflow_plugin.settings
-    found = read_runs(settings.tracking_uri, settings.experiment_name, tag)
-    show(found)
-    if len(found.runs) < len(TASKS):
+    logged = show_runs(processor.mlflow_plugin.settings, tag)
+    if logged < len(TASKS):
         complain(
-            f"only {len(found.runs)} of {len(TASKS)} runs are in MLflow. "
+            f"only {logged} of {len(TASKS)} runs are in MLflow. "
             "See why the server rejected the others: qitos-mlflow status"
         )
         raise SystemExit(1)
@@ -92,12 +98,41 @@ def run_and_deliver(processor: MlflowTraceProcessor) -> bool:
     return processor.force_flush(wait_s)
 
 
-def show(found: LoggedRuns) -> None:
-    """Print the runs as MLflow has them, and how to open their page."""
+def show_runs(settings: Settings, tag: tuple[str, str]) -> int:
+    """Print the runs with this tag as MLflow has them, and how to open their page.
+
+    Imports mlflow and blocks on the server; raises what mlflow raises. The tag's key and value may
+    hold no quotes or backquotes. Returns the number of runs.
+    """
+    from qitos_mlflow.redaction.uris import without_credentials
+
+    mlflow = import_module("mlflow")
+    uri = settings.tracking_uri or mlflow.get_tracking_uri()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(settings.experiment_name)
+    runs = []
+    if experiment is not None:
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.`{tag[0]}` = '{tag[1]}'",
+            order_by=["attributes.start_time ASC"],
+        )
+    print_table(runs)
+    command = server_command(uri)
+    page = f"http://localhost:{PORT}" if command else without_credentials(uri).rstrip("/")
+    if experiment is not None:
+        page += f"/#/experiments/{experiment.experiment_id}"
+    see = f"See them with\n\n  {command}\n\nand then at" if command else "See them at"
+    click.echo(f"{see}  {page}")
+    return len(runs)
+
+
+def print_table(runs: Iterable[Any]) -> None:
+    """Print one row for each `mlflow.entities.Run`."""
     from rich.console import Console
 
     rows = table("run", "status", "stop reason", *(f">{heading}" for heading in METRICS))
-    for run in found.runs:
+    for run in runs:
         status = run.info.status
         numbers = (
             f"{run.data.metrics[metric]:.{digits}f}" if metric in run.data.metrics else ""
@@ -110,6 +145,28 @@ def show(found: LoggedRuns) -> None:
             *numbers,
         )
     Console().print(rows)
-    command = found.server_command
-    see = f"See them with\n\n  {command}\n\nand then at" if command else "See them at"
-    click.echo(f"{see}  {found.page}")
+
+
+def server_command(uri: str) -> str | None:
+    """The command that serves the page of a local store; None if there is a server already.
+
+    A database's password is left out.
+    """
+    from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+    from qitos_mlflow.redaction.uris import without_credentials
+
+    if is_http(uri) or uri.split(":")[0] in {"databricks", "uc"}:
+        return None
+    store = shlex.quote(without_credentials(uri))
+    return f"{_mlflow()} server --backend-store-uri {store} --port {PORT}"
+
+
+def _mlflow() -> str:
+    """The command that starts the mlflow of this Python."""
+    beside = Path(sys.executable).with_name("mlflow")
+    found = shutil.which("mlflow")
+    if found is not None and Path(found).resolve() == beside.resolve():
+        return "mlflow"
+    if beside.exists():
+        return shlex.quote(str(beside))
+    return f"{shlex.quote(sys.executable)} -m mlflow"
