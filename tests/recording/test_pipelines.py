@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def recorder(
     yield make
     for one in made:
         one.close(LONG_S)
+        # Or the tests' own process would report at its end what it holds.
+        shutil.rmtree(one.settings.spool_dir, ignore_errors=True)
 
 
 @pytest.fixture
