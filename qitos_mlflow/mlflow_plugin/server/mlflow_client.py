@@ -20,11 +20,11 @@ from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.file_utils import path_to_local_file_uri, path_to_local_sqlite_uri
+from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     TRACE_TAG,
@@ -53,9 +53,13 @@ def default_tracking_uri(cwd: str) -> str:
     uri = str(mlflow.get_tracking_uri())
     if mlflow.is_tracking_uri_set():  # Meanwhile, and perhaps to a relative path.
         return absolute(uri, cwd)
-    # A database or a folder in the working directory, whose name MLflow quotes in the URI.
-    to_uri = path_to_local_sqlite_uri if uri.startswith("sqlite:") else path_to_local_file_uri
-    return str(to_uri(str(Path(cwd, uri.rpartition("/")[2]))))
+    if cwd == working_directory():
+        return uri
+    # MLflow can be asked for its own directory only: a folder with runs in it, else a database.
+    folder = Path(cwd, "mlruns")
+    if any(found.parent.name.isdigit() for found in folder.glob("*/meta.yaml")):
+        return folder.as_uri()
+    return str(path_to_local_sqlite_uri(str(Path(cwd, "mlflow.db"))))
 
 
 def mlflow_requester(uri: str) -> Requester:

@@ -34,8 +34,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> StoreTransport:
     return StoreTransport(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
 
 
-@pytest.mark.parametrize("here", ["", "a b", "/"])
-@pytest.mark.parametrize("there", ["", "a b", "50%20/ü", "/"])
+@pytest.mark.parametrize("here", ["", "a b", "/", "old"])
+@pytest.mark.parametrize("there", ["", "a b", "50%20/ü", "/", "old"])
 def test_the_default_store_is_that_of_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, there: str
 ) -> None:
@@ -44,6 +44,10 @@ def test_the_default_store_is_that_of_the_directory(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for place in (tmp_path / here, tmp_path / there):
         place.mkdir(parents=True, exist_ok=True)
+    # The folder of runs of an earlier MLflow stays the default in its directory.
+    folder = tmp_path / "old" / "mlruns" / "0"
+    folder.mkdir(parents=True)
+    (folder / "meta.yaml").touch()
     monkeypatch.chdir(tmp_path / there)
     wanted = mlflow.get_tracking_uri()
     monkeypatch.chdir(tmp_path / here)
