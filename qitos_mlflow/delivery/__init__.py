@@ -22,7 +22,7 @@ from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment
 from qitos_mlflow.delivery.pipeline import Pipeline
 from qitos_mlflow.delivery.sidecar import follow
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Shipment, Sink
-from qitos_mlflow.delivery.spool.counts import Counts, CountsSnapshot
+from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.segments import (
@@ -35,7 +35,6 @@ from qitos_mlflow.delivery.spool.segments import (
 
 __all__ = [
     "Counts",
-    "CountsSnapshot",
     "DeadLetter",
     "OutOfTime",
     "Outcome",

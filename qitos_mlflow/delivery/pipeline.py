@@ -17,6 +17,7 @@ import concurrent.futures.thread  # noqa: F401
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from qitos_mlflow.delivery import fork
@@ -72,7 +73,7 @@ class Pipeline:
         queue_bytes: int,
         spool_bytes: int,
         dropped: Callable[[bytes, str], None] = lambda _, __: None,
-        open_leftovers: OpenLeftovers | None = None,
+        open_leftovers: OpenLeftovers = lambda _: None,
         may_rest: Callable[[], bool] = lambda: True,
     ) -> None:
         self._header = header
@@ -94,12 +95,12 @@ class Pipeline:
         self._queue = ByteQueue(self._queue_bytes)
         self._stats = Counts()
         self._circuit = Circuit()
+        self._unattended = threading.Event()
         self._threads = self._make_threads()
         # Held while threads are at work, and for ever after `close`: as an atomic flag.
         self._awake = threading.Lock()
         self._last = Barrier(last=True)
         self._refused_at = 0.0
-        self._unattended = False
         self._closing = threading.RLock()  # A signal handler may close while this thread does.
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
@@ -196,8 +197,6 @@ class Pipeline:
     def _rested(self) -> None:
         """Threads and files are gone. Spooling thread, the last thing that it does."""
         self._threads = self._make_threads()
-        if self._unattended:
-            self._threads.leave()
         self._awake.release()
         if not self._queue.empty:  # Offered meanwhile, by a thread that found it awake.
             self._wake()
@@ -208,8 +207,7 @@ class Pipeline:
         try:
             self._put_last()  # A record came in while others were refused.
             if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
-                self._unattended = True
-                self._threads.leave()
+                self._unattended.set()
                 if not self._last.reached.is_set():
                     return False
             self._threads.end(deadline)
@@ -251,30 +249,31 @@ class Pipeline:
             self._queue, self._normalize, segment, self._stats, self._dropped, wrote
         )
         return PipelineThreads(
-            spooling, sending, segment, self._stats, aside, self._may_rest, self._rested
+            spooling,
+            sending,
+            segment,
+            self._stats,
+            aside,
+            self._unattended,
+            self._may_rest,
+            self._rested,
         )
 
     def _make_sending(
         self, segment: SegmentWriter, aside: DeadLetters, open_sink: Callable[[], Sink]
     ) -> SendingThread:
-        reader = SegmentReader(segment.paths, segment.parts, segment.discard, self._stats, aside)
-        transfer = SegmentTransfer(reader, self._opener(open_sink))
-        leftovers, open_leftovers = None, self._open_leftovers
-        if open_leftovers is not None:
-
-            def opener(header: bytes) -> Callable[[], Sink] | None:
-                open_sink = open_leftovers(header)
-                return None if open_sink is None else self._opener(open_sink)
-
-            leftovers = Leftovers(self._directory, opener)
-        return SendingThread(transfer, self._circuit, leftovers)
-
-    def _opener(self, open_sink: Callable[[], Sink]) -> Callable[[], Sink]:
-        def open_undisturbed() -> Sink:
+        def open_undisturbed(open_sink: Callable[[], Sink]) -> Sink:
             with self.opening:
                 return open_sink()
 
-        return open_undisturbed
+        def open_leftovers(header: bytes) -> Callable[[], Sink] | None:
+            open_sink = self._open_leftovers(header)
+            return None if open_sink is None else partial(open_undisturbed, open_sink)
+
+        reader = SegmentReader(segment.paths, segment.parts, segment.discard, self._stats, aside)
+        transfer = SegmentTransfer(reader, partial(open_undisturbed, open_sink))
+        leftovers = Leftovers(self._directory, open_leftovers)
+        return SendingThread(transfer, self._circuit, leftovers)
 
     def after_fork(self) -> None:
         """Begin anew in a forked child. See `fork`."""

@@ -38,6 +38,8 @@ class PipelineThreads:
         segment: where records go; its own.
         stats: what is lost from memory at the end is counted here.
         aside: saves the losses.
+        unattended: set if no thread will call `end`. Then the spooling thread ends the rest once it
+            has written what it has.
         may_rest: asked on the spooling thread whether no more records are expected.
         rested: called on the spooling thread, last, when threads and files are gone.
     """
@@ -49,6 +51,7 @@ class PipelineThreads:
         segment: SegmentWriter,
         stats: Counts,
         aside: DeadLetters,
+        unattended: threading.Event,
         may_rest: Callable[[], bool],
         rested: Callable[[], None],
     ) -> None:
@@ -60,6 +63,7 @@ class PipelineThreads:
         self._spooling = spooling
         self._sending = sending
         self._stats = stats
+        self._unattended = unattended
         self._may_rest = may_rest
         self._rested = rested
         self._no_sending_thread = False
@@ -70,7 +74,6 @@ class PipelineThreads:
             target=self._send, name="qitos-mlflow-sending", daemon=True
         )
         self._working_here = threading.RLock()
-        self._unattended = False
         self._finished = False
 
     def start(self) -> None:
@@ -98,10 +101,6 @@ class PipelineThreads:
             self.wait_delivered(deadline)
             self._stop(deadline)
 
-    def leave(self) -> None:
-        """Have the spooling thread end the rest once it has written what it has."""
-        self._unattended = True
-
     def nothing_left(self) -> bool:
         """Whether everything in the segment is delivered; offline, by other processes."""
         if self._sending is not None:
@@ -117,7 +116,7 @@ class PipelineThreads:
         if self._sending is not None:
             self._no_sending_thread = not _start(self._sending_thread)
         rests = self._spooling.run(None if self._sending is None else REST_S, self._is_idle)
-        if rests or self._unattended:
+        if rests or self._unattended.is_set():
             self._stop(time.monotonic() + REST_WITHIN_S)
         if rests:
             self._rested()

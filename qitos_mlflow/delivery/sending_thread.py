@@ -33,12 +33,10 @@ class SendingThread:
     Args:
         transfer: sends this process's segment.
         circuit: whether the server may be tried now.
-        leftovers: sends the segments of dead processes; None leaves them alone.
+        leftovers: sends the segments of dead processes.
     """
 
-    def __init__(
-        self, transfer: SegmentTransfer, circuit: Circuit, leftovers: Leftovers | None = None
-    ) -> None:
+    def __init__(self, transfer: SegmentTransfer, circuit: Circuit, leftovers: Leftovers) -> None:
         self._transfer = transfer
         self._circuit = circuit
         self._leftovers = leftovers
@@ -73,8 +71,7 @@ class SendingThread:
     @property
     def looks_for_leftovers(self) -> bool:
         """Whether the server answers and a dead process may have left something to send."""
-        leftovers = self._leftovers
-        return leftovers is not None and leftovers.pending and self._circuit.online is True
+        return self._leftovers.pending and self._circuit.online is True
 
     def wait_delivered(self, position: int, deadline: float) -> bool:
         """Wait until every record before `position` is accepted or refused; True when it is.
@@ -127,8 +124,7 @@ class SendingThread:
                 step()
             self.finish(self._stop_by)
         finally:
-            if self._leftovers is not None:
-                self._leftovers.close()
+            self._leftovers.close()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
@@ -184,10 +180,6 @@ class SendingThread:
             self._leftovers_turn = True
             self._changed.notify_all()
 
-    def _send_leftovers(self) -> None:
-        if self._leftovers is not None:
-            self._leftovers.step()
-
     def _wait_for_work(self) -> Callable[[], None] | None:
         """Block until a step is due and return it; None when it is time to stop.
 
@@ -199,7 +191,7 @@ class SendingThread:
                 own, theirs = self._delay(), self._leftovers_delay()
                 if theirs <= 0 and (own > 0 or self._leftovers_turn):
                     self._leftovers_turn = False
-                    return self._send_leftovers
+                    return self._leftovers.step
                 if own <= 0:
                     self._hurry = False
                     return self.attempt
@@ -227,6 +219,6 @@ class SendingThread:
 
     def _leftovers_delay(self) -> float:
         """In how many seconds leftovers are due: not while the server is away or flush waits."""
-        if self._leftovers is None or self._waiters or self._circuit.online is not True:
+        if self._waiters or self._circuit.online is not True:
             return math.inf
         return self._leftovers.delay_s

@@ -594,6 +594,7 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines go to rest as soon as they can."""
     monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.01)
+    monkeypatch.setattr("qitos_mlflow.delivery.leftovers.FIRST_LOOK_S", 0.0)
 
 
 def at_rest(pipeline: Pipeline) -> bool:

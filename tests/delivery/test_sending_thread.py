@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qitos_mlflow.delivery import Counts, Outcome, OutOfTime, RetryLater, deliver_segment
 from qitos_mlflow.delivery.backoff import PROBE_TIMEOUT_S, Circuit
-from qitos_mlflow.delivery.leftovers import Delivery
+from qitos_mlflow.delivery.leftovers import Delivery, Leftovers
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.segments import claim
@@ -29,7 +29,11 @@ class Steps:
         return True
 
 
-def test_what_takes_long_gets_through_after_a_failure() -> None:
+def no_leftovers(spool: Path) -> Leftovers:
+    return Leftovers(spool, lambda header: None)
+
+
+def test_what_takes_long_gets_through_after_a_failure(tmp_path: Path) -> None:
     """The short attempts that follow a failure are few: some batches need more time than that."""
 
     def slow(timeout_s: float) -> None:
@@ -37,14 +41,14 @@ def test_what_takes_long_gets_through_after_a_failure() -> None:
             raise RetryLater("ReadTimeout")
 
     steps, circuit = Steps(slow), Circuit()
-    sending = SendingThread(steps, circuit)  # type: ignore[arg-type]
+    sending = SendingThread(steps, circuit, no_leftovers(tmp_path))  # type: ignore[arg-type]
     for _ in range(4):
         sending.attempt()
     assert steps.given_s == [SEND_TIMEOUT_S, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S, SEND_TIMEOUT_S]
     assert circuit.online
 
 
-def test_a_server_that_has_much_to_do_is_there() -> None:
+def test_a_server_that_has_much_to_do_is_there(tmp_path: Path) -> None:
     """The next part follows at once, and traces that begin may wait for their run."""
 
     def answered(timeout_s: float) -> None:
@@ -52,7 +56,8 @@ def test_a_server_that_has_much_to_do_is_there() -> None:
 
     circuit = Circuit()
     circuit.failed()
-    SendingThread(Steps(answered), circuit).attempt()  # type: ignore[arg-type]
+    sending = SendingThread(Steps(answered), circuit, no_leftovers(tmp_path))  # type: ignore[arg-type]
+    sending.attempt()
     assert (circuit.online, circuit.delay_s) == (True, 0.0)
 
 

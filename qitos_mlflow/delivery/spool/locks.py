@@ -104,21 +104,19 @@ class FileLock:
                 if create:
                     raise
                 return False
+            in_place = False
             try:
                 taken = self._take(descriptor)
-                removed = taken and not _is_at(descriptor, self.path)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if removed:  # Its last holder has deleted the file meanwhile: take the new one.
-                os.close(descriptor)
-                continue
-            if not taken:
-                os.close(descriptor)
-                return False
-            self._descriptor = descriptor
-            _held[str(self.path)] = self
-            return True
+                in_place = taken and _is_at(descriptor, self.path)
+            finally:
+                if not in_place:
+                    os.close(descriptor)
+            if in_place:
+                self._descriptor = descriptor
+                _held[str(self.path)] = self
+            if in_place or not taken:
+                return in_place
+            # Its last holder has deleted the file meanwhile: take the new one.
 
     def _take(self, descriptor: int) -> bool:
         try:
