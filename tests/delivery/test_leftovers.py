@@ -306,11 +306,14 @@ def test_a_damaged_header_needs_a_destination(tmp_path: Path, default: bytes | N
         assert server.accepted == [b"one", b"killed"]
 
 
-def test_what_a_process_left_before_its_first_record_is_removed(tmp_path: Path) -> None:
-    """Locks without records, of a process killed in between, are tidied up."""
+@pytest.mark.parametrize("parts", [0, 1])
+def test_what_a_process_left_before_its_first_record_is_removed(tmp_path: Path, parts: int) -> None:
+    """Locks, and a part without its first line, of a process killed in between are tidied up."""
     paths = Paths(tmp_path, "host-1-abc-ff")
     paths.own.touch()
     paths.ship.touch()
+    for base in range(parts):
+        paths.part(base).touch()
     assert deliver_segment(paths, FakeServer().sink) is Outcome.FINISHED
     assert list(tmp_path.iterdir()) == []
 

@@ -186,16 +186,17 @@ def claim(paths: Paths, stats: Counts) -> Claim | None:
     if not lock.acquire_patiently():
         return None
     try:
+        alive = is_held(paths.own)  # Before the sizes are read: a dead owner writes no more.
         taken = Claim(paths, lock, stats)
-        if taken.parts():
+        if any(part.size for part in taken.parts()):
             return taken
     except BaseException:
         lock.release()
         raise
-    if is_held(paths.own):
+    if alive or is_held(paths.own):
         lock.release()  # Its owner is about to write the first part, or to delete the last.
     else:
-        _delete(paths, lock, [])
+        _delete(paths, lock, taken.parts())
     return None
 
 
