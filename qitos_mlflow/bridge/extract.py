@@ -68,6 +68,7 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
     extra = mapping(first(task, "metadata")) if is_task else {}
     config = mapping(first(agent, "config"))
     writer = first(engine, "trace_writer")
+    seeds = (first(spec, "seed"), config.get("seed"), extra.get("seed"))
     found = {
         "agent_name": agent_name(agent),
         "task": first(task, "objective") if is_task else task,
@@ -86,7 +87,7 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         or inputs.get("split")
         or extra.get("benchmark_split")
         or first(spec, "benchmark_split"),
-        "seed": known(first(spec, "seed"), config.get("seed"), extra.get("seed")),
+        "seed": next((seed for seed in seeds if seed is not None), None),
         "qitos_version": getattr(sys.modules.get("qitos"), "__version__", None),
         "qitos_run_id": first(writer, "run_id") or None,
         "qitos_run_dir": first(writer, "run_dir"),
@@ -283,11 +284,6 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def present(found: Mapping[str, Any]) -> dict[str, Any]:
     """`found` without the keys whose value is None."""
     return {key: value for key, value in found.items() if value is not None}
-
-
-def known(*values: Any) -> Any:
-    """The first of these that is not None, else None."""
-    return next((value for value in values if value is not None), None)
 
 
 def _number(value: Any) -> float | None:
