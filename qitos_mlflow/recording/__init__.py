@@ -1,6 +1,16 @@
-"""Spans to records to bytes, and the pipelines that take them. Knows no MLflow.
+"""Spans to records to bytes, and the pipelines that take them. Imports no MLflow.
 
-On the agent's thread a span becomes bytes (`snapshot`, `to_json`). On the spooling thread the bytes
-become the redacted record (`normalize`). A second durable plugin builds on this package and on
-`delivery`.
+A second durable plugin builds on this package and on `delivery`; tests/recording/jsonl_plugin.py is
+one.
+
+    recorder          all traces of one plugin
+    trace_recorder    one trace: host events to records
+    snapshot, to_json one event as bytes, on the agent's thread
+    run_files         files that go with a run
+    pipelines         one pipeline per destination and process
+    normalize         bytes to the redacted record, on the spooling thread
+    contributions     what other plugins add to a record
+    losses            the loss ledger of one trace
+    process_exit      the end of the process
+    record            the types of the records
 """

@@ -24,6 +24,7 @@ Contributions = Callable[[dict[str, Any]], dict[str, Any]]
 
 OURS = frozenset(
     {"kind", "trace_id", "span_id", "parent_id", "type", "step", "time_ns", "start_ns", "end_ns"}
+    | {"version"}
 )
 """Fields with our own ids, times and words. They are neither redacted nor cut."""
 
@@ -47,10 +48,10 @@ def normalize(
     Raises:
         OSError: a file of the run cannot be read.
     """
-    record = orjson.loads(snapshot)
+    record = {**orjson.loads(snapshot), "version": RECORD_VERSION}
     if record["kind"] == "artifact":
         file = run_files.read(record)
-        return None if file is None else _to_bytes(_redacted_file(file))
+        return None if file is None else orjson.dumps(_redacted_file(file))
     _complete(record)
     add_losses(record)
     # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
@@ -65,11 +66,7 @@ def normalize(
         for part, values in record.get("added", {}).items():
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
-    return _to_bytes(record)
-
-
-def _to_bytes(record: dict[str, Any]) -> bytes:
-    return orjson.dumps({**record, "version": RECORD_VERSION})
+    return orjson.dumps(record)
 
 
 def _complete(record: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings
 
 
-class OpenTrace(Protocol):
+class RecordedTrace(Protocol):
     """What a pipeline asks of a trace that is recorded to it."""
 
     id: str
@@ -44,7 +44,7 @@ class OpenTrace(Protocol):
         ...
 
 
-FindTrace = Callable[[str], "OpenTrace | None"]
+FindTrace = Callable[[str], "RecordedTrace | None"]
 """The open trace with this id in this process; None if there is none."""
 
 
@@ -69,11 +69,13 @@ class RecordPipeline:
     """A `delivery.Pipeline` with the open traces that are recorded to it. Any thread.
 
     Args:
+        key: the destination's.
         destination: where the records go.
         settings: the first user's. Spool, queue and offline mode follow from them.
     """
 
-    def __init__(self, destination: Destination, settings: Settings) -> None:
+    def __init__(self, key: Hashable, destination: Destination, settings: Settings) -> None:
+        self._key = key
         self.exit_timeout_s = 0.0
         """The longest of its users' exit timeouts (seconds)."""
         self.field_bytes = 0
@@ -105,7 +107,7 @@ class RecordPipeline:
         """The open trace with this id, None if there is none."""
         return self._open.get(trace_id)
 
-    def add(self, trace: OpenTrace) -> TraceLosses:
+    def add(self, trace: RecordedTrace) -> TraceLosses:
         """Register a trace that begins; returns its loss ledger. Its id must be free."""
         losses = TraceLosses()
         self._losses[trace.id] = losses
@@ -113,9 +115,10 @@ class RecordPipeline:
         return losses
 
     def is_free(self, trace_id: str) -> bool:
-        """Whether no trace with this id is open."""
-        trace = self._open.get(trace_id)
-        return trace is None or trace.ended
+        """Whether no trace with this id is open for this destination, whatever its spool."""
+        same = {self, *(p for p in list(_pipelines.values()) if p._key == self._key)}
+        found = [pipeline.find(trace_id) for pipeline in same]
+        return all(trace is None or trace.ended for trace in found)
 
     @property
     def counted_losses(self) -> int:
@@ -173,11 +176,11 @@ def acquire(
         key: equal for equal destinations.
         make: describes the destination, if this process has no pipeline to it.
     """
-    key = (key, settings.spool_dir, settings.offline)
+    place = (key, settings.spool_dir, settings.offline)
     with _lock:
-        pipeline = _pipelines.get(key)
+        pipeline = _pipelines.get(place)
         if pipeline is None:
-            pipeline = _pipelines[key] = RecordPipeline(make(), settings)
+            pipeline = _pipelines[place] = RecordPipeline(key, make(), settings)
         process_exit.watch(pipeline)
         pipeline.users.add(user)
         pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)

@@ -110,7 +110,7 @@ class SpanStart(_Record, total=False):
     data: JsonObject
     """`name` of the agent."""
     settings: RunSettings
-    """As at the trace's start: a sink may not have got that."""
+    """The same as in `trace_start`, in case that record is lost."""
 
 
 class SpanEnd(_Record, total=False):
@@ -138,9 +138,9 @@ class SpanEnd(_Record, total=False):
     output: Any
     """The span's `output`; missing with content off."""
     late: int
-    """How many spans have ended after their trace, this one included; missing before its end."""
+    """How many spans have ended after their trace, this one included; missing on spans that end before their trace."""
     settings: RunSettings
-    """As at the trace's start; only of a span that ends after its trace."""
+    """The same as in `trace_start`; only on spans that end after their trace."""
 
 
 class TraceEnd(_Record, total=False):
@@ -160,7 +160,7 @@ class TraceEnd(_Record, total=False):
     dropped: dict[str, int]
     """Spans lost before they reached the disk, by reason."""
     settings: RunSettings
-    """As at the trace's start: a sink may not have got that."""
+    """The same as in `trace_start`, in case that record is lost."""
     lost: dict[str, int]
     """Other records lost before they reached the disk, by kind and reason."""
 

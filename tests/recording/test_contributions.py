@@ -16,8 +16,9 @@ from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.mapping import contributed
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.recording.contributions import ask_plugins
+from qitos_mlflow.recording.contributions import KINDS, ask_plugins
 from qitos_mlflow.recording.normalize import normalize
+from qitos_mlflow.recording.record import RECORD_VERSION
 from tests.mlflow_plugin.folding import info_of, new_state
 from tests.mlflow_plugin.mapping.test_span_tree import plain
 from tests.mlflow_plugin.records import START_NS, Records
@@ -75,6 +76,15 @@ def test_what_plugins_return_is_kept_with_the_record(attach: Callable[..., None]
         "metrics": {"n": 1},
         "attributes": {"seen": [1, {"deep": [2, 3]}]},
     }
+
+
+def test_the_record_is_seen_with_its_version(attach: Callable[..., None]) -> None:
+    """A plugin can tell which form the record has."""
+    seen: list[Any] = []
+    attach(lambda record: seen.append(record["version"]))
+    for kind in KINDS:
+        kept({"kind": kind, "trace_id": "t"})
+    assert seen == [RECORD_VERSION] * len(KINDS)
 
 
 def test_the_record_is_seen_without_credentials(attach: Callable[..., None]) -> None:

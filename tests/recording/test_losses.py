@@ -29,7 +29,7 @@ class Trace:
 def pipeline(tmp_path: Path) -> RecordPipeline:
     """A pipeline that was offered nothing."""
     destination = Destination(b"{}", lambda find: pytest.fail("offline"), lambda header: None)
-    made = RecordPipeline(destination, Settings(offline=True, spool_dir=tmp_path))
+    made = RecordPipeline("key", destination, Settings(offline=True, spool_dir=tmp_path))
     made.field_bytes = 1000
     return made
 

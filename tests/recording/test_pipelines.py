@@ -98,6 +98,16 @@ def test_recorders_of_one_destination_share_one_pipeline(
     assert ends == [trace.id for trace in traces]
 
 
+def test_of_one_destination_each_trace_has_an_id_whatever_the_spool(
+    recorder: Any, begin: Any, tmp_path: Path
+) -> None:
+    """The server is the same: another spool, or one that is delivered later, changes nothing."""
+    own, offline = {"spool_dir": tmp_path / "another"}, {"offline": True}
+    traces = [begin(recorder(**settings), "t") for settings in ({}, own, offline)]
+    assert [trace.id for trace in traces] == ["t", "t~2", "t~3"]
+    assert begin(recorder(), "t", key="two").id == "t"
+
+
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
