@@ -138,7 +138,7 @@ class SpanEnd(_Record, total=False):
     output: Any
     """The span's `output`; missing with content off."""
     late: int
-    """How many spans have ended after their trace, this one included; missing on spans that end before their trace."""
+    """Number of spans that have ended after their trace so far; missing on spans before its end."""
     settings: RunSettings
     """The same as in `trace_start`; only on spans that end after their trace."""
 
