@@ -33,6 +33,9 @@ FIRST_LOOK_S = 2.0
 """When a process first looks for leftovers: not in one that ends sooner (seconds)."""
 LOOK_EVERY_S = 30.0
 """How often a process looks through the spool for leftovers (seconds)."""
+LEFTOVERS_STEP_S = 1.0
+"""How long one step with leftovers may keep a process's own records waiting, about (seconds). A
+server that needs longer for one request gets leftovers from `qitos-mlflow sync` alone."""
 BATCH_PAUSE_S = 0.1
 """Between two batches of leftovers, so that they leave the agent the processor (seconds)."""
 
@@ -82,11 +85,11 @@ class Delivery:
         failing_s = time.monotonic() - self._failing_since
         return self.problem is not None and failing_s >= MAKE_ROOM_AFTER_S
 
-    def step(self) -> Outcome | None:
+    def step(self, timeout_s: float = SEND_TIMEOUT_S) -> Outcome | None:
         """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``."""
         self._out_of_time = False
         try:
-            outcome = self._step(self.circuit.timeout_s(SEND_TIMEOUT_S))
+            outcome = self._step(self.circuit.timeout_s(timeout_s))
         except OutOfTime:
             self._out_of_time = True
             outcome = None
@@ -245,7 +248,7 @@ class Leftovers:
                 while not delivery.gives_up:
                     if delay_s := delivery.circuit.delay_s:
                         yield min(delay_s, LOOK_EVERY_S)  # A server may ask for minutes.
-                    elif delivery.step() is None:
+                    elif delivery.step(LEFTOVERS_STEP_S) is None:
                         yield BATCH_PAUSE_S
                     else:
                         break

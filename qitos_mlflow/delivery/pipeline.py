@@ -134,7 +134,7 @@ class Pipeline:
         everything. Any thread. Makes one attempt at once, even after a failure.
         """
         deadline = time.monotonic() + timeout_s
-        if not self._at_rest and not self._spooled(Barrier(), deadline):
+        if not self.at_rest and not self._spooled(Barrier(), deadline):
             return False
         # If these threads are not those that reached the barrier, all of it was delivered: only
         # then does a pipeline rest.
@@ -143,7 +143,7 @@ class Pipeline:
     def refuse(self) -> None:
         """Take no more; what was taken goes to the disk now. Any thread; waits for nothing."""
         self._closed = True
-        if not self._at_rest:
+        if not self.at_rest:
             self._put_last()
 
     def close(self, timeout_s: float) -> bool:
@@ -156,7 +156,7 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         self.refuse()
         self._threads.aside.save_losses()  # Those of offers refused since the last time.
-        if not self._at_rest and not self._end(deadline):
+        if not self.at_rest and not self._end(deadline):
             return False
         return self._threads.nothing_left()
 
@@ -181,7 +181,8 @@ class Pipeline:
         return self._queue.records + self._threads.unsaved
 
     @property
-    def _at_rest(self) -> bool:
+    def at_rest(self) -> bool:
+        """Whether it has no threads and no files, and nothing to deliver."""
         # In this order: a spooling thread that has emptied the queue is still awake.
         return self._queue.empty and not self._awake.locked()
 

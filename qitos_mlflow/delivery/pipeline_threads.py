@@ -134,7 +134,8 @@ class PipelineThreads:
     def _stop(self, deadline: float) -> None:
         if self._sending is not None and not self._no_sending_thread:
             self._sending.stop(deadline)
-            self._sending_thread.join(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
+            if threading.current_thread() is not self._sending_thread:  # Else a finalizer closes.
+                self._sending_thread.join(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
         else:
             if self._sending is not None:
                 self._sending.finish(deadline)

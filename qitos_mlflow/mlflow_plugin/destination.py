@@ -74,9 +74,22 @@ def default_header(settings: Settings, uri: str) -> bytes:
     return orjson.dumps({**orjson.loads(segment_header(uri)), **run_settings(settings)})
 
 
-def destination_key(uri: str | None) -> tuple[str | None, str | None]:
-    """Equal for destinations that are the same server or store, seen from this process."""
-    return uri, working_directory() if uri is None else None
+_ACCESS = (
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+"""Variables that decide whose data a server takes ours for."""
+
+
+def destination_key(uri: str | None) -> tuple[str | None, ...]:
+    """Equal for destinations that are the same server or store, reached as the same user.
+
+    Workspace and credentials are those of this moment.
+    """
+    cwd = working_directory() if uri is None else None
+    return uri, cwd, *(os.environ.get(name) for name in _ACCESS)
 
 
 def same_destination(header: bytes, other: bytes) -> bool:

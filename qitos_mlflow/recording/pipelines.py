@@ -180,6 +180,9 @@ def acquire(
     with _lock:
         pipeline = _pipelines.get(place)
         if pipeline is None:
+            for other, unused in list(_pipelines.items()):
+                if not unused.users and unused.delivery.at_rest:
+                    del _pipelines[other]
             pipeline = _pipelines[place] = RecordPipeline(key, make(), settings)
         process_exit.watch(pipeline)
         pipeline.users.add(user)

@@ -91,7 +91,7 @@ class Recorder(Generic[T]):
         delivered = [p.delivery.flush(deadline - time.monotonic()) for p in used]
         losses = {pipeline: pipeline.counted_losses for pipeline in used}
         with self._lock:
-            lost = sum(losses.values()) - sum(self._pipelines.get(p, 0) for p in used)
+            lost = any(count > self._pipelines.get(p, 0) for p, count in losses.items())
             self._pipelines.update(losses)
         return all(delivered) and not lost
 
@@ -149,6 +149,7 @@ class Recorder(Generic[T]):
         self._lock = threading.RLock()
         self._inherited.update({key: trace.pipeline for key, trace in self._traces.items()})
         self._traces.clear()
+        self._pipelines = dict.fromkeys(self._pipelines, 0)  # Their counts begin anew.
 
 
 # Weakly: a recorder that nothing holds any more must not live until the process ends.

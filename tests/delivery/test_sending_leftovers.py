@@ -127,6 +127,17 @@ def test_own_records_wait_for_one_batch_at_most(
     assert server.accepted.count(b"own") == 21
 
 
+def test_leftovers_are_given_little_time_at_once(
+    tmp_path: Path, server: FakeServer, make: Make
+) -> None:
+    """A slow request for a dead process keeps a start, a flush or the exit waiting that long."""
+    left_behind(tmp_path, [b"left"])
+    pipeline = make(lambda header: server.sink)
+    pipeline.offer(b"own")
+    eventually(lambda: b"left" in server.accepted)
+    assert server.timeouts[b"left"] == leftovers.LEFTOVERS_STEP_S < server.timeouts[b"own"]
+
+
 def test_a_busy_process_sends_leftovers_too(tmp_path: Path, server: FakeServer, make: Make) -> None:
     """A process that always has records of its own to send still finishes what others left."""
     left_behind(tmp_path, numbered(3))

@@ -23,6 +23,7 @@ class FakeServer:
         self.refuses: Callable[[bytes], str | None] = lambda record: None
         self.breaks_after: int | None = None
         self.attempts = 0
+        self.timeouts: dict[bytes, float] = {}  # Given to the batch that began with this record.
         self.attempted = threading.Event()
         self.answers = threading.Event()  # Cleared: every request hangs.
         self.answers.set()
@@ -60,6 +61,7 @@ class FakeShipment:
     def send(self, timeout_s: float) -> list[DeadLetter]:
         assert timeout_s > 0
         self._server.attempts += 1
+        self._server.timeouts.update(dict.fromkeys(self._left[:1], timeout_s))
         self._server.attempted.set()
         if not self._server.answers.wait(timeout_s):
             raise RetryLater("timed out")

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
-from qitos_mlflow.mlflow_plugin.destination import run_settings, segment_header
+from qitos_mlflow.mlflow_plugin.destination import destination_key, run_settings, segment_header
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.uris import without_credentials
 from qitos_mlflow.settings import Settings
@@ -73,6 +73,21 @@ def test_a_refused_setting_does_not_tell_its_password(uri: str) -> None:
 def test_what_is_reached_over_http(uri: str | None, http: bool) -> None:
     """The scheme alone says it."""
     assert is_http(uri) is http
+
+
+@pytest.mark.parametrize(
+    "variable", ["WORKSPACE", "TRACKING_TOKEN", "TRACKING_USERNAME", "TRACKING_PASSWORD"]
+)
+def test_another_tenant_is_another_destination(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that a server tells apart share no connection, even if the address is the same."""
+    keys = {destination_key("http://host")}
+    for tenant in ("a", "b"):
+        monkeypatch.setenv(f"MLFLOW_{variable}", tenant)
+        keys.add(destination_key("http://host"))
+    assert len(keys) == 3
+    assert destination_key("http://host") in keys
 
 
 @pytest.fixture

@@ -20,8 +20,16 @@ from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, StepSpanData, Trace
 from tests.fakes.sink import FakeServer
+from tests.waiting import eventually
 
 LONG_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline with nothing to do rests as soon as it can."""
+    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.02)
+    monkeypatch.setattr("qitos_mlflow.delivery.leftovers.FIRST_LOOK_S", 0.0)
 
 
 @pytest.fixture
@@ -168,6 +176,19 @@ def test_a_recorder_that_was_dropped_is_no_user_any_more(recorder: Any, begin: A
     closes.end_all("FINISHED", "over")
     assert closes.close(LONG_S) is True
     assert pipeline.closed
+
+
+def test_unused_pipelines_are_forgotten(recorder: Any, begin: Any, tmp_path: Path) -> None:
+    """A process that makes a processor for each of many destinations keeps none for ever."""
+    for number in range(5):
+        dropped: Recorder[TraceRecorder] = Recorder(Settings(spool_dir=tmp_path / "spool"))
+        finish(begin(dropped, "t", key=f"{number}"))
+        assert dropped.flush(LONG_S)
+        eventually(lambda one=dropped: all(p.delivery.at_rest for p in one._pipelines))
+        del dropped
+        gc.collect()
+    begin(recorder(), "t")
+    assert len(pipelines._pipelines) == 1
 
 
 def test_the_longest_deadline_and_the_largest_field_count(recorder: Any, begin: Any) -> None:
