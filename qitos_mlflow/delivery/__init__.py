@@ -21,7 +21,7 @@ from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment
 from qitos_mlflow.delivery.pipeline import Pipeline
 from qitos_mlflow.delivery.sidecar import follow
-from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.paths import Paths
@@ -42,7 +42,6 @@ __all__ = [
     "Pipeline",
     "RetryLater",
     "SegmentInfo",
-    "Shipment",
     "Sink",
     "deliver_segment",
     "find_segments",

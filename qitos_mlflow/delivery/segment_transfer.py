@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.sink import RetryLater, Shipment, Sink
+from qitos_mlflow.delivery.sink import RetryLater, Sink
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
 
@@ -32,7 +32,7 @@ class SegmentTransfer:
         self._sink: Sink | None = None
         self._state = b""  # The sink's, as of the last acknowledgement.
         self._chunk: Chunk | None = None
-        self._shipment: Shipment | None = None
+        self._prepared = False  # Whether the sink has something to send.
         self._bugs = 0
         self._one_by_one = 0  # How many of the next records are sent on their own.
 
@@ -80,11 +80,11 @@ class SegmentTransfer:
             return  # It has sent nothing that could be open.
         sink = self._open()
         try:
-            if self._shipment is None:
-                self._shipment = sink.abandoned(self._reader.last_time_ns, closed=closed)
-            if self._shipment is not None:
-                self._reader.aside.bury(self._shipment.send(timeout_s))
-                self._shipment = None
+            if not self._prepared:
+                self._prepared = sink.abandoned(self._reader.last_time_ns, closed=closed)
+            if self._prepared:
+                self._reader.aside.bury(sink.send(timeout_s))
+                self._prepared = False
         except RetryLater:
             raise
         except Exception as error:
@@ -116,10 +116,11 @@ class SegmentTransfer:
     def _send(self, sink: Sink, chunk: Chunk, timeout_s: float) -> None:
         tolerated = 1  # Mapping is pure: what fails once fails always.
         try:
-            if self._shipment is None:
-                self._shipment = sink.prepare(chunk.records)
+            if not self._prepared:
+                sink.prepare(chunk.records)
+                self._prepared = True
             tolerated = SEND_BUGS
-            dead = self._shipment.send(timeout_s)
+            dead = sink.send(timeout_s)
             state = sink.state()
         except RetryLater:
             raise
@@ -139,14 +140,14 @@ class SegmentTransfer:
             self._acknowledge(chunk, self._state, [DeadLetter(chunk.records[0], reason)])
             return
         self._one_by_one = len(chunk.records)
-        self._chunk = self._shipment = None
+        self._chunk, self._prepared = None, False
         self._bugs = 0
 
     def _acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
         self._reader.acknowledge(chunk, state, dead)
         self._state = state
         self._one_by_one = max(0, self._one_by_one - len(chunk.records))
-        self._chunk = self._shipment = None
+        self._chunk, self._prepared = None, False
         self._bugs = 0
 
 

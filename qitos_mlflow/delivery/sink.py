@@ -33,24 +33,8 @@ class OutOfTime(RetryLater):
         super().__init__("out of time", 0.0)
 
 
-class Shipment(Protocol):
-    """Some records, mapped and on their way."""
-
-    def send(self, timeout_s: float) -> list[DeadLetter]:
-        """Bring everything to the server; returns all it refused for good since `prepare`.
-
-        Blocks up to about `timeout_s` (more than 0). After `RetryLater` it is called again and
-        continues where it stopped; doing a part twice must be harmless.
-
-        Raises:
-            RetryLater: the server cannot be reached or is busy.
-            OutOfTime: the server answers; the next call sends the rest.
-        """
-        ...
-
-
 class Sink(Protocol):
-    """Maps the records of one segment to shipments and keeps what later records depend on."""
+    """Maps and sends the records of one segment, and keeps what later records depend on."""
 
     def restore(self, state: bytes) -> None:
         """Go back to a state that `state` returned; also called in mid-life, after a failure.
@@ -60,19 +44,31 @@ class Sink(Protocol):
         """
         ...
 
-    def prepare(self, records: Sequence[bytes]) -> Shipment:
-        """Map records and advance the state; no network. Bad records become dead letters.
+    def prepare(self, records: Sequence[bytes]) -> None:
+        """Map records for `send` and advance the state; no network. A bad one is a dead letter.
 
-        The one before has been sent when this is called.
+        Everything prepared before has been sent when this is called, or `restore` was called since.
         """
         ...
 
-    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
-        """What ends the traces left open: no more records will come. None: there are none.
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
+        """Prepare what ends the traces left open: no more records will come. False: nothing does.
 
         Called once after the last record, by the process that delivers the segment of a dead one.
         Called with `closed` by the process itself when it closes in order: what is meant to stay
         open stays open. `last_time_ns` is the wall clock's time of the last record.
+        """
+        ...
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        """Bring what is prepared to the server; returns all of it that was refused for good.
+
+        Blocks up to about `timeout_s` (more than 0). After `RetryLater` it is called again and
+        continues where it stopped; doing a part twice must be harmless.
+
+        Raises:
+            RetryLater: the server cannot be reached or is busy.
+            OutOfTime: the server answers; the next call sends the rest.
         """
         ...
 

@@ -155,17 +155,16 @@ class Unwilling:
 
     def restore(self, state: bytes) -> None: ...
 
-    def prepare(self, records: Any) -> Unwilling:
+    def prepare(self, records: Any) -> None:
         self.locked = json.loads(records[0])["settings"]["experiment_name"] == "locked"
-        return self
 
     def send(self, timeout_s: float) -> list[Any]:
         if self.locked:
             raise RetryLater("HTTP 403: not yours", 300.0)
         return []
 
-    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> None:
-        return None
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
+        return False
 
     def state(self) -> bytes:
         return b""

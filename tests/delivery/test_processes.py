@@ -393,7 +393,7 @@ class Sink(FakeSink):
     def prepare(self, records):
         if self.connection is None:
             self.connection = os.open(os.devnull, os.O_RDONLY)
-        return super().prepare(records)
+        super().prepare(records)
     def close(self):
         if self.connection is not None:
             os.close(self.connection)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qitos_mlflow.delivery import DeadLetter, Paths, Pipeline, RetryLater, Shipment
+from qitos_mlflow.delivery import DeadLetter, Paths, Pipeline, RetryLater
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
 
 MIB = 1024 * 1024
@@ -50,50 +50,43 @@ class FakeServer:
         return FakeSink(self)
 
 
-class FakeShipment:
-    """Sends record by record and goes on where it stopped."""
-
-    def __init__(self, server: FakeServer, records: Sequence[bytes]) -> None:
-        self._server = server
-        self._left = list(records)
-        self._dead: list[DeadLetter] = []
-
-    def send(self, timeout_s: float) -> list[DeadLetter]:
-        assert timeout_s > 0
-        self._server.attempts += 1
-        self._server.timeouts.update(dict.fromkeys(self._left[:1], timeout_s))
-        self._server.attempted.set()
-        if not self._server.answers.wait(timeout_s):
-            raise RetryLater("timed out")
-        while self._left:
-            reason = self._server.receive(self._left[0])
-            if reason is not None:
-                self._dead.append(DeadLetter(self._left[0], reason))
-            del self._left[0]
-        return self._dead
-
-
 class FakeSink:
-    """A `Sink` whose state is how many records it has mapped."""
+    """A `Sink` whose state is how many records it has mapped. It sends record by record."""
 
     def __init__(self, server: FakeServer) -> None:
         self.server = server
         self.mapped = 0
+        self._left: list[bytes] = []
+        self._dead: list[DeadLetter] = []
         self.closed = False
 
     def restore(self, state: bytes) -> None:
         self.mapped = int(state)
 
-    def prepare(self, records: Sequence[bytes]) -> Shipment:
+    def prepare(self, records: Sequence[bytes]) -> None:
         self.mapped += len(records)
-        return FakeShipment(self.server, records)
+        self._left, self._dead = list(records), []
 
-    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
-        if closed:
-            left_open = [] if self.server.left_open is None else [self.server.left_open]
-            return FakeShipment(self.server, left_open) if left_open else None
-        self.server.abandoned.append((self.mapped, last_time_ns))
-        return FakeShipment(self.server, [b"killed"])
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
+        if not closed:
+            self.server.abandoned.append((self.mapped, last_time_ns))
+        ending = self.server.left_open if closed else b"killed"
+        self._left, self._dead = [] if ending is None else [ending], []
+        return ending is not None
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        assert timeout_s > 0
+        self.server.attempts += 1
+        self.server.timeouts.update(dict.fromkeys(self._left[:1], timeout_s))
+        self.server.attempted.set()
+        if not self.server.answers.wait(timeout_s):
+            raise RetryLater("timed out")
+        while self._left:
+            reason = self.server.receive(self._left[0])
+            if reason is not None:
+                self._dead.append(DeadLetter(self._left[0], reason))
+            del self._left[0]
+        return self._dead
 
     def state(self) -> bytes:
         return b"%d" % self.mapped

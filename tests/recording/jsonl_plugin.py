@@ -18,7 +18,6 @@ import pluggy
 from qitos_mlflow.delivery import (
     DeadLetter,
     RetryLater,
-    Shipment,
     Sink,
     deliver_segment,
     find_segments,
@@ -31,12 +30,21 @@ from qitos_mlflow.settings import Settings
 hookimpl = pluggy.HookimplMarker("qitos")
 
 
-class Lines:
-    """One batch of records on its way into the file."""
+class JsonlSink:
+    """A `Sink`. A line depends on no other line, so there is no state to keep."""
 
-    def __init__(self, file: Path, records: Sequence[bytes]) -> None:
+    def __init__(self, file: Path) -> None:
         self._file = file
+        self._data = b""
+
+    def restore(self, state: bytes) -> None:
+        """Nothing to go back to."""
+
+    def prepare(self, records: Sequence[bytes]) -> None:
         self._data = b"".join(record + b"\n" for record in records)
+
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
+        return False
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Append what has not been written yet.
@@ -51,22 +59,6 @@ class Lines:
         except OSError as error:
             raise RetryLater(f"{error.strerror}: {self._file}") from error
         return []
-
-
-class JsonlSink:
-    """A `Sink`. A line depends on no other line, so there is no state to keep."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def restore(self, state: bytes) -> None:
-        """Nothing to go back to."""
-
-    def prepare(self, records: Sequence[bytes]) -> Shipment:
-        return Lines(self._file, records)
-
-    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> Shipment | None:
-        return None
 
     def state(self) -> bytes:
         return b""

@@ -90,7 +90,7 @@ class Call:
 
 
 class CallList:
-    """`delivery.Shipment` over a list of calls. Used by one thread.
+    """The calls of a batch that are left to be made. Used by one thread.
 
     Args:
         calls: to be made, in order.

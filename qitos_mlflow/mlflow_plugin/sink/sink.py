@@ -1,9 +1,9 @@
 """Records to MLflow: folds each trace's records and lists the calls that follow from them.
 
-Receives redacted records from the sending thread, in order, and hands back shipments of calls on a
-`Transport`. `prepare` changes nothing but the sink's own state, which is part of the spool's
-acknowledgement. So a record that is seen again after a crash leads to the same calls again, and
-what these write replaces what is there.
+Receives redacted records from the sending thread, in order, and makes calls on a `Transport`.
+`prepare` changes nothing but the sink's own state, which is part of the spool's acknowledgement. So
+a record that is seen again after a crash leads to the same calls again, and what these write
+replaces what is there.
 
 One sink serves traces of any experiment and settings: each `trace_start` brings its own.
 """
@@ -78,6 +78,7 @@ class MlflowSink:
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
         self._refused: dict[str, str] = {}
+        self._prepared = CallList(())
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ class MlflowSink:
         for trace in traces:
             trace.move(uri)
 
-    def prepare(self, records: Sequence[bytes]) -> CallList:
+    def prepare(self, records: Sequence[bytes]) -> None:
         """Fold `records` and list the calls they come to. No network."""
         dead: list[DeadLetter] = []
         touched: dict[str, TraceState] = {}
@@ -121,9 +122,9 @@ class MlflowSink:
                 touched[record["trace_id"]] = trace
             except Exception as error:  # noqa: BLE001 - one bad record loses only itself
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
-        return self._shipment(touched, dead)
+        self._prepared = self._list(touched, dead)
 
-    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> CallList | None:
+    def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
         """End as KILLED the traces whose process died, or has closed without their end."""
         left = {
             key: trace
@@ -133,7 +134,12 @@ class MlflowSink:
         }
         for trace in left.values():
             trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
-        return self._shipment(left, []) if left else None
+        self._prepared = self._list(left, [])
+        return bool(left)
+
+    def send(self, timeout_s: float) -> list[DeadLetter]:
+        """Make the calls that are left; returns what the server refused of them."""
+        return self._prepared.send(timeout_s)
 
     def state(self) -> bytes:
         """What later records depend on: settings, totals so far and run of each open trace."""
@@ -164,7 +170,7 @@ class MlflowSink:
             )
         return trace
 
-    def _shipment(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> CallList:
+    def _list(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> CallList:
         traces = list(touched.values())
         groups = {key: self._group(trace) for key, trace in touched.items()}
         # First, because an agent may be waiting for its run.

@@ -124,7 +124,7 @@ class TraceState:
         self.waiting.tags += run.tags
 
     def sent(self) -> None:
-        """Forget what was waiting: it is part of a shipment now."""
+        """Forget what was waiting: it is part of a batch now."""
         self.waiting = Waiting()
 
     # -- the run -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
-from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
+from qitos_mlflow.mlflow_plugin.sink import call_list
 from qitos_mlflow.mlflow_plugin.sink.call_list import FAILING_TRIES, Call, CallList, Group
 from tests.fakes.clock import Clock
 
@@ -19,7 +19,7 @@ Fail = Callable[[Sequence[Any]], "Exception | None"]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(shipment_module, "time", clock)
+    monkeypatch.setattr(call_list, "time", clock)
     return clock
 
 
@@ -44,11 +44,11 @@ class Server:
         return Call(self, items, lambda item: b"%d" % item, group)
 
 
-def send(shipment: CallList, tries: int) -> list[DeadLetter] | None:
+def send(calls: CallList, tries: int) -> list[DeadLetter] | None:
     """Try so often at most; None if there is still something to send."""
     for _ in range(tries):
         try:
-            return shipment.send(15.0)
+            return calls.send(15.0)
         except RetryLater:
             pass
     return None
@@ -67,11 +67,11 @@ def test_what_is_too_much_at_once_is_sent_in_parts(clock: Clock) -> None:
 def test_a_blip_splits_nothing(clock: Clock) -> None:
     """A server that is back soon gets what it was to get, however often it was tried meanwhile."""
     server = Server(clock, takes_s=0.1)
-    shipment = CallList([server.call(range(500))])
+    calls = CallList([server.call(range(500))])
     server.fail = lambda items: RetryLater("ConnectionError")
-    assert send(shipment, 10 * FAILING_TRIES) is None
+    assert send(calls, 10 * FAILING_TRIES) is None
     server.fail = lambda items: None
-    assert send(shipment, 1) == []
+    assert send(calls, 1) == []
     assert set(server.attempts) == {500}
 
 
@@ -79,11 +79,11 @@ def test_what_a_firewall_minds_is_kept(clock: Clock) -> None:
     """All before the one item arrives; that, and what follows, waits for as long as it takes."""
     server = Server(clock, takes_s=1.0)
     server.fail = lambda items: RetryLater("HTTP 403") if 250 in items else None
-    shipment = CallList([server.call(range(500)), server.call([500])])
-    assert send(shipment, 300) is None
+    calls = CallList([server.call(range(500)), server.call([500])])
+    assert send(calls, 300) is None
     assert server.taken == list(range(250))
     server.fail = lambda items: None
-    assert send(shipment, 1) == []
+    assert send(calls, 1) == []
     assert server.taken == list(range(501))
 
 
@@ -97,21 +97,21 @@ def test_a_run_deleted_during_an_outage_is_found_out_at_once(clock: Clock) -> No
 
     group = Group([b"record"], check, reasons.append)
     server = Server(clock, takes_s=8.0)
-    shipment = CallList([server.call(range(500), group)])
+    calls = CallList([server.call(range(500), group)])
     server.fail = lambda items: RetryLater("ConnectionError")
-    assert send(shipment, 2 * FAILING_TRIES) is None
+    assert send(calls, 2 * FAILING_TRIES) is None
     server.attempts.clear()
     server.fail = lambda items: deleted
-    assert send(shipment, 1) == [DeadLetter(b"record", str(deleted))]
+    assert send(calls, 1) == [DeadLetter(b"record", str(deleted))]
     assert len(server.attempts) == len(reasons) == 1
 
 
 def test_many_calls_that_are_answered_are_no_failure(clock: Clock) -> None:
     """If only the time is too short, the exception says so, and no call begins without time."""
     server = Server(clock, takes_s=4.8)
-    shipment = CallList([server.call([number]) for number in range(5)])
+    calls = CallList([server.call([number]) for number in range(5)])
     with pytest.raises(OutOfTime):
-        shipment.send(15.0)
+        calls.send(15.0)
     assert server.taken == [0, 1, 2]
-    assert shipment.send(15.0) == []
+    assert calls.send(15.0) == []
     assert server.taken == [0, 1, 2, 3, 4]

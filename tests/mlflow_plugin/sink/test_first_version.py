@@ -48,7 +48,8 @@ def test_a_state_of_the_first_version_is_restored_completely() -> None:
     """It becomes the state that today's sink has after the same records."""
     header, done, _, state = acknowledged()
     fresh = MlflowSink(server_of(header), header)
-    assert fresh.prepare(done).send(10.0) == []
+    fresh.prepare(done)
+    assert fresh.send(10.0) == []
     restored = MlflowSink(server_of(header), header)
     restored.restore(state)
     assert len(done) == 14
@@ -59,7 +60,8 @@ def test_a_trace_that_the_first_version_began_is_finished() -> None:
     """Totals, run and tree go on where they were, whatever server the rest goes to."""
     header, done, rest, state = acknowledged()
     whole = MlflowSink(straight := FakeTransport(), header)
-    whole.prepare(done + rest).send(10.0)
+    whole.prepare(done + rest)
+    whole.send(10.0)
     (ref,) = orjson.loads(state)["traces"]
     server = server_of(header)
     server.runs[ref["run"]["run_id"]] = {
@@ -71,11 +73,11 @@ def test_a_trace_that_the_first_version_began_is_finished() -> None:
     }
     sink = MlflowSink(server, header, resumed=True)
     sink.restore(state)
-    assert sink.prepare(rest).send(10.0) == []
+    sink.prepare(rest)
+    assert sink.send(10.0) == []
     for one in (whole, sink):
-        ended = one.abandoned(1_795_926_005_000_000_000)
-        assert ended is not None
-        assert ended.send(10.0) == []
+        assert one.abandoned(1_795_926_005_000_000_000)
+        assert one.send(10.0) == []
     (run,) = server.runs.values()
     (wanted,) = straight.runs.values()
     assert "create_run" not in server.calls

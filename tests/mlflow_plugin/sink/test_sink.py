@@ -21,8 +21,7 @@ from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
-from qitos_mlflow.mlflow_plugin.sink import call_list as shipment_module
-from qitos_mlflow.mlflow_plugin.sink import trace_cost
+from qitos_mlflow.mlflow_plugin.sink import call_list, trace_cost
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
 from tests.fakes.clock import Clock
@@ -45,8 +44,9 @@ def lines(*records: dict[str, Any]) -> list[bytes]:
 
 
 def ship(sink: MlflowSink, *records: dict[str, Any]) -> list[DeadLetter]:
-    """Deliver records in one shipment; returns the dead letters."""
-    return sink.prepare(lines(*records)).send(TIMEOUT_S)
+    """Deliver records in one batch; returns the dead letters."""
+    sink.prepare(lines(*records))
+    return sink.send(TIMEOUT_S)
 
 
 def a_trace(trace_id: str = "trace-1", spans: int = 3) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def server() -> FakeTransport:
 # -- the calls of a trace --------------------------------------------------------------------
 
 
-def test_a_trace_in_one_shipment(server: FakeTransport) -> None:
+def test_a_trace_in_one_batch(server: FakeTransport) -> None:
     """Run first, then its numbers, then the tree, and its end last: complete when it ends."""
     assert ship(sink_to(server), *a_trace()) == []
     assert server.calls == [
@@ -81,7 +81,7 @@ def test_a_trace_in_one_shipment(server: FakeTransport) -> None:
 
 
 def test_runs_are_created_and_announced_before_anything_else(server: FakeTransport) -> None:
-    """An agent may be waiting for its run: all runs of a shipment come before all else."""
+    """An agent may be waiting for its run: all runs of a batch come before all else."""
     announced: list[tuple[str, str]] = []
     sink = sink_to(server, announce=lambda trace_id, ref: announced.append((trace_id, ref.run_id)))
     ship(sink, *a_trace("one")[:-1], *a_trace("two")[:-1])
@@ -114,9 +114,8 @@ def test_a_run_to_be_left_open_is_not_ended(server: FakeTransport) -> None:
     sink = sink_to(server, auto_end_run=False)
     ship(sink, *a_trace("left"), *a_trace("going")[:-1])
     assert "end_run" not in server.calls
-    abandoned = sink.abandoned(0)
-    assert abandoned is not None
-    abandoned.send(TIMEOUT_S)
+    assert sink.abandoned(0)
+    sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["RUNNING", "KILLED"]
     assert server.runs["run-1"]["tags"]["qitos.killed"]
 
@@ -140,8 +139,8 @@ def test_an_end_that_was_lost(server: FakeTransport) -> None:
     for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
         sink = sink_to(server, auto_end_run=auto_end_run)
         ship(sink, *a_trace(f"lost {auto_end_run}")[:-1])
-        if (left_open := sink.abandoned(0, closed=True)) is not None:
-            left_open.send(TIMEOUT_S)
+        if sink.abandoned(0, closed=True):
+            sink.send(TIMEOUT_S)
         assert [run["status"] for run in server.runs.values()][-1] == status
     assert server.runs["run-0"]["tags"]["qitos.killed"] == "its end was lost"
 
@@ -169,14 +168,13 @@ def test_files_go_with_their_run(server: FakeTransport) -> None:
 def test_the_processs_end(server: FakeTransport) -> None:
     """Traces whose process died are ended as KILLED with the totals so far; ended ones are not."""
     sink = sink_to(server)
-    assert sink.abandoned(0) is None
+    assert not sink.abandoned(0)
     ship(sink, *a_trace("ended"), *a_trace("going")[:-1])
-    abandoned = sink.abandoned(1_900_000_000_000_000_000)
-    assert abandoned is not None
-    abandoned.send(TIMEOUT_S)
+    assert sink.abandoned(1_900_000_000_000_000_000)
+    sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["FINISHED", "KILLED"]
     assert server.values("run-1")["total_steps"] == [3]
-    assert sink.abandoned(0) is None
+    assert not sink.abandoned(0)
 
 
 # -- crashes ---------------------------------------------------------------------------------
@@ -207,11 +205,12 @@ def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], re
 def test_a_run_whose_creation_went_unanswered_is_found_again(server: FakeTransport) -> None:
     """An answer that was lost on the way makes no second run, and no call is made twice."""
     server.fail_after = lambda call, _: RetryLater("cut") if call == "create_run" else None
-    shipment = sink_to(server).prepare(lines(*a_trace()))
+    sink = sink_to(server)
+    sink.prepare(lines(*a_trace()))
     with pytest.raises(RetryLater):
-        shipment.send(TIMEOUT_S)
+        sink.send(TIMEOUT_S)
     server.fail_after = lambda call, _: None
-    assert shipment.send(TIMEOUT_S) == []
+    assert sink.send(TIMEOUT_S) == []
     assert list(server.runs) == ["run-0"]
     assert server.calls.count("create_run") == server.calls.count("find_runs") == 1
     assert server.calls.count("log_batch") == server.calls.count("end_run") == 1
@@ -222,11 +221,11 @@ def test_a_run_whose_creation_comes_through_late_is_deleted(server: FakeTranspor
     server.fail = lambda call, _: RetryLater("timeout") if call == "create_run" else None
     start, *rest = a_trace()
     sink = sink_to(server)
-    shipment = sink.prepare(lines(start))
+    sink.prepare(lines(start))
     with pytest.raises(RetryLater):
-        shipment.send(TIMEOUT_S)
+        sink.send(TIMEOUT_S)
     server.fail = lambda call, _: None
-    assert shipment.send(TIMEOUT_S) == []
+    assert sink.send(TIMEOUT_S) == []
     server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
     assert len(server.runs) == 2
     assert ship(sink, *rest) == []
@@ -244,12 +243,13 @@ def test_a_late_twin_of_a_process_that_died_is_deleted(server: FakeTransport) ->
 
 
 def test_out_of_time_it_goes_on_where_it_stopped(server: FakeTransport) -> None:
-    """A shipment that ran out of time has lost nothing."""
-    shipment = sink_to(server).prepare(lines(*a_trace()))
+    """A batch that ran out of time has lost nothing."""
+    sink = sink_to(server)
+    sink.prepare(lines(*a_trace()))
     with pytest.raises(RetryLater):
-        shipment.send(0)
+        sink.send(0)
     assert server.calls == []
-    assert shipment.send(TIMEOUT_S) == []
+    assert sink.send(TIMEOUT_S) == []
     assert server.runs["run-0"]["status"] == "FINISHED"
 
 
@@ -332,9 +332,8 @@ def test_open_traces_at_the_end_of_their_process(server: FakeTransport) -> None:
     for trace_id, ends in (("ends", True), ("stays", False)):
         start = a_trace(trace_id)[0]
         ship(sink, {**start, "settings": {**SETTINGS, "auto_end_run": ends}})
-    left = sink.abandoned(0, closed=True)
-    assert left is not None
-    left.send(TIMEOUT_S)
+    assert sink.abandoned(0, closed=True)
+    sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["KILLED", "RUNNING"]
 
 
@@ -369,10 +368,10 @@ def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> 
     ship(sink, make.start())
     sizes = []
     for _ in range(20):
-        shipment = sink.prepare(lines(*verdicts(make, 10)))
+        sink.prepare(lines(*verdicts(make, 10)))
         for _ in range(10):
             try:
-                assert shipment.send(TIMEOUT_S) == []
+                assert sink.send(TIMEOUT_S) == []
             except RetryLater:
                 continue
             break
@@ -491,12 +490,12 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
     monkeypatch.setattr(trace_cost, "time", clock)
     server.fail = lambda call, _: failure if call == "sum_spans" else None
     sink = sink_to(server)
-    shipment = sink.prepare(lines(*a_priced_trace("one")))
+    sink.prepare(lines(*a_priced_trace("one")))
     with caplog.at_level(logging.WARNING):
         for _ in range(TRIES - 1):
             with pytest.raises(RetryLater):
-                shipment.send(TIMEOUT_S)
-        assert shipment.send(TIMEOUT_S) == []
+                sink.send(TIMEOUT_S)
+        assert sink.send(TIMEOUT_S) == []
         assert ship(sink, *a_priced_trace("two")) == []
         assert server.calls.count("sum_spans") == TRIES
         clock.now += PAUSE_S
@@ -713,7 +712,7 @@ def test_refused_traces_leave_nothing_behind(server: FakeTransport) -> None:
     ship(sink, *a_trace("open")[:2])
     assert len(sink.state()) < 200
     server.fail = lambda call, _: None
-    assert sink.abandoned(0) is None
+    assert not sink.abandoned(0)
 
 
 def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
@@ -731,12 +730,13 @@ def test_a_call_that_breaks_the_server_is_given_up_in_the_end(
         {"kind": "artifact", "trace_id": "trace-1", "path": path, "content": "x"}
         for path in ("good.txt", "bad.txt", "better.txt")
     ]
-    shipment = sink_to(server).prepare(lines(start, *files, *rest))
-    for _ in range(shipment_module.FAILING_TRIES + 3):
+    sink = sink_to(server)
+    sink.prepare(lines(start, *files, *rest))
+    for _ in range(call_list.FAILING_TRIES + 3):
         with pytest.raises(RetryLater):
-            shipment.send(TIMEOUT_S)
-    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
-    (letter,) = shipment.send(TIMEOUT_S)
+            sink.send(TIMEOUT_S)
+    monkeypatch.setattr(call_list, "FAILING_S", 0.0)
+    (letter,) = sink.send(TIMEOUT_S)
     assert letter.reason == "INTERNAL_ERROR"
     assert set(server.artifacts) == {"good.txt", "better.txt"}
     assert server.runs["run-0"]["status"] == "FINISHED"
@@ -746,22 +746,23 @@ def test_a_broken_server_is_no_reason_to_give_up(
     server: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the server itself is out of order is kept, for however long that takes."""
-    monkeypatch.setattr(shipment_module, "FAILING_S", 0.0)
-    shipment = sink_to(server).prepare(lines(*a_trace()))
+    monkeypatch.setattr(call_list, "FAILING_S", 0.0)
+    sink = sink_to(server)
+    sink.prepare(lines(*a_trace()))
 
     def broken(call: str, _: Any) -> Exception | None:
         away = server.runs and call in ("write_spans", "experiment_id")
         return Poisoned("HTTP 422") if away else None
 
     server.fail = broken
-    for _ in range(3 * shipment_module.FAILING_TRIES):
+    for _ in range(3 * call_list.FAILING_TRIES):
         with pytest.raises(RetryLater):
-            shipment.send(TIMEOUT_S)
+            sink.send(TIMEOUT_S)
     server.fail = lambda call, _: Poisoned("HTTP 422") if call == "write_spans" else None
     with pytest.raises(RetryLater):  # What failed before says nothing of a server that is back.
-        shipment.send(TIMEOUT_S)
+        sink.send(TIMEOUT_S)
     server.fail = lambda call, _: None
-    assert shipment.send(TIMEOUT_S) == []
+    assert sink.send(TIMEOUT_S) == []
     assert len(server.spans) == 4
 
 
@@ -790,7 +791,9 @@ def test_what_is_no_record_is_kept_aside(server: FakeTransport) -> None:
     """A line that cannot be read loses only itself."""
     start, *rest = lines(*a_trace())
     bad = [b"", b"[1]", b'{"kind": "span"}', b"\xff", b'{"trace_id": "trace-1"}']
-    dead = sink_to(server).prepare([start, *bad, *rest]).send(TIMEOUT_S)
+    sink = sink_to(server)
+    sink.prepare([start, *bad, *rest])
+    dead = sink.send(TIMEOUT_S)
     assert [letter.record for letter in dead] == bad
     assert all(letter.reason.startswith("not a record") for letter in dead)
     assert server.runs["run-0"]["status"] == "FINISHED"
