@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from qitos_mlflow.cli import main
 
-sys.exit(main(prog_name="qitos-mlflow"))
+main(prog_name="qitos-mlflow")

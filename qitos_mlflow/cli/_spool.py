@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qitos_mlflow.cli import Refused
+from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
@@ -55,14 +55,16 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:
-            raise Refused(f"{str(path)!r} cannot be read: {reason_of(error)}") from error
+            raise QitosMlflowError(f"{str(path)!r} cannot be read: {reason_of(error)}") from error
         if not known:
             advice = (
                 f"without a path, {default_directory()} is used"
                 if chosen
                 else "check QITOS_MLFLOW_SPOOL_DIR"
             )
-            raise Refused(f"{str(path)!r} is neither a spool directory nor a file in one; {advice}")
+            raise QitosMlflowError(
+                f"{str(path)!r} is neither a spool directory nor a file in one; {advice}"
+            )
         found.update(dict.fromkeys(segments))
     return list(found)
 

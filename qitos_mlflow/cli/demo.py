@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import experiment_name, tracking_uri
 from qitos_mlflow.cli._show import complain, table
+from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
@@ -53,7 +53,7 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     critic, one asks a second agent and one calls two tools at once.
     """
     if find_spec("qitos") is None:
-        raise Refused("the demo's agents need QitOS; install it with: pip install qitos")
+        raise QitosMlflowError("the demo's agents need QitOS; install it with: pip install qitos")
     from qitos_mlflow.cli._demo_agent import TASKS
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
     from qitos_mlflow.tracing import add_trace_processor, remove_trace_processor

@@ -31,7 +31,7 @@ def survey() -> dict[str, Any]:
 
     Loads the selected plugins to see whether they load. Does not import qitos or mlflow itself.
     """
-    startup_line = {"active": any(getattr(f, "qitos_watcher", False) for f in sys.meta_path)}
+    startup_line = {"active": startup_line_is_active()}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
     from qitos_mlflow.plugins.loader import GROUP, discover, load
     from qitos_mlflow.plugins.selection import VARIABLE
@@ -45,6 +45,11 @@ def survey() -> dict[str, Any]:
         # If nothing is selected, the loader does not look for plugins.
         "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor()) or discover()],
     }
+
+
+def startup_line_is_active() -> bool:
+    """Whether the start-up line waits for `import qitos` in this process."""
+    return any(getattr(finder, "qitos_watcher", False) for finder in sys.meta_path)
 
 
 def destination() -> str | None:

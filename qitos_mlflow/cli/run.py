@@ -1,24 +1,22 @@
-"""`qitos-mlflow run`: starts a script as python itself would, with logging on."""
+"""`qitos-mlflow run`: becomes python with a script, with logging on."""
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
-from functools import partial
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Any, NoReturn
 
 import click
 
 from qitos_mlflow._startup import OFF
-from qitos_mlflow.cli import Handover, Refused, _options
-from qitos_mlflow.cli._show import complain
+from qitos_mlflow.cli import _options
+from qitos_mlflow.cli.plugins import startup_line_is_active
+from qitos_mlflow.errors import QitosMlflowError
+
+STARTUP_DIRECTORY = Path(__file__).with_name("startup")
+"""On PYTHONPATH, it does what the start-up line does."""
 
 
 @click.command(
@@ -60,6 +58,11 @@ def run(
     code are those of a plain python call. Agents in processes that it starts are logged too: the
     settings are passed on in environment variables.
     """
+    if not (as_module or Path(target).exists()):
+        raise QitosMlflowError(
+            f"there is no script {target!r} in {Path.cwd()}; "
+            f"to start a module: qitos-mlflow run -m {Path(target).stem}"
+        )
     variables = {
         "QITOS_TRACE_PLUGINS": selection(os.environ.get("QITOS_TRACE_PLUGINS", "")),
         "MLFLOW_TRACKING_URI": tracking_uri,
@@ -67,9 +70,18 @@ def run(
         "QITOS_MLFLOW_RUN_NAME": run_name,
         "QITOS_MLFLOW_TAGS": json.dumps(dict(tags)) if tags else None,
     }
+    # The options that this python has been started with, such as -X dev.
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if not startup_line_is_active():
+        path = [str(STARTUP_DIRECTORY), os.environ.get("PYTHONPATH")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        # With these, python imports no `sitecustomize`, or ignores PYTHONPATH.
+        options = [option for option in options if option not in {"-S", "-E", "-I"}]
     os.environ.update({name: value for name, value in variables.items() if value})
-    importlib.import_module("qitos_mlflow.auto")
-    raise Handover(partial(launch, target, args, as_module))
+    command = [sys.executable, *options, *(["-m"] if as_module else []), target, *args]
+    if os.name == "nt":  # Where exec starts another process and ends this one at once.
+        sys.exit(subprocess.call(command))  # noqa: S603 - this is what the command is for
+    os.execv(sys.executable, command)  # noqa: S606 - the same
 
 
 def selection(before: str) -> str:
@@ -81,93 +93,3 @@ def selection(before: str) -> str:
     if not {"mlflow", "all", "*"} & set(names):
         names.append("mlflow")
     return ",".join(names)
-
-
-def launch(target: str, args: Sequence[str], as_module: bool) -> None:
-    """Be `python target args`: its `sys.argv`, `sys.path`, `__main__`, output and exit code."""
-    try:
-        code, module = load_module(target) if as_module else load_script(target)
-    except Refused as refused:
-        complain(str(refused))
-        sys.exit(2)
-    except SyntaxError as error:
-        _fail(error.with_traceback(None))
-    sys.argv = [str(module.__file__) if as_module else target, *args]
-    sys.modules["__main__"] = module
-    try:
-        exec(code, module.__dict__)  # noqa: S102 - this is what the command is for
-    except (SystemExit, KeyboardInterrupt):
-        raise  # Python has exit codes of its own for these.
-    except BaseException as error:
-        frames = error.__traceback__
-        _fail(error.with_traceback(frames and frames.tb_next))
-
-
-def _fail(error: BaseException) -> NoReturn:
-    """End as python does after an uncaught `error`, without the frames of this package."""
-    sys.excepthook(type(error), error, error.__traceback__)
-    raise SystemExit(1) from None
-
-
-def load_script(target: str) -> tuple[CodeType, ModuleType]:
-    """Code and `__main__` module of a script file, or of a directory or zip with `__main__.py`."""
-    path = Path(target)
-    if not path.exists():
-        raise Refused(
-            f"there is no script {target!r} in {Path.cwd()}; "
-            f"to start a module: qitos-mlflow run -m {path.stem}"
-        )
-    place = os.path.join(Path.cwd(), target)  # noqa: PTH118 - "./x.py" keeps its dot, as in python
-    inside = PathFinder.find_spec("__main__", [place])
-    if inside is not None:
-        _put_on_path(place)
-        return _from_spec(inside, target)
-    if path.is_dir():
-        raise Refused(f"the directory {target!r} has no __main__.py; give a script in it")
-    _put_on_path(str(path.resolve().parent))
-    loader = SourceFileLoader("__main__", place)
-    code = loader.source_to_code(loader.get_data(place), place)
-    return code, _main_module(__file__=place, __loader__=loader, __package__=None, __spec__=None)
-
-
-def load_module(target: str) -> tuple[CodeType, ModuleType]:
-    """Code and `__main__` module for `python -m target`; packages above it are imported."""
-    if target.endswith(".py"):
-        raise Refused(f"{target!r} is the name of a script; start it without -m")
-    _put_on_path(str(Path.cwd()))
-    try:
-        spec = importlib.util.find_spec(target)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{target}.__main__")
-    except (ModuleNotFoundError, ValueError) as error:
-        raise Refused(f"there is no module {target!r}: {error}") from error
-    if spec is None:
-        raise Refused(f"there is no module {target!r} that can be run")
-    return _from_spec(spec, target)
-
-
-def _from_spec(spec: ModuleSpec, target: str) -> tuple[CodeType, ModuleType]:
-    get_code = getattr(spec.loader, "get_code", None)
-    code = get_code(spec.name) if get_code is not None else None
-    if code is None:
-        raise Refused(f"{target!r} has no Python code that can be run")
-    return code, _main_module(
-        __file__=spec.origin,
-        __loader__=spec.loader,
-        __package__=spec.parent,
-        __spec__=spec,
-        __cached__=spec.cached,
-    )
-
-
-def _main_module(**attributes: Any) -> ModuleType:
-    module = ModuleType("__main__")
-    module.__dict__.update(__builtins__=builtins, **attributes)
-    return module
-
-
-def _put_on_path(directory: str) -> None:
-    """Let imports find modules beside the script, except under `python -P`."""
-    if getattr(sys.flags, "safe_path", False):
-        return
-    sys.path[0] = directory

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from qitos_mlflow.cli import Group
-from qitos_mlflow.cli._show import complain, plural
+from qitos_mlflow.cli._show import Group, complain, plural
 from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
 
 

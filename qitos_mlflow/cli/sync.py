@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qitos_mlflow.cli import Refused
 from qitos_mlflow.cli._options import seconds, tracking_uri
 from qitos_mlflow.cli._show import complain, plural
 from qitos_mlflow.cli._spool import (
@@ -27,6 +26,7 @@ from qitos_mlflow.cli._spool import (
     paths_argument,
     reason_of,
 )
+from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Counts, Outcome, Paths, SegmentInfo
@@ -251,7 +251,7 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
         if there and not directory.is_dir():
             raise click.UsageError(f"--follow watches a directory; {str(directory)!r} is a file")
     except OSError as error:
-        raise Refused(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
+        raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
     click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
     stop, total = threading.Event(), Counts()

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow import cli
-from qitos_mlflow.cli import COMMANDS, main
+from qitos_mlflow.cli import main
 from tests.cli.conftest import Run
 from tests.cli.page import page
 
@@ -25,9 +25,9 @@ def test_the_page_in_docs_is_the_help_there_is() -> None:
 def test_every_command_is_a_module_and_in_the_help() -> None:
     """The list of commands, their modules and the help agree."""
     modules = {path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py")}
-    assert modules == set(COMMANDS)
+    assert modules == set(main.commands)
     shown = CliRunner().invoke(main, ["--help"]).output
-    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE) == list(main.commands)
 
 
 def test_help_imports_neither_mlflow_nor_qitos(python: Run) -> None:
@@ -52,11 +52,8 @@ def test_the_error_about_an_unknown_command_lists_the_commands(python: Run) -> N
 @pytest.mark.parametrize("option", ["--tracking-uri", "--experiment-name"])
 def test_shared_options_mean_the_same_everywhere(option: str) -> None:
     """A shared option has one type and one meaning in every command that has it."""
-    context = click.Context(main)
     kinds = set()
-    for name in COMMANDS:
-        command = main.get_command(context, name)
-        assert command is not None
+    for command in main.commands.values():
         for parameter in command.params:
             if isinstance(parameter, click.Option) and option in parameter.opts:
                 assert parameter.help is not None

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.cli.run import selection
+import qitos_mlflow
+from qitos_mlflow.cli.run import STARTUP_DIRECTORY, selection
 from tests.cli.conftest import Run, runs_in
+
+ROOT = Path(qitos_mlflow.__file__).parents[1]
 
 PROGRAM = """\
 import os, sys, threading
@@ -63,6 +71,7 @@ def programs(tmp_path: Path) -> Path:
         (tmp_path / package / "__main__.py").write_text(PROGRAM)
         (tmp_path / package / "beside.py").write_text("")
     (tmp_path / "broken.py").write_text("x = = 1\n")
+    (tmp_path / "empty").mkdir()
     return tmp_path
 
 
@@ -87,13 +96,17 @@ def test_a_script_sees_no_difference(programs: Path, python: Run, cli: Run, end:
         ("directory", "exit"),
         ("./program.py", "normal"),
         ("broken.py",),
+        ("empty",),
+        ("-m", "program.py"),
+        ("-m", "no_such.module"),
+        ("-m", "email"),
     ],
     ids=" ".join,
 )
 def test_modules_and_directories_too(
     programs: Path, python: Run, cli: Run, args: tuple[str, ...]
 ) -> None:
-    """`-m module`, packages, directories and scripts that do not compile act as under python."""
+    """`-m module`, packages, directories and what cannot be started act as under python."""
     wanted = python(*args)
     got = cli("run", *args)
     assert (got.stdout, got.stderr, got.returncode) == (
@@ -143,6 +156,53 @@ def test_settings_reach_the_script_and_what_it_starts(tmp_path: Path, cli: Run) 
     assert json.loads(seen["QITOS_MLFLOW_TAGS"]) == {"env": "dev", "a": "b=c"}
 
 
+SHOW = """\
+import subprocess, sys
+import qitos
+print("qitos_mlflow.wiring" in sys.modules, [p for p in sys.path if p.endswith("startup")])
+if not sys.argv[1:]: sys.stdout.flush(); subprocess.run([sys.executable, __file__, "c"], check=True)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-S",), ("-E", "-P")], ids=" ".join)
+def test_where_no_start_up_file_runs_the_script_and_its_children_are_logged(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """As with `pip install --target`: a python in whose site-packages there is no start-up line."""
+    (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "sitecustomize.py").write_text("print('hidden')\n")
+    places = [sysconfig.get_path("purelib"), str(ROOT)]
+    start = (
+        "import runpy, sys\n"
+        f"sys.path += {places}\n"
+        "sys.argv = ['qitos-mlflow', 'run', 'show.py']\n"
+        "runpy.run_module('qitos_mlflow.cli')"
+    )
+    python = getattr(sys, "_base_executable", sys.executable)
+    done = subprocess.run(
+        [python, *options, "-c", start],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *places])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    hidden = "" if options else "hidden\n"  # Once more, by the first python.
+    assert done.stdout == hidden + 2 * "hidden\nTrue []\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_the_start_up_directory_is_silent_in_a_python_without_the_package(tmp_path: Path) -> None:
+    """What a script starts may be a Python that cannot import the package, or has no QitOS."""
+    shutil.copytree(STARTUP_DIRECTORY, tmp_path / "a" / "b" / "c")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "a" / "b" / "c")}
+    command = [sys.executable, "-I", "-S", "-c", "import sys; sys.path.insert(0, sys.argv[1])"]
+    command[-1] += "; import sitecustomize; print(sys.path[0] == sys.argv[1])"
+    done = subprocess.run(
+        [*command, environ["PYTHONPATH"]], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -164,11 +224,6 @@ def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> 
     ("args", "message"),
     [
         (("nowhere.py",), "there is no script 'nowhere.py'"),
-        (("-m", "no_such.module"), "there is no module 'no_such.module'"),
-        (("-m", "no_such_module"), "there is no module 'no_such_module'"),
-        (("-m", "program.py"), "start it without -m"),
-        (("-m", "email"), "there is no module 'email' that can be run"),
-        (("empty",), "has no __main__.py"),
         ((), "Missing argument 'TARGET'"),
         (("--tag", "env", "program.py"), "'env' is not a tag; write it as key=value"),
         (("--tracking-uri", "localhost:5000", "program.py"), "mean http://localhost:5000?"),
@@ -180,7 +235,6 @@ def test_the_plugin_is_selected_whatever_was_before(before: str, after: str) -> 
 )
 def test_bad_input_is_named(programs: Path, cli: Run, args: tuple[str, ...], message: str) -> None:
     """The error names the wrong value and the next step; exit code 2, no traceback."""
-    (programs / "empty").mkdir()
     got = cli("run", *args)
     assert got.returncode == 2
     assert message in got.stderr
