@@ -85,7 +85,8 @@ class Pipeline:
         self._dropped = dropped
         self._open_leftovers = open_leftovers
         self._may_rest = may_rest
-        self._closed = False
+        self.closed = False
+        """Whether it takes no more."""
         self._begin()
         fork.watch(self)
 
@@ -113,7 +114,7 @@ class Pipeline:
             keep: take it also when the queue is full.
             urgent: send it at once: a thread waits for its result.
         """
-        if self._closed:
+        if self.closed:
             self._stats.drop(CLOSED)
             return False
         taken = self._queue.offer(payload, keep, urgent)
@@ -142,7 +143,7 @@ class Pipeline:
 
     def refuse(self) -> None:
         """Take no more; what was taken goes to the disk now. Any thread; waits for nothing."""
-        self._closed = True
+        self.closed = True
         if not self.at_rest:
             self._put_last()
 

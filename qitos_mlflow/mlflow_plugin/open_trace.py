@@ -42,7 +42,7 @@ class OpenTrace(TraceRecorder):
             settings=run_settings,
         )
         self.end_received = False
-        self.run = PendingRun(lambda: settings.offline or pipeline.delivery.online is False)
+        self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,
             uri,

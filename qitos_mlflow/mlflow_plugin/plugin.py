@@ -16,7 +16,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.destination import destination_key, run_settings, tracking_uri
 from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
-from qitos_mlflow.mlflow_plugin.mlflow_pipeline import mlflow_destination
+from qitos_mlflow.mlflow_plugin.mlflow_pipeline import MlflowPipeline
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 from qitos_mlflow.mlflow_plugin.precedence import Origin, stands_down
 from qitos_mlflow.mlflow_plugin.run_status import run_status
@@ -27,7 +27,7 @@ from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.settings import Settings
 
-process_exit.at_last(let_go)
+process_exit.at_last.append(let_go)
 
 
 class MlflowPlugin:
@@ -67,9 +67,7 @@ class MlflowPlugin:
             return
         settings = self.settings
         uri = tracking_uri(settings)
-        pipeline = self._recorder.pipeline_to(
-            destination_key(uri), partial(mlflow_destination, uri)
-        )
+        pipeline = self._recorder.pipeline_to(destination_key(uri), partial(MlflowPipeline, uri))
         if pipeline.closed:  # The process is ending.
             return
         content = settings.capture_content and tracing.content_allowed(trace)

@@ -10,7 +10,6 @@ one.
     pipelines         one pipeline per destination and process
     normalize         bytes to the redacted record, on the spooling thread
     contributions     what other plugins add to a record
-    losses            the loss ledger of one trace
     process_exit      the end of the process
     record            the types of the records
 """

@@ -15,12 +15,10 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.recording import run_files
+from qitos_mlflow.recording.contributions import ask_plugins
 from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
-
-Contributions = Callable[[dict[str, Any]], dict[str, Any]]
-"""Asks the plugins what they add to a redacted record."""
 
 OURS = frozenset(
     {"kind", "trace_id", "span_id", "parent_id", "type", "step", "time_ns", "start_ns", "end_ns"}
@@ -34,16 +32,14 @@ UNCUT = OURS | {"settings"}
 def normalize(
     snapshot: bytes,
     field_bytes: int,
-    contributions: Contributions | None = None,
-    add_losses: Callable[[dict[str, Any]], None] = lambda record: None,
+    complete: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> bytes | None:
     """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
     Args:
         snapshot: one event as `to_json.encode` wrote it.
         field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
-        contributions: what it returns becomes the record's `added`, redacted and cut as the rest.
-        add_losses: writes into the record what is known by now to be lost.
+        complete: writes into the record what is known only now: what was lost before it.
 
     Raises:
         OSError: a file of the run cannot be read.
@@ -52,8 +48,8 @@ def normalize(
     if record["kind"] == "artifact":
         file = run_files.read(record)
         return None if file is None else orjson.dumps(_redacted_file(file))
-    _complete(record)
-    add_losses(record)
+    complete(record)
+    _spell_out(record)
     # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
     if len(snapshot) > MAX_INLINED_CHARS:
         record = note_large(record)
@@ -62,14 +58,14 @@ def normalize(
     if len(snapshot) > field_bytes:
         content = {name: value for name, value in record.items() if name not in UNCUT}
         record |= trim_fields(content, field_bytes)
-    if contributions is not None and (added := contributions(record)):
+    if added := ask_plugins(record):
         for part, values in record.get("added", {}).items():
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
 
 
-def _complete(record: dict[str, Any]) -> None:
+def _spell_out(record: dict[str, Any]) -> None:
     """Replace times as text by nanoseconds, and stack frames by the text of the traceback."""
     for text, number in (("started_at", "start_ns"), ("ended_at", "end_ns")):
         if text in record:

@@ -1,8 +1,8 @@
-"""One pipeline per destination and process, shared by all processors that record for it.
+"""One pipeline per destination and process, shared by all recorders that record for it.
 
-Receives the bytes of records from `recorder`, on the agent's thread. Hands them to a
-`delivery.Pipeline`, which normalizes them on its spooling thread. Opens nothing before the first
-trace. Knows no server: a plugin's `Destination` says how to open a sink.
+Receives the bytes of records from `trace_recorder`, on the agent's thread, and normalizes them on
+the spooling thread. Opens nothing before the first trace. Knows no server: a plugin derives from
+`RecordPipeline` how to open a sink.
 """
 
 from __future__ import annotations
@@ -10,155 +10,135 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from qitos_mlflow.delivery import Pipeline, Sink
-from qitos_mlflow.recording import process_exit
-from qitos_mlflow.recording.contributions import ask_plugins
-from qitos_mlflow.recording.losses import TraceLosses
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings
 
 
-class RecordedTrace(Protocol):
-    """What a pipeline asks of a trace that is recorded to it."""
-
-    id: str
-
-    @property
-    def ended(self) -> bool:
-        """Whether its end is recorded: only late spans can follow."""
-        ...
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether it has ended and no late span is expected."""
-        ...
-
-    def kill(self, why: str) -> None:
-        """Record its end now, as KILLED."""
-        ...
-
-
-FindTrace = Callable[[str], "RecordedTrace | None"]
-"""The open trace with this id in this process; None if there is none."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where records go, and how the threads of a pipeline reach it.
-
-    Attributes:
-        header: stored with the records, for the process that delivers them later. Opaque.
-        open_sink: opens the sink. It gets the lookup of this process's open traces. Called on the
-            sending thread; may block and may raise (then it is called again later).
-        open_leftovers: given the header of a dead process's segment, returns what opens a sink
-            for it, or None if this process must leave that segment alone.
-    """
-
-    header: bytes
-    open_sink: Callable[[FindTrace], Sink]
-    open_leftovers: Callable[[bytes], Callable[[], Sink] | None]
-
-
-class RecordPipeline:
-    """A `delivery.Pipeline` with the open traces that are recorded to it. Any thread.
+class RecordPipeline(Pipeline):
+    """A `delivery.Pipeline` of records, for one destination. Any thread.
 
     Args:
-        key: the destination's.
-        destination: where the records go.
+        header: stored with the records, for the process that delivers them later. Opaque.
+        key: equal for equal destinations.
         settings: the first user's. Spool, queue and offline mode follow from them.
     """
 
-    def __init__(self, key: Hashable, destination: Destination, settings: Settings) -> None:
-        self._key = key
+    def __init__(self, header: bytes, key: Hashable, settings: Settings) -> None:
+        self.header = header
+        self.key = key
         self.exit_timeout_s = 0.0
         """The longest of its users' exit timeouts (seconds)."""
         self.field_bytes = 0
         """The largest of its users' bounds of one field (bytes)."""
-        self.closed = False
-        """Whether it takes no more."""
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._open: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-        self._losses: dict[str, TraceLosses] = {}
-
-        def open_sink() -> Sink:
-            return destination.open_sink(self.find)
-
-        self.delivery = Pipeline(
-            header=destination.header,
-            normalize=self._normalize,
-            open_sink=None if settings.offline else open_sink,
+        self._begin_losses()
+        super().__init__(
+            header=header,
+            normalize=self._record_of,
+            open_sink=None if settings.offline else self.open_sink,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
-            dropped=self._dropped,
-            open_leftovers=destination.open_leftovers,
-            may_rest=self._may_rest,
+            dropped=self._lost_later,
+            open_leftovers=self.open_leftovers,
+            may_rest=lambda: all(trace.is_quiet for trace in self.traces),
         )
-        self.offer = self.delivery.offer
-        """See `delivery.Pipeline.offer`: on the agent's thread, without another call."""
+
+    def open_sink(self) -> Sink:
+        """Open the sink. Sending thread; may block and may raise (then it is called again)."""
+        raise NotImplementedError
+
+    def open_leftovers(self, header: bytes) -> Callable[[], Sink] | None:
+        """What opens a sink for a dead process's segment with this header. Sending thread.
+
+        None if this process must leave that segment alone.
+        """
+        return None
+
+    @property
+    def traces(self) -> list[Any]:
+        """The traces that are recorded to it, open ones and the last ended ones."""
+        return [trace for trace in list(_traces.values()) if trace.pipeline is self]
 
     def find(self, trace_id: str) -> Any:
-        """The open trace with this id, None if there is none."""
-        return self._open.get(trace_id)
+        """The trace with this id in the records for this destination, None if there is none."""
+        return _traces.get((self.key, trace_id))
 
-    def add(self, trace: RecordedTrace) -> TraceLosses:
-        """Register a trace that begins; returns its loss ledger. Its id must be free."""
-        losses = TraceLosses()
-        self._losses[trace.id] = losses
-        self._open[trace.id] = trace
-        return losses
+    def add(self, trace: Any) -> None:
+        """Register a `TraceRecorder` that begins, for as long as it lives. Its id must be free."""
+        _traces[self.key, trace.id] = trace
 
     def is_free(self, trace_id: str) -> bool:
         """Whether no trace with this id is open for this destination, whatever its spool."""
-        same = {self, *(p for p in list(_pipelines.values()) if p._key == self._key)}
-        found = [pipeline.find(trace_id) for pipeline in same]
-        return all(trace is None or trace.ended for trace in found)
+        found = self.find(trace_id)
+        return found is None or found.ended
 
     @property
     def counted_losses(self) -> int:
         """Records lost, refused or damaged so far."""
-        counts = self.delivery.stats
+        counts = self.stats
         return counts.dead_letters + counts.bad_lines + sum(counts.dropped.values())
 
-    def refuse(self, why: str) -> None:
-        """Record the end of all open traces, then take no more. Waits for nothing."""
-        for trace in list(self._open.values()):
-            trace.kill(why)
-        self.closed = True
-        self.delivery.refuse()
+    def add_loss(self, trace_id: str, kind: str, reason: str) -> None:
+        """Keep for the end of the trace that a record of this kind (``span``, …) was lost.
+
+        The record of the end gets the sums when it is normalized: everything before it is in the
+        spool by then, or known to be lost. Later losses are only in the counts of the pipeline.
+        """
+        with self._losses_lock:
+            self._losses.setdefault(trace_id, Counter())[kind, reason] += 1
 
     def close(self, timeout_s: float) -> bool:
         """Deliver what is left and end the threads; True if nothing is left. See `Pipeline`."""
-        self.closed = True
-        return self.delivery.close(timeout_s)
+        done = super().close(timeout_s)
+        if done:
+            unfinished.discard(self)
+        return done
 
-    def _may_rest(self) -> bool:
-        """Spooling thread. Whether no open trace can record anything soon."""
-        return all(trace.is_quiet for trace in list(self._open.values()))
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: open traces and their losses are the parent's."""
+        super().after_fork()
+        self._begin_losses()
 
-    def _normalize(self, payload: bytes) -> bytes | None:
+    def _begin_losses(self) -> None:
+        self._losses: dict[str, Counter[tuple[str, str]]] = {}
+        # Reentrant: a signal handler may record while this thread counts.
+        self._losses_lock = threading.RLock()
+
+    def _record_of(self, payload: bytes) -> bytes | None:
         """Spooling thread. The record that goes to disk; see `normalize`."""
-        return normalize(payload, self.field_bytes, ask_plugins, self._add_losses)
+        return normalize(payload, self.field_bytes, self._complete)
 
-    def _add_losses(self, record: dict[str, Any]) -> None:
+    def _complete(self, record: dict[str, Any]) -> None:
+        """Write into a trace's end what was lost before it: spans by reason, the rest apart."""
         if record["kind"] == "trace_end":
-            losses = self._losses.pop(record["trace_id"], None)
-            if losses is not None:
-                losses.complete(record)
+            with self._losses_lock:
+                losses = self._losses.pop(record["trace_id"], Counter())
+            for (kind, reason), number in losses.items():
+                if kind == "span":
+                    record["dropped"][reason] = number
+                else:
+                    record["lost"][f"{kind}_{reason}"] = number
 
-    def _dropped(self, record: bytes, reason: str) -> None:
+    def _lost_later(self, record: bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
         fields = orjson.loads(record)
-        losses = self._losses.get(fields["trace_id"])
-        if losses is not None:
-            losses.add(fields["kind"], reason)
+        if fields["kind"] != "trace_end" and "late" not in fields:
+            self.add_loss(fields["trace_id"], fields["kind"], reason)
 
+
+unfinished: set[RecordPipeline] = set()
+"""All pipelines that may have something to deliver when the process ends."""
+
+_traces: weakref.WeakValueDictionary[tuple[Hashable, str], Any] = weakref.WeakValueDictionary()
+"""The traces of all pipelines, by the destination's key and their id in the records."""
 
 _pipelines: dict[Hashable, RecordPipeline] = {}
 # Reentrant: a signal handler may begin or end a trace while this thread holds it.
@@ -166,29 +146,34 @@ _lock = threading.RLock()
 
 
 def acquire(
-    user: object, settings: Settings, key: Hashable, make: Callable[[], Destination]
+    user: object,
+    settings: Settings,
+    key: Hashable,
+    make: Callable[[Hashable, Settings], RecordPipeline],
 ) -> RecordPipeline:
-    """The pipeline for this destination, made if there is none yet. Waits for nothing.
+    """The pipeline for this destination, made if there is none yet.
 
     Args:
         user: what records to it until `release`; held weakly.
         settings: the user's. Those of the first user decide about spool, queue and offline mode.
         key: equal for equal destinations.
-        make: describes the destination, if this process has no pipeline to it.
+        make: makes the pipeline, if this process has none to the destination.
     """
     place = (key, settings.spool_dir, settings.offline)
-    with _lock:
-        pipeline = _pipelines.get(place)
-        if pipeline is None:
-            for other, unused in list(_pipelines.items()):
-                if not unused.users and unused.delivery.at_rest:
-                    del _pipelines[other]
-            pipeline = _pipelines[place] = RecordPipeline(key, make(), settings)
-        process_exit.watch(pipeline)
-        pipeline.users.add(user)
-        pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
-        pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
-        return pipeline
+    made: RecordPipeline | None = None
+    while True:
+        with _lock:
+            pipeline = _pipelines.get(place, made)
+            if pipeline is not None:
+                if pipeline is made:
+                    _forget_unused()
+                    _pipelines[place] = pipeline
+                    unfinished.add(pipeline)
+                pipeline.users.add(user)
+                pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
+                pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
+                return pipeline
+        made = make(key, settings)  # Without the lock: this may take a moment.
 
 
 def release(user: object, pipeline: RecordPipeline) -> bool:
@@ -205,12 +190,18 @@ def release(user: object, pipeline: RecordPipeline) -> bool:
         return True
 
 
+def _forget_unused() -> None:
+    for place, pipeline in list(_pipelines.items()):
+        if not (pipeline.users or pipeline.traces) and pipeline.at_rest:
+            del _pipelines[place]
+            unfinished.discard(pipeline)
+
+
 def _after_fork() -> None:
-    """In a forked child: open traces are the parent's. The delivery begins anew by itself."""
-    global _lock
+    """In a forked child: open traces are the parent's."""
+    global _lock, _traces
     _lock = threading.RLock()
-    for pipeline in _pipelines.values():
-        pipeline.__dict__.update(_open=weakref.WeakValueDictionary(), _losses={})
+    _traces = weakref.WeakValueDictionary()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,6 +1,7 @@
 """The end of the process: all pipelines deliver what they can, within one deadline together.
 
-Then one line on stderr says what is left, and the command that delivers it.
+Then one line on stderr says what is left, and the command that delivers it. Ctrl-C ends the wait;
+the line and the exit status of Ctrl-C remain.
 """
 
 from __future__ import annotations
@@ -10,17 +11,14 @@ import contextlib
 import os
 import shlex
 import sys
-import threading
 import time
-import weakref
 from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Protocol
 
 import orjson
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.delivery import Pipeline, waiting_records
+from qitos_mlflow.delivery import waiting_records
+from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 
 KILLED_BY_EXIT = "the process ended before the trace did"
 """Why traces that are open when the process ends are KILLED."""
@@ -31,102 +29,22 @@ COUNT_S = 0.25
 MAX_FILES = 8
 """If more files than this are left, the command names their directories."""
 
+at_last: list[Callable[[], object]] = []
+"""Called in each process once everything is delivered or reported."""
 
-class Ending(Protocol):
-    """What the end of the process asks of a pipeline."""
-
-    delivery: Pipeline
-    exit_timeout_s: float
-    """How long it may delay the end of the process (seconds)."""
-
-    def refuse(self, why: str) -> None:
-        """Record the end of open traces, then take no more. Waits for nothing."""
-        ...
-
-    def close(self, timeout_s: float) -> bool:
-        """Deliver what can be delivered in time; True if nothing is left."""
-        ...
+_registered_in: int | None = None
+"""Id of the process whose exit handlers are registered."""
+_first = False
+_interrupted = False
+_began_s: float | None = None
 
 
-class _Process:
-    """What this process has to end."""
-
-    def __init__(self) -> None:
-        self._watched: weakref.WeakSet[Ending] = weakref.WeakSet()
-        self._kept: set[Ending] = set()
-        self._reported: weakref.WeakSet[Ending] = weakref.WeakSet()
-        self._lock = threading.RLock()  # Reentrant: a signal handler may begin a trace.
-        self._registered = False
-        self._before_mlflow = False
-        self._began_s: float | None = None
-
-    def watch(self, pipeline: Ending) -> None:
-        with self._lock:
-            self._watched.add(pipeline)
-            if not self._registered:
-                self._registered = True
-                _register()
-
-    def keep(self, pipeline: Ending) -> None:
-        with self._lock:
-            self._kept.add(pipeline)
-
-    def end_first(self) -> None:
-        if not self._before_mlflow:
-            self._before_mlflow = True
-            atexit.unregister(_end)
-            atexit.register(_end)
-
-    def end(self) -> None:
-        with self._lock:
-            found = {*self._watched, *self._kept} - {*self._reported}
-            self._reported.update(found)
-        pipelines = sorted(found, key=lambda pipeline: pipeline.exit_timeout_s)
-        if not pipelines:
-            return
-        if self._began_s is None:  # Not the last exit handler to come here: one deadline for all.
-            self._began_s = time.monotonic()
-        for pipeline in pipelines:
-            _guarded(pipeline.refuse, KILLED_BY_EXIT)
-        left = []
-        for pipeline in pipelines:
-            deadline = self._began_s + pipeline.exit_timeout_s
-            if not _guarded(pipeline.close, deadline - time.monotonic()):
-                left.append(pipeline.delivery)
-        _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
-        for act in _at_last:
-            _guarded(act)
-
-
-_process = _Process()
-_at_last: list[Callable[[], object]] = []
-
-
-def watch(pipeline: Ending) -> None:
-    """End `pipeline` before this process ends. Held weakly. Any thread, any number of times."""
-    _process.watch(pipeline)
-
-
-def keep(pipeline: Ending) -> None:
-    """When this process ends, report what `pipeline`, which is closed, left in the spool."""
-    _process.keep(pipeline)
-
-
-def end_first() -> None:
-    """From now on deliver before the exit handlers that are registered so far.
-
-    Exit handlers run last in, first out. A library that was imported after ours was registered
-    may end in its own handler what the delivery still needs.
-    """
-    _process.end_first()
-
-
-def at_last(act: Callable[[], object]) -> None:
-    """Call `act` once everything is delivered or reported, in each process. Register it once."""
-    _at_last.append(act)
-
-
-def _register() -> None:
+def register() -> None:
+    """Deliver what this process has before it ends. Any thread, any number of times."""
+    global _registered_in, _first, _interrupted, _began_s
+    if _registered_in == os.getpid():
+        return
+    _registered_in, _first, _interrupted, _began_s = os.getpid(), False, False, None
     atexit.unregister(_end)  # Inherited by a forked child: once is enough.
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
@@ -138,80 +56,102 @@ def _register() -> None:
     atexit.register(_end)
 
 
+def end_first() -> None:
+    """From now on deliver before the exit handlers that are registered so far.
+
+    Exit handlers run last in, first out. A library that was imported after ours was registered
+    may end in its own handler what the delivery still needs.
+    """
+    global _first
+    if not _first:
+        _first = True
+        atexit.unregister(_end)
+        atexit.register(_end)
+
+
 def _end() -> None:
-    _guarded(_process.end)
-    _keep_exit_status()
-
-
-def _end_late() -> None:
-    _end()
+    if _registered_in == os.getpid():
+        _end_all(sorted([*unfinished], key=lambda pipeline: pipeline.exit_timeout_s))
+        _keep_exit_status()
 
 
 # For a first trace in an exit handler of the program, when it is too late to register another.
-atexit.register(_end_late)
+atexit.register(lambda: _end())
 
 
-def _begin() -> None:
-    global _process
-    _process = _Process()
+def _end_all(pipelines: list[RecordPipeline]) -> None:
+    global _began_s
+    unfinished.difference_update(pipelines)
+    if _began_s is None:  # Not the last exit handler to come here: one deadline for all.
+        _began_s = time.monotonic()
+    for pipeline in pipelines:
+        _guarded(_refuse, pipeline)
+    left = []
+    for pipeline in pipelines:
+        left_s = 0.0 if _interrupted else _began_s + pipeline.exit_timeout_s - time.monotonic()
+        if not _guarded(pipeline.close, left_s):
+            left.append(pipeline)
+    _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
+    for act in at_last:
+        _guarded(act)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin)
+def _refuse(pipeline: RecordPipeline) -> None:
+    """Record the end of its open traces, then take no more. Waits for nothing."""
+    for trace in pipeline.traces:
+        trace.end_early("KILLED", KILLED_BY_EXIT)
+    pipeline.refuse()
 
 
 def _guarded(act: Callable[..., object], *args: object) -> bool:
+    global _interrupted
     try:
         return bool(act(*args))
     except Exception as error:  # noqa: BLE001 - the process ends as it would have
         report("process_exit", error)
-        return False
+    except BaseException:  # noqa: BLE001 - Ctrl-C: nothing waits any more, the rest goes on
+        _interrupted = True
+    return False
 
 
-def _say_what_is_left(left: Collection[Pipeline]) -> None:
+def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
     until = time.monotonic() + COUNT_S
-    records, traces, complete = 0, set(), True
-    files: list[Path] = []
-    directories: set[Path] = set()
-    for paths in [pipeline.paths for pipeline in left]:
-        directories.add(paths.directory)
-        complete = complete and time.monotonic() < until
-        if not complete:
-            continue
-        before = records
-        for record in waiting_records(paths):
-            records += 1
-            traces.add(orjson.loads(record).get("trace_id"))
-            complete = time.monotonic() < until
-            if not complete:
-                break
-        if records > before:  # One file stands for all of its segment.
-            files += [path for _, path in paths.parts()[:1]]
+    records, traces, found, complete = 0, set(), set(), True
+    for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
+        if time.monotonic() > until:
+            complete = False
+            break
+        records += 1
+        traces.add(orjson.loads(record).get("trace_id"))
+        found.add(pipeline)
+    # One file stands for all of its segment.
+    files = [str(path) for pipeline in found for _, path in pipeline.paths.parts()[:1]]
+    directories = sorted({str(pipeline.paths.directory) for pipeline in left})
     if unsaved := sum(pipeline.unsaved for pipeline in left):
-        spools = ", ".join(sorted({str(p.paths.directory) for p in left}))
         _say(
-            f"{_count(unsaved, 'record')} lost: neither the server nor the spool {spools} took "
-            f"them in time"
+            f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
+            f"{', '.join(directories)} took them in time"
         )
     if files or not complete:  # Neither: another process has delivered them meanwhile.
-        where = files if complete and len(files) <= MAX_FILES else sorted(directories)
+        where = files if complete and len(files) <= MAX_FILES else directories
         _say(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
-            "delivered yet; deliver with: "
-            f"qitos-mlflow sync {' '.join(shlex.quote(str(path)) for path in where)}"
+            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(where)}"
         )
 
 
 def _keep_exit_status() -> None:
-    """Let a script that Ctrl-C ended report this to its parent, as it does without us.
+    """Let a process that Ctrl-C has ended report this to its parent, as it does without us.
 
     Python forgets it if a text is compiled meanwhile, as it is for every dataclass of a module
-    that is imported in the last moments (3.10 to 3.13: `unhandled_keyboard_interrupt`).
+    that is imported in the last moments (3.10 to 3.13: `unhandled_keyboard_interrupt`). It never
+    learns of Ctrl-C in an exit handler.
     """
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
-    if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
+    ended = _interrupted or getattr(sys, "last_type", None) is KeyboardInterrupt
+    if ended and not interactive:
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to make Python remember
 

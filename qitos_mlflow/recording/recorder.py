@@ -10,21 +10,21 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.recording import pipelines, process_exit
-from qitos_mlflow.recording.pipelines import Destination, RecordPipeline
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 
 ENDED_TRACES = 256
-"""Ended traces that are remembered, for spans of theirs that begin late on other threads."""
+"""An ended trace is remembered until so many have begun after it: spans of it may begin late on
+other threads."""
 
-OPEN_TRACES = 4096
-"""Traces that are remembered in all. Beyond it, ended ones with unfinished spans are forgotten."""
+UNFINISHED_TRACES = 4096
+"""The same for an ended trace with unfinished spans."""
 
 T = TypeVar("T", bound=TraceRecorder)
 
@@ -39,7 +39,7 @@ class Recorder(Generic[T]):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.closed = False
-        self._traces: OrderedDict[str, T] = OrderedDict()
+        self._traces: dict[str, T] = {}
         self.get: Callable[[str], T | None] = self._traces.get
         """The trace with this host id; None if this plugin does not record it."""
         self._pipelines: dict[RecordPipeline, int] = {}
@@ -55,25 +55,39 @@ class Recorder(Generic[T]):
         with self._lock:
             return list(self._traces.values())
 
-    def pipeline_to(self, key: Hashable, make: Callable[[], Destination]) -> RecordPipeline:
+    def pipeline_to(
+        self, key: Hashable, make: Callable[[Hashable, Settings], RecordPipeline]
+    ) -> RecordPipeline:
         """The pipeline to a destination; see `pipelines.acquire`."""
+        process_exit.register()
         pipeline = pipelines.acquire(self, self.settings, key, make)
         with self._lock:
             self._pipelines.setdefault(pipeline, pipeline.counted_losses)
         return pipeline
 
     def add(self, trace_id: str, trace: T) -> None:
-        """Remember a trace that begins, and forget the oldest ended ones."""
+        """Remember a trace that begins, and forget the oldest ended ones. Open ones stay."""
         with self._lock:
             self._traces[trace_id] = trace
-            self._forget_oldest()
+            traces = list(self._traces.items())
+            for index, (old_id, old) in enumerate(traces[:-ENDED_TRACES]):
+                unfinished = old.unfinished_spans
+                if old.ended and (not unfinished or index < len(traces) - UNFINISHED_TRACES):
+                    self._traces.pop(old_id, None)
+                    if unfinished:
+                        old.pipeline.count_lost("forgotten", unfinished)
+                        warn(
+                            "recorder.forgotten",
+                            "%s spans of a trace that ended long ago have not ended; they are lost",
+                            unfinished,
+                        )
 
     def lose_span(self, trace_id: str) -> None:
         """Count a span of an unknown trace, if its trace is that of a parent process."""
         pipeline = self._inherited.get(trace_id)
         if pipeline is not None:
-            pipeline.delivery.count_lost("forked")
-            process_exit.watch(pipeline)  # The end of the process writes the count to disk.
+            pipeline.count_lost("forked")
+            process_exit.register()  # The end of the process writes the count to disk.
             warn(
                 "recorder.forked",
                 "a trace began before this process was forked; its spans from this process are "
@@ -87,8 +101,8 @@ class Recorder(Generic[T]):
         damaged or refused since the last call.
         """
         deadline = time.monotonic() + timeout_s
-        used = self._used()
-        delivered = [p.delivery.flush(deadline - time.monotonic()) for p in used]
+        used = list(self._pipelines)
+        delivered = [pipeline.flush(deadline - time.monotonic()) for pipeline in used]
         losses = {pipeline: pipeline.counted_losses for pipeline in used}
         with self._lock:
             lost = any(count > self._pipelines.get(p, 0) for p, count in losses.items())
@@ -110,40 +124,15 @@ class Recorder(Generic[T]):
         self.closed = True
         for trace in self.traces:
             trace.closed = True
-        used = self._used()
+        used = list(self._pipelines)
         last = {pipeline for pipeline in used if pipelines.release(self, pipeline)}
         for pipeline in last:  # All of them first: the time for the disk runs at once.
-            pipeline.closed = True
-            pipeline.delivery.refuse()
+            pipeline.refuse()
         done = True
         for pipeline in used:
-            left_s = deadline - time.monotonic()
-            if pipeline not in last:
-                done = pipeline.delivery.flush(left_s) and done
-            elif not pipeline.close(left_s):
-                process_exit.keep(pipeline)
-                done = False
+            end = pipeline.close if pipeline in last else pipeline.flush
+            done = end(deadline - time.monotonic()) and done
         return done
-
-    def _used(self) -> list[RecordPipeline]:
-        with self._lock:
-            return list(self._pipelines)
-
-    def _forget_oldest(self) -> None:
-        """Keep the last ended traces only. Open ones stay, however many they are."""
-        excess = len(self._traces) - OPEN_TRACES
-        for trace_id, trace in list(self._traces.items())[:-ENDED_TRACES]:
-            excess -= 1
-            unfinished = trace.unfinished_spans
-            if trace.ended and (not unfinished or excess >= 0):
-                self._traces.pop(trace_id, None)
-                if unfinished:
-                    trace.pipeline.delivery.count_lost("forgotten", unfinished)
-                    warn(
-                        "recorder.forgotten",
-                        "%s spans of a trace that ended long ago have not ended; they are lost",
-                        unfinished,
-                    )
 
     def _after_fork(self) -> None:
         self._lock = threading.RLock()

@@ -67,7 +67,7 @@ class TraceRecorder:
         # Not a failure of this trace: it was being handled when the trace began.
         self._handling = sys.exc_info()[1]
         self._ending = threading.RLock()
-        self._losses = pipeline.add(self)
+        pipeline.add(self)
 
     @property
     def unfinished_spans(self) -> int:
@@ -133,13 +133,13 @@ class TraceRecorder:
             self._lose_span("snapshot_failed")
             raise
         if not self.pipeline.offer(payload):
-            self._losses.add("span", "queue_full")
+            self._note_loss("span", "queue_full")
 
     def add_files(self, metadata: Mapping[str, Any]) -> None:
         """Record the files that go with the run: the answer, and the host's run directory."""
         for record in run_files.of_trace(self.id, metadata):
             if not self.pipeline.offer(snapshot.encode(record)):
-                self._losses.add("artifact", "queue_full")
+                self._note_loss("artifact", "queue_full")
 
     def end(
         self,
@@ -170,10 +170,6 @@ class TraceRecorder:
             report("recorder.trace_end", error)
         status = "FINISHED" if failure is None else "FAILED"
         self._end(metadata, failure, status, status_of, tags)
-
-    def kill(self, why: str) -> None:
-        """Record the end now, as KILLED, unless it is recorded."""
-        self.end_early("KILLED", why)
 
     def end_early(self, status: str, why: str) -> None:
         """Record the end with this status before the trace itself ends."""
@@ -221,9 +217,13 @@ class TraceRecorder:
             self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
             self._quiet_from_s = time.monotonic()
 
+    def _note_loss(self, kind: str, reason: str) -> None:
+        if not self.ended:
+            self.pipeline.add_loss(self.id, kind, reason)
+
     def _lose_span(self, reason: str) -> None:
-        self._losses.add("span", reason)
-        self.pipeline.delivery.count_lost(reason)
+        self._note_loss("span", reason)
+        self.pipeline.count_lost(reason)
 
     def _metadata(self, trace: Any) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})

@@ -34,7 +34,7 @@ FORKED_TOOL = """
     def tell(who):
         (pipeline,) = processor.mlflow_plugin._recorder._pipelines
         processor.force_flush()
-        for payload in waiting_records(pipeline.delivery.paths):
+        for payload in waiting_records(pipeline.paths):
             record = orjson.loads(payload)
             if record["kind"] in ("trace_start", "trace_end"):
                 found = record["metadata"]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from qitos_mlflow.mlflow_plugin import plugin as plugin_module
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
 from qitos_mlflow.mlflow_plugin.precedence import Origin
 from qitos_mlflow.recording import pipelines, recorder
-from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
@@ -378,23 +379,18 @@ def test_what_comes_after_the_end_is_refused_as_such(
         step(trace, tracing.StepSpanData(0))
         trace.metadata["stop_reason"] = "final"
     [state] = processor.mlflow_plugin._recorder.traces
-    end: dict[str, Any] = {}
-    state._losses.complete(end)
-    assert end["dropped"] == {"closed": 1}
-
-
-DESTINATION = Destination(b"{}", lambda find: pytest.fail("offline"), lambda header: None)
+    assert state.pipeline._losses == {state.id: {("span", "closed"): 1}}
 
 
 def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProcessor]) -> None:
     """It is True when nothing waits, and nothing was lost or damaged since the last one."""
     processor = attach()
-    pipeline = processor.mlflow_plugin._recorder.pipeline_to("key", lambda: DESTINATION)
+    pipeline = processor.mlflow_plugin._recorder.pipeline_to("key", partial(RecordPipeline, b"{}"))
     assert processor.force_flush() is True
     for happened in ({"bad_lines": 1}, {"dead_letters": 1}):
-        pipeline.delivery._stats.add(**happened)
+        pipeline._stats.add(**happened)
         assert [processor.force_flush() for _ in range(2)] == [False, True]
-    pipeline.delivery.count_lost("queue_full")
+    pipeline.count_lost("queue_full")
     assert [processor.force_flush() for _ in range(2)] == [False, True]
 
 
@@ -413,7 +409,7 @@ def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
         tracing.add_trace_processor(processor)
         with create_trace("outer") as trace:
             own = trace.create_span(SpanType.STEP, StepSpanData(0)).start()
-            processor.mlflow_plugin._recorder.traces[0].pipeline.delivery.count_lost("other", 1)
+            processor.mlflow_plugin._recorder.traces[0].pipeline.count_lost("other", 1)
             processor.force_flush()  # What the parent has lost and reported is the parent's.
             child = os.fork()
             if child == 0:
@@ -530,7 +526,7 @@ def test_a_trace_with_open_spans_is_not_forgotten(
 ) -> None:
     """Its spans may end yet, on other threads; beyond a bound the oldest are lost, and counted."""
     monkeypatch.setattr(recorder, "ENDED_TRACES", 1)
-    monkeypatch.setattr(recorder, "OPEN_TRACES", 3)
+    monkeypatch.setattr(recorder, "UNFINISHED_TRACES", 3)
     attach()
     open_spans = []
     with ThreadPoolExecutor(1) as elsewhere:
@@ -553,14 +549,14 @@ def test_a_signal_handler_may_shut_down_while_a_trace_starts(
 ) -> None:
     """Nothing that the same thread holds keeps it waiting; the trace that began is whole."""
     processor = attach()
-    watch = pipelines.process_exit.watch
+    forget_unused = pipelines._forget_unused
 
-    def interrupted(one: pipelines.RecordPipeline) -> None:
-        watch(one)
+    def interrupted() -> None:
+        monkeypatch.setattr(pipelines, "_forget_unused", forget_unused)
         processor.force_flush()
         processor.shutdown()
 
-    monkeypatch.setattr(pipelines.process_exit, "watch", interrupted)
+    monkeypatch.setattr(pipelines, "_forget_unused", interrupted)
     with create_trace("agent"):
         pass
     assert [record["kind"] for record in records()] == ["trace_start", "trace_end"]

@@ -8,7 +8,7 @@ Copy it as a start for a plugin of your own; only the sink is about JSON lines.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qitos_mlflow.delivery import (
     deliver_segment,
     find_segments,
 )
-from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
@@ -78,6 +78,16 @@ def deliver(spool: Path) -> None:
         deliver_segment(paths, open_sink)
 
 
+class JsonlPipeline(RecordPipeline):
+    """The way of the records into one file."""
+
+    def open_sink(self) -> Sink:
+        return open_sink(self.header)
+
+    def open_leftovers(self, header: bytes) -> Callable[[], Sink] | None:
+        return partial(open_sink, header) if header == self.header else None
+
+
 class JsonlPlugin:
     """The hooks. Nothing starts before the first trace.
 
@@ -91,18 +101,9 @@ class JsonlPlugin:
         self._settings = Settings(spool_dir=spool)
         self._recorder: Recorder[TraceRecorder] = Recorder(self._settings)
 
-    def _destination(self) -> Destination:
-        return Destination(
-            header=self._header,
-            open_sink=lambda find: open_sink(self._header),
-            open_leftovers=lambda theirs: (
-                partial(open_sink, theirs) if theirs == self._header else None
-            ),
-        )
-
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
-        pipeline = self._recorder.pipeline_to(self._header, self._destination)
+        pipeline = self._recorder.pipeline_to(self._header, partial(JsonlPipeline, self._header))
         recorded = TraceRecorder(
             trace, pipeline, content=True, field_chars=self._settings.field_bytes
         )

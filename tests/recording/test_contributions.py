@@ -16,7 +16,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.mapping import contributed
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.recording.contributions import KINDS, ask_plugins
+from qitos_mlflow.recording.contributions import KINDS
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.recording.record import RECORD_VERSION
 from tests.mlflow_plugin.folding import info_of, new_state
@@ -56,7 +56,7 @@ def attach() -> Iterator[Callable[..., None]]:
 
 def kept(record: dict[str, Any], field_bytes: int = 1_000_000) -> dict[str, Any]:
     """The record as it goes to disk."""
-    data = normalize(orjson.dumps(record), field_bytes, ask_plugins)
+    data = normalize(orjson.dumps(record), field_bytes)
     assert data is not None
     record = orjson.loads(data)
     assert isinstance(record, dict)

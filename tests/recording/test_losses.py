@@ -8,28 +8,14 @@ from typing import Any
 import orjson
 import pytest
 
-from qitos_mlflow.recording.losses import TraceLosses
-from qitos_mlflow.recording.pipelines import Destination, RecordPipeline
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
-
-
-class Trace:
-    """An open trace."""
-
-    is_quiet = ended = False
-
-    def __init__(self, trace_id: str) -> None:
-        self.id = trace_id
-
-    def kill(self, why: str) -> None:
-        """Nothing is to be done."""
 
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> RecordPipeline:
     """A pipeline that was offered nothing."""
-    destination = Destination(b"{}", lambda find: pytest.fail("offline"), lambda header: None)
-    made = RecordPipeline("key", destination, Settings(offline=True, spool_dir=tmp_path))
+    made = RecordPipeline(b"{}", "key", Settings(offline=True, spool_dir=tmp_path))
     made.field_bytes = 1000
     return made
 
@@ -41,20 +27,18 @@ def record(kind: str, trace_id: str = "t", **fields: object) -> bytes:
 
 def end_of(pipeline: RecordPipeline, trace_id: str = "t") -> dict[str, Any]:
     """The end of a trace as it goes to disk."""
-    data = pipeline._normalize(record("trace_end", trace_id, dropped={}, lost={}))
+    data = pipeline._record_of(record("trace_end", trace_id, dropped={}, lost={}))
     assert data is not None
     end: dict[str, Any] = orjson.loads(data)
     return end
 
 
-def test_losses_of_both_threads_are_one_account(pipeline: RecordPipeline) -> None:
+def test_losses_of_both_threads_are_added_up(pipeline: RecordPipeline) -> None:
     """By reason, and for each trace its own; what is not a span apart, with its kind."""
-    own = Trace("t"), Trace("other")  # Held, as the plugin does.
-    ledger, _ = map(pipeline.add, own)
-    ledger.add("span", "queue_full")
+    pipeline.add_loss("t", "span", "queue_full")
     for lost in [record("span"), record("span"), record("span", "other"), record("artifact")]:
-        pipeline._dropped(lost, "disk_full")
-    ledger.add("span", "queue_full")
+        pipeline._lost_later(lost, "disk_full")
+    pipeline.add_loss("t", "span", "queue_full")
     end = end_of(pipeline)
     assert end["dropped"] == {"disk_full": 2, "queue_full": 2}
     assert end["lost"] == {"artifact_disk_full": 1}
@@ -63,23 +47,15 @@ def test_losses_of_both_threads_are_one_account(pipeline: RecordPipeline) -> Non
 
 def test_nothing_is_remembered_of_a_trace_that_has_ended(pipeline: RecordPipeline) -> None:
     """Spans that come after the end of their trace cost no memory for ever."""
-    for number in range(3):
-        trace = Trace(str(number))
-        pipeline.add(trace)
-        end_of(pipeline, trace.id)
-        pipeline._dropped(record("span", trace.id), "disk_full")
-        pipeline._dropped(record("trace_end", trace.id, dropped={}), "disk_full")
+    for trace_id in "abc":
+        pipeline.add_loss(trace_id, "span", "queue_full")
+        end_of(pipeline, trace_id)
+        pipeline._lost_later(record("span", trace_id, late=1), "disk_full")
+        pipeline._lost_later(record("trace_end", trace_id, dropped={}), "disk_full")
     assert not pipeline._losses
 
 
-def test_the_end_of_an_unknown_trace_stays_as_it_is(pipeline: RecordPipeline) -> None:
-    """It is that of another process, or comes again."""
+def test_a_trace_without_losses_says_so(pipeline: RecordPipeline) -> None:
+    """Its counts are empty, not missing."""
     end = end_of(pipeline, "unknown")
     assert (end["dropped"], end["lost"]) == ({}, {})
-
-
-def test_a_trace_without_losses_says_so() -> None:
-    """Its account is empty, not missing."""
-    end: dict[str, Any] = {}
-    TraceLosses().complete(end)
-    assert end == {"dropped": {}, "lost": {}}

@@ -6,6 +6,8 @@ import gc
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import orjson
 import pytest
 
 from qitos_mlflow.delivery import find_segments
-from qitos_mlflow.recording import pipelines
-from qitos_mlflow.recording.pipelines import Destination
+from qitos_mlflow.recording import pipelines, process_exit
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
@@ -60,11 +62,12 @@ def recorder(
 def begin(server: FakeServer) -> Callable[..., TraceRecorder]:
     """Begin a trace: ``begin(recorder, "id", key="destination")``."""
 
-    def begin(to: Recorder[TraceRecorder], trace_id: str, key: str = "one") -> TraceRecorder:
-        def destination() -> Destination:
-            return Destination(key.encode(), lambda find: server.sink(), lambda header: None)
+    class ToServer(RecordPipeline):
+        def open_sink(self) -> Any:
+            return server.sink()
 
-        pipeline = to.pipeline_to(key, destination)
+    def begin(to: Recorder[TraceRecorder], trace_id: str, key: str = "one") -> TraceRecorder:
+        pipeline = to.pipeline_to(key, partial(ToServer, key.encode()))
         host = Trace(name=trace_id, trace_id=trace_id)
         trace = TraceRecorder(host, pipeline, content=True, field_chars=1000)
         to.add(trace_id, trace)
@@ -136,7 +139,7 @@ def test_what_goes_elsewhere_has_a_pipeline_of_its_own(
 def test_a_recorder_that_closes_leaves_the_others_at_work(
     recorder: Any, begin: Any, server: FakeServer
 ) -> None:
-    """Its own records are delivered and its later spans rejected; those of others go on."""
+    """Its own records are delivered and its later spans refused; those of others go on."""
     one, other = recorder(), recorder()
     closing, open_trace = begin(one, "closing"), begin(other, "open")
     one.end_all("FINISHED", "closed early")
@@ -180,15 +183,17 @@ def test_a_recorder_that_was_dropped_is_no_user_any_more(recorder: Any, begin: A
 
 def test_unused_pipelines_are_forgotten(recorder: Any, begin: Any, tmp_path: Path) -> None:
     """A process that makes a processor for each of many destinations keeps none for ever."""
+    before = {*pipelines.unfinished}
     for number in range(5):
         dropped: Recorder[TraceRecorder] = Recorder(Settings(spool_dir=tmp_path / "spool"))
         finish(begin(dropped, "t", key=f"{number}"))
         assert dropped.flush(LONG_S)
-        eventually(lambda one=dropped: all(p.delivery.at_rest for p in one._pipelines))
+        eventually(lambda one=dropped: all(p.at_rest for p in one._pipelines))
         del dropped
         gc.collect()
     begin(recorder(), "t")
     assert len(pipelines._pipelines) == 1
+    assert len(pipelines.unfinished - before) == 1
 
 
 def test_the_longest_deadline_and_the_largest_field_count(recorder: Any, begin: Any) -> None:
@@ -231,8 +236,24 @@ def test_nothing_is_taken_once_the_process_ends(
     """Open traces end as KILLED, and a plugin sees that the pipeline takes no more."""
     one = recorder()
     trace = begin(one, "t")
-    trace.pipeline.refuse("the process ended")
+    process_exit._refuse(trace.pipeline)
     assert trace.pipeline.closed
-    assert pipelines.acquire(one, one.settings, "one", lambda: pytest.fail("made")).closed
+    assert one.pipeline_to("one", lambda key, settings: pytest.fail("made")).closed
     assert one.close(LONG_S) is True
     assert [record.get("status") for record in accepted(server)] == [None, "KILLED"]
+
+
+def test_no_lock_is_held_while_a_pipeline_is_made(recorder: Any, begin: Any) -> None:
+    """Traces to other destinations begin meanwhile; of two pipelines for one, one is used."""
+    first, second = recorder(), recorder()
+    made: list[RecordPipeline] = []
+
+    def slowly(key: str, settings: Settings) -> RecordPipeline:
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(begin, second, "other", key="two").result(LONG_S)
+            if not made:
+                made.append(RecordPipeline(b"", key, settings))
+                elsewhere.submit(second.pipeline_to, key, lambda *_: made[0]).result(LONG_S)
+        return RecordPipeline(b"", key, settings)
+
+    assert first.pipeline_to("one", slowly) is made[0]

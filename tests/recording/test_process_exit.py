@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +71,27 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     assert match, line
     assert int(match[1]) == 15
     assert len(match[2].split()) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_the_wait_and_the_line_remains(hanging: str) -> None:
+    """The parent sees a process that Ctrl-C has ended, its user what is left."""
+    code = f"{SCRIPT}\nprint('over', flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, hanging, "2", "60"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "over\n"
+        time.sleep(0.5)  # Until it waits in its exit handler.
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    [line] = said.splitlines()
+    assert "6 records of 1 trace are kept" in line
+    assert process.returncode == -signal.SIGINT
 
 
 def test_many_files_are_named_by_their_directory(tmp_path: Path) -> None:
@@ -136,10 +157,12 @@ class LeftSomething:
     """A pipeline that could not deliver all it had."""
 
     exit_timeout_s = 0.0
-    delivery = SimpleNamespace(unsaved=1, paths=Paths(Path("spool"), "none-1-1-1"))
+    traces = ()
+    unsaved = 1
+    paths = Paths(Path("spool"), "none-1-1-1")
 
-    def refuse(self, why: str) -> None:
-        """No trace is open."""
+    def refuse(self) -> None:
+        """Nothing is offered."""
 
     def close(self, timeout_s: float) -> bool:
         return False
@@ -150,12 +173,9 @@ def test_what_cannot_be_printed_does_not_keep_mlflows_run(
 ) -> None:
     """MLflow's exit handler finds no active run of ours, whose server may be gone."""
     let_go: list[bool] = []
-    monkeypatch.setattr(process_exit, "_at_last", [lambda: let_go.append(True)])
+    monkeypatch.setattr(process_exit, "at_last", [lambda: let_go.append(True)])
     monkeypatch.setattr(sys, "stderr", ClosedPipe())
-    process = process_exit._Process()
-    pipelines = LeftSomething()
-    process.keep(pipelines)  # type: ignore[arg-type]
-    process.end()
+    process_exit._end_all([LeftSomething()])  # type: ignore[list-item]
     assert let_go == [True]
     assert [type(error) for _, error in swallowed] == [BrokenPipeError]
     swallowed.clear()
