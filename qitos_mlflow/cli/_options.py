@@ -77,5 +77,5 @@ def experiment_name(command: F) -> F:
         metavar="NAME",
         callback=not_empty,
         help="MLflow experiment of the runs, created if missing.  "
-        "[default: MLFLOW_EXPERIMENT_NAME, else qitos]",
+        "[default: QITOS_MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_NAME, else qitos]",
     )(command)

@@ -54,13 +54,13 @@ def startup_line_is_active() -> bool:
 
 def destination() -> str | None:
     """Where the installed MLflow plugin logs to, without credentials. None if it logs nothing."""
-    from qitos_mlflow.plugins.selection import named
+    from qitos_mlflow.plugins.selection import Selection
     from qitos_mlflow.redaction.uris import without_credentials
     from qitos_mlflow.settings import TRACKING_VARIABLE
 
     if uri := os.environ.get(TRACKING_VARIABLE):
         return without_credentials(uri)
-    return DEFAULT_STORE if named("mlflow") else None
+    return DEFAULT_STORE if Selection.from_environ().asks_for("mlflow") else None
 
 
 def host() -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
     plugin, open_trace      the hooks, and one trace on the agent's thread
     processor, precedence   registering by hand, and which of several plugins logs a run
-    destination             where runs go, and how they are logged
-    mlflow_pipeline         what MLflow adds to a pipeline: header, sink, leftovers
-    run_status              how a run ended
+    destination             where runs go, how they are logged, what MLflow adds to a pipeline
     fluent/                 MLflow's active run, and its own spans
     sink/, mapping/         records to calls; on the sending thread
     server/                 one call to MLflow

@@ -1,4 +1,8 @@
-"""Where a trace goes, and the header that makes its spool segment self-contained."""
+"""Where traces go, how their runs are logged, and what MLflow adds to a recording pipeline.
+
+What it adds is a header that makes each spool segment self-contained, the sink, and the choice of
+leftovers that may be delivered.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,18 @@ import getpass
 import json
 import os
 import sys
+from collections.abc import Callable, Hashable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.uris import without_credentials
@@ -92,12 +101,45 @@ def destination_key(uri: str | None) -> tuple[str | None, ...]:
     return uri, cwd, *(os.environ.get(name) for name in _ACCESS)
 
 
-def same_destination(header: bytes, other: bytes) -> bool:
-    """Whether two segments go to the same server or store."""
-    one, two = orjson.loads(header), orjson.loads(other)
+class MlflowPipeline(RecordPipeline):
+    """The pipeline of traces that are logged at `uri`; None is MLflow's local default.
+
+    Raises:
+        QitosMlflowError: the spool cannot name the place.
+    """
+
+    def __init__(self, uri: str | None, key: Hashable, settings: Settings) -> None:
+        self._uri = uri
+        super().__init__(segment_header(uri), key, settings)
+
+    def open_sink(self) -> Any:
+        """Open the sink for this process's records."""
+        from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
+
+        return open_sink(self.header, tracking_uri=self._uri, announce=self._announce)
+
+    def open_leftovers(self, header: bytes) -> Callable[[], Any] | None:
+        """What opens the sink for a dead process's segment, if its destination is the same."""
+        if _place(self.header) != _place(header):
+            return None
+        from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
+
+        # With our URI, which may have the credentials that theirs has not on disk.
+        return partial(open_sink, header, tracking_uri=self._uri, resumed=True)
+
+    def _announce(self, trace_id: str, ref: RunRef) -> None:
+        """Sending thread. The run of a trace exists."""
+        trace = self.find(trace_id)
+        if trace is not None:
+            trace.run.created(ref)
+
+
+def _place(header: bytes) -> tuple[str | None, str | None]:
+    """Equal for segments that go to the same server or store."""
+    head = orjson.loads(header)
+    uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
-    keys = ("tracking_uri",) if one["tracking_uri"] else ("tracking_uri", "cwd")
-    return all(one.get(key) == two.get(key) for key in keys)
+    return uri, None if uri else head.get("cwd")
 
 
 def _in_utf8(text: str) -> bytes:

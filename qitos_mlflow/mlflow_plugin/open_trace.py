@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from qitos_mlflow import tracing
+from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
@@ -31,13 +34,11 @@ class OpenTrace(TraceRecorder):
         settings: Settings,
         run_settings: RunSettings,
         uri: str | None,
-        *,
-        content: bool,
     ) -> None:
         super().__init__(
             trace,
             pipeline,
-            content=content,
+            content=settings.capture_content and tracing.content_allowed(trace),
             field_chars=settings.field_bytes,
             settings=run_settings,
         )
@@ -53,3 +54,19 @@ class OpenTrace(TraceRecorder):
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
         nests = settings.log_traces and self.id == host_id
         self.autolog = AutologSpans(host_id, self.run, uri) if nests else None
+
+
+def run_status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
+    """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED. Pure."""
+    # Any code writes the metadata: what is no text may not even be comparable.
+    status, reason = (
+        value if isinstance(value, str) else None
+        for value in (metadata.get("status"), metadata.get("stop_reason"))
+    )
+    if status == "interrupted":
+        return "KILLED"
+    if failure is not None:
+        return "FAILED" if isinstance(failure, Exception) else "KILLED"
+    if status == "error" or reason in ERROR_STOPS:
+        return "FAILED"
+    return "FINISHED"

@@ -12,14 +12,17 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
-from qitos_mlflow import tracing
-from qitos_mlflow.mlflow_plugin.destination import destination_key, run_settings, tracking_uri
+from qitos_mlflow._guard import log
+from qitos_mlflow.mlflow_plugin.destination import (
+    MlflowPipeline,
+    destination_key,
+    run_settings,
+    tracking_uri,
+)
 from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
-from qitos_mlflow.mlflow_plugin.mlflow_pipeline import MlflowPipeline
-from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
-from qitos_mlflow.mlflow_plugin.precedence import Origin, stands_down
-from qitos_mlflow.mlflow_plugin.run_status import run_status
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace, run_status
+from qitos_mlflow.mlflow_plugin.precedence import Origin, reason_to_stand_down
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.recording import process_exit
@@ -43,18 +46,20 @@ class MlflowPlugin:
         self.origin = origin
         self._recorder: Recorder[OpenTrace] = Recorder(settings)
         self._when_idle: Callable[[], object] | None = None
-        self._said: set[str] = set()
+        self._said: set[tuple[int, str]] = set()
 
     # -- hooks -------------------------------------------------------------------------------
 
     @hookimpl
     def qitos_wants_trace(self) -> bool:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
-        return not (
-            self._recorder.closed
-            or self._when_idle
-            or stands_down(self.origin, self.settings, self._said)
-        )
+        if self._recorder.closed or self._when_idle:
+            return False
+        reason = reason_to_stand_down(self.origin, self.settings)
+        if reason is not None and reason not in self._said:
+            self._said.add(reason)
+            log(*reason)
+        return reason is None
 
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
@@ -70,8 +75,7 @@ class MlflowPlugin:
         pipeline = self._recorder.pipeline_to(destination_key(uri), partial(MlflowPipeline, uri))
         if pipeline.closed:  # The process is ending.
             return
-        content = settings.capture_content and tracing.content_allowed(trace)
-        open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri, content=content)
+        open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri)
         self._recorder.add(key, open_trace)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
@@ -133,7 +137,9 @@ class MlflowPlugin:
     @hookimpl
     def qitos_shutdown(self) -> None:
         """End open runs early, deliver what can be delivered in time, then take no more."""
-        self.close(self.settings.flush_timeout_s, "FINISHED", "shut down before the trace ended")
+        if self.settings.auto_end_run:
+            self._recorder.end_all("FINISHED", "shut down before the trace ended")
+        self._recorder.close(self.settings.flush_timeout_s)
 
     # -- life --------------------------------------------------------------------------------
 
@@ -141,16 +147,6 @@ class MlflowPlugin:
         """Take no new trace; call `when_idle` once the open ones have ended."""
         self._when_idle = when_idle
         self._call_if_idle()
-
-    def close(self, timeout_s: float, status: str, why: str) -> bool:
-        """Flush, and take no more from now on; open traces end with `status`, if runs end here.
-
-        Blocks at most `timeout_s`. Idempotent, any thread. Returns True if nothing is left to
-        deliver.
-        """
-        if self.settings.auto_end_run:
-            self._recorder.end_all(status, why)
-        return self._recorder.close(timeout_s)
 
     @cached_property
     def _run_settings(self) -> RunSettings:

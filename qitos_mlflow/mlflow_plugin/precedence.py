@@ -7,8 +7,7 @@ import os
 from enum import IntEnum
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import log
-from qitos_mlflow.plugins.selection import named
+from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 
@@ -20,53 +19,36 @@ class Origin(IntEnum):
     BY_HAND = 2
 
 
-def stands_down(origin: Origin, settings: Settings, said: set[str]) -> bool:
-    """Whether a plugin must not log a run that starts now. Costs microseconds.
+def reason_to_stand_down(origin: Origin, settings: Settings) -> tuple[int, str] | None:
+    """Why a plugin must not log a run that starts now, None if it logs it. Costs microseconds.
 
     Another plugin with a higher `Origin` logs it, or the host's own processor does. A plugin that
-    is only installed also needs a destination. Each reason is logged once.
+    is only installed also needs a destination. The reason is what to log, once: level and message.
 
     Args:
         origin: how the plugin was registered.
         settings: the plugin's.
-        said: what has been logged; added to.
     """
     if origin is Origin.BY_HAND:
-        return False
+        return None
     for processor in tracing.processors():
         plugin = getattr(processor, "mlflow_plugin", None)
-        if plugin is not None and plugin.origin > origin:
-            return True
-        theirs = None if plugin is not None else _hosts_own(type(processor))
-        if theirs is not None:
-            _say_once(
-                said,
-                logging.WARNING,
-                "this package logs nothing, because the host's own %s.MlflowTraceProcessor is "
-                "registered. To use this package, remove that processor, or register "
-                "qitos_mlflow.MlflowTraceProcessor in its place.",
-                theirs.__module__,
-            )
-            return True
-    if origin is Origin.AUTOLOG or settings.tracking_uri:
-        return False
-    if os.environ.get(TRACKING_VARIABLE) or named("mlflow"):
-        return False
-    _say_once(
-        said,
-        logging.INFO,
+        if plugin is not None:
+            if plugin.origin > origin:
+                return logging.DEBUG, "another processor that logs to MLflow takes precedence"
+            continue
+        for base in type(processor).__mro__:
+            if base.__name__ == "MlflowTraceProcessor":
+                return logging.WARNING, (
+                    "this package logs nothing, because the host's own "
+                    f"{base.__module__}.MlflowTraceProcessor is registered. To use this package, "
+                    "remove that processor, or register qitos_mlflow.MlflowTraceProcessor in its "
+                    "place."
+                )
+    given = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE)
+    if origin is Origin.AUTOLOG or given or Selection.from_environ().asks_for("mlflow"):
+        return None
+    return logging.INFO, (
         "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
-        "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store.",
+        "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store."
     )
-    return True
-
-
-def _hosts_own(kind: type) -> type | None:
-    """The host's own MLflow processor, if `kind` is that or a subclass of it."""
-    return next((base for base in kind.__mro__ if base.__name__ == "MlflowTraceProcessor"), None)
-
-
-def _say_once(said: set[str], level: int, message: str, *args: object) -> None:
-    if message not in said:
-        said.add(message)
-        log(level, message, *args)

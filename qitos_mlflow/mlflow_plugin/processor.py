@@ -42,8 +42,8 @@ class MlflowTraceProcessor(PluginTraceProcessor):
     if something is still waiting, or was lost or refused since the last call.
 
     Args:
-        experiment_name: MLflow experiment, created when missing. When not given,
-            ``MLFLOW_EXPERIMENT_NAME`` is asked first.
+        experiment_name: MLflow experiment, created when missing. When not given:
+            ``QITOS_MLFLOW_EXPERIMENT_NAME``, else ``MLFLOW_EXPERIMENT_NAME``, else ``"qitos"``.
         run_name: name of the runs; None: the trace's name, by default the agent's.
         tracking_uri: tracking server; None: MLflow's own default for the installed version
             (``MLFLOW_TRACKING_URI``, else its local store), asked for when a trace starts.

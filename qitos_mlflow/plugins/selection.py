@@ -20,22 +20,17 @@ from dataclasses import dataclass
 VARIABLE = "QITOS_TRACE_PLUGINS"
 """The environment variable. (Datasette's DATASETTE_TRACE_PLUGINS prints calls; this selects.)"""
 
-ALL_WORDS = frozenset({"all", "*"})
+ALL = "all"
 NOTHING_WORDS = frozenset({"none", "off", "0"})
 EXCEPT = "no:"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is selected: everything or `chosen`, in any case without `excluded`.
+    """The plugins in `wanted` (None: all of them; so does the word `ALL`) without `excluded`."""
 
-    `explicit`: the variable asks for plugins, by name or by "all".
-    """
-
-    everything: bool = True
-    chosen: tuple[str, ...] = ()
+    wanted: tuple[str, ...] | None = None
     excluded: frozenset[str] = frozenset()
-    explicit: bool = False
 
     @classmethod
     def parse(cls, text: str | None) -> Selection:
@@ -44,12 +39,10 @@ class Selection:
             return cls()
         tokens = [canonical(token) for token in text.split(",") if token.strip()]
         if not tokens or NOTHING_WORDS.intersection(tokens):
-            return cls(everything=False, explicit=True)
+            return cls(wanted=())
         excluded = frozenset(t[len(EXCEPT) :].strip() for t in tokens if t.startswith(EXCEPT))
-        wanted = [token for token in tokens if not token.startswith(EXCEPT)]
-        chosen = tuple(dict.fromkeys(token for token in wanted if token not in ALL_WORDS))
-        everything = len(wanted) == 0 or not ALL_WORDS.isdisjoint(wanted)
-        return cls(everything, chosen, excluded, explicit=bool(wanted))
+        wanted = [ALL if t == "*" else t for t in tokens if not t.startswith(EXCEPT)]
+        return cls(tuple(dict.fromkeys(wanted)) or None, excluded)
 
     @classmethod
     def from_environ(cls) -> Selection:
@@ -59,48 +52,44 @@ class Selection:
     @property
     def nothing(self) -> bool:
         """Whether no plugin can be selected, whatever is installed."""
-        return not self.everything and not self.chosen
+        return self.wanted == ()
 
     def rank(self, name: str, distribution: str) -> int | None:
         """The plugin's position in the order of loading; None if it is not selected."""
-        names = self._names(name, distribution)
+        names = _names(name, distribution)
+        wanted = (ALL,) if self.wanted is None else self.wanted
         if not self.excluded.isdisjoint(names):
             return None
-        places = [place for place, token in enumerate(self.chosen) if token in names]
-        if places:
-            return places[0]
-        return len(self.chosen) if self.everything else None
+        places = [place for place, token in enumerate(wanted) if token in names]
+        # Those that only "all" selects come after those that have a name of their own.
+        return min(places, default=len(wanted) if ALL in wanted else None)
 
     def singles_out(self, name: str, distribution: str) -> bool:
-        """Whether the plugin is chosen as ``distribution:name``."""
-        return f"{canonical(distribution)}:{canonical(name)}" in self.chosen
+        """Whether the plugin is wanted as ``distribution:name``."""
+        return f"{canonical(distribution)}:{canonical(name)}" in (self.wanted or ())
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the plugin of that name is wanted by name, or by "all".
+
+        False if the variable is not set: a plugin that is merely installed is loaded then, but
+        should do nothing that the user has not asked for.
+        """
+        wanted, name = self.wanted or (), canonical(name)
+        by_name = any(token.rpartition(":")[2] == name for token in wanted)
+        return (by_name or ALL in wanted) and name not in self.excluded
 
     def unknown(self, installed: Iterable[tuple[str, str]]) -> list[str]:
         """The names in the selection that none of `installed`, (name, distribution), has."""
-        known = {token for pair in installed for token in self._names(*pair)}
-        return [token for token in (*self.chosen, *sorted(self.excluded)) if token not in known]
+        known = {token for pair in installed for token in _names(*pair)}
+        named = [token for token in self.wanted or () if token != ALL] + sorted(self.excluded)
+        return [token for token in named if token not in known]
 
-    @staticmethod
-    def _names(name: str, distribution: str) -> frozenset[str]:
-        name, distribution = canonical(name), canonical(distribution)
-        return frozenset({name, f"{distribution}:{name}"})
+
+def _names(name: str, distribution: str) -> frozenset[str]:
+    name, distribution = canonical(name), canonical(distribution)
+    return frozenset({name, f"{distribution}:{name}"})
 
 
 def canonical(name: str) -> str:
     """`name` in the spelling in which names are compared."""
     return name.strip().lower().replace("-", "_")
-
-
-def named(name: str) -> bool:
-    """Whether the environment asks for the plugin of that name, by name or by "all".
-
-    False if the variable is not set: a plugin that is merely installed is loaded then, but should
-    do nothing that the user has not asked for.
-    """
-    selection = Selection.from_environ()
-    if not selection.explicit:
-        return False
-    name = canonical(name)
-    if name in selection.excluded:
-        return False
-    return selection.everything or any(c.rpartition(":")[2] == name for c in selection.chosen)

@@ -20,7 +20,7 @@ from qitos_mlflow.bridge.outcome import (
     outcome_of_exception,
 )
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
-from qitos_mlflow.mlflow_plugin.run_status import run_status
+from qitos_mlflow.mlflow_plugin.open_trace import run_status
 
 
 @pytest.mark.parametrize(

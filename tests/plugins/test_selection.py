@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow._startup import OFF
-from qitos_mlflow.plugins.selection import NOTHING_WORDS, VARIABLE, Selection, named
+from qitos_mlflow.plugins.selection import NOTHING_WORDS, VARIABLE, Selection
 
 INSTALLED = [("mlflow", "qitos-mlflow"), ("my-sink", "Acme_Traces"), ("wandb", "other")]
 
@@ -81,15 +81,16 @@ def test_unknown_names() -> None:
         ("all,no:mlflow", False),
         ("no:wandb", False),
         ("none", False),
+        ("other:all", False),
     ],
 )
-def test_named(monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool) -> None:
+def test_asks_for(monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool) -> None:
     """A plugin learns whether the variable asks for it, or it is merely installed."""
     if value is None:
         monkeypatch.delenv(VARIABLE)
     else:
         monkeypatch.setenv(VARIABLE, value)
-    assert named("mlflow") is asked
+    assert Selection.from_environ().asks_for("mlflow") is asked
 
 
 @given(st.text(alphabet="aAlL-_:*,no 0\u00fc\u2028", max_size=30))
