@@ -1,8 +1,23 @@
 """Model calls in the one chat format that MLflow's page renders as a conversation: OpenAI's. Pure.
 
-Receives the input and the output of a model in any of the common shapes (texts, OpenAI chat and
-Responses, Anthropic, Gemini, Ollama), hands on messages with role, content, reasoning, tool calls
-and tool results. Anything in another shape is shown as text or kept beside the rest, never lost.
+Receives the input and the output of a model as a provider's client takes and gives them (OpenAI
+chat and Responses, Anthropic, Gemini, Ollama), or as mere texts; hands on messages with role,
+content, reasoning, tool calls and tool results. The forms are these, where ``a|b`` are the names
+that providers give to one thing, and what stands in brackets may be missing:
+
+===========  =======================================================================================
+request      a message, a list of them, or an object ``messages|input|contents``; in it, or in its
+             ``config``: ``[system|system_instruction|systemInstruction|instructions]``
+answer       an object ``choices|candidates``, each ``message|content|text
+             [finish_reason|finishReason]``; an object ``output`` of typed items, or ``message``;
+             or a message, or a list of them, all of which are one
+message      an object with a role, ``type: message``, or one of `_MESSAGE_KEYS` and no type:
+             ``[role] content|parts [tool_calls] [function_call] [images] [refusal]
+             [reasoning_content|reasoning|thinking]``; a block, or a text
+content      a block, or a list of them: see `content_blocks`
+===========  =======================================================================================
+
+Anything in another form is shown as text or kept beside the rest, never lost.
 
 If a role, or the type of a part, is unknown to the page, it shows no conversation at all (MLflow
 3.12 to 3.17, ModelTraceExplorer). So roles are ``system``, ``user``, ``assistant`` and ``tool``,
@@ -18,17 +33,14 @@ import orjson
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import (
     Fields,
     as_text,
-    bare_image,
-    called,
+    flat,
+    form_of,
     joined,
-    message_with_rest,
     parts,
+    read,
     shown,
     take,
-    text_part,
-    thought,
     tool_call,
-    tool_message,
     with_rest,
 )
 
@@ -37,33 +49,28 @@ _ROLES = {
     "human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant",
     "agent": "assistant", "function": "tool", "observation": "tool", "developer": "system",
 }  # fmt: skip
-_REQUEST_KEYS = ("messages", "input", "contents")
-_SYSTEM_KEYS = ("system", "system_instruction", "systemInstruction", "instructions")
 _MESSAGE_KEYS = ("content", "parts", "tool_calls", "refusal", "images", "reasoning_content")
 
 
 def request(content: Any) -> tuple[list[Fields], Fields]:
-    """The messages of a request, and its other fields.
-
-    Args:
-        content: a text, a message, a list of them, or a dict that holds them, as a provider's
-            client takes it.
-    """
+    """The messages of a request, and its other fields."""
     rest = dict(content) if isinstance(content, dict) else {}
-    given = take(rest, *_REQUEST_KEYS, kind=(list, str))
+    given = take(rest, "messages", "input", "contents", kind=(list, str))
     if given is None:
-        return _all_messages(content, "user"), {}
+        return _conversation(content, "user"), {}
     holders = [rest]
     if isinstance(rest.get("config"), dict):  # Gemini
         rest["config"] = dict(rest["config"])
         holders.append(rest["config"])
+    names = ("system", "system_instruction", "systemInstruction", "instructions")
     found: list[Fields] = []
     for holder in holders:
-        system = take(holder, *_SYSTEM_KEYS, kind=(str, list, dict))
+        system = take(holder, *names, kind=(str, list, dict))
         if system is not None:
-            own = dict(system) if isinstance(system, dict) else {"content": system}
-            found += _messages(with_rest({"role": "system"}, own), "system")
-    return found + _all_messages(given, "user"), rest
+            own = system if _is_message(system) else {"content": system}
+            own = {"original_role": own.get("role"), **own, "role": "system"}
+            found += _messages(own, "system")
+    return found + _conversation(given, "user"), rest
 
 
 def response(output: Any, summary: Fields) -> Fields:
@@ -80,12 +87,10 @@ def response(output: Any, summary: Fields) -> Fields:
     finish = finish or take(rest, "stop_reason", "done_reason", kind=str)
     for choice in choices:
         message = choice["message"]
-        if message["content"] is None and not message.get("tool_calls"):
-            message["content"] = ""
-        if choice["finish_reason"] is None:
-            choice["finish_reason"] = as_text(
-                finish or ("tool_calls" if message.get("tool_calls") else "stop")
-            )
+        called = bool(message.get("tool_calls"))
+        message["content"] = message["content"] or (None if called else "")
+        reason = choice["finish_reason"] or finish or ("tool_calls" if called else "stop")
+        choice["finish_reason"] = as_text(reason)
     metadata = summary.get("metadata")
     identity = metadata.get("id") if isinstance(metadata, dict) else None
     answer: Fields = {
@@ -97,52 +102,34 @@ def response(output: Any, summary: Fields) -> Fields:
     return with_rest({key: value for key, value in answer.items() if value is not None}, rest)
 
 
-def last_text(messages: list[Fields], role: str) -> str:
-    """The text of the last message of `role` that has one, or an empty text; no thoughts."""
-    for message in reversed(messages):
-        if message.get("role") == role:
-            text = "\n".join(part["text"] for part in parts(message["content"]) if "text" in part)
-            if text:
-                return text
+def last_text(answer: Fields) -> str:
+    """The text of the last choice of a `response` that has one, or an empty text; no thoughts."""
+    for choice in reversed(answer["choices"]):
+        content = parts(choice["message"]["content"])
+        if text := "\n".join(part["text"] for part in content if "text" in part):
+            return text
     return ""
 
 
 def tool_definitions(tools: Any) -> list[Fields] | None:
     """Tool definitions in OpenAI's form, from definitions of any provider or from mere names."""
-    if not isinstance(tools, list):
-        return None
-    found = []
-    for tool in tools:
-        if not isinstance(tool, dict):
-            found += [_definition({"name": tool})] if isinstance(tool, str) else []
+    found: list[Fields] = []
+    for tool in tools if isinstance(tools, list) else ():
+        if not isinstance(tool, (str, dict)):
             continue
-        rest = dict(tool)
+        rest = flat(tool if isinstance(tool, dict) else {"name": tool}, "function")
         declared = take(rest, "functionDeclarations", "function_declarations", kind=list)
-        if declared is not None:  # Gemini
-            found += tool_definitions(declared) or []
+        found += tool_definitions(declared) or []  # Gemini
+        name = take(rest, "name") or take(rest, "type")  # {"type": "web_search"}
+        if declared is not None or not name:
             continue
-        inner = take(rest, "function", kind=dict)
-        found.append(_definition(rest if inner is None else with_rest(dict(inner), rest)))
-    return [one for one in found if one is not None] or None
-
-
-def _definition(fields: Fields) -> Fields | None:
-    rest = dict(fields)
-    kind = rest.pop("type", None)
-    name = take(rest, "name") or (kind if kind != "function" else None)  # {"type": "web_search"}
-    if not name:
-        return None
-    schema = take(rest, "parameters", "input_schema", "inputSchema", kind=dict)
-    if schema is not None and isinstance(schema.get("properties"), dict):
-        parameters = {key: _parameter(value) for key, value in schema["properties"].items()}
-        schema = {**schema, "properties": parameters}
-    function = {
-        "name": as_text(name),
-        "parameters": schema,
-        "description": take(rest, "description"),
-    }
-    kept = {key: value for key, value in function.items() if value is not None}
-    return {"type": "function", "function": with_rest(kept, rest)}
+        schema = take(rest, "parameters", "input_schema", "inputSchema", kind=dict)
+        if schema is not None and isinstance(schema.get("properties"), dict):
+            parameters = {key: _parameter(value) for key, value in schema["properties"].items()}
+            schema = {**schema, "properties": parameters}
+        function = with_rest({"name": as_text(name)}, {"parameters": schema, **rest})
+        found.append({"type": "function", "function": function})
+    return found or None
 
 
 def _parameter(schema: Any) -> Any:
@@ -161,51 +148,29 @@ def _choices(output: Any) -> tuple[list[Fields], Fields]:
     """At least one choice, and what the whole answer has beside them."""
     rest = dict(output) if isinstance(output, dict) else {}
     several = take(rest, "choices", "candidates", kind=list)  # OpenAI, Gemini
-    if several:
-        return [_choice(index, one) for index, one in enumerate(several)], rest
-    items = rest.get("output")
-    if isinstance(items, list) and all(isinstance(one, dict) and "type" in one for one in items):
-        return [_choice(0, {"message": rest.pop("output")})], rest  # OpenAI Responses
-    if isinstance(rest.get("message"), dict):  # Ollama
-        return [_choice(0, {"message": rest.pop("message")})], rest
-    if rest.get("type") == "message" and "content" in rest:  # Anthropic
-        rest.pop("type")
-        message = {key: rest.pop(key) for key in ("role", "content") if key in rest}
-        return [_choice(0, {"message": message})], rest
-    return [_choice(0, {"message": output})], {}
+    if not several:
+        items = rest.get("output")
+        if isinstance(items, list) and all(isinstance(x, dict) and "type" in x for x in items):
+            message = rest.pop("output")  # OpenAI Responses
+        elif isinstance(rest.get("message"), dict):  # Ollama
+            message = rest.pop("message")
+        elif rest.get("type") == "message" and "content" in rest:  # Anthropic
+            message = {key: rest.pop(key) for key in ("type", "role", "content") if key in rest}
+        else:
+            message, rest = output, {}
+        several = [{"message": message}]
+    return [_choice(index, raw) for index, raw in enumerate(several)], rest
 
 
 def _choice(index: int, raw: Any) -> Fields:
     rest = dict(raw) if isinstance(raw, dict) else {"message": raw}
-    if rest.get("index") == index:
-        rest.pop("index")
+    answer = take(rest, "message", "content", "text")
     choice = {
         "index": index,
-        "message": _one_message(take(rest, "message", "content", "text")),
+        "message": _merged("assistant", _conversation(answer, "assistant"), {}),
         "finish_reason": take(rest, "finish_reason", "finishReason", kind=str),
     }
     return with_rest(choice, rest)
-
-
-def _one_message(raw: Any) -> Fields:
-    """The assistant's message out of all that an answer consists of."""
-    found = [] if raw in (None, "") else _all_messages(raw, "assistant")
-    if len(found) == 1:
-        return found[0]
-    content: list[Fields] = []
-    calls: list[Fields] = []
-    thoughts: list[str] = []
-    rest: list[Fields] = []
-    for message in found:
-        message.pop("role")
-        content += parts(message.pop("content"))
-        calls += message.pop("tool_calls", [])
-        thoughts += [message.pop("reasoning")] if "reasoning" in message else []
-        rest.append(message)
-    merged = _message("assistant", content, calls, thoughts)
-    for fields in rest:
-        with_rest(merged, fields)
-    return merged
 
 
 def _add_calls(message: Fields, calls: list[Fields]) -> None:
@@ -214,12 +179,11 @@ def _add_calls(message: Fields, calls: list[Fields]) -> None:
     free = list(own)  # Two calls may be alike: each of the message's is one of `calls` at most.
     for call in calls:
         for known in free:
-            same = _same(call["function"], known["function"])
+            same = _function(call) == _function(known)
             if call["id"] == known["id"] != "" or (same and "" in (call["id"], known["id"])):
                 known["id"] = known["id"] or call["id"]
                 if same:  # The same JSON, in another spelling.
-                    function = {k: v for k, v in call.pop("function").items() if k != "arguments"}
-                    with_rest(known["function"], function)
+                    del call["function"]
                 with_rest(known, call)
                 free.remove(known)
                 break
@@ -229,82 +193,84 @@ def _add_calls(message: Fields, calls: list[Fields]) -> None:
         message["tool_calls"] = own
 
 
-def _same(one: Fields, other: Fields) -> bool:
+def _function(call: Fields) -> tuple[str, Any]:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
     try:
-        arguments = [orjson.loads(function["arguments"]) for function in (one, other)]
+        return name, orjson.loads(arguments)
     except orjson.JSONDecodeError:
-        arguments = [function["arguments"] for function in (one, other)]
-    return bool(one["name"] == other["name"] and arguments[0] == arguments[1])
+        return name, arguments
 
 
 # -- messages ------------------------------------------------------------------------------------
 
 
-def _all_messages(raw: Any, default_role: str) -> list[Fields]:
-    if raw is None:
-        return []
-    items = raw if isinstance(raw, list) else [raw]
-    return [message for item in items for message in _messages(item, default_role)]
+def _conversation(raw: Any, role: str) -> list[Fields]:
+    items = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    return [message for item in items for message in _messages(item, role)]
 
 
 def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and (
-        "role" in item
-        or item.get("type") == "message"
-        or ("type" not in item and any(key in item for key in _MESSAGE_KEYS))
-    )
+    if not isinstance(item, dict) or form_of(item) == "thought":
+        return False
+    named = "type" not in item and any(key in item for key in _MESSAGE_KEYS)
+    return named or "role" in item or item.get("type") == "message"
 
 
-def _messages(item: Any, default_role: str) -> list[Fields]:
-    """One item of a conversation; tool results among its blocks become messages of their own."""
-    if not _is_message(item) or thought(item):
-        if called(item) or thought(item):
-            default_role = "assistant"
+def _messages(item: Any, role: str) -> list[Fields]:
+    """One item of a conversation; tool results among its blocks become messages of their own.
+
+    Args:
+        item: a message, or a block in the place of one.
+        role: that of a message without one, and of a block that does not give it away.
+    """
+    if not _is_message(item):
+        role = "assistant" if form_of(item) in ("call", "thought") else role
         item = {"content": [item]}
-    rest = dict(item)
-    if rest.get("type") == "message":
-        rest.pop("type")
+    rest = flat(item)
     given = take(rest, "role")
-    role = default_role if given is None else _ROLES.get(as_text(given).lower())
-    if role is None:
-        role, rest["original_role"] = default_role, given
-    calls = [tool_call(call) for call in take(rest, "tool_calls", kind=list) or []]
+    known = _ROLES.get(as_text(given).lower())
+    if known is None:
+        with_rest(rest, {"original_role": given})
+    calls = [*(take(rest, "tool_calls", kind=list) or []), take(rest, "function_call", kind=dict)]
+    content = take(rest, "content", "parts")
+    images = take(rest, "images", kind=list) or []
+    blocks = [
+        *(content if isinstance(content, list) else [content]),
+        *({"type": "image", "data": as_text(image)} for image in images),
+        take(rest, "refusal", kind=str),
+    ]
+    found: list[Fields] = [
+        {"reasoning": shown(take(rest, "reasoning_content", "reasoning", "thinking"))},
+        {"tool_calls": [tool_call(call) for call in calls if call is not None]},
+        *map(read, blocks),
+    ]
+    results = [one for one in found if one.get("role") == "tool"]
+    others = [one for one in found if one.get("role") != "tool" and any(one.values())]
+    if not results or others:
+        return [*results, _merged(known or role, others, rest)]
+    with_rest(results[-1], rest)
+    return results
+
+
+def _merged(role: str, messages: list[Fields], rest: Fields) -> Fields:
+    """One message out of several, which are used up, and of further fields."""
     content: list[Fields] = []
+    calls: list[Fields] = []
     thoughts: list[str] = []
-    results: list[Fields] = []
-    raw = take(rest, "content", "parts")
-    for block in raw if isinstance(raw, list) else [raw]:
-        if (call := called(block)) is not None:
-            calls.append(call)
-        elif (result := tool_message(block)) is not None:
-            results.append(result)
-        elif (own := thought(block)) is not None:
-            thoughts.append(own[0])
-            rest = with_rest(rest, own[1])
-        else:
-            content += parts(block)
-    if (call := take(rest, "function_call", kind=dict)) is not None:  # OpenAI before tools
-        calls.append(tool_call(call))
-    content += [bare_image(image) for image in take(rest, "images", kind=list) or []]
-    if (refusal := take(rest, "refusal", kind=str)) is not None:
-        content.append(text_part(refusal))
-    if (reasoning := take(rest, "reasoning_content", "reasoning", "thinking")) is not None:
-        thoughts.insert(0, shown(reasoning))
-    if results and not (content or calls or thoughts):
-        message_with_rest(results[-1], rest)
-        return results
-    for key in ("tool_call_id", "name"):
-        if rest.get(key) is not None:
-            rest[key] = as_text(rest[key])
-    return [*results, message_with_rest(_message(role, content, calls, thoughts), rest)]
-
-
-def _message(role: str, content: list[Fields], calls: list[Fields], thoughts: list[str]) -> Fields:
+    for one in messages:
+        one.pop("role", None)
+        content += parts(one.pop("content", None))
+        calls += one.pop("tool_calls", [])
+        thoughts.append(one.pop("reasoning", ""))
+        with_rest(rest, one)
     message: Fields = {"role": role, "content": joined(content)}
-    if role == "tool" and message["content"] is None:
+    if role == "tool" and not content:
         message["content"] = ""
     if calls:
         message["tool_calls"] = calls
     if any(thoughts):
-        message["reasoning"] = "\n".join(text for text in thoughts if text)
-    return message
+        message["reasoning"] = "\n".join(filter(None, thoughts))
+    for key in ("tool_call_id", "name"):
+        if rest.get(key) is not None:
+            rest[key] = as_text(rest[key])
+    return with_rest(message, rest)

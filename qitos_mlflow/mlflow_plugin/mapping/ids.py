@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 
-_HEX_32 = re.compile(r"[0-9a-f]{32}")
-_HEX_16 = re.compile(r"[0-9a-f]{16}")
-_NO_ID = re.compile(r"0+")
+# Zeros are no id in OpenTelemetry.
+_HEX_32 = re.compile(r"(?!0+$)[0-9a-f]{32}")
+_HEX_16 = re.compile(r"(?!0+$)[0-9a-f]{16}")
 
 
 def digest(*parts: str, size: int) -> bytes:
@@ -19,7 +19,7 @@ def digest(*parts: str, size: int) -> bytes:
 def otel_trace_id(qitos_id: str) -> bytes:
     """16 bytes: the id itself if it is a UUID or 32 hex digits, else a hash of it."""
     plain = qitos_id.replace("-", "").lower()
-    if _HEX_32.fullmatch(plain) and not _NO_ID.fullmatch(plain):
+    if _HEX_32.fullmatch(plain):
         return bytes.fromhex(plain)
     return digest("trace", qitos_id, size=16)
 
@@ -31,6 +31,6 @@ def trace_id(qitos_id: str) -> str:
 
 def span_id(qitos_trace_id: str, qitos_id: str) -> bytes:
     """8 bytes: the id itself if it is 16 hex digits, else a hash of both ids."""
-    if _HEX_16.fullmatch(qitos_id) and not _NO_ID.fullmatch(qitos_id):
+    if _HEX_16.fullmatch(qitos_id):
         return bytes.fromhex(qitos_id)
     return digest("span", qitos_trace_id, qitos_id, size=8)

@@ -75,7 +75,9 @@ def clean_key(name: object, max_chars: int = KEY_CHARS) -> str:
     text = name if isinstance(name, str) else str(name)
     if not text:
         return UNNAMED
-    if len(text) <= max_chars and not _ILLEGAL.search(text) and _is_normal(text):
+    normal = posixpath.normpath(text) == text == text.strip() and text != "."
+    legal = normal and not text.startswith(("/", "..")) and not _ILLEGAL.search(text)
+    if legal and len(text) <= max_chars:
         return text
     parts = [
         part if part.strip(".") else "_" * len(part)
@@ -87,15 +89,6 @@ def clean_key(name: object, max_chars: int = KEY_CHARS) -> str:
         parts[0] = "_" + parts[0].lstrip(".")
     readable = "/".join(parts)[: max_chars - _HASH_CHARS - 1].rstrip("/ ") or UNNAMED
     return f"{readable}-{digest}"
-
-
-def _is_normal(text: str) -> bool:
-    return (
-        posixpath.normpath(text) == text
-        and text.strip() == text
-        and not text.startswith(("/", ".."))
-        and text != "."
-    )
 
 
 def clean_text(value: object, max_chars: int, lost: Counter[str] | None = None) -> str:
@@ -133,11 +126,8 @@ def clean_metric(
     """
     if value is None:
         return None
-    if isinstance(value, bool) and not booleans:
-        _count(lost, "bad_value")
-        return None
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) and not booleans else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isfinite(number):

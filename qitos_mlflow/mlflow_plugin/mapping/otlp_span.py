@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import orjson
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text
 
 NATIVE_LEVELS = 20
@@ -25,31 +25,26 @@ SPAN_NAME_CHARS = 1000
 
 def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
     """Write `value` (JSON types; others as text) into `target`; None leaves it unset."""
-    if isinstance(value, str):
-        target.string_value = _encodable(value)
-    elif isinstance(value, bool):
+    if isinstance(value, bool):
         target.bool_value = value
-    elif isinstance(value, int):
-        if -(2**63) <= value <= limits.MAX_INT64:
-            target.int_value = value
-        else:
-            target.string_value = str(value)
+    elif isinstance(value, int) and abs(value) <= limits.MAX_INT64:
+        target.int_value = value
     elif isinstance(value, float):
         target.double_value = value
-    elif isinstance(value, (dict, list, tuple)):
-        if depth == 0:
-            target.string_value = orjson.dumps(value, default=str).decode()
-        elif isinstance(value, dict):
-            target.kvlist_value.SetInParent()
-            for key, item in value.items():
-                entry = target.kvlist_value.values.add(key=_encodable(str(key)))
-                set_value(entry.value, item, depth - 1)
-        else:
-            target.array_value.SetInParent()
-            for item in value:
-                set_value(target.array_value.values.add(), item, depth - 1)
+    elif isinstance(value, dict) and depth:
+        target.kvlist_value.SetInParent()
+        _add(target.kvlist_value.values, value, depth - 1)
+    elif isinstance(value, (list, tuple)) and depth:
+        target.array_value.SetInParent()
+        for item in value:
+            set_value(target.array_value.values.add(), item, depth - 1)
     elif value is not None:
-        target.string_value = _encodable(str(value))
+        target.string_value = _encodable(as_text(value))
+
+
+def _add(target: Any, values: Mapping[Any, Any], depth: int = NATIVE_LEVELS) -> None:
+    for key, value in values.items():
+        set_value(target.add(key=_encodable(str(key))).value, value, depth)
 
 
 def _encodable(text: str) -> str:
@@ -86,7 +81,7 @@ def build_span(
         start_time_unix_nano=start,
         end_time_unix_nano=max(start, clean_ns(end_ns)),
     )
-    _add_attributes(message.attributes, attributes)
+    _add(message.attributes, {key: value for key, value in attributes.items() if value is not None})
     return message
 
 
@@ -105,7 +100,7 @@ def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | Non
     span.status.code = Status.STATUS_CODE_ERROR
     span.status.message = clean_text(text, limits.TAG_CHARS)
     event = span.events.add(name="exception", time_unix_nano=span.end_time_unix_nano)
-    _add_attributes(
+    _add(
         event.attributes,
         {
             "exception.type": kind,
@@ -113,14 +108,6 @@ def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | Non
             "exception.stacktrace": details.get("stacktrace") or "",
         },
     )
-
-
-def _add_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
-    for key, value in attributes.items():
-        if value is not None:
-            entry = KeyValue(key=_encodable(key))
-            set_value(entry.value, value)
-            target.append(entry)
 
 
 def distinct(spans: Iterable[Span]) -> list[Span]:

@@ -8,20 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from qitos_mlflow._usage import Usage, parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import chat_messages, limits
-from qitos_mlflow.mlflow_plugin.mapping.content_blocks import with_rest
+from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text, take, with_rest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
 from qitos_mlflow.recording.record import SpanEnd
 
 _PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "bedrock", "ollama", "deepseek")
 """Names that MLflow has prices for; hosts' model classes contain them."""
-
-_SHOWN = ("finish_reason", "model_name", "provider", "cached")
-"""Fields of the host's summary of an answer that have a place of their own."""
 
 
 def of_span(record: SpanEnd, tools: list[str] | None = None) -> dict[str, Any]:
@@ -59,47 +54,42 @@ def _generation(data: Mapping[str, Any], output: Any, tools: list[str] | None) -
     found: dict[str, Any] = {}
     if request is not None:
         messages, parameters = chat_messages.request(request)
-        inputs: dict[str, Any] = {"messages": messages}
-        if model:
-            inputs["model"] = str(model)
+        inputs = {"messages": messages, **({"model": str(model)} if model else {})}
         found["mlflow.spanInputs"] = with_rest(inputs, parameters)
-        given = request.get("tools") if isinstance(request, Mapping) else None
-        listed = data.get("tools") or given or response.get("tools") or tools
-        found["mlflow.chat.tools"] = chat_messages.tool_definitions(listed)
+        listed = data.get("tools") or mapping(request).get("tools") or response.get("tools")
+        found["mlflow.chat.tools"] = chat_messages.tool_definitions(listed or tools)
     if output is not None or response.get("tool_calls"):
-        found["mlflow.spanOutputs"] = chat_messages.response(
-            output, {"model_name": model, **response}
-        )
+        answer = chat_messages.response(output, {"model_name": model, **response})
+        found["mlflow.spanOutputs"] = answer
     if found:
         found["mlflow.message.format"] = "openai"
     if model:
         found["mlflow.llm.model"] = clean_text(model, limits.SPAN_TYPE_CHARS)
-    found["mlflow.llm.provider"] = _provider(response.get("provider"))
-    found["qitos.provider"] = response.get("provider")
-    found["qitos.finish_reason"] = response.get("finish_reason")
-    found["qitos.cached"] = response.get("cached")
-    shown = (*_SHOWN, "tool_calls") if isinstance(response.get("tool_calls"), list) else _SHOWN
-    found["qitos.response"] = {k: v for k, v in response.items() if k not in shown} or None
     usage = parse_usage(data.get("token_usage"))
     if usage is not None:
-        found["mlflow.chat.tokenUsage"] = token_usage(usage)
+        found["mlflow.chat.tokenUsage"] = _token_usage(usage)
+    rest = dict(response)
+    found["mlflow.llm.provider"] = _provider(rest.get("provider"))
+    found |= {
+        f"qitos.{key}": rest.pop(key, None) for key in ("provider", "finish_reason", "cached")
+    }
+    rest.pop("model_name", None)
+    take(rest, "tool_calls", kind=list)
+    found["qitos.response"] = rest or None
     return found
 
 
-def token_usage(usage: Usage) -> dict[str, int]:
+def _token_usage(usage: Usage) -> dict[str, int]:
     """`usage` as MLflow spells it: whole numbers only; MLflow refuses a batch with None in it."""
+    prompt, completion = usage.prompt or 0, usage.completion or 0
     counts = {
-        "input_tokens": usage.prompt or 0,
-        "output_tokens": usage.completion or 0,
-        "total_tokens": usage.total
-        if usage.total is not None
-        else (usage.prompt or 0) + (usage.completion or 0),
+        "input_tokens": prompt,
+        "output_tokens": completion,
+        "total_tokens": prompt + completion if usage.total is None else usage.total,
+        "cache_read_input_tokens": usage.cache_read,
+        "cache_creation_input_tokens": usage.cache_creation,
     }
-    if usage.cache_read is not None:
-        counts["cache_read_input_tokens"] = usage.cache_read
-    if usage.cache_creation is not None:
-        counts["cache_creation_input_tokens"] = usage.cache_creation
-    return counts
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _provider(name: Any) -> str | None:
@@ -113,19 +103,11 @@ def _provider(name: Any) -> str | None:
 
 
 def answer_preview(found: Mapping[str, Any]) -> str | None:
-    """The text of a generation's answer, for the trace's list entry."""
+    """The text of a generation's answer, for the trace's list entry; None if it has none."""
     outputs = found.get("mlflow.spanOutputs")
-    choices = outputs.get("choices") if isinstance(outputs, Mapping) else None
-    messages = [
-        choice["message"]
-        for choice in choices or []
-        if isinstance(choice, Mapping) and isinstance(choice.get("message"), Mapping)
-    ]
-    text = chat_messages.last_text(messages, "assistant")
-    return preview(text) if text else None
+    return preview(chat_messages.last_text(outputs)) or None if outputs else None
 
 
 def preview(value: Any) -> str:
     """`value` as text of at most `limits.PREVIEW_CHARS`."""
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
-    return clean_text(text, limits.PREVIEW_CHARS)
+    return clean_text(as_text(value), limits.PREVIEW_CHARS)

@@ -203,10 +203,9 @@ def test_a_parameter_of_several_types_hides_no_tool() -> None:
 
 def test_the_last_text_is_found() -> None:
     """The preview of a trace is what the model said last."""
-    messages = request_messages(["q", {"role": "assistant", "content": "a"}, "q2"])
-    assert last_text(messages, "assistant") == "a"
-    assert last_text(messages, "user") == "q2"
-    assert last_text([], "user") == ""
+    choices = [{"text": "a"}, {"message": {"content": "b"}}, {"text": ""}]
+    assert last_text(response({"choices": choices}, {})) == "b"
+    assert last_text(response(None, {})) == ""
 
 
 # -- answers as providers give them -------------------------------------------------------------
