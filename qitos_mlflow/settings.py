@@ -257,7 +257,7 @@ def _parsed(name: str, parse: Callable[[Any], Any], value: object, source: str) 
         return parse(value)
     except (TypeError, ValueError) as error:
         reason = str(error)
-    from qitos_mlflow.redaction.uris import redact_text, without_credentials
+    from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
     shown = f"={value!r}"
     if name == "tags":  # Free text: no rule finds every secret in it.

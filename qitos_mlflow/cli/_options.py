@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Accept the same URIs as the setting `tracking_uri`."""
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import usable_uri
 
     if value is None:

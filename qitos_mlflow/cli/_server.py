@@ -20,7 +20,7 @@ def ask(uri: str | None) -> Answer:
     """Ask the server at `uri` for its version, else its health. Blocks up to 2 * `TIMEOUT_S`."""
     from qitos_mlflow.cli._spool import DEFAULT_STORE
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import usable_uri
 
     if uri is None:

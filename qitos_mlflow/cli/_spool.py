@@ -119,7 +119,7 @@ def experiment_of(segment: SegmentInfo) -> str | None:
 
 def destination_of(header: dict[str, Any]) -> str:
     """The header's destination as it is shown."""
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
 
     if not header:
         return "unknown"

@@ -104,7 +104,7 @@ def show_runs(settings: Settings, tag: tuple[str, str]) -> int:
     Imports mlflow and blocks on the server; raises what mlflow raises. The tag's key and value may
     hold no quotes or backquotes. Returns the number of runs.
     """
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
 
     mlflow = import_module("mlflow")
     uri = settings.tracking_uri or mlflow.get_tracking_uri()
@@ -153,7 +153,7 @@ def server_command(uri: str) -> str | None:
     A database's password is left out.
     """
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
 
     if is_http(uri) or uri.split(":")[0] in {"databricks", "uc"}:
         return None

@@ -55,7 +55,7 @@ def startup_line_is_active() -> bool:
 def destination() -> str | None:
     """Where the installed MLflow plugin logs to, without credentials. None if it logs nothing."""
     from qitos_mlflow.plugins.selection import Selection
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import TRACKING_VARIABLE
 
     if uri := os.environ.get(TRACKING_VARIABLE):

@@ -58,7 +58,7 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     from qitos_mlflow.cli._server import ask
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import Settings
 
     lost: Counter[str] = Counter()

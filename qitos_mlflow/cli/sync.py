@@ -95,7 +95,7 @@ def sync(
 def _with_credentials(recorded: str | None) -> str | None:
     """A segment's URI, with the credentials of MLFLOW_TRACKING_URI if it is the same server."""
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri
-    from qitos_mlflow.redaction.uris import without_credentials
+    from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import Settings
 
     configured = tracking_uri(Settings.resolve())
@@ -150,7 +150,7 @@ class Sync:
 
     def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> None:
         from qitos_mlflow.delivery import Outcome, deliver_segment
-        from qitos_mlflow.redaction.uris import without_credentials
+        from qitos_mlflow.redaction.redact import without_credentials
 
         header, paths = header_of(segment), segment.paths
         uri = self._uri_of(header)

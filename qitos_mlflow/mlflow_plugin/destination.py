@@ -23,8 +23,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
-from qitos_mlflow.redaction.redact import redact
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import redact, without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 

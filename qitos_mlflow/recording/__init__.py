@@ -6,7 +6,6 @@ one.
     recorder          all traces of one plugin
     trace_recorder    one trace: host events to records
     snapshot, to_json one event as bytes, on the agent's thread
-    run_files         files that go with a run
     pipelines         one pipeline per destination and process
     normalize         bytes to the redacted record, on the spooling thread
     contributions     what other plugins add to a record

@@ -10,11 +10,11 @@ import linecache
 from calendar import timegm
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import orjson
 
-from qitos_mlflow.recording import run_files
 from qitos_mlflow.recording.contributions import ask_plugins
 from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.redaction.redact import redact, redact_json
@@ -25,6 +25,9 @@ OURS = frozenset(
     | {"version"}
 )
 """Fields with our own ids, times and words. They are neither redacted nor cut."""
+
+MAX_FILE_BYTES = 16 * 1024 * 1024
+"""A larger file of a run stays where it is; the artifact gives its path and size."""
 
 UNCUT = OURS | {"settings"}
 
@@ -46,8 +49,7 @@ def normalize(
     """
     record = {**orjson.loads(snapshot), "version": RECORD_VERSION}
     if record["kind"] == "artifact":
-        file = run_files.read(record)
-        return None if file is None else orjson.dumps(_redacted_file(file))
+        return orjson.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
     _spell_out(record)
     # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
@@ -63,6 +65,28 @@ def normalize(
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
+
+
+def _read_file(record: dict[str, Any]) -> bool:
+    """Replace the path in `file`, if `record` has one, by the content; False if no file is there.
+
+    Newlines stay as they are; bytes that are not UTF-8 become U+FFFD.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    if "file" in record:
+        path = Path(record.pop("file"))
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                large = f"{path} has {size} bytes; files over {MAX_FILE_BYTES} stay there\n"
+                record["content"] = large
+            else:
+                record["content"] = path.read_bytes().decode("utf-8", "replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def _spell_out(record: dict[str, Any]) -> None:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qitos_mlflow.recording.to_json import encode as encode
-from qitos_mlflow.recording.to_json import text_of
+from qitos_mlflow.recording.to_json import encode, text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
 MAX_FRAMES = 64
 """Stack frames kept of an exception: the innermost ones."""
+
+RUN_FILES = ("manifest.json", "events.jsonl", "steps.jsonl")
+"""What a QitOS run directory (`runs/<run_id>/`) holds."""
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -103,6 +106,23 @@ def root_record(trace_id: str, span: Any) -> dict[str, Any]:
         "type": span.data.type,
         "data": {"name": getattr(span.data, "name", None)},
     }
+
+
+def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a run's files: the final answer, and what QitOS wrote to its run directory.
+
+    Touches no disk: the spooling thread reads a `file`, so that its content travels, and survives,
+    like any other record.
+    """
+    answer = metadata.get("final_result")
+    if answer is not None:
+        path = "final_answer.txt" if isinstance(answer, str) else "final_answer.json"
+        yield {"kind": "artifact", "trace_id": trace_id, "path": path, "content": answer}
+    directory = metadata.get("qitos_run_dir")
+    if isinstance(directory, str):
+        for name in RUN_FILES:
+            file = str(Path(directory, name))
+            yield {"kind": "artifact", "trace_id": trace_id, "path": f"qitos/{name}", "file": file}
 
 
 WITHHELD = "[content off]"

@@ -15,8 +15,9 @@ from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.recording import run_files, snapshot
+from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
 LATE_SPAN_S = 60.0
@@ -93,7 +94,7 @@ class TraceRecorder:
             **self._settings,
             **more,
         }
-        self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
+        self.pipeline.offer(encode(record), keep=True, urgent=True)
 
     def start_span(self, span: Any) -> None:
         """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
@@ -105,7 +106,7 @@ class TraceRecorder:
         if self._awaits_root:
             self._awaits_root = False
             record = {**snapshot.root_record(self.id, span), **self._settings}
-            self.pipeline.offer(snapshot.encode(record), keep=True)
+            self.pipeline.offer(encode(record), keep=True)
 
     def end_span(self, span: Any) -> None:
         """Record a span.
@@ -137,8 +138,8 @@ class TraceRecorder:
 
     def add_files(self, metadata: Mapping[str, Any]) -> None:
         """Record the files that go with the run: the answer, and the host's run directory."""
-        for record in run_files.of_trace(self.id, metadata):
-            if not self.pipeline.offer(snapshot.encode(record)):
+        for record in snapshot.files_of_run(self.id, metadata):
+            if not self.pipeline.offer(encode(record)):
                 self._note_loss("artifact", "queue_full")
 
     def end(
@@ -214,7 +215,7 @@ class TraceRecorder:
             report("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
-            self.pipeline.offer(snapshot.encode(record), keep=True, urgent=True)
+            self.pipeline.offer(encode(record), keep=True, urgent=True)
             self._quiet_from_s = time.monotonic()
 
     def _note_loss(self, kind: str, reason: str) -> None:

@@ -13,6 +13,7 @@ mode `ENABLED_WITHOUT_DATA` leaves out.) Two rules, both always on:
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,15 @@ _REMEMBERED_CHARS = 4096
 
 _SHORTEST_SHAPE = 16
 """Shorter keys of a mapping hold no credential, unless they have a ``=`` (characters)."""
+
+
+_USER_INFO = re.compile(
+    # Up to the "@" before the host. A password may hold a slash, because SQLAlchemy takes it as it
+    # is; so the match goes beyond a slash if the text after the colon cannot be a port.
+    r"\A(?P<scheme>[^:/?#]+:?//)(?:[^/?#]*@|[^@:/?#]*:(?!\d+(?:[/?#]|$))[^@]*@)"
+    # Without the two slashes the URI is not valid, but it has a password all the same.
+    r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
+)
 
 
 def redact_text(text: str) -> str:
@@ -127,3 +137,11 @@ def redact_json(text: str) -> str:
     # QitOS writes a manifest in many lines, and an event in one.
     hidden = json.dumps(kept, ensure_ascii=False, indent=2 if "\n" in body else None)
     return text.replace(body, hidden)
+
+
+def without_credentials(uri: str) -> str:
+    """`uri`, of a server or store, without user and password, and without secrets in its query.
+
+    Fit for disk and screen. Takes any text, also one that is no valid URI.
+    """
+    return redact_text(_USER_INFO.sub(lambda found: found["scheme"] or "", uri))

@@ -19,9 +19,6 @@ import orjson
 CUT_HERE = "… [cut: "
 """Begins the note in the place of what was cut off; the original length follows."""
 
-_NOTE_CHARS = 60
-"""A note of a cut is not longer (characters)."""
-
 MAX_INLINED_CHARS = 32_768
 """Longest file that stays; MLflow shows such pictures (characters)."""
 
@@ -32,6 +29,8 @@ _BASE64 = re.compile(r"[\w+/=-]*", re.ASCII)
 _LOOK_CHARS = 1024
 """As many characters show whether a text is base64."""
 _CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all\]$")
+_CUT_CHARS = 60
+"""A note of a cut is not longer (characters)."""
 _FILE_NOTE = re.compile(rf"\[{_MEDIA}, \d+ characters\]", re.ASCII)
 _WITH_FIELDS = ("data", "metadata")
 
@@ -41,45 +40,54 @@ def is_note(text: str) -> bool:
     return _FILE_NOTE.fullmatch(text) is not None
 
 
-def note_large(value: Any, max_chars: int = MAX_INLINED_CHARS) -> Any:
-    """A copy of `value` (JSON types) with a note in the place of each file over `max_chars`."""
+def note_large(value: Any, max_chars: int = MAX_INLINED_CHARS, *, trim_rest: bool = False) -> Any:
+    """A copy of `value` (JSON types) with a note in the place of each file over `max_chars`.
+
+    With `trim_rest`, all other texts are cut to `max_chars` bytes.
+    """
     if isinstance(value, str):
         if len(value) > max_chars and (url := _DATA_URL.match(value)):
             return _note(url.group(1) or "data", value)
-        return value
+        return trim(value, max_chars) if trim_rest else value
     if isinstance(value, list):
-        return [note_large(item, max_chars) for item in value]
+        return [note_large(item, max_chars, trim_rest=trim_rest) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: note_large(item, max_chars) for key, item in value.items()}
+    kept = {key: note_large(item, max_chars, trim_rest=trim_rest) for key, item in value.items()}
     media = next((kept[key] for key in _MEDIA_KEYS if isinstance(kept.get(key), str)), None)
-    if media is not None and "data" in kept:
-        kept["data"] = _note_base64(kept["data"], media, max_chars)
-    if isinstance(kept.get("images"), list):
-        kept["images"] = [_note_base64(item, "image", max_chars) for item in kept["images"]]
+    if media is not None and _is_large_base64(value.get("data"), max_chars):
+        kept["data"] = _note(media, value["data"])
+    if isinstance(images := value.get("images"), list):
+        for index, image in enumerate(images):
+            if _is_large_base64(image, max_chars):
+                kept["images"][index] = _note("image", image)
     return kept
 
 
-def _note_base64(text: Any, media: str, max_chars: int) -> Any:
+def _is_large_base64(text: Any, max_chars: int) -> bool:
     large = isinstance(text, str) and len(text) > max_chars
-    return _note(media, text) if large and _BASE64.fullmatch(text, 0, _LOOK_CHARS) else text
+    return large and _BASE64.fullmatch(text, 0, _LOOK_CHARS) is not None
 
 
 def _note(media: str, text: str) -> str:
-    # If the snapshot has cut the file, the note of that says how long it was.
-    cut_note = _CUT.search(text, max(0, len(text) - _NOTE_CHARS))
     # Only a media type: the note is not searched for credentials in the form that `media` had.
     media = media if re.fullmatch(_MEDIA, media, re.ASCII) else "data"
-    return f"[{media}, {cut_note.group(1) if cut_note else len(text)} characters]"
+    return f"[{media}, {_length(text)} characters]"
+
+
+def _length(text: str) -> int:
+    """How many characters `text` had before it was cut."""
+    cut_note = _CUT.search(text, max(0, len(text) - _CUT_CHARS))
+    return int(cut_note.group(1)) if cut_note else len(text)
 
 
 def cut(text: str, length: int) -> str:
     """The first `length` characters of `text`, and a note of how many it had."""
-    return f"{text[:length]}{CUT_HERE}{len(text)} characters in all]"
+    return f"{text[:length]}{CUT_HERE}{_length(text)} characters in all]"
 
 
 def trim(text: str, max_bytes: int) -> str:
-    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and a note of its size.
+    """`text` if it has at most `max_bytes` of UTF-8, else its beginning and the note of a cut.
 
     The result has at most `max_bytes`, or the size of the note (40 bytes) if that is more.
     """
@@ -88,8 +96,7 @@ def trim(text: str, max_bytes: int) -> str:
     data = text.encode("utf-8", "surrogatepass")
     if len(data) <= max_bytes:
         return text
-    at = text.rfind(CUT_HERE, -_NOTE_CHARS)  # The note of an earlier cut has the true length.
-    note = text[at:] if at >= 0 else f"… [trimmed, {len(data)} bytes in all]"
+    note = cut(text, 0)
     room = max(0, max_bytes - len(note.encode()))
     return data[:room].decode("utf-8", "ignore") + note
 
@@ -112,23 +119,13 @@ def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 
 def _trim_field(value: Any, max_bytes: int) -> Any:
     if isinstance(value, str):
-        return trim(note_large(value, max_bytes), max_bytes)
+        return note_large(value, max_bytes, trim_rest=True)
     if not isinstance(value, (dict, list)) or len(orjson.dumps(value)) <= max_bytes:
         return value
     each = max_bytes // 2
     while each >= 256:
-        smaller = _trim_texts(note_large(value, each), each)
+        smaller = note_large(value, each, trim_rest=True)
         if len(orjson.dumps(smaller)) <= max_bytes:
             return smaller
         each //= 4
     return trim(orjson.dumps(value).decode(), max_bytes)
-
-
-def _trim_texts(value: Any, max_bytes: int) -> Any:
-    if isinstance(value, str):
-        return trim(value, max_bytes)
-    if isinstance(value, dict):
-        return {key: _trim_texts(item, max_bytes) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_trim_texts(item, max_bytes) for item in value]
-    return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 
 
 class FakeTransport:

@@ -12,7 +12,7 @@ import pytest
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
 from qitos_mlflow.mlflow_plugin.destination import destination_key, run_settings, segment_header
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 from qitos_mlflow.settings import Settings
 
 SECRET = "s3cr3t-of-somebody"

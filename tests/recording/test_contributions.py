@@ -107,7 +107,7 @@ def test_what_a_plugin_returns_has_the_limit_of_a_field(attach: Callable[..., No
     attach(lambda record: {"attributes": {"page": "x" * 50_000}})
     record = kept(Records().span("tool", tool_name="get"), field_bytes=2_000)
     assert len(str(record["added"])) < 2_000
-    assert "50000 bytes in all" in record["added"]["attributes"]["page"]
+    assert "50000 characters in all" in record["added"]["attributes"]["page"]
 
 
 @pytest.mark.parametrize(

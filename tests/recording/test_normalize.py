@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import uuid
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qitos_mlflow.recording import run_files
+from qitos_mlflow.recording import normalize as normalizing
 from qitos_mlflow.recording.normalize import nanoseconds, normalize
 from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.recording.snapshot import describe
@@ -103,7 +105,7 @@ def test_large_fields_are_trimmed_after_redaction() -> None:
     record = normalized({"output": text, "data": {"short": "kept"}}, field_bytes=1_024)
     assert len(record["output"].encode()) <= 1_024
     assert number[:8] not in record["output"]
-    assert "bytes in all" in record["output"]
+    assert "characters in all" in record["output"]
     assert record["data"] == {"short": "kept"}
 
 
@@ -122,7 +124,7 @@ def test_ids_and_settings_are_never_cut() -> None:
     assert normalized({**record, "output": "x" * 5_000}, field_bytes=50) == {
         "kind": "span",
         **record,
-        "output": "x" * 18 + "… [trimmed, 5000 bytes in all]",
+        "output": "x" * 17 + "… [cut: 5000 characters in all]",
     }
 
 
@@ -295,7 +297,7 @@ def test_a_json_file_stays_json(tmp_path: Path) -> None:
 
 def test_a_huge_file_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file beyond the limit is not copied; the artifact says where it is."""
-    monkeypatch.setattr(run_files, "MAX_BYTES", 10)
+    monkeypatch.setattr(normalizing, "MAX_FILE_BYTES", 10)
     file = tmp_path / "events.jsonl"
     file.write_bytes(b"x" * 11)
     content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
@@ -309,3 +311,33 @@ def test_a_file_in_another_encoding_is_readable(tmp_path: Path) -> None:
     file.write_bytes(b"good \xff good")
     content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
     assert content == "good \ufffd good"
+
+
+def test_a_file_keeps_its_newlines(tmp_path: Path) -> None:
+    """What is logged is what the file holds."""
+    file = tmp_path / "steps.txt"
+    file.write_bytes(b"one\r\ntwo\rthree\n")
+    content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
+    assert content.encode() == file.read_bytes()
+
+
+def test_a_file_in_no_directory_is_no_loss(tmp_path: Path) -> None:
+    """What is called the run directory need not be one."""
+    (tmp_path / "file").touch()
+    assert normalized({"kind": "artifact", "file": str(tmp_path / "file" / "steps.jsonl")}) is None
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_read_is_a_loss(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unreadable file raises, so that the spooling thread counts it as lost."""
+    file = tmp_path / "events.jsonl"
+    file.touch()
+
+    def fail(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        normalized({"kind": "artifact", "file": str(file)})

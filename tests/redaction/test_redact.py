@@ -20,6 +20,7 @@ from qitos_mlflow.redaction.redact import (
     redact,
     redact_json,
     redact_text,
+    without_credentials,
 )
 
 SECRET = "hunter2xyz9"
@@ -415,3 +416,17 @@ def test_images_and_hashes_are_left_alone() -> None:
     data = bytes(range(256)) * 200
     for text in (base64.b64encode(data).decode(), base64.encodebytes(data).decode(), data.hex()):
         assert redact_text(text) == text
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:pass@host:1/p?a=b@c", "http://host:1/p?a=b@c"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("sqlite:////home/a@b/x.db", "sqlite:////home/a@b/x.db"),
+        ("mysql+pymysql://u:p@x@host/d", "mysql+pymysql://host/d"),
+    ],
+)
+def test_credentials_are_left_out_of_a_destination(uri: str, shown: str) -> None:
+    """User and password are left out, and nothing else."""
+    assert without_credentials(uri) == shown

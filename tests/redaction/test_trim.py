@@ -12,7 +12,7 @@ def test_trim_says_how_long_it_was() -> None:
     assert trim("größe", 100) == "größe"
     trimmed = trim("ö" * 1000, 101)
     assert len(trimmed.encode()) <= 101
-    assert trimmed.endswith("[trimmed, 2000 bytes in all]")
+    assert trimmed.endswith("[cut: 1000 characters in all]")
     assert trimmed.startswith("öö")
     twice = trim(trim(cut("ö" * 5000, 1000), 1500), 500)
     assert len(twice.encode()) <= 500
@@ -30,7 +30,7 @@ def test_a_chat_that_is_trimmed_stays_a_chat() -> None:
     trimmed = trim_fields(record, 10_000)
     kept = trimmed["data"]["input_content"]
     assert kept[0] == messages[0]
-    assert kept[1]["content"].endswith("[trimmed, 50000 bytes in all]")
+    assert kept[1]["content"].endswith("[cut: 50000 characters in all]")
     assert len(orjson.dumps(kept)) <= 10_000
     assert len(trimmed["output"].encode()) <= 10_000
     assert trimmed["data"]["model"] == "m"

@@ -21,7 +21,7 @@ from qitos_mlflow._after_import import after_import, imported
 from qitos_mlflow._guard import report, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 
 
 def mlflow_in_use() -> bool:

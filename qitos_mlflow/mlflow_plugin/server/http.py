@@ -26,7 +26,7 @@ from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, failure, readable
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 
 CONNECT_TIMEOUT_S = 3.0
 """Longest wait for a connection; a server that is there answers in milliseconds."""

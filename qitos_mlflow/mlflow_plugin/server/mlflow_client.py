@@ -35,7 +35,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     failure,
     readable,
 )
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 
 if TYPE_CHECKING:
     import requests

@@ -28,7 +28,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     deleted_experiment,
     equals,
 )
-from qitos_mlflow.redaction.uris import without_credentials
+from qitos_mlflow.redaction.redact import without_credentials
 
 if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
