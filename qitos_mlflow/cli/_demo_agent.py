@@ -75,14 +75,11 @@ def calculate(expression: str) -> float:
     return float(round(eval(expression), 6))  # noqa: S307 - only digits, operators and brackets
 
 
-def search_almanac(query: str, top: int = 2) -> list[str]:
+def search_almanac(query: str, top: int = 1) -> list[str]:
     """Find the sentences of the almanac that share most words with the query, best first."""
-    asked = _words(query)
-    return sorted(ALMANAC, key=lambda line: len(asked & _words(line)), reverse=True)[:top]
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    asked, *said = (set(re.findall(r"\w+", text.lower())) for text in (query, *ALMANAC))
+    by_words = sorted(zip(said, ALMANAC, strict=True), key=lambda pair: -len(asked & pair[0]))
+    return [line for _, line in by_words[:top]]
 
 
 @dataclass
@@ -122,17 +119,6 @@ class DeskAgent(AgentModule):  # type: ignore[misc]  # mypy does not follow qito
         return state
 
 
-def ask_librarian(model: ScriptedModel) -> Callable[..., Any]:
-    """A tool that runs a second agent inside the first agent's step."""
-
-    def ask_librarian(question: str) -> str:
-        """Ask the librarian, who searches the almanac and answers in one sentence."""
-        librarian = DeskAgent("librarian", model, [search_almanac])
-        return str(librarian.run(task=question, max_steps=4, trace=False, render=False))
-
-    return ask_librarian
-
-
 class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
     """Sends an answer back until it contains all the given words."""
 
@@ -166,15 +152,21 @@ class DemoTask:
     stop_reason: str = "final"
     max_steps: int = 8
     needs: tuple[str, ...] = ()
+    """Words that the reviewer wants; without any there is none."""
     librarian: tuple[str, ...] = ()
+    """Replies of the second agent, which the first one runs inside its own step."""
 
 
 def run_task(demo: DemoTask) -> Any:
     """Run one task on a QitOS Engine and return its EngineResult. A failed task does not raise."""
-    librarian = ask_librarian(ScriptedModel(SMALL, demo.librarian))
-    tools: list[Any] = [calculate, search_almanac, librarian]
-    agent = DeskAgent(demo.agent, ScriptedModel(demo.model, demo.replies), tools)
-    return agent.run(
+
+    def ask_librarian(question: str) -> str:
+        """Ask the librarian, who searches the almanac and answers in one sentence."""
+        librarian = DeskAgent("librarian", ScriptedModel(SMALL, demo.librarian), [search_almanac])
+        return str(librarian.run(task=question, max_steps=4, trace=False, render=False))
+
+    tools: list[Any] = [calculate, search_almanac, ask_librarian]
+    return DeskAgent(demo.agent, ScriptedModel(demo.model, demo.replies), tools).run(
         task=Task(
             id=demo.id,
             objective=demo.objective,
@@ -189,46 +181,37 @@ def run_task(demo: DemoTask) -> Any:
     )
 
 
-def _search(query: str, top: int = 1) -> tuple[str, dict[str, Any]]:
-    return "search_almanac", {"query": query, "top": top}
-
-
-LIGHT = _search("how far light travels in a second")
+LIGHT = ("search_almanac", {"query": "how far light travels in a second"})
 MOONLIGHT = (
-    act("Distance and speed.", _search("how far away is the Moon from the Earth"), LIGHT),
+    act("Distance and speed.", ("search_almanac", {"query": "how far is the Moon"}), LIGHT),
     act("Metres by metres a second.", ("calculate", {"expression": "384400000/299792458"})),
     answer("Both numbers are known.", "About 1.28 seconds."),
 )
-SHOPPING = (
-    act("Add up.", ("calculate", {"expression": "12 eggs + 3 loaves"})),
-    act("Only numbers, then.", ("calculate", {"expression": "12 + 3"})),
-    answer("Added up.", "15 things."),
-)
 BOILING_WATER = (
     answer("I know this.", "Because water boils too early up there."),
-    act("The reviewer wants facts.", _search("water boils summit Everest", top=2)),
+    act("Facts, then.", ("search_almanac", {"query": "water boils summit Everest", "top": 2})),
     answer("Numbers.", "Water boils near 70 degrees there, says the almanac."),
     answer("And the height.", "At 8849 metres water boils near 70 degrees, says the almanac."),
 )
 SUNLIGHT = (
     act("The librarian knows.", ("ask_librarian", {"question": "How far is the Sun?"})),
     act("The speed I look up.", LIGHT),
-    act("In minutes.", ("calculate", {"expression": "149597871000/299792458/60"})),
+    act("In minutes.", ("calculate", {"expression": "149597871 kilometres / 299792458 / 60"})),
+    act("Only numbers, then.", ("calculate", {"expression": "149597871000/299792458/60"})),
     answer("Done.", "About 8.3 minutes."),
 )
 LIBRARIAN = (
-    act("The Sun.", _search("how far away is the Sun")),
+    act("The Sun.", ("search_almanac", {"query": "how far away is the Sun"})),
     answer("Found.", "The Sun is on average 149597871 kilometres away."),
 )
-BEES = tuple(act("Not there.", _search(f"how many bees, attempt {n}")) for n in range(1, 7))
+BEES = tuple(act("No.", ("search_almanac", {"query": f"how many bees, {n}"})) for n in range(1, 7))
 EQUATOR = (
-    act("How long is it?", _search("equator long")),
+    act("How long is it?", ("search_almanac", {"query": "equator long"})),
     act("Divide.", ("calculate", {"expression": "40075/30"})),
     RuntimeError("scripted-large is out of service (as this demo wants it)"),
 )
 
 MOON_ASKED = "How many seconds does light take from the Moon to the Earth?"
-LIST_ASKED = "How many things are on the shopping list: 12 eggs and 3 loaves?"
 TEA_ASKED = "Why is tea not as good on Mount Everest? Name your source."
 SUN_ASKED = "How many minutes does light take from the Sun to the Earth? Ask the librarian."
 BEES_ASKED = "How many honey bees are there on Earth?"
@@ -237,7 +220,6 @@ TEA_NEEDS = ("boils", "70", "almanac", "8849")
 
 TASKS = (
     DemoTask("moonlight", "astronomer", LARGE, MOON_ASKED, MOONLIGHT),
-    DemoTask("shopping", "shopper", SMALL, LIST_ASKED, SHOPPING),
     DemoTask("boiling-water", "tea-taster", LARGE, TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
     DemoTask("sunlight", "astronomer", LARGE, SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
     DemoTask("counting-bees", "beekeeper", SMALL, BEES_ASKED, BEES, "budget_steps", max_steps=6),

@@ -9,7 +9,6 @@ import pytest
 
 from qitos_mlflow.cli._demo_agent import (
     LARGE,
-    SMALL,
     TASKS,
     DemoTask,
     calculate,
@@ -51,8 +50,8 @@ def test_one_tool_fails_and_the_agent_goes_on(results: dict[tuple[str, str], Any
         for invocation in record.tool_invocations
         if invocation["status"] == "error"
     }
-    assert failed == {"shopping"}
-    assert results["shopping", SMALL].state.final_result == "15 things."
+    assert failed == {"sunlight"}
+    assert results["sunlight", LARGE].state.final_result == "About 8.3 minutes."
 
 
 def test_the_critic_scores_and_says_why(results: dict[tuple[str, str], Any]) -> None:
