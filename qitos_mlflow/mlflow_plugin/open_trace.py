@@ -38,9 +38,9 @@ class OpenTrace(TraceRecorder):
         super().__init__(
             trace,
             pipeline,
+            settings,
             content=settings.capture_content and tracing.content_allowed(trace),
-            field_chars=settings.field_bytes,
-            settings=run_settings,
+            run_settings=run_settings,
         )
         self.end_received = False
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
@@ -55,18 +55,22 @@ class OpenTrace(TraceRecorder):
         nests = settings.log_traces and self.id == host_id
         self.autolog = AutologSpans(host_id, self.run, uri) if nests else None
 
+    @staticmethod
+    def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
+        """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED. Pure."""
+        # Any code writes the metadata: what is no text may not even be comparable.
+        status, reason = (
+            value if isinstance(value, str) else None
+            for value in (metadata.get("status"), metadata.get("stop_reason"))
+        )
+        if status == "interrupted":
+            return "KILLED"
+        if failure is not None:
+            return "FAILED" if isinstance(failure, Exception) else "KILLED"
+        if status == "error" or reason in ERROR_STOPS:
+            return "FAILED"
+        return "FINISHED"
 
-def run_status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
-    """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED. Pure."""
-    # Any code writes the metadata: what is no text may not even be comparable.
-    status, reason = (
-        value if isinstance(value, str) else None
-        for value in (metadata.get("status"), metadata.get("stop_reason"))
-    )
-    if status == "interrupted":
-        return "KILLED"
-    if failure is not None:
-        return "FAILED" if isinstance(failure, Exception) else "KILLED"
-    if status == "error" or reason in ERROR_STOPS:
-        return "FAILED"
-    return "FINISHED"
+    def tags(self) -> Mapping[str, str]:
+        """The tags that were set on the trace through MLflow."""
+        return {} if self.autolog is None else self.autolog.end()

@@ -21,7 +21,7 @@ from qitos_mlflow.mlflow_plugin.destination import (
 )
 from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use, parent_run_id
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
-from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace, run_status
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 from qitos_mlflow.mlflow_plugin.precedence import Origin, reason_to_stand_down
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
@@ -117,13 +117,7 @@ class MlflowPlugin:
         if open_trace.ended:  # By `close`, from any thread.
             open_trace.active.leave(open=False)
             return
-        autolog = open_trace.autolog
-        open_trace.end(
-            trace,
-            status_of=run_status,
-            files=self.settings.log_artifacts,
-            tags=autolog.end if autolog is not None else dict,
-        )
+        open_trace.end(trace)
         open_trace.active.leave(open=not self.settings.auto_end_run)
         self._call_if_idle()
 

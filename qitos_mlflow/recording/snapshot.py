@@ -19,6 +19,9 @@ from qitos_mlflow.recording.to_json import encode, text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
+WITHHELD = "[content off]"
+"""In the place of an error's text if content is off."""
+
 MAX_FRAMES = 64
 """Stack frames kept of an exception: the innermost ones."""
 
@@ -26,8 +29,13 @@ RUN_FILES = ("manifest.json", "events.jsonl", "steps.jsonl")
 """What a QitOS run directory (`runs/<run_id>/`) holds."""
 
 
-def describe(error: BaseException) -> dict[str, Any]:
-    """Type, message and stack of `error`. The spooling thread adds the source lines."""
+def describe(error: BaseException, content: bool) -> dict[str, Any]:
+    """Type, message and stack of `error`. The spooling thread adds the source lines.
+
+    Without content it is the type only.
+    """
+    if not content:
+        return {"type": type(error).__qualname__, "message": WITHHELD}
     frames: list[tuple[str, int, str]] = []
     step: TracebackType | None = error.__traceback__
     while step is not None:
@@ -75,7 +83,6 @@ def span_record(
     if more:
         record.update(more)
     _keep_numbers(kind, data)
-    exception = getattr(span, "exception", None)
     if content:
         for key, value in data.items():
             if type(value) is str and len(value) > field_chars:
@@ -84,14 +91,12 @@ def span_record(
         if type(output) is str and len(output) > field_chars:
             output = cut(output, field_chars)
         record["output"] = output
-        if exception is not None:
-            record["exception"] = describe(exception)
     else:
         data = structure_only(redacted_export(data))
         if record["error"] is not None:
             record["error"] = WITHHELD
-        if exception is not None:
-            record["exception"] = {"type": type(exception).__qualname__, "message": WITHHELD}
+    if (exception := getattr(span, "exception", None)) is not None:
+        record["exception"] = describe(exception, content)
     record["data"] = data
     return encode(record)
 
@@ -123,10 +128,6 @@ def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[st
         for name in RUN_FILES:
             file = str(Path(directory, name))
             yield {"kind": "artifact", "trace_id": trace_id, "path": f"qitos/{name}", "file": file}
-
-
-WITHHELD = "[content off]"
-"""In the place of an error's text if content is off."""
 
 
 def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
 LATE_SPAN_S = 60.0
 """How long after its trace's end an unfinished span keeps the pipeline running (seconds)."""
-
-StatusOf = Callable[[Mapping[str, Any], "BaseException | None"], str]
 
 
 class TraceRecorder:
@@ -32,9 +31,9 @@ class TraceRecorder:
     Args:
         trace: the host's.
         pipeline: where its records go.
-        content: whether they hold inputs and outputs.
-        field_chars: longest text kept of one field (characters).
-        settings: how its run is logged. They are in the start, and again in the records that a
+        settings: the plugin's.
+        content: whether the records hold inputs and outputs.
+        run_settings: how its run is logged. They are in the start, and again in the records that a
             sink may get without the start.
 
     Attributes:
@@ -47,19 +46,20 @@ class TraceRecorder:
         self,
         trace: Any,
         pipeline: RecordPipeline,
+        settings: Settings,
         *,
-        content: bool,
-        field_chars: int,
-        settings: Mapping[str, Any] | None = None,
+        content: bool = True,
+        run_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.id = _free_id(pipeline, str(trace.trace_id))
         self.pipeline = pipeline
         self.content = content
         self.closed = False
         self.ended = False
-        self._field_chars = field_chars
-        self._settings = {} if settings is None else {"settings": settings}
-        self._quiet_from_s = float("inf")
+        self._field_chars = settings.field_bytes
+        self._files = content and settings.log_artifacts
+        self._settings = {} if run_settings is None else {"settings": run_settings}
+        self._ended_s = float("inf")
         self._spans = 0
         self._late = 0
         self._steps: dict[str, int | None] = {}
@@ -78,8 +78,7 @@ class TraceRecorder:
     @property
     def is_quiet(self) -> bool:
         """Whether it has ended and no late span is expected any more."""
-        late_s = time.monotonic() - LATE_SPAN_S
-        return self.ended and (self._quiet_from_s < late_s or not self._steps)
+        return time.monotonic() - self._ended_s >= (LATE_SPAN_S if self._steps else 0.0)
 
     def start(self, trace: Any, **more: Any) -> None:
         """Record the start; `more` are the plugin's own fields."""
@@ -136,60 +135,50 @@ class TraceRecorder:
         if not self.pipeline.offer(payload):
             self._note_loss("span", "queue_full")
 
-    def add_files(self, metadata: Mapping[str, Any]) -> None:
-        """Record the files that go with the run: the answer, and the host's run directory."""
-        for record in snapshot.files_of_run(self.id, metadata):
-            if not self.pipeline.offer(encode(record)):
-                self._note_loss("artifact", "queue_full")
+    @staticmethod
+    def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
+        """The run's status for how the trace ended. Derive it to know better."""
+        return "FINISHED" if failure is None else "FAILED"
 
-    def end(
-        self,
-        trace: Any,
-        *,
-        status_of: StatusOf | None = None,
-        files: bool = False,
-        tags: Callable[[], Mapping[str, str]] = dict,
-    ) -> None:
-        """Record the end of the trace, once.
+    def tags(self) -> Mapping[str, str]:
+        """Further tags for the run and its trace, asked once when the trace ends."""
+        return {}
 
-        Args:
-            trace: the host's.
-            status_of: returns the run's status for metadata and failure; None: FAILED if there is
-                a failure, else FINISHED.
-            files: also record the files that go with the run.
-            tags: returns tags for the run and its trace.
-        """
+    def end(self, trace: Any) -> None:
+        """Record the end of the trace, once, and the files that go with its run."""
         failure = getattr(trace, "error", None)
         if failure is None and not hasattr(trace, "error"):
             failure = snapshot.failure_in_flight(self._handling)
-        metadata: dict[str, Any] = {}
-        try:
-            metadata = self._metadata(trace)
-            if files and self.content:
-                self.add_files(metadata)
-        except Exception as error:  # noqa: BLE001 - the end itself must not be lost
-            report("recorder.trace_end", error)
-        status = "FINISHED" if failure is None else "FAILED"
-        self._end(metadata, failure, status, status_of, tags)
+
+        def complete(end: dict[str, Any]) -> None:
+            if failure is not None:
+                end["error"] = snapshot.describe(failure, self.content)
+            end["metadata"] = self._metadata(trace)
+            end["status"] = self.status(end["metadata"], failure)
+            if added := self.tags():
+                end["added"] = {"tags": dict(added)}
+            for file in snapshot.files_of_run(self.id, end["metadata"]) if self._files else ():
+                if not self.pipeline.offer(encode(file)):
+                    self._note_loss("artifact", "queue_full")
+
+        self._end(TraceRecorder.status({}, failure), {}, complete)
 
     def end_early(self, status: str, why: str) -> None:
-        """Record the end with this status before the trace itself ends."""
-        self._end({"qitos.closed": why}, None, status)
+        """Record the end with this status, unless it is recorded, before the trace itself ends."""
+        self._end(status, {"qitos.closed": why}, lambda end: None)
 
     def _end(
         self,
-        metadata: dict[str, Any],
-        failure: BaseException | None,
         status: str,
-        status_of: StatusOf | None = None,
-        tags: Callable[[], Mapping[str, str]] = dict,
+        metadata: dict[str, Any],
+        complete: Callable[[dict[str, Any]], None],
     ) -> None:
         with self._ending:
             if self.ended:  # `close` on one thread, the trace's own end on another.
                 return
             self.ended = True
         self._handling = None  # Its traceback keeps the agent's local variables alive.
-        record: dict[str, Any] = {
+        end: dict[str, Any] = {
             "kind": "trace_end",
             "trace_id": self.id,
             "time_ns": time.time_ns(),
@@ -202,24 +191,16 @@ class TraceRecorder:
             **self._settings,
         }
         try:
-            if status_of is not None:
-                record["status"] = status_of(metadata, failure)
-            if failure is not None:
-                record["error"] = snapshot.describe(failure)
-                if not self.content:
-                    kind = record["error"]["type"]
-                    record["error"] = {"type": kind, "message": snapshot.WITHHELD}
-            if added := tags():
-                record["added"] = {"tags": dict(added)}
+            complete(end)
         except Exception as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
             report("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
-            self.pipeline.offer(encode(record), keep=True, urgent=True)
-            self._quiet_from_s = time.monotonic()
+            self.pipeline.offer(encode(end), keep=True, urgent=True)
+            self._ended_s = time.monotonic()
 
     def _note_loss(self, kind: str, reason: str) -> None:
-        if not self.ended:
+        if self._ended_s == float("inf"):
             self.pipeline.add_loss(self.id, kind, reason)
 
     def _lose_span(self, reason: str) -> None:

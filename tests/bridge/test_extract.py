@@ -20,7 +20,7 @@ from qitos_mlflow.bridge.outcome import (
     outcome_of_exception,
 )
 from qitos_mlflow.bridge.usage import cache_hits, token_usage
-from qitos_mlflow.mlflow_plugin.open_trace import run_status
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_run_whose_stop_reason_is_a_failure_has_failed_in_mlflow() -> None:
     """Bridge and MLflow plugin agree on what each stop reason means."""
     for reason in ERROR_STOPS:
         assert outcome_of(None, None, reason, None, None)["status"] == "error"
-        assert run_status({"stop_reason": reason}, None) == "FAILED"
+        assert OpenTrace.status({"stop_reason": reason}, None) == "FAILED"
 
 
 def test_the_hosts_own_reason_wins_over_the_exceptions() -> None:

@@ -24,12 +24,11 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
-from qitos_mlflow.mlflow_plugin import plugin as plugin_module
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
 from qitos_mlflow.mlflow_plugin.precedence import Origin
 from qitos_mlflow.recording import pipelines, recorder
 from qitos_mlflow.recording.pipelines import RecordPipeline
-from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
 
@@ -214,7 +213,7 @@ def test_odd_metadata_costs_no_trace_its_end(
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no")])
-@pytest.mark.parametrize("bug", ["run_status", "_metadata"])
+@pytest.mark.parametrize("bug", ["status", "_metadata"])
 def test_a_bug_costs_no_trace_its_end(
     attach: Callable[..., MlflowTraceProcessor],
     records: Spooled,
@@ -230,7 +229,7 @@ def test_a_bug_costs_no_trace_its_end(
 
     attach()
     with nullcontext() if error is None else pytest.raises(ValueError), create_trace("agent"):
-        monkeypatch.setattr(plugin_module if bug == "run_status" else TraceRecorder, bug, fails)
+        monkeypatch.setattr(OpenTrace, bug, fails)
         if error is not None:
             raise error
     end = records()[-1]
@@ -289,7 +288,7 @@ def test_ctrl_c_costs_no_trace_its_end(
 
     attach()
     with pytest.raises(KeyboardInterrupt), create_trace("agent"):
-        monkeypatch.setattr(plugin_module, "run_status", interrupted)
+        monkeypatch.setattr(OpenTrace, "status", interrupted)
     assert records()[-1]["kind"] == "trace_end"
 
 

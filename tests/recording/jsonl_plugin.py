@@ -104,9 +104,7 @@ class JsonlPlugin:
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
         pipeline = self._recorder.pipeline_to(self._header, partial(JsonlPipeline, self._header))
-        recorded = TraceRecorder(
-            trace, pipeline, content=True, field_chars=self._settings.field_bytes
-        )
+        recorded = TraceRecorder(trace, pipeline, self._settings)
         self._recorder.add(trace.trace_id, recorded)
         recorded.start(trace)
 

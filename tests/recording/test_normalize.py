@@ -239,7 +239,7 @@ def caught() -> Exception:
 
 def test_a_stack_has_the_source_and_no_credentials() -> None:
     """The stack reads as Python prints it, with source lines, redacted like everything else."""
-    record = normalized({"exception": describe(caught()), "error": describe(caught())})
+    record = normalized({"exception": describe(caught(), True), "error": describe(caught(), True)})
     for part in (record["exception"], record["error"]):
         lines = part["stacktrace"].splitlines()
         assert lines[0] == "Traceback (most recent call last):"

@@ -69,7 +69,7 @@ def begin(server: FakeServer) -> Callable[..., TraceRecorder]:
     def begin(to: Recorder[TraceRecorder], trace_id: str, key: str = "one") -> TraceRecorder:
         pipeline = to.pipeline_to(key, partial(ToServer, key.encode()))
         host = Trace(name=trace_id, trace_id=trace_id)
-        trace = TraceRecorder(host, pipeline, content=True, field_chars=1000)
+        trace = TraceRecorder(host, pipeline, to.settings)
         to.add(trace_id, trace)
         trace.start(host, who=key)
         return trace

@@ -106,7 +106,8 @@ from qitos_mlflow import MlflowTraceProcessor
 from qitos_mlflow.tracing import create_trace, set_trace_processors
 
 for number in range(3):
-    processor = MlflowTraceProcessor("e", tracking_uri=sys.argv[1], exit_timeout_s=0.0, **{options})
+    settings = dict(tracking_uri=sys.argv[1], exit_timeout_s=0.0, flush_timeout_s=0.0, **{options})
+    processor = MlflowTraceProcessor("e", **settings)
     set_trace_processors([processor])
     with create_trace("x"):
         pass
@@ -118,7 +119,7 @@ gc.collect()
 
 
 @pytest.mark.parametrize("offline", [True, False])
-@pytest.mark.parametrize("close", ["pass", "processor.mlflow_plugin.close(0.0, 'FINISHED', '')"])
+@pytest.mark.parametrize("close", ["pass", "processor.shutdown()"])
 def test_records_of_a_deleted_processor_are_named_all_the_same(offline: bool, close: str) -> None:
     """The line at the exit counts the records of processors that no longer exist."""
     code = DROPPED.format(options={"offline": offline}, close=close)

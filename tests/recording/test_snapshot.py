@@ -514,7 +514,7 @@ def test_an_exception_brings_its_innermost_frames() -> None:
     """Type, text and the last frames of the stack, however deep it was."""
     with pytest.raises(KeyError) as raised:
         recurse(200)
-    described = describe(raised.value)
+    described = describe(raised.value, True)
     assert (described["type"], described["message"]) == ("KeyError", "'at the bottom'")
     assert len(described["frames"]) == snapshot.MAX_FRAMES
     file, line, function = described["frames"][-1]
@@ -524,8 +524,8 @@ def test_an_exception_brings_its_innermost_frames() -> None:
 
 def test_an_exception_without_a_text() -> None:
     """An exception whose text cannot be read still has its type."""
-    assert describe(HostileError())["message"] == "<HostileError without a repr>"
-    assert describe(KeyboardInterrupt()) == {
+    assert describe(HostileError(), True)["message"] == "<HostileError without a repr>"
+    assert describe(KeyboardInterrupt(), True) == {
         "type": "KeyboardInterrupt",
         "message": "",
         "frames": [],
