@@ -36,23 +36,6 @@ class NewRun:
 
 
 @dataclass(frozen=True)
-class SpanSum:
-    """A question: the sum of a metric over the spans that match all `filters`.
-
-    Attributes:
-        experiment_id: of the spans.
-        metric: MLflow's name of a metric of spans, such as ``input_cost``.
-        filters: in MLflow's language for trace metrics.
-        times_ms: spans between these times only, milliseconds since the epoch.
-    """
-
-    experiment_id: str
-    metric: str
-    filters: Sequence[str]
-    times_ms: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class RunRef:
     """A run on the server, with the fields that MLflow's own `ActiveRun` shows.
 

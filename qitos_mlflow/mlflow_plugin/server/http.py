@@ -1,8 +1,8 @@
 """One request at a time to an MLflow server over http(s): how it is sent, what its answer means.
 
-Receives paths and bytes from `rest`, hands back what MLflow answered or raises one of the failures
-that `Transport` knows. Only MLflow itself can refuse something for good. A proxy's page, another
-program on the port or half an answer say nothing about the request, so it is sent again later.
+Receives requests from `rest`, hands back answers and what they mean: one of the failures that
+`Transport` knows, or none. Only MLflow itself can refuse something for good. A proxy's page,
+another program on the port or half an answer say nothing about the request, so it is sent again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, failure, readable
-from qitos_mlflow.redaction.redact import without_credentials
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, failure, readable
 
 CONNECT_TIMEOUT_S = 3.0
 """Longest wait for a connection; a server that is there answers in milliseconds."""
@@ -128,101 +127,61 @@ class SessionRequester:
         self._session.close()
 
 
-class Exchange:
-    """Requests to one server and their answers. Used by one thread."""
+def answer_to(request: Request, requester: Requester, server: str) -> requests.Response:
+    """Send `request`; returns the answer, whatever its status, if it is whole and one to it.
 
-    def __init__(self, uri: str, requester: Requester | None = None) -> None:
-        self._host = without_credentials(uri)
-        self._requester = requester or SessionRequester(uri)
+    Raises:
+        RetryLater: `server` cannot be reached, or has answered something else.
+    """
+    try:
+        response = requester(request)
+    except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
+        kind = type(error).__name__
+        raise RetryLater(
+            f"{kind}: {server!r} is not a usable tracking URI, or a header is malformed"
+        ) from None
+    except (OSError, HTTPError) as error:
+        raise RetryLater(f"{type(error).__name__} from {server}") from error
+    if not response.content and not any(name in response.headers for name in LENGTHS):
+        # requests takes an answer that was cut amid its headers for a whole one.
+        raise RetryLater(f"a truncated answer from {server}")
+    hops = [hop.status_code for hop in response.history]
+    if request.body is not None and not WITH_BODY.issuperset(hops):
+        raise RetryLater(_moved(response.url))
+    return response
 
-    def json(self, request: Request) -> dict[str, Any]:
-        """Send `request` as `send` does; returns the JSON object that is answered."""
-        response = self.send(request)
-        answer = _object(response)
-        if answer is None:
-            raise self._foreign(response)
-        return answer
 
-    def send(self, request: Request) -> requests.Response:
-        """Send `request`; returns the answer of a server that has carried it out.
+def verdict(
+    status: int, headers: Mapping[str, str], body: bytes, server: str
+) -> RetryLater | Poisoned | Refused | None:
+    """What an answer of `server` says of the request: why it failed; None: it is carried out.
 
-        MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
-
-        Raises:
-            RetryLater: not reachable, overloaded, not authorised, or not MLflow that answers.
-            Poisoned: MLflow failed on it.
-            Refused: MLflow will never accept it.
-        """
-        response = self._answer(request)
-        hops = response.history
-        if request.body is not None and any(hop.status_code not in WITH_BODY for hop in hops):
-            raise RetryLater(_moved(response.url))
-        if response.status_code >= 300:
-            raise self._failure(request, response)
-        kind = response.headers.get("Content-Type", "")
-        if response.content and PROTOBUF not in kind and _object(response) is None:
-            raise self._foreign(response)
-        return response
-
-    def _answer(self, request: Request) -> requests.Response:
-        """The answer, whatever its status, if it is whole."""
-        try:
-            response = self._requester(request)
-        except ValueError as error:  # Of requests or of urllib3; its text holds what they got.
-            kind = type(error).__name__
-            raise RetryLater(
-                f"{kind}: {self._host!r} is not a usable tracking URI, or a header is malformed"
-            ) from None
-        except (OSError, HTTPError) as error:
-            raise RetryLater(f"{type(error).__name__} from {self._host}") from error
-        if not response.content and not any(name in response.headers for name in LENGTHS):
-            # requests takes an answer that was cut amid its headers for a whole one.
-            raise RetryLater(f"a truncated answer from {self._host}")
-        return response
-
-    def _failure(self, request: Request, response: requests.Response) -> Exception:
-        """The exception for an answer with an error status."""
-        status = response.status_code
-        code = f"HTTP {status}"
-        if status in OVERLOADED:
-            return RetryLater(code, _retry_after_s(response.headers.get("Retry-After")))
-        if status in UNAUTHORISED:
-            return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
-        if status < 400:
-            return RetryLater(f"{code}: {_moved(response.headers.get('Location'))}")
-        answer = _object(response) or {}
-        page = response.content[:PAGE_BYTES].decode("utf-8", "replace")
-        message = str(answer.get("message") or answer.get("detail") or page)
-        if "error_code" in answer:
-            code = str(answer["error_code"])
-        elif (status >= 500 and not answer) or (
-            status not in TOO_LARGE and not self._is_mlflow(request.timeout_s)
-        ):
-            # Something in front of MLflow is out of order, or it is being exchanged.
-            return self._foreign(response)
-        failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
-        if failed or (status == UNPROCESSABLE and "error_code" not in answer):
-            return Poisoned(f"{request.path}: {code}: {readable(message)}")
-        return failure(code, message)
-
-    def _foreign(self, response: requests.Response) -> RetryLater:
-        code = f"HTTP {response.status_code}"
-        return RetryLater(f"{code} from {self._host}, which is not MLflow's answer")
-
-    def _is_mlflow(self, timeout_s: float) -> bool:
-        """Whether it is MLflow that answers now: an endpoint that all versions have says so."""
-        path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-        try:
-            answer = _object(self._answer(Request("GET", path, timeout_s))) or {}
-        except RetryLater:
-            return False
-        return not answer.keys().isdisjoint({"experiment", "error_code"})
-
-    def close(self) -> None:
-        """Give up connections."""
-        close = getattr(self._requester, "close", None)
-        if close is not None:
-            close()
+    RetryLater: overloaded, not authorised, or not MLflow that answers. Poisoned: MLflow failed on
+    it. Refused: MLflow will never accept it; or, with a code such as ``HTTP 404``, some program
+    says so that may be another one.
+    """
+    code, answer = f"HTTP {status}", json_object(body)
+    foreign = RetryLater(f"{code} from {server}, which is not MLflow's answer")
+    if status < 300:
+        # MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
+        whole = not body or answer is not None or PROTOBUF in headers.get("Content-Type", "")
+        return None if whole else foreign
+    if status < 400:
+        return RetryLater(f"{code}: {_moved(headers.get('Location'))}")
+    if status in OVERLOADED:
+        return RetryLater(code, _retry_after_s(headers.get("Retry-After")))
+    if status in UNAUTHORISED:
+        return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
+    if status >= 500 and not answer:
+        return foreign  # Something in front of MLflow is out of order, or it is being exchanged.
+    answer = answer or {}
+    page = body[:PAGE_BYTES].decode("utf-8", "replace")
+    message = str(answer.get("message") or answer.get("detail") or page)
+    code = str(answer.get("error_code", code))
+    failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
+    if failed or (status == UNPROCESSABLE and "error_code" not in answer):
+        return Poisoned(f"{code}: {readable(message)}")
+    return failure(code, message)
 
 
 def _moved(address: str | None) -> str:
@@ -236,10 +195,10 @@ def _moved(address: str | None) -> str:
     return f"the server moved to {where}"
 
 
-def _object(response: requests.Response) -> dict[str, Any] | None:
+def json_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object that an answer holds; None when it holds none, such as a proxy's page."""
     try:
-        answer = orjson.loads(response.content)
+        answer = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     return answer if isinstance(answer, dict) else None

@@ -11,29 +11,36 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+from google.protobuf.json_format import ParseDict
 from mlflow.entities import Metric as MlflowMetric
-from mlflow.entities import Param, Run, RunTag
+from mlflow.entities import Param, RunTag, TraceInfo
+from mlflow.entities import Span as MlflowSpan
+from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.service_pb2 import TraceInfoV3
+from mlflow.store.artifact import artifact_repository_registry
+from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service.utils import _get_store, get_default_host_creds
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
+from mlflow.utils.rest_utils import http_request
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
-    TRACE_TAG,
     Poisoned,
     Refused,
-    deleted_experiment,
-    equals,
+    Transport,
     failure,
     readable,
+    run_ref,
 )
 from qitos_mlflow.redaction.redact import without_credentials
 
@@ -41,7 +48,6 @@ if TYPE_CHECKING:
     import requests
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-    from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, SpanSum
     from qitos_mlflow.mlflow_plugin.server.http import Request, Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
@@ -67,8 +73,6 @@ def mlflow_requester(uri: str) -> Requester:
 
     mlflow's default of seven retries would hold the sending thread for 247 s (measured).
     """
-    from mlflow.tracking._tracking_service.utils import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
     def send(request: Request) -> requests.Response:
         try:
@@ -96,14 +100,14 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
     Raises the failures of `Transport`. If this process can never write to the place, the file is
     refused, because everything after it would wait for ever.
     """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
     folder, _, name = path.rpartition("/")
     with tempfile.TemporaryDirectory() as directory, _failures():
         local = Path(directory, name)
         local.write_bytes(data)
         try:
-            repository = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+            repository = artifact_repository_registry.get_artifact_repository(
+                artifact_uri, tracking_uri=tracking_uri
+            )
             repository.log_artifact(str(local), folder or None)
         except (MlflowException, NotImplementedError):
             raise
@@ -138,7 +142,6 @@ def prepare_sqlite(uri: str) -> None:
     that begins meanwhile, leaves a store that cannot be opened again. So the migrations run on a
     file beside it, which then takes its place.
     """
-    from mlflow.tracking._tracking_service.utils import _get_store
     from sqlalchemy.engine import make_url
 
     if not uri.startswith("sqlite:///"):
@@ -157,7 +160,7 @@ def prepare_sqlite(uri: str) -> None:
             os.link(made, target)
 
 
-class StoreTransport:
+class StoreTransport(Transport):
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
     A local store has no timeouts to set (sqlite waits up to 20 s for a lock, on this thread).
@@ -167,10 +170,11 @@ class StoreTransport:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.address = uri, without_credentials(uri)
+        super().__init__(uri)
         try:
             prepare_sqlite(uri)
             self._mlflow: Any = MlflowClient(tracking_uri=uri)
+            self._tracing: Any = TracingClient(uri)
             # A store imports most of what it needs at its first use. That happens here, because
             # forks wait until the sink is open: a fork amid an import leaves a broken child.
             with contextlib.suppress(Refused), _failures():
@@ -182,50 +186,35 @@ class StoreTransport:
             kind = type(error).__name__
             raise RetryLater(f"{self.address} cannot be opened: {kind}: {reason}") from error
 
-    def experiment_id(self, name: str, timeout_s: float) -> str:
-        """The experiment called `name`, created when missing."""
+    def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         with _failures():
             found = self._mlflow.get_experiment_by_name(name)
-            if found is None:
-                try:
-                    return str(self._mlflow.create_experiment(name))
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                        raise
-                    found = self._mlflow.get_experiment_by_name(name)
-            if found.lifecycle_stage == "deleted":
-                raise deleted_experiment(name, found.experiment_id)
-            return str(found.experiment_id)
+        return None if found is None else dict(found)
+
+    def _create_experiment(self, name: str, timeout_s: float) -> str:
+        with _failures():
+            return str(self._mlflow.create_experiment(name))
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
-        """Create a run."""
         with _failures():
             made = self._mlflow.create_run(
                 run.experiment_id, start_time=run.start_ms, tags=dict(run.tags), run_name=run.name
             )
-            return _run_ref(made)
+            return run_ref(dict(made.info))
 
-    def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
-        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most."""
-        tagged = equals(TRACE_TAG, trace_id)
-        if tagged is None:
-            return []
+    def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
+        order = ["attributes.start_time ASC"]
         with _failures():
             runs = self._mlflow.search_runs(
-                [experiment_id],
-                tagged,
-                order_by=["attributes.start_time ASC"],
-                max_results=MAX_FOUND,
+                [experiment_id], tagged, order_by=order, max_results=MAX_FOUND
             )
-            return [_run_ref(run) for run in runs]
+            return [run_ref(dict(run.info)) for run in runs]
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
-        """Mark a run as deleted, as MLflow's pages do."""
         with _failures():
             self._mlflow.delete_run(run_id)
 
     def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
-        """Log metrics, params and tags in one call."""
         with _failures():
             self._mlflow.log_batch(
                 run_id,
@@ -236,66 +225,28 @@ class StoreTransport:
             )
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        """Set the run's status and end time."""
         with _failures():
             self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        """Create or replace a trace."""
-        from google.protobuf.json_format import ParseDict
-        from mlflow.entities import TraceInfo
-        from mlflow.protos.service_pb2 import TraceInfoV3
-
         with _failures():
             self._tracing.start_trace(TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
-        """Create or replace spans, trace by trace."""
-        from mlflow.entities import Span as MlflowSpan
+        with _failures():
+            converted = [MlflowSpan.from_otel_proto(span) for span in spans]
+            self._tracing.log_spans(experiment_id, converted)
 
-        by_trace: dict[bytes, list[Any]] = {}
-        for span in spans:
-            by_trace.setdefault(span.trace_id, []).append(MlflowSpan.from_otel_proto(span))
-        for converted in by_trace.values():
-            with _failures():
-                self._tracing.log_spans(experiment_id, converted)
-
-    def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
-        """The sum that `question` asks for; None if none of the spans has the metric."""
-        from mlflow.entities.trace_metrics import (
-            AggregationType,
-            MetricAggregation,
-            MetricViewType,
-        )
-
+    def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
+        total = MetricAggregation(AggregationType.SUM)
         with _failures():
             points = self._tracing.store.query_trace_metrics(
-                [question.experiment_id],
-                MetricViewType.SPANS,
-                question.metric,
-                [MetricAggregation(AggregationType.SUM)],
-                filters=list(question.filters),
-                start_time_ms=question.times_ms[0],
-                end_time_ms=question.times_ms[1],
+                view_type=MetricViewType.SPANS, aggregations=[total], **question
             )
             return float(points[0].values["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
-        """Create or replace the run's artifact at `path`."""
         write_artifact(run.artifact_uri, path, data, self.uri)
 
     def close(self) -> None:
         """Nothing to give up: MLflow keeps its stores for the process."""
-
-    @property
-    def _tracing(self) -> Any:
-        from mlflow.tracing.client import TracingClient
-
-        return TracingClient(self.uri)
-
-
-def _run_ref(run: Run) -> RunRef:
-    info = run.info
-    return RunRef(
-        info.run_id, str(info.experiment_id), info.run_name, info.artifact_uri, info.start_time
-    )

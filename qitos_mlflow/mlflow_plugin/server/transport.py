@@ -6,18 +6,16 @@ through mlflow. Every call is synchronous, used by one thread, and bounded by `t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.errors import QitosMlflowError
-from qitos_mlflow.redaction.redact import redact_text
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
-
-    from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef, SpanSum
-
 
 RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
 
@@ -27,9 +25,6 @@ DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed
 
 REASON_CHARS = 300
 """Longest reason of a failure that is kept (characters): one line of a log, no page of HTML."""
-
-TRACE_TAG = "tags.`qitos.trace_id`"
-"""The field that a trace's run is searched by."""
 
 MAX_FOUND = 10
 """Most runs that `find_runs` returns. There is one, and one for each unanswered creation."""
@@ -62,22 +57,13 @@ def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
     return Refused(code, text)
 
 
-def deleted_experiment(name: str, experiment_id: str) -> Refused:
-    """The exception for an experiment that was deleted, with the command that restores it."""
-    return Refused(
-        "INVALID_STATE",
-        f"experiment {name!r} is deleted; restore it with "
-        f"`mlflow experiments restore --experiment-id {experiment_id}`",
-    )
-
-
 def readable(text: object) -> str:
     """A text of a server or a library about a failure, fit for logs and dead letters."""
     return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
 
 
 class Transport(Protocol):
-    """Calls on one MLflow server or store.
+    """Calls on one MLflow server or store: the base of those that make them.
 
     Each method may raise `RetryLater` (not reachable, overloaded, not authorised: nothing is
     lost, try again), `Poisoned` (the server failed on it) or `Refused` (never again).
@@ -87,17 +73,46 @@ class Transport(Protocol):
     address: str
     """The URI without credentials."""
 
+    def __init__(self, uri: str) -> None:
+        self.uri, self.address = uri, without_credentials(uri)
+
     def experiment_id(self, name: str, timeout_s: float) -> str:
         """The experiment called `name`, created when missing."""
+        found = self._experiment(name, timeout_s)
+        if found is None:
+            try:
+                return self._create_experiment(name, timeout_s)
+            except Refused as refusal:
+                if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
+                    return self.experiment_id(name, timeout_s)
+                raise
+        experiment_id = str(part(found, "experiment_id"))
+        if found.get("lifecycle_stage") == "deleted":
+            restore = f"`mlflow experiments restore --experiment-id {experiment_id}`"
+            raise Refused(
+                "INVALID_STATE", f"experiment {name!r} is deleted; restore it with {restore}"
+            )
+        return experiment_id
+
+    def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
+        """What MLflow says of an experiment; None if there is none."""
+
+    def _create_experiment(self, name: str, timeout_s: float) -> str:
+        """Create an experiment; refused with ``RESOURCE_ALREADY_EXISTS`` if there is one."""
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
 
     def find_runs(self, experiment_id: str, trace_id: str, timeout_s: float) -> list[RunRef]:
-        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, a handful at most.
+        """The runs tagged ``qitos.trace_id`` = `trace_id`, the oldest first, `MAX_FOUND` at most.
 
         Empty for an id with both kinds of quotes in it, which no filter of MLflow can hold.
         """
+        tagged = equals("tags.`qitos.trace_id`", trace_id)
+        return [] if tagged is None else self._search_runs(experiment_id, tagged, timeout_s)
+
+    def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
+        """The runs that a filter of MLflow finds, as `find_runs` returns them."""
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         """Mark a run as deleted, as MLflow's pages do."""
@@ -112,10 +127,15 @@ class Transport(Protocol):
         """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
-        """Create or replace spans, of any number of traces of one experiment."""
+        """Create or replace spans of one trace."""
 
-    def sum_spans(self, question: SpanSum, timeout_s: float) -> float | None:
-        """The sum that `question` asks for; None if none of the spans has the metric."""
+    def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
+        """The sum of a metric over spans; None if none of them has it.
+
+        Args:
+            question: which metric of which spans: fields of MLflow's QueryTraceMetrics, as JSON.
+            timeout_s: longest wait for the answer (seconds).
+        """
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""
@@ -124,19 +144,27 @@ class Transport(Protocol):
         """Give up connections."""
 
 
+def part(answer: Any, key: str) -> Any:
+    """A part that every answer of MLflow has; an answer without it is not MLflow's."""
+    if not isinstance(answer, Mapping) or key not in answer:
+        raise RetryLater(f"an answer without {key!r}, which is not MLflow's")
+    return answer[key]
+
+
+def run_ref(info: Any) -> RunRef:
+    """A run by its info, as MLflow's JSON has it."""
+    return RunRef(
+        run_id=part(info, "run_id"),
+        experiment_id=str(part(info, "experiment_id")),
+        run_name=info.get("run_name", ""),
+        artifact_uri=info.get("artifact_uri", ""),
+        start_ms=int(info.get("start_time") or 0),
+    )
+
+
 def equals(field: str, text: str) -> str | None:
     """A filter in MLflow's language; None for a text that it cannot hold."""
     for quote in ("'", '"'):
         if quote not in text:
             return f"{field} = {quote}{text}{quote}"
     return None
-
-
-def delete_others(transport: Transport, run: RunRef, trace_id: str, timeout_s: float) -> None:
-    """Delete all runs of a trace but `run`.
-
-    They come from attempts to create it that went unanswered and took effect later; all are empty.
-    """
-    for other in transport.find_runs(run.experiment_id, trace_id, timeout_s):
-        if other.run_id != run.run_id:
-            transport.delete_run(other.run_id, timeout_s)

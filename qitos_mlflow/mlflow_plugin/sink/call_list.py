@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import orjson
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
-from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
+from qitos_mlflow.mlflow_plugin.sink.operations import Operations
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 REQUEST_TIMEOUT_S = 10.0
 """Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
@@ -34,78 +37,46 @@ made in halves: it may be too large for its time, or a firewall may block one it
 
 
 @dataclass
-class Failing:
-    """How often a call has failed in one way, and since when (seconds, monotonic clock)."""
+class Call:
+    """One request about a trace: `send` with as many of `items` as are given.
 
-    times: int = 0
-    since: float = 0.0
+    Attributes:
+        trace: what the request is about. If the server refuses its run, no other call is made.
+        send: makes the request; gets the trace, the items and a timeout in seconds.
+        items: what the request carries; a refusal is traced to single ones by splitting.
+        checked: the server has said that it does not refuse the run.
+        failures: for each kind of failure how often the call has failed so, and since when
+            (seconds, monotonic clock); its halves go on counting.
+    """
 
-    def again(self) -> bool:
+    trace: TraceState
+    send: Callable[[TraceState, Sequence[Any], float], None]
+    items: Sequence[Any]
+    checked: bool = False
+    failures: dict[type[Exception], tuple[int, float]] = field(default_factory=dict)
+
+    def fails_on(self, kind: type[Exception]) -> bool:
         """Count one more failure; True if there were enough of them over enough time."""
         now = time.monotonic()
-        self.times += 1
-        if self.times == 1:
-            self.since = now
-        return self.times >= FAILING_TRIES and now - self.since >= FAILING_S
-
-
-@dataclass(frozen=True)
-class Group:
-    """What some calls have in common, such as their run. If it is refused, none of them is made.
-
-    Attributes:
-        records: all records that the calls come from.
-        check: raises `Refused` if the server refuses everything of this group.
-        refuse: called with the reason when the server refuses the group.
-    """
-
-    records: Sequence[bytes]
-    check: Callable[[float], None]
-    refuse: Callable[[str], None]
-
-
-@dataclass
-class Call:
-    """One request: `send` with as many of `items` as are given.
-
-    Attributes:
-        send: makes the request; gets the items and a timeout in seconds.
-        items: what the request carries; a refusal is traced to single ones by splitting.
-        letter: the dead letter of one refused item.
-        group: what the call is about.
-        essential: if this call is refused, so is the group.
-        checked: the server has said that it does not refuse the group.
-        broke: how often the server failed on it; its halves go on counting.
-        failed: how often it was not answered; its halves go on counting.
-    """
-
-    send: Callable[[Sequence[Any], float], None]
-    items: Sequence[Any]
-    letter: Callable[[Any], bytes]
-    group: Group | None = None
-    essential: bool = False
-    checked: bool = False
-    broke: Failing = field(default_factory=Failing)
-    failed: Failing = field(default_factory=Failing)
+        times, since = self.failures.get(kind, (0, now))
+        self.failures[kind] = (times + 1, since)
+        return times + 1 >= FAILING_TRIES and now - since >= FAILING_S
 
 
 class CallList:
     """The calls of a batch that are left to be made. Used by one thread.
 
     Args:
+        operations: asked about the run and the server when a call fails.
         calls: to be made, in order.
         dead: dead letters from before.
-        healthy: whether the server is well; asked before a call that it fails on is given up.
     """
 
     def __init__(
-        self,
-        calls: Iterable[Call],
-        dead: Iterable[DeadLetter] = (),
-        healthy: Callable[[float], bool] = lambda timeout_s: True,
+        self, operations: Operations, calls: Iterable[Call] = (), dead: Iterable[DeadLetter] = ()
     ) -> None:
+        self._operations = operations
         self._calls = deque(calls)
-        self._healthy = healthy
         self._dead = list(dead)
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
@@ -124,34 +95,36 @@ class CallList:
                 raise OutOfTime
             if left <= 0:
                 raise RetryLater("out of time", 0.0)
-            call = self._calls[0]
-            try:
-                call.send(call.items, min(left, REQUEST_TIMEOUT_S))
-            except Refused as refusal:
-                self._refused(call, refusal, min(left, REQUEST_TIMEOUT_S))
-            except Poisoned as failure:
-                if not call.broke.again():
-                    raise RetryLater(str(failure)) from failure
-                if not self._healthy(min(left, REQUEST_TIMEOUT_S)):
-                    call.broke.times = 0
-                    raise RetryLater(f"the server is out of order: {failure}") from failure
-                self._give_up(call, str(failure))
-            except RetryLater:
-                if call.failed.again() and len(call.items) > 1:
-                    self._halve(call)
-                raise
-            else:
-                self._calls.popleft()
+            self._make(self._calls[0], min(left, REQUEST_TIMEOUT_S))
             answered = True
         return self._dead
 
+    def _make(self, call: Call, timeout_s: float) -> None:
+        try:
+            call.send(call.trace, call.items, timeout_s)
+        except Refused as refusal:
+            self._refused(call, refusal, timeout_s)
+        except Poisoned as failure:
+            if not call.fails_on(Poisoned):
+                raise RetryLater(str(failure)) from failure
+            if not self._operations.server_is_well(call.trace, timeout_s):
+                del call.failures[Poisoned]
+                raise RetryLater(f"the server is out of order: {failure}") from failure
+            self._give_up(call, str(failure))
+        except RetryLater:
+            if call.fails_on(RetryLater) and len(call.items) > 1:
+                self._halve(call)
+            raise
+        else:
+            self._calls.popleft()
+
     def _refused(self, call: Call, refusal: Refused, timeout_s: float) -> None:
-        if call.group is not None and not call.essential and not call.checked:
+        if call.trace.run is not None and not call.checked:
             # Before its items are tried one by one: a run that was deleted takes none of them.
             try:
-                call.group.check(timeout_s)
+                self._operations.check_run(call.trace, timeout_s)
             except Refused as whole:
-                self._bury(call.group, str(whole))
+                self._bury(call.trace, str(whole))
                 return
             except Poisoned:
                 pass
@@ -159,13 +132,13 @@ class CallList:
         self._give_up(call, str(refusal))
 
     def _give_up(self, call: Call, reason: str) -> None:
-        if call.essential and call.group is not None:
-            self._bury(call.group, reason)
+        if call.trace.run is None:  # It is its creation that is refused.
+            self._bury(call.trace, reason)
         elif len(call.items) > 1:
             self._halve(call)
         else:
             self._calls.popleft()
-            self._dead.extend(DeadLetter(call.letter(item), reason) for item in call.items)
+            self._dead.extend(DeadLetter(_letter(call.trace, item), reason) for item in call.items)
 
     def _halve(self, call: Call) -> None:
         """Put two calls in its place, each with half of the items."""
@@ -174,35 +147,21 @@ class CallList:
         for half in (call.items[middle:], call.items[:middle]):
             self._calls.appendleft(replace(call, items=half))
 
-    def _bury(self, group: Group, reason: str) -> None:
-        group.refuse(reason)
-        self._calls = deque(call for call in self._calls if call.group is not group)
-        self._dead.extend(DeadLetter(record, reason) for record in group.records)
+    def _bury(self, trace: TraceState, reason: str) -> None:
+        trace.refused = reason
+        self._calls = deque(call for call in self._calls if call.trace is not trace)
+        self._dead.extend(DeadLetter(record, reason) for record in trace.waiting.records)
 
 
-Item = tuple[str, Any]
-"""What a log_batch call carries: "metric", "param" or "tag", and the thing itself."""
+def _letter(trace: TraceState, item: Any) -> bytes:
+    """The dead letter of one item: enough to log it by hand."""
+    if isinstance(item, Span):
+        from google.protobuf.json_format import MessageToDict
 
-MOST = {
-    "param": limits.BATCH_PARAMS,
-    "tag": limits.BATCH_TAGS,
-    "metric": limits.BATCH_METRICS,
-}
-
-
-def batches(
-    metrics: list[Metric], params: list[tuple[str, str]], tags: list[tuple[str, str]]
-) -> Iterator[list[Item]]:
-    """Everything in batches within MLflow's limits. If a tag is set twice, the last value stays."""
-    left: dict[str, deque[Any]] = {
-        "metric": deque(metrics),
-        "param": deque(params),
-        "tag": deque(dict(tags).items()),
-    }
-    while any(left.values()):
-        chunk: list[Item] = []
-        for kind, most in MOST.items():
-            queue = left[kind]
-            room = min(most, limits.BATCH_TOTAL - len(chunk), len(queue))
-            chunk += [(kind, queue.popleft()) for _ in range(room)]
-        yield chunk
+        trace.count_refused(item)
+        item = MessageToDict(item)
+    run_id = None if trace.run is None else trace.run.run_id
+    return orjson.dumps(
+        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item},
+        default=lambda content: content.decode("utf-8", "replace"),  # Of a file.
+    )

@@ -1,13 +1,13 @@
 """What the sink's calls do on a `Transport`: find or create runs, log, write spans and infos.
 
 Receives `TraceState`s and what is to be written of them; raises what the transport raises. To make
-a call twice has the same effect as to make it once.
+a call twice has the same effect as to make it once. A trace's run is created first; if that is
+refused, none of its other calls is made.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qitos_mlflow._guard import warn
@@ -15,7 +15,7 @@ from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, delete_others
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import TraceCosts
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -23,9 +23,6 @@ Announce = Callable[[str, RunRef], None]
 
 NO_TRACES = frozenset({"HTTP 404", "HTTP 405", "HTTP 501", "NOT_IMPLEMENTED"})
 """What a server without MLflow's trace endpoints answers to them."""
-
-NO_RUN = "NO_RUN"
-"""Our own code: the trace of the call has no run on this server."""
 
 
 class Operations:
@@ -52,9 +49,7 @@ class Operations:
         cached = name in self._experiments
         try:
             self._find_or_create(trace, timeout_s)
-        except Refused as refusal:
-            if refusal.code == NO_RUN:
-                raise
+        except Refused:
             # The experiment may have been deleted, and another one made by its name.
             self._experiments.pop(name, None)
             if not cached:
@@ -71,7 +66,7 @@ class Operations:
             trace.run = found[0] if found else None
         if trace.run is None:
             if not (facts.started or facts.ended):
-                raise Refused(NO_RUN, "the trace it belongs to has no run on this server")
+                raise Refused("NO_RUN", "the trace it belongs to has no run on this server")
             trace.start_lost = not facts.started
             # An attempt that went unanswered may still come through.
             trace.creations += 2 if trace.maybe_created else 1
@@ -87,11 +82,11 @@ class Operations:
             self._experiments[name] = self._transport.experiment_id(name, timeout_s)
         return self._experiments[name]
 
-    def server_is_well(self, experiment_name: str, timeout_s: float) -> bool:
+    def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
         """Whether the server answers a simple question from its database."""
-        self._experiments.pop(experiment_name, None)
+        self._experiments.pop(trace.facts.experiment_name, None)
         try:
-            self._experiment(experiment_name, timeout_s)
+            self._experiment(trace.facts.experiment_name, timeout_s)
         except Refused:  # It has looked the experiment up.
             return True
         except (Poisoned, RetryLater):
@@ -109,20 +104,9 @@ class Operations:
         data = RunData(*([item for kind, item in items if kind == wanted] for wanted in kinds))
         self._transport.log_batch(_run_of(trace).run_id, data, timeout_s)
 
-    def write_spans(
-        self, traces: Mapping[bytes, TraceState], spans: Sequence[Any], timeout_s: float
-    ) -> None:
-        """Write spans of any of these traces, by their OpenTelemetry ids."""
-        by_experiment: dict[str, list[Any]] = {}
-        for span in spans:
-            trace = traces[span.trace_id]
-            if trace.refused is None:  # Spans of a refused run are dead letters already.
-                by_experiment.setdefault(_run_of(trace).experiment_id, []).append(span)
-        if not self.stores_traces:
-            return
-        with self._without_traces():
-            for experiment_id, some in by_experiment.items():
-                self._transport.write_spans(experiment_id, some, timeout_s)
+    def write_spans(self, trace: TraceState, spans: Sequence[Any], timeout_s: float) -> None:
+        """Write spans of the trace."""
+        self._store(self._transport.write_spans, _run_of(trace).experiment_id, spans, timeout_s)
 
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write what is known of the running trace as a whole; if that fails, another one follows.
@@ -138,33 +122,27 @@ class Operations:
 
     def write_last_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write an info that no later one repeats; with the cost once the trace has ended."""
-        facts, tree = trace.facts, trace.tree
+        facts, tree, run = trace.facts, trace.tree, _run_of(trace)
         if not self.stores_traces or tree is None or not (facts.started or trace.start_lost):
             return
-        run = _run_of(trace)
         info = locate(items[0], run.experiment_id, run.run_id)
-
-        def add_cost() -> bool:
-            """Ask what the trace cost, once it has ended and the server has an info of it."""
-            if not (facts.ended and trace.has_info):
-                return False  # The server finds the trace's spans by a tag of its info.
-            cost = self._costs.metadata(tree, run.experiment_id, timeout_s)
-            info["trace_metadata"] |= cost
-            return bool(cost)
-
-        asked = trace.has_info
-        add_cost()
-        with self._without_traces():
-            self._transport.write_trace(info, timeout_s)
+        # The server finds the spans that cost something by a tag of their trace's info.
+        first = not trace.has_info
+        if first or not facts.ended:
+            self._store(self._transport.write_trace, info, timeout_s)
             trace.has_info = True
-            if not asked and add_cost():
-                self._transport.write_trace(info, timeout_s)
+        if facts.ended and self.stores_traces:
+            cost = self._costs.metadata(tree, run.experiment_id, timeout_s)
+            if cost or not first:
+                info["trace_metadata"] |= cost
+                self._store(self._transport.write_trace, info, timeout_s)
 
-    @contextlib.contextmanager
-    def _without_traces(self) -> Iterator[None]:
-        """Go on with runs alone if a server is too old, or a store too simple, for traces."""
+    def _store(self, write: Callable[..., None], *what: Any) -> None:
+        """Write spans or an info; go on with runs alone if a server or a store has no traces."""
+        if not self.stores_traces:
+            return
         try:
-            yield
+            write(*what)
         except Refused as refusal:
             if refusal.code not in NO_TRACES:
                 raise
@@ -184,23 +162,25 @@ class Operations:
 
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Complete the run's account of its spans and end it."""
-        facts = trace.facts
+        facts, run = trace.facts, _run_of(trace)
         if facts.log_traces and not self.stores_traces:
             trace.lost_spans.pop("no_traces", None)
             trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
         if trace.lost_spans:
             account = RunData(tags=trace.totals.ledger(trace.lost_spans))
-            self._transport.log_batch(_run_of(trace).run_id, account, timeout_s)
-        # Not if its start was lost: the process that has it may be creating the run right now.
+            self._transport.log_batch(run.run_id, account, timeout_s)
+        # Attempts to create the run that went unanswered may have taken effect later: all are
+        # empty. Not if its start was lost: the process that has it may be creating it right now.
         if trace.creations > 1 and facts.started:
-            delete_others(self._transport, _run_of(trace), facts.trace_id, timeout_s)
-        if not facts.auto_end_run and not facts.cut_off:
-            return  # Its user ends it, even if the agent failed or was interrupted.
-        end_ms = limits.clean_ms(facts.ended_ns)
-        self._transport.end_run(_run_of(trace).run_id, facts.status, end_ms, timeout_s)
+            for other in self._transport.find_runs(run.experiment_id, facts.trace_id, timeout_s):
+                if other.run_id != run.run_id:
+                    self._transport.delete_run(other.run_id, timeout_s)
+        # Otherwise its user ends it, even if the agent failed or was interrupted.
+        if facts.auto_end_run or facts.cut_off:
+            end_ms = limits.clean_ms(facts.ended_ns)
+            self._transport.end_run(run.run_id, facts.status, end_ms, timeout_s)
 
 
 def _run_of(trace: TraceState) -> RunRef:
-    if trace.run is None:
-        raise Refused(NO_RUN, trace.refused or "its run was not created")
+    assert trace.run is not None
     return trace.run

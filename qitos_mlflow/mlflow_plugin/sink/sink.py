@@ -10,23 +10,23 @@ One sink serves traces of any experiment and settings: each `trace_start` brings
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter
-from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
+from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
-from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
+from qitos_mlflow.mlflow_plugin.server import open_transport
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
-from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList, Group, batches
+from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
-from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, of_first_version
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting, of_first_version
 from qitos_mlflow.recording.record import Record
 
 STATE_VERSION = 2
@@ -74,18 +74,17 @@ class MlflowSink:
     ) -> None:
         self._transport = transport
         self._settings = settings_in(header)
-        self._calls = Operations(transport, announce)
+        self._operations = Operations(transport, announce)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
-        self._refused: dict[str, str] = {}
-        self._prepared = CallList(())
+        self._prepared = CallList(self._operations)
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
     def restore(self, state: bytes) -> None:
         """Go back to what `state` returned; of another destination, to what holds here too."""
         self._resumed = True
-        self._traces, self._refused = {}, {}
+        self._traces = {}
         try:
             plain = orjson.loads(state)
             uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
@@ -99,8 +98,9 @@ class MlflowSink:
             report("sink.restore", error)
             return
         self._traces = {trace.facts.trace_id: trace for trace in traces}
-        if uri == self._uri:
-            self._refused = refused
+        if uri == self._transport.address:
+            for trace_id, reason in refused.items():
+                self._trace_of(trace_id, late=True).refused = reason
             return
         for trace in traces:
             trace.move(uri)
@@ -112,17 +112,18 @@ class MlflowSink:
         for data in records:
             try:
                 record: Record = orjson.loads(data)
-                if (reason := self._refused.get(record["trace_id"])) is not None:
-                    dead.append(DeadLetter(data, reason))
-                    if record["kind"] == "trace_end":
-                        del self._refused[record["trace_id"]]
+                trace_id, kind = record["trace_id"], record["kind"]
+                trace = self._trace_of(trace_id, late=kind != "trace_start")
+                if trace.refused is None:
+                    trace.take(record, data)
+                    touched[trace_id] = trace
                     continue
-                trace = self._trace_of(record)
-                trace.take(record, data)
-                touched[record["trace_id"]] = trace
+                dead.append(DeadLetter(data, trace.refused))
+                if kind == "trace_end":
+                    del self._traces[trace_id]
             except Exception as error:  # noqa: BLE001 - one bad record loses only itself
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
-        self._prepared = self._list(touched, dead)
+        self._list(touched, dead)
 
     def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:
         """End as KILLED the traces whose process died, or has closed without their end."""
@@ -130,128 +131,101 @@ class MlflowSink:
             key: trace
             for key, trace in self._traces.items()
             # Their user ends those that are to stay open.
-            if not trace.facts.ended and (trace.facts.auto_end_run or not closed)
+            if trace.refused is None and (trace.facts.auto_end_run or not closed)
         }
         for trace in left.values():
             trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
-        self._prepared = self._list(left, [])
+        self._list(left, [])
         return bool(left)
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Make the calls that are left; returns what the server refused of them."""
-        return self._prepared.send(timeout_s)
+        dead = self._prepared.send(timeout_s)
+        for trace in self._traces.values():
+            trace.sent()
+        return dead
 
     def state(self) -> bytes:
-        """What later records depend on: settings, totals so far and run of each open trace."""
-        traces = [trace.to_json() for trace in self._traces.values()]
-        state = {"version": STATE_VERSION, "uri": self._uri, "traces": traces}
-        return orjson.dumps({**state, "refused": self._refused})
+        """What later records depend on: settings, totals so far and run of each open trace.
+
+        Of a trace whose run the server refuses: nothing but the reason.
+        """
+        state: dict[str, Any] = {"version": STATE_VERSION, "uri": self._transport.address}
+        state |= {"traces": [], "refused": {}}
+        for trace_id, trace in self._traces.items():
+            if trace.refused is None:
+                state["traces"].append(trace.to_json())
+            else:
+                state["refused"][trace_id] = trace.refused
+        return orjson.dumps(state)
 
     def close(self) -> None:
         """Free connections."""
         self._transport.close()
 
-    @property
-    def _uri(self) -> str:
-        return self._transport.address
-
     # -- records to calls --------------------------------------------------------------------
 
-    def _trace_of(self, record: Record) -> TraceState:
-        trace_id = record["trace_id"]
-        trace = self._traces.get(trace_id)
-        if trace is None:
-            trace = self._traces[trace_id] = TraceState.begin(
+    def _trace_of(self, trace_id: str, *, late: bool) -> TraceState:
+        """The state of a trace, begun if it is not there; `late`: with another than its start."""
+        if trace_id not in self._traces:
+            self._traces[trace_id] = TraceState.begin(
                 trace_id,
                 self._settings,
-                tree=self._calls.stores_traces,
-                late=record["kind"] != "trace_start",
+                tree=self._operations.stores_traces,
+                late=late,
                 resumed=self._resumed,
             )
-        return trace
+        return self._traces[trace_id]
 
-    def _list(self, touched: dict[str, TraceState], dead: list[DeadLetter]) -> CallList:
-        traces = list(touched.values())
-        groups = {key: self._group(trace) for key, trace in touched.items()}
+    def _list(self, touched: Mapping[str, TraceState], dead: list[DeadLetter]) -> None:
+        """List the calls for what waits of these traces, and forget the traces that are over."""
+        traces, operations = touched.values(), self._operations
         # First, because an agent may be waiting for its run.
-        calls = [
-            self._call(self._calls.create_run, trace, groups, ["run"], essential=True)
-            for trace in traces
-            if trace.run is None
-        ]
+        calls = [Call(trace, operations.create_run, ["run"]) for trace in traces if not trace.run]
         for trace in traces:
-            waiting = trace.waiting
-            for chunk in batches(waiting.metrics, waiting.params, waiting.tags):
-                calls.append(self._call(self._calls.log, trace, groups, chunk))
-            for artifact in waiting.artifacts:
-                calls.append(self._call(self._calls.write_artifact, trace, groups, [artifact]))
-        calls += self._tree_calls(traces, groups)
+            calls += self._calls_of(trace)
         # Last, so that a run that has ended is complete, and knows what was refused of it.
-        calls += [
-            self._call(self._calls.end_run, trace, groups, ["end"])
-            for trace in traces
-            if trace.facts.ended
-        ]
-        for key, trace in touched.items():
+        calls += [Call(trace, operations.end_run, ["end"]) for trace in traces if trace.facts.ended]
+        for trace_id, trace in touched.items():
             if trace.facts.ended or not trace.facts.started:
-                del self._traces[key]
-            trace.sent()
-        experiment = traces[0].facts.experiment_name if traces else ""
-        return CallList(calls, dead, partial(self._calls.server_is_well, experiment))
+                del self._traces[trace_id]
+        self._prepared = CallList(operations, calls, dead)
 
-    def _tree_calls(
-        self, traces: Sequence[TraceState], groups: Mapping[str, Group]
-    ) -> Iterator[Call]:
-        """Spans first, then the infos of their traces (see `span_tree`)."""
-        spans = distinct(span for trace in traces for span in trace.waiting.spans)
-        if spans:
-            of_id = {otel_trace_id(trace.facts.trace_id): trace for trace in traces}
-            yield Call(partial(self._calls.write_spans, of_id), spans, partial(_span_letter, of_id))
-        for trace in traces:
-            # What comes after a trace's end does not change what is known of it.
-            known = trace.facts.started or trace.facts.ended
-            if known and trace.tree is not None and trace.tree.changed:
-                # Another info follows, unless the trace has ended or this one has feedback that
-                # no later one repeats.
-                last = trace.facts.ended or trace.tree.full
-                write = self._calls.write_last_info if last else self._calls.write_info
-                yield self._call(write, trace, groups, [trace_info(trace.tree)])
-                trace.tree.info_made()
-
-    def _group(self, trace: TraceState) -> Group:
-        check, refuse = partial(self._calls.check_run, trace), partial(self._refuse, trace)
-        return Group(trace.waiting.records, check, refuse)
-
-    @staticmethod
-    def _call(
-        send: Callable[[TraceState, Sequence[Any], float], None],
-        trace: TraceState,
-        groups: Mapping[str, Group],
-        items: Sequence[Any],
-        *,
-        essential: bool = False,
-    ) -> Call:
-        group = groups[trace.facts.trace_id]
-        return Call(partial(send, trace), items, partial(_letter, trace), group, essential)
-
-    def _refuse(self, trace: TraceState, reason: str) -> None:
-        """Keep nothing of a trace but why the server refuses its run, until it ends."""
-        trace.refused = reason
-        if self._traces.pop(trace.facts.trace_id, None) is not None:
-            self._refused[trace.facts.trace_id] = reason
+    def _calls_of(self, trace: TraceState) -> Iterator[Call]:
+        """The calls for what waits of a trace whose run is there."""
+        operations, waiting, facts, tree = self._operations, trace.waiting, trace.facts, trace.tree
+        for items in _batches(waiting):
+            yield Call(trace, operations.log, items)
+        for artifact in waiting.artifacts:
+            yield Call(trace, operations.write_artifact, [artifact])
+        # Spans first, then the info of their trace (see `span_tree`).
+        if waiting.spans:
+            yield Call(trace, operations.write_spans, distinct(waiting.spans))
+        # What comes after a trace's end does not change what is known of it.
+        if tree is not None and tree.changed and (facts.started or facts.ended):
+            # Another info follows, unless the trace has ended or this one has feedback that no
+            # later one repeats.
+            last = facts.ended or tree.full
+            write = operations.write_last_info if last else operations.write_info
+            yield Call(trace, write, [trace_info(tree)])
+            tree.info_made()
 
 
-def _letter(trace: TraceState, item: Any) -> bytes:
-    """The dead letter of one item: enough to log it by hand."""
-    run_id = None if trace.run is None else trace.run.run_id
-    return orjson.dumps(
-        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item},
-        default=lambda content: content.decode("utf-8", "replace"),  # Of a file.
+def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:
+    """Params, tags and metrics, each with its kind, in batches within MLflow's limits.
+
+    If a tag is set twice, the last value stays.
+    """
+    queues = (
+        ("param", limits.BATCH_PARAMS, iter(waiting.params)),
+        ("tag", limits.BATCH_TAGS, iter(dict(waiting.tags).items())),
+        ("metric", limits.BATCH_METRICS, iter(waiting.metrics)),
     )
-
-
-def _span_letter(traces: dict[bytes, TraceState], span: Any) -> bytes:
-    from google.protobuf.json_format import MessageToDict
-
-    traces[span.trace_id].count_refused(span)
-    return orjson.dumps({"span": MessageToDict(span)})
+    while True:
+        items: list[tuple[str, Any]] = []
+        for kind, most, queue in queues:
+            room = min(most, limits.BATCH_TOTAL - len(items))
+            items += [(kind, one) for one in islice(queue, room)]
+        if not items:
+            return
+        yield items

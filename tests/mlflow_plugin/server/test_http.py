@@ -13,12 +13,10 @@ import requests
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
     SMALL_BYTES,
-    Exchange,
-    Request,
     SessionRequester,
 )
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
@@ -29,6 +27,7 @@ from tests.fakes.requester import MLFLOW, SECRET, FakeRequester
 PATH = "/api/2.0/mlflow/runs/log-batch"
 NOT_FOUND = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}'
 PAGE = b"<html>default backend</html>"
+RUN = RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0)
 UNUSABLE = (
     "ftp2://{}h",
     "http://{}a..b:5000",
@@ -41,7 +40,7 @@ UNUSABLE = (
 def outcome(server: FakeRequester) -> BaseException | None:
     """What a call on `server` raises."""
     try:
-        Exchange(f"http://u:{SECRET}@host:5000", server).json(Request("POST", PATH, 1.0, b"{}"))
+        RestTransport(f"http://u:{SECRET}@host:5000", server).log_batch("r", RunData(), 1.0)
     except (RetryLater, Refused, Poisoned) as error:
         return error
     return None
@@ -106,7 +105,7 @@ def test_an_answer_cut_amid_its_headers_is_none(status: int) -> None:
         return response
 
     with pytest.raises(RetryLater):
-        Exchange("http://host", cut).send(Request("POST", PATH, 1.0, b""))
+        RestTransport("http://host", cut).write_spans("0", [], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def write(server: FakeRequester) -> None:
     """Write a span and a file, whose answers say nothing."""
     transport = RestTransport("http://host", server)
     transport.write_spans("0", [Span(name="a")], 1.0)
-    transport.write_artifact(RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0), "a.txt", b"a", 1.0)
+    transport.write_artifact(RUN, "a.txt", b"a", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +186,7 @@ def test_a_page_has_stored_nothing(path: str) -> None:
         if path == "write_spans":
             transport.write_spans("0", [Span(name="a")], 1.0)
         else:
-            run = RunRef("r", "0", "n", "mlflow-artifacts:/0/r", 0)
-            transport.write_artifact(run, "a.txt", b"a", 1.0)
+            transport.write_artifact(RUN, "a.txt", b"a", 1.0)
 
 
 @pytest.mark.parametrize("hop", [301, 302, 303])
@@ -206,7 +204,7 @@ def test_a_question_may_be_redirected() -> None:
     """What has no body loses none."""
     server = FakeRequester(200, MLFLOW)
     server.hops = (301,)
-    assert Exchange("http://host", server).json(Request("GET", PATH, 1.0))
+    assert RestTransport("http://host", server).experiment_id("name", 1.0) == "0"
 
 
 @pytest.mark.parametrize("uri", UNUSABLE)
@@ -354,9 +352,9 @@ def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> No
     buffer = (socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     adapter = requester._session.get_adapter(listener.uri)
     adapter.init_poolmanager(1, 1, socket_options=[buffer])  # type: ignore[attr-defined]
-    exchange = Exchange(listener.uri, requester)
-    exchange.send(Request("PUT", "/file", 1.0, body))
-    exchange.close()
+    transport = RestTransport(listener.uri, requester)
+    transport.write_artifact(RUN, "file", body, 1.0)
+    transport.close()
     assert listener.bodies == [body]
 
 
@@ -365,7 +363,7 @@ def test_a_body_goes_along_with_a_redirect(listener: Listener, size: int) -> Non
     """Of whatever size, it is sent anew, and with its length."""
     listener.redirects = 1
     body = b"x" * size
-    exchange = Exchange(listener.uri)
-    exchange.send(Request("PUT", "/file", 10.0, body))
-    exchange.close()
+    transport = RestTransport(listener.uri)
+    transport.write_artifact(RUN, "file", body, 10.0)
+    transport.close()
     assert listener.bodies == [body, body]

@@ -17,13 +17,13 @@ from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
+from qitos_mlflow.mlflow_plugin.server import open_transport
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
-from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list, trace_cost
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
-from qitos_mlflow.mlflow_plugin.sink.trace_cost import PAUSE_S, TRIES
+from qitos_mlflow.mlflow_plugin.sink.trace_cost import COST_TRIES, PAUSE_S
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import Records
@@ -492,15 +492,15 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
     sink = sink_to(server)
     sink.prepare(lines(*a_priced_trace("one")))
     with caplog.at_level(logging.WARNING):
-        for _ in range(TRIES - 1):
+        for _ in range(COST_TRIES - 1):
             with pytest.raises(RetryLater):
                 sink.send(TIMEOUT_S)
         assert sink.send(TIMEOUT_S) == []
         assert ship(sink, *a_priced_trace("two")) == []
-        assert server.calls.count("sum_spans") == TRIES
+        assert server.calls.count("sum_spans") == COST_TRIES
         clock.now += PAUSE_S
         assert ship(sink, *a_priced_trace("three")) == []
-    assert server.calls.count("sum_spans") == TRIES + 1
+    assert server.calls.count("sum_spans") == COST_TRIES + 1
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
     assert caplog.text.count("have no cost") == 1
     assert "password" not in caplog.text
@@ -584,7 +584,7 @@ def test_a_span_that_is_refused_is_in_the_runs_account(server: FakeTransport) ->
 
     server.fail = refuse
     (letter,) = ship(sink_to(server), *records)
-    assert orjson.loads(letter.record)["span"]["name"] == "bad one"
+    assert orjson.loads(letter.record)["item"]["name"] == "bad one"
     tags = server.runs["run-0"]["tags"]
     assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("3", "2")
     assert tags["qitos.spans.dropped"] == "refused=1"
