@@ -69,21 +69,11 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
     return list(found)
 
 
-def look_at(paths: Iterable[Path]) -> tuple[list[SegmentInfo], dict[Paths, str]]:
-    """The segments at `paths`, and apart from them the unreadable ones with their reasons."""
+def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
+    """What the segments at `paths` hold; see `segments_in`."""
     from qitos_mlflow.delivery import inspect_segment
 
-    seen, unreadable = [], {}
-    for segment in segments_in(paths):
-        try:
-            for _, part in segment.parts():
-                # Without this a part that this user may not read would count as damaged.
-                with contextlib.suppress(FileNotFoundError), part.open("rb"):
-                    pass
-            seen.append(inspect_segment(segment))
-        except OSError as error:
-            unreadable[segment] = reason_of(error)
-    return seen, unreadable
+    return [inspect_segment(segment) for segment in segments_in(paths)]
 
 
 def reason_of(error: OSError) -> str:
@@ -94,9 +84,7 @@ def reason_of(error: OSError) -> str:
 
 def header_of(segment: SegmentInfo) -> dict[str, Any]:
     """The segment's header, which names its destination; empty if it is damaged."""
-    if segment.header is None:
-        return {}
-    header: dict[str, Any] = json.loads(segment.header)
+    header: dict[str, Any] = json.loads(segment.head.caller or b"{}")
     return header
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qitos_mlflow.cli._show import Group, complain, plural
 from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
+
+if TYPE_CHECKING:
+    from qitos_mlflow.delivery import Paths
 
 
 @click.group(cls=Group)
@@ -28,15 +32,16 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
     """
     from qitos_mlflow.delivery import purge as purge_segment
 
-    segments, failures = look_at(paths)
+    segments = look_at(paths)
+    failures: dict[Paths, str] = {}
     idle = [segment for segment in segments if not (segment.owner_alive or segment.delivering)]
     deleted = 0
     if idle:
         waiting = sum(segment.waiting for segment in idle)
-        refused = sum(segment.dead_letters for segment in idle)
+        refused = sum(sum(segment.dead_letters.values()) for segment in idle)
         click.echo(
             f"{plural(len(idle), 'segment')} with {plural(waiting, 'record')} not delivered yet "
-            + (f"and {plural(refused, 'record')} rejected for good " if refused else "")
+            + (f"and {plural(refused, 'record')} refused or damaged " if refused else "")
             + f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}"
         )
         if not yes:
@@ -46,7 +51,7 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
             deleted += purge_segment(segment.paths)
         except OSError as error:
             failures[segment.paths] = reason_of(error)
-    in_use = len(segments) - deleted - sum(s.paths in failures for s in segments)
+    in_use = len(segments) - deleted - len(failures)
     done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
     click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
     for failed, reason in failures.items():

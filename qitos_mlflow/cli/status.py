@@ -1,4 +1,4 @@
-"""`qitos-mlflow status`: what waits, what was rejected or lost and why, which servers answer."""
+"""`qitos-mlflow status`: what waits, what was refused or lost and why, which servers answer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 REASON_CHARS = 200
 """Reasons are cut to this many characters; --json has them whole."""
 
-TORN = "torn or corrupt line in the spool"
-
 
 @click.command()
 @paths_argument
@@ -38,9 +36,9 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
     """Show what waits in the spool and what was lost.
 
     Lists the records that wait for each process and whether the process lives, the records that
-    servers rejected and those that were lost, by reason, and whether the servers answer. Changes
-    nothing. A run that has ended also has its losses in its tags. Exits with 1 if a part of the
-    spool cannot be read.
+    were refused, damaged or lost, by reason, and whether the servers answer. Changes nothing. A run
+    that has ended also has its losses in its tags. Exits with 1 if a part of the spool cannot be
+    read.
 
     PATH is a spool directory or a file in it. The default is this user's spool.
     """
@@ -67,25 +65,17 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     configured = tracking_uri or destination(Settings.resolve())
     # The key is the URI as shown. Segments have no credentials, the configuration may have.
     servers = {without_credentials(configured or ""): configured}
-    seen, unreadable = look_at(paths)
-    for segment in seen:
-        if not (segment.size_bytes or segment.dead_letters or segment.bad_lines or segment.losses):
+    for segment in look_at(paths):
+        if not (segment.size_bytes or segment.dead_letters or segment.losses):
             continue  # The process has just started or just ended.
-        try:
-            # A trace's end repeats what is in the segment's counts; the larger number is right,
-            # because the counts miss what was never offered.
-            lost += lost_spans(segment.paths) | Counter(segment.losses)
-        except OSError as error:
-            unreadable[segment.paths] = reason_of(error)
-            continue
         segments.append(_described(segment))
-        refused += reasons(segment.paths.dead)
-        if segment.bad_lines:
-            lost[TORN] += segment.bad_lines
+        # A trace's end repeats what is in the segment's counts; the larger number is right, because
+        # the counts miss what was never offered.
+        lost += lost_spans(segment.paths) | Counter(segment.losses)
+        refused += Counter(segment.dead_letters)
         uri = header_of(segment).get("tracking_uri")
         if segment.size_bytes and uri and is_http(uri):
             servers.setdefault(without_credentials(uri), uri)
-    segments += [_unreadable(paths, reason) for paths, reason in unreadable.items()]
     return {
         "directories": [str(path) for path in paths or (default_directory(),)],
         "segments": segments,
@@ -108,34 +98,8 @@ def lost_spans(paths: Paths) -> Counter[str]:
                 if content["kind"] == "trace_end":
                     lost.update(content["dropped"])
             except (ValueError, KeyError, TypeError):
-                continue  # The sink will reject this record and say why.
+                continue  # The sink will refuse this record and say why.
     return lost
-
-
-def reasons(dead: Path) -> Counter[str]:
-    """Why the records in a dead-letter file were rejected."""
-    found: Counter[str] = Counter()
-    try:
-        lines = dead.read_bytes().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            found[str(json.loads(line)["reason"])] += 1
-        except (ValueError, KeyError, TypeError):
-            found["unknown: the line is torn"] += 1
-    return found
-
-
-def _unreadable(paths: Paths, reason: str) -> dict[str, Any]:
-    from qitos_mlflow.delivery import SegmentInfo
-
-    # Of an unreadable segment only the file names are known.
-    numbers = ("pid", "started_ns", "last_time_ns", "waiting", "size_bytes", "dead_letters")
-    fields: dict[str, Any] = dict.fromkeys((*numbers, "bad_lines"), 0)
-    fields |= dict.fromkeys(("offline", "owner_alive", "delivering"), False)
-    unknown = SegmentInfo(paths=paths, header=None, host="", losses={}, **fields)
-    return {**_described(unknown), "owner": "unknown", "error": reason}
 
 
 def _described(segment: SegmentInfo) -> dict[str, Any]:
@@ -143,20 +107,18 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
     return {
         "segment": stem,
         "directory": str(segment.paths.directory),
-        "error": None,
-        # A delivered segment has no header any more, only the file of what was rejected.
+        "error": reason_of(segment.error) if segment.error else None,
+        # A delivered segment has no header any more, only the file of what was refused.
         "destination": destination_of(header_of(segment)) if segment.size_bytes else "",
         "experiment": experiment_of(segment) if segment.size_bytes else None,
         "process": stem.rsplit("-", 2)[0],
-        "host": segment.host,
-        "pid": segment.pid,
+        "host": segment.head.host,
+        "pid": segment.head.pid,
         "owner": "alive" if segment.owner_alive else "dead",
-        "offline": segment.offline,
+        "offline": segment.head.offline,
         "delivering": segment.delivering,
         "waiting": segment.waiting,
-        "dead_letters": segment.dead_letters,
-        "bad_lines": segment.bad_lines,
-        "damaged": list(segment.damaged),
+        "dead_letters": sum(segment.dead_letters.values()),
         "lost": dict(segment.losses),
         "bytes": segment.size_bytes,
         "last_record_ns": segment.last_time_ns,
@@ -169,7 +131,7 @@ def _show(found: dict[str, Any]) -> None:
 
     segments = found["segments"]
     if segments:
-        rows = table("process", "owner", "waiting", "rejected", "last record", "destination")
+        rows = table("process", "owner", "waiting", "refused", "last record", "destination")
         for segment in segments:
             row = (
                 segment["process"],
@@ -183,16 +145,13 @@ def _show(found: dict[str, Any]) -> None:
         Console().print(rows)
     count = f"{plural(found['waiting'], 'record')} in {plural(len(segments), 'segment')}"
     click.echo(f"{count} wait in {', '.join(found['directories'])}")
-    for title, counts in (("rejected for good", found["dead_letters"]), ("lost", found["lost"])):
+    for title, counts in (("refused or damaged", found["dead_letters"]), ("lost", found["lost"])):
         for reason, number in counts.items():
             click.echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
-    for segment in segments:
-        for place in segment["damaged"]:
-            click.echo(f"damaged line: {place}")
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
-        click.echo(f"Rejected records are kept in {kept}; they are not sent again")
+        click.echo(f"These records are kept in {kept}; they are not sent again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")

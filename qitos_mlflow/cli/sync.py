@@ -83,10 +83,14 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    segments, unreadable = look_at(paths)
+    segments = [segment for segment in look_at(paths) if segment.paths.parts()]
     delivery = Sync(ways, patience_s, uri_of)
-    delivery.problems.update(unreadable)
-    delivery.run([segment for segment in segments if segment.paths.parts()])
+    # What this user may not read is no loss: another user may deliver it.
+    denied = (PermissionError, IsADirectoryError)
+    for segment in segments:
+        if isinstance(segment.error, denied):
+            delivery.problems[segment.paths] = f"cannot be read: {reason_of(segment.error)}"
+    delivery.run([segment for segment in segments if segment.paths not in delivery.problems])
     delivery.show()
     if delivery.problems:
         raise SystemExit(1)
@@ -200,7 +204,7 @@ class Sync:
         """Print what was delivered, what was not, and the next step."""
         from qitos_mlflow.delivery import Outcome
 
-        counts = self.counts.snapshot()
+        counts = self.counts
         done, busy = self.outcomes[Outcome.FINISHED], self.outcomes[Outcome.BUSY]
         click.echo(
             f"{plural(counts.delivered, 'record')} delivered, {plural(done, 'segment')} finished"
@@ -208,7 +212,7 @@ class Sync:
         )
         if counts.dead_letters:
             click.echo(
-                f"{plural(counts.dead_letters, 'record')} rejected by the server for good; "
+                f"{plural(counts.dead_letters, 'record')} refused by the server or damaged; "
                 "the reasons: qitos-mlflow status"
             )
         for (to, experiment), reason in self._given_up.items():
@@ -225,7 +229,7 @@ class Sync:
 
     def _look(self) -> int:
         """How many records are settled. Ends the delivery of a segment that makes no progress."""
-        counts = self.counts.snapshot()
+        counts = self.counts
         settled = counts.delivered + counts.dead_letters
         if settled > self._settled:
             self._settled, self._settled_at = settled, time.monotonic()
@@ -258,12 +262,11 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
     with _signals(stop.set), Console().status("") as status:
 
         def moved(stats: Counts) -> None:
-            counts = stats.snapshot()
-            rejected = f", {counts.dead_letters} rejected for good" if counts.dead_letters else ""
-            status.update(f"{directory}: {plural(counts.delivered, 'record')} delivered{rejected}")
+            refused = f", {stats.dead_letters} refused or damaged" if stats.dead_letters else ""
+            status.update(f"{directory}: {plural(stats.delivered, 'record')} delivered{refused}")
 
         follow(directory, stop=stop, stats=total, progress=moved, **ways)
-    click.echo(f"{plural(total.snapshot().delivered, 'record')} delivered")
+    click.echo(f"{plural(total.delivered, 'record')} delivered")
 
 
 @contextmanager

@@ -24,10 +24,9 @@ from qitos_mlflow.delivery.sidecar import follow
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
-from qitos_mlflow.delivery.spool.paths import Paths
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments
 from qitos_mlflow.delivery.spool.segments import (
     SegmentInfo,
-    find_segments,
     inspect_segment,
     purge,
     waiting_records,

@@ -22,8 +22,8 @@ from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransf
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.locks import is_held
-from qitos_mlflow.delivery.spool.paths import Paths
-from qitos_mlflow.delivery.spool.segments import Claim, claim, find_segments, read_head
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments
+from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head
 
 REPORT_EVERY_S = 0.5
 """How often `deliver_segment` reports progress while it waits (seconds)."""
@@ -136,7 +136,7 @@ def take(
         OSError: the spool cannot be read or written.
     """
     head = read_head(paths)
-    if is_held(paths.own) and not head.about.get("offline"):
+    if is_held(paths.own) and not head.offline:
         return Outcome.BUSY
     claimed = claim(paths, stats)
     if claimed is None:
@@ -266,9 +266,9 @@ class Leftovers:
         if is_held(paths.own):
             return None
         head = read_head(paths)
-        if head.caller is None or head.about.get("offline"):
+        if head.caller is None or head.offline:
             return None
-        if head.about.get("host") != socket.gethostname():
+        if head.host != socket.gethostname():
             return None
         open_sink = self._open_leftovers(head.caller)
         if open_sink is None:

@@ -28,8 +28,7 @@ from qitos_mlflow.delivery.pipeline_threads import PipelineThreads
 from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.sink import Sink
-from qitos_mlflow.delivery.spool.counts import CLOSED, QUEUE_FULL, Counts, CountsSnapshot
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
+from qitos_mlflow.delivery.spool.counts import CLOSED, QUEUE_FULL, Counts
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
@@ -156,15 +155,15 @@ class Pipeline:
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()
-        self._threads.aside.save_losses()  # Those of offers refused since the last time.
+        self._stats.save_losses(self.paths)  # Those of offers refused since the last time.
         if not self.at_rest and not self._end(deadline):
             return False
         return self._threads.nothing_left()
 
     @property
-    def stats(self) -> CountsSnapshot:
+    def stats(self) -> Counts:
         """What became of the records of this process so far."""
-        return self._stats.snapshot()
+        return self._stats
 
     @property
     def online(self) -> bool | None:
@@ -239,11 +238,10 @@ class Pipeline:
             cap_bytes=self._spool_bytes,
             memory_bytes=self._queue_bytes if online else 0,
         )
-        aside = DeadLetters(segment.paths, self._stats, int(self._spool_bytes * ASIDE_SHARE))
-        sending = self._make_sending(segment, aside, self._open_sink) if self._open_sink else None
+        sending = self._make_sending(segment, self._open_sink) if self._open_sink else None
 
         def wrote(urgent: bool) -> None:
-            aside.save_losses()
+            self._stats.save_losses(segment.paths)
             if sending is not None:
                 sending.written(segment.end, urgent=urgent)
 
@@ -255,15 +253,12 @@ class Pipeline:
             sending,
             segment,
             self._stats,
-            aside,
             self._unattended,
             self._may_rest,
             self._rested,
         )
 
-    def _make_sending(
-        self, segment: SegmentWriter, aside: DeadLetters, open_sink: Callable[[], Sink]
-    ) -> SendingThread:
+    def _make_sending(self, segment: SegmentWriter, open_sink: Callable[[], Sink]) -> SendingThread:
         def open_undisturbed(open_sink: Callable[[], Sink]) -> Sink:
             with self.opening:
                 return open_sink()
@@ -272,7 +267,8 @@ class Pipeline:
             open_sink = self._open_leftovers(header)
             return None if open_sink is None else partial(open_undisturbed, open_sink)
 
-        reader = SegmentReader(segment.paths, segment.parts, segment.discard, self._stats, aside)
+        aside_bytes = int(self._spool_bytes * ASIDE_SHARE)
+        reader = SegmentReader(segment.paths, segment.parts, self._stats, aside_bytes=aside_bytes)
         transfer = SegmentTransfer(reader, partial(open_undisturbed, open_sink))
         leftovers = Leftovers(self._directory, open_leftovers)
         return SendingThread(transfer, self._circuit, leftovers)

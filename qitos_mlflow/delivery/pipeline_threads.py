@@ -15,7 +15,6 @@ from qitos_mlflow import _guard
 from qitos_mlflow.delivery.byte_queue import Barrier
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.counts import Counts
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetters
 from qitos_mlflow.delivery.spool.parts import MemoryPart
 from qitos_mlflow.delivery.spool.segments import waiting_records
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
@@ -37,7 +36,6 @@ class PipelineThreads:
         sending: what the sending thread does; None offline.
         segment: where records go; its own.
         stats: what is lost from memory at the end is counted here.
-        aside: saves the losses.
         unattended: set if no thread will call `end`. Then the spooling thread ends the rest once it
             has written what it has.
         may_rest: asked on the spooling thread whether no more records are expected.
@@ -50,13 +48,11 @@ class PipelineThreads:
         sending: SendingThread | None,
         segment: SegmentWriter,
         stats: Counts,
-        aside: DeadLetters,
         unattended: threading.Event,
         may_rest: Callable[[], bool],
         rested: Callable[[], None],
     ) -> None:
         self.segment = segment
-        self.aside = aside
         self.cannot_start = False
         """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
         close do the work themselves."""
@@ -156,7 +152,7 @@ class PipelineThreads:
             lost = part.records - part.acknowledged
             if isinstance(part, MemoryPart) and lost:
                 self._stats.drop(part.failure, lost)
-        self.aside.save_losses()
+        self._stats.save_losses(self.segment.paths)
         delivered = self._sending is not None and self._sending.finished
         try:
             self.segment.close(delete=delivered or self.segment.end == 0)

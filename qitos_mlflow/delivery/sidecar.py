@@ -10,8 +10,7 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.leftovers import Delivery, OpenSink, Outcome, take
 from qitos_mlflow.delivery.spool.counts import Counts
-from qitos_mlflow.delivery.spool.paths import Paths
-from qitos_mlflow.delivery.spool.segments import find_segments
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments
 
 FOLLOW_EVERY_S = 0.5
 """How often `follow` looks for new records and segments (seconds)."""

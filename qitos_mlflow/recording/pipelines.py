@@ -83,8 +83,7 @@ class RecordPipeline(Pipeline):
     @property
     def counted_losses(self) -> int:
         """Records lost, refused or damaged so far."""
-        counts = self.stats
-        return counts.dead_letters + counts.bad_lines + sum(counts.dropped.values())
+        return self.stats.dead_letters + sum(self.stats.dropped.values())
 
     def add_loss(self, trace_id: str, kind: str, reason: str) -> None:
         """Keep for the end of the trace that a record of this kind (``span``, …) was lost.

@@ -232,17 +232,17 @@ def test_patience_has_an_end(cli: Run, patience: str) -> None:
 def test_losses_and_dead_letters_are_counted_by_reason(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:
-    """Dropped records and records that the server rejects for good are counted by reason."""
+    """Dropped records and records that the server refuses for good are counted by reason."""
     dropped = {"queue_full": 3, "spool_full": 1}
     write_segment(tmp_path, store, *trace(experiment, dropped=dropped, recorded=4), b"no record")
     assert status()["lost"] == dropped
     assert "3 lost: queue_full" in cli("status").stdout
     done = cli("sync")
     assert done.returncode == 0
-    assert "1 record rejected by the server for good" in done.stdout
+    assert "1 record refused by the server or damaged" in done.stdout
     (reason,) = status()["dead_letters"]
     assert reason.startswith("not a record")
-    assert f"1 rejected for good: {reason}" in cli("status").stdout
+    assert f"1 refused or damaged: {reason}" in cli("status").stdout
 
 
 def test_losses_of_a_dead_process_are_shown(

@@ -1,4 +1,4 @@
-"""The commands with passwords, broken spools, and servers that reject data."""
+"""The commands with passwords, broken spools, and servers that refuse data."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_no_password_is_shown_or_kept(tmp_path: Path, python: Run, uri: str) -> 
     assert [text for text in shown if SECRET in text] == []
     (segment,) = find_segments(tmp_path / "spool")
     looked = inspect_segment(segment)
-    assert (looked.waiting, looked.dead_letters, looked.bad_lines) == (3, 0, 0)
+    assert (looked.waiting, looked.dead_letters) == (3, {})
 
 
 def test_a_server_is_asked_once_and_with_its_password(
@@ -234,9 +234,9 @@ def test_a_wrong_word_is_named_with_the_right_ones(args: tuple[str, ...], messag
     assert message in done.output
 
 
-def test_the_file_of_rejected_records_is_named(tmp_path: Path, store: str) -> None:
+def test_the_file_of_refused_records_is_named(tmp_path: Path, store: str) -> None:
     """Their reasons are counted; the records themselves are kept in a file that `status` names."""
     write_segment(tmp_path, store, b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
-    assert f"Rejected records are kept in {tmp_path / 'spool' / '*.dead'}; they are not" in shown
+    assert f"These records are kept in {tmp_path / 'spool' / '*.dead'}; they are not" in shown

@@ -45,13 +45,13 @@ def test_a_dead_process_is_delivered_to_its_end(tmp_path: Path) -> None:
     server, stats = FakeServer(), Counts()
     paths = left_behind(tmp_path, numbered(40), header=b"the destination")
     info = inspect_segment(paths)
-    assert (info.waiting, info.owner_alive, info.header) == (40, False, b"the destination")
+    assert (info.waiting, info.owner_alive, info.head.caller) == (40, False, b"the destination")
     assert info.last_time_ns == NOW
     assert deliver_segment(paths, server.sink, stats=stats) is Outcome.FINISHED
     assert server.accepted == [*numbered(40), b"killed"]
     assert server.abandoned == [(40, NOW)]
     assert server.opened == [b"the destination"]
-    assert stats.snapshot().delivered == 40
+    assert stats.delivered == 40
     assert list(tmp_path.iterdir()) == []
     assert deliver_segment(paths, server.sink) is Outcome.FINISHED
 
@@ -116,7 +116,12 @@ def test_a_living_process_delivers_for_itself(tmp_path: Path) -> None:
     assert not pipeline.flush(0.1)
     [paths] = find_segments(tmp_path)
     info = inspect_segment(paths)
-    assert (info.owner_alive, info.delivering, info.offline, info.waiting) == (True, True, False, 1)
+    assert (info.owner_alive, info.delivering, info.head.offline, info.waiting) == (
+        True,
+        True,
+        False,
+        1,
+    )
     assert deliver_segment(paths, other.sink) is Outcome.BUSY
     assert not purge(paths)
     own.down = None
@@ -154,7 +159,7 @@ def test_an_offline_process_is_delivered_while_it_lives(tmp_path: Path) -> None:
     pipeline.offer(b"one")
     assert not pipeline.flush(LONG_S)
     [paths] = find_segments(tmp_path)
-    assert inspect_segment(paths).offline
+    assert inspect_segment(paths).head.offline
     assert deliver_segment(paths, server.sink) is Outcome.UP_TO_DATE
     assert pipeline.flush(LONG_S)
     pipeline.offer(b"two")
@@ -235,7 +240,7 @@ def test_dead_processes_are_finished_one_after_the_other(
         eventually(lambda: not any(tmp_path.iterdir()))
     assert open_before == [0] * 5
     assert server.accepted == [*numbered(40), b"killed"] * 5
-    assert stats.snapshot().delivered == 200
+    assert stats.delivered == 200
 
 
 @pytest.mark.usefixtures("at_once")
@@ -343,6 +348,6 @@ def test_dead_letters_outlive_their_segment_until_purged(tmp_path: Path) -> None
     paths = left_behind(tmp_path, [b"one", b"two"])
     assert deliver_segment(paths, server.sink) is Outcome.FINISHED
     assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
-    assert inspect_segment(paths).dead_letters == 1
+    assert sum(inspect_segment(paths).dead_letters.values()) == 1
     assert purge(paths)
     assert list(tmp_path.iterdir()) == []

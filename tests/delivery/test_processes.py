@@ -146,7 +146,7 @@ print(len(from_child))
 from qitos_mlflow.delivery import find_segments, inspect_segment
 [mine] = find_segments(spool)
 info = inspect_segment(mine)
-print(info.owner_alive, info.pid == os.getpid(), info.waiting)
+print(info.owner_alive, info.head.pid == os.getpid(), info.waiting)
 for record in numbered(10, 10):
     pipeline.offer(record)
 server.down = None
@@ -484,7 +484,7 @@ def test_sigterm_ends_the_process_as_ever(tmp_path: Path) -> None:
     [paths] = find_segments(tmp_path)
     info = inspect_segment(paths)
     assert not info.owner_alive
-    assert info.bad_lines == 0
+    assert info.dead_letters == {}
 
 
 @posix

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 
 ASIDE_FULL = "aside_full"
 """Refused by the server or damaged, and not kept: what is kept aside has reached its share."""
@@ -39,44 +42,41 @@ def reason_of(error: OSError) -> str:
     return DISK_FULL if error.errno in _FULL else SPOOL_UNWRITABLE
 
 
-@dataclass(frozen=True)
-class CountsSnapshot:
-    """The counts at one moment, in records, except `bad_lines`."""
-
-    dropped: Mapping[str, int]
-    """Lost, by reason."""
-    recorded: int = 0
-    """Reached the spooling thread (those that `offer` refused are in `dropped` only)."""
-    delivered: int = 0
-    """Accepted by the server and acknowledged."""
-    dead_letters: int = 0
-    """Refused by the server for good, kept in the dead-letter file."""
-    bad_lines: int = 0
-    """Torn or corrupt lines of the spool, kept aside."""
-
-
 class Counts:
-    """Counts that any thread may add to and read.
+    """Numbers of records. Any thread may add to them and read them.
 
     Args:
         total: other counts, which everything is added to as well.
     """
 
     def __init__(self, total: Counts | None = None) -> None:
+        self.recorded = 0
+        """Reached the spooling thread (those that `offer` refused are in `dropped` only)."""
+        self.delivered = 0
+        """Accepted by the server and acknowledged."""
+        self.dead_letters = 0
+        """Refused by the server for good or damaged on disk, and kept in the dead-letter file."""
         self._total = total
         # Reentrant: a signal handler may offer a record while this thread counts one.
         self._lock = threading.RLock()
-        self._counts: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._saved: Counter[str] = Counter()
         self._saving = threading.Lock()
 
-    def add(self, **counts: int) -> None:
-        """Add to the counts, which have the names of `CountsSnapshot`."""
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Lost, by reason, at this moment."""
         with self._lock:
-            self._counts.update(counts)
+            return dict(self._dropped)
+
+    def add(self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0) -> None:
+        """Count records that were not lost."""
+        with self._lock:
+            self.recorded += recorded
+            self.delivered += delivered
+            self.dead_letters += dead_letters
         if self._total is not None:
-            self._total.add(**counts)
+            self._total.add(recorded=recorded, delivered=delivered, dead_letters=dead_letters)
 
     def drop(self, reason: str, records: int = 1) -> None:
         """Count records lost for `reason`."""
@@ -85,23 +85,35 @@ class Counts:
         if self._total is not None:
             self._total.drop(reason, records)
 
-    def save_losses(self, save: Callable[[Counter[str]], None]) -> None:
-        """Call `save` with the losses that are not saved yet, if any; still so when it raises.
+    def save_losses(self, paths: Paths) -> None:
+        """Add the losses that are not saved yet to a segment's file, for other processes.
 
-        If another thread is doing that now, it is left for the next call.
+        Any thread; blocks on the disk. What cannot be saved now, or what another thread is saving,
+        is left for the next call.
         """
         if not self._saving.acquire(blocking=False):
             return
         try:
-            with self._lock:
-                dropped = self._dropped.copy()
+            dropped = Counter(self.dropped)
             if new := dropped - self._saved:
-                save(new)
+                # A sync that delivers the segment of an offline process adds its own.
+                losses = load_losses(paths.lost) + new
+                replace_private(paths.lost, json.dumps(losses).encode(), durable=False)
                 self._saved = dropped
+        except OSError as error:
+            _guard.warn(
+                "delivery.losses",
+                "%s cannot be written (%s): `qitos-mlflow status` does not show all losses",
+                paths.lost,
+                error,
+            )
         finally:
             self._saving.release()
 
-    def snapshot(self) -> CountsSnapshot:
-        """The counts now; what one thread has added is seen whole."""
-        with self._lock:
-            return CountsSnapshot(dict(self._dropped), **self._counts)
+
+def load_losses(path: Path) -> Counter[str]:
+    """The losses by reason in a file; none if it cannot be read."""
+    try:
+        return Counter({str(key): int(n) for key, n in json.loads(path.read_bytes()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return Counter()

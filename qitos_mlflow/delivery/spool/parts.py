@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,29 +19,30 @@ from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.paths import open_private, write_all
 
 
+@dataclass(eq=False)
 class DiskPart:
-    """A part in a file."""
+    """A part in a file: one that `create` has made, or that another process has written."""
 
-    def __init__(self, path: Path, base: int) -> None:
-        self.path = path
-        self.base = base
-        self.records = 0
-        """Records appended by this object; 0 if another process appends."""
-        self.acknowledged = 0
-        """Records of it that are acknowledged, or given up."""
-        self.failure: str | None = None
-        self._descriptor: int | None = None
-        self._made: os.stat_result | None = None
-        self._size = 0
+    base: int
+    path: Path
+    records: int = 0
+    """Records appended by this object; 0 if another process appends."""
+    acknowledged: int = 0
+    """Records of it that are acknowledged, or given up."""
+    failure: str = ""
+    """Why the last append failed."""
+    _descriptor: int | None = None
+    _made: os.stat_result | None = None
+    _size: int = 0
 
     @classmethod
-    def create(cls, path: Path, base: int, head: bytes) -> DiskPart:
+    def create(cls, base: int, path: Path, head: bytes) -> DiskPart:
         """A new file beginning with `head`, open for appending.
 
         Raises:
             OSError: it cannot be created; nothing is left behind.
         """
-        part = cls(path, base)
+        part = cls(base, path)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
             part._made = os.fstat(part._descriptor)
@@ -68,19 +71,13 @@ class DiskPart:
                 written += os.write(self._descriptor, data[written:])
         except OSError as error:
             self.failure = reason_of(error)
-        if written == len(data):
-            whole = len(lines)
-        else:
-            ends = list(accumulate(map(len, lines)))
-            whole = sum(end <= written for end in ends)
-            written = ends[whole - 1] if whole else 0
-            try:  # A reader would skip a torn line, but count it as damage.
-                os.ftruncate(self._descriptor, self._size + written)
-            except OSError:
-                pass
-        self._size += written
-        self.records += whole
-        return whole
+        ends = [end for end in accumulate(map(len, lines)) if end <= written]
+        self._size += ends[-1] if ends else 0
+        self.records += len(ends)
+        if self.failure:  # A reader would skip a torn line, but count it as damage.
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+        return len(ends)
 
     def _in_place(self) -> bool:
         """Whether the file was neither deleted, replaced nor cut short."""
@@ -122,49 +119,32 @@ class DiskPart:
         self.path.unlink(missing_ok=True)
 
 
+@dataclass(eq=False)
 class MemoryPart:
-    """A part in memory while the disk fails; lost with the process.
+    """A part in memory while the disk fails; lost with the process."""
 
-    Args:
-        base: position of the first line.
-        limit_bytes: most that it holds.
-        failure: why the disk could not be used; what it does not hold is lost for this reason.
-    """
-
-    def __init__(self, base: int, limit_bytes: int, failure: str) -> None:
-        self.base = base
-        self.path: Path | None = None
-        self.records = 0
-        self.acknowledged = 0
-        self.failure = failure
-        self._limit_bytes = limit_bytes
-        self._lines = bytearray()
+    base: int
+    failure: str
+    """Why the disk could not be used; records that are still here at the end are lost for it."""
+    records: int = 0
+    """Records appended."""
+    acknowledged: int = 0
+    """Records of it that are acknowledged."""
+    _lines: bytearray = field(default_factory=bytearray)
 
     @property
     def size(self) -> int:
         """Bytes appended so far."""
         return len(self._lines)
 
-    def append(self, lines: Sequence[bytes]) -> int:
-        """Append as many of the lines as fit; returns how many."""
-        room = self._limit_bytes - len(self._lines)
-        whole = sum(end <= room for end in accumulate(map(len, lines)))
-        self._lines += b"".join(lines[:whole])
-        self.records += whole
-        return whole
-
-    def append_anyway(self, line: bytes) -> None:
-        """Append a line even if it does not fit."""
+    def append(self, line: bytes) -> None:
+        """Append a line."""
         self._lines += line
         self.records += 1
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes."""
         return bytes(self._lines[offset : offset + size])
-
-    def remove(self) -> None:
-        """Free the memory."""
-        self._lines = bytearray()
 
 
 Part = DiskPart | MemoryPart

@@ -7,9 +7,9 @@ Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>`
     <stem>.ack.tmp      the next acknowledgement while it is written
     <stem>.own          lock of the process that appends
     <stem>.ship         lock of the process that sends
-    <stem>.dead         records the server refused for good, and why, JSON lines; stays
-    <stem>.bad          torn and corrupt lines and where they were, JSON lines; stays
+    <stem>.dead         records the server refused for good, damaged lines, and why; stays
     <stem>.<base>.bad   a part that could not be read; stays
+    <stem>.bad          damaged lines, as version 0.1.0 kept them; stays
     <stem>.lost         losses by reason, JSON; stays
 """
 
@@ -21,18 +21,17 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SEGMENT_SUFFIX = ".seg"
 ASIDE_SUFFIXES = (".dead", ".bad", ".lost", ".lost.tmp")
 """Files that stay when their segment is delivered."""
-SUFFIXES = (SEGMENT_SUFFIX, ".ack", ".ack.tmp", ".own", ".ship", *ASIDE_SUFFIXES)
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_DIRECTORY = 0o700
-_NAME = re.compile(r"(?P<stem>[\w-]+)(?:\.(?P<base>[0-9a-f]{16}))?(?P<suffix>\.[a-z.]+)")
+_NAME = re.compile(
+    r"([\w-]+)\.(?:[0-9a-f]{16}\.(?:seg|bad)|ack|ack\.tmp|own|ship|dead|bad|lost|lost\.tmp)"
+)
 
 
 class _File:
@@ -66,41 +65,41 @@ class Paths:
 
     def part(self, base: int) -> Path:
         """The part whose first line has position `base`."""
-        return self.directory / f"{self.stem}.{base:016x}{SEGMENT_SUFFIX}"
+        return self.directory / f"{self.stem}.{base:016x}.seg"
 
-    def kept_aside(self) -> list[Path]:
-        """What stays when the segment is delivered. Reads the directory."""
-        names = list_directory(self.directory).get(self.stem, ())
-        return [self.directory / name for name in names if name.endswith(ASIDE_SUFFIXES)]
-
-    def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
-        """The parts when the directory was last read, with their bases, in order.
+    def files(self, *, now: bool = False) -> list[Path]:
+        """All of its files when the directory was last read: the parts in order, then the others.
 
         With `now`, and if it was never read, it is read first.
         """
-        names: Iterable[str] | None = self.listed
+        names = self.listed
         if now or names is None:
-            names = (name for name in _names(self.directory) if name.startswith(self.stem))
-        return sorted(
-            (int(name.rsplit(".", 2)[1], 16), self.directory / name)
-            for name in names
-            if name.endswith(SEGMENT_SUFFIX) and stem_of(name) == self.stem
-        )
+            names = tuple(n for n in _names(self.directory) if n.startswith(self.stem))
+        return [self.directory / name for name in sorted(names) if _stem_of(name) == self.stem]
+
+    def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
+        """The parts with their bases, in order; see `files`."""
+        parts = [path for path in self.files(now=now) if path.suffix == ".seg"]
+        return [(int(path.name.rsplit(".", 2)[1], 16), path) for path in parts]
 
 
 def new_stem() -> str:
-    """A stem that no other segment has, on this host or another one that shares the directory."""
+    """A stem that no other segment has, on this machine or another that shares the directory."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
     return f"{host}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
 
 
-def list_directory(directory: Path) -> dict[str, tuple[str, ...]]:
-    """The names of the files of each segment in `directory`, by stem; empty when it is missing."""
+def find_segments(path: Path) -> list[Paths]:
+    """The segments in the directory `path`, oldest first, or the one whose file `path` is."""
+    if not path.is_dir():
+        stem = _stem_of(path.name)
+        return [Paths(path.parent, stem)] if stem else []
     found: dict[str, list[str]] = defaultdict(list)
-    for name in _names(directory):
-        if (stem := stem_of(name)) is not None:
+    for name in _names(path):
+        if (stem := _stem_of(name)) is not None:
             found[stem].append(name)
-    return {stem: tuple(names) for stem, names in found.items()}
+    segments = [Paths(path, stem, tuple(names)) for stem, names in found.items()]
+    return sorted(segments, key=lambda paths: _age(paths.stem))
 
 
 def _names(directory: Path) -> list[str]:
@@ -110,15 +109,17 @@ def _names(directory: Path) -> list[str]:
         return []
 
 
-def stem_of(file_name: str) -> str | None:
+def _stem_of(file_name: str) -> str | None:
     """The segment that a file belongs to, by its name; None when it is no file of the spool."""
     name = _NAME.fullmatch(file_name)
-    if name is None or name["suffix"] not in SUFFIXES:
-        return None
-    of_a_part = name["base"] is not None
-    if name["suffix"] != ".bad" and of_a_part != (name["suffix"] == SEGMENT_SUFFIX):
-        return None
-    return name["stem"]
+    return None if name is None else name[1]
+
+
+def _age(stem: str) -> int:
+    try:
+        return int(stem.rsplit("-", 2)[1], 16)
+    except (IndexError, ValueError):
+        return 0
 
 
 def make_directory(directory: Path) -> None:
@@ -153,21 +154,12 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def append_private(path: Path, data: bytes) -> None:
-    """Append `data` to a file of the spool, creating it when missing."""
-    descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        write_all(descriptor, data)
-    finally:
-        os.close(descriptor)
-
-
 def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
     """Replace the content of `path` as a whole: a reader sees the old or the new one.
 
     With `durable`, `data` is on the disk before it takes the place of the old content.
     """
-    temporary = temporary_of(path)
+    temporary = path.with_name(path.name + ".tmp")
     descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         try:
@@ -180,8 +172,3 @@ def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def temporary_of(path: Path) -> Path:
-    """The file that the new content of `path` is written to; a killed process may leave it."""
-    return path.with_name(path.name + ".tmp")

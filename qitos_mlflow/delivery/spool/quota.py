@@ -1,7 +1,7 @@
 """How much may still be written to the spool directory: of records, and of what is kept aside.
 
-What is kept aside (dead letters, damaged lines, unreadable parts) stays until it is purged, so it
-has a bound of its own: it never takes the space of records.
+What is kept aside (dead letters, unreadable parts) stays until it is purged, so it has a bound of
+its own: it never takes the space of records.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class Quota:
             self._scan_at = time.monotonic() + SCAN_S
         return self._used_bytes + size <= self._cap_bytes * share
 
-    def add(self, size: int) -> None:
-        """Count what has been written."""
-        self._used_bytes += size
+    def take(self, size: int, share: float = 1.0) -> bool:
+        """Count `size` bytes that are about to be written, if there is room for them."""
+        room = self.has_room(size, share)
+        self._used_bytes += size if room else 0
+        return room
 
 
 def _bytes_of(directory: Path, aside: bool) -> int:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
-from qitos_mlflow.delivery.spool.dead_letters import Damage, DeadLetter, DeadLetters
-from qitos_mlflow.delivery.spool.parts import Part
+from qitos_mlflow.delivery.spool.dead_letters import ASIDE_BYTES, DeadLetter, DeadLetters
+from qitos_mlflow.delivery.spool.parts import DiskPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 
 READ_BYTES = 1024 * 1024
@@ -24,6 +25,8 @@ READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0
 """... and for this long, then given up: sooner than `qitos-mlflow sync` gives up (seconds)."""
+INSPECT_RECORDS = 1000
+"""Most records that are in memory at once while a segment is inspected."""
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What the process or the system lacks: says nothing about the file, however long it lasts."""
 
@@ -47,11 +50,12 @@ class Chunk:
     time_ns: int
     part: Part | None = None
     records: list[bytes] = field(default_factory=list)
-    damaged: list[Damage] = field(default_factory=list)
+    damaged: list[DeadLetter] = field(default_factory=list)
+    """Damaged lines, each with its place as the reason."""
     lost: int = 0
     """Records of the part that are gone, as far as their number is known."""
-    unreadable: bool = False
-    """The part cannot be read: what is lost is the rest of it."""
+    unreadable: OSError | None = None
+    """Why the part cannot be read; what is lost is the rest of it."""
 
 
 def load_ack(paths: Paths) -> Ack | None:
@@ -73,36 +77,33 @@ def load_ack(paths: Paths) -> Ack | None:
 
 
 class SegmentReader:
-    """Reads on from the last acknowledgement. One thread only, but for `position`.
+    """Reads on from an acknowledgement. One thread only, but for `position`.
 
     Args:
-        paths: where the acknowledgement is kept.
-        parts: returns the parts there are now, in order.
-        discard: frees parts before a position (``discard(position, disk=...)``).
-        stats: counts dead letters, damaged lines and deliveries.
-        aside: takes what cannot be delivered.
+        paths: where the acknowledgement and the dead letters are kept.
+        parts: returns the list of the parts there are now, in order. Parts that are acknowledged as
+            a whole are removed from it.
+        stats: counts dead letters, losses and deliveries.
+        ack: where to go on; None for the beginning.
+        aside_bytes: bound of what is kept aside in the whole directory.
         patient: read a part that cannot be read again, for a while; otherwise skip it at once.
     """
 
     def __init__(
         self,
         paths: Paths,
-        parts: Callable[[], Sequence[Part]],
-        discard: Callable[..., None],
+        parts: Callable[[], list[Part]],
         stats: Counts,
-        aside: DeadLetters | None = None,
+        ack: Ack | None = None,
         *,
+        aside_bytes: int = ASIDE_BYTES,
         patient: bool = True,
     ) -> None:
-        ack = load_ack(paths)
-        self.position = ack.position if ack else 0
-        self.state = ack.state if ack else None
-        """The sink's state at `position`; None before the first acknowledgement."""
-        self.last_time_ns = ack.time_ns if ack else 0
-        self.aside = aside or DeadLetters(paths, stats)
+        self.position, self.state, self.last_time_ns = ack or Ack(0, None, 0)
+        """As of the last acknowledgement."""
+        self.aside = DeadLetters(paths, stats, aside_bytes)
         self._paths = paths
         self._parts = parts
-        self._discard = discard
         self._stats = stats
         self._patient = patient
         self._read_failures = 0
@@ -123,7 +124,7 @@ class SegmentReader:
         """
         chunk = Chunk(self.position, self.last_time_ns)
         # Parts are listed before they are read: one with a successor was complete by then.
-        parts = self._parts()
+        parts = list(self._parts())
         for index, part in enumerate(parts):
             stop = parts[index + 1].base if index + 1 < len(parts) else None
             if stop is not None and chunk.end >= stop:
@@ -142,7 +143,7 @@ class SegmentReader:
                     break  # Those first.
                 if not self._gives_up(error):
                     raise
-                chunk.unreadable = True
+                chunk.unreadable = error
                 chunk.lost = max(1, _missing(part, chunk))
                 chunk.end = part.base + part.size if limit is None else limit
                 full = False
@@ -166,20 +167,26 @@ class SegmentReader:
         failing_s = time.monotonic() - self._failing_since
         return not self._patient or (self._read_failures >= READ_TRIES and failing_s >= READ_S)
 
-    def skip(self, chunk: Chunk) -> None:
-        """Read on behind `chunk` without acknowledging it: for inspection only."""
-        self.position, self.last_time_ns = chunk.end, chunk.time_ns
+    def inspect(self) -> Iterator[Chunk]:
+        """Read all there is in chunks, without acknowledging anything."""
+        while True:
+            chunk = self.read(
+                end=None, sealed=True, max_records=INSPECT_RECORDS, max_bytes=READ_BYTES
+            )
+            if chunk.end == self.position:
+                return
+            yield chunk
+            self.position, self.last_time_ns = chunk.end, chunk.time_ns
 
     def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
         """Note that every record up to the chunk's end was accepted or is a dead letter."""
-        self.aside.bury(dead)
-        self.aside.keep_damaged(chunk.damaged)
-        if chunk.unreadable and chunk.part is not None and chunk.part.path is not None:
-            self.aside.keep_part(chunk.part.path)
+        self.aside.bury([*dead, *chunk.damaged])
+        if chunk.unreadable is not None and isinstance(chunk.part, DiskPart):
+            _keep_for_a_person(chunk.part, chunk.unreadable)
         parts = self._parts()
-        frees = len(parts) > 1 and parts[1].base <= chunk.end
+        done = [part for part, after in pairwise(list(parts)) if after.base <= chunk.end]
         # Once a part is gone, this is the only place where the sink's state is.
-        last_copy = frees or any(part.base for part in parts[:1])
+        last_copy = bool(done) or any(part.base for part in parts[:1])
         line = line_format.encode(
             line_format.ACK, b"%x %b" % (chunk.end, state or b""), chunk.time_ns
         )
@@ -196,15 +203,29 @@ class SegmentReader:
             )
         self.position, self.state, self.last_time_ns = chunk.end, state, chunk.time_ns
         if chunk.part is not None:
-            chunk.part.acknowledged += len(chunk.records) + chunk.lost
+            settled = len(chunk.records) + len(chunk.damaged) + chunk.lost
+            chunk.part.acknowledged += settled
         # The server may refuse many items of one record.
         self._stats.add(delivered=max(0, len(chunk.records) - len(dead)))
         if chunk.lost:
-            reason = SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED
-            self._stats.drop(reason, chunk.lost)
-        self.aside.save_losses()
-        if frees:
-            self._discard(chunk.end, disk=stored)
+            self._stats.drop(SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED, chunk.lost)
+        self._stats.save_losses(self._paths)
+        for part in done:
+            if isinstance(part, DiskPart):
+                if not stored:
+                    continue
+                part.remove()
+            parts.remove(part)
+
+
+def _keep_for_a_person(part: DiskPart, unreadable: OSError) -> None:
+    _guard.warn(
+        "delivery.part", "%s is unreadable (%s); its records are lost", part.path, unreadable
+    )
+    try:
+        part.path.rename(part.path.with_suffix(".bad"))
+    except OSError as error:
+        _guard.warn("delivery.aside", "%s cannot be kept: %s", part.path, error)
 
 
 def _missing(part: Part, chunk: Chunk) -> int:
@@ -242,8 +263,9 @@ def _take(raw: bytes, part: Part, chunk: Chunk) -> int:
     """Add the records of a line at the chunk's end to the chunk; returns their size (bytes)."""
     lines, intact = line_format.decode_all(raw)
     if not intact:
-        name = part.path.name if part.path is not None else "memory"
-        chunk.damaged.append(Damage(name, chunk.end - part.base, raw))
+        place = part.path.name if isinstance(part, DiskPart) else "memory"
+        reason = f"damaged line of the spool, at byte {chunk.end - part.base} of {place}"
+        chunk.damaged.append(DeadLetter(raw, reason))
     size = 0
     for line in lines:
         if line.kind == line_format.RECORD:

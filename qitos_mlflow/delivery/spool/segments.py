@@ -1,4 +1,4 @@
-"""The spool as other processes see it: which segments there are, who has them, taking one over.
+"""The spool as other processes see it: what a segment holds, who has it, taking it over.
 
 For `qitos-mlflow status`, `sync` and `spool purge`, and for the next process that finds what a
 dead one left. Safe beside running agents: locks alone decide which process may do what.
@@ -7,24 +7,30 @@ dead one left. Safe beside running agents: locks alone decide which process may 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qitos_mlflow.delivery.spool import line_format
-from qitos_mlflow.delivery.spool.counts import Counts
-from qitos_mlflow.delivery.spool.dead_letters import damaged_places, load_losses
+from qitos_mlflow.delivery.spool.counts import Counts, load_losses
+from qitos_mlflow.delivery.spool.dead_letters import load_dead_letters
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, list_directory, stem_of, temporary_of
-from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
+from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths
+from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
 
-INSPECT_RECORDS = 1000
-"""Most records that are in memory at once while a segment is inspected."""
-INSPECT_BYTES = 1024 * 1024
-"""The same in bytes."""
+
+class Head(NamedTuple):
+    """The first two lines of a part: what a segment says about itself."""
+
+    caller: bytes | None = None
+    """The caller's header; None when it cannot be read."""
+    host: str = ""
+    pid: int = 0
+    offline: bool = False
+    """The owner does not deliver it: other processes may while it lives."""
+    started_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,37 +38,21 @@ class SegmentInfo:
     """One segment at the moment it was inspected."""
 
     paths: Paths
-    header: bytes | None
-    """The caller's header; None when it cannot be read."""
-    host: str
-    pid: int
-    offline: bool
-    """The owner does not deliver it: other processes may while it lives."""
-    started_ns: int
+    head: Head
     last_time_ns: int
-    """When the last record was written, by the wall clock; `started_ns` when there is none."""
+    """When the last record was written, by the wall clock; `head.started_ns` if there is none."""
     owner_alive: bool
     delivering: bool
     """A process is delivering it now."""
     waiting: int
     """Records not acknowledged yet."""
     size_bytes: int
-    dead_letters: int
-    bad_lines: int
-    """Torn or corrupt lines kept aside so far."""
+    dead_letters: Mapping[str, int]
+    """Records that can never be delivered, by reason."""
     losses: Mapping[str, int]
     """Records lost, by reason."""
-    damaged: Sequence[str] = ()
-    """Where the damaged lines were, such as "<stem>.0000000000000000.seg at byte 512"."""
-
-
-def find_segments(path: Path) -> list[Paths]:
-    """The segments in the directory `path`, oldest first, or the one whose file `path` is."""
-    if path.is_dir():
-        found = [Paths(path, stem, names) for stem, names in list_directory(path).items()]
-        return sorted(found, key=lambda paths: _age(paths.stem))
-    stem = stem_of(path.name)
-    return [Paths(path.parent, stem)] if stem else []
+    error: OSError | None
+    """Why some of it cannot be read; then the numbers are of the rest."""
 
 
 def inspect_segment(paths: Paths) -> SegmentInfo:
@@ -72,39 +62,33 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
     """
     alive = is_held(paths.own)
     head = read_head(paths)
-    reader = _inspecting(paths)
-    waiting = sum(len(chunk.records) for chunk in _chunks(reader, sealed=not alive))
+    last_time_ns, waiting, error = head.started_ns, 0, None
+    try:
+        reader = _reader(paths)
+        for chunk in reader.inspect():
+            waiting += len(chunk.records)
+            last_time_ns = max(last_time_ns, chunk.time_ns)
+            error = error or chunk.unreadable
+    except OSError as unreadable:
+        error = unreadable
     return SegmentInfo(
         paths=paths,
-        header=head.caller,
-        host=str(head.about.get("host", "")),
-        pid=int(head.about.get("pid", 0)),
-        offline=bool(head.about.get("offline")),
-        started_ns=head.time_ns,
-        last_time_ns=reader.last_time_ns or head.time_ns,
+        head=head,
+        last_time_ns=last_time_ns,
         owner_alive=alive,
         delivering=is_held(paths.ship),
         waiting=waiting,
         size_bytes=sum(_size(path) for _, path in paths.parts()),
-        dead_letters=_lines(paths.dead),
-        bad_lines=_lines(paths.bad),
+        dead_letters=load_dead_letters(paths),
         losses=load_losses(paths.lost),
-        damaged=damaged_places(paths.bad),
+        error=error,
     )
 
 
 def waiting_records(paths: Paths) -> Iterator[bytes]:
-    """The records not acknowledged yet, in order. Changes nothing."""
-    for chunk in _chunks(_inspecting(paths), sealed=False):
+    """The records not acknowledged yet, in order, as far as they can be read. Changes nothing."""
+    for chunk in _reader(paths).inspect():
         yield from chunk.records
-
-
-class Head(NamedTuple):
-    """The first two lines of a part; `caller` is None when they cannot be read."""
-
-    about: dict[str, Any]
-    caller: bytes | None
-    time_ns: int
 
 
 def read_head(paths: Paths) -> Head:
@@ -114,20 +98,23 @@ def read_head(paths: Paths) -> Head:
         for _, path in paths.parts(now=now):
             try:
                 with path.open("rb") as file:
-                    lines = [
+                    first, second = (
                         line_format.decode(file.readline().rstrip(line_format.LF)) for _ in range(2)
-                    ]
+                    )
             except OSError:
                 continue
-            first, second = lines
-            if (
-                first
-                and first.kind == line_format.FILE
-                and second
-                and second.kind == line_format.CALLER
-            ):
-                return Head(json.loads(first.payload), second.payload, first.time_ns)
-    return Head({}, None, 0)
+            if not first or not second:
+                continue
+            if (first.kind, second.kind) == (line_format.FILE, line_format.CALLER):
+                about = json.loads(first.payload)
+                return Head(
+                    second.payload,
+                    str(about.get("host", "")),
+                    int(about.get("pid", 0)),
+                    bool(about.get("offline")),
+                    first.time_ns,
+                )
+    return Head()
 
 
 class Claim:
@@ -135,9 +122,9 @@ class Claim:
 
     def __init__(self, paths: Paths, lock: FileLock, stats: Counts) -> None:
         self.paths = paths
-        self.reader = SegmentReader(paths, self.parts, self._discard, Counts(stats))
+        self.reader = SegmentReader(paths, self.parts, Counts(stats), load_ack(paths))
         self._lock = lock
-        self._listed: list[Part] = []
+        self._parts: list[Part] = []
         self._complete = False
 
     def owner_alive(self) -> bool:
@@ -145,12 +132,12 @@ class Claim:
         return is_held(self.paths.own)
 
     def finish(self) -> None:
-        """Delete the segment, whose records are all delivered; dead letters and bad lines stay.
+        """Delete the segment, whose records are all delivered; what is kept aside stays.
 
         Raises:
             OSError: something cannot be deleted; another claim may try again.
         """
-        _delete(self.paths, self._lock, self.parts())
+        _delete(self.paths, self._lock, aside=False)
 
     def release(self) -> None:
         """Let other processes deliver it."""
@@ -161,15 +148,8 @@ class Claim:
         if not self._complete:
             # In this order: a dead owner adds no part after the directory is read.
             self._complete = not self.owner_alive()
-            self._listed = _parts(self.paths, now=True)
-        return self._listed
-
-    def _discard(self, position: int, *, disk: bool) -> None:
-        parts = self.parts()
-        done = [part for part, after in pairwise(parts) if disk and after.base <= position]
-        self._listed = [part for part in parts if part not in done]
-        for part in done:
-            part.remove()
+            self._parts = _parts(self.paths, now=True)
+        return self._parts
 
 
 def claim(paths: Paths, stats: Counts) -> Claim | None:
@@ -196,12 +176,12 @@ def claim(paths: Paths, stats: Counts) -> Claim | None:
     if alive or is_held(paths.own):
         lock.release()  # Its owner is about to write the first part, or to delete the last.
     else:
-        _delete(paths, lock, taken.parts())
+        taken.finish()
     return None
 
 
 def purge(paths: Paths) -> bool:
-    """Delete a segment with all its records, dead letters and bad lines; False while it is in use.
+    """Delete a segment with all its records and what is kept aside; False while it is in use.
 
     Raises:
         OSError: something cannot be deleted.
@@ -209,18 +189,18 @@ def purge(paths: Paths) -> bool:
     lock = FileLock(paths.ship)
     if is_held(paths.own) or not lock.acquire():
         return False
-    _delete(paths, lock, _parts(paths, now=True))
-    for path in paths.kept_aside():
-        path.unlink(missing_ok=True)
+    _delete(paths, lock, aside=True)
     return True
 
 
-def _delete(paths: Paths, lock: FileLock, parts: Sequence[Part]) -> None:
+def _delete(paths: Paths, lock: FileLock, *, aside: bool) -> None:
     try:
-        for part in parts:
-            part.remove()
-        for path in (paths.ack, temporary_of(paths.ack)):
-            path.unlink(missing_ok=True)
+        # Parts come first: without them an acknowledgement does no harm, but not the other way.
+        for path in paths.files(now=True):
+            if path not in (paths.own, paths.ship) and (
+                aside or not path.name.endswith(ASIDE_SUFFIXES)
+            ):
+                path.unlink(missing_ok=True)
         own = FileLock(paths.own)
         if own.acquire(create=False):
             own.release(remove=True)
@@ -230,43 +210,17 @@ def _delete(paths: Paths, lock: FileLock, parts: Sequence[Part]) -> None:
     lock.release(remove=True)
 
 
-def _inspecting(paths: Paths) -> SegmentReader:
+def _reader(paths: Paths) -> SegmentReader:
     parts = _parts(paths)
-    return SegmentReader(paths, lambda: parts, lambda *_, **__: None, Counts(), patient=False)
-
-
-def _chunks(reader: SegmentReader, *, sealed: bool) -> Iterator[Chunk]:
-    while True:
-        chunk = reader.read(
-            end=None, sealed=sealed, max_records=INSPECT_RECORDS, max_bytes=INSPECT_BYTES
-        )
-        if chunk.end == reader.position:
-            return
-        yield chunk
-        reader.skip(chunk)
+    return SegmentReader(paths, lambda: parts, Counts(), load_ack(paths), patient=False)
 
 
 def _parts(paths: Paths, *, now: bool = False) -> list[Part]:
-    return [DiskPart(path, base) for base, path in paths.parts(now=now)]
-
-
-def _age(stem: str) -> int:
-    try:
-        return int(stem.rsplit("-", 2)[1], 16)
-    except (IndexError, ValueError):
-        return 0
+    return [DiskPart(base, path) for base, path in paths.parts(now=now)]
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in file)
     except OSError:
         return 0

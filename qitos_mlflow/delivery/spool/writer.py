@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import (
     SPOOL_FULL,
     SPOOL_REMOVED,
-    SPOOL_UNWRITABLE,
     reason_of,
 )
 from qitos_mlflow.delivery.spool.locks import FileLock
@@ -48,15 +46,8 @@ class Record(NamedTuple):
     keep: bool
 
 
-class Loss(NamedTuple):
-    """A record that could not be stored, and the reason to count it under."""
-
-    data: bytes
-    reason: str
-
-
 class SegmentWriter:
-    """The appending side. Spooling thread only, but for `end`, `parts`, `unsaved` and `discard`.
+    """The appending side. Spooling thread only, but for `end`, `parts` and `unsaved`.
 
     Args:
         directory: the spool; created when missing.
@@ -89,84 +80,50 @@ class SegmentWriter:
         self._own = FileLock(self.paths.own)
         self._sending = FileLock(self.paths.ship)
         self._parts: list[Part] = []
-        self._parts_lock = threading.Lock()
         self._disk_failure = ""
         self._disk_retry_at = 0.0
 
-    def append(self, records: Sequence[Record], time_ns: int) -> list[Loss]:
-        """Append records; returns those that neither disk nor memory took. Blocks on the disk.
+    def append(self, records: Sequence[Record], time_ns: int) -> list[tuple[bytes, str]]:
+        """Append records. Blocks on the disk.
 
+        Returns those that neither disk nor memory took, each with the reason to count it under.
         `time_ns` is the wall clock's time now.
         """
-        losses: list[Loss] = []
+        losses: list[tuple[bytes, str]] = []
         lines = [line_format.encode(line_format.RECORD, record.data, time_ns) for record in records]
-        part = self._writable(records[0], lines[0], time_ns)
+        now = time.monotonic()
         done = 0
         while done < len(lines):
-            upto = len(lines)
+            record, line = records[done], lines[done]
+            part = self._part_for(record, line, time_ns, now)
             if isinstance(part, DiskPart):
-                upto = self._fitting(records, lines, done)
-            whole = part.append(lines[done:upto])
-            self.end = part.base + part.size
-            done += whole
-            if done == len(lines):
-                break
-            if isinstance(part, DiskPart) and done < upto:
-                failure = part.failure or SPOOL_UNWRITABLE
-                if failure == SPOOL_REMOVED:  # The disk itself is well.
-                    part = self._disk_or_memory(records[done], lines[done], time_ns)
+                done += part.append(lines[done : self._fitting(records, lines, done)])
+                if part.failure and part.failure != SPOOL_REMOVED:
+                    self._fail(part.failure)
+            else:
+                if part is None:
+                    losses.append((record.data, self._disk_failure))
                 else:
-                    part = self._fall_back(failure)
-            elif isinstance(part, DiskPart) and self._memory_bytes:
-                part = self._fall_back(SPOOL_FULL)
-            elif isinstance(part, DiskPart):
-                losses.append(Loss(records[done].data, SPOOL_FULL))
+                    part.append(line)
                 done += 1
-            elif whole or part.size:
-                part = self._add_memory()
-            else:  # The part is new and had all the room there is.
-                if records[done].keep and self._memory_bytes:
-                    part.append_anyway(lines[done])
-                    self.end = part.base + part.size
-                else:
-                    losses.append(Loss(records[done].data, self._disk_failure))
-                done += 1
+            if part is not None:
+                self.end = part.base + part.size
         return losses
 
     def parts(self) -> list[Part]:
-        """The parts that are not discarded, in order."""
-        with self._parts_lock:
-            return list(self._parts)
+        """The parts in order. The sending thread removes those that are acknowledged."""
+        return self._parts
 
     @property
     def unsaved(self) -> int:
         """Records that only memory holds and that are not acknowledged yet. Any thread."""
-        return sum(
-            part.records - part.acknowledged
-            for part in self.parts()
-            if isinstance(part, MemoryPart)
-        )
-
-    def discard(self, position: int, *, disk: bool) -> None:
-        """Free the parts that lie before `position` as a whole. Sending thread only.
-
-        With `disk`, those on disk too; not while the acknowledgement is not on disk itself.
-        """
-        with self._parts_lock:
-            following = [part.base for part in self._parts[1:]]
-            done = [
-                part
-                for part, stop in zip(self._parts, following, strict=False)
-                if stop <= position and (disk or isinstance(part, MemoryPart))
-            ]
-            self._parts = [part for part in self._parts if part not in done]
-        for part in done:
-            part.remove()
+        memory = [part for part in list(self._parts) if isinstance(part, MemoryPart)]
+        return sum(part.records - part.acknowledged for part in memory)
 
     def close(self, *, delete: bool) -> None:
         """Stop appending and give up the locks; with `delete` remove what is not to stay."""
         try:
-            for part in self.parts():
+            for part in list(self._parts):
                 if isinstance(part, DiskPart):
                     part.remove() if delete else part.seal()
             if delete:
@@ -181,55 +138,67 @@ class SegmentWriter:
             if isinstance(part, DiskPart):
                 part.seal()
 
-    def _writable(self, record: Record, line: bytes, time_ns: int) -> Part:
-        part = self._parts[-1] if self._parts else None
-        if isinstance(part, DiskPart) and part.size < self._part_bytes:
-            return part
+    def _part_for(self, record: Record, line: bytes, time_ns: int, now: float) -> Part | None:
+        """The part that takes `line`, on disk if that works; None if memory has no room either.
+
+        A disk that has failed since the time `now` is not tried again.
+        """
+        last = self._parts[-1] if self._parts else None
         # Starts and ends of traces may exceed the cap: try the disk for this one.
-        now = time.monotonic() >= self._disk_retry_at
-        now = now or (record.keep and self._disk_failure == SPOOL_FULL)
-        if isinstance(part, MemoryPart) and not now:
-            return part if part.size < MEMORY_PART_BYTES else self._add_memory()
-        return self._disk_or_memory(record, line, time_ns)
+        over = record.keep and self._disk_failure == SPOOL_FULL
+        if over or now >= self._disk_retry_at:
+            try:
+                on_disk = self._on_disk(last, record, line, time_ns)
+                if on_disk is not None:
+                    self._disk_failure, self._disk_retry_at = "", 0.0
+                    return on_disk
+                self._fail(SPOOL_FULL)
+            except OSError as error:
+                self._fail(reason_of(error), error)
+        memory = [part for part in list(self._parts) if isinstance(part, MemoryPart)]
+        room = self._memory_bytes - sum(part.size for part in memory)
+        if len(line) > room and not (record.keep and self._memory_bytes):
+            return None
+        if isinstance(last, MemoryPart) and last.size < MEMORY_PART_BYTES:
+            return last
+        part = MemoryPart(self.end, self._disk_failure)
+        self._add(part)
+        return part
 
     def _fitting(self, records: Sequence[Record], lines: Sequence[bytes], start: int) -> int:
         """The index of the first line from `start` on that has no room; counts those before."""
         for index in range(start, len(lines)):
-            if not self._quota.has_room(len(lines[index]), _share(records[index])):
+            if not self._quota.take(len(lines[index]), _share(records[index])):
                 return index
-            self._quota.add(len(lines[index]))
         return len(lines)
 
-    def _disk_or_memory(self, record: Record, line: bytes, time_ns: int) -> Part:
-        """A new part, for `line` and what follows."""
-        try:
-            return self._add_disk(record, line, time_ns) or self._fall_back(SPOOL_FULL)
-        except OSError as error:
-            return self._fall_back(reason_of(error), error)
-
-    def _add_disk(self, record: Record, line: bytes, time_ns: int) -> DiskPart | None:
-        """A new part on disk; None when the directory has no room for one with `line` in it."""
-        about = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "offline": self._offline,
-        }
-        head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
-        head += line_format.encode(line_format.CALLER, self._header, time_ns)
+    def _on_disk(
+        self, last: Part | None, record: Record, line: bytes, time_ns: int
+    ) -> DiskPart | None:
+        """The last part, or a new one; None if the directory has no room for one with `line`."""
+        usable = isinstance(last, DiskPart) and not last.failure and last.size < self._part_bytes
+        head = b"" if usable else self._head(time_ns)
         if not self._quota.has_room(len(head) + len(line), _share(record)):
             return None
+        if isinstance(last, DiskPart) and usable:
+            return last
         make_directory(self.paths.directory)
         # Locks first: a part without an owner looks like that of a dead process.
         for lock in (self._own,) if self._offline else (self._own, self._sending):
             if not lock.acquire_patiently():
                 raise OSError(f"{lock.path} is locked by another process")
-        part = DiskPart.create(self.paths.part(self.end), self.end, head)
-        self._quota.add(len(head))
+        part = DiskPart.create(self.end, self.paths.part(self.end), head)
+        self._quota.take(len(head), _share(record))
         self._add(part)
-        self._disk_failure = ""
         return part
 
-    def _fall_back(self, failure: str, error: OSError | None = None) -> MemoryPart:
+    def _head(self, time_ns: int) -> bytes:
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
+        file = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
+        return file + line_format.encode(line_format.CALLER, self._header, time_ns)
+
+    def _fail(self, failure: str, error: OSError | None = None) -> None:
+        """Go on in memory until the disk is tried again."""
         if failure != self._disk_failure:
             _guard.warn(
                 f"delivery.{failure}",
@@ -240,24 +209,11 @@ class SegmentWriter:
             )
         self._disk_failure = failure
         self._disk_retry_at = time.monotonic() + DISK_RETRY_S
-        return self._add_memory()
-
-    def _add_memory(self) -> MemoryPart:
-        taken = sum(part.size for part in self.parts() if isinstance(part, MemoryPart))
-        part = MemoryPart(self.end, self._memory_bytes - taken, self._disk_failure)
-        self._add(part)
-        return part
 
     def _add(self, part: Part) -> None:
-        with self._parts_lock:
-            if self._parts:
-                last = self._parts[-1]
-                if isinstance(last, DiskPart):
-                    last.seal()
-                elif not last.size:
-                    self._parts.pop()  # It is empty; each part has a position of its own.
-            self._parts.append(part)
-        self.end = part.base + part.size
+        if self._parts and isinstance(last := self._parts[-1], DiskPart):
+            last.seal()
+        self._parts.append(part)
 
 
 def _share(record: Record) -> float:

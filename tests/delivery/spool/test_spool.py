@@ -25,13 +25,12 @@ from qitos_mlflow.delivery.spool.counts import (
     SPOOL_UNWRITABLE,
     Counts,
 )
-from qitos_mlflow.delivery.spool.dead_letters import Damage, DeadLetter, DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.parts import DiskPart
-from qitos_mlflow.delivery.spool.paths import Paths, replace_private
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments, replace_private
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
 from qitos_mlflow.delivery.spool.segments import (
     claim,
-    find_segments,
     inspect_segment,
     purge,
     waiting_records,
@@ -54,7 +53,7 @@ def append(segment: SegmentWriter, records: list[bytes], *, keep: bool = False) 
 
 
 def own_reader(segment: SegmentWriter, stats: Counts | None = None) -> SegmentReader:
-    return SegmentReader(segment.paths, segment.parts, segment.discard, stats or Counts())
+    return SegmentReader(segment.paths, segment.parts, stats or Counts())
 
 
 def read_all(reader: SegmentReader, end: int, *, ack: bool = True) -> list[bytes]:
@@ -64,7 +63,10 @@ def read_all(reader: SegmentReader, end: int, *, ack: bool = True) -> list[bytes
         if chunk.end == reader.position:
             return records
         records += chunk.records
-        reader.acknowledge(chunk, b"state", ()) if ack else reader.skip(chunk)
+        if ack:
+            reader.acknowledge(chunk, b"state", ())
+        else:
+            reader.position = chunk.end
 
 
 def crash(segment: SegmentWriter) -> None:
@@ -82,13 +84,12 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
             append(segment, numbered(2))
             reader = own_reader(segment)
             chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
-            chunk.damaged.append(Damage("x.seg", 7, b"bad"))
             reader.acknowledge(chunk, b"s", [DeadLetter(b"x", "refused")])
         finally:
             os.umask(before)
         files = list((directory / f"{umask:o}").iterdir())
         assert {path.suffix for path in files} == {
-            ".seg", ".ack", ".own", ".ship", ".dead", ".bad"
+            ".seg", ".ack", ".own", ".ship", ".dead"
         }  # fmt: skip
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
         assert stat.S_IMODE((directory / f"{umask:o}").stat().st_mode) == 0o700
@@ -173,10 +174,10 @@ def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     stats = Counts()
-    reader = SegmentReader(segment.paths, lambda: segment.parts(), lambda *_, **__: None, stats)
+    reader = SegmentReader(segment.paths, segment.parts, stats)
     chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
     assert (chunk.records, chunk.damaged) == ([b"one"], [])
-    reader.skip(chunk)
+    reader.position = chunk.end
     path.write_bytes(whole)
     chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
     assert (chunk.records, chunk.damaged) == ([b"two"], [])
@@ -208,7 +209,7 @@ def test_cut_anywhere(payloads: list[bytes]) -> None:
         for cut in range(len(whole)):
             path.write_bytes(whole[:cut])
             stats = Counts()
-            reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
+            reader = SegmentReader(segment.paths, segment.parts, stats)
             got = read_all(reader, len(whole), ack=False)
             intact = sum(end <= cut for end in ends)
             # The line of which only the line feed is missing is intact as well.
@@ -230,7 +231,7 @@ def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
         for at in range(len(whole)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
             stats = Counts()
-            reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
+            reader = SegmentReader(segment.paths, segment.parts, stats)
             got = read_all(reader, len(whole), ack=False)
             hit = next(n for n in range(len(lines)) if at < starts[n + 1]) - 2
             others = [p for n, p in enumerate(payloads) if n != hit]
@@ -238,7 +239,7 @@ def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
 
 
 def test_damaged_lines_are_counted_and_kept_aside(tmp_path: Path) -> None:
-    """What cannot be read is not thrown away: it is counted, and kept with its place."""
+    """What cannot be read is a dead letter, whose reason says where it was."""
     segment = make_segment(tmp_path)
     append(segment, [b"one", b"two", b"three"])
     crash(segment)
@@ -246,24 +247,23 @@ def test_damaged_lines_are_counted_and_kept_aside(tmp_path: Path) -> None:
     damaged = path.read_bytes().replace(b" two\n", b" tvo\n")
     path.write_bytes(damaged)
     stats = Counts()
-    reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats)
-    assert read_all(reader, segment.end) == [b"one", b"three"]
-    assert stats.snapshot().bad_lines == 1
-    kept = json.loads(segment.paths.bad.read_bytes())
-    line = kept["line"].encode()
+    assert read_all(own_reader(segment, stats), segment.end) == [b"one", b"three"]
+    assert stats.dead_letters == 1
+    kept = json.loads(segment.paths.dead.read_bytes())
+    line = kept["record"].encode()
     assert line.endswith(b" tvo")
-    assert damaged[kept["offset"] :].startswith(line + b"\n")
-    info = inspect_segment(segment.paths)
-    assert info.bad_lines == 1
-    assert info.damaged == [f"{path.name} at byte {damaged.index(line)}"]
+    reason = f"damaged line of the spool, at byte {damaged.index(line)} of {path.name}"
+    assert kept["reason"] == reason
+    assert inspect_segment(segment.paths).dead_letters == {reason: 1}
 
 
 def test_damage_that_another_version_kept_is_counted(tmp_path: Path) -> None:
-    """Version 0.1.0 kept the lines as they were, without their places."""
+    """Version 0.1.0 kept the lines as they were, without their places, until they are purged."""
     paths = Paths(tmp_path, "host-1-abc-ff")
     paths.bad.write_bytes(b"1r torn\n\xff\n")
-    info = inspect_segment(paths)
-    assert (info.bad_lines, info.damaged) == (2, [])
+    assert inspect_segment(paths).dead_letters == {"damaged line of the spool": 2}
+    assert purge(paths)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_corrupt_acknowledgement_is_no_acknowledgement(tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
     first, second = map(json.loads, segment.paths.dead.read_text().splitlines())
     assert (first["reason"], first["record"]) == ("too long", "text")
     assert (second["reason"], second["record_base64"]) == ("no", "/w==")
-    assert stats.snapshot().dead_letters == 2
-    assert stats.snapshot().delivered == 0
+    assert stats.dead_letters == 2
+    assert stats.delivered == 0
     segment.close(delete=True)
     assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
 
@@ -302,24 +302,22 @@ def test_one_record_that_makes_many_dead_letters_is_one_not_delivered(tmp_path: 
     append(segment, [b"one"])
     chunk = reader.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
     reader.acknowledge(chunk, b"s", [DeadLetter(b"item %d" % n, "no") for n in range(5)])
-    assert (stats.snapshot().delivered, stats.snapshot().dead_letters) == (0, 5)
+    assert (stats.delivered, stats.dead_letters) == (0, 5)
     segment.close(delete=True)
 
 
 def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
-    """Beyond it dead letters and bad lines are counted, where other processes see them."""
+    """Beyond it dead letters are counted, where other processes see them."""
     segment, stats = make_segment(tmp_path), Counts()
-    aside = DeadLetters(segment.paths, stats, cap_bytes=1000)
-    reader = SegmentReader(segment.paths, segment.parts, segment.discard, stats, aside)
+    reader = SegmentReader(segment.paths, segment.parts, stats, aside_bytes=1000)
     append(segment, numbered(4))
     chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
-    chunk.damaged += [Damage("x.seg", 0, b"x" * 700), Damage("x.seg", 701, b"y" * 700)]
+    chunk.damaged += [DeadLetter(b"x" * 700, "damaged"), DeadLetter(b"y" * 700, "damaged")]
     reader.acknowledge(chunk, b"s", [DeadLetter(b"z" * 100, "no")] * 4)
     info = inspect_segment(segment.paths)
-    assert (info.dead_letters, info.bad_lines) == (4, 0)
-    assert info.losses == stats.snapshot().dropped == {ASIDE_FULL: 2}
-    assert (stats.snapshot().dead_letters, stats.snapshot().bad_lines) == (4, 0)
-    assert not segment.paths.bad.exists()
+    assert info.dead_letters == {"no": 4}
+    assert info.losses == stats.dropped == {ASIDE_FULL: 2}
+    assert stats.dead_letters == 4
     crash(segment)
     assert purge(segment.paths)
     assert list(tmp_path.iterdir()) == []
@@ -330,14 +328,14 @@ def test_losses_are_saved_once(tmp_path: Path) -> None:
     stats = Counts()
     first, second = (Paths(tmp_path / "spool", stem) for stem in ("a", "b"))
     stats.drop(SPOOL_FULL)
-    DeadLetters(first, stats).save_losses()  # There is no directory.
+    stats.save_losses(first)  # There is no directory.
     (tmp_path / "spool").mkdir()
-    DeadLetters(first, stats).save_losses()
+    stats.save_losses(first)
     stats.drop(DISK_FULL, 2)
-    DeadLetters(second, stats).save_losses()
+    stats.save_losses(second)
     others = Counts()
     others.drop(DISK_FULL)
-    DeadLetters(second, others).save_losses()
+    others.save_losses(second)
     found = [inspect_segment(paths).losses for paths in (first, second)]
     assert found == [{SPOOL_FULL: 1}, {DISK_FULL: 3}]
 
@@ -471,8 +469,13 @@ def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     segment, stats = make_segment(tmp_path), Counts()
     append(segment, [b"one"])
+
+    def fail(part: DiskPart, lines: list[bytes]) -> int:
+        part.failure = SPOOL_UNWRITABLE
+        return 0
+
     with monkeypatch.context() as patch:
-        patch.setattr(DiskPart, "append", lambda part, lines: 0)
+        patch.setattr(DiskPart, "append", fail)
         append(segment, [b"in memory"])
     append(segment, [b"three"])
     assert read_all(own_reader(segment), segment.end, ack=False) == [b"one", b"in memory", b"three"]
@@ -480,7 +483,7 @@ def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     taken = claim(segment.paths, stats)
     assert taken is not None
     assert read_all(taken.reader, segment.end) == [b"one", b"three"]
-    assert stats.snapshot().dropped == {}
+    assert stats.dropped == {}
     taken.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -498,7 +501,7 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
     append(segment, [b"after"])
     assert inspect_segment(segment.paths).owner_alive
     assert read_all(reader, segment.end) == [b"after"]
-    assert stats.snapshot().dropped == {"spool_removed": 3}
+    assert stats.dropped == {"spool_removed": 3}
     segment.close(delete=True)
 
 
@@ -516,7 +519,7 @@ def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path,
     assert reader.position == segment.end
     append(segment, [b"after"])
     assert read_all(reader, segment.end) == [b"after"]
-    assert stats.snapshot().dropped == {SPOOL_REMOVED: 3}
+    assert stats.dropped == {SPOOL_REMOVED: 3}
     segment.close(delete=True)
 
 
@@ -531,7 +534,7 @@ def test_a_file_cut_short_between_two_records_is_not_written_on(tmp_path: Path) 
     os.truncate(path, whole)
     append(segment, [b"after"])
     assert read_all(reader, segment.end) == [*numbered(1), b"after"]
-    assert stats.snapshot().dropped == {SPOOL_REMOVED: 2}
+    assert stats.dropped == {SPOOL_REMOVED: 2}
     segment.close(delete=True)
 
 
@@ -556,7 +559,7 @@ def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
     assert chunk.records == numbered(len(chunk.records))
     assert 0 < len(chunk.records) < 20
     reader.acknowledge(chunk, b"s", ())
-    assert stats.snapshot().dropped == {SPOOL_REMOVED: 20 - len(chunk.records)}
+    assert stats.dropped == {SPOOL_REMOVED: 20 - len(chunk.records)}
     segment.close(delete=True)
 
 
@@ -720,7 +723,7 @@ def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
     append(segment, [b"after"])
     assert read_all(reader, segment.end) == [b"after"]
     lost = 4 if part_bytes == MIB else 3
-    assert stats.snapshot().dropped == {SPOOL_UNREADABLE: lost}
+    assert stats.dropped == {SPOOL_UNREADABLE: lost}
     info = inspect_segment(segment.paths)
     assert (info.waiting, info.losses) == (0, {SPOOL_UNREADABLE: lost})
     aside = path.with_suffix(".bad")
@@ -746,7 +749,7 @@ def test_a_process_that_has_run_out_of_files_gives_no_part_up(
             with pytest.raises(OSError, match=os.strerror(code)):
                 read_all(reader, segment.end)
     assert read_all(reader, segment.end) == numbered(4)
-    assert stats.snapshot().dropped == {}
+    assert stats.dropped == {}
     segment.close(delete=True)
 
 

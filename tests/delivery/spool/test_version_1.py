@@ -47,14 +47,14 @@ class Restored(FakeSink):
 def test_it_can_be_inspected(segments: list[Paths]) -> None:
     """`status` shows such segments like any other."""
     first, second = map(inspect_segment, segments)
-    assert (first.host, first.pid, first.offline) == ("example-host", 1001, True)
-    assert (second.host, second.pid, second.offline) == ("example-host", 1002, False)
+    assert (first.head.host, first.head.pid, first.head.offline) == ("example-host", 1001, True)
+    assert (second.head.host, second.head.pid, second.head.offline) == ("example-host", 1002, False)
     for info in (first, second):
-        assert info.header is not None
-        assert json.loads(info.header)["experiment_name"] == "qitos-runs"
+        assert info.head.caller is not None
+        assert json.loads(info.head.caller)["experiment_name"] == "qitos-runs"
         assert info.waiting > 0
-        assert info.started_ns < info.last_time_ns
-        assert (info.bad_lines, info.owner_alive, info.delivering) == (0, False, False)
+        assert info.head.started_ns < info.last_time_ns
+        assert (info.dead_letters, info.owner_alive, info.delivering) == ({}, False, False)
 
 
 def test_it_is_delivered_to_its_end(spool: Path, segments: list[Paths]) -> None:
