@@ -18,12 +18,13 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import orjson
 import requests
 
-from qitos_mlflow.delivery import Counts, Outcome, deliver_segment, find_segments
+from qitos_mlflow.delivery import Counts, Delivery, find_segments, take
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
@@ -99,7 +100,11 @@ def deliver(directory: Path, uri: str) -> tuple[float, int, Recorder]:
 
     began = time.perf_counter()
     for paths in find_segments(directory):
-        assert deliver_segment(paths, open_sink, stats=stats) is Outcome.FINISHED
+        delivery = take(paths, open_sink, stats)
+        assert isinstance(delivery, Delivery)
+        with closing(delivery):
+            while delivery.step() is None:
+                time.sleep(delivery.circuit.delay_s)
     taken = time.perf_counter() - began
     assert not stats.dead_letters
     return taken, stats.delivered, recorder

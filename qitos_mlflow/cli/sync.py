@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +28,12 @@ from qitos_mlflow.cli._spool import (
 from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
-    from qitos_mlflow.delivery import Counts, Outcome, Paths, SegmentInfo
+    from qitos_mlflow.delivery import Delivery, Outcome, Paths, SegmentInfo
 
 PATIENCE_S = "30"
 """Default of --patience (seconds, as text for --help)."""
+LOOK_EVERY_S = 0.5
+"""How often the end of patience is looked for while nothing is sent (seconds)."""
 
 
 @click.command()
@@ -110,8 +111,8 @@ class Sync:
     """Delivers some segments, one after another.
 
     Args:
-        ways: how `deliver_segment` opens sinks.
-        patience_s: how long a server may accept nothing before its segments are left.
+        ways: how `delivery.take` opens sinks.
+        patience_s: how long a server may fail before its segments are left.
         uri_of: the destination of a segment with this header.
     """
 
@@ -124,19 +125,15 @@ class Sync:
         from qitos_mlflow.delivery import Counts
 
         self.counts = Counts()
-        self.outcomes: Counter[Outcome] = Counter()
+        self.outcomes: Counter[Outcome | None] = Counter()
         self.problems: dict[Paths, str] = {}
         """The segments not delivered, each with its reason; "" if another line says why."""
         self._ways = ways
         self._patience_s = patience_s
         self._uri_of = uri_of
         self._stop = threading.Event()
-        self._interrupted = False
         self._given_up: dict[tuple[str, str | None], str] = {}
         """Servers, and experiments of a server, that are not tried again, each with the reason."""
-        self._failure = ""
-        self._settled = 0
-        self._settled_at = 0.0
 
     def run(self, segments: Iterable[SegmentInfo]) -> None:
         """Deliver `segments`. Shows a progress bar if stdout is a terminal."""
@@ -147,57 +144,69 @@ class Sync:
         progress = Progress(*columns, transient=True)
         # Without a terminal rich 13 leaves an empty line behind.
         shown = progress if progress.console.is_terminal else nullcontext()
-        with _signals(self._interrupt), shown:
+        with _signals(self._stop.set), shown:
             bar = progress.add_task("records", total=sum(s.waiting for s in segments))
-            for segment in segments:
-                self._deliver(segment, lambda: progress.update(bar, completed=self._look()))
 
-    def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> None:
-        from qitos_mlflow.delivery import Outcome, deliver_segment
+            def moved() -> None:
+                counts = self.counts
+                progress.update(bar, completed=counts.delivered + counts.dead_letters)
+
+            for segment in segments:
+                try:
+                    problem = self._deliver(segment, moved)
+                except OSError as error:
+                    problem = f"cannot be read: {reason_of(error)}"
+                if problem is not None:
+                    self.problems[segment.paths] = problem
+
+    def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> str | None:
+        """Deliver a segment. Returns the reason if that fails; "" if another line says it."""
+        from qitos_mlflow.delivery import Delivery, Outcome, take
         from qitos_mlflow.redaction.redact import without_credentials
 
-        header, paths = header_of(segment), segment.paths
+        header = header_of(segment)
         uri = self._uri_of(header)
         to = without_credentials(uri) if uri else destination_of(header)
-        try:
-            experiment = experiment_of(segment)
-            if self._interrupted or self._given_up.keys() & {(to, None), (to, experiment)}:
-                self.problems[paths] = ""
-                return
-            self._stop.clear()
-            self._settled_at = time.monotonic()
-            self._failure = f"nothing was accepted for {self._patience_s:g} s"
-            outcome = deliver_segment(
-                paths,
-                stop=self._stop,
-                stats=self.counts,
-                progress=lambda _: moved(),
-                failed=self._failed,
-                **self._ways,
-            )
-        except OSError as error:
-            self.problems[paths] = f"cannot be read: {reason_of(error)}"
-            return
+        experiment = experiment_of(segment)
+        if self._stop.is_set() or self._given_up.keys() & {(to, None), (to, experiment)}:
+            return ""
+        taken = take(segment.paths, stats=self.counts, **self._ways)
+        outcome = self._send(taken, moved) if isinstance(taken, Delivery) else taken
         self.outcomes[outcome] += 1
         if outcome is Outcome.UNREADABLE:
-            self.problems[paths] = (
+            return (
                 "has a damaged header, so its destination is unknown; give it: "
-                f"qitos-mlflow sync --tracking-uri URI {paths.parts()[0][1]}"
+                f"qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}"
             )
-        elif outcome is Outcome.UNFINISHED:
-            self.problems[paths] = "" if self._interrupted else self._give_up(to, experiment, uri)
+        if outcome is not None or not isinstance(taken, Delivery):
+            return None
+        return "" if self._stop.is_set() else self._give_up(to, experiment, uri, taken)
 
-    def _give_up(self, to: str, experiment: str | None, uri: str | None) -> str:
+    def _send(self, delivery: Delivery, moved: Callable[[], None]) -> Outcome | None:
+        """Send a segment; None if a signal ends that, or nothing was accepted for too long."""
+        outcome, circuit = None, delivery.circuit
+        with closing(delivery):
+            while outcome is None and not self._stop.is_set():
+                if circuit.problem is not None and circuit.failing_s >= self._patience_s:
+                    break
+                if circuit.delay_s:  # A server may ask for minutes.
+                    self._stop.wait(min(circuit.delay_s, LOOK_EVERY_S))
+                else:
+                    outcome = delivery.step()
+                    moved()
+        return outcome
+
+    def _give_up(self, to: str, experiment: str | None, uri: str | None, failed: Delivery) -> str:
         """Remember what not to try again. Returns what to say about this segment alone."""
         from qitos_mlflow.cli._server import ask
 
-        answer = ask(uri)
+        answer, problem = ask(uri), str(failed.circuit.problem)
         if answer.reachable is False:
             self._given_up[to, None] = answer.detail
         elif experiment is None:
-            return f"rejected by {to}: {self._failure}"
+            return f"refused by {to}: {problem}"
         else:  # The server may accept other experiments.
-            self._given_up[to, experiment] = self._failure
+            self._given_up[to, experiment] = problem
         return ""
 
     def show(self) -> None:
@@ -219,30 +228,13 @@ class Sync:
             if experiment is None:
                 complain(f"{to} is unreachable: {reason}")
             else:
-                complain(f"{to} rejected the data of experiment {experiment!r}: {reason}")
+                complain(f"{to} refused the data of experiment {experiment!r}: {reason}")
         for paths, reason in self.problems.items():
             if reason:
                 complain(f"segment {paths.stem} {reason}")
         if self.problems:
             left = plural(len(self.problems), "segment")
             complain(f"{left} not delivered; run `qitos-mlflow sync` again later")
-
-    def _look(self) -> int:
-        """How many records are settled. Ends the delivery of a segment that makes no progress."""
-        counts = self.counts
-        settled = counts.delivered + counts.dead_letters
-        if settled > self._settled:
-            self._settled, self._settled_at = settled, time.monotonic()
-        elif time.monotonic() - self._settled_at > self._patience_s:
-            self._stop.set()
-        return settled
-
-    def _failed(self, reason: str) -> None:
-        self._failure = reason
-
-    def _interrupt(self) -> None:
-        self._interrupted = True
-        self._stop.set()
 
 
 def _follow(directory: Path, ways: dict[str, Any]) -> None:
@@ -260,12 +252,9 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
     click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
     stop, total = threading.Event(), Counts()
     with _signals(stop.set), Console().status("") as status:
-
-        def moved(stats: Counts) -> None:
-            refused = f", {stats.dead_letters} refused or damaged" if stats.dead_letters else ""
-            status.update(f"{directory}: {plural(stats.delivered, 'record')} delivered{refused}")
-
-        follow(directory, stop=stop, stats=total, progress=moved, **ways)
+        for _ in follow(directory, stop=stop, stats=total, **ways):
+            refused = f", {total.dead_letters} refused or damaged" if total.dead_letters else ""
+            status.update(f"{directory}: {plural(total.delivered, 'record')} delivered{refused}")
     click.echo(f"{plural(total.delivered, 'record')} delivered")
 
 

@@ -1,7 +1,7 @@
 """From bytes in memory to a server, through a spool on disk: in order, at least once.
 
 Receives opaque records, hands them to a `Sink`. Imports neither qitos nor mlflow and never looks
-inside a record. `Pipeline` is the agent's side; `deliver_segment` and `follow` deliver what other
+inside a record. `Pipeline` is the agent's side; `take` and `follow` deliver what other
 processes left. docs/spool.md says what survives what.
 
     pipeline          all of it as one object; pipeline_threads: its threads and files while at work
@@ -9,7 +9,7 @@ processes left. docs/spool.md says what survives what.
     spooling_thread   queue -> normalize -> segment
     sending_thread    segment -> sink: *when* something is sent; backoff: when to try again
     segment_transfer  *how* one segment is sent: read, prepare, send, acknowledge
-    leftovers         the same for segments of other processes; sidecar: for a whole directory
+    leftovers         the same for segments of other processes, one or a whole directory
     sink              the interface of what knows the server
     fork              what a fork waits for
     spool/            everything on disk
@@ -18,9 +18,8 @@ processes left. docs/spool.md says what survives what.
 from __future__ import annotations
 
 from qitos_mlflow.delivery.fork import importing
-from qitos_mlflow.delivery.leftovers import Outcome, deliver_segment
+from qitos_mlflow.delivery.leftovers import Delivery, Outcome, follow, take
 from qitos_mlflow.delivery.pipeline import Pipeline
-from qitos_mlflow.delivery.sidecar import follow
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
@@ -35,6 +34,7 @@ from qitos_mlflow.delivery.spool.segments import (
 __all__ = [
     "Counts",
     "DeadLetter",
+    "Delivery",
     "OutOfTime",
     "Outcome",
     "Paths",
@@ -42,11 +42,11 @@ __all__ = [
     "RetryLater",
     "SegmentInfo",
     "Sink",
-    "deliver_segment",
     "find_segments",
     "follow",
     "importing",
     "inspect_segment",
     "purge",
+    "take",
     "waiting_records",
 ]

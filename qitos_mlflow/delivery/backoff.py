@@ -1,6 +1,6 @@
-"""When to try again: exponential backoff with full jitter, as a circuit breaker.
+"""Attempts to send, and when to try again: exponential backoff with full jitter.
 
-The circuit is closed while the server answers. A failure opens it: no attempt before the delay
+A circuit breaker: closed while the server answers. A failure opens it: no attempt before the delay
 has passed. The attempt after it is the probe (half-open); only its success closes the circuit.
 Only the monotonic clock counts, so setting the wall clock changes nothing.
 """
@@ -10,6 +10,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery.sink import OutOfTime, RetryLater
+
+T = TypeVar("T")
 
 FIRST_DELAY_S = 0.5
 """Upper bound of the first delay (seconds); each further failure in a row doubles the bound."""
@@ -26,7 +32,7 @@ RETRY_AFTER_SPREAD_S = 1.0
 
 
 class Circuit:
-    """Whether the server may be tried now. One thread reports attempts; any thread may read."""
+    """Whether the server may be tried now. One thread makes attempts; any thread may read."""
 
     def __init__(
         self,
@@ -37,7 +43,10 @@ class Circuit:
         self._uniform = uniform
         self._failures = 0
         self._open_until = 0.0
+        self._failing_since = 0.0
         self._succeeded = False
+        self.problem: str | None = None
+        """Why the last attempt failed; None after one that succeeded."""
         self.asked = False
         """Whether the server named the delay itself (Retry-After)."""
 
@@ -46,22 +55,56 @@ class Circuit:
         """Whether the last attempt succeeded; None before the first one ended."""
         return False if self._failures else True if self._succeeded else None
 
-    def timeout_s(self, timeout_s: float) -> float:
-        """How long the next attempt may take: `timeout_s`, or less right after a failure."""
-        return min(timeout_s, PROBE_TIMEOUT_S) if 0 < self._failures <= PROBES else timeout_s
+    @property
+    def failing_s(self) -> float:
+        """How long ago the first one of the last failures in a row began (seconds)."""
+        return self._clock() - self._failing_since if self._failures else 0.0
 
     @property
     def delay_s(self) -> float:
         """Seconds to wait before the next attempt; 0 when it may be made now."""
         return max(0.0, self._open_until - self._clock()) if self._failures else 0.0
 
-    def succeeded(self) -> None:
-        """An attempt got through: close the circuit."""
+    def attempt(self, send: Callable[[float], T], timeout_s: float) -> T | None:
+        """Call `send` with the seconds that it may take; None if it failed or is not done yet.
+
+        Right after a failure these are fewer than `timeout_s`. Never raises: `problem` says what
+        the matter is.
+        """
+        began = self._clock()
+        after_s = None
+        try:
+            done = send(min(timeout_s, PROBE_TIMEOUT_S) if self._is_probe else timeout_s)
+        except OutOfTime:
+            self._succeed()
+            return None
+        except RetryLater as later:
+            problem, after_s = later.reason, later.after_s
+        except OSError as error:
+            problem = f"the spool cannot be read or written: {error}"
+            _guard.warn("delivery.spool", "%s; it is tried again later", problem)
+        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
+            problem = _guard.in_words(error)
+            _guard.report("delivery.sending", error)
+        else:
+            self._succeed()
+            return done
+        self._fail(began, problem, after_s)
+        return None
+
+    @property
+    def _is_probe(self) -> bool:
+        return 0 < self._failures <= PROBES
+
+    def _succeed(self) -> None:
         self._failures = 0
         self._succeeded = True
+        self.problem = None
 
-    def failed(self, after_s: float | None = None) -> None:
-        """An attempt failed: open the circuit, for `after_s` seconds when the server said so."""
+    def _fail(self, began: float, problem: str, after_s: float | None) -> None:
+        self.problem = problem
+        if not self._failures:
+            self._failing_since = began
         self.asked = after_s is not None
         if after_s is not None:
             delay = min(max(after_s, 0.0), MAX_RETRY_AFTER_S)

@@ -1,34 +1,41 @@
 """Delivers segments of other processes, each to its end or as far as it goes.
 
-`deliver_segment` is one call of `qitos-mlflow sync`; `Leftovers` is what the sending thread of a
-living process takes over between its own batches. Segments of dead processes are delivered to
-their end, their open traces ended, their files deleted. Of living processes, only those that work
-offline are delivered by others.
+`take` claims one, for `qitos-mlflow sync`. `Deliveries` gives all those of a directory their turns,
+for `follow` (`sync` as a sidecar) and for `Leftovers` (the sending thread of a living process,
+between its own batches). Segments of dead processes are delivered to their end, their open traces
+ended, their files deleted. Of living processes, only those that work offline are delivered by
+others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
-from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
+from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.locks import is_held
 from qitos_mlflow.delivery.spool.paths import Paths, find_segments
 from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head
 
-REPORT_EVERY_S = 0.5
-"""How often `deliver_segment` reports progress while it waits (seconds)."""
 MAKE_ROOM_AFTER_S = 60.0
-"""A segment that has failed for this long makes room for others (seconds)."""
+"""A segment that has failed for this long makes room for others between attempts (seconds)."""
+FOLLOW_EVERY_S = 0.5
+"""How often `follow` looks for new records and segments (seconds)."""
+OPEN_SEGMENTS = 64
+"""Most segments that `follow` has open: each is a lock, a connection and some MiB of records."""
+TURN_S = 5.0
+"""How long `follow` sends a dead process's segment before the next one has its turn (seconds)."""
 FIRST_LOOK_S = 2.0
 """When a process first looks for leftovers: not in one that ends sooner (seconds)."""
 LOOK_EVERY_S = 30.0
@@ -56,8 +63,6 @@ class Outcome(Enum):
     """Another process delivers it: its owner, or another sync."""
     UNREADABLE = "unreadable"
     """The header is damaged in every part, so the destination is not known."""
-    UNFINISHED = "unfinished"
-    """The delivery was stopped; the rest is kept."""
 
 
 class Delivery:
@@ -65,55 +70,27 @@ class Delivery:
 
     def __init__(self, claimed: Claim, open_sink: Callable[[], Sink]) -> None:
         self.circuit = Circuit()
-        self.problem: str | None = None
-        """Why the last step failed; None after a success."""
         self.owner_alive = True
         """Whether the segment's owner was alive at the last step."""
         self._claim = claimed
         self._transfer = SegmentTransfer(claimed.reader, open_sink)
-        self._failing_since = 0.0
-        self._out_of_time = False
 
     @property
-    def may_wait(self) -> bool:
-        """Whether it may make room for others without sending a batch from the beginning again."""
-        return self.gives_up or (self.problem is None and not self._out_of_time)
-
-    @property
-    def gives_up(self) -> bool:
-        """Whether it has failed for so long that others should have its place."""
-        failing_s = time.monotonic() - self._failing_since
-        return self.problem is not None and failing_s >= MAKE_ROOM_AFTER_S
+    def halfway(self) -> bool:
+        """Whether it would begin a batch anew if it made room for another segment."""
+        return self._transfer.halfway
 
     def step(self, timeout_s: float = SEND_TIMEOUT_S) -> Outcome | None:
-        """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``."""
-        self._out_of_time = False
-        try:
-            outcome = self._step(self.circuit.timeout_s(timeout_s))
-        except OutOfTime:
-            self._out_of_time = True
-            outcome = None
-        except RetryLater as later:
-            self._failed(later.reason, later.after_s)
-            return None
-        except OSError as error:
-            self._failed(f"{self._claim.paths.stem} cannot be read or deleted: {error}")
-            _guard.warn("delivery.read", "%s; it is tried again later", self.problem)
-            return None
-        self.problem = None
-        self.circuit.succeeded()
-        return outcome
+        """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``.
 
-    def _failed(self, problem: str, after_s: float | None = None) -> None:
-        if self.problem is None:
-            self._failing_since = time.monotonic()
-        self.problem = problem
-        self.circuit.failed(after_s)
+        Never raises; ``circuit.problem`` says why it failed, if it did.
+        """
+        return self.circuit.attempt(self._step, timeout_s)
 
     def _step(self, timeout_s: float) -> Outcome | None:
         # Before reading: what the owner wrote until then is read.
         alive = self.owner_alive = self._claim.owner_alive()
-        if self._transfer.step(end=None, sealed=not alive, timeout_s=timeout_s):
+        if self._transfer.step(timeout_s, end=None, sealed=not alive):
             return None
         if alive:
             return Outcome.UP_TO_DATE
@@ -132,6 +109,12 @@ def take(
 ) -> Delivery | Outcome:
     """Claim a segment for delivery; an outcome where that is impossible or not needed.
 
+    Args:
+        paths: the segment, see `find_segments`.
+        open_sink: given the segment's header, on the thread that takes the steps.
+        stats: counts what is delivered.
+        default_header: for a segment whose own cannot be read.
+
     Raises:
         OSError: the spool cannot be read or written.
     """
@@ -145,60 +128,172 @@ def take(
     if header is None:
         claimed.release()
         return Outcome.UNREADABLE
-    return Delivery(claimed, lambda: open_sink(header))
+    return Delivery(claimed, partial(open_sink, header))
 
 
-def deliver_segment(
-    paths: Paths,
-    open_sink: OpenSink,
-    *,
-    stop: threading.Event | None = None,
-    stats: Counts | None = None,
-    progress: Callable[[Counts], None] | None = None,
-    failed: Callable[[str], None] | None = None,
-    default_header: bytes | None = None,
-) -> Outcome:
-    """Deliver what a segment has now. Blocks, and waits for the server until `stop` is set.
+class Deliveries:
+    """The segments of a directory that this process delivers for others. One thread only.
+
+    A segment that fails keeps its place for `MAKE_ROOM_AFTER_S`. From then on it is open for its
+    attempts only, so that other segments and other processes have their chance.
 
     Args:
-        paths: the segment, see `find_segments`.
-        open_sink: given the segment's header, on this thread.
+        directory: the spool; may not exist yet.
+        take: claims a segment; None leaves it alone for now. May raise.
+        most: how many segments may be open at once.
+        turn_s: how long a dead process's segment is sent before the next one has its turn.
+        timeout_s: about how long one step may take.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        take: Callable[[Paths], Delivery | None],
+        *,
+        most: int,
+        turn_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._directory = directory
+        self._take = take
+        self._most = most
+        self._turn_s = turn_s
+        self._timeout_s = timeout_s
+        self._open: dict[Paths, Delivery] = {}
+        self._failed: dict[Paths, Circuit] = {}
+        """The segments that have made room, and when they may be tried again."""
+
+    @property
+    def delay_s(self) -> float:
+        """In how many seconds one that is open may go on; infinite if none is."""
+        return min((delivery.circuit.delay_s for delivery in self._open.values()), default=math.inf)
+
+    def round(self) -> Iterator[bool]:
+        """Give each segment a turn; after each step, yields whether it may go on at once."""
+        try:
+            found = find_segments(self._directory) if self._directory.is_dir() else []
+        except OSError as error:
+            _guard.warn(
+                "delivery.look",
+                "%s cannot be read (%s); it is tried again",
+                self._directory,
+                error,
+            )
+            self.close()  # The open segments may have all the descriptors there are.
+            return
+        for gone in self._open.keys() - set(found):
+            self._open.pop(gone).close()
+        self._failed = {paths: self._failed[paths] for paths in found if paths in self._failed}
+        for paths in found:
+            try:
+                delivery = self._open.get(paths) or self._begin(paths)
+            except OSError as error:
+                _guard.warn("delivery.look", "%s cannot be delivered yet: %s", paths.stem, error)
+            except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
+                _guard.report("delivery.take", error)
+            else:
+                if delivery is not None and not delivery.circuit.delay_s:
+                    yield from self._turn(paths, delivery)
+
+    def close(self) -> None:
+        """Release the segments for others; what is delivered of them is on the disk."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _begin(self, paths: Paths) -> Delivery | None:
+        """Open a segment; None where that is impossible, now or at all."""
+        circuit = self._failed.get(paths)
+        if circuit is not None and circuit.delay_s:
+            return None
+        spare = None
+        if len(self._open) >= self._most:
+            # The one opened last, so that most of them keep their connections from round to round.
+            whole = (p for p, delivery in reversed(self._open.items()) if not delivery.halfway)
+            spare = next(whole, None)
+            if spare is None:
+                return None
+        delivery = self._take(paths)
+        if delivery is None:
+            return None
+        if spare is not None:
+            self._open.pop(spare).close()
+        delivery.circuit = self._failed.pop(paths, delivery.circuit)
+        self._open[paths] = delivery
+        return delivery
+
+    def _turn(self, paths: Paths, delivery: Delivery) -> Iterator[bool]:
+        """One step; if the owner is gone, as many as it takes to finish the segment."""
+        until = time.monotonic() + self._turn_s
+        goes_on = True
+        while goes_on:
+            outcome = delivery.step(self._timeout_s)
+            failing = delivery.circuit.problem is not None
+            if failing and delivery.circuit.failing_s >= MAKE_ROOM_AFTER_S:
+                self._failed[paths] = delivery.circuit
+            if outcome is Outcome.FINISHED or paths in self._failed:
+                self._open.pop(paths).close()
+            more = outcome is None and not failing
+            goes_on = more and not delivery.owner_alive and time.monotonic() < until
+            yield more
+
+
+def follow(
+    directory: Path,
+    open_sink: OpenSink,
+    *,
+    stop: threading.Event,
+    stats: Counts,
+    default_header: bytes | None = None,
+) -> Iterator[None]:
+    """Deliver all segments of `directory`, later ones included, until `stop` is set.
+
+    One thread for all of them: a segment whose server is away does not delay the others. Yields
+    after each step and after each look at the directory.
+
+    Args:
+        directory: the spool; may not exist yet.
+        open_sink: given a segment's header, on this thread.
         stop: ends it, after the step under way.
         stats: counts what is delivered.
-        progress: called with `stats` after each step and every `REPORT_EVERY_S` while waiting.
-        failed: called with the reason when a step fails that is tried again.
-        default_header: for a segment whose own cannot be read.
-
-    Raises:
-        OSError: the spool cannot be read or written.
+        default_header: for segments whose own cannot be read.
     """
-    stop = stop or threading.Event()
-    stats = stats or Counts()
-    taken = take(paths, open_sink, stats, default_header)
-    if isinstance(taken, Outcome):
-        return taken
-    with contextlib.closing(taken) as delivery:
+
+    def take_readable(paths: Paths) -> Delivery | None:
+        taken = take(paths, open_sink, stats, default_header)
+        if taken is Outcome.UNREADABLE:
+            _guard.warn(
+                f"delivery.header.{paths.stem}",
+                "%s has no readable header, so its destination is not known; name one with "
+                "`qitos-mlflow sync --tracking-uri URI`",
+                paths.stem,
+            )
+        return taken if isinstance(taken, Delivery) else None
+
+    with contextlib.closing(
+        Deliveries(
+            directory,
+            take_readable,
+            most=OPEN_SEGMENTS,
+            turn_s=TURN_S,
+            timeout_s=SEND_TIMEOUT_S,
+        )
+    ) as deliveries:
         while not stop.is_set():
-            outcome = None
-            if delay := delivery.circuit.delay_s:
-                stop.wait(min(delay, REPORT_EVERY_S))  # A server may ask for minutes.
-            else:
-                outcome = delivery.step()
-                if failed is not None and delivery.problem is not None:
-                    failed(delivery.problem)
-            if progress is not None:
-                progress(stats)
-            if outcome is not None:
-                return outcome
-    return Outcome.UNFINISHED
+            idle = True
+            for more in deliveries.round():
+                yield
+                if stop.is_set():
+                    return
+                idle = idle and not more
+            yield
+            stop.wait(FOLLOW_EVERY_S if idle else 0.0)
 
 
 class Leftovers:
-    """What dead processes of this host left in the spool. Sending thread only, but for `pending`.
+    """What dead processes of this machine left in the spool. Sending thread, but for `pending`.
 
-    Leaves alone what other hosts recorded (they see to it) and what was recorded offline (its user
-    decides when it is delivered). A segment that fails keeps its place for `MAKE_ROOM_AFTER_S`, and
-    is tried again at the next look.
+    Leaves alone what other machines recorded (they see to it) and what was recorded offline (its
+    user decides when it is delivered).
 
     Args:
         directory: the spool.
@@ -208,8 +303,10 @@ class Leftovers:
     def __init__(self, directory: Path, open_leftovers: OpenLeftovers) -> None:
         self.pending = True
         """Whether a look is due or under way. Any thread."""
-        self._directory = directory
         self._open_leftovers = open_leftovers
+        self._deliveries = Deliveries(
+            directory, self._take, most=1, turn_s=math.inf, timeout_s=LEFTOVERS_STEP_S
+        )
         self._due_at = time.monotonic() + FIRST_LOOK_S
         self._steps = self._looks()
 
@@ -224,43 +321,17 @@ class Leftovers:
 
     def close(self) -> None:
         """Release the segment at hand for others. Nothing is sent afterwards."""
-        self._steps.close()
+        self._deliveries.close()
 
     def _looks(self) -> Generator[float, None, None]:
         """Each step; yields how long to pause before the next one (seconds)."""
         while True:
             self.pending = True
-            try:
-                found = find_segments(self._directory)
-            except OSError:  # The directory is gone, or cannot be read now.
-                found = []
-            for paths in found:
-                yield from self._deliver(paths)
-            self.pending = False
-            yield LOOK_EVERY_S
-
-    def _deliver(self, paths: Paths) -> Generator[float, None, None]:
-        try:
-            delivery = self._take(paths)
-            if delivery is None:
-                return
-            with contextlib.closing(delivery):
-                while not delivery.gives_up:
-                    if delay_s := delivery.circuit.delay_s:
-                        yield min(delay_s, LOOK_EVERY_S)  # A server may ask for minutes.
-                    elif delivery.step(LEFTOVERS_STEP_S) is None:
-                        yield BATCH_PAUSE_S
-                    else:
-                        break
-        except OSError as error:
-            _guard.warn(
-                "delivery.leftovers",
-                "records of a dead process cannot be read (%s); they are tried again later",
-                error,
-            )
-        except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
-            _guard.report("delivery.leftovers", error)
-        yield BATCH_PAUSE_S
+            for _ in self._deliveries.round():
+                yield BATCH_PAUSE_S
+            delay_s = self._deliveries.delay_s  # A server may ask for minutes.
+            self.pending = delay_s < math.inf
+            yield max(BATCH_PAUSE_S, min(delay_s, LOOK_EVERY_S))
 
     def _take(self, paths: Paths) -> Delivery | None:
         if is_held(paths.own):
@@ -271,7 +342,5 @@ class Leftovers:
         if head.host != socket.gethostname():
             return None
         open_sink = self._open_leftovers(head.caller)
-        if open_sink is None:
-            return None
-        claimed = claim(paths, Counts())
-        return None if claimed is None else Delivery(claimed, open_sink)
+        claimed = None if open_sink is None else claim(paths, Counts())
+        return None if open_sink is None or claimed is None else Delivery(claimed, open_sink)

@@ -41,13 +41,18 @@ class SegmentTransfer:
         """Every record before it was accepted or refused. Any thread."""
         return self._reader.position
 
-    def step(self, *, end: int | None, sealed: bool, timeout_s: float) -> bool:
+    @property
+    def halfway(self) -> bool:
+        """Whether the sink may have sent a part of a batch, which another one would send again."""
+        return self._chunk is not None or self._prepared
+
+    def step(self, timeout_s: float, *, end: int | None, sealed: bool) -> bool:
         """Send the next records, `BATCH_RECORDS` at most; False when there were none.
 
         Args:
+            timeout_s: about how long this may block.
             end: send nothing beyond this position; None for everything there is.
             sealed: no more records are appended before `end`.
-            timeout_s: about how long this may block.
 
         Raises:
             RetryLater: nothing was acknowledged; call again later.
@@ -60,6 +65,8 @@ class SegmentTransfer:
                 max_bytes=BATCH_BYTES,
             )
             if chunk.end == self._reader.position:
+                if end is not None and chunk.end < end:
+                    raise RetryLater("records are missing in the spool")
                 return False
             self._chunk = chunk
         if not self._chunk.records:
@@ -70,14 +77,16 @@ class SegmentTransfer:
         self._send(sink, self._chunk, timeout_s)
         return True
 
-    def abandon(self, timeout_s: float, *, closed: bool = False) -> None:
+    def abandon(self, timeout_s: float, *, closed: bool = False) -> bool:
         """Send what ends the traces left open by a process that died, or has `closed` in order.
+
+        Returns True: they are ended.
 
         Raises:
             RetryLater: call again later.
         """
         if closed and self._sink is None:
-            return  # It has sent nothing that could be open.
+            return True  # It has sent nothing that could be open.
         sink = self._open()
         try:
             if not self._prepared:
@@ -89,6 +98,7 @@ class SegmentTransfer:
             raise
         except Exception as error:
             raise _later("delivery.abandoned", error) from error
+        return True
 
     def close(self) -> None:
         """Close the sink."""

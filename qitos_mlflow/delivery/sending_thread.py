@@ -12,12 +12,12 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import BATCH_BYTES, SEND_TIMEOUT_S, SegmentTransfer
-from qitos_mlflow.delivery.sink import OutOfTime, RetryLater
 
 SEND_EVERY_S = 1.0
 """Spans gather this long before they are sent: seen within 2 s, and few requests (seconds)."""
@@ -134,45 +134,26 @@ class SendingThread:
 
         Never raises; `finished` says whether anything is left to do.
         """
-        try:
-            if 0 < self._written <= self._transfer.position:
-                timeout_s = max(LAST_TIMEOUT_S, deadline - time.monotonic())
-                self._transfer.abandon(min(SEND_TIMEOUT_S, timeout_s), closed=True)
-                self.finished = True
-        except RetryLater:
-            pass  # The process that takes the segment does it.
-        except Exception as error:  # noqa: BLE001 - the process ends as it would have
-            _guard.report("delivery.finish", error)
+        if 0 < self._written <= self._transfer.position:
+            timeout_s = max(LAST_TIMEOUT_S, deadline - time.monotonic())
+            # If this fails, the process that takes the segment does it.
+            self.finished = bool(
+                self._circuit.attempt(
+                    partial(self._transfer.abandon, closed=True), min(SEND_TIMEOUT_S, timeout_s)
+                )
+            )
         self._transfer.close()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Send one batch, and note how it went. Never raises."""
-        timeout_s = self._circuit.timeout_s(timeout_s)
         began, end = time.monotonic(), self._written
-        try:
-            sent = self._transfer.step(end=end, sealed=True, timeout_s=timeout_s)
-        except OutOfTime:
-            self._circuit.succeeded()
-        except RetryLater as later:
-            self._circuit.failed(later.after_s)
+        self._circuit.attempt(partial(self._transfer.step, end=end, sealed=True), timeout_s)
+        if self._circuit.problem is not None:
             _guard.warn(
                 "delivery.later",
                 "records are not delivered yet (%s); they are kept and sent again later",
-                later.reason,
+                self._circuit.problem,
             )
-        except OSError as error:
-            self._circuit.failed()
-            _guard.warn(
-                "delivery.read", "the spool cannot be read (%s); it is tried again later", error
-            )
-        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
-            _guard.report("delivery.sending", error)
-            self._circuit.failed()
-        else:
-            if sent:
-                self._circuit.succeeded()
-            elif self._transfer.position < end:  # Records are missing that must be there.
-                self._circuit.failed()
         with self._changed:
             # Records that one step had no room for are due now; others came while it was sent.
             late = self._transfer.position < end

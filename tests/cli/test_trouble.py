@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -178,14 +179,37 @@ def test_one_refused_experiment_does_not_stop_the_others(
     """Patience also ends while the server asks to retry; the other experiments are delivered."""
     for experiment in ("locked", "open", "locked"):
         write_segment(tmp_path, server, *trace(experiment))
-    ways = {"open_sink": Unwilling, "default_header": None}
-    sync = Sync(ways, 0.1, lambda header: header["tracking_uri"])
+    sync = Sync({"open_sink": Unwilling}, 0.1, lambda header: header["tracking_uri"])
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
     sync.show()
     shown = capsys.readouterr()
     assert shown.out == "2 records delivered, 1 segment finished\n"
     assert shown.err.splitlines() == [
-        f"qitos-mlflow: {server} rejected the data of experiment 'locked': HTTP 403: not yours",
+        f"qitos-mlflow: {server} refused the data of experiment 'locked': HTTP 403: not yours",
+        "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
+    ]
+
+
+class Interrupted(Unwilling):
+    """Ctrl-C comes while its server asks to wait."""
+
+    def send(self, timeout_s: float) -> list[Any]:
+        signal.raise_signal(signal.SIGINT)
+        raise RetryLater("HTTP 429", 300.0)
+
+
+def test_ctrl_c_does_not_wait_for_a_server(
+    tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patience and delays end with it, nothing else is begun, and what is left is counted."""
+    for _ in range(2):
+        write_segment(tmp_path, server, *trace("any"))
+    sync = Sync({"open_sink": Interrupted}, 1e9, lambda header: header["tracking_uri"])
+    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
+    sync.show()
+    shown = capsys.readouterr()
+    assert shown.out == "0 records delivered, 0 segments finished\n"
+    assert shown.err.splitlines() == [
         "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
     ]
 

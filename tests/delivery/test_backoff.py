@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qitos_mlflow.delivery import backoff
+from qitos_mlflow.delivery import RetryLater, backoff
 from qitos_mlflow.delivery.backoff import Circuit
 from tests.fakes.clock import Clock
 
@@ -10,6 +10,16 @@ from tests.fakes.clock import Clock
 def online(circuit: Circuit) -> bool | None:
     """Asked anew each time: mypy takes a property for something that stays as it was."""
     return circuit.online
+
+
+def fail(circuit: Circuit, after_s: float | None = None) -> None:
+    """An attempt that the server does not answer, or answers with a Retry-After."""
+
+    def send(timeout_s: float) -> None:
+        raise RetryLater("503", after_s)
+
+    assert circuit.attempt(send, 1.0) is None
+    assert circuit.problem == "503"
 
 
 def longest(low: float, high: float) -> float:
@@ -22,7 +32,7 @@ def test_delays_double_up_to_their_bound() -> None:
     circuit = Circuit(clock, longest)
     delays = []
     for _ in range(12):
-        circuit.failed()
+        fail(circuit)
         delays.append(circuit.delay_s)
     assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
     assert delays == sorted(delays)
@@ -38,20 +48,20 @@ def test_jitter_is_full() -> None:
         return low
 
     circuit = Circuit(Clock(), uniform)
-    circuit.failed()
-    circuit.failed()
+    fail(circuit)
+    fail(circuit)
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
 
 
 def test_retry_after_is_honoured_and_capped() -> None:
     """What the server asks for is the least delay; an absurd demand is not obeyed for ever."""
     circuit = Circuit(Clock(), lambda low, high: low)
-    circuit.failed(after_s=7.0)
+    fail(circuit, 7.0)
     assert circuit.delay_s == 7.0
     assert circuit.asked
-    circuit.failed(after_s=1e9)
+    fail(circuit, 1e9)
     assert circuit.delay_s == backoff.MAX_RETRY_AFTER_S
-    circuit.failed(after_s=-5.0)
+    fail(circuit, -5.0)
     assert circuit.delay_s == 0.0
 
 
@@ -61,14 +71,16 @@ def test_a_success_closes_the_circuit() -> None:
     circuit = Circuit(clock, longest)
     assert online(circuit) is None
     for _ in range(5):
-        circuit.failed()
+        fail(circuit)
     assert online(circuit) is False
     clock.now += 100
+    assert circuit.failing_s == 100
     assert circuit.delay_s == 0.0
     assert online(circuit) is False
-    circuit.succeeded()
+    assert circuit.attempt(lambda timeout_s: "done", 1.0) == "done"
+    assert circuit.problem is None
     assert online(circuit) is True
-    circuit.failed()
+    fail(circuit)
     assert circuit.delay_s == 0.5
 
 
@@ -76,5 +88,5 @@ def test_many_failures_do_not_overflow() -> None:
     """A server may be down for weeks."""
     circuit = Circuit(Clock(), longest)
     for _ in range(5000):
-        circuit.failed()
+        fail(circuit)
     assert circuit.delay_s == backoff.MAX_DELAY_S

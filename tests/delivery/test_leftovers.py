@@ -16,13 +16,11 @@ from qitos_mlflow.delivery import (
     Outcome,
     Paths,
     RetryLater,
-    deliver_segment,
     find_segments,
     follow,
     inspect_segment,
     leftovers,
     purge,
-    sidecar,
 )
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart
@@ -31,6 +29,7 @@ from tests.fakes.sink import (
     NOW,
     FakeServer,
     FakeSink,
+    deliver,
     left_behind,
     make_pipeline,
     numbered,
@@ -47,32 +46,26 @@ def test_a_dead_process_is_delivered_to_its_end(tmp_path: Path) -> None:
     info = inspect_segment(paths)
     assert (info.waiting, info.owner_alive, info.head.caller) == (40, False, b"the destination")
     assert info.last_time_ns == NOW
-    assert deliver_segment(paths, server.sink, stats=stats) is Outcome.FINISHED
+    assert deliver(paths, server.sink, stats=stats) is Outcome.FINISHED
     assert server.accepted == [*numbered(40), b"killed"]
     assert server.abandoned == [(40, NOW)]
     assert server.opened == [b"the destination"]
     assert stats.delivered == 40
     assert list(tmp_path.iterdir()) == []
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
 
 
 def test_a_delivery_goes_on_where_another_stopped(tmp_path: Path) -> None:
     """Stopped halfway, the next one sends the rest, with the sink's state as it was."""
-    server, stop = FakeServer(), threading.Event()
+    server = FakeServer()
     paths = left_behind(tmp_path, numbered(1200), part_bytes=MIB)
     server.breaks_after = 700
-
-    def stop_at_the_break(stats: Counts) -> None:
-        if server.breaks_after == 0:
-            stop.set()
-
-    outcome = deliver_segment(paths, server.sink, stop=stop, progress=stop_at_the_break)
-    assert outcome is Outcome.UNFINISHED
+    assert deliver(paths, server.sink, stop=lambda _: server.breaks_after == 0) is None
     assert server.accepted == numbered(700)
     acknowledged = 1200 - inspect_segment(paths).waiting
     assert 0 < acknowledged <= 700
     server.breaks_after = None
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert server.accepted == [*numbered(700), *numbered(1200)[acknowledged:], b"killed"]
     assert server.abandoned == [(1200, NOW)]
 
@@ -82,29 +75,11 @@ def test_a_server_that_is_away_leaves_everything(tmp_path: Path) -> None:
     server = FakeServer()
     paths = left_behind(tmp_path, numbered(3))
     server.breaks_after = 3  # All records get through, the ending does not.
-    stop = threading.Event()
-    outcome = deliver_segment(paths, server.sink, stop=stop, failed=lambda _: stop.set())
-    assert outcome is Outcome.UNFINISHED
+    assert deliver(paths, server.sink, stop=lambda it: it.circuit.problem is not None) is None
     assert inspect_segment(paths).waiting == 0
     server.breaks_after = None
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert server.accepted == [*numbered(3), b"killed"]
-
-
-def test_a_delivery_can_be_stopped(tmp_path: Path) -> None:
-    """Ctrl-C does not wait for a backoff."""
-    server, stop = FakeServer(), threading.Event()
-    server.down = RetryLater("429", after_s=100_000.0)
-    paths = left_behind(tmp_path, numbered(3))
-    outcomes: list[Outcome] = []
-    thread = threading.Thread(
-        target=lambda: outcomes.append(deliver_segment(paths, server.sink, stop=stop))
-    )
-    thread.start()
-    assert server.attempted.wait(LONG_S)
-    stop.set()
-    thread.join(LONG_S)
-    assert outcomes == [Outcome.UNFINISHED]
 
 
 def test_a_living_process_delivers_for_itself(tmp_path: Path) -> None:
@@ -122,7 +97,7 @@ def test_a_living_process_delivers_for_itself(tmp_path: Path) -> None:
         False,
         1,
     )
-    assert deliver_segment(paths, other.sink) is Outcome.BUSY
+    assert deliver(paths, other.sink) is Outcome.BUSY
     assert not purge(paths)
     own.down = None
     assert pipeline.close(LONG_S)
@@ -135,12 +110,12 @@ def test_two_at_once_do_no_harm(tmp_path: Path) -> None:
     paths = left_behind(tmp_path, numbered(10))
     lock = FileLock(paths.ship)
     assert lock.acquire()
-    assert deliver_segment(paths, server.sink) is Outcome.BUSY
+    assert deliver(paths, server.sink) is Outcome.BUSY
     assert not purge(paths)
     lock.release()
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome | None] = []
     threads = [
-        threading.Thread(target=lambda: outcomes.append(deliver_segment(paths, server.sink)))
+        threading.Thread(target=lambda: outcomes.append(deliver(paths, server.sink)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -160,11 +135,11 @@ def test_an_offline_process_is_delivered_while_it_lives(tmp_path: Path) -> None:
     assert not pipeline.flush(LONG_S)
     [paths] = find_segments(tmp_path)
     assert inspect_segment(paths).head.offline
-    assert deliver_segment(paths, server.sink) is Outcome.UP_TO_DATE
+    assert deliver(paths, server.sink) is Outcome.UP_TO_DATE
     assert pipeline.flush(LONG_S)
     pipeline.offer(b"two")
     assert not pipeline.close(LONG_S)
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert server.accepted == [b"one", b"two", b"killed"]
 
 
@@ -174,7 +149,8 @@ def following(
 ) -> Iterator[None]:
     """A sidecar is at work on another thread."""
     stop = threading.Event()
-    thread = threading.Thread(target=lambda: follow(spool, open_sink, stop=stop, stats=stats))
+    steps = follow(spool, open_sink, stop=stop, stats=stats or Counts())
+    thread = threading.Thread(target=lambda: list(steps))
     thread.start()
     try:
         yield
@@ -186,7 +162,7 @@ def following(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sidecars look at the directory all the time."""
-    monkeypatch.setattr(sidecar, "FOLLOW_EVERY_S", 0.01)
+    monkeypatch.setattr(leftovers, "FOLLOW_EVERY_S", 0.01)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -224,7 +200,7 @@ def test_dead_processes_are_finished_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are, a sidecar never has more than one of them open."""
-    monkeypatch.setattr(sidecar, "TURN_S", LONG_S)
+    monkeypatch.setattr(leftovers, "TURN_S", LONG_S)
     server, stats = FakeServer(), Counts()
     for _ in range(5):
         left_behind(tmp_path, numbered(40))
@@ -246,7 +222,7 @@ def test_dead_processes_are_finished_one_after_the_other(
 @pytest.mark.usefixtures("at_once")
 def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments whose server is away are open a few at a time, and each has its turn."""
-    monkeypatch.setattr(sidecar, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(leftovers, "OPEN_SEGMENTS", 2)
     monkeypatch.setattr(leftovers, "MAKE_ROOM_AFTER_S", 0.05)
     away, there = FakeServer(), FakeServer()
     away.down = RetryLater("503")
@@ -278,7 +254,7 @@ def test_more_living_processes_than_a_sidecar_has_in_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take turns; none waits for another one to end."""
-    monkeypatch.setattr(sidecar, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(leftovers, "OPEN_SEGMENTS", 2)
     server = FakeServer()
     pipelines = [make_pipeline(tmp_path, None) for _ in range(4)]
     with following(tmp_path, server.sink):
@@ -301,7 +277,7 @@ def test_a_damaged_header_needs_a_destination(tmp_path: Path, default: bytes | N
     paths = left_behind(tmp_path, [b"one"])
     [(_, part)] = paths.parts()
     part.write_bytes(part.read_bytes().replace(b"2c", b"2x", 1))
-    outcome = deliver_segment(paths, server.sink, default_header=default)
+    outcome = deliver(paths, server.sink, default_header=default)
     if default is None:
         assert outcome is Outcome.UNREADABLE
         assert inspect_segment(paths).waiting == 1
@@ -319,7 +295,7 @@ def test_what_a_process_left_before_its_first_record_is_removed(tmp_path: Path, 
     paths.ship.touch()
     for base in range(parts):
         paths.part(base).touch()
-    assert deliver_segment(paths, FakeServer().sink) is Outcome.FINISHED
+    assert deliver(paths, FakeServer().sink) is Outcome.FINISHED
     assert list(tmp_path.iterdir()) == []
 
 
@@ -337,7 +313,7 @@ def test_a_part_that_cannot_be_read_is_tried_again(
         return read(part, offset, size)
 
     monkeypatch.setattr(DiskPart, "read", fail_once)
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert server.accepted == [*numbered(3), b"killed"]
 
 
@@ -346,7 +322,7 @@ def test_dead_letters_outlive_their_segment_until_purged(tmp_path: Path) -> None
     server = FakeServer()
     server.refuses = lambda record: "no" if record == b"one" else None
     paths = left_behind(tmp_path, [b"one", b"two"])
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert [path.suffix for path in tmp_path.iterdir()] == [".dead"]
     assert sum(inspect_segment(paths).dead_letters.values()) == 1
     assert purge(paths)

@@ -18,14 +18,13 @@ from qitos_mlflow.delivery import (
     Outcome,
     Paths,
     RetryLater,
-    deliver_segment,
     segment_transfer,
 )
 from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.segments import claim, waiting_records
 from tests.delivery.spool.test_spool import MEMORY, NOW, append, crash, make_segment, own_reader
-from tests.fakes.sink import FakeServer
+from tests.fakes.sink import FakeServer, deliver
 
 BATCH = 4
 TORN = st.text("ab1 ", max_size=20).map(str.encode)
@@ -54,7 +53,7 @@ class Recording:
             patch.setattr(segment_transfer, "BATCH_RECORDS", BATCH)
             if dies:
                 patch.setattr(SegmentReader, "acknowledge", kill)
-            return transfer.step(end=end, sealed=True, timeout_s=1.0)
+            return transfer.step(1.0, end=end, sealed=True)
 
     def check(self) -> None:
         """All that was sent is in order; each death had the server get a batch again at most."""
@@ -138,7 +137,7 @@ class Lives(RuleBasedStateMachine):
         left = self.left.pop()
         left.server.breaks_after = None
         if steps is None:
-            assert deliver_segment(left.paths, left.server.sink) is Outcome.FINISHED
+            assert deliver(left.paths, left.server.sink) is Outcome.FINISHED
             assert left.server.accepted.pop() == b"killed"
             left.check()
             assert list(dict.fromkeys(left.server.accepted)) == left.recorded
@@ -211,7 +210,7 @@ def die_at(step: int, paths: Paths, log: Path) -> bool:
 
         for name in STEPS:
             setattr(os, name, stepping(getattr(os, name)))
-        finished = deliver_segment(paths, server.sink) is Outcome.FINISHED
+        finished = deliver(paths, server.sink) is Outcome.FINISHED
         os._exit(0 if finished else 1)
     finally:
         os._exit(2)
@@ -236,7 +235,7 @@ def test_a_delivery_may_be_killed_at_every_step(monkeypatch: pytest.MonkeyPatch)
             died = die_at(step, segment.paths, log)
             now.deaths = 1
             before = log.read_bytes().splitlines() if log.exists() else []
-            assert deliver_segment(segment.paths, now.server.sink) is Outcome.FINISHED
+            assert deliver(segment.paths, now.server.sink) is Outcome.FINISHED
             everything = before + now.server.accepted
             now.server.accepted = [record for record in everything if record != b"killed"]
             now.check()

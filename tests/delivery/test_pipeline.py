@@ -16,7 +16,6 @@ from qitos_mlflow.delivery import (
     Outcome,
     Pipeline,
     RetryLater,
-    deliver_segment,
     inspect_segment,
     segment_transfer,
     waiting_records,
@@ -24,7 +23,7 @@ from qitos_mlflow.delivery import (
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS, SEND_TIMEOUT_S
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
-from tests.fakes.sink import FakeServer, FakeSink, Losses, make_pipeline, numbered
+from tests.fakes.sink import FakeServer, FakeSink, Losses, deliver, make_pipeline, numbered
 from tests.waiting import eventually
 
 LONG_S = 60.0
@@ -387,7 +386,7 @@ def test_what_closing_could_not_end_is_left_to_others(
     pipeline.offer(b"one")
     pipeline.close(LONG_S)
     server.breaks_after = None
-    assert deliver_segment(pipeline.paths, server.sink) is Outcome.FINISHED
+    assert deliver(pipeline.paths, server.sink) is Outcome.FINISHED
     assert server.accepted == [b"one", b"killed"]
     assert list(spool.iterdir()) == []
 

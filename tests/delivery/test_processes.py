@@ -14,12 +14,11 @@ import pytest
 
 from qitos_mlflow.delivery import (
     Outcome,
-    deliver_segment,
     find_segments,
     inspect_segment,
     waiting_records,
 )
-from tests.fakes.sink import FakeServer, numbered
+from tests.fakes.sink import FakeServer, deliver, numbered
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """
@@ -93,7 +92,7 @@ def kill_once(spool: Path, after_s: float) -> float:
     assert records == list(range(len(records)))  # A beginning of what was offered, in order.
     lost = [when for n, when in steps if n > len(records)]
     server = FakeServer()
-    assert deliver_segment(paths, server.sink) is Outcome.FINISHED
+    assert deliver(paths, server.sink) is Outcome.FINISHED
     assert server.accepted[: len(records)] == [b"%d" % n for n in records]
     # Killed before the first record, perhaps before the header, there may be nothing to end.
     assert server.accepted[len(records) :] == [b"killed"] or not (records or server.accepted)
@@ -387,7 +386,7 @@ def test_a_sidecar_delivers_more_segments_than_it_may_have_files(tmp_path: Path)
     """A segment a task, a thousand tasks: their number is no reason to stand still."""
     code = """
 import resource
-from qitos_mlflow.delivery import follow
+from qitos_mlflow.delivery import Counts, follow
 class Sink(FakeSink):
     connection = None
     def prepare(self, records):
@@ -402,10 +401,9 @@ for n in range(40):
 used = len(os.listdir("/dev/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, used + 20))
 stop = threading.Event()
-def progress(stats):
+for _ in follow(spool, lambda header: Sink(server), stop=stop, stats=Counts()):
     if not any(spool.iterdir()):
         stop.set()
-follow(spool, lambda header: Sink(server), stop=stop, progress=progress)
 print(len(server.accepted))
 """
     assert run(code, tmp_path / "spool") == [str(40 * 7)]

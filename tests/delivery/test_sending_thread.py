@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qitos_mlflow.delivery import Counts, Outcome, OutOfTime, RetryLater, deliver_segment
+from qitos_mlflow.delivery import Counts, Delivery, Outcome, OutOfTime, RetryLater
 from qitos_mlflow.delivery.backoff import PROBE_TIMEOUT_S, Circuit
-from qitos_mlflow.delivery.leftovers import Delivery, Leftovers
+from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.segments import claim
-from tests.fakes.sink import FakeServer, left_behind
+from tests.fakes.sink import FakeServer, deliver, left_behind
 
 
 class Steps:
@@ -23,7 +23,7 @@ class Steps:
         self.given_s: list[float] = []
         self._step = step
 
-    def step(self, *, end: int | None, sealed: bool, timeout_s: float) -> bool:
+    def step(self, timeout_s: float, *, end: int | None, sealed: bool) -> bool:
         self.given_s.append(timeout_s)
         self._step(timeout_s)
         return True
@@ -54,8 +54,11 @@ def test_a_server_that_has_much_to_do_is_there(tmp_path: Path) -> None:
     def answered(timeout_s: float) -> None:
         raise OutOfTime
 
+    def fail(timeout_s: float) -> None:
+        raise RetryLater("503")
+
     circuit = Circuit()
-    circuit.failed()
+    circuit.attempt(fail, 1.0)
     sending = SendingThread(Steps(answered), circuit, no_leftovers(tmp_path))  # type: ignore[arg-type]
     sending.attempt()
     assert (circuit.online, circuit.delay_s) == (True, 0.0)
@@ -66,13 +69,12 @@ def test_much_to_do_is_no_problem_of_a_segment(tmp_path: Path) -> None:
     paths = left_behind(tmp_path, [b"record"])
     server = FakeServer()
     server.down = OutOfTime()
-    problems: list[str] = []
 
-    def go_on(stats: Counts) -> None:
+    def failing(delivery: Delivery) -> bool:
         server.down = None
+        return delivery.circuit.problem is not None
 
-    outcome = deliver_segment(paths, server.sink, progress=go_on, failed=problems.append)
-    assert (outcome, problems) == (Outcome.FINISHED, [])
+    assert deliver(paths, server.sink, stop=failing) is Outcome.FINISHED
     assert server.accepted == [b"record", b"killed"]
 
 
@@ -84,8 +86,8 @@ def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
     delivery = Delivery(taken, server.sink)
     server.down = OutOfTime()
     delivery.step()
-    assert not delivery.may_wait
+    assert delivery.halfway
     server.down = None
     delivery.step()
-    assert delivery.may_wait
+    assert not delivery.halfway
     delivery.close()

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
-from qitos_mlflow.delivery import DeadLetter, Paths, Pipeline, RetryLater
+from qitos_mlflow.delivery import (
+    Counts,
+    DeadLetter,
+    Delivery,
+    Outcome,
+    Paths,
+    Pipeline,
+    RetryLater,
+    Sink,
+    take,
+)
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
 
 MIB = 1024 * 1024
@@ -153,3 +165,21 @@ def left_behind(
         segment.append([Record(record, False)], NOW)
     segment.close(delete=False)
     return segment.paths
+
+
+def deliver(
+    paths: Paths,
+    open_sink: Callable[[bytes], Sink],
+    *,
+    stats: Counts | None = None,
+    default_header: bytes | None = None,
+    stop: Callable[[Delivery], bool] = lambda delivery: False,
+) -> Outcome | None:
+    """Deliver a segment as `sync` does; None if `stop`, which is asked after each step, ends it."""
+    taken = take(paths, open_sink, stats or Counts(), default_header)
+    if isinstance(taken, Outcome):
+        return taken
+    with closing(taken):
+        while (outcome := taken.step()) is None and not stop(taken):
+            time.sleep(taken.circuit.delay_s)
+    return outcome

@@ -8,7 +8,9 @@ Copy it as a start for a plugin of your own; only the sink is about JSON lines.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import pluggy
 
 from qitos_mlflow.delivery import (
+    Counts,
     DeadLetter,
+    Delivery,
     RetryLater,
     Sink,
-    deliver_segment,
     find_segments,
+    take,
 )
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.recorder import Recorder
@@ -75,7 +79,11 @@ def open_sink(header: bytes) -> Sink:
 def deliver(spool: Path) -> None:
     """Deliver what dead processes left in this spool."""
     for paths in find_segments(spool):
-        deliver_segment(paths, open_sink)
+        taken = take(paths, open_sink, Counts())
+        if isinstance(taken, Delivery):
+            with closing(taken):
+                while taken.step() is None:
+                    time.sleep(taken.circuit.delay_s)
 
 
 class JsonlPipeline(RecordPipeline):

@@ -11,13 +11,12 @@ import pytest
 from qitos_mlflow.delivery import (
     Outcome,
     Paths,
-    deliver_segment,
     find_segments,
     inspect_segment,
     purge,
     waiting_records,
 )
-from tests.fakes.sink import FakeServer, FakeSink
+from tests.fakes.sink import FakeServer, FakeSink, deliver
 
 DATA = Path(__file__).parents[2] / "data" / "spool_v1"
 
@@ -62,7 +61,7 @@ def test_it_is_delivered_to_its_end(spool: Path, segments: list[Paths]) -> None:
     for paths in segments:
         server, records = FakeServer(), list(waiting_records(paths))
         acknowledged = paths.ack.exists()
-        outcome = deliver_segment(paths, lambda header, server=server: Restored(server))
+        outcome = deliver(paths, lambda header, server=server: Restored(server))
         assert outcome is Outcome.FINISHED
         state = [server.accepted.pop(0)] if acknowledged else []
         assert server.accepted == [*records, b"killed"]
