@@ -22,7 +22,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
 from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
-from qitos_mlflow.mlflow_plugin.server import open_transport
+from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
