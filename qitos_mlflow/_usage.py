@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,23 +113,12 @@ def _absent(raw: Mapping[str, Any], names: tuple[str, ...]) -> bool:
 def _first(raw: Mapping[str, Any], names: tuple[str, ...], lost: Counter[str] | None) -> int | None:
     for name in names:
         value = raw.get(name)
-        if value is None:
-            continue
-        number = _count(value)
-        if number is not None:
-            return number
-        if lost is not None:
+        if isinstance(value, float) and value.is_integer():  # JSON of protobuf has no others.
+            value = int(value)
+        with suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type] # Numpy's are integers, too.
+            if 0 <= number <= MAX_TOKENS and not isinstance(value, bool):
+                return number
+        if value is not None and lost is not None:
             lost["bad_value"] += 1
     return None
-
-
-def _count(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float) and value.is_integer():  # JSON made of protobuf knows no others.
-        value = int(value)
-    try:
-        number = operator.index(value)  # Numpy's are integers, too.
-    except TypeError:
-        return None
-    return number if 0 <= number <= MAX_TOKENS else None

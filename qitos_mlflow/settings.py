@@ -40,16 +40,18 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 PREFIX = "QITOS_MLFLOW_"
 """Begins the names of our variables."""
 
+INSTEAD = {
+    "tracking_uri": f"use {TRACKING_VARIABLE}",
+    "auto_end_run": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
+}
+"""The settings that have no variable of ours, and what to do instead of setting one."""
+
 
 def _flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
     word = str(value).strip().lower()
-    if word in TRUE_WORDS:
-        return True
-    if word in FALSE_WORDS:
-        return False
-    raise ValueError("expected true or false (1/0, yes/no, on/off)")
+    if word not in TRUE_WORDS | FALSE_WORDS:
+        raise ValueError("expected true or false (1/0, yes/no, on/off)")
+    return word in TRUE_WORDS
 
 
 def _seconds(value: object) -> float:
@@ -118,7 +120,9 @@ def usable_uri(value: object) -> str:
     elif colon and re.fullmatch(r"[\w.+-]{2,}", scheme) and scheme.split("+")[0] not in SCHEMES:
         if rest.partition("/")[0].isdigit():
             raise ValueError(f"it has no scheme; did you mean http://{text}?")
-        if scheme[0].isalpha() and not _other_package_has(scheme):
+        from importlib_metadata import entry_points
+
+        if scheme[0].isalpha() and scheme not in entry_points(group=STORE_GROUP).names:
             known = ", ".join(sorted(SCHEMES))
             raise ValueError(f"MLflow has no store {scheme!r}; it has: {known}")
     return text
@@ -127,19 +131,11 @@ def usable_uri(value: object) -> str:
 def _check_host(uri: str) -> None:
     try:
         parts = urlsplit(uri)
-        host, _ = parts.hostname, parts.port  # Each of the three calls may raise.
+        wrong = "" if (parts.hostname, parts.port)[0] else "it names no host"
     except ValueError:  # Its text may hold a part of the password.
-        raise ValueError(
-            "its host or port is not valid; expected a URI such as http://localhost:5000"
-        ) from None
-    if not host:
-        raise ValueError("it names no host; expected a URI such as http://localhost:5000")
-
-
-def _other_package_has(scheme: str) -> bool:
-    from importlib_metadata import entry_points
-
-    return any(entry.name == scheme for entry in entry_points(group=STORE_GROUP))
+        wrong = "its host or port is not valid"
+    if wrong:
+        raise ValueError(f"{wrong}; expected a URI such as http://localhost:5000")
 
 
 def default_spool_dir() -> Path:
@@ -147,18 +143,16 @@ def default_spool_dir() -> Path:
     return Path(platformdirs.user_state_dir("qitos-mlflow")) / "spool"
 
 
-def _option(parse: Any, default: Any, help: str, *, env: str | None = None) -> Any:
+def _option(parse: Any, default: Any, help: str) -> Any:
     factory = default if callable(default) else lambda: default
-    return field(default_factory=factory, metadata={"parse": parse, "help": help, "env": env})
+    return field(default_factory=factory, metadata={"parse": parse, "help": help})
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every setting of one MLflow destination. Build it with `Settings.resolve`."""
 
-    experiment_name: str = _option(
-        _text, "qitos", "MLflow experiment, created when missing", env="MLFLOW_EXPERIMENT_NAME"
-    )
+    experiment_name: str = _option(_text, "qitos", "MLflow experiment, created when missing")
     run_name: str | None = _option(
         _optional(_text), None, "MLflow run name; if not set, the trace's name, such as the agent's"
     )
@@ -166,10 +160,9 @@ class Settings:
         _optional(usable_uri),
         None,
         "tracking server or store; if not set, MLFLOW_TRACKING_URI, else MLflow's local store",
-        env="",
     )
     tags: Mapping[str, str] = _option(_tags, dict, "tags of every run; in the environment as JSON")
-    auto_end_run: bool = _option(_flag, True, "end the run when the trace ends", env="")
+    auto_end_run: bool = _option(_flag, True, "end the run when the trace ends")
     capture_content: bool = _option(
         _flag, True, "log inputs and outputs; if off, metrics, span tree and times remain"
     )
@@ -225,8 +218,9 @@ class Settings:
         values: dict[str, Any] = {}
         for name, parse in options.items():
             value, source = given.get(name), f"argument {name}"
-            if value is None:
-                value, source = _from_environment(name)
+            for variable in env_names(name):
+                if value is None and (text := os.environ.get(variable)):
+                    value, source = text, f"environment variable {variable}"
             if value is not None:
                 values[name] = _parsed(name, parse, value, source)
         if not values.get("tracking_uri") and (uri := os.environ.get(TRACKING_VARIABLE)):
@@ -237,19 +231,10 @@ class Settings:
 
 def env_names(option: str) -> tuple[str, ...]:
     """The environment variables of `option`; the first one that is set counts."""
-    extra = next(f.metadata["env"] for f in fields(Settings) if f.name == option)
-    if extra == "":  # Given in code only, or by MLflow's own variable when a trace starts.
+    if option in INSTEAD:
         return ()
     own = f"{PREFIX}{option.upper()}"
-    return (own, extra) if extra else (own,)
-
-
-def _from_environment(option: str) -> tuple[str | None, str]:
-    """The text of the first variable that is set, else None; and the source in words."""
-    for variable in env_names(option):
-        if value := os.environ.get(variable):
-            return value, f"environment variable {variable}"
-    return None, ""
+    return (own, "MLFLOW_EXPERIMENT_NAME") if option == "experiment_name" else (own,)
 
 
 def _parsed(name: str, parse: Callable[[Any], Any], value: object, source: str) -> Any:
@@ -269,16 +254,9 @@ def _parsed(name: str, parse: Callable[[Any], Any], value: object, source: str) 
 
 
 def _warn_of_unknown() -> None:
-    known = {name for option in fields(Settings) for name in env_names(option.name)}
+    known = [name for option in fields(Settings) for name in env_names(option.name)]
+    ours = ", ".join(sorted(name for name in known if name.startswith(PREFIX)))
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
-            ours = ", ".join(sorted(other for other in known if other.startswith(PREFIX)))
-            advice = ADVICE.get(name, f"the variables are: {ours}")
+            advice = INSTEAD.get(name[len(PREFIX) :].lower(), f"the variables are: {ours}")
             warn(f"settings.{name}", "%s is set, but no such setting exists; %s", name, advice)
-
-
-ADVICE = {
-    f"{PREFIX}TRACKING_URI": f"use {TRACKING_VARIABLE}",
-    f"{PREFIX}AUTO_END_RUN": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
-}
-"""What to do instead of setting a variable that could be expected to exist."""

@@ -51,36 +51,34 @@ def autolog(
     global _autolog
     from qitos_mlflow import tracing
     from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
+    from qitos_mlflow.mlflow_plugin.precedence import Origin
+    from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
+    from qitos_mlflow.settings import Settings
 
     with _lock:
-        if disable:
-            if _adapter is not None:
-                plugin: Any = _adapter.plugins.get("mlflow")
-                if isinstance(plugin, MlflowPlugin):
-                    plugin.retire(partial(_adapter.unregister, "mlflow"))
-            if _autolog is not None:
-                _retire(_autolog)
-                _autolog = None
-            return
-        from qitos_mlflow.mlflow_plugin.precedence import Origin
-        from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-        from qitos_mlflow.settings import Settings
-
-        settings = Settings.resolve(
-            experiment_name=experiment_name,
-            run_name=run_name,
-            tracking_uri=tracking_uri,
-            tags=tags,
-            **options,
-        )
+        settings = None
+        if not disable:
+            settings = Settings.resolve(
+                experiment_name=experiment_name,
+                run_name=run_name,
+                tracking_uri=tracking_uri,
+                tags=tags,
+                **options,
+            )
+        elif _adapter is not None:
+            plugin: Any = _adapter.plugins.get("mlflow")
+            if isinstance(plugin, MlflowPlugin):
+                plugin.retire(partial(_adapter.unregister, "mlflow"))
         if _autolog is not None:
-            unchanged = _autolog.mlflow_plugin.settings == settings
-            if unchanged and _autolog in tracing.processors():
+            if _autolog.mlflow_plugin.settings == settings and _autolog in tracing.processors():
                 return
-            _retire(_autolog)
-        _autolog = MlflowTraceProcessor(**vars(settings))
-        _autolog.mlflow_plugin.origin = Origin.AUTOLOG
-        tracing.add_trace_processor(_autolog)
+            # Stop notifying it once its open runs have ended.
+            _autolog.mlflow_plugin.retire(partial(tracing.remove_trace_processor, _autolog))
+            _autolog = None
+        if settings is not None:
+            _autolog = MlflowTraceProcessor(**vars(settings))
+            _autolog.mlflow_plugin.origin = Origin.AUTOLOG
+            tracing.add_trace_processor(_autolog)
 
 
 def activate() -> None:
@@ -106,10 +104,3 @@ def activate() -> None:
         _adapter = adapter
         if adapter.plugins:
             tracing.add_trace_processor(adapter)
-
-
-def _retire(processor: MlflowTraceProcessor) -> None:
-    """Stop notifying this processor once its open runs have ended."""
-    from qitos_mlflow import tracing
-
-    processor.mlflow_plugin.retire(partial(tracing.remove_trace_processor, processor))

@@ -7,8 +7,7 @@ one.
     trace_recorder    one trace: host events to records
     snapshot, to_json one event as bytes, on the agent's thread
     pipelines         one pipeline per destination and process
-    normalize         bytes to the redacted record, on the spooling thread
-    contributions     what other plugins add to a record
+    normalize         bytes to the redacted record, on the spooling thread, with what plugins add
     process_exit      the end of the process
     record            the types of the records
 """

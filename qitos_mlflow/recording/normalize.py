@@ -1,22 +1,25 @@
-"""A snapshot's bytes become the record that goes to disk: times, stacks, redaction.
+"""A snapshot's bytes become the record that goes to disk: times, stacks, redaction, contributions.
 
 Runs on the spooling thread. This is the only place where secrets are taken out: every record passes
-`normalize` before it reaches the spool or a server.
+`normalize` before it reaches the spool or a server. Contributions are values that other plugins
+have and this package does not log itself: docs/extending.md.
 """
 
 from __future__ import annotations
 
 import linecache
 from calendar import timegm
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from qitos_mlflow.recording.contributions import ask_plugins
+from qitos_mlflow import tracing
+from qitos_mlflow._guard import report
 from qitos_mlflow.recording.record import RECORD_VERSION
+from qitos_mlflow.recording.to_json import encode, finite
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
@@ -25,6 +28,15 @@ OURS = frozenset(
     | {"version"}
 )
 """Fields with our own ids, times and words. They are neither redacted nor cut."""
+
+PARTS = ("attributes", "metrics", "tags")
+"""What a plugin may add to a record."""
+
+RESERVED = ("mlflow.", "qitos.")
+"""Names that begin so have a meaning for MLflow or for this package."""
+
+KINDS = frozenset({"trace_start", "span", "trace_end"})
+"""Kinds of records that plugins are asked about."""
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
 """A larger file of a run stays where it is; the artifact gives its path and size."""
@@ -60,7 +72,7 @@ def normalize(
     if len(snapshot) > field_bytes:
         content = {name: value for name, value in record.items() if name not in UNCUT}
         record |= trim_fields(content, field_bytes)
-    if added := ask_plugins(record):
+    if added := _ask_plugins(record):
         for part, values in record.get("added", {}).items():
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
@@ -87,6 +99,49 @@ def _read_file(record: dict[str, Any]) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
     return True
+
+
+def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
+    """What the plugins attached to the global provider add to `record`, as plain JSON.
+
+    If two plugins give the same name, the one that is asked last wins. A plugin that returns
+    something wrong adds nothing to this record, and is named in the log.
+    """
+    found: dict[str, Any] = {}
+    if record["kind"] not in KINDS:
+        return found
+    for processor in tracing.processors():
+        on_record = getattr(processor, "on_record", None)
+        for plugin, returned in on_record(record) if on_record is not None else ():
+            try:
+                for part, values in _checked(returned).items():
+                    found.setdefault(part, {}).update(orjson.loads(encode(values)))
+            except Exception as error:  # noqa: BLE001 - a plugin's; the record is kept without
+                report(plugin, error)
+    return found
+
+
+def _checked(returned: Any) -> dict[str, dict[str, Any]]:
+    """What a plugin returned, with its numbers in a form that JSON can hold.
+
+    Raises:
+        TypeError: it does not have the form that the hook asks for; the text says what is wrong.
+        ValueError: a part is unknown, or a name is reserved.
+    """
+    if not isinstance(returned, Mapping) or not all(
+        isinstance(values, Mapping) for values in returned.values()
+    ):
+        raise TypeError(f"qitos_record returned {returned!r:.200}, not a dict of dicts")
+    if unknown := set(returned) - set(PARTS):
+        raise ValueError(f"qitos_record returned {sorted(map(str, unknown))}, not in {PARTS}")
+    for part, values in returned.items():
+        for name in values:
+            if not isinstance(name, str) or name.startswith(RESERVED):
+                raise ValueError(f"{name!r} cannot be a name among the {part} of a plugin")
+    return {
+        part: {name: finite(value) for name, value in values.items()}
+        for part, values in returned.items()
+    }
 
 
 def _spell_out(record: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ becomes its short `repr`. Times, redaction and mapping follow on the spooling th
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qitos_mlflow.recording.to_json import encode, text_of
+from qitos_mlflow.recording.to_json import encode, finite, text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
@@ -147,17 +146,10 @@ def failure_in_flight(at_start: BaseException | None) -> BaseException | None:
 
 
 def _keep_numbers(kind: str, data: dict[str, Any]) -> None:
-    """Make NaN and infinity texts among the numbers that become metrics.
-
-    orjson would write null. A text the mapping drops *and counts*.
-    """
+    """Make NaN and infinity texts among the numbers that become metrics."""
     if kind == "critic":
-        data["score"] = _finite(data.get("score"))
+        data["score"] = finite(data.get("score"))
     elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
         data["token_usage"] = {
-            key: value if type(value) is int else _finite(value) for key, value in usage.items()
+            key: value if type(value) is int else finite(value) for key, value in usage.items()
         }
-
-
-def _finite(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

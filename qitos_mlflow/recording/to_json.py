@@ -71,6 +71,11 @@ def text_of(value: Any) -> str:
     return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
 
 
+def finite(value: Any) -> Any:
+    """`value`, but NaN and infinity as a text: a sink counts it, while JSON would have null."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _own(own: Any, levels: int, budget: list[int]) -> None:
     """Replace every container in `own`, a dict or list of ours, by a copy; the fast path.
 

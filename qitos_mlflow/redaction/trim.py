@@ -91,14 +91,11 @@ def trim(text: str, max_bytes: int) -> str:
 
     The result has at most `max_bytes`, or the size of the note (40 bytes) if that is more.
     """
-    if len(text) * 4 <= max_bytes:
-        return text
     data = text.encode("utf-8", "surrogatepass")
     if len(data) <= max_bytes:
         return text
     note = cut(text, 0)
-    room = max(0, max_bytes - len(note.encode()))
-    return data[:room].decode("utf-8", "ignore") + note
+    return data[: max(0, max_bytes - len(note.encode()))].decode("utf-8", "ignore") + note
 
 
 def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:

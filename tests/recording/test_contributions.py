@@ -16,8 +16,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.mapping import contributed
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.recording.contributions import KINDS
-from qitos_mlflow.recording.normalize import normalize
+from qitos_mlflow.recording.normalize import KINDS, normalize
 from qitos_mlflow.recording.record import RECORD_VERSION
 from tests.mlflow_plugin.folding import info_of, new_state
 from tests.mlflow_plugin.mapping.test_span_tree import plain

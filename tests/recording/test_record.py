@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from qitos_mlflow.recording import record
-from qitos_mlflow.recording.contributions import KINDS
+from qitos_mlflow.recording.normalize import KINDS
 
 DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 BEGIN, END = "<!-- generated from recording/record.py -->\n", "<!-- end -->"

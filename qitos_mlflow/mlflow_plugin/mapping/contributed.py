@@ -1,7 +1,7 @@
 """What other plugins add to a record, in its field ``added``: read here. Pure.
 
 ``{"attributes": {name: JSON}, "metrics": {name: number}, "tags": {name: text}}``, as
-`recording.contributions` has checked what the hook ``qitos_record`` returned.
+`recording.normalize` has checked what the hook ``qitos_record`` returned.
 """
 
 from __future__ import annotations
