@@ -92,12 +92,10 @@ def activate() -> None:
     from qitos_mlflow.bridge.on_import import ensure_bridge
     from qitos_mlflow.plugins import loader
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-    from qitos_mlflow.tracing import compat
 
     with _lock:
         if _adapter is not None:
             return
-        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         ensure_bridge()
         adapter = PluginTraceProcessor()
         loader.load(adapter)

@@ -21,7 +21,7 @@ def deactivate() -> None:
 def stop_serving() -> None:
     """Stop serving `qitos.tracing`. Modules that were served stay with those who imported them."""
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "serves_qitos_tracing", False)]
-    for name in [*compat.SERVED, *compat._lazy]:
+    for name in [*compat.SERVED, compat.PROCESSOR_MODULE]:
         if getattr(sys.modules.get(name), "__qitos_mlflow__", False):
             del sys.modules[name]
     host = sys.modules.get("qitos")

@@ -14,8 +14,8 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import in_words, shield
-from qitos_mlflow.tracing.span import NOT_FINISHED
-from qitos_mlflow.tracing.trace import NoOpTrace
+from qitos_mlflow.tracing.models import NOT_FINISHED
+from qitos_mlflow.tracing.provider import NoOpTrace
 
 
 def is_wanted() -> bool:

@@ -11,7 +11,6 @@ from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.settings import Settings
-from qitos_mlflow.tracing import compat
 
 if find_spec("mlflow") is None:  # Looked for, not imported: what that costs: docs/transport.md.
     raise MissingMlflowError(
@@ -77,5 +76,4 @@ class MlflowTraceProcessor(PluginTraceProcessor):
         )
         self.mlflow_plugin = MlflowPlugin(settings)
         super().__init__({"mlflow": self.mlflow_plugin})
-        compat.serve_lazily("mlflow_processor", "MlflowTraceProcessor", "qitos_mlflow")
         ensure_bridge()

@@ -2,7 +2,8 @@
 
 Receives what the bridge and the user's code trace, and hands it on to the processors. Whose API
 it is, is decided when a name is first used; `host_has_tracing` says what was decided. A few helpers
-of ours are here, too, the same on any host. Nothing here knows of MLflow or of plugins.
+of ours are here, too, the same on any host. Nothing here knows of plugins; of MLflow, `compat`
+alone knows the name of the processor that it serves.
 
 The decision may import qitos, and that may lead back here: the start-up line loads plugins as
 soon as qitos is imported. Importing this package therefore decides nothing.
@@ -13,26 +14,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qitos_mlflow.tracing import _host
-from qitos_mlflow.tracing.access import content_allowed as content_allowed
-from qitos_mlflow.tracing.access import processors as processors
-from qitos_mlflow.tracing.access import remove_trace_processor as remove_trace_processor
 
 if TYPE_CHECKING:
     # At run time the names are found in `_host.OURS`, which has what these modules define.
     from qitos_mlflow.tracing.config import *  # noqa: F403
+    from qitos_mlflow.tracing.models import Span as Span
+    from qitos_mlflow.tracing.models import Trace as Trace
+    from qitos_mlflow.tracing.models import TraceProcessor as TraceProcessor
     from qitos_mlflow.tracing.processor import *  # noqa: F403
     from qitos_mlflow.tracing.provider import *  # noqa: F403
-    from qitos_mlflow.tracing.span import NoOpSpan as NoOpSpan
-    from qitos_mlflow.tracing.span import Span as Span
     from qitos_mlflow.tracing.span_data import *  # noqa: F403
-    from qitos_mlflow.tracing.trace import *  # noqa: F403
 
     host_has_tracing: bool
     """Whether these names are the host's own."""
 else:
 
     def __getattr__(name: str) -> Any:
-        if name != "host_has_tracing" and name not in _host.NAMES:
+        if name != "host_has_tracing" and name not in _host.OURS:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         settled = _host.settled()
         globals().update(settled)
@@ -40,4 +38,61 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_host.NAMES, "host_has_tracing"})
+    return sorted({*globals(), *_host.OURS, "host_has_tracing"})
+
+
+def processors() -> tuple[TraceProcessor, ...]:
+    """What is attached to the global provider now, in order. Any thread; never blocks."""
+    provider = _host.settled()["get_tracing_provider"]()
+    holder = getattr(provider, "_multi_processor", provider)
+    return tuple(getattr(holder, "processors", ()))
+
+
+def remove_trace_processor(processor: TraceProcessor) -> None:
+    """Stop notifying `processor`, also of open traces; the others stay.
+
+    One that is not attached is no error. Any thread; never blocks.
+    """
+    provider = _host.settled()["get_tracing_provider"]()
+    if hasattr(provider, "remove_processor"):
+        provider.remove_processor(processor)
+        return
+    holder = getattr(provider, "_multi_processor", None)
+    old = getattr(holder, "_processors", None)
+    if holder is None or not isinstance(old, list):
+        return
+    # A new list: another thread may be iterating over the old one, and would skip a processor.
+    length = len(old)
+    new = [other for other in old if other is not processor]
+    holder._processors = new
+    new.extend(old[length:])  # Added by another thread meanwhile.
+
+
+def content_allowed(trace_or_span: Trace | Span) -> bool:
+    """False when the trace was made under `ENABLED_WITHOUT_DATA`. Any thread; never blocks.
+
+    A host does not store the mode in its traces. There it is inferred from what they do have, and
+    if that says nothing (an object built by hand), the provider's present mode decides.
+    """
+    mode = getattr(trace_or_span, "mode", None)
+    if mode is None:
+        evidence = _evidence_of_content(trace_or_span)
+        if evidence is not None:
+            return evidence
+        mode = _host.settled()["get_tracing_provider"]().mode
+    return bool(mode != _host.settled()["TracingMode"].ENABLED_WITHOUT_DATA)
+
+
+def _evidence_of_content(item: object) -> bool | None:
+    """Inferred from a host's trace or span: its data, or the processor of its events."""
+    of_host = _host.settled()
+    redacting = of_host["RedactingSpanData"]
+    spans = getattr(item, "_spans", None) or [item]
+    if any(isinstance(getattr(span, "data", None), redacting) for span in spans):
+        return False
+    through = getattr(item, "_processor", None)
+    if through is None:
+        return None
+    if isinstance(through, of_host["SynchronousMultiTraceProcessor"]):
+        return True
+    return False if "redact" in type(through).__name__.lower() else None

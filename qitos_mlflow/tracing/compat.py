@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -18,22 +19,15 @@ from typing import Any
 from qitos_mlflow import _guard
 from qitos_mlflow.tracing import _host
 
-SERVED = frozenset(
-    {_host.HOST} | {f"{_host.HOST}.{submodule}" for submodule in _host.OURS if submodule}
-)
+SERVED = frozenset({_host.HOST, *(f"{_host.HOST}.{name}" for name in _host.SUBMODULES)})
+
+PROCESSOR = "MlflowTraceProcessor"
+"""Served by `qitos.tracing`, too. `qitos_mlflow` has it, and is imported when it is first used."""
+
+PROCESSOR_MODULE = f"{_host.HOST}.mlflow_processor"
+"""Has `PROCESSOR`. A host with tracing of its own, but without this submodule, gets it."""
 
 _installing = threading.Lock()  # Held for microseconds, never over an import.
-_lazy: dict[str, tuple[str, str]] = {}
-"""Modules served beside `SERVED`: by name, the attribute they have and the module it is from."""
-
-
-def serve_lazily(submodule: str, name: str, home: str) -> None:
-    """Serve `qitos.tracing.<submodule>` too, with one `name`, which `qitos.tracing` has as well.
-
-    The module `home` has it, and is imported when it is first used. A host with tracing of its own
-    but without this submodule gets the submodule. Idempotent; any thread.
-    """
-    _lazy[f"{_host.HOST}.{submodule}"] = (name, home)
 
 
 def install() -> None:
@@ -54,14 +48,14 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of `SERVED` and of `_lazy`, and is their loader."""
+    """Finds the modules of `SERVED` and `PROCESSOR_MODULE`, and is their loader."""
 
     serves_qitos_tracing = True  # How another copy of this module knows it.
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in SERVED and name not in _lazy:
+        if name not in SERVED and name != PROCESSOR_MODULE:
             return None
         # Finders before this one have been asked; those added after it come first, too.
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :] if self in sys.meta_path else []
@@ -79,29 +73,20 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__qitos_mlflow__"] = True
         module.__doc__ = "Served by qitos_mlflow, because this QitOS has no tracing of its own."
-        if module.__name__ in _lazy:
-            module.__dict__["__getattr__"] = _getattr_of(module, [_lazy[module.__name__]])
-            return
-        submodule = module.__name__[len(_host.HOST) + 1 :]
-        names = list(_host.OURS[submodule] if submodule else _host.NAMES)
-        settled = _host.settled()
-        module.__dict__.update({name: settled[name] for name in names}, __all__=names)
-        if not submodule:
-            module.__dict__["__getattr__"] = _getattr_of(module, _lazy.values())
-            for name in _host.OURS:
-                if name:
-                    import_module(f"{_host.HOST}.{name}")
+        name = module.__name__
+        if name in SERVED:  # Each has all names.
+            settled = _host.settled()
+            ours = {name: settled[name] for name in _host.OURS}
+            module.__dict__.update(ours, __all__=list(ours))
+        if name in (_host.HOST, PROCESSOR_MODULE):
+            module.__dict__["__getattr__"] = partial(_processor, name)
+        if name == _host.HOST:
+            for submodule in _host.SUBMODULES:
+                import_module(f"{name}.{submodule}")
 
 
-def _getattr_of(module: ModuleType, lazy: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``, which imports the homes of these names when they are used."""
-
-    def find(name: str) -> Any:
-        home = dict(lazy).get(name)
-        if home is None:
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-        found = getattr(import_module(home), name)
-        setattr(module, name, found)
-        return found
-
-    return find
+def _processor(module: str, name: str) -> Any:
+    """The ``__getattr__`` of `module`: imports the processor when it is used."""
+    if name != PROCESSOR:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(import_module("qitos_mlflow"), name)

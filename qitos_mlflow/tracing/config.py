@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from enum import Enum
-from typing import Any, ClassVar, cast
+from typing import Any
 
 from qitos_mlflow.tracing.redaction import redacted_export, redacted_field
 
@@ -24,16 +24,12 @@ class RedactingSpanData:
     have structure only, and nothing in it refers to the original.
     """
 
-    _base: ClassVar[Any] = object
     _type: str
 
     def __new__(cls, span_data: Any) -> RedactingSpanData:
         """An instance of a class derived from this one and from that of `span_data`."""
-        base: Any = type(span_data)
-        try:
-            return object.__new__(_redacting(base))
-        except TypeError:  # A built-in such as a dict, which is no span data.
-            return object.__new__(RedactingSpanData)
+        base: Any = type(span_data)  # If this cannot export, it is no span data but a dict, say.
+        return object.__new__(_redacting(base) if hasattr(base, "export") else cls)
 
     def __init__(self, span_data: Any) -> None:
         # object.__setattr__: span data of the user's own may be frozen.
@@ -49,7 +45,7 @@ class RedactingSpanData:
     def export(self) -> dict[str, Any]:
         """The fields, content redacted; ``type`` alone if the class cannot export without it."""
         try:
-            exported = self._base.export(self)
+            exported = super().export()  # type: ignore[misc]
             return {**redacted_export(exported), "type": self._type}
         except Exception:  # noqa: BLE001 - an export that computes with what is now redacted
             return {"type": self._type}
@@ -57,15 +53,10 @@ class RedactingSpanData:
 
 @functools.lru_cache(maxsize=256)
 def _redacting(base: Any) -> type[RedactingSpanData]:
-    if issubclass(base, RedactingSpanData):
-        return cast(type[RedactingSpanData], base)
-    derived = RedactingSpanData
-    namespace = {"_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    try:
-        # type(base): span data is abstract, so the metaclass is ABCMeta, or one of the user's own.
-        derived = type(base)(base.__name__, (RedactingSpanData, base), namespace)
-    except TypeError:  # A final class such as NoneType, or a metaclass that refuses.
-        pass
+    # type(base): span data is abstract, so the metaclass is ABCMeta, or one of the user's own.
+    kind: Any = type(base)
+    bases = (base,) if issubclass(base, RedactingSpanData) else (RedactingSpanData, base)
+    derived: type[RedactingSpanData] = kind(base.__name__, bases, {"__module__": base.__module__})
     return derived
 
 

@@ -1,46 +1,13 @@
-"""Processors get every start and end; `SynchronousMultiTraceProcessor` passes them to several."""
+"""Processors that pass every start and end on to several others, or to none."""
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from qitos_mlflow._guard import report, shield
-from qitos_mlflow.tracing.span import Span
-from qitos_mlflow.tracing.trace import Trace
-
-
-class TraceProcessor(ABC):
-    """Gets the events of traces and spans, each on the thread on which it happens.
-
-    That is the agent's thread: return within microseconds, and do slow work elsewhere. The objects
-    are live; copy what is needed later.
-    """
-
-    @abstractmethod
-    def on_trace_start(self, trace: Trace) -> None:
-        """A trace was entered; it has no spans yet."""
-
-    @abstractmethod
-    def on_trace_end(self, trace: Trace) -> None:
-        """A trace was left; `trace.error` is the exception that left it, if any."""
-
-    @abstractmethod
-    def on_span_start(self, span: Span) -> None:
-        """A span was started; its data may be incomplete."""
-
-    @abstractmethod
-    def on_span_end(self, span: Span) -> None:
-        """A span was finished; called once for a span, possibly after the end of its trace."""
-
-    def shutdown(self) -> None:  # noqa: B027 - most have nothing to close
-        """Deliver and close: no event follows. May be called many times, from any thread."""
-
-    def force_flush(self) -> bool | None:
-        """Deliver all events so far; returns False if that was not possible in time."""
-        return None
+from qitos_mlflow.tracing.models import TraceProcessor
 
 
 def _to_each(event: str) -> Any:
@@ -110,17 +77,10 @@ class SynchronousMultiTraceProcessor(TraceProcessor):
 class NoOpTraceProcessor(TraceProcessor):
     """Does nothing with any event."""
 
-    def on_trace_start(self, trace: Trace) -> None:
+    def _nothing(self, item: Any) -> Any:
         """Nothing."""
 
-    def on_trace_end(self, trace: Trace) -> None:
-        """Nothing."""
-
-    def on_span_start(self, span: Span) -> None:
-        """Nothing."""
-
-    def on_span_end(self, span: Span) -> None:
-        """Nothing."""
+    on_trace_start = on_trace_end = on_span_start = on_span_end = cast(Any, _nothing)
 
 
 def _name(processor: TraceProcessor, method: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from qitos_mlflow._guard import shield
 from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
-from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor, TraceProcessor
+from qitos_mlflow.tracing.models import Span, Trace, TraceProcessor, new_id
+from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_exception, redacted_metadata
-from qitos_mlflow.tracing.span import Span, new_id
-from qitos_mlflow.tracing.trace import NoOpTrace, Trace
+from qitos_mlflow.tracing.span_data import SpanData, SpanType
 
 
 class TracingProvider:
@@ -71,7 +71,7 @@ class TracingProvider:
         group_id: str | None = None,
         metadata: dict[str, Any] | None = None,
         trace_id: str | None = None,
-    ) -> Trace | NoOpTrace:
+    ) -> Trace:
         """A trace for a ``with`` block; one that does nothing if tracing is disabled.
 
         Args:
@@ -147,7 +147,54 @@ def _redacted_trace(trace: Trace) -> Trace:
     return copy
 
 
+class NoOpSpan(Span):
+    """Stands for a span where tracing is off: takes everything, does nothing."""
+
+    def __init__(self, data: Any = None) -> None:
+        super().__init__("", "", data, mode=TracingMode.DISABLED)
+
+    def start(self) -> NoOpSpan:
+        """Nothing."""
+        return self
+
+    def finish(self, error: str | BaseException | None = None) -> None:
+        """Nothing."""
+
+    def set_output(self, output: Any) -> None:
+        """Nothing."""
+
+    def export(self) -> dict[str, Any]:
+        """An empty dict."""
+        return {}
+
+
+class NoOpTrace(Trace):
+    """Stands for a trace where tracing is off; `metadata` is its own, so that writing is safe."""
+
+    def __init__(self) -> None:
+        super().__init__("", "", mode=TracingMode.DISABLED)
+
+    def create_span(
+        self,
+        span_type: SpanType,
+        data: SpanData,
+        span_id: str | None = None,
+        parent: Span | str | None = None,
+    ) -> NoOpSpan:
+        """A span that does nothing, and has `data` for those who add to it."""
+        return NoOpSpan(data)
+
+    def export(self) -> dict[str, Any]:
+        """An empty dict."""
+        return {}
+
+
 _provider = TracingProvider()
+
+set_trace_processors = _provider.set_processors
+add_trace_processor = _provider.add_processor
+set_tracing_mode = _provider.set_mode
+set_tracing_disabled = _provider.set_disabled
 
 
 def get_tracing_provider() -> TracingProvider:
@@ -155,28 +202,8 @@ def get_tracing_provider() -> TracingProvider:
     return _provider
 
 
-def set_trace_processors(processors: list[TraceProcessor]) -> None:
-    """Replace the global provider's processors; open traces keep theirs."""
-    _provider.set_processors(processors)
-
-
-def add_trace_processor(processor: TraceProcessor) -> None:
-    """Notify `processor` of every trace, after the processors that are there."""
-    _provider.add_processor(processor)
-
-
-def set_tracing_mode(mode: TracingMode) -> None:
-    """Set the global mode, for traces made from now on."""
-    _provider.set_mode(mode)
-
-
-def set_tracing_disabled(disabled: bool) -> None:
-    """Turn tracing off, or on in the mode it last had, for traces made from now on."""
-    _provider.set_disabled(disabled)
-
-
 def create_trace(
     name: str, group_id: str | None = None, metadata: dict[str, Any] | None = None
-) -> Trace | NoOpTrace:
+) -> Trace:
     """A trace of the global provider; see `TracingProvider.create_trace`."""
     return _provider.create_trace(name, group_id=group_id, metadata=metadata)

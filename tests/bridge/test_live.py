@@ -13,7 +13,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.live import LiveTrace
 from qitos_mlflow.bridge.run import here
-from qitos_mlflow.tracing.span import NOT_FINISHED
+from qitos_mlflow.tracing.models import NOT_FINISHED
 from tests.bridge.agents import ScriptAgent
 from tests.fakes.recorder import Recorder
 from tests.hosts import run_on

@@ -29,7 +29,7 @@ def _provider_as_it_was() -> Iterator[None]:
 def test_host_without_tracing_gets_ours() -> None:
     """On QitOS 0.3.0, which has no tracing, the names are ours."""
     assert tracing.host_has_tracing is False
-    assert tracing.Span.__module__ == "qitos_mlflow.tracing.span"
+    assert tracing.Span.__module__ == "qitos_mlflow.tracing.models"
 
 
 def test_host_with_tracing_gets_its_own() -> None:
@@ -40,7 +40,7 @@ def test_host_with_tracing_gets_its_own() -> None:
         from qitos_mlflow import tracing
         from qitos_mlflow.tracing import _host
         assert tracing.host_has_tracing
-        for name in _host.NAMES:
+        for name in _host.OURS:
             assert getattr(tracing, name).__module__.startswith("qitos.tracing"), name
         import qitos.tracing
         assert tracing.get_tracing_provider() is qitos.tracing.get_tracing_provider()
@@ -169,7 +169,7 @@ def test_the_names_for_type_checkers_are_those_at_run_time() -> None:
             for name, value in vars(import_module(module)).items()
             if getattr(value, "__module__", None) == module
         }
-        assert {name for name in defined if not name.startswith("_")} <= _host.NAMES, module
+        assert {name for name in defined if not name.startswith("_")} <= {*_host.OURS}, module
 
 
 def test_processors_and_removal() -> None:

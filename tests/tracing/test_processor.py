@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
+from qitos_mlflow.tracing.models import Span, Trace
 from qitos_mlflow.tracing.processor import NoOpTraceProcessor, SynchronousMultiTraceProcessor
-from qitos_mlflow.tracing.span import Span
 from qitos_mlflow.tracing.span_data import StepSpanData
-from qitos_mlflow.tracing.trace import Trace
 from tests.fakes.recorder import Failing, Recorder
 
 TRACE = Trace("t", "run")

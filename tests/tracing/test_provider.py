@@ -11,7 +11,8 @@ import pytest
 
 from qitos_mlflow.tracing import redaction
 from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
-from qitos_mlflow.tracing.provider import TracingProvider
+from qitos_mlflow.tracing.models import Trace
+from qitos_mlflow.tracing.provider import NoOpTrace, TracingProvider
 from qitos_mlflow.tracing.span_data import (
     ActSpanData,
     AgentSpanData,
@@ -27,7 +28,6 @@ from qitos_mlflow.tracing.span_data import (
     StepSpanData,
     ToolSpanData,
 )
-from qitos_mlflow.tracing.trace import NoOpTrace, Trace
 from tests.fakes.recorder import Recorder
 
 SECRET = "the launch code is 00000000"

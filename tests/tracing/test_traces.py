@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 
 from qitos_mlflow.tracing import provider, span_data
-from qitos_mlflow.tracing.provider import TracingProvider
-from qitos_mlflow.tracing.span import NOT_FINISHED, NoOpSpan, Span
+from qitos_mlflow.tracing.models import NOT_FINISHED, Span, Trace
+from qitos_mlflow.tracing.provider import NoOpSpan, NoOpTrace, TracingProvider
 from qitos_mlflow.tracing.span_data import SpanType, StepSpanData, ToolSpanData
-from qitos_mlflow.tracing.trace import NoOpTrace, Trace
 from tests.fakes.recorder import Recorder
 
 
