@@ -7,11 +7,11 @@ the spooling thread. Opens nothing before the first trace. Knows no server: a pl
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
+from itertools import count
 from typing import Any
 
 import orjson
@@ -67,18 +67,19 @@ class RecordPipeline(Pipeline):
         """The traces that are recorded to it, open ones and the last ended ones."""
         return [trace for trace in list(_traces.values()) if trace.pipeline is self]
 
+    def add(self, trace: Any, trace_id: str) -> None:
+        """Give a `TraceRecorder` that begins its id, and remember it for as long as it lives.
+
+        The id is `trace_id`, or if a trace with that id is open for this destination, whatever its
+        spool, one like it: run and trace are found on a server by it.
+        """
+        names = (trace_id if number == 1 else f"{trace_id}~{number}" for number in count(1))
+        trace.id = next(n for n in names if (other := self.find(n)) is None or other.ended)
+        _traces[self.key, trace.id] = trace
+
     def find(self, trace_id: str) -> Any:
         """The trace with this id in the records for this destination, None if there is none."""
         return _traces.get((self.key, trace_id))
-
-    def add(self, trace: Any) -> None:
-        """Register a `TraceRecorder` that begins, for as long as it lives. Its id must be free."""
-        _traces[self.key, trace.id] = trace
-
-    def is_free(self, trace_id: str) -> bool:
-        """Whether no trace with this id is open for this destination, whatever its spool."""
-        found = self.find(trace_id)
-        return found is None or found.ended
 
     @property
     def counted_losses(self) -> int:
@@ -103,8 +104,10 @@ class RecordPipeline(Pipeline):
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: open traces and their losses are the parent's."""
+        global _traces
         super().after_fork()
         self._begin_losses()
+        _traces = weakref.WeakValueDictionary()
 
     def _begin_losses(self) -> None:
         self._losses: dict[str, Counter[tuple[str, str]]] = {}
@@ -138,70 +141,3 @@ unfinished: set[RecordPipeline] = set()
 
 _traces: weakref.WeakValueDictionary[tuple[Hashable, str], Any] = weakref.WeakValueDictionary()
 """The traces of all pipelines, by the destination's key and their id in the records."""
-
-_pipelines: dict[Hashable, RecordPipeline] = {}
-# Reentrant: a signal handler may begin or end a trace while this thread holds it.
-_lock = threading.RLock()
-
-
-def acquire(
-    user: object,
-    settings: Settings,
-    key: Hashable,
-    make: Callable[[Hashable, Settings], RecordPipeline],
-) -> RecordPipeline:
-    """The pipeline for this destination, made if there is none yet.
-
-    Args:
-        user: what records to it until `release`; held weakly.
-        settings: the user's. Those of the first user decide about spool, queue and offline mode.
-        key: equal for equal destinations.
-        make: makes the pipeline, if this process has none to the destination.
-    """
-    place = (key, settings.spool_dir, settings.offline)
-    made: RecordPipeline | None = None
-    while True:
-        with _lock:
-            pipeline = _pipelines.get(place, made)
-            if pipeline is not None:
-                if pipeline is made:
-                    _forget_unused()
-                    _pipelines[place] = pipeline
-                    unfinished.add(pipeline)
-                pipeline.users.add(user)
-                pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
-                pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
-                return pipeline
-        made = make(key, settings)  # Without the lock: this may take a moment.
-
-
-def release(user: object, pipeline: RecordPipeline) -> bool:
-    """Take note that `user` records nothing more; True if it was the last user.
-
-    Then nobody gets this pipeline any more, and the caller must close it. Waits for nothing.
-    """
-    with _lock:
-        pipeline.users.discard(user)
-        if pipeline.users:
-            return False
-        for key in [key for key, other in _pipelines.items() if other is pipeline]:
-            del _pipelines[key]
-        return True
-
-
-def _forget_unused() -> None:
-    for place, pipeline in list(_pipelines.items()):
-        if not (pipeline.users or pipeline.traces) and pipeline.at_rest:
-            del _pipelines[place]
-            unfinished.discard(pipeline)
-
-
-def _after_fork() -> None:
-    """In a forked child: open traces are the parent's."""
-    global _lock, _traces
-    _lock = threading.RLock()
-    _traces = weakref.WeakValueDictionary()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 from qitos_mlflow._guard import warn
-from qitos_mlflow.recording import pipelines, process_exit
-from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording import process_exit
+from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 
@@ -45,29 +45,45 @@ class Recorder(Generic[T]):
         self._pipelines: dict[RecordPipeline, int] = {}
         """The pipelines it uses, and the losses of each that a flush has reported."""
         self._inherited: dict[str, RecordPipeline] = {}
-        # Reentrant: the garbage collector may end a trace while this thread holds it.
-        self._lock = threading.RLock()
         _recorders.add(self)
 
     @property
     def traces(self) -> list[T]:
         """The open traces, and the last ended ones."""
-        with self._lock:
-            return list(self._traces.values())
+        return list(self._traces.values())
 
     def pipeline_to(
         self, key: Hashable, make: Callable[[Hashable, Settings], RecordPipeline]
     ) -> RecordPipeline:
-        """The pipeline to a destination; see `pipelines.acquire`."""
+        """The pipeline to a destination.
+
+        Args:
+            key: equal for equal destinations.
+            make: makes the pipeline, if this process has none to the destination yet. The settings
+                of the first user decide about spool, queue and offline mode.
+        """
         process_exit.register()
-        pipeline = pipelines.acquire(self, self.settings, key, make)
-        with self._lock:
-            self._pipelines.setdefault(pipeline, pipeline.counted_losses)
-        return pipeline
+        settings = self.settings
+        place = (key, settings.spool_dir, settings.offline)
+        made: RecordPipeline | None = None
+        while True:
+            with _lock:
+                pipeline = _pipelines.get(place, made)
+                if pipeline is not None:
+                    if pipeline is made:
+                        _forget_unused()
+                        _pipelines[place] = pipeline
+                        unfinished.add(pipeline)
+                    pipeline.users.add(self)
+                    pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
+                    pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
+                    self._pipelines.setdefault(pipeline, pipeline.counted_losses)
+                    return pipeline
+            made = make(key, settings)  # Without the lock: this may take a moment.
 
     def add(self, trace_id: str, trace: T) -> None:
         """Remember a trace that begins, and forget the oldest ended ones. Open ones stay."""
-        with self._lock:
+        with _lock:
             self._traces[trace_id] = trace
             traces = list(self._traces.items())
             for index, (old_id, old) in enumerate(traces[:-ENDED_TRACES]):
@@ -104,7 +120,7 @@ class Recorder(Generic[T]):
         used = list(self._pipelines)
         delivered = [pipeline.flush(deadline - time.monotonic()) for pipeline in used]
         losses = {pipeline: pipeline.counted_losses for pipeline in used}
-        with self._lock:
+        with _lock:
             lost = any(count > self._pipelines.get(p, 0) for p, count in losses.items())
             self._pipelines.update(losses)
         return all(delivered) and not lost
@@ -124,8 +140,13 @@ class Recorder(Generic[T]):
         self.closed = True
         for trace in self.traces:
             trace.closed = True
-        used = list(self._pipelines)
-        last = {pipeline for pipeline in used if pipelines.release(self, pipeline)}
+        with _lock:
+            used = list(self._pipelines)
+            for pipeline in used:
+                pipeline.users.discard(self)
+            last = {pipeline for pipeline in used if not pipeline.users}
+            for place in [place for place, pipeline in _pipelines.items() if pipeline in last]:
+                del _pipelines[place]
         for pipeline in last:  # All of them first: the time for the disk runs at once.
             pipeline.refuse()
         done = True
@@ -135,7 +156,6 @@ class Recorder(Generic[T]):
         return done
 
     def _after_fork(self) -> None:
-        self._lock = threading.RLock()
         self._inherited.update({key: trace.pipeline for key, trace in self._traces.items()})
         self._traces.clear()
         self._pipelines = dict.fromkeys(self._pipelines, 0)  # Their counts begin anew.
@@ -145,8 +165,25 @@ class Recorder(Generic[T]):
 _recorders: weakref.WeakSet[Recorder[Any]] = weakref.WeakSet()
 
 
+_pipelines: dict[Hashable, RecordPipeline] = {}
+"""The pipelines that recorders get, by key, spool and mode."""
+
+# Reentrant: a signal handler or the garbage collector may begin or end a trace while this thread
+# holds it.
+_lock = threading.RLock()
+
+
+def _forget_unused() -> None:
+    for place, pipeline in list(_pipelines.items()):
+        if not (pipeline.users or pipeline.traces) and pipeline.at_rest:
+            del _pipelines[place]
+            unfinished.discard(pipeline)
+
+
 def _after_fork() -> None:
     """In a forked child: the parent's traces are the parent's."""
+    global _lock
+    _lock = threading.RLock()
     for recorder in list(_recorders):
         recorder._after_fork()
 

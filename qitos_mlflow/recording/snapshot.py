@@ -100,18 +100,6 @@ def span_record(
     return encode(record)
 
 
-def root_record(trace_id: str, span: Any) -> dict[str, Any]:
-    """The record of a trace's first span when it starts: the root of the trace's tree."""
-    return {
-        "kind": "span_start",
-        "trace_id": trace_id,
-        "span_id": span.span_id,
-        "parent_id": span.parent_span_id,
-        "type": span.data.type,
-        "data": {"name": getattr(span.data, "name", None)},
-    }
-
-
 def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The records of a run's files: the final answer, and what QitOS wrote to its run directory.
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import report
@@ -37,7 +36,7 @@ class TraceRecorder:
             sink may get without the start.
 
     Attributes:
-        id: of the trace in its records; see `_free_id`.
+        id: of the trace in its records; see `RecordPipeline.add`.
         closed: its plugin takes no more spans.
         ended: its end is recorded: only late spans can follow.
     """
@@ -51,7 +50,7 @@ class TraceRecorder:
         content: bool = True,
         run_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.id = _free_id(pipeline, str(trace.trace_id))
+        self.id: str
         self.pipeline = pipeline
         self.content = content
         self.closed = False
@@ -68,7 +67,7 @@ class TraceRecorder:
         # Not a failure of this trace: it was being handled when the trace began.
         self._handling = sys.exc_info()[1]
         self._ending = threading.RLock()
-        pipeline.add(self)
+        pipeline.add(self, str(trace.trace_id))
 
     @property
     def unfinished_spans(self) -> int:
@@ -104,7 +103,15 @@ class TraceRecorder:
         self._steps[span.span_id] = step
         if self._awaits_root:
             self._awaits_root = False
-            record = {**snapshot.root_record(self.id, span), **self._settings}
+            record = {
+                "kind": "span_start",
+                "trace_id": self.id,
+                "span_id": span.span_id,
+                "parent_id": span.parent_span_id,
+                "type": span.data.type,
+                "data": {"name": getattr(span.data, "name", None)},
+                **self._settings,
+            }
             self.pipeline.offer(encode(record), keep=True)
 
     def end_span(self, span: Any) -> None:
@@ -210,12 +217,3 @@ class TraceRecorder:
     def _metadata(self, trace: Any) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})
         return metadata if self.content else snapshot.structure_only(redacted_metadata(metadata))
-
-
-def _free_id(pipeline: RecordPipeline, trace_id: str) -> str:
-    """`trace_id`, or if a trace with that id is open for the same destination, one like it.
-
-    Run and trace are found on a server by it, so two processors must not use the same one.
-    """
-    names = (trace_id if number == 1 else f"{trace_id}~{number}" for number in count(1))
-    return next(name for name in names if pipeline.is_free(name))

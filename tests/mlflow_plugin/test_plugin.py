@@ -27,7 +27,7 @@ from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_record
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
 from qitos_mlflow.mlflow_plugin.precedence import Origin
-from qitos_mlflow.recording import pipelines, recorder
+from qitos_mlflow.recording import recorder
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
@@ -547,14 +547,14 @@ def test_a_signal_handler_may_shut_down_while_a_trace_starts(
 ) -> None:
     """Nothing that the same thread holds keeps it waiting; the trace that began is whole."""
     processor = attach()
-    forget_unused = pipelines._forget_unused
+    forget_unused = recorder._forget_unused
 
     def interrupted() -> None:
-        monkeypatch.setattr(pipelines, "_forget_unused", forget_unused)
+        monkeypatch.setattr(recorder, "_forget_unused", forget_unused)
         processor.force_flush()
         processor.shutdown()
 
-    monkeypatch.setattr(pipelines, "_forget_unused", interrupted)
+    monkeypatch.setattr(recorder, "_forget_unused", interrupted)
     with create_trace("agent"):
         pass
     assert [record["kind"] for record in records()] == ["trace_start", "trace_end"]

@@ -16,6 +16,7 @@ import pytest
 
 from qitos_mlflow.delivery import find_segments
 from qitos_mlflow.recording import pipelines, process_exit
+from qitos_mlflow.recording import recorder as recorders
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
@@ -192,7 +193,7 @@ def test_unused_pipelines_are_forgotten(recorder: Any, begin: Any, tmp_path: Pat
         del dropped
         gc.collect()
     begin(recorder(), "t")
-    assert len(pipelines._pipelines) == 1
+    assert len(recorders._pipelines) == 1
     assert len(pipelines.unfinished - before) == 1
 
 
