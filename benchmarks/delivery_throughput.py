@@ -96,7 +96,7 @@ def deliver(directory: Path, uri: str) -> tuple[float, int, Recorder]:
     recorder, stats = Recorder(uri), Counts()
 
     def open_sink(header: bytes) -> MlflowSink:
-        return MlflowSink(RestTransport(uri, recorder), orjson.loads(header))
+        return MlflowSink(header, RestTransport(uri, recorder))
 
     began = time.perf_counter()
     for paths in find_segments(directory):

@@ -65,14 +65,14 @@ def sync(
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
     from qitos_mlflow.mlflow_plugin.destination import default_header
-    from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
+    from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
 
     def uri_of(header: dict[str, Any]) -> str | None:
         return tracking_uri or _with_credentials(header.get("tracking_uri"))
 
     ways = {
-        "open_sink": lambda header: open_sink(
+        "open_sink": lambda header: MlflowSink(
             header, tracking_uri=uri_of(json.loads(header)), resumed=True
         ),
         # A segment whose own header is damaged goes where --tracking-uri says, or nowhere.

@@ -113,18 +113,18 @@ class MlflowPipeline(RecordPipeline):
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""
-        from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
+        from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 
-        return open_sink(self.header, tracking_uri=self._uri, announce=self._announce)
+        return MlflowSink(self.header, tracking_uri=self._uri, announce=self._announce)
 
     def open_leftovers(self, header: bytes) -> Callable[[], Any] | None:
         """What opens the sink for a dead process's segment, if its destination is the same."""
         if _place(self.header) != _place(header):
             return None
-        from qitos_mlflow.mlflow_plugin.sink.sink import open_sink
+        from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 
         # With our URI, which may have the credentials that theirs has not on disk.
-        return partial(open_sink, header, tracking_uri=self._uri, resumed=True)
+        return partial(MlflowSink, header, tracking_uri=self._uri, resumed=True)
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """Sending thread. The run of a trace exists."""

@@ -36,15 +36,13 @@ OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
 TOO_LARGE = frozenset({413, 414, 431})
 """A proxy may say so of this request alone; it may accept smaller ones."""
-UNPROCESSABLE = 422
+UNPROCESSABLE = "HTTP 422"
 """MLflow's span endpoint says so of every failure of its own, a broken database included."""
-NOT_IMPLEMENTED = 501
+NOT_IMPLEMENTED = frozenset({"HTTP 501", "NOT_IMPLEMENTED"})
 """A file store says so of what it can never do."""
 WITH_BODY = frozenset({307, 308})
 """Redirects that requests follows with the whole request. After others it leaves the body out, so
 the answer, of a login page or of MLflow itself, says nothing about the body."""
-PAGE_BYTES = 1000
-"""How much of an answer that is no JSON becomes the reason of a failure (bytes)."""
 PROTOBUF = "application/x-protobuf"
 LENGTHS = ("Content-Length", "Transfer-Encoding")
 """A server that keeps connections open marks the end of its answer with one of these."""
@@ -76,35 +74,33 @@ def _credentials() -> tuple[str, str] | None:
     """User and password from the environment, else from MLflow's credentials file."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    path = Path("~/.mlflow/credentials").expanduser()
-    if (user is None or password is None) and path.exists():
+    if user is None or password is None:
         config = configparser.ConfigParser()
-        config.read(path)
-        if config.has_section("mlflow"):
-            user = user or config.get("mlflow", "mlflow_tracking_username", fallback=None)
-            password = password or config.get("mlflow", "mlflow_tracking_password", fallback=None)
+        config.read(Path("~/.mlflow/credentials").expanduser())
+        user = user or config.get("mlflow", "mlflow_tracking_username", fallback=None)
+        password = password or config.get("mlflow", "mlflow_tracking_password", fallback=None)
     return (user, password) if user and password else None
 
 
-class SessionRequester:
-    """A `Requester` on one `requests.Session`, set up as MLflow's environment variables say."""
+class SessionRequester(requests.Session):
+    """A `Requester` with a session of its own, set up as MLflow's environment variables say."""
 
     def __init__(self, uri: str) -> None:
+        super().__init__()
         environ = os.environ
         self._base = uri.rstrip("/")
-        self._session = session = requests.Session()
         if token := environ.get("MLFLOW_TRACKING_TOKEN"):
-            session.headers["Authorization"] = f"Bearer {token}"
+            self.headers["Authorization"] = f"Bearer {token}"
         elif credentials := _credentials():
-            session.auth = credentials
+            self.auth = credentials
         if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
-            session.verify = False
+            self.verify = False
         elif path := environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"):
-            session.verify = path
+            self.verify = path
         if path := environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
-            session.cert = path
+            self.cert = path
         if workspace := environ.get("MLFLOW_WORKSPACE"):
-            session.headers["X-MLFLOW-WORKSPACE"] = workspace
+            self.headers["X-MLFLOW-WORKSPACE"] = workspace
 
     def __call__(self, request: Request) -> requests.Response:
         """Send `request`."""
@@ -114,17 +110,13 @@ class SessionRequester:
             # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
             # piece with as long for each.
             data, connect_s = io.BytesIO(request.body), request.timeout_s
-        return self._session.request(
+        return self.request(
             request.method,
             self._base + request.path,
             data=data,
             headers=dict(request.headers),
             timeout=(connect_s, request.timeout_s),
         )
-
-    def close(self) -> None:
-        """Close the pooled connections."""
-        self._session.close()
 
 
 def answer_to(request: Request, requester: Requester, server: str) -> requests.Response:
@@ -161,11 +153,11 @@ def verdict(
     says so that may be another one.
     """
     code, answer = f"HTTP {status}", json_object(body)
-    foreign = RetryLater(f"{code} from {server}, which is not MLflow's answer")
+    foreign = f"{code} from {server}, which is not MLflow's answer"
     if status < 300:
         # MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
         whole = not body or answer is not None or PROTOBUF in headers.get("Content-Type", "")
-        return None if whole else foreign
+        return None if whole else RetryLater(foreign)
     if status < 400:
         return RetryLater(f"{code}: {_moved(headers.get('Location'))}")
     if status in OVERLOADED:
@@ -173,13 +165,12 @@ def verdict(
     if status in UNAUTHORISED:
         return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
     if status >= 500 and not answer:
-        return foreign  # Something in front of MLflow is out of order, or it is being exchanged.
+        # Something in front of MLflow is out of order, or it is being exchanged.
+        return RetryLater(foreign)
     answer = answer or {}
-    page = body[:PAGE_BYTES].decode("utf-8", "replace")
-    message = str(answer.get("message") or answer.get("detail") or page)
+    message = str(answer.get("message") or answer.get("detail") or body.decode("utf-8", "replace"))
     code = str(answer.get("error_code", code))
-    failed = status >= 500 and code != "NOT_IMPLEMENTED" and status != NOT_IMPLEMENTED
-    if failed or (status == UNPROCESSABLE and "error_code" not in answer):
+    if code == UNPROCESSABLE or (status >= 500 and code not in NOT_IMPLEMENTED):
         return Poisoned(f"{code}: {readable(message)}")
     return failure(code, message)
 

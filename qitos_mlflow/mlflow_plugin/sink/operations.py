@@ -59,8 +59,10 @@ class Operations:
             self._announce(trace.facts.trace_id, trace.run)
 
     def _find_or_create(self, trace: TraceState, timeout_s: float) -> None:
-        facts = trace.facts
-        experiment_id = self._experiment(facts.experiment_name, timeout_s)
+        facts, name = trace.facts, trace.facts.experiment_name
+        if name not in self._experiments:
+            self._experiments[name] = self._transport.experiment_id(name, timeout_s)
+        experiment_id = self._experiments[name]
         if trace.run is None and trace.maybe_created:
             found = self._transport.find_runs(experiment_id, facts.trace_id, timeout_s)
             trace.run = found[0] if found else None
@@ -77,18 +79,12 @@ class Operations:
             trace.run = self._transport.create_run(new, timeout_s)
         trace.settle()
 
-    def _experiment(self, name: str, timeout_s: float) -> str:
-        if name not in self._experiments:
-            self._experiments[name] = self._transport.experiment_id(name, timeout_s)
-        return self._experiments[name]
-
     def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
         """Whether the server answers a simple question from its database."""
-        self._experiments.pop(trace.facts.experiment_name, None)
         try:
-            self._experiment(trace.facts.experiment_name, timeout_s)
-        except Refused:  # It has looked the experiment up.
-            return True
+            self._transport.experiment_id(trace.facts.experiment_name, timeout_s)
+        except Refused:
+            pass  # It has looked the experiment up.
         except (Poisoned, RetryLater):
             return False
         return True
@@ -109,19 +105,7 @@ class Operations:
         self._store(self._transport.write_spans, _run_of(trace).experiment_id, spans, timeout_s)
 
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        """Write what is known of the running trace as a whole; if that fails, another one follows.
-
-        Servers before 3.12 refuse an info that lacks what they know, such as tokens of MLflow's own
-        spans or the cost.
-        """
-        try:
-            self.write_last_info(trace, items, timeout_s)
-        except (Refused, Poisoned):
-            if trace.tree is not None:
-                trace.tree.news = True
-
-    def write_last_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        """Write an info that no later one repeats; with the cost once the trace has ended."""
+        """Write what is known of the trace as a whole, with its cost once it has ended."""
         facts, tree, run = trace.facts, trace.tree, _run_of(trace)
         if not self.stores_traces or tree is None or not (facts.started or trace.start_lost):
             return
@@ -129,7 +113,16 @@ class Operations:
         # The server finds the spans that cost something by a tag of their trace's info.
         first = not trace.has_info
         if first or not facts.ended:
-            self._store(self._transport.write_trace, info, timeout_s)
+            try:
+                self._store(self._transport.write_trace, info, timeout_s)
+            except (Refused, Poisoned):
+                # Servers before 3.12 refuse an info that lacks what they know, such as tokens of
+                # MLflow's own spans. Another info follows if the trace goes on, with all but
+                # feedback that the tree does not keep.
+                if facts.ended or info.get("assessments", []) != tree.assessments:
+                    raise
+                tree.news = True
+                return
             trace.has_info = True
         if facts.ended and self.stores_traces:
             cost = self._costs.metadata(tree, run.experiment_id, timeout_s)

@@ -33,48 +33,33 @@ STATE_VERSION = 2
 """Form of the state in acknowledgements; version 0.1.0 wrote another one, without a version."""
 
 
-def open_sink(
-    header: bytes,
-    *,
-    tracking_uri: str | None = None,
-    announce: Announce | None = None,
-    resumed: bool = False,
-) -> MlflowSink:
-    """The sink for a segment with this header. Connects to nothing yet; may import mlflow.
+class MlflowSink:
+    """`delivery.Sink` for one segment. Connects to nothing until it sends; may import mlflow.
 
     Args:
-        header: what `destination.segment_header` wrote.
+        header: the segment's header, as `destination.segment_header` writes it. Its run settings,
+            if it has any, are those of traces whose start brings none.
+        transport: carries the calls; None: one for `tracking_uri`.
         tracking_uri: deliver here instead of to the header's destination.
         announce: called with each run as it is created, on the sending thread.
-        resumed: another process may have delivered part of the segment before.
-    """
-    fields: dict[str, Any] = orjson.loads(header)
-    uri = tracking_uri or fields.get("tracking_uri")
-    return MlflowSink(open_transport(uri, fields.get("cwd")), fields, announce, resumed=resumed)
-
-
-class MlflowSink:
-    """`delivery.Sink` for one destination. Used by one thread.
-
-    Args:
-        transport: carries the calls.
-        header: the segment's header. Its run settings, if it has any, are those of traces whose
-            start brings none.
-        announce: called with each run as it is created.
-        resumed: a run may exist already for any trace; look before creating one.
+        resumed: another process may have delivered part of the segment before: a run may exist
+            already for any trace; look before creating one.
     """
 
     def __init__(
         self,
-        transport: Transport,
-        header: Mapping[str, Any],
-        announce: Announce | None = None,
+        header: bytes,
+        transport: Transport | None = None,
         *,
+        tracking_uri: str | None = None,
+        announce: Announce | None = None,
         resumed: bool = False,
     ) -> None:
-        self._transport = transport
-        self._settings = settings_in(header)
-        self._operations = Operations(transport, announce)
+        fields: dict[str, Any] = orjson.loads(header)
+        uri = tracking_uri or fields.get("tracking_uri")
+        self._transport = transport or open_transport(uri, fields.get("cwd"))
+        self._settings = settings_in(fields)
+        self._operations = Operations(self._transport, announce)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
         self._prepared = CallList(self._operations)
@@ -203,11 +188,7 @@ class MlflowSink:
             yield Call(trace, operations.write_spans, distinct(waiting.spans))
         # What comes after a trace's end does not change what is known of it.
         if tree is not None and tree.changed and (facts.started or facts.ended):
-            # Another info follows, unless the trace has ended or this one has feedback that no
-            # later one repeats.
-            last = facts.ended or tree.full
-            write = operations.write_last_info if last else operations.write_info
-            yield Call(trace, write, [trace_info(tree)])
+            yield Call(trace, operations.write_info, [trace_info(tree)])
             tree.info_made()
 
 

@@ -350,7 +350,7 @@ def test_a_large_body_may_take_longer_than_its_timeout(listener: Listener) -> No
     requester = SessionRequester(listener.uri)
     # With a small buffer it is the reader that sets the pace, on any system.
     buffer = (socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    adapter = requester._session.get_adapter(listener.uri)
+    adapter = requester.get_adapter(listener.uri)
     adapter.init_poolmanager(1, 1, socket_options=[buffer])  # type: ignore[attr-defined]
     transport = RestTransport(listener.uri, requester)
     transport.write_artifact(RUN, "file", body, 1.0)

@@ -47,10 +47,10 @@ def plain(sink: MlflowSink) -> dict[str, Any]:
 def test_a_state_of_the_first_version_is_restored_completely() -> None:
     """It becomes the state that today's sink has after the same records."""
     header, done, _, state = acknowledged()
-    fresh = MlflowSink(server_of(header), header)
+    fresh = MlflowSink(orjson.dumps(header), server_of(header))
     fresh.prepare(done)
     assert fresh.send(10.0) == []
-    restored = MlflowSink(server_of(header), header)
+    restored = MlflowSink(orjson.dumps(header), server_of(header))
     restored.restore(state)
     assert len(done) == 14
     assert plain(restored) == plain(fresh)
@@ -59,7 +59,7 @@ def test_a_state_of_the_first_version_is_restored_completely() -> None:
 def test_a_trace_that_the_first_version_began_is_finished() -> None:
     """Totals, run and tree go on where they were, whatever server the rest goes to."""
     header, done, rest, state = acknowledged()
-    whole = MlflowSink(straight := FakeTransport(), header)
+    whole = MlflowSink(orjson.dumps(header), straight := FakeTransport())
     whole.prepare(done + rest)
     whole.send(10.0)
     (ref,) = orjson.loads(state)["traces"]
@@ -71,7 +71,7 @@ def test_a_trace_that_the_first_version_began_is_finished() -> None:
         "params": {},
         "status": "RUNNING",
     }
-    sink = MlflowSink(server, header, resumed=True)
+    sink = MlflowSink(orjson.dumps(header), server, resumed=True)
     sink.restore(state)
     sink.prepare(rest)
     assert sink.send(10.0) == []
@@ -97,7 +97,7 @@ def test_a_state_of_a_later_version_costs_the_totals_only(
 ) -> None:
     """It is not misread: the run is found again, and the totals begin anew."""
     header, _, rest, _ = acknowledged()
-    sink = MlflowSink(server := FakeTransport(), header)
+    sink = MlflowSink(orjson.dumps(header), server := FakeTransport())
     sink.restore(orjson.dumps({"version": 3, "uri": "x", "traces": [], "refused": {}}))
     assert [where for where, _ in swallowed] == ["sink.restore"]
     swallowed.clear()

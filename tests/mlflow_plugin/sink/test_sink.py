@@ -22,7 +22,7 @@ from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list, trace_cost
-from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_sink
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import COST_TRIES, PAUSE_S
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
@@ -32,10 +32,15 @@ TIMEOUT_S = 10.0
 SETTINGS = {"experiment_name": "qitos", "tags": {"env": "dev"}, "plugin_version": "1.2.3"}
 
 
+def header(**fields: Any) -> bytes:
+    """A segment's header."""
+    return orjson.dumps(fields)
+
+
 def sink_to(server: FakeTransport, **more: Any) -> MlflowSink:
     """A sink that delivers there."""
-    announce, resumed = more.pop("announce", None), more.pop("resumed", False)
-    return MlflowSink(server, {**SETTINGS, **more}, announce, resumed=resumed)
+    ours = {key: more.pop(key) for key in ("announce", "resumed") if key in more}
+    return MlflowSink(header(**{**SETTINGS, **more}), server, **ours)
 
 
 def lines(*records: dict[str, Any]) -> list[bytes]:
@@ -106,7 +111,7 @@ def test_a_run_may_be_named_by_mlflows_tag(
     assert (run["name"], run["tags"]["env"]) == (wanted, "dev")
     assert "mlflow.runName" not in run["tags"]
     store = open_transport(f"sqlite:///{tmp_path}/runs.db")
-    assert ship(MlflowSink(store, {**SETTINGS, **settings}), *a_trace()) == []
+    assert ship(MlflowSink(header(**{**SETTINGS, **settings}), store), *a_trace()) == []
 
 
 def test_a_run_to_be_left_open_is_not_ended(server: FakeTransport) -> None:
@@ -320,7 +325,7 @@ def test_a_trace_without_its_start_and_its_settings(server: FakeTransport) -> No
     """With a header that only says where, it is logged to the experiment `qitos`, and says so."""
     asked: list[str] = []
     server.fail = lambda call, what: asked.append(what) if call == "experiment_id" else None
-    assert ship(MlflowSink(server, {"tracking_uri": None, "cwd": "/"}), *a_trace()[1:]) == []
+    assert ship(MlflowSink(header(tracking_uri=None, cwd="/"), server), *a_trace()[1:]) == []
     assert asked == ["qitos"]
     (run,) = server.runs.values()
     assert (run["tags"]["qitos.start_lost"], run["status"]) == ("true", "FINISHED")
@@ -677,9 +682,9 @@ def test_the_start_of_a_trace_was_lost(server: FakeTransport, settings_in: str) 
     _, *spans, end = a_trace(spans=4)
     settings = {**SETTINGS, "user": "me", "tags": {"env": "dev", "mlflow.runName": "by-tag"}}
     if settings_in == "header":
-        sink = MlflowSink(server, settings)
+        sink = MlflowSink(header(**settings), server)
     else:
-        sink = MlflowSink(server, {"tracking_uri": None, "cwd": "/"})
+        sink = MlflowSink(header(tracking_uri=None, cwd="/"), server)
         end["settings"] = settings
     assert ship(sink, *spans, end) == []
     (run,) = server.runs.values()
@@ -805,9 +810,9 @@ def test_what_is_no_record_is_kept_aside(server: FakeTransport) -> None:
 
 def test_the_header_says_where_it_goes() -> None:
     """A segment's header is all that is needed; another destination can be given instead."""
-    header = segment_header("http://one.test")
-    assert open_sink(header)._transport.uri == "http://one.test"
-    assert open_sink(header, tracking_uri="http://two.test")._transport.uri == "http://two.test"
+    one, two = "http://one.test", "http://two.test"
+    assert MlflowSink(segment_header(one))._transport.uri == one
+    assert MlflowSink(segment_header(one), tracking_uri=two)._transport.uri == two
 
 
 def test_the_transport_for_each_destination(tmp_path: Any) -> None:
