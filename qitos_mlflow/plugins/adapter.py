@@ -11,13 +11,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import pluggy
 
 from qitos_mlflow import _guard
 from qitos_mlflow.plugins import hookspecs
-from qitos_mlflow.tracing import Span, Trace, TraceProcessor
+from qitos_mlflow.tracing import TraceProcessor
 
 HOOKS: tuple[str, ...] = tuple(
     name for name in vars(hookspecs) if name.startswith(hookspecs.PREFIX)
@@ -25,14 +25,40 @@ HOOKS: tuple[str, ...] = tuple(
 """The names of all hooks."""
 
 
-class _Call(NamedTuple):
-    """One plugin's implementations of one hook, and how a log line names them.
+_Call = tuple[str, Callable[..., list[Any]]]
+"""One plugin's implementations of one hook, after how a log line names them.
 
-    A hook has one argument at most, which is given by position: on the agent's thread it counts.
+A hook has one argument at most, which is given by position: on the agent's thread it counts.
+"""
+
+
+def _pass_on(hook: str) -> Any:
+    """A method that calls this hook of each plugin.
+
+    It does nothing if this call with this very object was the last on this thread.
     """
 
-    hook: Callable[..., list[Any]]
-    where: str
+    def method(self: PluginTraceProcessor, item: Any) -> None:
+        try:
+            last_hook, last_item = self._last.event
+            if last_hook == hook and last_item() is item:
+                return
+        except AttributeError:  # The first event on this thread.
+            pass
+        try:
+            # Weakly: what an agent said must not stay in memory after its run, and an id may be
+            # that of a new object by then.
+            self._last.event = (hook, weakref.ref(item))
+        except TypeError:  # A host's object that knows no weak references.
+            self._last.__dict__.clear()
+        for where, call in self._calls[hook]:
+            try:
+                call(item)
+            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
+                _guard.report(where, error)
+
+    method.__doc__ = f"Call ``{hook}`` of each plugin."
+    return method
 
 
 class PluginTraceProcessor(TraceProcessor):
@@ -74,11 +100,9 @@ class PluginTraceProcessor(TraceProcessor):
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, name)
         with self._changing:
-            if name in self._managers:
-                raise ValueError(f"a plugin named {name!r} is registered already")
             for other, registered in self.plugins.items():
-                if registered is plugin:
-                    raise ValueError(f"plugin {name!r} is registered already, as {other!r}")
+                if other == name or registered is plugin:
+                    raise ValueError(f"{name!r} or its plugin is registered already, as {other!r}")
             self._arrange({**self._managers, name: manager})
         _warn_of_uncalled(name, manager.get_hookcallers(plugin) or [])
         return self.hooks(name)
@@ -104,33 +128,22 @@ class PluginTraceProcessor(TraceProcessor):
         A plugin that implements `qitos_record` alone adds to others' records and wants no trace.
         """
         unwilling = self._only_add
-        for call in self._calls["qitos_wants_trace"]:
-            with _guard.shield(call.where):
-                unwilling += False in call.hook()
+        for where, call in self._calls["qitos_wants_trace"]:
+            with _guard.shield(where):
+                unwilling += False in call()
         return unwilling < len(self._managers)
 
-    def on_trace_start(self, trace: Trace) -> None:
-        """Call ``qitos_trace_start`` of each plugin."""
-        self._pass_on("qitos_trace_start", trace)
-
-    def on_trace_end(self, trace: Trace) -> None:
-        """Call ``qitos_trace_end`` of each plugin."""
-        self._pass_on("qitos_trace_end", trace)
-
-    def on_span_start(self, span: Span) -> None:
-        """Call ``qitos_span_start`` of each plugin."""
-        self._pass_on("qitos_span_start", span)
-
-    def on_span_end(self, span: Span) -> None:
-        """Call ``qitos_span_end`` of each plugin."""
-        self._pass_on("qitos_span_end", span)
+    on_trace_start = _pass_on("qitos_trace_start")
+    on_trace_end = _pass_on("qitos_trace_end")
+    on_span_start = _pass_on("qitos_span_start")
+    on_span_end = _pass_on("qitos_span_end")
 
     def on_record(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """What each plugin's ``qitos_record`` returns for a copy of `record`, with its name."""
         returned: list[tuple[str, Any]] = []
-        for call in self._calls["qitos_record"]:
-            with _guard.shield(call.where):
-                returned += [(call.where, one) for one in call.hook(deepcopy(record))]
+        for where, call in self._calls["qitos_record"]:
+            with _guard.shield(where):
+                returned += [(where, one) for one in call(deepcopy(record))]
         return returned
 
     def force_flush(self, timeout_s: float | None = None) -> bool:
@@ -141,39 +154,19 @@ class PluginTraceProcessor(TraceProcessor):
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         flushed = True
-        for call in self._calls["qitos_force_flush"]:
+        for where, call in self._calls["qitos_force_flush"]:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             done = False
-            with _guard.shield(call.where):
-                done = False not in call.hook(left_s)
+            with _guard.shield(where):
+                done = False not in call(left_s)
             flushed = done and flushed
         return flushed
 
     def shutdown(self) -> None:
         """Shut each plugin down; blocks as long as they do, one after another."""
-        for call in self._calls["qitos_shutdown"]:
-            with _guard.shield(call.where):
-                call.hook()
-
-    def _pass_on(self, hook: str, item: Trace | Span) -> None:
-        """Call each plugin, unless this call with this very object was the last on this thread."""
-        try:
-            last_hook, last_item = self._last.event
-            if last_hook == hook and last_item() is item:
-                return
-        except AttributeError:  # The first event on this thread.
-            pass
-        try:
-            # Weakly: what an agent said must not stay in memory after its run, and an id may be
-            # that of a new object by then.
-            self._last.event = (hook, weakref.ref(item))
-        except TypeError:  # A host's object that knows no weak references.
-            self._last.__dict__.clear()
-        for call in self._calls[hook]:
-            try:
-                call.hook(item)
-            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
-                _guard.report(call.where, error)
+        for where, call in self._calls["qitos_shutdown"]:
+            with _guard.shield(where):
+                call()
 
     def _arrange(self, managers: dict[str, pluggy.PluginManager]) -> None:
         """Set `_managers` and `_calls`: which plugins are called for which hook, in order.
@@ -183,11 +176,11 @@ class PluginTraceProcessor(TraceProcessor):
         calls: dict[str, tuple[_Call, ...]] = {}
         for hook in HOOKS:
             callers = [(name, getattr(m.hook, hook)) for name, m in managers.items()]
-            implementing = [(name, caller) for name, caller in callers if caller.get_hookimpls()]
-            implementing.sort(key=lambda item: _rank(item[1]))  # Stable: else as registered.
+            found = [(name, caller) for name, caller in callers if caller.get_hookimpls()]
+            # Stable: else as registered.
+            found.sort(key=lambda one: min(i.trylast - i.tryfirst for i in one[1].get_hookimpls()))
             calls[hook] = tuple(
-                _Call(_quick(caller), f"trace plugin {name}, hook {hook}")
-                for name, caller in implementing
+                (f"trace plugin {name}, hook {hook}", _quick(caller)) for name, caller in found
             )
         self._managers, self._calls = managers, calls
         self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
@@ -212,10 +205,6 @@ def _quick(caller: pluggy.HookCaller) -> Callable[..., list[Any]]:
     return call
 
 
-def _rank(caller: pluggy.HookCaller) -> int:
-    return min(impl.trylast - impl.tryfirst for impl in caller.get_hookimpls())
-
-
 def _warn_of_uncalled(name: str, callers: list[pluggy.HookCaller]) -> None:
     unknown = [
         caller.name
@@ -223,18 +212,10 @@ def _warn_of_uncalled(name: str, callers: list[pluggy.HookCaller]) -> None:
         if not (caller.has_spec() or all(impl.optionalhook for impl in caller.get_hookimpls()))
     ]
     if unknown:
-        _guard.warn(
-            f"plugins.unknown_hook.{name}",
-            "trace plugin %s implements %s, which this version does not call; the hooks are: %s",
-            name,
-            ", ".join(unknown),
-            ", ".join(HOOKS),
-        )
+        what = f"{', '.join(unknown)}, which this version does not call; the hooks are: "
+        what += ", ".join(HOOKS)
     elif not callers:
-        _guard.warn(
-            f"plugins.no_hook.{name}",
-            "trace plugin %s implements no hook; mark its functions with "
-            'pluggy.HookimplMarker("%s")',
-            name,
-            hookspecs.PROJECT,
-        )
+        what = f'no hook; mark its functions with pluggy.HookimplMarker("{hookspecs.PROJECT}")'
+    else:
+        return
+    _guard.warn(f"plugins.uncalled.{name}", "trace plugin %s implements %s", name, what)

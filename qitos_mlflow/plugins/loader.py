@@ -6,12 +6,12 @@ not imported. Nothing here raises but KeyboardInterrupt.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
+import math
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import importlib_metadata
 
@@ -64,23 +64,33 @@ def load(adapter: PluginTraceProcessor) -> list[PluginInfo]:
     exist; the others load. Blocks for the plugins' imports. If a plugin's import calls this again
     on the same thread, that call returns an empty list.
     """
-    if getattr(_this_thread, "loading", False):
-        return []
+    selection = Selection.from_environ()
+    if selection.nothing or getattr(_this_thread, "loading", False):
+        return []  # Not even the metadata is read.
     _this_thread.loading = True
     try:
-        selection = Selection.from_environ()
-        if selection.nothing:
-            return []  # Not even the metadata is read.
         found = _select(_installed(), selection)
-        _warn_of_unknown(selection, found)
+        unknown = selection.unknown((info.name, info.distribution) for info in found)
+        if unknown:
+            _guard.warn(
+                f"plugins.unknown.{unknown}",
+                "%s: no trace plugin named %s is installed; installed are: %s",
+                VARIABLE,
+                " or ".join(unknown),
+                ", ".join(sorted({info.name for info in found})) or "none",
+            )
         outcome: list[PluginInfo] = []
         for info in found:
             if info.state == "found":
                 shared = any(info.name == other.name for other in outcome)
                 name = f"{info.distribution}:{info.name}" if shared else info.name
                 info = _load(info, name, adapter)
-            if info.error is not None and info.error != NOT_SELECTED:
-                _warn_of_failure(info)
+            if info.error not in (None, NOT_SELECTED):
+                _guard.warn(
+                    f"plugins.load.{info.distribution}:{info.name}",
+                    "trace plugin %s of %s %s was not loaded: %s",
+                    *(info.name, info.distribution, info.version, info.error),
+                )
             outcome.append(info)
         return outcome
     finally:
@@ -88,103 +98,60 @@ def load(adapter: PluginTraceProcessor) -> list[PluginInfo]:
 
 
 def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginInfo:
+    if name in adapter.plugins:
+        return replace(info, state="loaded", hooks=adapter.hooks(name))
     try:
-        if name in adapter.plugins:
-            return replace(info, state="loaded", hooks=adapter.hooks(name))
-        entry_point = importlib_metadata.EntryPoint(info.name, info.value, GROUP)
-        hooks = adapter.register(_plugin(entry_point.load()), name)
+        found = importlib_metadata.EntryPoint(info.name, info.value, GROUP).load()
+        # A class or a function is no plugin itself, but makes one.
+        if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, partial):
+            found = found()
+        if found is None:
+            raise TypeError("it, or what its factory returned, is None instead of a plugin")
+        return replace(info, state="loaded", hooks=adapter.register(found, name))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the agent
         _guard.log(logging.DEBUG, "traceback of the failure to load %s", info.value, error=error)
         return replace(info, state="failed", error=_guard.in_words(error))
-    return replace(info, state="loaded", hooks=hooks)
 
 
-def _plugin(found: object) -> object:
-    """`found`, or what it returns: a class or a function is no plugin itself, but makes one."""
-    if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial):
-        found = found()
-    if found is None:
-        raise TypeError("it, or what its factory returned, is None instead of a plugin")
-    return found
-
-
-def _select(installed: Iterable[PluginInfo], selection: Selection) -> list[PluginInfo]:
+def _select(installed: list[PluginInfo], selection: Selection) -> list[PluginInfo]:
     """`installed`, the selected ones first, in the order of loading."""
-    found: list[tuple[int, PluginInfo]] = []
-    blocked: list[PluginInfo] = []
-    holders: dict[str, str] = {}
+    ranked: list[tuple[float, PluginInfo]] = []
+    holders: dict[str, PluginInfo] = {}
     for info in installed:
-        rank = selection.rank(info.name, info.distribution)
-        holder = holders.get(canonical(info.name))
+        rank, error = selection.rank(info.name, info.distribution), None
+        holder = info if rank is None else holders.setdefault(canonical(info.name), info)
         if rank is None:
-            blocked.append(replace(info, state="blocked", error=NOT_SELECTED))
-        elif holder is not None and not selection.singles_out(info.name, info.distribution):
+            error = NOT_SELECTED
+        elif holder is not info and not selection.singles_out(info.name, info.distribution):
             # One plugin for a name: two would most likely do everything twice.
-            why = f"the name is taken by the plugin of {holder}; to load this one, name it "
-            why += f"{info.distribution}:{info.name}"
-            blocked.append(replace(info, state="blocked", error=why))
-        else:
-            holders[canonical(info.name)] = info.distribution
-            found.append((rank, info))
-    return [info for _, info in sorted(found, key=lambda item: item[0])] + blocked
+            error = f"the name is taken by the plugin of {holder.distribution}; to load this one, "
+            error += f"name it {info.distribution}:{info.name}"
+        state = "found" if error is None else "blocked"
+        place = math.inf if rank is None or error else rank
+        ranked.append((place, replace(info, state=state, error=error)))
+    return [info for _, info in sorted(ranked, key=lambda item: item[0])]
 
 
 def _installed() -> list[PluginInfo]:
     """The plugins of all distributions, by name; metadata that cannot be read is skipped."""
-    found: list[PluginInfo] = []
-    for name in _distributions():
-        try:
-            # By name, so that of two versions on sys.path the first one counts, as in an import.
-            distribution = importlib_metadata.distribution(name)
-            found += [
-                PluginInfo(entry.name, distribution.name, distribution.version or "", entry.value)
-                for entry in distribution.entry_points
-                if entry.group == GROUP
-            ]
-        except Exception as error:  # noqa: BLE001 - site-packages may hold anything
-            _skipped(name, error)
-    return sorted(found, key=lambda info: (canonical(info.name), canonical(info.distribution)))
-
-
-def _distributions() -> list[str]:
-    """The names of the distributions whose entry points mention our group, each once."""
-    names: dict[str, None] = {}
+    found: dict[tuple[str, str], PluginInfo] = {}
     for distribution in importlib_metadata.distributions():
         try:
             # The text first: parsing the entry points of everything installed takes ten times as
             # long, and entry points that cannot be parsed matter only if they are a plugin's.
-            if GROUP in (distribution.read_text("entry_points.txt") or ""):
-                names[distribution.name] = None
-        except Exception as error:  # noqa: BLE001
-            _skipped(str(distribution.locate_file("")), error)
-    return list(names)
-
-
-def _skipped(what: str, error: Exception) -> None:
-    message = "trace plugins of %s are left out: unreadable metadata"
-    _guard.log(logging.DEBUG, message, what, error=error)
-
-
-def _warn_of_unknown(selection: Selection, found: list[PluginInfo]) -> None:
-    unknown = selection.unknown((info.name, info.distribution) for info in found)
-    if unknown:
-        _guard.warn(
-            f"plugins.unknown.{unknown}",
-            "%s: no trace plugin named %s is installed; installed are: %s",
-            VARIABLE,
-            " or ".join(unknown),
-            ", ".join(sorted({info.name for info in found})) or "none",
-        )
-
-
-def _warn_of_failure(info: PluginInfo) -> None:
-    _guard.warn(
-        f"plugins.load.{info.distribution}:{info.name}",
-        "trace plugin %s of %s %s was not loaded: %s",
-        info.name,
-        info.distribution,
-        info.version,
-        info.error,
-    )
+            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue
+            # By name, so that of two versions on sys.path the first one counts, as in an import.
+            first = importlib_metadata.distribution(distribution.name)
+            for entry in first.entry_points:
+                if entry.group == GROUP:
+                    found[canonical(entry.name), canonical(first.name)] = PluginInfo(
+                        entry.name, first.name, first.version or "", entry.value
+                    )
+        except Exception as error:  # noqa: BLE001 - site-packages may hold anything
+            place = distribution.locate_file("")
+            message = "trace plugins in %s are left out: unreadable metadata"
+            _guard.log(logging.DEBUG, message, place, error=error)
+    return [found[key] for key in sorted(found)]
