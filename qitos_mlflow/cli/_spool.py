@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,19 +38,17 @@ def default_directory() -> Path:
     return Settings.resolve().spool_dir
 
 
-def segments_in(paths: Iterable[Path]) -> list[Paths]:
+def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
     """The segments at `paths`, each once, oldest first. Without paths those of this user's spool.
 
     A segment whose file no longer exists is no error: it has been delivered.
     """
-    from qitos_mlflow.delivery import find_segments
+    from qitos_mlflow.delivery import find_segments, inspect_segment
 
     chosen = tuple(paths)
     found: dict[Paths, None] = {}
     for path in chosen or (default_directory(),):
         try:
-            if path.is_dir():
-                os.scandir(path).close()  # Raises if this user may not read the directory.
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:
@@ -66,14 +63,7 @@ def segments_in(paths: Iterable[Path]) -> list[Paths]:
                 f"{str(path)!r} is neither a spool directory nor a file in one; {advice}"
             )
         found.update(dict.fromkeys(segments))
-    return list(found)
-
-
-def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
-    """What the segments at `paths` hold; see `segments_in`."""
-    from qitos_mlflow.delivery import inspect_segment
-
-    return [inspect_segment(segment) for segment in segments_in(paths)]
+    return [inspect_segment(segment) for segment in found]
 
 
 def reason_of(error: OSError) -> str:

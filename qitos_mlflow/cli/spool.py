@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from qitos_mlflow.cli._show import Group, complain, plural
 from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
-
-if TYPE_CHECKING:
-    from qitos_mlflow.delivery import Paths
 
 
 @click.group(cls=Group)
@@ -33,9 +29,8 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
     from qitos_mlflow.delivery import purge as purge_segment
 
     segments = look_at(paths)
-    failures: dict[Paths, str] = {}
     idle = [segment for segment in segments if not (segment.owner_alive or segment.delivering)]
-    deleted = 0
+    deleted = failed = 0
     if idle:
         waiting = sum(segment.waiting for segment in idle)
         refused = sum(sum(segment.dead_letters.values()) for segment in idle)
@@ -50,11 +45,10 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
         try:
             deleted += purge_segment(segment.paths)
         except OSError as error:
-            failures[segment.paths] = reason_of(error)
-    in_use = len(segments) - deleted - len(failures)
+            failed += 1
+            complain(f"segment {segment.paths.stem} cannot be deleted: {reason_of(error)}")
+    in_use = len(segments) - deleted - failed
     done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
     click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
-    for failed, reason in failures.items():
-        complain(f"segment {failed.stem} cannot be deleted: {reason}")
-    if failures:
+    if failed:
         raise SystemExit(1)

@@ -21,7 +21,7 @@ from qitos_mlflow.delivery import RetryLater, find_segments, inspect_segment
 from tests.cli.conftest import Run
 from tests.cli.test_spool import NOWHERE, trace, write_segment
 
-SECRET = "s3cr3t-of-somebody"
+SECRET = "s3cr3t-of-a-user"
 UNUSABLE = f"http://user:{SECRET}@a..b:5000"
 
 AGENT = """\
@@ -235,7 +235,7 @@ def test_a_directory_that_cannot_be_read_is_named(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     done = invoke(*command, str(tmp_path))
     assert done.exit_code == 2
     assert f"{str(tmp_path)!r} cannot be read: Permission denied" in done.output

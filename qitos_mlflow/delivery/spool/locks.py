@@ -4,10 +4,10 @@ The kernel keeps the lock (`flock`, on Windows `msvcrt.locking`), so there is no
 The `filelock` package does this too, but releasing its lock in a forked child unlocks the parent.
 
 If the file system has no locks (some NFS mounts: ENOLCK, ENOTSUP), the lock file names its holder
-instead: host, boot, pid and the process's start. A holder on this host is checked exactly. One on
-another host counts as alive until its lock file has been untouched for `STALE_S`. If two processes
-take over from a dead holder at the same moment, the one that wrote last has the lock. Should both
-go on regardless, records are sent twice, which sinks make harmless.
+instead: machine, boot, pid and the process's start. A holder on this machine is checked exactly.
+One on another machine counts as alive until its lock file has been untouched for `STALE_S`. If two
+processes take over from a dead holder at the same moment, the one that wrote last has the lock.
+Should both go on regardless, records are sent twice, which sinks make harmless.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from qitos_mlflow.delivery.spool.paths import open_private, write_all
 
 STALE_S = 24 * 3600.0
-"""Without kernel locks: a holder on another host is presumed dead after this long (seconds)."""
+"""Without kernel locks: a holder on another machine is presumed dead after this long (seconds)."""
 SETTLE_S = 0.05
 """Without kernel locks: a taker checks this long after writing its name that it is still there
 (seconds)."""
@@ -69,9 +69,8 @@ else:
 class FileLock:
     """An exclusive lock on `path`, held from `acquire` to `release` or the end of the process."""
 
-    def __init__(self, path: Path, kernel_lock: Callable[[int], bool] = _kernel_lock) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._kernel_lock = kernel_lock
         self._descriptor: int | None = None
 
     def acquire_patiently(self) -> bool:
@@ -120,7 +119,7 @@ class FileLock:
 
     def _take(self, descriptor: int) -> bool:
         try:
-            return self._kernel_lock(descriptor)
+            return _kernel_lock(descriptor)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
@@ -206,32 +205,15 @@ def _holder_lives(descriptor: int) -> bool:
 
 
 def _identity(pid: int) -> dict[str, object]:
-    """Identifies the process `pid` of this host; differs once that process is gone."""
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": pid,
-        "start": _started(pid),
-    }
-
-
-def _boot_id() -> str:
-    """An id that changes when this machine boots; empty if the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    try:  # Field 22 of stat; the second one may hold spaces and parentheses.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass
-    return ""
+    """Identifies the process `pid` of this machine; differs once that process is gone."""
+    boot = start = ""  # They stay empty on systems that do not say.
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError, IndexError):  # Field 22; the second one may hold spaces and parentheses.
+        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    if not start:
+        try:
+            os.kill(pid, 0)
+        except OSError as error:
+            start = "gone" if isinstance(error, ProcessLookupError) else ""
+    return {"host": socket.gethostname(), "boot": boot, "pid": pid, "start": start}

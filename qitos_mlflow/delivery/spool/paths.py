@@ -21,6 +21,7 @@ import secrets
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,10 +73,16 @@ class Paths:
 
         With `now`, and if it was never read, it is read first.
         """
-        names = self.listed
+        names: Iterable[str] | None = self.listed
         if now or names is None:
-            names = tuple(n for n in _names(self.directory) if n.startswith(self.stem))
-        return [self.directory / name for name in sorted(names) if _stem_of(name) == self.stem]
+            try:
+                names = _names(self.directory)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                return []
+        mine = (
+            name for name in names if name.startswith(self.stem) and _stem_of(name) == self.stem
+        )
+        return [self.directory / name for name in sorted(mine)]
 
     def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
         """The parts with their bases, in order; see `files`."""
@@ -90,7 +97,11 @@ def new_stem() -> str:
 
 
 def find_segments(path: Path) -> list[Paths]:
-    """The segments in the directory `path`, oldest first, or the one whose file `path` is."""
+    """The segments in the directory `path`, oldest first, or the one whose file `path` is.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
     if not path.is_dir():
         stem = _stem_of(path.name)
         return [Paths(path.parent, stem)] if stem else []
@@ -103,10 +114,7 @@ def find_segments(path: Path) -> list[Paths]:
 
 
 def _names(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)  # noqa: PTH208 - thousands of files, without a Path for each
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
+    return os.listdir(directory)  # noqa: PTH208 - thousands of files, without a Path for each
 
 
 def _stem_of(file_name: str) -> str | None:

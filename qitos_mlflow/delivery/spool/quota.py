@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES
@@ -35,7 +36,12 @@ class Quota:
     def has_room(self, size: int, share: float = 1.0) -> bool:
         """Whether `size` bytes more stay within `share` of the bound."""
         if time.monotonic() >= self._scan_at:
-            self._used_bytes = _bytes_of(self._directory, self._aside)
+            self._used_bytes = 0
+            with suppress(OSError), os.scandir(self._directory) as entries:
+                for entry in entries:
+                    if entry.name.endswith(ASIDE_SUFFIXES) == self._aside:
+                        with suppress(OSError):  # It is gone meanwhile.
+                            self._used_bytes += entry.stat(follow_symlinks=False).st_size
             self._scan_at = time.monotonic() + SCAN_S
         return self._used_bytes + size <= self._cap_bytes * share
 
@@ -44,19 +50,3 @@ class Quota:
         room = self.has_room(size, share)
         self._used_bytes += size if room else 0
         return room
-
-
-def _bytes_of(directory: Path, aside: bool) -> int:
-    """The size of the files; those that vanish meanwhile count as nothing."""
-    total = 0
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name.endswith(ASIDE_SUFFIXES) == aside:
-                    try:
-                        total += entry.stat(follow_symlinks=False).st_size
-                    except OSError:
-                        pass
-    except OSError:
-        pass
-    return total

@@ -86,7 +86,6 @@ class SegmentReader:
         stats: counts dead letters, losses and deliveries.
         ack: where to go on; None for the beginning.
         aside_bytes: bound of what is kept aside in the whole directory.
-        patient: read a part that cannot be read again, for a while; otherwise skip it at once.
     """
 
     def __init__(
@@ -97,7 +96,6 @@ class SegmentReader:
         ack: Ack | None = None,
         *,
         aside_bytes: int = ASIDE_BYTES,
-        patient: bool = True,
     ) -> None:
         self.position, self.state, self.last_time_ns = ack or Ack(0, None, 0)
         """As of the last acknowledgement."""
@@ -105,7 +103,7 @@ class SegmentReader:
         self._paths = paths
         self._parts = parts
         self._stats = stats
-        self._patient = patient
+        self._patient = True
         self._read_failures = 0
         self._failing_since = 0.0
 
@@ -168,7 +166,8 @@ class SegmentReader:
         return not self._patient or (self._read_failures >= READ_TRIES and failing_s >= READ_S)
 
     def inspect(self) -> Iterator[Chunk]:
-        """Read all there is in chunks, without acknowledging anything."""
+        """Read all there is in chunks. Changes nothing, and skips a part that cannot be read."""
+        self._patient = False
         while True:
             chunk = self.read(
                 end=None, sealed=True, max_records=INSPECT_RECORDS, max_bytes=READ_BYTES

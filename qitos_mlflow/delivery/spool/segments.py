@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
     """
     alive = is_held(paths.own)
     head = read_head(paths)
-    last_time_ns, waiting, error = head.started_ns, 0, None
+    last_time_ns, waiting, size_bytes, error = head.started_ns, 0, 0, None
     try:
         reader = _reader(paths)
         for chunk in reader.inspect():
@@ -71,6 +72,9 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
             error = error or chunk.unreadable
     except OSError as unreadable:
         error = unreadable
+    for _, path in paths.parts():
+        with suppress(OSError):
+            size_bytes += path.stat().st_size
     return SegmentInfo(
         paths=paths,
         head=head,
@@ -78,7 +82,7 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
         owner_alive=alive,
         delivering=is_held(paths.ship),
         waiting=waiting,
-        size_bytes=sum(_size(path) for _, path in paths.parts()),
+        size_bytes=size_bytes,
         dead_letters=load_dead_letters(paths),
         losses=load_losses(paths.lost),
         error=error,
@@ -212,15 +216,8 @@ def _delete(paths: Paths, lock: FileLock, *, aside: bool) -> None:
 
 def _reader(paths: Paths) -> SegmentReader:
     parts = _parts(paths)
-    return SegmentReader(paths, lambda: parts, Counts(), load_ack(paths), patient=False)
+    return SegmentReader(paths, lambda: parts, Counts(), load_ack(paths))
 
 
 def _parts(paths: Paths, *, now: bool = False) -> list[Part]:
     return [DiskPart(base, path) for base, path in paths.parts(now=now)]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

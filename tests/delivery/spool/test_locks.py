@@ -21,9 +21,14 @@ from qitos_mlflow.delivery.spool.paths import open_private
 ROOT = Path(__file__).parents[2]
 
 
-def no_kernel_lock(descriptor: int) -> bool:
+@pytest.fixture
+def no_kernel_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks."""
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def fail(descriptor: int) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks, "_kernel_lock", fail)
 
 
 def test_only_one_holds_it(tmp_path: Path) -> None:
@@ -53,7 +58,7 @@ def _other_process_acquires(path: Path) -> bool:
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
-    """The lock of a process ends with SIGKILL, without anybody judging it stale."""
+    """The lock of a process ends with SIGKILL, and no process has to judge it stale."""
     path = tmp_path / "a.own"
     code = (
         "import sys, pathlib, time; from qitos_mlflow.delivery.spool.locks import FileLock\n"
@@ -86,14 +91,14 @@ def test_a_lock_file_deleted_under_its_holder_is_taken_anew(tmp_path: Path) -> N
 def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who finishes a segment deletes its lock; who took that in the same instant retries."""
+    """A process that finishes a segment deletes its lock; one that took it just then retries."""
     path = tmp_path / "a.own"
-    removals = [path]
+    removals, kernel_lock = [path], locks._kernel_lock
 
     def lock_after_removal(descriptor: int) -> bool:
         if removals:
             removals.pop().unlink()
-        return locks._kernel_lock(descriptor)
+        return kernel_lock(descriptor)
 
     opened: list[int] = []
 
@@ -105,7 +110,8 @@ def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
         return opened[-1]
 
     monkeypatch.setattr(locks, "open_private", open_after_closing)
-    lock = FileLock(path, lock_after_removal)
+    monkeypatch.setattr(locks, "_kernel_lock", lock_after_removal)
+    lock = FileLock(path)
     assert lock.acquire()
     assert path.exists()
     assert not _other_process_acquires(path)
@@ -119,11 +125,12 @@ def test_looking_creates_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_kernel_locks")
 def test_without_kernel_locks_a_live_holder_is_respected(tmp_path: Path) -> None:
     """On a file system without locks, the holder's name in the file is the lock."""
     path = tmp_path / "a.own"
-    first = FileLock(path, no_kernel_lock)
-    second = FileLock(path, no_kernel_lock)
+    first = FileLock(path)
+    second = FileLock(path)
     assert first.acquire()
     locks._held.pop(str(path))  # As if the second were another process.
     assert not second.acquire()
@@ -132,6 +139,7 @@ def test_without_kernel_locks_a_live_holder_is_respected(tmp_path: Path) -> None
     second.release()
 
 
+@pytest.mark.usefixtures("no_kernel_locks")
 @pytest.mark.parametrize(
     ("changes", "lives"),
     [
@@ -145,22 +153,23 @@ def test_without_kernel_locks_a_live_holder_is_respected(tmp_path: Path) -> None
 def test_without_kernel_locks_a_dead_holder_is_known(
     tmp_path: Path, changes: dict[str, object], lives: bool
 ) -> None:
-    """Here, pid, start and boot identify the holder; one on another host is presumed alive."""
+    """Here, pid, start and boot identify the holder; one on another machine is presumed alive."""
     path = tmp_path / "a.own"
     path.write_text(json.dumps({**locks._identity(os.getpid()), **changes}))
-    lock = FileLock(path, no_kernel_lock)
+    lock = FileLock(path)
     assert lock.acquire() is not lives
     lock.release()
 
 
+@pytest.mark.usefixtures("no_kernel_locks")
 def test_without_kernel_locks_a_holder_elsewhere_grows_stale(tmp_path: Path) -> None:
-    """A holder on another host is presumed dead after a day without a sign."""
+    """A holder on another machine is presumed dead after a day without a sign."""
     path = tmp_path / "a.own"
     assert socket.gethostname() != "elsewhere"
     path.write_text(json.dumps({**locks._identity(os.getpid()), "host": "elsewhere"}))
     long_ago = time.time() - locks.STALE_S - 1
     os.utime(path, (long_ago, long_ago))
-    lock = FileLock(path, no_kernel_lock)
+    lock = FileLock(path)
     assert lock.acquire()
     lock.release()
 
