@@ -112,7 +112,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "destination": destination_of(header_of(segment)) if segment.size_bytes else "",
         "experiment": experiment_of(segment) if segment.size_bytes else None,
         "process": stem.rsplit("-", 2)[0],
-        "host": segment.head.host,
+        "host": segment.head.machine,
         "pid": segment.head.pid,
         "owner": "alive" if segment.owner_alive else "dead",
         "offline": segment.head.offline,

@@ -339,7 +339,7 @@ class Leftovers:
         head = read_head(paths)
         if head.caller is None or head.offline:
             return None
-        if head.host != socket.gethostname():
+        if head.machine != socket.gethostname():
             return None
         open_sink = self._open_leftovers(head.caller)
         claimed = None if open_sink is None else claim(paths, Counts())

@@ -92,7 +92,7 @@ class SegmentTransfer:
             if not self._prepared:
                 self._prepared = sink.abandoned(self._reader.last_time_ns, closed=closed)
             if self._prepared:
-                self._reader.aside.bury(sink.send(timeout_s))
+                self._reader.bury(sink.send(timeout_s))
                 self._prepared = False
         except RetryLater:
             raise

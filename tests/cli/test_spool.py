@@ -223,7 +223,7 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
 
 @pytest.mark.parametrize("patience", ["nan", "inf", "-1"])
 def test_patience_has_an_end(cli: Run, patience: str) -> None:
-    """A patience that never ends is rejected."""
+    """A patience that never ends is refused."""
     done = cli("sync", "--patience", patience)
     assert done.returncode == 2
     assert "--patience" in done.stderr

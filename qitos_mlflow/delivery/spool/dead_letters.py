@@ -14,15 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import ASIDE_FULL, Counts, reason_of
 from qitos_mlflow.delivery.spool.paths import Paths, open_private, write_all
 from qitos_mlflow.delivery.spool.quota import Quota
-
-ASIDE_BYTES = 100 * 1024 * 1024
-"""What is kept aside may take this much unless the caller says otherwise (bytes)."""
 
 
 @dataclass(frozen=True)
@@ -33,52 +31,38 @@ class DeadLetter:
     reason: str
 
 
-class DeadLetters:
-    """Keeps those of one segment. Used by the process that sends it.
-
-    Args:
-        paths: the segment.
-        stats: counts what is kept here, and what is not.
-        cap_bytes: bound of what is kept aside in the whole directory.
-    """
-
-    def __init__(self, paths: Paths, stats: Counts, cap_bytes: int = ASIDE_BYTES) -> None:
-        self._path = paths.dead
-        self._stats = stats
-        self._quota = Quota(paths.directory, cap_bytes, aside=True)
-
-    def bury(self, dead: Sequence[DeadLetter]) -> None:
-        """Keep these, as far as there is room; count them all."""
-        if not dead:
-            return
-        _guard.warn(
-            "delivery.dead",
-            "%s record(s) cannot be delivered, the first one because: %s; they are kept in %s",
-            len(dead),
-            dead[0].reason,
-            self._path,
-        )
-        kept = [line for line in map(_json_line, dead) if self._quota.take(len(line))]
-        if len(kept) < len(dead):
-            self._stats.drop(ASIDE_FULL, len(dead) - len(kept))
-        if not kept:
-            return
+def bury(dead: Sequence[DeadLetter], path: Path, quota: Quota, stats: Counts) -> None:
+    """Append `dead` to the file `path` as far as `quota` has room; count all of it."""
+    if not dead:
+        return
+    _guard.warn(
+        "delivery.dead",
+        "%s record(s) cannot be delivered, the first one because: %s; they are kept in %s",
+        len(dead),
+        dead[0].reason,
+        path,
+    )
+    kept = [line for line in map(_json_line, dead) if quota.take(len(line))]
+    if len(kept) < len(dead):
+        stats.drop(ASIDE_FULL, len(dead) - len(kept))
+    if not kept:
+        return
+    try:
+        descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            descriptor = open_private(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
-                write_all(descriptor, b"".join(kept))
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            _guard.warn(
-                "delivery.aside",
-                "%s cannot be written (%s): it lacks some entries",
-                self._path,
-                error,
-            )
-            self._stats.drop(reason_of(error), len(kept))
-        else:
-            self._stats.add(dead_letters=len(kept))
+            write_all(descriptor, b"".join(kept))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        _guard.warn(
+            "delivery.aside",
+            "%s cannot be written (%s): it lacks some entries",
+            path,
+            error,
+        )
+        stats.drop(reason_of(error), len(kept))
+    else:
+        stats.add(dead_letters=len(kept))
 
 
 def load_dead_letters(paths: Paths) -> Counter[str]:

@@ -196,10 +196,10 @@ def _content(descriptor: int) -> bytes:
 def _holder_lives(descriptor: int) -> bool:
     try:
         holder = json.loads(_content(descriptor))
-        pid, host = int(holder["pid"]), holder["host"]
+        pid, machine = int(holder["pid"]), holder["host"]
     except (ValueError, TypeError, KeyError):
         return False  # Released, or never held.
-    if host != socket.gethostname():
+    if machine != socket.gethostname():
         return time.time() - os.fstat(descriptor).st_mtime < STALE_S
     return all(holder.get(key) == value for key, value in _identity(pid).items())
 

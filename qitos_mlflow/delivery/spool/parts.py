@@ -19,18 +19,23 @@ from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.paths import open_private, write_all
 
 
-@dataclass(eq=False)
-class DiskPart:
-    """A part in a file: one that `create` has made, or that another process has written."""
-
+@dataclass(eq=False, kw_only=True)
+class _Part:
     base: int
-    path: Path
+    """Position of its first line."""
+    failure: str = ""
+    """Why the disk could not be used: the reason of a loss."""
     records: int = 0
     """Records appended by this object; 0 if another process appends."""
     acknowledged: int = 0
     """Records of it that are acknowledged, or given up."""
-    failure: str = ""
-    """Why the last append failed."""
+
+
+@dataclass(eq=False, kw_only=True)
+class DiskPart(_Part):
+    """A part in a file: one that `create` has made, or that another process has written."""
+
+    path: Path
     _descriptor: int | None = None
     _made: os.stat_result | None = None
     _size: int = 0
@@ -42,7 +47,7 @@ class DiskPart:
         Raises:
             OSError: it cannot be created; nothing is left behind.
         """
-        part = cls(base, path)
+        part = cls(base=base, path=path)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
             part._made = os.fstat(part._descriptor)
@@ -119,17 +124,10 @@ class DiskPart:
         self.path.unlink(missing_ok=True)
 
 
-@dataclass(eq=False)
-class MemoryPart:
+@dataclass(eq=False, kw_only=True)
+class MemoryPart(_Part):
     """A part in memory while the disk fails; lost with the process."""
 
-    base: int
-    failure: str
-    """Why the disk could not be used; records that are still here at the end are lost for it."""
-    records: int = 0
-    """Records appended."""
-    acknowledged: int = 0
-    """Records of it that are acknowledged."""
     _lines: bytearray = field(default_factory=bytearray)
 
     @property

@@ -1,6 +1,6 @@
 """The files of the spool: their names, their permissions, and who this process is.
 
-Everything of one segment begins with its stem, ``<host>-<pid>-<start>-<random>``:
+Everything of one segment begins with its stem, ``<machine>-<pid>-<start>-<random>``:
 
     <stem>.<base>.seg   a part: the lines whose positions begin at <base> (16 hex digits)
     <stem>.ack          how far records were accepted, and the sink's state at that point
@@ -21,7 +21,6 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,16 +72,13 @@ class Paths:
 
         With `now`, and if it was never read, it is read first.
         """
-        names: Iterable[str] | None = self.listed
+        names = self.listed
         if now or names is None:
             try:
-                names = _names(self.directory)
+                names = tuple(_list(self.directory)[self.stem])
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 return []
-        mine = (
-            name for name in names if name.startswith(self.stem) and _stem_of(name) == self.stem
-        )
-        return [self.directory / name for name in sorted(mine)]
+        return [self.directory / name for name in sorted(names)]
 
     def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
         """The parts with their bases, in order; see `files`."""
@@ -92,8 +88,8 @@ class Paths:
 
 def new_stem() -> str:
     """A stem that no other segment has, on this machine or another that shares the directory."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
-    return f"{host}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
+    machine = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "machine"
+    return f"{machine}-{os.getpid()}-{time.time_ns():x}-{secrets.token_hex(4)}"
 
 
 def find_segments(path: Path) -> list[Paths]:
@@ -102,25 +98,20 @@ def find_segments(path: Path) -> list[Paths]:
     Raises:
         OSError: the directory cannot be read.
     """
-    if not path.is_dir():
-        stem = _stem_of(path.name)
-        return [Paths(path.parent, stem)] if stem else []
+    if path.is_dir():
+        found = [Paths(path, stem, tuple(names)) for stem, names in _list(path).items()]
+        return sorted(found, key=lambda paths: _age(paths.stem))
+    name = _NAME.fullmatch(path.name)
+    return [Paths(path.parent, name[1])] if name else []
+
+
+def _list(directory: Path) -> dict[str, list[str]]:
+    """The names of the files of each segment, by its stem; all other files are left alone."""
     found: dict[str, list[str]] = defaultdict(list)
-    for name in _names(path):
-        if (stem := _stem_of(name)) is not None:
-            found[stem].append(name)
-    segments = [Paths(path, stem, tuple(names)) for stem, names in found.items()]
-    return sorted(segments, key=lambda paths: _age(paths.stem))
-
-
-def _names(directory: Path) -> list[str]:
-    return os.listdir(directory)  # noqa: PTH208 - thousands of files, without a Path for each
-
-
-def _stem_of(file_name: str) -> str | None:
-    """The segment that a file belongs to, by its name; None when it is no file of the spool."""
-    name = _NAME.fullmatch(file_name)
-    return None if name is None else name[1]
+    for entry in os.listdir(directory):  # noqa: PTH208 - thousands, without a Path for each
+        if name := _NAME.fullmatch(entry):
+            found[name[1]].append(entry)
+    return found
 
 
 def _age(stem: str) -> int:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
-from qitos_mlflow.delivery.spool.dead_letters import ASIDE_BYTES, DeadLetter, DeadLetters
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, bury
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
+from qitos_mlflow.delivery.spool.quota import Quota
 
 READ_BYTES = 1024 * 1024
 """Read at once (bytes); four times as much if one line is longer."""
@@ -27,6 +28,8 @@ READ_S = 20.0
 """... and for this long, then given up: sooner than `qitos-mlflow sync` gives up (seconds)."""
 INSPECT_RECORDS = 1000
 """Most records that are in memory at once while a segment is inspected."""
+ASIDE_BYTES = 100 * 1024 * 1024
+"""What is kept aside may take this much unless the caller says otherwise (bytes)."""
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What the process or the system lacks: says nothing about the file, however long it lasts."""
 
@@ -40,6 +43,9 @@ class Ack(NamedTuple):
     position: int
     state: bytes | None
     time_ns: int
+
+
+NO_ACK = Ack(0, None, 0)
 
 
 @dataclass
@@ -58,8 +64,8 @@ class Chunk:
     """Why the part cannot be read; what is lost is the rest of it."""
 
 
-def load_ack(paths: Paths) -> Ack | None:
-    """The acknowledgement on disk; None when there is none or it is corrupt: send it all again.
+def load_ack(paths: Paths) -> Ack:
+    """The acknowledgement on disk; if there is none or it is corrupt, all is sent again.
 
     Raises:
         OSError: there is one, and the process has no descriptor or memory left to read it with.
@@ -69,9 +75,9 @@ def load_ack(paths: Paths) -> Ack | None:
     except OSError as error:
         if error.errno in EXHAUSTED and paths.ack.exists():
             raise
-        return None
+        return NO_ACK
     if line is None or line.kind != line_format.ACK:
-        return None
+        return NO_ACK
     position, _, state = line.payload.partition(b" ")
     return Ack(int(position, 16), state or None, line.time_ns)
 
@@ -84,7 +90,7 @@ class SegmentReader:
         parts: returns the list of the parts there are now, in order. Parts that are acknowledged as
             a whole are removed from it.
         stats: counts dead letters, losses and deliveries.
-        ack: where to go on; None for the beginning.
+        ack: where to go on.
         aside_bytes: bound of what is kept aside in the whole directory.
     """
 
@@ -93,13 +99,13 @@ class SegmentReader:
         paths: Paths,
         parts: Callable[[], list[Part]],
         stats: Counts,
-        ack: Ack | None = None,
+        ack: Ack = NO_ACK,
         *,
         aside_bytes: int = ASIDE_BYTES,
     ) -> None:
-        self.position, self.state, self.last_time_ns = ack or Ack(0, None, 0)
+        self.position, self.state, self.last_time_ns = ack
         """As of the last acknowledgement."""
-        self.aside = DeadLetters(paths, stats, aside_bytes)
+        self._aside = Quota(paths.directory, aside_bytes, aside=True)
         self._paths = paths
         self._parts = parts
         self._stats = stats
@@ -177,9 +183,13 @@ class SegmentReader:
             yield chunk
             self.position, self.last_time_ns = chunk.end, chunk.time_ns
 
+    def bury(self, dead: Sequence[DeadLetter]) -> None:
+        """Keep what can never be delivered, as far as there is room for it."""
+        bury(dead, self._paths.dead, self._aside, self._stats)
+
     def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
         """Note that every record up to the chunk's end was accepted or is a dead letter."""
-        self.aside.bury([*dead, *chunk.damaged])
+        self.bury([*dead, *chunk.damaged])
         if chunk.unreadable is not None and isinstance(chunk.part, DiskPart):
             _keep_for_a_person(chunk.part, chunk.unreadable)
         parts = self._parts()

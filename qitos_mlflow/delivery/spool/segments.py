@@ -27,7 +27,7 @@ class Head(NamedTuple):
 
     caller: bytes | None = None
     """The caller's header; None when it cannot be read."""
-    host: str = ""
+    machine: str = ""
     pid: int = 0
     offline: bool = False
     """The owner does not deliver it: other processes may while it lives."""
@@ -220,4 +220,4 @@ def _reader(paths: Paths) -> SegmentReader:
 
 
 def _parts(paths: Paths, *, now: bool = False) -> list[Part]:
-    return [DiskPart(base, path) for base, path in paths.parts(now=now)]
+    return [DiskPart(base=base, path=path) for base, path in paths.parts(now=now)]

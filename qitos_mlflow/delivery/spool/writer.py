@@ -19,11 +19,7 @@ from typing import NamedTuple
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
-from qitos_mlflow.delivery.spool.counts import (
-    SPOOL_FULL,
-    SPOOL_REMOVED,
-    reason_of,
-)
+from qitos_mlflow.delivery.spool.counts import SPOOL_FULL, SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, make_directory, new_stem
@@ -161,7 +157,7 @@ class SegmentWriter:
             return None
         if isinstance(last, MemoryPart) and last.size < MEMORY_PART_BYTES:
             return last
-        part = MemoryPart(self.end, self._disk_failure)
+        part = MemoryPart(base=self.end, failure=self._disk_failure)
         self._add(part)
         return part
 

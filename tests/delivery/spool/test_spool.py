@@ -125,7 +125,6 @@ def test_reading_goes_on_at_the_acknowledgement(tmp_path: Path) -> None:
     assert done > 0
     crash(segment)
     ack = load_ack(segment.paths)
-    assert ack is not None
     assert ack.state == b"any\nstate\x1b\x00"
     assert ack.time_ns == NOW
     assert list(waiting_records(segment.paths)) == numbered(20)[done:]
@@ -401,7 +400,7 @@ def test_a_full_directory_takes_what_ends_a_run(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_aside_does_not_keep_records_out(tmp_path: Path) -> None:
-    """Dead letters and bad lines of anybody do not count to the cap of the records."""
+    """Dead letters of any process do not count to the cap of the records."""
     for suffix in ("dead", "bad"):
         (tmp_path / f"other-1-2-3.{suffix}").write_bytes(b"x" * 20_000)
     segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
@@ -465,7 +464,7 @@ def test_the_disk_is_used_again_when_it_is_back(
 def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who delivers for a dead process cannot know whether that was delivered, and counts none."""
+    """A process that delivers for a dead one cannot know whether that was delivered; it counts none."""
     monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     segment, stats = make_segment(tmp_path), Counts()
     append(segment, [b"one"])

@@ -46,8 +46,12 @@ class Restored(FakeSink):
 def test_it_can_be_inspected(segments: list[Paths]) -> None:
     """`status` shows such segments like any other."""
     first, second = map(inspect_segment, segments)
-    assert (first.head.host, first.head.pid, first.head.offline) == ("example-host", 1001, True)
-    assert (second.head.host, second.head.pid, second.head.offline) == ("example-host", 1002, False)
+    assert (first.head.machine, first.head.pid, first.head.offline) == ("example-host", 1001, True)
+    assert (second.head.machine, second.head.pid, second.head.offline) == (
+        "example-host",
+        1002,
+        False,
+    )
     for info in (first, second):
         assert info.head.caller is not None
         assert json.loads(info.head.caller)["experiment_name"] == "qitos-runs"
