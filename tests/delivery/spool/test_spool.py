@@ -464,7 +464,7 @@ def test_the_disk_is_used_again_when_it_is_back(
 def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that delivers for a dead one cannot know whether that was delivered; it counts none."""
+    """A process that delivers for a dead one cannot know whether that was delivered."""
     monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     segment, stats = make_segment(tmp_path), Counts()
     append(segment, [b"one"])
