@@ -14,22 +14,20 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 from qitos_mlflow._after_import import after_import, imported
-from qitos_mlflow._guard import report, warn
+from qitos_mlflow._guard import report, shield, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.redaction.redact import without_credentials
 
 
-def mlflow_in_use() -> bool:
-    """True when mlflow is imported, and completely so (another thread may be importing it)."""
-    return _fluent() is not None
+def mlflow_in_use() -> Any:
+    """MLflow's fluent module if mlflow is imported, and completely so; else None.
 
-
-def _fluent() -> Any:
+    Another thread may be importing it.
+    """
     return imported("mlflow") and imported("mlflow.tracking.fluent")
 
 
@@ -48,15 +46,11 @@ def parent_run_id(uri: str | None) -> str | None:
     The runs of other traces are siblings, not the caller's own: those of other tasks of this
     thread that are open, and those left open (`auto_end_run=False`).
     """
-    try:
-        fluent = _fluent()
-        if fluent is None or not same_place(uri):
-            return None
-        for run in reversed(fluent._active_run_stack.get()):
-            if not is_ours(run):
-                return str(run.info.run_id)
-    except Exception as error:  # noqa: BLE001
-        report("active_run.parent_run_id", error)
+    with shield("active_run.parent_run_id"):
+        if (fluent := mlflow_in_use()) is not None and same_place(uri):
+            for run in reversed(fluent._active_run_stack.get()):
+                if not is_ours(run):
+                    return str(run.info.run_id)
     return None
 
 
@@ -66,13 +60,10 @@ def let_go() -> None:
     When the process ends, MLflow ends the runs on it. It would wait four minutes for a server that
     is gone.
     """
-    try:
-        fluent = _fluent()
-        if fluent is not None:
+    with shield("active_run.let_go"):
+        if (fluent := mlflow_in_use()) is not None:
             stack = fluent._active_run_stack.get()
             stack[:] = [run for run in stack if not (is_ours(run) and run.pending.lost())]
-    except Exception as error:  # noqa: BLE001
-        report("active_run.let_go", error)
 
 
 class ActiveRun:
@@ -99,18 +90,14 @@ class ActiveRun:
         self._uri = uri
         self._adopt_uri = adopt_uri
         self._on_push = on_push
-        # Of a local store it is known that the run will come, and soon.
-        self._patient = not is_http(uri)
-        self._open = False
+        self._soon = not is_http(uri)  # Of a local store it is known that the run will come.
         self._thread = threading.current_thread()
         self._pid = os.getpid()
-        self._number = next(_numbers)
-        self._settled = False
-        self._stack: list[Any] = []
+        self._stack: list[Any] | None = None  # Once it is settled whether the run can be active.
         self._pushed: Any = None
-        if not mlflow_in_use():
-            _waiting.add(self)
-            # By the time mlflow is imported, by whichever thread, this run is to become active.
+        if mlflow_in_use() is None:
+            _waiting[self] = None
+            # By the time any thread imports mlflow, this run is to become active.
             after_import("mlflow.tracking.fluent", _on_import)
 
     def follow(self) -> None:
@@ -119,48 +106,43 @@ class ActiveRun:
         If several traces take turns on a thread (tasks), it comes to the top of the stack. Waits
         for nothing.
         """
-        if self._settled:
+        if self._stack is not None:
             if self._stack and self._stack[-1] is not self._pushed:
-                self._come_up()
-            return
-        if not self._wanted() or not self._is_here():
-            return
-        try:
-            fluent = _fluent()
-            if fluent is not None:
-                stack = fluent._active_run_stack.get()
-                if not self._settled:  # `get` itself may have pushed it: `_first_stack`.
-                    self._push(fluent, stack)
-        except Exception as error:  # noqa: BLE001
-            report("active_run.follow", error)
+                self._come_up(self._stack)
+        elif self._can_be_active():
+            try:
+                fluent = mlflow_in_use()
+                if fluent is not None:
+                    stack = fluent._active_run_stack.get()
+                    if self._stack is None:  # `get` itself may have pushed it: `_first_stack`.
+                        self._push(fluent, stack)
+            except Exception as error:  # noqa: BLE001
+                report("active_run.follow", error)
 
     def leave(self, *, open: bool) -> None:
         """Take the run off the stack, or with `open` leave it there: the caller continues in it.
 
         Any thread. With `open`, a run that is not pushed yet is pushed on the trace's thread only.
         """
-        try:
-            self._open = open
-            self.follow()
+        with shield("active_run.leave"):
             if open:
-                if self._pushed is not None:
-                    self._pushed.left_open = True
-                return
-            self._settled = True
-            # By identity: the caller may have ended it, or pushed others above.
-            self._stack[:] = [run for run in self._stack if run is not self._pushed]
-        except Exception as error:  # noqa: BLE001
-            report("active_run.leave", error)
+                self._pending.left_open = True
+                self.follow()
+            else:
+                stack, self._stack = self._stack or [], []
+                # By identity: the caller may have ended it, or pushed others above.
+                stack[:] = [run for run in stack if run is not self._pushed]
 
-    def _wanted(self) -> bool:
-        if self._pending.ref is not None:
-            return True
-        return (self._patient or self._open) and not self._pending.out_of_reach()
+    def _can_be_active(self) -> bool:
+        """Whether this is the run's thread, and the run is there or is worth waiting for."""
+        run = self._pending
+        if run.ref is None and (not (self._soon or run.left_open) or run.out_of_reach()):
+            return False
+        return self._is_here()
 
-    def _come_up(self) -> None:
+    def _come_up(self, stack: list[Any]) -> None:
         """Move above the runs of other open traces. The caller's own runs stay above it."""
-        stack, top = self._stack, self._stack[-1]
-        if is_ours(top) and not top.left_open and self._is_here():
+        if is_ours(stack[-1]) and not stack[-1].pending.left_open and self._is_here():
             below = [run for run in stack if run is not self._pushed]
             if len(below) < len(stack):  # The caller has not ended it.
                 stack[:] = [*below, self._pushed]
@@ -169,36 +151,29 @@ class ActiveRun:
         return threading.current_thread() is self._thread and os.getpid() == self._pid
 
     def _push(self, fluent: Any, stack: list[Any]) -> None:
-        self._settled = True
+        self._stack = []
         module: Any = sys.modules["mlflow"]
         if self._adopt_uri and self._uri is not None and not module.is_tracking_uri_set():
             module.set_tracking_uri(self._uri)
-        if not same_place(self._uri):
-            if self._adopt_uri:
-                self._say_elsewhere(str(module.get_tracking_uri()))
-            return
-        self._pushed = run_class(fluent)(self._pending)
-        self._pushed.left_open = self._open
-        self._stack = stack
-        stack.append(self._pushed)
-        self._on_push()
-
-    def _say_elsewhere(self, mlflows: str) -> None:
-        ours = "MLflow's local store" if self._uri is None else without_credentials(self._uri)
-        theirs = without_credentials(mlflows)
-        warn(
-            f"active_run.elsewhere {ours} {theirs}",
-            "the run stays open at %s, but MLflow's own calls go to %s. To continue in that run, "
-            "give mlflow.set_tracking_uri or MLFLOW_TRACKING_URI the first address before the "
-            "agent runs",
-            ours,
-            theirs,
-        )
+        if same_place(self._uri):
+            self._stack, self._pushed = stack, run_class(fluent)(self._pending)
+            stack.append(self._pushed)
+            self._on_push()
+        elif self._adopt_uri:
+            ours = "MLflow's local store" if self._uri is None else without_credentials(self._uri)
+            theirs = without_credentials(str(module.get_tracking_uri()))
+            warn(
+                f"active_run.elsewhere {ours} {theirs}",
+                "the run stays open at %s, but MLflow's own calls go to %s. To continue in that "
+                "run, give mlflow.set_tracking_uri or MLFLOW_TRACKING_URI the first address before "
+                "the agent runs",
+                ours,
+                theirs,
+            )
 
 
-_numbers = count()
-_waiting: weakref.WeakSet[ActiveRun] = weakref.WeakSet()
-"""Runs of traces that began before mlflow was imported."""
+_waiting: weakref.WeakKeyDictionary[ActiveRun, None] = weakref.WeakKeyDictionary()
+"""Runs of traces that began before mlflow was imported, in that order."""
 
 
 def _on_import(fluent: Any) -> None:
@@ -211,11 +186,8 @@ def _on_import(fluent: Any) -> None:
 
 def _first_stack() -> list[Any]:
     stack: list[Any] = []
-    try:
-        fluent = sys.modules["mlflow.tracking.fluent"]
-        for run in sorted(_waiting, key=lambda run: run._number):
-            if not run._settled and run._is_here() and run._wanted():
-                run._push(fluent, stack)
-    except Exception as error:  # noqa: BLE001
-        report("active_run.import", error)
+    with shield("active_run.import"):
+        for run in list(_waiting):
+            if run._stack is None and run._can_be_active():
+                run._push(sys.modules["mlflow.tracking.fluent"], stack)
     return stack

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
@@ -48,8 +48,7 @@ class AutologSpans:
         self._uri = uri
         self._attached: dict[str, Any] = {}
         self._contexts: Any = None  # MLflow's, once it is in use.
-        self._elsewhere = False
-        self._over = False
+        self._over = False  # Or never begun: MLflow's spans go elsewhere.
         self._known_until_s = 0.0
 
     def enter(self, span: Any) -> None:
@@ -72,7 +71,7 @@ class AutologSpans:
             if self._over:  # Since the look above, on another thread.
                 attached.ended = True
         except Exception as error:  # noqa: BLE001
-            report("nesting.enter", error)
+            report("autolog_spans.enter", error)
 
     def leave(self, span: Any) -> None:
         """`span` has ended: MLflow's current span is again the one before it."""
@@ -90,7 +89,7 @@ class AutologSpans:
             if going is not current:
                 self._contexts.attach(otel.set_span_in_context(going, context))
         except Exception as error:  # noqa: BLE001
-            report("nesting.leave", error)
+            report("autolog_spans.leave", error)
 
     def end(self) -> dict[str, str]:
         """The trace has ended. Returns the tags that were set on it through MLflow."""
@@ -99,7 +98,7 @@ class AutologSpans:
             attached.ended = True
         self._attached.clear()
         tags: dict[str, str] = {}
-        try:
+        with shield("autolog_spans.end"):
             if not self._known_until_s:
                 return tags
             with _manager().get_trace(self._trace_id) as trace:
@@ -112,22 +111,20 @@ class AutologSpans:
                 _manager().pop_trace(self._otel_trace_id)
             elif all(span.end_time_ns for span in spans):
                 # Its exporter looks the spans up there, some seconds after they have ended.
-                forget = threading.Thread(target=self._forget, daemon=True)
-                forget.name = "qitos-mlflow-nesting"
+                name = "qitos-mlflow-autolog"
+                forget = threading.Thread(target=self._forget, name=name, daemon=True)
                 with suppress(RuntimeError):  # At the interpreter's exit, which forgets it all.
                     forget.start()
-        except Exception as error:  # noqa: BLE001
-            report("nesting.end", error)
         return tags
 
     def _is_possible(self) -> bool:
         if self._over:
             return False
         if self._contexts is None:
-            if self._elsewhere or not mlflow_in_use():
+            if mlflow_in_use() is None:
                 return False
             if not same_place(self._uri):
-                self._elsewhere = True
+                self._over = True
                 return False
             self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
         if self._run.out_of_reach():
@@ -141,8 +138,14 @@ class AutologSpans:
         """Register the trace with MLflow, which drops spans of unknown traces."""
         manager = _manager()
         with manager.get_trace(self._trace_id) as trace:  # With the manager's lock.
-            if trace is not None:
-                self._renew(getattr(manager, "_traces", None), trace)
+            if trace is not None:  # For another hour, without the spans that it has sent.
+                sent_ns = time.time_ns() - int(RENEW_S * 1e9)
+                for key, span in list(trace.span_dict.items()):
+                    if span.end_time_ns and span.end_time_ns < sent_ns:
+                        del trace.span_dict[key]
+                if (traces := getattr(manager, "_traces", None)) is not None:
+                    traces.pop(self._trace_id, None)  # Not all its caches renew what is there.
+                    traces[self._trace_id] = trace
                 return
         entities: Any = sys.modules["mlflow.entities"]
         ref = self._run.ref
@@ -157,24 +160,12 @@ class AutologSpans:
         )
         manager.register_trace(self._otel_trace_id, info, is_remote_trace=True)
 
-    def _renew(self, traces: Any, trace: Any) -> None:
-        """Keep the trace in MLflow for another hour, without the spans it has sent."""
-        sent_ns = time.time_ns() - int(RENEW_S * 1e9)
-        for key, span in list(trace.span_dict.items()):
-            if span.end_time_ns and span.end_time_ns < sent_ns:
-                del trace.span_dict[key]
-        if traces is not None:
-            traces.pop(self._trace_id, None)  # Not every kind of its caches renews what is there.
-            traces[self._trace_id] = trace
-
     def _forget(self) -> None:
-        try:
+        with shield("autolog_spans.forget"):
             provider = sys.modules["mlflow.tracing.provider"].provider.get()
             if hasattr(provider, "force_flush"):
                 provider.force_flush(FLUSH_MS)
             _manager().pop_trace(self._otel_trace_id)
-        except Exception as error:  # noqa: BLE001
-            report("nesting.forget", error)
 
 
 @lru_cache(maxsize=1)

@@ -42,14 +42,17 @@ def before_alarm_s() -> float:
 class PendingRun:
     """The run of one trace: unknown until the server has created it. Any thread.
 
-    Args:
+    Attributes:
         out_of_reach: whether the server is known not to answer.
+        ref: the run, once it is created.
+        left_open: its trace has ended, and the caller continues in it.
     """
 
     def __init__(self, out_of_reach: Callable[[], bool] = lambda: False) -> None:
         self._created = threading.Event()
         self.out_of_reach = out_of_reach
         self.ref: RunRef | None = None
+        self.left_open = False
 
     def created(self, ref: RunRef) -> None:
         """Say that the run exists."""
@@ -78,28 +81,27 @@ def is_ours(run: Any) -> bool:
 def run_class(fluent: Any) -> Any:
     """A kind of MLflow's own ActiveRun, whose `info` waits; `fluent` is MLflow's module."""
     entities: Any = sys.modules["mlflow.entities"]
+    unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
 
     class QitosActiveRun(fluent.ActiveRun):  # type: ignore[misc]
         """What `mlflow.active_run()` returns during a trace."""
 
-        left_open = False
+        _info: Any
 
         def __init__(self, pending: PendingRun) -> None:
             self.pending = pending
             # Reentrant: a signal handler may log too, while this thread waits.
             self._lock = threading.RLock()
-            self._known = False
-            unknown = entities.RunInfo("", "", "", "RUNNING", 0, None, "active")
             super().__init__(entities.Run(unknown, entities.RunData()))
 
         @property
         def info(self) -> Any:
             """The run's info; waits for the run to be created, at most `CREATION_WAIT_S`."""
             with self._lock:
-                if not self._known:
+                if self._info is unknown:
                     info = self._find()
-                    if not self._known:  # Else a signal handler has asked meanwhile.
-                        self._info, self._known = info, True
+                    if self._info is unknown:  # Else a signal handler has asked meanwhile.
+                        self._info = info
                 return self._info
 
         def _find(self) -> Any:

@@ -329,5 +329,5 @@ def test_a_failure_is_kept_from_the_agent(
     monkeypatch.setattr(provider, "get_context_api", None)
     nesting.enter(span(1))
     nesting.leave(span(1))
-    assert [where for where, _ in swallowed] == ["nesting.enter"]
+    assert [where for where, _ in swallowed] == ["autolog_spans.enter"]
     swallowed.clear()
