@@ -113,18 +113,18 @@ class MlflowPipeline(RecordPipeline):
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""
-        from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
-
-        return MlflowSink(self.header, tracking_uri=self._uri, announce=self._announce)
+        return self._sink(self.header, announce=self._announce)
 
     def open_leftovers(self, header: bytes) -> Callable[[], Any] | None:
         """What opens the sink for a dead process's segment, if its destination is the same."""
-        if _place(self.header) != _place(header):
-            return None
+        same = _place(self.header) == _place(header)
+        return partial(self._sink, header, resumed=True) if same else None
+
+    def _sink(self, header: bytes, **options: Any) -> Any:
         from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 
-        # With our URI, which may have the credentials that theirs has not on disk.
-        return partial(MlflowSink, header, tracking_uri=self._uri, resumed=True)
+        # With our URI, which may have the credentials that the header has not on disk.
+        return MlflowSink(header, tracking_uri=self._uri, **options)
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """Sending thread. The run of a trace exists."""

@@ -17,12 +17,13 @@ from qitos_mlflow.tracing import _host
 
 if TYPE_CHECKING:
     # At run time the names are found in `_host.OURS`, which has what these modules define.
-    from qitos_mlflow.tracing.config import *  # noqa: F403
     from qitos_mlflow.tracing.models import Span as Span
     from qitos_mlflow.tracing.models import Trace as Trace
     from qitos_mlflow.tracing.models import TraceProcessor as TraceProcessor
+    from qitos_mlflow.tracing.models import TracingMode as TracingMode
     from qitos_mlflow.tracing.processor import *  # noqa: F403
     from qitos_mlflow.tracing.provider import *  # noqa: F403
+    from qitos_mlflow.tracing.redaction import RedactingSpanData as RedactingSpanData
     from qitos_mlflow.tracing.span_data import *  # noqa: F403
 
     host_has_tracing: bool
@@ -75,24 +76,17 @@ def content_allowed(trace_or_span: Trace | Span) -> bool:
     if that says nothing (an object built by hand), the provider's present mode decides.
     """
     mode = getattr(trace_or_span, "mode", None)
-    if mode is None:
-        evidence = _evidence_of_content(trace_or_span)
-        if evidence is not None:
-            return evidence
-        mode = _host.settled()["get_tracing_provider"]().mode
-    return bool(mode != _host.settled()["TracingMode"].ENABLED_WITHOUT_DATA)
-
-
-def _evidence_of_content(item: object) -> bool | None:
-    """Inferred from a host's trace or span: its data, or the processor of its events."""
     of_host = _host.settled()
-    redacting = of_host["RedactingSpanData"]
-    spans = getattr(item, "_spans", None) or [item]
-    if any(isinstance(getattr(span, "data", None), redacting) for span in spans):
-        return False
-    through = getattr(item, "_processor", None)
-    if through is None:
-        return None
-    if isinstance(through, of_host["SynchronousMultiTraceProcessor"]):
-        return True
-    return False if "redact" in type(through).__name__.lower() else None
+    if mode is None:
+        spans = getattr(trace_or_span, "_spans", None) or [trace_or_span]
+        redacting = of_host["RedactingSpanData"]
+        if any(isinstance(getattr(span, "data", None), redacting) for span in spans):
+            return False
+        # What its events go through.
+        through = getattr(trace_or_span, "_processor", None)
+        if isinstance(through, of_host["SynchronousMultiTraceProcessor"]):
+            return True
+        if "redact" in type(through).__name__.lower():
+            return False
+        mode = of_host["get_tracing_provider"]().mode
+    return bool(mode != of_host["TracingMode"].ENABLED_WITHOUT_DATA)

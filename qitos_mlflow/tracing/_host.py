@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 from qitos_mlflow import _guard
-from qitos_mlflow.tracing import config, models, processor, provider, span_data
+from qitos_mlflow.tracing import models, processor, provider, redaction, span_data
 
 HOST = "qitos.tracing"
 
@@ -25,7 +25,7 @@ SUBMODULES = ("config", "models", "processor", "provider")
 
 OURS: dict[str, Any] = {
     name: value
-    for module in (config, span_data, models, processor, provider)
+    for module in (span_data, models, redaction, processor, provider)
     for name, value in vars(module).items()
     if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
     if isinstance(value, type) or module is provider

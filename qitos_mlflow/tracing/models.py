@@ -17,11 +17,11 @@ import time
 from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
 from qitos_mlflow._guard import in_words
-from qitos_mlflow.tracing.config import TracingMode
 from qitos_mlflow.tracing.span_data import SpanData, SpanType
 
 NOT_FINISHED = "not finished when its trace ended"
@@ -60,6 +60,14 @@ def new_id() -> str:
 
 
 _VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
+
+
+class TracingMode(str, Enum):
+    """Everything, structure and numbers without content, or nothing at all."""
+
+    ENABLED = "enabled"
+    ENABLED_WITHOUT_DATA = "enabled_without_data"
+    DISABLED = "disabled"
 
 
 class TraceProcessor(ABC):
@@ -257,17 +265,9 @@ class Trace:
         if parent is None:
             parent = self._current_span()
         if isinstance(parent, Span):
-            parent_id = parent.span_id if parent.trace_id == self.trace_id else None
-        else:
-            parent_id = parent if isinstance(parent, str) else None
-        span = Span(
-            self.trace_id,
-            span_id or new_id(),
-            data,
-            parent_id,
-            self._processor,
-            mode=self.mode,
-        )
+            parent = parent.span_id if parent.trace_id == self.trace_id else None
+        span_id = span_id or new_id()
+        span = Span(self.trace_id, span_id, data, parent, self._processor, mode=self.mode)
         self._spans.append(span)
         return span
 

@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from qitos_mlflow._guard import shield
-from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
-from qitos_mlflow.tracing.models import Span, Trace, TraceProcessor, new_id
+from qitos_mlflow.tracing.models import Span, Trace, TraceProcessor, TracingMode, new_id
 from qitos_mlflow.tracing.processor import SynchronousMultiTraceProcessor
-from qitos_mlflow.tracing.redaction import REDACTED, redacted_exception, redacted_metadata
+from qitos_mlflow.tracing.redaction import (
+    REDACTED,
+    RedactingSpanData,
+    redacted_exception,
+    redacted_metadata,
+)
 from qitos_mlflow.tracing.span_data import SpanData, SpanType
 
 

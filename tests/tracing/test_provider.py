@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qitos_mlflow.tracing import redaction
-from qitos_mlflow.tracing.config import RedactingSpanData, TracingMode
-from qitos_mlflow.tracing.models import Trace
+from qitos_mlflow.tracing.models import Trace, TracingMode
 from qitos_mlflow.tracing.provider import NoOpTrace, TracingProvider
+from qitos_mlflow.tracing.redaction import RedactingSpanData
 from qitos_mlflow.tracing.span_data import (
     ActSpanData,
     AgentSpanData,
