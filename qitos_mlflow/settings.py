@@ -138,11 +138,6 @@ def _check_host(uri: str) -> None:
         raise ValueError(f"{wrong}; expected a URI such as http://localhost:5000")
 
 
-def default_spool_dir() -> Path:
-    """The spool's directory in the user's state directory (XDG on Linux)."""
-    return Path(platformdirs.user_state_dir("qitos-mlflow")) / "spool"
-
-
 def _option(parse: Any, default: Any, help: str) -> Any:
     factory = default if callable(default) else lambda: default
     return field(default_factory=factory, metadata={"parse": parse, "help": help})
@@ -191,7 +186,11 @@ class Settings:
     field_bytes: int = _option(
         _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
     )
-    spool_dir: Path = _option(_directory, default_spool_dir, "directory of the spool")
+    spool_dir: Path = _option(  # In the user's state directory (XDG on Linux).
+        _directory,
+        lambda: Path(platformdirs.user_state_dir("qitos-mlflow"), "spool"),
+        "directory of the spool",
+    )
     spool_bytes: int = _option(
         _bytes,
         1024 * MIB,

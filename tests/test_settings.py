@@ -142,7 +142,7 @@ def test_a_value_that_cannot_be_used_is_named(option: str, value: Any) -> None:
 def test_a_destination_that_mlflow_cannot_have_is_refused(
     uri: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From both sources the value is rejected at once, and the error says what to give instead."""
+    """From both sources the value is refused at once, and the error says what to give instead."""
     with pytest.raises(SettingsError, match=f"argument tracking_uri={re.escape(repr(uri))}") as one:
         Settings.resolve(tracking_uri=uri)
     assert advice in str(one.value)

@@ -1,9 +1,9 @@
-"""Snapshots: the bytes of a trace or span event, as it is at that moment. Agent's thread.
+"""Snapshots: what a record holds of a trace or span event, as it is at that moment. Agent's thread.
 
-Later changes of the span no longer matter. The bytes are JSON as orjson writes it (a 4 KB span
-costs 3 µs, 200 KB of messages 0.03 ms; `benchmarks/agent_thread.py`). pickle would be faster, but
-pickling an unknown object copies everything it refers to and runs its code; here such an object
-becomes its short `repr`. Times, redaction and mapping follow on the spooling thread: `normalize`.
+`to_json.encode` makes bytes of it at once, so that later changes of the span no longer matter (a
+4 KB span costs 3 µs, 200 KB of messages 0.03 ms; `benchmarks/agent_thread.py`). pickle would be
+faster, but pickling an unknown object copies everything it refers to and runs its code; here such
+an object becomes its short `repr`. Times and redaction follow on the spooling thread: `normalize`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qitos_mlflow.recording.to_json import encode, finite, text_of
+from qitos_mlflow.recording.to_json import finite, text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
@@ -48,39 +48,25 @@ def describe(error: BaseException, content: bool) -> dict[str, Any]:
     }
 
 
-def span_record(
-    trace_id: str,
-    span: Any,
-    step: int | None,
-    content: bool,
-    field_chars: int,
-    more: Mapping[str, Any] | None = None,
-) -> bytes:
-    """The record of a span that has just ended.
+def span_record(span: Any, content: bool, field_chars: int) -> dict[str, Any]:
+    """The record of a span that has just ended, without what its trace knows of it.
 
     Args:
-        trace_id: id of its trace.
         span: the host's Span; only its documented attributes are read.
-        step: number of the agent's step that the span belongs to; None outside any step.
         content: if False, inputs, outputs and error texts are left out; numbers and names stay.
         field_chars: longest text kept of one field (characters).
-        more: further fields; those of a span that ends after its trace.
     """
     data = {**span.data.export()}
     kind = data.pop("type", None) or span.data.type
     record = {
         "kind": "span",
-        "trace_id": trace_id,
         "span_id": span.span_id,
         "parent_id": span.parent_span_id,
         "type": kind,
-        "step": step,
         "started_at": span.started_at,
         "ended_at": span.ended_at,
         "error": span.error,
     }
-    if more:
-        record.update(more)
     _keep_numbers(kind, data)
     if content:
         for key, value in data.items():
@@ -97,7 +83,7 @@ def span_record(
     if (exception := getattr(span, "exception", None)) is not None:
         record["exception"] = describe(exception, content)
     record["data"] = data
-    return encode(record)
+    return record
 
 
 def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

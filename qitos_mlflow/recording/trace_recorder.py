@@ -132,10 +132,11 @@ class TraceRecorder:
             return
         try:
             # In characters: each is at least a byte, and `normalize` cuts to the byte.
-            late = {"late": self._late, **self._settings} if self._late else None
-            payload = snapshot.span_record(
-                self.id, span, step, self.content, self._field_chars, late
-            )
+            record = snapshot.span_record(span, self.content, self._field_chars)
+            record |= {"trace_id": self.id, "step": step}
+            if self._late:
+                record |= {"late": self._late, **self._settings}
+            payload = encode(record)
         except Exception:
             self._lose_span("snapshot_failed")
             raise

@@ -212,8 +212,8 @@ def test_what_is_around_a_credential_stays() -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
     """A number, list or object is replaced by valid JSON, and everything beside it stays."""
-    told = {"a": {"cookies": value}, "list": [{"token": value}], "status": 200}
-    text = json.dumps(told, indent=indent)
+    document = {"a": {"cookies": value}, "list": [{"token": value}], "status": 200}
+    text = json.dumps(document, indent=indent)
     hidden = json.loads(redact_text(text))
     assert hidden["status"] == 200
     assert hidden["a"]["cookies"] in (MARKER, None, True)
@@ -224,13 +224,17 @@ def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
 
 def test_a_json_document_is_redacted_by_its_structure() -> None:
     """Named values, pairs and texts are hidden in any escaping; the document keeps its form."""
-    told = {"headers": [{"name": "Cookie", "value": "a"}], "text": f"x\ntoken={SECRET}", "pin": {}}
+    document = {
+        "headers": [{"name": "Cookie", "value": "a"}],
+        "text": f"x\ntoken={SECRET}",
+        "pin": {},
+    }
     hidden = {
         "headers": [{"name": "Cookie", "value": MARKER}],
         "text": f"x\ntoken={MARKER}",
         "pin": {},
     }
-    assert json.loads(redact_json(json.dumps(told))) == hidden
+    assert json.loads(redact_json(json.dumps(document))) == hidden
     assert redact_json(json.dumps(hidden, indent=2)) == json.dumps(hidden, indent=2)
     assert SECRET not in redact_json(f'{{"a": "token={SECRET}", "a": 1}}')  # A key twice.
     deep, deeper = ('{"a":' * depth + f'"token={SECRET}"' + "}" * depth for depth in (300, 1010))
@@ -242,9 +246,9 @@ def test_a_json_document_is_redacted_by_its_structure() -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_what_is_around_a_credential_stays_in_json(form: str, indent: int | None) -> None:
     """Numbers of any size, letters, indents and the end of the line are as they were."""
-    told = {"id": uuid.uuid4().int, "cookies": {"a": 1}, "x": [0.1, "ä"]}
-    text = form.format(json.dumps(told, ensure_ascii=False, indent=indent))
-    hidden = json.dumps(told | {"cookies": MARKER}, ensure_ascii=False, indent=indent)
+    document = {"id": uuid.uuid4().int, "cookies": {"a": 1}, "x": [0.1, "ä"]}
+    text = form.format(json.dumps(document, ensure_ascii=False, indent=indent))
+    hidden = json.dumps(document | {"cookies": MARKER}, ensure_ascii=False, indent=indent)
     assert redact_json(text) == form.format(hidden)
 
 
