@@ -53,12 +53,11 @@ def least() -> tuple[Callable[[bytes], object], Callable[[], object]]:
 def ours(directory: Path) -> tuple[Callable[[bytes], object], Callable[[], object]]:
     """A pipeline that writes to a real spool and delivers nothing."""
     pipeline = Pipeline(
-        header=b"{}",
-        normalize=lambda payload: payload,
-        open_sink=None,
+        b"{}",
         directory=directory,
         queue_bytes=256 * 1024 * 1024,
         spool_bytes=1024 * 1024 * 1024,
+        offline=True,
     )
     return pipeline.offer, lambda: pipeline.close(30)
 

@@ -4,9 +4,9 @@ Receives opaque records, hands them to a `Sink`. Imports neither qitos nor mlflo
 inside a record. `Pipeline` is the agent's side; `take` and `follow` deliver what other
 processes left. docs/spool.md says what survives what.
 
-    pipeline          all of it as one object; pipeline_threads: its threads and files while at work
+    pipeline          all of it as one object
     byte_queue        memory between the agent's threads and the spooling thread
-    spooling_thread   queue -> normalize -> segment
+    spooling_thread   queue -> normalize -> segment; begins and ends the sending thread
     sending_thread    segment -> sink: *when* something is sent; backoff: when to try again
     segment_transfer  *how* one segment is sent: read, prepare, send, acknowledge
     leftovers         the same for segments of other processes, one or a whole directory

@@ -4,8 +4,8 @@
 
 The spooling thread only fills the disk and the sending thread only empties it, so a server that
 hangs does not delay the moment from which a record survives the process. Import and construction
-start nothing; the first offer does. A pipeline with nothing to do rests (see `PipelineThreads`). A
-forked child begins anew: its own queue, segment and threads.
+start nothing; the first offer does. A pipeline with nothing to do rests: it has no threads and no
+files until the next record comes. A forked child begins anew: its own queue, segment and threads.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from __future__ import annotations
 # a sink importing mlflow in a short script's last moments would fail. It also registers with fork,
 # which complains when that happens on another thread in mid-fork. 1.5 ms.
 import concurrent.futures.thread  # noqa: F401
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from qitos_mlflow.delivery import fork
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue
-from qitos_mlflow.delivery.leftovers import Leftovers, OpenLeftovers
-from qitos_mlflow.delivery.pipeline_threads import PipelineThreads
+from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.sink import Sink
@@ -40,68 +39,77 @@ disk is lost."""
 ASIDE_SHARE = 0.1
 """What is kept aside may take this share of the spool's size, beyond it."""
 
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
 
 class Pipeline:
     """Delivers payloads in order, at least once; what is not delivered stays on disk.
 
+    A subclass says what becomes of a payload, how a sink is opened and when a rest may begin.
+
     Args:
         header: opaque, stored with the records for the process that delivers them later: where
             they are to go.
-        normalize: decodes and redacts a payload on the spooling thread; None drops it on purpose.
-        open_sink: makes the sink on the sending thread, may block there and may raise (then it
-            is tried again). None is offline: records stay in the spool until `qitos-mlflow sync`.
         directory: the spool.
         queue_bytes: bound of the queue, and again of the memory that stands in for a failed disk.
         spool_bytes: cap of the spool directory, shared with other processes.
-        dropped: called on the spooling thread with each record that is lost after it was accepted,
-            and the reason. The record is as normalized, or as offered if normalizing failed. What
-            is lost later, from memory or from deleted files, is in `stats` only.
-        open_leftovers: given the header of a dead process's segment in the spool, returns how to
-            open a sink for it, or None to leave it alone. Sending thread; not called offline.
-        may_rest: called on the spooling thread when no record has come for a while. False while
-            records may come that belong to earlier ones: each rest begins a new segment.
+        offline: records stay in the spool until `qitos-mlflow sync`.
     """
 
     def __init__(
-        self,
-        *,
-        header: bytes,
-        normalize: Callable[[bytes], bytes | None],
-        open_sink: Callable[[], Sink] | None,
-        directory: Path,
-        queue_bytes: int,
-        spool_bytes: int,
-        dropped: Callable[[bytes, str], None] = lambda _, __: None,
-        open_leftovers: OpenLeftovers = lambda _: None,
-        may_rest: Callable[[], bool] = lambda: True,
+        self, header: bytes, *, directory: Path, queue_bytes: int, spool_bytes: int, offline: bool
     ) -> None:
-        self._header = header
-        self._normalize = normalize
-        self._open_sink = open_sink
+        self.header = header
         self._directory = directory
         self._queue_bytes = queue_bytes
         self._spool_bytes = spool_bytes
-        self._dropped = dropped
-        self._open_leftovers = open_leftovers
-        self._may_rest = may_rest
+        self._offline = offline
         self.closed = False
         """Whether it takes no more."""
         self._begin()
-        fork.watch(self)
+        _pipelines.add(self)
 
     def _begin(self) -> None:
-        self.opening = threading.RLock()
-        """Held while a sink is opened; see `fork`."""
         self._queue = ByteQueue(self._queue_bytes)
         self._stats = Counts()
         self._circuit = Circuit()
-        self._unattended = threading.Event()
-        self._threads = self._make_threads()
+        self._spooling = self._make_threads()
         # Held while threads are at work, and for ever after `close`: as an atomic flag.
         self._awake = threading.Lock()
         self._last = Barrier(last=True)
         self._refused_at = 0.0
-        self._closing = threading.RLock()  # A signal handler may close while this thread does.
+
+    def normalize(self, payload: bytes) -> bytes | None:
+        """Spooling thread. The record to store for a payload; None drops it on purpose.
+
+        If it raises, the record counts as lost.
+        """
+        return payload
+
+    def lost(self, record: bytes, reason: str) -> None:
+        """Spooling thread. Called with each record that is lost after it was accepted.
+
+        The record is as normalized, or as offered if normalizing failed. What is lost later, from
+        memory or from deleted files, is in `stats` only.
+        """
+
+    def open_sink(self) -> Sink:
+        """Sending thread. Open the sink; may block and may raise (then it is called again)."""
+        raise NotImplementedError
+
+    def open_leftovers(self, header: bytes) -> Callable[[], Sink] | None:
+        """Sending thread. What opens a sink for a dead process's segment with this header.
+
+        None leaves that segment alone.
+        """
+        return None
+
+    def may_rest(self) -> bool:
+        """Spooling thread. Asked when no record has come for a while.
+
+        False while records may come that belong to earlier ones: each rest begins a new segment.
+        """
+        return True
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` for delivery; False when it is refused, which is counted.
@@ -138,7 +146,7 @@ class Pipeline:
             return False
         # If these threads are not those that reached the barrier, all of it was delivered: only
         # then does a pipeline rest.
-        return self._threads.wait_delivered(deadline)
+        return self._spooling.wait_delivered(deadline)
 
     def refuse(self) -> None:
         """Take no more; what was taken goes to the disk now. Any thread; waits for nothing."""
@@ -156,9 +164,15 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         self.refuse()
         self._stats.save_losses(self.paths)  # Those of offers refused since the last time.
-        if not self.at_rest and not self._end(deadline):
-            return False
-        return self._threads.nothing_left()
+        if not self.at_rest:
+            self._put_last()  # A record came in while others were refused.
+            spooling = self._spooling
+            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
+                spooling.unattended = True
+                if not self._last.reached.is_set():
+                    return False
+            spooling.end(deadline)
+        return self._spooling.nothing_left()
 
     @property
     def stats(self) -> Counts:
@@ -173,18 +187,23 @@ class Pipeline:
     @property
     def paths(self) -> Paths:
         """The files of its segment. Before the first record and at rest there are none."""
-        return self._threads.segment.paths
+        return self._spooling.segment.paths
 
     @property
     def unsaved(self) -> int:
         """How many records wait in memory: lost if the process ends now."""
-        return self._queue.records + self._threads.unsaved
+        return self._queue.records + self._spooling.unsaved
 
     @property
     def at_rest(self) -> bool:
         """Whether it has no threads and no files, and nothing to deliver."""
         # In this order: a spooling thread that has emptied the queue is still awake.
         return self._queue.empty and not self._awake.locked()
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child; no other thread runs yet."""
+        self._spooling.segment.disown()
+        self._begin()
 
     def _put_last(self) -> None:
         if not self._refused_at:
@@ -193,28 +212,14 @@ class Pipeline:
 
     def _wake(self) -> None:
         if self._awake.acquire(blocking=False):
-            self._threads.start()
+            self._spooling.begin()
 
     def _rested(self) -> None:
         """Threads and files are gone. Spooling thread, the last thing that it does."""
-        self._threads = self._make_threads()
+        self._spooling = self._make_threads()
         self._awake.release()
         if not self._queue.empty:  # Offered meanwhile, by a thread that found it awake.
             self._wake()
-
-    def _end(self, deadline: float) -> bool:
-        if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return False
-        try:
-            self._put_last()  # A record came in while others were refused.
-            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
-                self._unattended.set()
-                if not self._last.reached.is_set():
-                    return False
-            self._threads.end(deadline)
-            return True
-        finally:
-            self._closing.release()
 
     def _spooled(self, barrier: Barrier, deadline: float) -> bool:
         """Wait until everything offered so far is in the segment; False after `deadline`."""
@@ -224,56 +229,47 @@ class Pipeline:
             self._queue.put(barrier)
         if not self._awake.locked():
             self._wake()
-        threads = self._threads
-        if threads.cannot_start:
-            threads.spool_here(barrier)
-        return barrier.reached.wait(max(0.0, deadline - time.monotonic()))
+        spooling = self._spooling
+        if not spooling.cannot_start:
+            barrier.reached.wait(max(0.0, deadline - time.monotonic()))
+        if spooling.cannot_start:
+            spooling.write_here(barrier)
+        return barrier.reached.is_set()
 
-    def _make_threads(self) -> PipelineThreads:
-        online = self._open_sink is not None
+    def _make_threads(self) -> SpoolingThread:
         segment = SegmentWriter(
             self._directory,
-            self._header,
-            offline=not online,
+            self.header,
+            offline=self._offline,
             cap_bytes=self._spool_bytes,
-            memory_bytes=self._queue_bytes if online else 0,
+            memory_bytes=0 if self._offline else self._queue_bytes,
         )
-        sending = self._make_sending(segment, self._open_sink) if self._open_sink else None
-
-        def wrote(urgent: bool) -> None:
-            self._stats.save_losses(segment.paths)
-            if sending is not None:
-                sending.written(segment.end, urgent=urgent)
-
-        spooling = SpoolingThread(
-            self._queue, self._normalize, segment, self._stats, self._dropped, wrote
-        )
-        return PipelineThreads(
-            spooling,
-            sending,
+        sending = None
+        if not self._offline:
+            aside_bytes = int(self._spool_bytes * ASIDE_SHARE)
+            parts = segment.parts
+            reader = SegmentReader(segment.paths, parts, self._stats, aside_bytes=aside_bytes)
+            sending = SendingThread(
+                SegmentTransfer(reader, self.open_sink),
+                self._circuit,
+                Leftovers(self._directory, self.open_leftovers),
+            )
+        return SpoolingThread(
+            self._queue,
             segment,
+            sending,
             self._stats,
-            self._unattended,
-            self._may_rest,
-            self._rested,
+            normalize=self.normalize,
+            lost=self.lost,
+            may_rest=self.may_rest,
+            rested=self._rested,
         )
 
-    def _make_sending(self, segment: SegmentWriter, open_sink: Callable[[], Sink]) -> SendingThread:
-        def open_undisturbed(open_sink: Callable[[], Sink]) -> Sink:
-            with self.opening:
-                return open_sink()
 
-        def open_leftovers(header: bytes) -> Callable[[], Sink] | None:
-            open_sink = self._open_leftovers(header)
-            return None if open_sink is None else partial(open_undisturbed, open_sink)
+def _after_fork() -> None:
+    for pipeline in list(_pipelines):
+        pipeline.after_fork()
 
-        aside_bytes = int(self._spool_bytes * ASIDE_SHARE)
-        reader = SegmentReader(segment.paths, segment.parts, self._stats, aside_bytes=aside_bytes)
-        transfer = SegmentTransfer(reader, partial(open_undisturbed, open_sink))
-        leftovers = Leftovers(self._directory, open_leftovers)
-        return SendingThread(transfer, self._circuit, leftovers)
 
-    def after_fork(self) -> None:
-        """Begin anew in a forked child. See `fork`."""
-        self._threads.segment.disown()
-        self._begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

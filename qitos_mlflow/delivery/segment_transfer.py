@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qitos_mlflow import _guard
+from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.sink import RetryLater, Sink
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
@@ -112,7 +113,8 @@ class SegmentTransfer:
     def _open(self) -> Sink:
         if self._sink is None:
             try:
-                sink = self._open_sink()
+                with importing():
+                    sink = self._open_sink()
                 if self._reader.state is not None:
                     sink.restore(self._reader.state)
                 self._state = sink.state()

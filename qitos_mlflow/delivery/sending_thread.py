@@ -27,7 +27,7 @@ WAITED_FOR_DELAY_S = 1.0
 """While a thread waits in `wait_delivered`, attempts are no further apart than this (seconds)."""
 
 
-class SendingThread:
+class SendingThread(threading.Thread):
     """Sends until `stop`. `run` is the thread; any other thread may call the other methods.
 
     Args:
@@ -37,6 +37,7 @@ class SendingThread:
     """
 
     def __init__(self, transfer: SegmentTransfer, circuit: Circuit, leftovers: Leftovers) -> None:
+        super().__init__(name="qitos-mlflow-sending", daemon=True)
         self._transfer = transfer
         self._circuit = circuit
         self._leftovers = leftovers
@@ -98,14 +99,11 @@ class SendingThread:
 
         For a process that cannot start a thread any more.
         """
-        while self._transfer.position < position:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
+        while (left := deadline - time.monotonic()) > 0 and self.position < position:
             if self._circuit.online is False:
                 time.sleep(min(self._circuit.delay_s, WAITED_FOR_DELAY_S, left))
-            self.attempt(max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic())))
-        return True
+            self.attempt(min(SEND_TIMEOUT_S, left))
+        return self.position >= position
 
     def stop(self, deadline: float) -> None:
         """End `run` after the step under way; what is not sent stays in the segment.
@@ -118,31 +116,21 @@ class SendingThread:
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Send until stopped, then close the sinks."""
+        """Send until stopped, end what the records sent have left open, close the sinks."""
         try:
             while (step := self._wait_for_work()) is not None:
                 step()
-            self.finish(self._stop_by)
+            if 0 < self._written <= self._transfer.position:
+                timeout_s = max(LAST_TIMEOUT_S, self._stop_by - time.monotonic())
+                end = partial(self._transfer.abandon, closed=True)
+                # If this fails, the process that takes the segment does it.
+                self.finished = bool(self._circuit.attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
         finally:
+            self._transfer.close()
             self._leftovers.close()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-
-    def finish(self, deadline: float) -> None:
-        """No more records will come: end what those sent have left open, close the sink.
-
-        Never raises; `finished` says whether anything is left to do.
-        """
-        if 0 < self._written <= self._transfer.position:
-            timeout_s = max(LAST_TIMEOUT_S, deadline - time.monotonic())
-            # If this fails, the process that takes the segment does it.
-            self.finished = bool(
-                self._circuit.attempt(
-                    partial(self._transfer.abandon, closed=True), min(SEND_TIMEOUT_S, timeout_s)
-                )
-            )
-        self._transfer.close()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Send one batch, and note how it went. Never raises."""

@@ -1,68 +1,163 @@
 """The thread between memory and disk: queue -> normalize -> segment.
 
-It waits for nothing but the disk, so a server that hangs never delays the moment from which
-records survive the process. A bug costs the records at hand, which are counted, never the thread.
+While it writes it waits for nothing but the disk, so a server that hangs never delays the moment
+from which records survive the process. A bug costs the records at hand, which are counted, never
+the thread.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue, Item
+from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.counts import CLOSED, NORMALIZE_FAILED, SPOOLING_FAILED, Counts
+from qitos_mlflow.delivery.spool.parts import MemoryPart
+from qitos_mlflow.delivery.spool.segments import waiting_records
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
 
 APPEND_EVERY_S = 0.02
 """Records gather this long between two appends (seconds): with the append itself, what a kill
 costs."""
+REST_S = 3.0
+"""Threads and files may go after this long without a record; waking costs a few requests."""
+REST_WITHIN_S = 1.0
+"""To end what is left open before a rest (seconds); records that come meanwhile wait in memory."""
+STOP_GRACE_S = 0.1
+"""How long the sending thread has to notice that it is to stop, and free its lock (seconds)."""
 
 
-class SpoolingThread:
-    """Appends what is offered until the last barrier. `run` is the thread.
+class SpoolingThread(threading.Thread):
+    """Fills a segment with what is offered; starts and ends the thread that empties it.
+
+    It begins with a record. It ends with the last barrier, or by itself when no record has come for
+    `REST_S`, none is expected and everything is delivered. Offline, and while the server is away,
+    it stays. `run` is the thread; the other public methods are for other threads.
 
     Args:
         queue: where the records come from.
-        normalize: decodes and redacts; None drops the record on purpose, an exception counts it.
-        segment: where the records go.
+        segment: where the records go; its own.
+        sending: sends what is written; None offline.
         stats: counts what is recorded and what is lost.
-        dropped: called with every record lost here, and the reason.
-        wrote: called after each append, with whether it held an urgent record.
+        normalize: decodes and redacts; None drops the record on purpose, an exception counts it.
+        lost: called with every record lost here, and the reason.
+        may_rest: whether no more records are expected.
+        rested: called last, if it ends by itself.
     """
 
     def __init__(
         self,
         queue: ByteQueue,
-        normalize: Callable[[bytes], bytes | None],
         segment: SegmentWriter,
+        sending: SendingThread | None,
         stats: Counts,
-        dropped: Callable[[bytes, str], None],
-        wrote: Callable[[bool], None],
+        *,
+        normalize: Callable[[bytes], bytes | None],
+        lost: Callable[[bytes, str], None],
+        may_rest: Callable[[], bool],
+        rested: Callable[[], None],
     ) -> None:
+        super().__init__(name="qitos-mlflow-spooling", daemon=True)
+        self.segment = segment
+        self.sending = sending
+        self.cannot_start = False
+        """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
+        close do the work themselves."""
+        self.unattended = False
+        """Set if no other thread will call `end`: then this one ends the rest once it has written
+        what it has."""
         self._queue = queue
-        self._normalize = normalize
-        self._segment = segment
         self._stats = stats
-        self._dropped = dropped
-        self._wrote = wrote
-        self.held = 0
-        """Records taken from the queue that are not appended yet."""
+        self._normalize = normalize
+        self._lost = lost
+        self._may_rest = may_rest
+        self._rested = rested
+        self._held = 0  # Records taken from the queue that are not appended yet.
+        self._working_here = threading.RLock()
+        self._finished = threading.Event()
 
-    def run(self, idle_s: float | None, may_rest: Callable[[], bool]) -> bool:
-        """Work until the last barrier (returns False), or until there is nothing to do (True).
+    def begin(self) -> None:
+        """Start the thread, which starts the sending thread. Once."""
+        if not _start(self):
+            self.cannot_start = True
 
-        Args:
-            idle_s: how long the queue stays empty before `may_rest` is asked; None: it never is.
-            may_rest: whether to end then.
-        """
+    def run(self) -> None:
+        """Write until the last barrier or a rest, then end the sending thread and the segment."""
+        sending = self.sending
+        if sending is not None and not _start(sending):
+            self.cannot_start = True
+            return
+        rests = self._write()
+        if sending is not None:
+            if rests or self.unattended:
+                sending.stop(time.monotonic() + REST_WITHIN_S)
+            if rests:
+                sending.join(REST_WITHIN_S + STOP_GRACE_S)
+                if sending.is_alive():  # It hangs; records that come now must reach the disk.
+                    self._rested()
+                    sending.join()
+                    rests = False
+            else:
+                sending.join()
+                self._refuse()
+        else:
+            self._refuse()
+        self._finish()
+        if rests:
+            self._rested()
+
+    def write_here(self, barrier: Barrier) -> None:
+        """Write on the calling thread up to `barrier`, which is in the queue."""
+        with self._working_here:
+            while not barrier.reached.is_set():
+                self._append(self._queue.drain(wait=False))
+
+    def wait_delivered(self, deadline: float) -> bool:
+        """Wait until everything in the segment is acknowledged; False after `deadline`."""
+        if self.sending is None:
+            return self.nothing_left()
+        if self.cannot_start:
+            with self._working_here:
+                return self.sending.send_here(self.segment.end, deadline)
+        return self.sending.wait_delivered(self.segment.end, deadline)
+
+    def end(self, deadline: float) -> None:
+        """After the last barrier: send until `deadline`, then end the rest."""
+        self.wait_delivered(deadline)
+        if self.sending is not None:
+            self.sending.stop(deadline)
+        if self.cannot_start:
+            with self._working_here:
+                if not self._finished.is_set():
+                    if self.sending is not None:
+                        self.sending.run()
+                    self._refuse()
+                    self._finish()
+        elif threading.current_thread() not in (self, self.sending):  # Else a finalizer closes.
+            self._finished.wait(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
+
+    def nothing_left(self) -> bool:
+        """Whether everything in the segment is delivered; offline, by other processes."""
+        if self.sending is not None:
+            return self.sending.position >= self.segment.end
+        return next(waiting_records(self.segment.paths), None) is None
+
+    @property
+    def unsaved(self) -> int:
+        """How many records are in memory only, the queue's not counted."""
+        return self._held + self.segment.unsaved
+
+    def _write(self) -> bool:
+        """Work until the last barrier (returns False), or until there is nothing to do (True)."""
         while True:
             # Under load the queue is only looked into every APPEND_EVERY_S. No thread waits in
             # get() then, so an offer needs no system call to wake this one.
-            items = self._queue.drain(timeout_s=idle_s)
+            items = self._queue.drain(timeout_s=None if self.sending is None else REST_S)
             if not items:
-                # In this order: a trace's last record is in the queue before the trace is over.
-                if may_rest() and self._queue.empty:
+                if self._is_idle():
                     return True
                 continue
             if not self._queue.more and not any(isinstance(i, Item) and i.urgent for i in items):
@@ -76,12 +171,14 @@ class SpoolingThread:
                     self._queue.linger(APPEND_EVERY_S)
                 items = self._queue.drain(wait=False)
 
-    def run_to(self, barrier: Barrier) -> None:
-        """Do on the calling thread what `run` would do, up to `barrier`, which is in the queue."""
-        while not barrier.reached.is_set():
-            self._append(self._queue.drain(wait=False))
+    def _is_idle(self) -> bool:
+        with _guard.shield("delivery.may_rest"):
+            # In this order: a trace's last record is in the queue before the trace is over.
+            idle = self._may_rest() and self._queue.empty and self.nothing_left()
+            return idle and self.sending is not None and not self.sending.looks_for_leftovers
+        return False
 
-    def refuse(self, items: Sequence[Item | Barrier] = ()) -> None:
+    def _refuse(self, items: Sequence[Item | Barrier] = ()) -> None:
         """Count `items`, and what is in the queue, as offered after the end."""
         while items or (items := self._queue.drain(wait=False)):
             for item in items:
@@ -94,7 +191,7 @@ class SpoolingThread:
     def _append(self, items: Sequence[Item | Barrier]) -> bool:
         """Append the items; False when the last barrier was among them."""
         batch: list[Item] = []
-        self.held = sum(isinstance(item, Item) for item in items)
+        self._held = sum(isinstance(item, Item) for item in items)
         for index, item in enumerate(items):
             if isinstance(item, Item):
                 if item.keep:  # It may report losses: normalized when all before it is settled.
@@ -105,8 +202,8 @@ class SpoolingThread:
             self._append_batch(batch)
             batch = []
             if item.last:
-                self.held = 0
-                self.refuse(items[index + 1 :])
+                self._held = 0
+                self._refuse(items[index + 1 :])
             item.reached.set()
             if item.last:
                 return False
@@ -125,15 +222,18 @@ class SpoolingThread:
                     records.append(Record(data, keep))
             if not records:
                 return
-            for data, reason in self._segment.append(records, time.time_ns()):
+            for data, reason in self.segment.append(records, time.time_ns()):
                 self._lose(data, reason)
-            self._wrote(any(item.urgent for item in batch))
+            self._stats.save_losses(self.segment.paths)
+            if self.sending is not None:
+                urgent = any(item.urgent for item in batch)
+                self.sending.written(self.segment.end, urgent=urgent)
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
             _guard.report("delivery.spooling", error)
             for record in records:
                 self._lose(record.data, SPOOLING_FAILED)
         finally:
-            self.held -= len(batch)
+            self._held -= len(batch)
 
     def _normalized(self, payload: bytes) -> bytes | None:
         try:
@@ -145,7 +245,38 @@ class SpoolingThread:
 
     def _lose(self, data: bytes, reason: str) -> None:
         self._stats.drop(reason)
+        with _guard.shield("delivery.lost"):
+            self._lost(data, reason)
+
+    def _finish(self) -> None:
+        """Count what is lost with the memory, and close the segment."""
+        for part in self.segment.parts():
+            if isinstance(part, MemoryPart) and (left := part.records - part.acknowledged):
+                self._stats.drop(part.failure, left)
+        self._stats.save_losses(self.segment.paths)
+        delivered = self.sending is not None and self.sending.finished
         try:
-            self._dropped(data, reason)
-        except Exception as error:  # noqa: BLE001 - the caller's ledger must not stop ours
-            _guard.report("delivery.dropped", error)
+            self.segment.close(delete=delivered or self.segment.end == 0)
+        except OSError as error:
+            _guard.warn(
+                "delivery.finish", "files of the spool that are done with stay there: %s", error
+            )
+        except Exception as error:  # noqa: BLE001 - no caller is left to see it raised
+            _guard.report("delivery.finish", error)
+        self._finished.set()
+
+
+def _start(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError as error:  # No more threads: shutting down, or a limit of the system.
+        if "shutdown" not in str(error):
+            _guard.warn(
+                "delivery.thread",
+                "the thread %s cannot be started (%s): records wait for the next flush or the end "
+                "of the process",
+                thread.name,
+                error,
+            )
+        return False
+    return True

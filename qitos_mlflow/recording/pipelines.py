@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from itertools import count
 from typing import Any
 
 import orjson
 
-from qitos_mlflow.delivery import Pipeline, Sink
+from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings
 
@@ -31,7 +31,6 @@ class RecordPipeline(Pipeline):
     """
 
     def __init__(self, header: bytes, key: Hashable, settings: Settings) -> None:
-        self.header = header
         self.key = key
         self.exit_timeout_s = 0.0
         """The longest of its users' exit timeouts (seconds)."""
@@ -40,27 +39,16 @@ class RecordPipeline(Pipeline):
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._begin_losses()
         super().__init__(
-            header=header,
-            normalize=self._record_of,
-            open_sink=None if settings.offline else self.open_sink,
+            header,
             directory=settings.spool_dir,
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
-            dropped=self._lost_later,
-            open_leftovers=self.open_leftovers,
-            may_rest=lambda: all(trace.is_quiet for trace in self.traces),
+            offline=settings.offline,
         )
 
-    def open_sink(self) -> Sink:
-        """Open the sink. Sending thread; may block and may raise (then it is called again)."""
-        raise NotImplementedError
-
-    def open_leftovers(self, header: bytes) -> Callable[[], Sink] | None:
-        """What opens a sink for a dead process's segment with this header. Sending thread.
-
-        None if this process must leave that segment alone.
-        """
-        return None
+    def may_rest(self) -> bool:
+        """Spooling thread. Whether no trace can record anything soon."""
+        return all(trace.is_quiet for trace in self.traces)
 
     @property
     def traces(self) -> list[Any]:
@@ -114,7 +102,7 @@ class RecordPipeline(Pipeline):
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()
 
-    def _record_of(self, payload: bytes) -> bytes | None:
+    def normalize(self, payload: bytes) -> bytes | None:
         """Spooling thread. The record that goes to disk; see `normalize`."""
         return normalize(payload, self.field_bytes, self._complete)
 
@@ -129,7 +117,7 @@ class RecordPipeline(Pipeline):
                 else:
                     record["lost"][f"{kind}_{reason}"] = number
 
-    def _lost_later(self, record: bytes, reason: str) -> None:
+    def lost(self, record: bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
         fields = orjson.loads(record)
         if fields["kind"] != "trace_end" and "late" not in fields:

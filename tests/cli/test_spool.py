@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
-from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.mlflow_plugin.destination import segment_header
 from tests.cli.conftest import Run, environment, runs_in
+from tests.fakes.sink import make_pipeline
 from tests.waiting import eventually
 
 NOWHERE = "http://127.0.0.1:9"
@@ -96,14 +96,7 @@ def status() -> dict[str, Any]:
 
 def write_segment(tmp_path: Path, uri: str, *records: bytes) -> Path:
     """Leave a segment with these records behind, as a process that is gone."""
-    pipeline = Pipeline(
-        header=segment_header(uri),
-        normalize=lambda payload: payload,
-        open_sink=None,
-        directory=tmp_path / "spool",
-        queue_bytes=1 << 20,
-        spool_bytes=1 << 30,
-    )
+    pipeline = make_pipeline(tmp_path / "spool", None, header=segment_header(uri))
     for record in records:
         assert pipeline.offer(record, keep=True)
     pipeline.close(DEADLINE_S)

@@ -255,7 +255,7 @@ def test_a_bug_of_the_spooling_thread_costs_the_records_at_hand_only(
         return store(segment, records, time_ns)
 
     monkeypatch.setattr(SegmentWriter, "append", fail)
-    pipeline = make(dropped=losses)
+    pipeline = make(lost=losses)
     for payload in (b"bad", b"bad too"):
         pipeline.offer(payload)
     assert pipeline.flush(LONG_S)
@@ -280,7 +280,7 @@ def test_a_failing_normalize_costs_its_record_only(
             raise ValueError("cannot")
         return payload
 
-    pipeline = make(normalize=normalize, dropped=losses)
+    pipeline = make(normalize=normalize, lost=losses)
     for payload in (b"one", b"bad", b"two"):
         pipeline.offer(payload)
     assert pipeline.flush(LONG_S)
@@ -444,7 +444,7 @@ def test_no_disk_and_offline_is_a_counted_loss(make: Make, tmp_path: Path) -> No
     """Offline no thread takes records from memory: each is counted and reported."""
     (tmp_path / "file").write_text("in the way")
     losses = Losses()
-    pipeline = make(None, directory=tmp_path / "file" / "spool", dropped=losses)
+    pipeline = make(None, directory=tmp_path / "file" / "spool", lost=losses)
     for record in numbered(10):
         assert pipeline.offer(record)
     pipeline.close(LONG_S)
@@ -467,7 +467,7 @@ def test_what_is_kept_can_tell_what_was_lost(make: Make, tmp_path: Path) -> None
         None,
         directory=tmp_path / "file" / "spool",
         normalize=normalize,
-        dropped=losses,
+        lost=losses,
     )
     for payload in [b"span", b"span", b"end", b"span", b"end"]:
         assert pipeline.offer(payload, keep=payload == b"end")
@@ -574,9 +574,10 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
     assert busy.wait(LONG_S)
     assert not pipeline.close(0.0)
     assert pipeline.unsaved == 5
-    threads = pipeline._threads
+    spooling = pipeline._spooling
+    assert spooling.sending is not None
     go_on.set()
-    for thread in (threads._spooling_thread, threads._sending_thread):
+    for thread in (spooling, spooling.sending):
         thread.join(LONG_S)
         assert not thread.is_alive()
     assert pipeline.unsaved == 0
@@ -590,7 +591,7 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines go to rest as soon as they can."""
-    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.01)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_S", 0.01)
     monkeypatch.setattr("qitos_mlflow.delivery.leftovers.FIRST_LOOK_S", 0.0)
 
 
@@ -667,7 +668,7 @@ def test_nothing_is_lost_between_work_and_rest(
     make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records, flushes and a close that come while the threads end are not lost."""
-    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.0001)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_S", 0.0001)
     monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.APPEND_EVERY_S", 0.0001)
     pipeline = make()
     records = numbered(300)

@@ -240,7 +240,7 @@ def test_no_rest_before_leftovers_are_sent(
     tmp_path: Path, server: FakeServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process with nothing else to do finishes what it found before it rests."""
-    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.001)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_S", 0.001)
     monkeypatch.setattr(leftovers, "LOOK_EVERY_S", LONG_S)
     for _ in range(3):
         left_behind(tmp_path, numbered(3))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from qitos_mlflow.delivery import (
     Counts,
@@ -120,23 +121,38 @@ class Losses:
         return dict(Counter(reason for _, reason in self.records))
 
 
-def keep_all(payload: bytes) -> bytes:
-    """A normalize that changes nothing."""
-    return payload
+METHODS = ("normalize", "lost", "open_sink", "open_leftovers", "may_rest")
 
 
-def make_pipeline(directory: Path, server: FakeServer | None, **changes: object) -> Pipeline:
+class FakePipeline(Pipeline):
+    """A pipeline with some methods given as functions."""
+
+    def __init__(self, header: bytes, methods: dict[str, Any], **options: Any) -> None:
+        self.__dict__.update(methods)
+        super().__init__(header, **options)
+
+
+def make_pipeline(
+    directory: Path,
+    server: FakeServer | None,
+    *,
+    header: bytes = b'{"to": "somewhere"}',
+    queue_bytes: int = 64 * MIB,
+    spool_bytes: int = 1024 * MIB,
+    **methods: Any,
+) -> Pipeline:
     """A pipeline into `directory` and to `server`; offline without one."""
-    options: dict[str, object] = {
-        "header": b'{"to": "somewhere"}',
-        "normalize": keep_all,
-        "open_sink": server.sink if server is not None else None,
-        "directory": directory,
-        "queue_bytes": 64 * MIB,
-        "spool_bytes": 1024 * MIB,
-    }
-    options.update(changes)
-    return Pipeline(**options)  # type: ignore[arg-type]
+    if server is not None:
+        methods = {"open_sink": server.sink, **methods}
+    assert methods.keys() <= set(METHODS)
+    return FakePipeline(
+        header,
+        methods,
+        directory=directory,
+        queue_bytes=queue_bytes,
+        spool_bytes=spool_bytes,
+        offline=server is None,
+    )
 
 
 def numbered(count: int, start: int = 0) -> list[bytes]:

@@ -27,7 +27,7 @@ LONG_S = 60.0
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has nothing to do goes to rest as soon as it can."""
-    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.05)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_S", 0.05)
     monkeypatch.setattr("qitos_mlflow.delivery.leftovers.FIRST_LOOK_S", 0.01)
 
 

@@ -27,7 +27,7 @@ def record(kind: str, trace_id: str = "t", **fields: object) -> bytes:
 
 def end_of(pipeline: RecordPipeline, trace_id: str = "t") -> dict[str, Any]:
     """The end of a trace as it goes to disk."""
-    data = pipeline._record_of(record("trace_end", trace_id, dropped={}, lost={}))
+    data = pipeline.normalize(record("trace_end", trace_id, dropped={}, lost={}))
     assert data is not None
     end: dict[str, Any] = orjson.loads(data)
     return end
@@ -37,7 +37,7 @@ def test_losses_of_both_threads_are_added_up(pipeline: RecordPipeline) -> None:
     """By reason, and for each trace its own; what is not a span apart, with its kind."""
     pipeline.add_loss("t", "span", "queue_full")
     for lost in [record("span"), record("span"), record("span", "other"), record("artifact")]:
-        pipeline._lost_later(lost, "disk_full")
+        pipeline.lost(lost, "disk_full")
     pipeline.add_loss("t", "span", "queue_full")
     end = end_of(pipeline)
     assert end["dropped"] == {"disk_full": 2, "queue_full": 2}
@@ -50,8 +50,8 @@ def test_nothing_is_remembered_of_a_trace_that_has_ended(pipeline: RecordPipelin
     for trace_id in "abc":
         pipeline.add_loss(trace_id, "span", "queue_full")
         end_of(pipeline, trace_id)
-        pipeline._lost_later(record("span", trace_id, late=1), "disk_full")
-        pipeline._lost_later(record("trace_end", trace_id, dropped={}), "disk_full")
+        pipeline.lost(record("span", trace_id, late=1), "disk_full")
+        pipeline.lost(record("trace_end", trace_id, dropped={}), "disk_full")
     assert not pipeline._losses
 
 

@@ -31,7 +31,7 @@ LONG_S = 30.0
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline with nothing to do rests as soon as it can."""
-    monkeypatch.setattr("qitos_mlflow.delivery.pipeline_threads.REST_S", 0.02)
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_S", 0.02)
     monkeypatch.setattr("qitos_mlflow.delivery.leftovers.FIRST_LOOK_S", 0.0)
 
 
