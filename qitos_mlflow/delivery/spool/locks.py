@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from qitos_mlflow.delivery.spool.paths import open_private, write_all
+from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
 
 STALE_S = 24 * 3600.0
 """Without kernel locks: a holder on another machine is presumed dead after this long (seconds)."""
@@ -91,7 +91,7 @@ class FileLock:
             OSError: the lock file cannot be opened.
         """
         if self._descriptor is not None:
-            if _is_at(self._descriptor, self.path):
+            if is_at(self._descriptor, self.path):
                 return True
             self.release()  # The file was deleted: no other process can see this lock.
         if str(self.path) in _held:
@@ -103,18 +103,18 @@ class FileLock:
                 if create:
                     raise
                 return False
-            in_place = False
+            taken = False
             try:
                 taken = self._take(descriptor)
-                in_place = taken and _is_at(descriptor, self.path)
+                if taken and is_at(descriptor, self.path):
+                    self._descriptor = descriptor
+                    _held[str(self.path)] = self
+                    return True
             finally:
-                if not in_place:
+                if self._descriptor is None:
                     os.close(descriptor)
-            if in_place:
-                self._descriptor = descriptor
-                _held[str(self.path)] = self
-            if in_place or not taken:
-                return in_place
+            if not taken:
+                return False
             # Its last holder has deleted the file meanwhile: take the new one.
 
     def _take(self, descriptor: int) -> bool:
@@ -139,17 +139,14 @@ class FileLock:
         descriptor, self._descriptor = self._descriptor, None
         if sys.platform == "win32":
             os.close(descriptor)  # An open file cannot be removed there.
-        try:
+        with suppress(OSError):  # The lock goes with the descriptor in any case.
             if remove:
                 self.path.unlink(missing_ok=True)
             elif sys.platform != "win32" and _content(descriptor):
                 os.ftruncate(descriptor, 0)  # Without kernel locks, the holder's name is the lock.
-        except OSError:
-            pass  # The lock goes with the descriptor in any case.
-        finally:
-            _held.pop(str(self.path), None)
-            if sys.platform != "win32":
-                os.close(descriptor)
+        _held.pop(str(self.path), None)
+        if sys.platform != "win32":
+            os.close(descriptor)
 
 
 def _disown_all() -> None:
@@ -179,13 +176,6 @@ def is_held(path: Path) -> bool:
         return True  # It cannot be tested, so a holder must not be disturbed.
     probe.release()
     return not taken and path.exists()
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _content(descriptor: int) -> bytes:

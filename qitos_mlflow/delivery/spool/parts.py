@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
-from qitos_mlflow.delivery.spool.paths import open_private, write_all
+from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,7 +37,6 @@ class DiskPart(_Part):
 
     path: Path
     _descriptor: int | None = None
-    _made: os.stat_result | None = None
     _size: int = 0
 
     @classmethod
@@ -50,7 +49,6 @@ class DiskPart(_Part):
         part = cls(base=base, path=path)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
-            part._made = os.fstat(part._descriptor)
             write_all(part._descriptor, head)
         except OSError:
             part.remove()
@@ -69,7 +67,8 @@ class DiskPart(_Part):
         data = memoryview(b"".join(lines))
         written = 0
         try:
-            if not self._in_place():
+            there = is_at(self._descriptor, self.path)
+            if not there or os.fstat(self._descriptor).st_size != self._size:  # Or cut short.
                 self.failure = SPOOL_REMOVED
                 return 0
             while written < len(data):
@@ -83,15 +82,6 @@ class DiskPart(_Part):
             with suppress(OSError):
                 os.ftruncate(self._descriptor, self._size)
         return len(ends)
-
-    def _in_place(self) -> bool:
-        """Whether the file was neither deleted, replaced nor cut short."""
-        assert self._made is not None
-        try:
-            now = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(self._made, now) and now.st_size == self._size
 
     def seal(self) -> None:
         """Close the file: nothing will be appended any more."""

@@ -146,6 +146,14 @@ def open_private(path: Path, flags: int) -> int:
     return descriptor
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`: it was neither deleted nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all of `data`; a short write is continued, so that its cause is raised."""
     view = memoryview(data)

@@ -6,6 +6,7 @@ The same for the process that appends and for any other that delivers the segmen
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,6 @@ READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0
 """... and for this long, then given up: sooner than `qitos-mlflow sync` gives up (seconds)."""
-INSPECT_RECORDS = 1000
-"""Most records that are in memory at once while a segment is inspected."""
 ASIDE_BYTES = 100 * 1024 * 1024
 """What is kept aside may take this much unless the caller says otherwise (bytes)."""
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -175,9 +174,7 @@ class SegmentReader:
         """Read all there is in chunks. Changes nothing, and skips a part that cannot be read."""
         self._patient = False
         while True:
-            chunk = self.read(
-                end=None, sealed=True, max_records=INSPECT_RECORDS, max_bytes=READ_BYTES
-            )
+            chunk = self.read(end=None, sealed=True, max_records=sys.maxsize, max_bytes=READ_BYTES)
             if chunk.end == self.position:
                 return
             yield chunk

@@ -34,25 +34,25 @@ class Head(NamedTuple):
     started_ns: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class SegmentInfo:
     """One segment at the moment it was inspected."""
 
     paths: Paths
     head: Head
-    last_time_ns: int
-    """When the last record was written, by the wall clock; `head.started_ns` if there is none."""
     owner_alive: bool
     delivering: bool
     """A process is delivering it now."""
-    waiting: int
-    """Records not acknowledged yet."""
-    size_bytes: int
     dead_letters: Mapping[str, int]
     """Records that can never be delivered, by reason."""
     losses: Mapping[str, int]
     """Records lost, by reason."""
-    error: OSError | None
+    last_time_ns: int
+    """When the last record was written, by the wall clock; `head.started_ns` if there is none."""
+    waiting: int = 0
+    """Records not acknowledged yet."""
+    size_bytes: int = 0
+    error: OSError | None = None
     """Why some of it cannot be read; then the numbers are of the rest."""
 
 
@@ -61,32 +61,27 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
 
     A segment that `find_segments` has found is taken to have the parts it had then.
     """
-    alive = is_held(paths.own)
     head = read_head(paths)
-    last_time_ns, waiting, size_bytes, error = head.started_ns, 0, 0, None
-    try:
-        reader = _reader(paths)
-        for chunk in reader.inspect():
-            waiting += len(chunk.records)
-            last_time_ns = max(last_time_ns, chunk.time_ns)
-            error = error or chunk.unreadable
-    except OSError as unreadable:
-        error = unreadable
-    for _, path in paths.parts():
-        with suppress(OSError):
-            size_bytes += path.stat().st_size
-    return SegmentInfo(
+    info = SegmentInfo(
         paths=paths,
         head=head,
-        last_time_ns=last_time_ns,
-        owner_alive=alive,
+        owner_alive=is_held(paths.own),
         delivering=is_held(paths.ship),
-        waiting=waiting,
-        size_bytes=size_bytes,
         dead_letters=load_dead_letters(paths),
         losses=load_losses(paths.lost),
-        error=error,
+        last_time_ns=head.started_ns,
     )
+    try:
+        for chunk in _reader(paths).inspect():
+            info.waiting += len(chunk.records)
+            info.last_time_ns = max(info.last_time_ns, chunk.time_ns)
+            info.error = info.error or chunk.unreadable
+    except OSError as error:
+        info.error = error
+    for _, path in paths.parts():
+        with suppress(OSError):
+            info.size_bytes += path.stat().st_size
+    return info
 
 
 def waiting_records(paths: Paths) -> Iterator[bytes]:
@@ -100,24 +95,15 @@ def read_head(paths: Paths) -> Head:
     # If there were parts when they were listed, there may be others by now.
     for now in (False, True) if paths.parts() else ():
         for _, path in paths.parts(now=now):
-            try:
-                with path.open("rb") as file:
-                    first, second = (
-                        line_format.decode(file.readline().rstrip(line_format.LF)) for _ in range(2)
-                    )
-            except OSError:
-                continue
-            if not first or not second:
-                continue
-            if (first.kind, second.kind) == (line_format.FILE, line_format.CALLER):
-                about = json.loads(first.payload)
-                return Head(
-                    second.payload,
-                    str(about.get("host", "")),
-                    int(about.get("pid", 0)),
-                    bool(about.get("offline")),
-                    first.time_ns,
-                )
+            with suppress(OSError), path.open("rb") as file:
+                lines = (file.readline().rstrip(line_format.LF) for _ in range(2))
+                first, second = map(line_format.decode, lines)
+                kinds = (line_format.FILE, line_format.CALLER)
+                if first and second and (first.kind, second.kind) == kinds:
+                    about = json.loads(first.payload)
+                    machine, pid = str(about.get("host", "")), int(about.get("pid", 0))
+                    offline = bool(about.get("offline"))
+                    return Head(second.payload, machine, pid, offline, first.time_ns)
     return Head()
 
 
