@@ -62,7 +62,7 @@ def step(trace: Any, data: Any) -> None:
 
 
 def dropped(run: LoggedRun) -> dict[str, int]:
-    """The run's account of values that were dropped or trimmed, by reason."""
+    """The values of the run's ledger that were lost or trimmed, by reason."""
     text = run.tags.get("qitos.values.dropped", "")
     pairs = (item.split("=") for item in text.split(", ") if item)
     return {reason: int(count) for reason, count in pairs}

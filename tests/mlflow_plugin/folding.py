@@ -6,18 +6,19 @@ from typing import Any
 
 import orjson
 
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 
-def new_state(settings: dict[str, Any] | None = None, *, late: bool = False) -> TraceState:
+def new_state(
+    settings: dict[str, Any] | None = None, *, trace_id: str = "trace-1", late: bool = False
+) -> TraceState:
     """The state of a trace before its first record, on a server that stores traces."""
-    return TraceState.begin("trace-1", settings or {}, tree=True, late=late, resumed=False)
+    return TraceState.begin(trace_id, settings or {}, tree=True, late=late, resumed=False)
 
 
 def fold(*records: dict[str, Any], state: TraceState | None = None) -> TraceState:
     """The state after the records, with all that waits; it goes through JSON after each record."""
-    state = state or new_state()
+    state = state or new_state(trace_id=records[0]["trace_id"])
     for record in records:
         waiting = state.waiting
         state = TraceState.from_json(orjson.loads(orjson.dumps(state.to_json())))
@@ -29,7 +30,7 @@ def fold(*records: dict[str, Any], state: TraceState | None = None) -> TraceStat
 def info_of(state: TraceState) -> dict[str, Any]:
     """The info of the trace as it stands."""
     assert state.tree is not None
-    return trace_info(state.tree)
+    return state.tree.info()
 
 
 def last(state: TraceState) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import pluggy
 import pytest
 
 from qitos_mlflow import tracing
-from qitos_mlflow.mlflow_plugin.mapping import contributed
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS, added
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.recording.normalize import KINDS, normalize
 from qitos_mlflow.recording.record import RECORD_VERSION
@@ -202,13 +200,12 @@ def test_tags_of_a_trace_are_bounded() -> None:
 
 def test_names_are_cleaned() -> None:
     """Characters that MLflow does not allow in names are replaced."""
-    lost: Counter[str] = Counter()
     record = {"added": {"metrics": {"a//b": 1}, "tags": {"#": "x"}, "attributes": {"": 1}}}
-    ((name, _),) = contributed.metrics(record, lost)
+    ((name, _),) = added(record, "metrics").items()
     assert name.startswith("a/b-")
-    ((tag, _),) = contributed.tags(record, lost)
+    ((tag, _),) = added(record, "tags").items()
     assert tag != "#"
-    assert contributed.attributes(record) == {"unnamed": 1}
+    assert added(record, "attributes") == {"unnamed": 1}
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"

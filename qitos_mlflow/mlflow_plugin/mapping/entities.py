@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Metric:
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunData:
     """Metrics, params and tags to be added to a run."""
 
@@ -47,5 +47,3 @@ class RunRef:
     run_name: str
     artifact_uri: str
     start_ms: int
-
-    to_json = asdict

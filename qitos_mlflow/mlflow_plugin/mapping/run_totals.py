@@ -1,8 +1,8 @@
-"""A run's numbers: each record of a trace becomes metrics and params. Pure.
+"""A run's numbers and params: each record of a trace becomes metrics, params and tags. Pure.
 
-Receives decoded, redacted records of one trace, in order; hands on `RunData`. A `RunTotals` keeps
-the totals of the trace. It turns to JSON and back, so that delivery goes on in another process
-from the same numbers.
+Receives decoded, redacted records of one trace, in order; adds to `RunData`. A `RunTotals` keeps
+the totals of the trace, as plain values, so that delivery goes on in another process from the same
+numbers.
 
 Metrics at a span's end have the agent's step number as their step (the outermost agent's, if agents
 are nested) and the span's end as their time. The totals follow when the trace ends, at the last
@@ -11,12 +11,14 @@ step. `span_kinds` says which metrics a type of span has, and whether it is a to
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qitos_mlflow._usage import parse_usage
-from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags
+from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
 from qitos_mlflow.mlflow_plugin.mapping.limits import (
     clean_key,
@@ -25,10 +27,20 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import (
     clean_text,
     mapping,
 )
-from qitos_mlflow.mlflow_plugin.mapping.percentiles import Sample
-from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
-from qitos_mlflow.recording.record import Record, SpanEnd, TraceEnd, TraceStart
+from qitos_mlflow.mlflow_plugin.mapping.params import new_params
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, read, read_all
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, added
+from qitos_mlflow.recording.record import Record, SpanEnd
+
+TOTALS = (
+    "total_tokens",
+    "total_prompt_tokens",
+    "total_completion_tokens",
+    "total_generations",
+    "total_steps",
+    "total_tool_calls",
+)
+"""Sums that every run has, 0 if there is nothing to add up."""
 
 MAX_NAMES = 100
 """Tools, and models, with numbers of their own; later ones count under `OTHERS`."""
@@ -37,24 +49,8 @@ OTHERS = "others"
 NAME_IN_KEY_CHARS = 200
 """Longest name of a tool or model in a metric's key (characters)."""
 
-
-@dataclass
-class ToolStats:
-    """Calls of one tool."""
-
-    calls: int = 0
-    errors: int = 0
-    latencies: Sample = field(default_factory=Sample)
-
-
-@dataclass
-class ModelStats:
-    """Tokens of one model."""
-
-    prompt: int = 0
-    completion: int = 0
-    total: int = 0
-    generations: int = 0
+SAMPLE_SIZE = 64
+"""Latencies kept of a tool. Up to here percentiles are exact; beyond, those of an even sample."""
 
 
 @dataclass
@@ -64,236 +60,188 @@ class RunTotals:
     Attributes:
         facts: the trace's facts; they take in each record first.
         last_step: the highest step of its spans.
+        spans: their number.
+        sums: by the name of the metric that each becomes.
+        scores: number, sum, lowest and highest of the critics' scores; empty before the first.
+        groups: tools and models with numbers of their own, as their metrics' names begin.
+        latencies: a sample of each tool's latencies in ms (see `sample`), by its group.
         params: keys of the params that are written.
     """
 
-    facts: TraceFacts = field(default_factory=TraceFacts)
+    facts: TraceFacts
     last_step: int = 0
     spans: int = 0
-    steps: int = 0
-    generations: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    tool_calls: int = 0
-    tool_errors: int = 0
-    scores: int = 0
-    score_sum: float = 0.0
-    score_min: float = 0.0
-    score_max: float = 0.0
-    tools: dict[str, ToolStats] = field(default_factory=dict)
-    models: dict[str, ModelStats] = field(default_factory=dict)
+    sums: Counter[str] = field(default_factory=Counter)
+    scores: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    latencies: dict[str, list[float]] = field(default_factory=dict)
     params: list[str] = field(default_factory=list)
 
-    # -- as JSON -----------------------------------------------------------------------------
+    def fold(self, record: Record, run: RunData) -> None:
+        """Take in the trace's next record; what it adds to the run beside its facts goes to `run`.
 
-    def to_json(self) -> dict[str, Any]:
-        """The totals as plain JSON values, without the facts."""
-        plain = {name: value for name, value in vars(self).items() if name != "facts"}
-        plain["tools"] = {
-            name: [tool.calls, tool.errors, tool.latencies.to_json()]
-            for name, tool in self.tools.items()
-        }
-        plain["models"] = {name: list(vars(model).values()) for name, model in self.models.items()}
-        return plain
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any], facts: TraceFacts) -> RunTotals:
-        """The totals that `to_json` described."""
-        state = cls(facts, **plain)
-        state.tools = {
-            name: ToolStats(calls, errors, Sample.from_json(sample))
-            for name, (calls, errors, sample) in plain["tools"].items()
-        }
-        state.models = {name: ModelStats(*numbers) for name, numbers in plain["models"].items()}
-        return state
-
-    # -- records -----------------------------------------------------------------------------
-
-    def fold(self, record: Record) -> RunData:
-        """Take in the trace's next record; returns what it adds to the run beside its tags."""
-        added = list(contributed.metrics(record, self.facts.lost))
+        Args:
+            record: the record.
+            run: takes metrics, params and tags.
+        """
         fields: Mapping[str, Any] = record
-        run = RunData()
-        if record["kind"] == "span":
-            run = self._fold_span(record)
-        elif record["kind"] == "trace_start":
-            run = RunData(params=self._trace_params(record))
-        elif record["kind"] == "trace_end":
-            run = self._fold_end(record)
-        step = fields.get("step")
+        data, lost = mapping(fields.get("data")), self.facts.lost
+        step = fields.get("step")  # The outermost agent's.
+        if step is None:
+            step = data.get("step_number")
         step = self.last_step if step is None else limits.clean_step(step)
-        at_ms = clean_ms(fields.get("end_ns") or fields.get("time_ns"))
-        run.metrics.extend(Metric(key, value, at_ms, step) for key, value in added)
-        return run
-
-    def killed(self) -> RunData:
-        """What ends the run of a trace that the facts say was killed: the totals so far."""
-        return RunData(self._totals(), [], self._accounts())
+        self.last_step = max(self.last_step, step)
+        numbers: dict[str, Any] = {}
+        if record["kind"] == "span":
+            numbers = self._fold_span(record, data, run)
+        else:
+            version = {"qitos_mlflow_version": self.facts.settings.get("plugin_version")}
+            found = {**version, **mapping(fields.get("metadata"))}
+            run.params += new_params(found, self.params, lost)
+        if record["kind"] == "trace_end":
+            numbers = self._totals(mapping(record.get("metadata")))
+        at_ms = clean_ms(fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns"))
+        for key, value in [*numbers.items(), *added(record, "metrics").items()]:
+            number = clean_metric(value, lost, booleans=True)
+            if number is not None:
+                run.metrics.append(Metric(key, number, at_ms, step))
+        if record["kind"] == "trace_end":
+            lost.update(mapping(record.get("lost")))
+            run.tags += self.ledger({})
 
     def ledger(self, missing: Mapping[str, int]) -> list[tuple[str, str]]:
-        """The run's account of its spans.
+        """The tags that say what became of the run's spans, and of single values.
+
+        Each span that was seen here counts as delivered. If the server refuses some (dead letters),
+        the sink sends these tags again, and the last ones stay.
 
         Args:
             missing: how many of the spans seen here are not on the server, by reason.
         """
-        delivered = max(0, self.spans - sum(missing.values()))
-        dropped = {**self.facts.dropped, **missing}
-        recorded = max(self.facts.recorded, self.spans)
-        return params_and_tags.ledger_tags(recorded, delivered, dropped)
-
-    def _accounts(self) -> list[tuple[str, str]]:
-        return self.ledger({}) + params_and_tags.lost_tags(self.facts.lost)
-
-    def _fold_end(self, record: TraceEnd) -> RunData:
         facts = self.facts
-        metrics = self._totals()
-        success = mapping(record.get("metadata")).get("success")
-        if success is None and facts.status != "FINISHED":
-            success = False
-        value = clean_metric(success, facts.lost, booleans=True)
-        if value is not None:
-            metrics.append(Metric("success", value, clean_ms(facts.ended_ns), self.last_step))
-        params = self._trace_params(record)
-        facts.lost.update(mapping(record.get("lost")))
-        return RunData(metrics, params, self._accounts())
+        recorded = max(facts.recorded, self.spans)
+        delivered = max(0, self.spans - sum(missing.values()))
+        lost = {**facts.dropped, **missing}
+        # What the agent did not know of when the trace ended: a damaged line, a deleted file.
+        lost["lost_in_spool"] = max(0, recorded - delivered - sum(lost.values()))
+        tags = [("qitos.spans.recorded", str(recorded)), ("qitos.spans.delivered", str(delivered))]
+        for tag, counts in (("qitos.spans.dropped", lost), ("qitos.values.dropped", facts.lost)):
+            found = [f"{reason}={count}" for reason, count in sorted(counts.items()) if count]
+            if found:
+                tags.append((tag, clean_text(", ".join(found), limits.TAG_CHARS)))
+        return tags
 
-    def _fold_span(self, record: SpanEnd) -> RunData:
-        data, kind = mapping(record.get("data")), kind_of(record)
-        start_ns, end_ns = record.get("start_ns"), record.get("end_ns")
-        at_ms = clean_ms(end_ns if end_ns is not None else start_ns)
+    # -- spans -------------------------------------------------------------------------------
+
+    def _fold_span(self, record: SpanEnd, data: Mapping[str, Any], run: RunData) -> dict[str, Any]:
+        """Count a span; returns the metrics of its end."""
+        kind, start_ns, end_ns = kind_of(record), record.get("start_ns"), record.get("end_ns")
         self.spans += 1
-        step = record.get("step")  # The outermost agent's.
-        if step is None and kind.counts is Counts.STEP:
-            step = data.get("step_number")
-        step = self.last_step if step is None else limits.clean_step(step)
-        self.last_step = max(self.last_step, step)
-
-        run = RunData(params=self._new_params(read_all(kind.params, data)))
+        run.params += new_params(read_all(kind.params, data), self.params, self.facts.lost)
         if record.get("late"):  # How many spans have ended after their trace.
             run.tags.append(("qitos.spans.late", str(record["late"])))
         latency_ms = None
         if start_ns is not None and end_ns is not None:
             latency_ms = max(0, limits.clean_ns(end_ns) - limits.clean_ns(start_ns)) / 1e6
         if tool := read(kind.tool, data):
-            self._tool_call(tool, record.get("error") is not None, latency_ms)
+            self._count_tool_call(tool, record.get("error") is not None, latency_ms)
             name = clean_text(tool, limits.TAG_CHARS, self.facts.lost)
             run.tags.append((kind.tool_tag, name))
-        values = {**read_all(kind.metrics, data), **self._count(kind.counts, data)}
+        numbers = read_all(kind.metrics, data)
+        if kind.counts == "steps":
+            self.sums["total_steps"] += 1
+        elif kind.counts == "tokens":
+            numbers |= self._count_model_call(data)
+        elif kind.counts == "scores":
+            numbers["critic/score"] = self._count_score(data.get("score"))
         if kind.latency:
-            values[kind.latency] = latency_ms
-        for key, value in values.items():
-            number = clean_metric(value, self.facts.lost)
-            if number is not None:
-                run.metrics.append(Metric(key, number, at_ms, step))
-        return run
+            numbers[kind.latency] = latency_ms
+        return numbers
 
-    # -- parts -------------------------------------------------------------------------------
+    def _count_tool_call(self, name: str, failed: bool, latency_ms: float | None) -> None:
+        tool = self._group(f"tool/{clean_key(name, NAME_IN_KEY_CHARS)}")
+        if latency_ms is not None:
+            kept = self.latencies.setdefault(tool, [])
+            sample(kept, self.sums[f"{tool}/calls"], latency_ms)
+        self.sums.update({"total_tool_calls": 1, f"{tool}/calls": 1, f"{tool}/errors": int(failed)})
 
-    def _count(self, counts: Counts, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Count what spans of this type count; returns metrics of the span's end."""
-        if counts is Counts.STEP:
-            self.steps += 1
-        elif counts is Counts.MODEL_CALL:
-            return self._model_call(data)
-        elif counts is Counts.VERDICT:
-            return {"critic/score": self._score(data.get("score"))}
-        return {}
-
-    def _model_call(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        self.generations += 1
-        model = data.get("model")
-        stats = self._named(self.models, str(model), ModelStats) if model else None
-        if stats:
-            stats.generations += 1
+    def _count_model_call(self, data: Mapping[str, Any]) -> dict[str, Any]:
         usage = parse_usage(data.get("token_usage"), self.facts.lost)
-        if usage is None:
-            return {}
-        prompt, completion = usage.prompt or 0, usage.completion or 0
-        total = prompt + completion if usage.total is None else usage.total
-        self.prompt_tokens += prompt
-        self.completion_tokens += completion
-        self.total_tokens += total
-        if stats:
-            stats.prompt += prompt
-            stats.completion += completion
-            stats.total += total
+        prompt, completion, total = None, None, None
+        if usage is not None:
+            prompt, completion, total = usage.prompt, usage.completion, usage.total
+        counts = {
+            "generations": 1,
+            "prompt_tokens": prompt or 0,
+            "completion_tokens": completion or 0,
+            "total_tokens": (prompt or 0) + (completion or 0) if total is None else total,
+        }
+        self.sums.update({f"total_{key.removeprefix('total_')}": n for key, n in counts.items()})
+        if data.get("model"):
+            model = self._group(f"model/{clean_key(str(data['model']), NAME_IN_KEY_CHARS)}")
+            self.sums.update({f"{model}/{key}": n for key, n in counts.items()})
         return {
-            "generation/prompt_tokens": usage.prompt,
-            "generation/completion_tokens": usage.completion,
-            "generation/total_tokens": usage.total,
+            "generation/prompt_tokens": prompt,
+            "generation/completion_tokens": completion,
+            "generation/total_tokens": total,
         }
 
-    def _score(self, raw: Any) -> float | None:
+    def _count_score(self, raw: Any) -> float | None:
         if raw is None:
             return None
-        score = None if isinstance(raw, str) else clean_metric(raw, None)
-        if score is None:
+        score = None if isinstance(raw, str) else clean_metric(raw)
+        number, total, lowest, highest = self.scores or (0, 0.0, math.inf, -math.inf)
+        if score is None or math.isinf(total + score):
             self.facts.lost["bad_value"] += 1
             return None
-        self.score_min = min(self.score_min, score) if self.scores else score
-        self.score_max = max(self.score_max, score) if self.scores else score
-        self.scores += 1
-        self.score_sum += score
+        self.scores = [number + 1, total + score, min(lowest, score), max(highest, score)]
         return score
 
-    def _tool_call(self, name: str, failed: bool, latency_ms: float | None) -> None:
-        self.tool_calls += 1
-        self.tool_errors += failed
-        stats = self._named(self.tools, name, ToolStats)
-        stats.calls += 1
-        stats.errors += failed
-        if latency_ms is not None:
-            stats.latencies.add(latency_ms)
+    def _group(self, group: str) -> str:
+        """`group` if it may have numbers of its own, else the one of all others of its kind."""
+        if group not in self.groups:
+            kind = group.split("/")[0]
+            if sum(known.startswith(f"{kind}/") for known in self.groups) >= MAX_NAMES:
+                return f"{kind}/{OTHERS}"
+            self.groups.append(group)
+        return group
 
-    @staticmethod
-    def _named(table: dict[str, Any], name: str, new: Any) -> Any:
-        key = clean_key(name, NAME_IN_KEY_CHARS)
-        if key not in table and len(table) >= MAX_NAMES:
-            key = OTHERS
-        return table.setdefault(key, new()) if key not in table else table[key]
+    # -- the end -----------------------------------------------------------------------------
 
-    def _trace_params(self, record: TraceStart | TraceEnd) -> list[tuple[str, str]]:
-        version = {"qitos_mlflow_version": self.facts.settings.get("plugin_version")}
-        return self._new_params({**version, **mapping(record.get("metadata"))})
-
-    def _new_params(self, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-        found = params_and_tags.params(metadata, self.params, self.facts.lost)
-        self.params += [key for key, _ in found]
-        return found
-
-    def _totals(self) -> list[Metric]:
-        end_ns = self.facts.ended_ns or 0
-        values: dict[str, float] = {
-            "total_tokens": self.total_tokens,
-            "total_prompt_tokens": self.prompt_tokens,
-            "total_completion_tokens": self.completion_tokens,
-            "total_generations": self.generations,
-            "total_steps": self.steps,
-            "total_tool_calls": self.tool_calls,
-        }
-        if self.facts.started:
-            values["duration_s"] = max(0, end_ns - self.facts.start_ns) / 1e9
-        if self.tool_calls:
-            values["tool/error_rate"] = self.tool_errors / self.tool_calls
+    def _totals(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        facts, sums = self.facts, self.sums
+        numbers: dict[str, Any] = {**dict.fromkeys(TOTALS, 0), **sums}
+        if facts.started:
+            numbers["duration_s"] = max(0, (facts.ended_ns or 0) - facts.start_ns) / 1e9
+        if sums["total_tool_calls"]:
+            of_tools = (key for key in sums if key.startswith("tool/") and key.endswith("/errors"))
+            errors = sum(sums[key] for key in of_tools)
+            numbers["tool/error_rate"] = errors / sums["total_tool_calls"]
         if self.scores:
-            values["critic/avg_score"] = self.score_sum / self.scores
-            values["critic/min_score"] = self.score_min
-            values["critic/max_score"] = self.score_max
-        for name, tool in sorted(self.tools.items()):
-            values[f"tool/{name}/calls"] = tool.calls
-            values[f"tool/{name}/errors"] = tool.errors
-            p95 = tool.latencies.percentile(0.95)
-            if p95 is not None:
-                values[f"tool/{name}/p95_latency_ms"] = p95
-        for name, model in sorted(self.models.items()):
-            values[f"model/{name}/generations"] = model.generations
-            values[f"model/{name}/prompt_tokens"] = model.prompt
-            values[f"model/{name}/completion_tokens"] = model.completion
-            values[f"model/{name}/total_tokens"] = model.total
-        at_ms = clean_ms(end_ns)
-        # A sum of scores can overflow although each of them did not.
-        cleaned = ((key, clean_metric(value, self.facts.lost)) for key, value in values.items())
-        return [
-            Metric(key, value, at_ms, self.last_step) for key, value in cleaned if value is not None
-        ]
+            number, total, lowest, highest = self.scores
+            numbers["critic/avg_score"] = total / number
+            numbers["critic/min_score"], numbers["critic/max_score"] = lowest, highest
+        for tool, kept in self.latencies.items():
+            numbers[f"{tool}/p95_latency_ms"] = sorted(kept)[math.ceil(0.95 * len(kept)) - 1]
+        numbers["success"] = metadata.get("success")
+        if numbers["success"] is None and facts.status != "FINISHED":
+            # If its process died, the trace may have been as good as done.
+            numbers["success"] = None if "qitos.killed" in metadata else False
+        return numbers
+
+
+def sample(kept: list[float], index: int, value: float) -> None:
+    """Keep every n-th number of a stream in `kept`; n doubles whenever there are `SAMPLE_SIZE`.
+
+    The same stream always gives the same sample, because a replay must log the same percentile. A
+    random reservoir would not.
+
+    Args:
+        kept: the sample so far; changed in place.
+        index: how many numbers came before.
+        value: the next number.
+    """
+    if index % (1 << (index // SAMPLE_SIZE).bit_length()) == 0:
+        if len(kept) == SAMPLE_SIZE:
+            del kept[1::2]
+        kept.append(round(value, 3))

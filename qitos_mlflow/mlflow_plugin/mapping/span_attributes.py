@@ -12,7 +12,7 @@ from qitos_mlflow._usage import Usage, parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import chat_messages, limits
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text, take, with_rest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
-from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, read, read_all
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, read, read_all
 from qitos_mlflow.recording.record import SpanEnd
 
 _PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "bedrock", "ollama", "deepseek")
@@ -39,7 +39,7 @@ def of_span(record: SpanEnd, tools: list[str] | None = None) -> dict[str, Any]:
         "qitos.span_id": str(record.get("span_id", "")),
         "qitos.step": record.get("step"),
     }
-    if kind.counts is Counts.MODEL_CALL:
+    if kind.counts == "tokens":
         found |= _generation(data, output, tools)
     else:
         found |= {"mlflow.spanInputs": read(kind.inputs, data), "mlflow.spanOutputs": output}

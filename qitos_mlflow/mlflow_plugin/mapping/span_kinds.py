@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.recording.record import SpanEnd
@@ -17,15 +16,6 @@ from qitos_mlflow.recording.record import SpanEnd
 Data = Mapping[str, Any]
 Source = str | Callable[[Data], Any]
 """A field of the span's data, or a function of the data."""
-
-
-class Counts(Enum):
-    """What a span adds to the numbers of its run, beside its own metrics."""
-
-    NOTHING = "nothing"
-    STEP = "a step of the agent"
-    MODEL_CALL = "tokens, of the run and of the model"
-    VERDICT = "a critic's score, which is also feedback on the trace"
 
 
 def _everything(data: Data) -> Data | None:
@@ -49,7 +39,8 @@ class SpanKind:
         params: params of the run; the first value of each stays.
         tool: name of the tool that the span is a call of; None: it is no tool call.
         tool_tag: tag of the run that gets that name.
-        counts: what else it adds to the run's numbers.
+        counts: what else it adds to the run's numbers: a step of the agent; a model call and its
+            tokens; a critic's score, which is also feedback on the trace.
     """
 
     mlflow_type: str | None = None
@@ -63,7 +54,7 @@ class SpanKind:
     params: Mapping[str, Source] = field(default_factory=dict)
     tool: Source | None = None
     tool_tag: str = "tool/name"
-    counts: Counts = Counts.NOTHING
+    counts: Literal["steps", "tokens", "scores"] | None = None
 
 
 def read(source: Source | None, data: Data) -> Any:
@@ -148,7 +139,7 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         output=_decision,
         metrics={"step/number": "step_number"},
         latency="step/latency_ms",
-        counts=Counts.STEP,
+        counts="steps",
     ),
     "decide": _STAGE,
     "generation": SpanKind(
@@ -157,7 +148,7 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         inputs="input_content",  # As a conversation: see `span_attributes`.
         latency="generation/latency_ms",
         params={"model_name": "model"},
-        counts=Counts.MODEL_CALL,
+        counts="tokens",
     ),
     "act": SpanKind(
         "CHAIN", name=_actions, inputs="tool_args", tool=_actions, tool_tag="action/name"
@@ -170,7 +161,7 @@ SPAN_KINDS: Mapping[str, SpanKind] = {
         name="critic_name",
         inputs="input_content",
         attributes={"qitos.score": "score"},
-        counts=Counts.VERDICT,
+        counts="scores",
     ),
     "handoff": SpanKind("AGENT", title=_handoff),
     "delegate": SpanKind("AGENT"),

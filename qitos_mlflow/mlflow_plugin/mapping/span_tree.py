@@ -17,14 +17,14 @@ from typing import Any
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags, span_attributes
-from qitos_mlflow.mlflow_plugin.mapping.feedback import feedback_of
-from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id
+from qitos_mlflow.mlflow_plugin.mapping import limits, span_attributes
+from qitos_mlflow.mlflow_plugin.mapping.feedback import feedback_of, rfc3339
+from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, set_status
-from qitos_mlflow.mlflow_plugin.mapping.span_kinds import Counts, kind_of, span_name
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
-from qitos_mlflow.recording.record import Record, SpanEnd, SpanStart, TraceEnd, TraceStart
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, added, error_text
+from qitos_mlflow.recording.record import Record, SpanEnd, TraceEnd, TraceStart
 
 MAX_PRICED = 20
 """Names of generations, each of which is two requests when the trace's cost is asked for."""
@@ -39,9 +39,12 @@ INFO_EVERY_NS = 5_000_000_000
 """How often a running trace's totals and feedback are sent; spans do not wait for it."""
 
 
+_STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
+
+
 @dataclass
 class SpanTree:
-    """What must be known of one trace to write its info at any time; bounded, turns to JSON.
+    """What must be known of one trace to write its info at any time; bounded, as plain values.
 
     A QitOS trace is itself the root of the tree, there from the start; its spans hang below.
     If the host's trace is one agent's run and that agent's span is announced when it starts
@@ -63,13 +66,11 @@ class SpanTree:
         usage: tokens so far.
         priced: names of generations with tokens and a model.
         assessments: feedback that each info repeats.
-        assessment_bytes: their size as JSON.
         news: the next info says more than the last one.
-        changed: that info is to be sent after the spans that there are.
         info_ns: `facts.last_ns` as of the last info.
     """
 
-    facts: TraceFacts = field(default_factory=TraceFacts)
+    facts: TraceFacts
     begun: bool = False
     root: str | None = None
     root_name: str = ""
@@ -83,72 +84,85 @@ class SpanTree:
     usage: dict[str, int] = field(default_factory=dict)
     priced: list[str] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
-    assessment_bytes: int = 0
     news: bool = False
-    changed: bool = False
     info_ns: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The tree as plain JSON values, without the facts."""
-        return {name: value for name, value in vars(self).items() if name != "facts"}
-
-    @classmethod
-    def after_end(cls, facts: TraceFacts) -> SpanTree:
-        """The tree of a trace that has ended, for spans that come later.
-
-        And of one whose start was lost: it has no root then, for its name is not known.
-        """
-        return cls(facts, begun=True, root_closed=True)
 
     def move(self) -> None:
         """Begin anew on a server that has nothing of the trace."""
         self.begun = self.root_closed = False
 
     @property
-    def name(self) -> str:
-        """Name of the root."""
-        return self.root_name or self.facts.name or "trace"
-
-    @property
     def start_ns(self) -> int:
         """When the root started."""
         return self.facts.start_ns if self.root_start_ns is None else self.root_start_ns
 
+    # -- the info ----------------------------------------------------------------------------
+
     @property
     def full(self) -> bool:
         """The next info is the last one with the assessments that there are."""
-        return self.assessment_bytes >= MAX_ASSESSMENT_BYTES
+        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
+
+    @property
+    def changed(self) -> bool:
+        """An info is to be sent after the spans that there are."""
+        if not self.begun or self.facts.ended:
+            return self.begun
+        due = self.facts.last_ns - self.info_ns >= INFO_EVERY_NS
+        return self.news and (due or self.full)
+
+    def info(self) -> dict[str, Any]:
+        """The trace's info as MLflow's JSON (TraceInfoV3); `locate` says where it belongs.
+
+        Its assessments have ids of their own, so that each is on the server once. Totals are always
+        explicit: the server stops adding up by itself once it has an info (see `sink.trace_cost`).
+        """
+        facts, metadata, tags = self.facts, dict(self.metadata), self.facts.trace_tags
+        if facts.started:
+            tags["mlflow.traceName"] = clean_text(facts.name or "trace", limits.KEY_CHARS)
+        info: dict[str, Any] = {
+            "trace_id": trace_id(facts.trace_id),
+            "client_request_id": clean_text(facts.trace_id, limits.CLIENT_REQUEST_CHARS),
+            "request_time": rfc3339(self.start_ns),
+            "state": _STATES.get(facts.status, "ERROR") if facts.ended else "IN_PROGRESS",
+            "trace_metadata": metadata,
+            "tags": tags,
+        }
+        if self.request:
+            metadata["mlflow.traceInputs"] = info["request_preview"] = self.request
+        if facts.ended_ns is not None:
+            info["execution_duration"] = f"{max(0, facts.ended_ns - self.start_ns) / 1e9:.3f}s"
+            if self.response:
+                metadata["mlflow.traceOutputs"] = info["response_preview"] = self.response
+        if self.usage:
+            metadata["mlflow.trace.tokenUsage"] = orjson.dumps(self.usage).decode()
+        if self.assessments:
+            info["assessments"] = list(self.assessments)
+        return info
 
     def info_made(self) -> None:
         """Take account of an info that says all there is to say now."""
-        self.news = self.changed = False
-        self.info_ns = self.facts.last_ns
+        self.news, self.info_ns = False, self.facts.last_ns
         if self.full:
-            self.assessments, self.assessment_bytes = [], 0
+            self.assessments = []
 
     # -- records -----------------------------------------------------------------------------
 
     def fold(self, record: Record) -> list[Span]:
         """Take in the trace's next record; returns spans to create or replace."""
-        self.news = self.news or bool(mapping(record.get("added")).get("tags"))
+        self.news = self.news or bool(added(record, "tags"))
         if record["kind"] == "trace_start":
             self._fold_start(record)
         elif record["kind"] == "span_start":
-            return self._fold_root(record)
+            if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
+                self.root = str(record.get("span_id"))
+                self.root_name = str(mapping(record.get("data")).get("name") or "")
+            return self._begin()
         elif record["kind"] == "span":
-            return self._fold_span(record)
+            return [*self._begin(), self._fold_span(record)]
         elif record["kind"] == "trace_end":
-            return self._fold_end(record)
+            return [*self._begin(), *self._fold_end(record)]
         return []
-
-    def killed(self, reason: str) -> list[Span]:
-        """The spans that end the tree of a trace that the facts say was killed: state ERROR.
-
-        Args:
-            reason: the root's error text.
-        """
-        self.response = clean_text(reason, limits.PREVIEW_CHARS)
-        return self._end(reason, None)
 
     def _fold_start(self, record: TraceStart) -> None:
         """Keep what the root and the infos need; the tree itself begins with its first span.
@@ -175,38 +189,31 @@ class SpanTree:
         if metadata.get("task") is not None:
             self.request = span_attributes.preview(metadata["task"])
 
-    def _fold_root(self, record: SpanStart) -> list[Span]:
-        """An announced agent span becomes the root, unless the trace has one."""
-        if not self.begun and record.get("type") == "agent" and not record.get("parent_id"):
-            self.root = str(record.get("span_id"))
-            self.root_name = str(mapping(record.get("data")).get("name") or "")
-        return self._begin()
-
     def _begin(self) -> list[Span]:
         if self.begun:
             return []
-        self.begun = self.changed = True
+        self.begun = self.news = True
+        self.info_ns = 0
         # Ended at once and without a status: the server shows the trace as IN_PROGRESS.
-        return [self._root_span(self.start_ns, {})]
+        return [self._root_span(self.start_ns)]
 
-    def _fold_span(self, record: SpanEnd) -> list[Span]:
-        began = self._begin()
+    def _fold_span(self, record: SpanEnd) -> Span:
         trace, own = self.facts.trace_id, str(record.get("span_id", ""))
         parent, is_root = record.get("parent_id"), own == self.root
-        found = {**span_attributes.of_span(record, self.tools), **contributed.attributes(record)}
+        found = {**span_attributes.of_span(record, self.tools), **added(record, "attributes")}
         counts, name = kind_of(record).counts, span_name(record)
-        if counts is Counts.MODEL_CALL:
-            self._count(found, name)
+        if counts == "tokens":
+            self._count_tokens(found, name)
             self.response = span_attributes.answer_preview(found) or self.response
         if is_root:
-            found = {**self._root_attributes(None), **found}
+            found = {**self._root_attributes(), **found}
         identity = span_id(trace, own)
         above = span_id(trace, str(parent)) if parent else self._root_id()
         span = build_span(
             otel_trace_id(trace),
             identity,
             None if is_root else self._root_id() if above == identity else above,
-            self.name if is_root else name,
+            self._root_name() if is_root else name,
             record.get("start_ns"),
             record.get("end_ns"),
             found,
@@ -217,69 +224,56 @@ class SpanTree:
             self.root_closed = True
             self.root_start_ns = span.start_time_unix_nano
             self._add_link(span)
-        if counts is Counts.VERDICT and (feedback := feedback_of(record, trace)):
+        if counts == "scores" and (feedback := feedback_of(record, trace)):
             self.assessments.append(feedback)
-            self.assessment_bytes += len(orjson.dumps(feedback))
             self.news = True
-        if self.news and (self.facts.last_ns - self.info_ns >= INFO_EVERY_NS or self.full):
-            self.changed = True
-        return [*began, span]
+        return span
 
     def _fold_end(self, record: TraceEnd) -> list[Span]:
         metadata, status = mapping(record.get("metadata")), self.facts.status
-        error = record.get("error")
-        exception = dict(error) if isinstance(error, Mapping) else None
-        text = error if isinstance(error, str) else metadata.get("error")
-        stopped = f"stopped: {metadata.get('stop_reason') or status.lower()}"
-        if text is None and exception is None and status != "FINISHED":
+        error, result = record.get("error"), metadata.get("final_result")
+        exception, stop_reason = mapping(error), metadata.get("stop_reason")
+        reason = metadata.get("qitos.killed") or metadata.get("error")
+        text = error if isinstance(error, str) else reason
+        stopped = f"stopped: {stop_reason or status.lower()}"
+        if text is None and not exception and status != "FINISHED":
             text = stopped
-        answer = metadata.get("final_result")
-        unfinished = metadata.get("stop_reason") not in (None, "final")
-        if answer is None and (text or exception or unfinished):
+        answer = result
+        if answer is None and (text or exception or stop_reason not in (None, "final")):
             # Why there is no answer says more than what the model said last.
-            answer = text or params_and_tags.error_text(exception) or stopped
+            answer = text or error_text(exception) or stopped
         if answer not in (None, ""):
             self.response = span_attributes.preview(answer)
-        return self._end(
-            None if text is None else str(text), exception, metadata.get("final_result")
-        )
-
-    def _end(
-        self, error: str | None, exception: dict[str, Any] | None, result: Any = None
-    ) -> list[Span]:
-        began = self._begin()
-        self.changed = True
         if self.root_closed:  # The agent's own span says more than this one would.
-            return began
-        root = self._root_span(self.facts.ended_ns or 0, {"mlflow.spanOutputs": result})
-        set_status(root, error, exception)
+            return []
         self.root_closed = True
-        return [*began, root]
+        root = self._root_span(self.facts.ended_ns or 0, result)
+        set_status(root, None if text is None else str(text), exception)
+        return [root]
 
     # -- parts -------------------------------------------------------------------------------
 
     def _root_id(self) -> bytes:
         return span_id(self.facts.trace_id, "\0root" if self.root is None else self.root)
 
-    def _root_attributes(self, kind: str | None) -> dict[str, Any]:
-        inputs = {"task": self.request} if self.request else None
-        found = {
-            "qitos.trace_id": self.facts.trace_id,
-            "mlflow.spanInputs": inputs,
-            "mlflow.spanType": kind,
-        }
-        return {key: value for key, value in found.items() if value is not None}
+    def _root_name(self) -> str:
+        return self.root_name or self.facts.name or "trace"
 
-    def _root_span(self, end_ns: int, more: Mapping[str, Any]) -> Span:
+    def _root_attributes(self) -> dict[str, Any]:
+        inputs = {"task": self.request} if self.request else None
+        return {"qitos.trace_id": self.facts.trace_id, "mlflow.spanInputs": inputs}
+
+    def _root_span(self, end_ns: int, result: Any = None) -> Span:
         of_agent = self.root is not None or "qitos.agent" in self.facts.start_tags
+        own = {"mlflow.spanType": "AGENT" if of_agent else "CHAIN", "mlflow.spanOutputs": result}
         span = build_span(
             otel_trace_id(self.facts.trace_id),
             self._root_id(),
             None,
-            self.name,
+            self._root_name(),
             self.start_ns,
             end_ns,
-            {**self._root_attributes("AGENT" if of_agent else "CHAIN"), **more},
+            {**self._root_attributes(), **own},
         )
         self._add_link(span)
         return span
@@ -291,9 +285,25 @@ class SpanTree:
                 trace_id=otel_trace_id(trace), span_id=span_id(trace, linked or "\0root")
             )
 
-    def _count(self, found: Mapping[str, Any], name: str) -> None:
+    def _count_tokens(self, found: Mapping[str, Any], name: str) -> None:
         for key, number in (found.get("mlflow.chat.tokenUsage") or {}).items():
             self.usage[key] = self.usage.get(key, 0) + number
             self.news = True
         if self.usage and "mlflow.llm.model" in found and name not in self.priced:
             self.priced = [*self.priced, name][: MAX_PRICED + 1]
+
+
+def locate(info: Mapping[str, Any], experiment_id: str, run_id: str) -> dict[str, Any]:
+    """`info` completed for ``POST /api/3.0/mlflow/traces``: in its experiment, linked to its run.
+
+    Args:
+        info: what `SpanTree.info` returned; it stays as it is.
+        experiment_id: MLflow's id.
+        run_id: MLflow's id.
+    """
+    experiment = {"experiment_id": experiment_id}
+    return {
+        **info,
+        "trace_location": {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": experiment},
+        "trace_metadata": {**info["trace_metadata"], "mlflow.sourceRun": run_id},
+    }

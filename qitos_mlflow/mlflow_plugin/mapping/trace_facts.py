@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin.mapping import contributed, limits, params_and_tags
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text, mapping
-from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd, TraceStart
+from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
+from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd
 
 DEFAULT_EXPERIMENT = "qitos"
 """Experiment of a trace whose start, and with it the settings, was lost."""
@@ -24,11 +24,48 @@ MAX_TAGS = 200
 RUN_NAME_TAG = "mlflow.runName"
 """Gives the run its name; MLflow refuses a run that is given both the tag and a name."""
 
+_METADATA_TAGS = {
+    "qitos_run_id": "qitos.run_id",
+    "agent_name": "qitos.agent",
+    "task_id": "qitos.task_id",
+    "benchmark_name": "qitos.benchmark",
+    "linked_trace_id": "qitos.linked_trace_id",
+    "qitos.closed": "qitos.closed",
+    "qitos.killed": "qitos.killed",
+}
+"""Metadata that people search runs by, and its tags."""
+
+_RECORD_TAGS = {
+    "trace_id": "qitos.trace_id",
+    "group_id": "qitos.group_id",
+    "parent_run_id": "mlflow.parentRunId",
+}
+
+_SETTINGS_TAGS = {"source": "mlflow.source.name", "user": "mlflow.user"}
+
 
 def settings_in(fields: Any) -> dict[str, Any]:
     """The run settings in a record's ``settings``, or in a segment's header; empty for none."""
     known = RunSettings.__annotations__
     return {key: value for key, value in mapping(fields).items() if key in known}
+
+
+def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What other plugins add to a record, under legal names.
+
+    Args:
+        record: any. `recording.normalize` has checked its field ``added``.
+        part: ``attributes`` of the span, ``metrics`` of the run, or ``tags`` of run and trace.
+    """
+    found = mapping(mapping(record.get("added")).get(part))
+    return {clean_key(name): value for name, value in found.items()}
+
+
+def error_text(error: Any) -> str:
+    """An error as one line; empty for none."""
+    if not isinstance(error, Mapping):
+        return str(error) if error else ""
+    return ": ".join(str(error[key]) for key in ("type", "message") if error.get(key))
 
 
 @dataclass
@@ -49,10 +86,10 @@ class TraceFacts:
         dropped: of those, how many were lost before they reached the disk, by reason.
         start_tags: tags of the run as of its start.
         later_tags: tags of the trace that came later.
-        lost: values of the run that were dropped or trimmed, by reason.
+        lost: values of the run that were lost or trimmed, by reason.
     """
 
-    trace_id: str = ""
+    trace_id: str
     settings: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     started: bool = False
@@ -66,17 +103,6 @@ class TraceFacts:
     start_tags: dict[str, str] = field(default_factory=dict)
     later_tags: dict[str, str] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
-
-    # -- as JSON -----------------------------------------------------------------------------
-
-    def to_json(self) -> dict[str, Any]:
-        """The facts as plain JSON values."""
-        return {**vars(self), "lost": dict(self.lost)}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> TraceFacts:
-        """The facts that `to_json` described."""
-        return cls(**{**plain, "lost": Counter(plain["lost"])})
 
     # -- settings ----------------------------------------------------------------------------
 
@@ -123,66 +149,67 @@ class TraceFacts:
     def fold(self, record: Record) -> list[tuple[str, str]]:
         """Take in the trace's next record; returns the tags that it adds to the run."""
         fields: Mapping[str, Any] = record
-        if not (self.started or self.settings) and "settings" in fields:
-            self.settings = settings_in(fields["settings"])
-            self.lose_start()
-        added = contributed.tags(record, self.lost)
         self.start_ns = self.start_ns or clean_ns(fields.get("start_ns") or fields.get("time_ns"))
         at_ns = fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns")
         self.last_ns = max(self.last_ns, clean_ns(at_ns))
+        plugins = _texts(added(record, "tags"), self.lost)
         if record["kind"] == "trace_start":
-            return self._fold_start(record, added)
-        tags = self._fold_end(record) if record["kind"] == "trace_end" else []
-        for key, text in added:
+            self.started = True
+            self.name = str(record.get("name") or "")
+            self.start_ns = clean_ns(record.get("time_ns"))
+            self._take_settings(record, self.lost)
+            self.start_tags |= plugins
+            return list(self.start_tags.items())
+        if not self.started:  # The run, if there is none already, is made of what there is.
+            self._take_settings(record, None)
+            self.start_tags["qitos.start_lost"] = "true"
+        own = self._fold_end(record) if record["kind"] == "trace_end" else {}
+        for key, text in plugins.items():
             if key in self.later_tags or len(self.start_tags) + len(self.later_tags) < MAX_TAGS:
-                self.later_tags[key] = clean_text(text, limits.TRACE_TAG_CHARS)
-        self._add_later(tags)
-        return tags + added
+                self.later_tags[key] = text
+        # A trace has its error's text in its root span.
+        self.later_tags |= {key: text for key, text in own.items() if key != "qitos.error"}
+        return [*own.items(), *plugins.items()]
 
-    def _fold_start(
-        self, record: TraceStart, added: list[tuple[str, str]]
-    ) -> list[tuple[str, str]]:
-        self.started = True
-        self.trace_id = str(record.get("trace_id", ""))
-        self.name = str(record.get("name") or "")
-        self.start_ns = clean_ns(record.get("time_ns"))
+    def _take_settings(self, record: Mapping[str, Any], lost: Counter[str] | None) -> None:
+        """Take the record's settings, if it has any, and the start's tags; configured ones win."""
         self.settings = settings_in(record.get("settings")) or self.settings
-        self._begin([*params_and_tags.start_tags(record, self.settings, self.lost), *added])
-        return list(self.start_tags.items())
+        configured = mapping(self.settings.get("tags"))
+        tags = {
+            **_picked(record, _RECORD_TAGS),
+            **_picked(self.settings, _SETTINGS_TAGS),
+            **_picked(mapping(record.get("metadata")), _METADATA_TAGS),
+            **{clean_key(key): text for key, text in configured.items()},
+        }
+        tags.pop(RUN_NAME_TAG, None)
+        self.start_tags = _texts(tags, lost)
 
-    def lose_start(self) -> None:
-        """Prepare for a run without its trace's start, in case there is none already."""
-        known = {"trace_id": self.trace_id}
-        tags = params_and_tags.start_tags(known, self.settings, None)
-        self._begin([*tags, ("qitos.start_lost", "true")])
-
-    def _begin(self, tags: list[tuple[str, str]]) -> None:
-        self.start_tags = dict(tags)  # Servers refuse a key that is given twice.
-        self.start_tags.pop(RUN_NAME_TAG, None)
-
-    def _fold_end(self, record: TraceEnd) -> list[tuple[str, str]]:
+    def _fold_end(self, record: TraceEnd) -> dict[str, str]:
+        """Take in the end; returns its tags: stop reason, error, what was not known before."""
+        metadata = mapping(record.get("metadata"))
         self.ended_ns = clean_ns(record.get("time_ns"))
         self.status = str(record.get("status") or "FINISHED")
-        self.cut_off = "qitos.closed" in mapping(record.get("metadata"))
+        self.cut_off = not metadata.keys().isdisjoint(("qitos.closed", "qitos.killed"))
         recorded = record.get("recorded")
         self.recorded = recorded if isinstance(recorded, int) else 0
         self.dropped = dict(mapping(record.get("dropped")))
-        return params_and_tags.end_tags(record, self.lost)
+        error = error_text(record.get("error")) or metadata.get("error")
+        outcome = {"stop_reason": metadata.get("stop_reason") or None, "qitos.error": error or None}
+        return _texts({**_picked(metadata, _METADATA_TAGS), **outcome}, self.lost)
 
-    def kill(self, last_ns: int | None, reason: str) -> list[tuple[str, str]]:
-        """End a trace whose end will not come: KILLED. Returns the tags that say so.
 
-        Args:
-            last_ns: when the process was last known to live; None: its last record.
-            reason: goes into the tag ``qitos.killed``.
-        """
-        self.ended_ns = self.last_ns = max(clean_ns(last_ns), self.last_ns)
-        self.status, self.cut_off = "KILLED", True
-        tags = [("qitos.killed", clean_text(reason, limits.TAG_CHARS))]
-        self._add_later(tags)
-        return tags
+def _picked(source: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Texts and numbers of `source`, by their tags in `names`."""
+    return {
+        tag: source[key]
+        for key, tag in names.items()
+        if isinstance(source.get(key), (str, int, float)) and source[key] != ""
+    }
 
-    def _add_later(self, tags: list[tuple[str, str]]) -> None:
-        # A trace has its error's text in its root span.
-        kept = ((key, text) for key, text in tags if key != "qitos.error")
-        self.later_tags |= {key: clean_text(text, limits.TRACE_TAG_CHARS) for key, text in kept}
+
+def _texts(tags: Mapping[str, Any], lost: Counter[str] | None) -> dict[str, str]:
+    return {
+        key: clean_text(value, limits.TAG_CHARS, lost)
+        for key, value in tags.items()
+        if value is not None
+    }

@@ -14,7 +14,7 @@ from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import TraceCosts
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
@@ -63,16 +63,13 @@ class Operations:
         if name not in self._experiments:
             self._experiments[name] = self._transport.experiment_id(name, timeout_s)
         experiment_id = self._experiments[name]
-        if trace.run is None and trace.maybe_created:
+        if trace.run is None and trace.attempts:
             found = self._transport.find_runs(experiment_id, facts.trace_id, timeout_s)
             trace.run = found[0] if found else None
         if trace.run is None:
             if not (facts.started or facts.ended):
                 raise Refused("NO_RUN", "the trace it belongs to has no run on this server")
-            trace.start_lost = not facts.started
-            # An attempt that went unanswered may still come through.
-            trace.creations += 2 if trace.maybe_created else 1
-            trace.maybe_created = True
+            trace.attempts += 1
             tags = trace.creation_tags()[: limits.BATCH_TAGS]
             start_ms = limits.clean_ms(facts.start_ns)
             new = NewRun(experiment_id, facts.run_name, start_ms, tags)
@@ -107,7 +104,7 @@ class Operations:
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write what is known of the trace as a whole, with its cost once it has ended."""
         facts, tree, run = trace.facts, trace.tree, _run_of(trace)
-        if not self.stores_traces or tree is None or not (facts.started or trace.start_lost):
+        if not self.stores_traces or tree is None or not (facts.started or trace.attempts > 1):
             return
         info = locate(items[0], run.experiment_id, run.run_id)
         # The server finds the spans that cost something by a tag of their trace's info.
@@ -154,17 +151,17 @@ class Operations:
             self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
 
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
-        """Complete the run's account of its spans and end it."""
+        """Complete the run's ledger and end it."""
         facts, run = trace.facts, _run_of(trace)
         if facts.log_traces and not self.stores_traces:
             trace.lost_spans.pop("no_traces", None)
             trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
         if trace.lost_spans:
-            account = RunData(tags=trace.totals.ledger(trace.lost_spans))
-            self._transport.log_batch(run.run_id, account, timeout_s)
+            ledger = RunData(tags=trace.totals.ledger(trace.lost_spans))
+            self._transport.log_batch(run.run_id, ledger, timeout_s)
         # Attempts to create the run that went unanswered may have taken effect later: all are
         # empty. Not if its start was lost: the process that has it may be creating it right now.
-        if trace.creations > 1 and facts.started:
+        if trace.attempts > 1 and facts.started:
             for other in self._transport.find_runs(run.experiment_id, facts.trace_id, timeout_s):
                 if other.run_id != run.run_id:
                     self._transport.delete_run(other.run_id, timeout_s)

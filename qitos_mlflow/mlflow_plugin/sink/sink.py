@@ -21,16 +21,16 @@ from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import trace_info
 from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
+from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
-from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting, of_first_version
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
 
-STATE_VERSION = 2
-"""Form of the state in acknowledgements; version 0.1.0 wrote another one, without a version."""
+STATE_VERSION = 3
+"""Form of the state in acknowledgements; 0.1.0 wrote the first one, without a version."""
 
 
 class MlflowSink:
@@ -73,10 +73,11 @@ class MlflowSink:
         try:
             plain = orjson.loads(state)
             uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
-            if "version" not in plain:
-                found = [of_first_version(trace, self._settings) for trace in found]
-            elif plain["version"] != STATE_VERSION:
-                raise ValueError(f"a state of version {plain['version']!r:.20}")
+            version = plain.get("version", 1)
+            if version in (1, 2):
+                found = [of_earlier_version(trace, self._settings) for trace in found]
+            elif version != STATE_VERSION:
+                raise ValueError(f"a state of version {version!r:.20}")
             traces = [TraceState.from_json(trace) for trace in found]
         except (KeyError, TypeError, ValueError) as error:
             # Another version's: the runs are found again by their tags, totals begin anew.
@@ -188,7 +189,7 @@ class MlflowSink:
             yield Call(trace, operations.write_spans, distinct(waiting.spans))
         # What comes after a trace's end does not change what is known of it.
         if tree is not None and tree.changed and (facts.started or facts.ended):
-            yield Call(trace, operations.write_info, [trace_info(tree)])
+            yield Call(trace, operations.write_info, [tree.info()])
             tree.info_made()
 
 

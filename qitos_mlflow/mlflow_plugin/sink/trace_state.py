@@ -5,14 +5,16 @@ Part of the sink's state; turns to JSON and back, so that another process can go
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
@@ -29,12 +31,9 @@ class Elsewhere:
 
 
 @dataclass
-class Waiting:
+class Waiting(RunData):
     """What is to be sent of a trace, and the records that it comes from."""
 
-    metrics: list[Metric] = field(default_factory=list)
-    params: list[tuple[str, str]] = field(default_factory=list)
-    tags: list[tuple[str, str]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     artifacts: list[tuple[str, bytes]] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
@@ -49,13 +48,11 @@ class TraceState:
         totals: its numbers.
         tree: its MLflow trace; None if no traces are logged.
         run: its MLflow run, once created.
-        maybe_created: an attempt to create the run was made whose outcome is not known, here or
-            in another process: look for it first.
-        creations: how often creating it was tried. An attempt before the last may still come
-            through if a database is locked for longer than a request lasts.
+        attempts: how many attempts to create the run there may have been, here or in another
+            process: if any, look for it first. An attempt before the last may still come through
+            if a database is locked for longer than a request lasts.
         elsewhere: where part of the trace was delivered, if the rest goes to another server.
         refused: why the server refuses the run; every record of the trace is a dead letter then.
-        start_lost: it has a run of its own without a trace_start record.
         lost_spans: how many spans are not on the server although delivery got to them, by reason.
         has_info: the server has an info of its tree.
         waiting: what is to be sent; no part of the JSON.
@@ -65,11 +62,9 @@ class TraceState:
     totals: RunTotals
     tree: SpanTree | None
     run: RunRef | None = None
-    maybe_created: bool = False
-    creations: int = 0
+    attempts: int = 0
     elsewhere: Elsewhere | None = None
     refused: str | None = None
-    start_lost: bool = False
     lost_spans: dict[str, int] = field(default_factory=dict)
     has_info: bool = False
     waiting: Waiting = field(default_factory=Waiting)
@@ -89,12 +84,10 @@ class TraceState:
                 once the trace's end is known.
             resumed: another process may have created the run.
         """
-        facts = TraceFacts(trace_id, settings)
-        if late:
-            facts.lose_start()
-        made = SpanTree.after_end(facts) if late else SpanTree(facts)
-        totals = RunTotals(facts)
-        return cls(facts, totals, made if tree else None, maybe_created=resumed or late)
+        facts = TraceFacts(str(trace_id), settings)
+        # A late one has no root that could be sent: its name is not known.
+        made = SpanTree(facts, begun=late, root_closed=late) if tree else None
+        return cls(facts, RunTotals(facts), made, attempts=int(resumed or late))
 
     # -- records -----------------------------------------------------------------------------
 
@@ -102,26 +95,38 @@ class TraceState:
         """Fold in the next record; what it adds waits to be sent."""
         self.waiting.records.append(data)
         if record["kind"] == "artifact":
-            self.waiting.artifacts.append((record["path"], _file(record["content"])))
-            return
+            content = record["content"]
+            if isinstance(content, str):
+                file = content.encode()
+            else:
+                file = orjson.dumps(content, option=orjson.OPT_INDENT_2)
+            self.waiting.artifacts.append((record["path"], file))
+        else:
+            self._fold(record)
+
+    def kill(self, last_time_ns: int, reason: str) -> None:
+        """End the trace whose end will not come.
+
+        Args:
+            last_time_ns: when its process was last known to live.
+            reason: goes into the tag ``qitos.killed``.
+        """
+        self._fold(
+            {
+                "kind": "trace_end",
+                "time_ns": max(limits.clean_ns(last_time_ns), self.facts.last_ns),
+                "status": "KILLED",
+                "metadata": {"qitos.killed": reason},
+            }
+        )
+
+    def _fold(self, record: Record) -> None:
         self.waiting.tags += self.facts.fold(record)
         if not self.facts.log_traces:
             self.tree = None
         if self.tree is not None:
             self.waiting.spans += self.tree.fold(record)
-        self._add(self.totals.fold(record))
-
-    def kill(self, last_time_ns: int, reason: str) -> None:
-        """End the trace whose end will not come; `reason` says why."""
-        self.waiting.tags += self.facts.kill(last_time_ns, reason)
-        if self.tree is not None:
-            self.waiting.spans += self.tree.killed(reason)
-        self._add(self.totals.killed())
-
-    def _add(self, run: RunData) -> None:
-        self.waiting.metrics += run.metrics
-        self.waiting.params += run.params
-        self.waiting.tags += run.tags
+        self.totals.fold(record, self.waiting)
 
     def sent(self) -> None:
         """Forget what was waiting: it is part of a batch now."""
@@ -133,7 +138,7 @@ class TraceState:
         """Forget what the server at `uri` has: the rest goes to another one."""
         if self.run is not None:
             self.elsewhere = Elsewhere(uri, self.run.run_id, self.totals.spans)
-        self.run, self.maybe_created, self.creations, self.has_info = None, True, 0, False
+        self.run, self.attempts, self.has_info = None, 1, False
         self.lost_spans = {}
         self.totals.params = []  # The end of a trace has them all again.
         if self.tree is not None:
@@ -162,81 +167,32 @@ class TraceState:
     # -- as JSON -----------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON values; what is waiting is not part of it."""
-        parts = {
-            "facts": self.facts.to_json(),
-            "totals": self.totals.to_json(),
-            "tree": None if self.tree is None else self.tree.to_json(),
-            "run": None if self.run is None else self.run.to_json(),
-            "elsewhere": None if self.elsewhere is None else vars(self.elsewhere),
-        }
-        return {**_without(vars(self), {"waiting"}), **parts}
+        """The state as values that orjson can write; what is waiting is not part of it."""
+        tree = None if self.tree is None else _without(self.tree, "facts")
+        return {**_without(self, "waiting"), "totals": _without(self.totals, "facts"), "tree": tree}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TraceState:
         """The state that `to_json` described. The parts of `plain` become parts of it."""
         run, tree, elsewhere = plain["run"], plain["tree"], plain["elsewhere"]
-        facts = TraceFacts.from_json(plain["facts"])
+        facts = TraceFacts(**_of(TraceFacts, plain["facts"]))
+        facts.lost = Counter(facts.lost)
+        totals = RunTotals(facts, **_of(RunTotals, plain["totals"]))
+        totals.sums = Counter(totals.sums)
         parts = {
             "facts": facts,
-            "totals": RunTotals.from_json(plain["totals"], facts),
-            "tree": SpanTree(facts, **tree) if tree else None,
+            "totals": totals,
+            "tree": SpanTree(facts, **_of(SpanTree, tree)) if tree else None,
             "run": RunRef(**run) if run else None,
             "elsewhere": Elsewhere(**elsewhere) if elsewhere else None,
         }
-        return cls(**{**plain, **parts})
+        return cls(**{**_of(cls, plain), **parts})
 
 
-def of_first_version(plain: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A trace's state as version 0.1.0 wrote it (no `version` beside it), in today's form.
-
-    That version kept a state only of traces that had started and had not ended.
-
-    Args:
-        plain: the state.
-        settings: the header's, which were those of each trace.
-    """
-    state, totals, tree = dict(plain), dict(plain["totals"]), plain["tree"]
-    facts = {
-        "trace_id": state.pop("trace_id"),
-        "settings": dict(settings),
-        "name": state.pop("name"),
-        "started": state.pop("started"),
-        "start_ns": totals.pop("start_ns"),
-        "last_ns": totals.pop("last_ns"),
-        "start_tags": dict(state.pop("start_tags")),
-        "later_tags": {},
-        "lost": totals.pop("lost"),
-    }
-    if tree is not None:
-        tree = dict(tree)
-        tags = {**tree.pop("tags"), **facts["start_tags"]}
-        later = [key for key in tags if not key.startswith("mlflow.")]
-        facts["later_tags"] = {key: tags[key] for key in later if key not in facts["start_tags"]}
-        start_ns, tree["root_name"] = tree.pop("start_ns"), tree.pop("name")
-        tree["root_start_ns"] = None if start_ns == facts["start_ns"] else start_ns
-        tree["info_ns"] = tree.pop("told_ns")
-        tree["assessment_bytes"] = sum(len(orjson.dumps(one)) for one in tree["assessments"])
-    gone = {"start_ms", "ended", "cut_off", "status", "end_ms", "recorded", "dropped", "told"}
-    parts = {
-        "facts": facts,
-        "totals": _without(totals, {"constant_tags", "constant_params"}),
-        "tree": tree and _without(tree, _GONE_OF_TREE),
-        "has_info": state["told"],
-    }
-    return {**_without(state, gone), **parts}
+def _without(part: Any, name: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(part).items() if key != name}
 
 
-_GONE_OF_TREE = {"id", "constant_tags", "last_ns", "ended_ns", "status", "error", "exception"}
-"""What version 0.1.0 kept of a tree, and is in the facts or nowhere now."""
-
-
-def _without(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def _file(content: Any) -> bytes:
-    """A text as it is, anything else as JSON."""
-    if isinstance(content, str):
-        return content.encode()
-    return orjson.dumps(content, option=orjson.OPT_INDENT_2)
+def _of(part: type[Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `part` that `plain` has; other versions may have others."""
+    return {one.name: plain[one.name] for one in fields(part) if one.name in plain}

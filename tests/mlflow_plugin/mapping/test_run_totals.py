@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qitos_mlflow.mlflow_plugin.mapping import params_and_tags
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
-from qitos_mlflow.mlflow_plugin.mapping.percentiles import SIZE, Sample
-from qitos_mlflow.mlflow_plugin.mapping.run_totals import MAX_NAMES, OTHERS
+from qitos_mlflow.mlflow_plugin.mapping.run_totals import MAX_NAMES, OTHERS, SAMPLE_SIZE, sample
 from tests.mlflow_plugin.folding import fold, last, new_state
 from tests.mlflow_plugin.records import MS, START_NS, Records
 
@@ -131,7 +129,7 @@ def test_no_usage_logs_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("score", ["nan", "0.5", math.nan, math.inf, True, [1], {"a": 1}])
-def test_a_bad_score_is_dropped_and_counted(score: Any) -> None:
+def test_a_bad_score_is_left_out_and_counted(score: Any) -> None:
     """A score that is no number does not reach the averages, and the run says so."""
     make = Records()
     data = fold(make.span("critic", score=score), make.span("critic", score=0.5), make.end())
@@ -159,8 +157,8 @@ def test_params_are_written_once() -> None:
     ]
 
 
-def test_what_was_lost_beside_spans_is_told() -> None:
-    """Files and the like that never reached the server are in the run's account of values."""
+def test_what_is_lost_beside_spans_is_in_the_ledger() -> None:
+    """Files and the like that never reached the server are in the run's ledger."""
     data = fold(Records().start(), Records().end(lost={"artifact_disk_full": 2}))
     assert ("qitos.values.dropped", "artifact_disk_full=2") in data.waiting.tags
 
@@ -204,7 +202,7 @@ def test_tags_say_where_the_run_comes_from() -> None:
 
 
 def test_every_loss_is_on_the_run() -> None:
-    """Spans recorded, delivered and dropped, with the reasons, are tags of the run."""
+    """Spans recorded, delivered and lost, with the reasons, are tags of the run."""
     make = Records()
     tags = dict(fold(make.start(), make.span("step"), make.end()).waiting.tags)
     assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("1", "1")
@@ -215,9 +213,12 @@ def test_every_loss_is_on_the_run() -> None:
     assert tags["qitos.spans.recorded"] == "6"
     assert tags["qitos.spans.delivered"] == "3"
     assert tags["qitos.spans.dropped"] == "late=1, queue_full=2"
-    assert "qitos.spans.dropped" not in dict(params_and_tags.ledger_tags(3, 3, {"late": 0}))
-    spooled_away = dict(params_and_tags.ledger_tags(6, 3, {"queue_full": 1}))
-    assert spooled_away["qitos.spans.dropped"] == "lost_in_spool=2, queue_full=1"
+    cases = [(3, {"late": 0}, None), (6, {"queue_full": 1}, "lost_in_spool=2, queue_full=1")]
+    for recorded, dropped, text in cases:
+        make = Records()
+        end = make.end(recorded=recorded, dropped=dropped)
+        data = fold(make.start(), *(make.span("step") for _ in range(3)), end)
+        assert dict(data.waiting.tags).get("qitos.spans.dropped") == text
 
 
 def test_a_killed_run_has_its_totals() -> None:
@@ -276,26 +277,27 @@ def test_a_flood_of_names_is_bounded() -> None:
 _numbers = st.floats(0, 1e6)
 
 
-@given(st.lists(_numbers, min_size=1, max_size=SIZE))
+@given(st.lists(_numbers, min_size=1, max_size=SAMPLE_SIZE))
 def test_percentiles_are_exact_while_all_is_kept(values: list[float]) -> None:
     """Up to the sample's size the 95th percentile is the true one."""
-    sample = Sample()
-    for value in values:
-        sample.add(value)
+    make = Records()
+    spans = [
+        make.span("tool", tool_name="t", start_ns=START_NS, end_ns=START_NS + int(value * MS))
+        for value in values
+    ]
+    found = last(fold(*spans, make.end()))["tool/t/p95_latency_ms"]
     rank = math.ceil(0.95 * len(values)) - 1
-    assert sample.percentile(0.95) == round(sorted(values)[rank], 3)
+    assert found == round(int(sorted(values)[rank] * MS) / MS, 3)
 
 
 def test_percentiles_stay_close_and_the_sample_small() -> None:
     """Of 100,000 numbers the sample keeps few, evenly, and their percentile is about right."""
-    sample = Sample()
+    kept: list[float] = []
     for number in range(100_000):
-        sample.add(float(number * 7919 % 100_000))
-    assert len(sample.kept) <= SIZE
-    assert sample.seen == 100_000
-    assert sample.percentile(0.95) == pytest.approx(95_000, rel=0.06)
-    again = Sample.from_json(orjson.loads(orjson.dumps(sample.to_json())))
-    assert again == sample
+        sample(kept, number, float(number * 7919 % 100_000))
+        assert len(kept) <= SAMPLE_SIZE
+    assert len(kept) > SAMPLE_SIZE // 2
+    assert sorted(kept)[math.ceil(0.95 * len(kept)) - 1] == pytest.approx(95_000, rel=0.06)
 
 
 def test_the_state_stays_small() -> None:

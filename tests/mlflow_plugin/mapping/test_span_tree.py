@@ -14,7 +14,7 @@ from packaging.version import Version
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, distinct, set_status, set_value
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
@@ -231,7 +231,7 @@ def test_an_abandoned_trace_is_an_error() -> None:
 
 
 def test_a_trace_without_its_start_has_no_root() -> None:
-    """Nobody knows what it was called or when it began: no root of 1970."""
+    """Its name and its start are not known: there is no root of 1970."""
     make = Records()
     spans, state = fold(make.span("step"), make.end(), state=new_state(late=True))
     (span,) = spans
@@ -333,7 +333,7 @@ def write(
     transport: RestTransport, experiment: str, run: str, records: list[dict[str, Any]]
 ) -> None:
     """Send what the records say, one by one, as a live run does."""
-    state = new_state()
+    state = new_state(trace_id=records[0]["trace_id"])
     assert state.tree is not None
     for record in records:
         state.take(record, b"")
@@ -417,7 +417,7 @@ def test_a_running_trace_is_on_the_server(server: MlflowServer) -> None:
     assert trace.info.token_usage["total_tokens"] == 120
 
 
-def test_status_without_details_is_still_told() -> None:
+def test_a_status_without_details_still_shows() -> None:
     """An exception without a text, and an error without a type, both show."""
     span = build_span(b"t" * 16, b"s" * 8, None, "n", 1, 2, {})
     set_status(span, None, {"type": "KeyboardInterrupt", "message": ""})

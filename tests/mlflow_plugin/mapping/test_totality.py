@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlflow.protos.service_pb2 import TraceInfoV3
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import KEY_CHARS, PARAM_CHARS, TAG_CHARS
-from qitos_mlflow.mlflow_plugin.mapping.trace_info import locate
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.trim import trim_fields
 from tests.mlflow_plugin.folding import fold, info_of, new_state

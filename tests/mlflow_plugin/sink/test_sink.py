@@ -579,7 +579,7 @@ def test_what_is_refused_loses_only_itself(server: FakeTransport, key: str) -> N
     assert run["status"] == "FINISHED"
 
 
-def test_a_span_that_is_refused_is_in_the_runs_account(server: FakeTransport) -> None:
+def test_a_span_that_is_refused_is_in_the_ledger(server: FakeTransport) -> None:
     """The ledger of a run counts the spans that the server would not have."""
     records = a_trace()
     records[2]["type"], records[2]["data"] = "custom", {"name": "bad one"}
