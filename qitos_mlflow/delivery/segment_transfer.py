@@ -16,8 +16,6 @@ from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader
 
 BATCH_RECORDS = 500
 """Most records of one step: what is sent again after a crash before its acknowledgement."""
-BATCH_BYTES = 4 * 1024 * 1024
-"""The same in bytes; this much is sent without waiting for more."""
 SEND_TIMEOUT_S = 15.0
 """Longest that a sink gets for one step (seconds)."""
 SEND_BUGS = 3
@@ -63,7 +61,6 @@ class SegmentTransfer:
                 end=end,
                 sealed=sealed,
                 max_records=1 if self._one_by_one else BATCH_RECORDS,
-                max_bytes=BATCH_BYTES,
             )
             if chunk.end == self._reader.position:
                 if end is not None and chunk.end < end:

@@ -17,7 +17,8 @@ from functools import partial
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Leftovers
-from qitos_mlflow.delivery.segment_transfer import BATCH_BYTES, SEND_TIMEOUT_S, SegmentTransfer
+from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
+from qitos_mlflow.delivery.spool.reader import BATCH_BYTES
 
 SEND_EVERY_S = 1.0
 """Spans gather this long before they are sent: seen within 2 s, and few requests (seconds)."""

@@ -21,6 +21,8 @@ from qitos_mlflow.delivery.spool.parts import DiskPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 from qitos_mlflow.delivery.spool.quota import Quota
 
+BATCH_BYTES = 4 * 1024 * 1024
+"""No further record is read once those of a chunk have this size together (bytes)."""
 READ_BYTES = 1024 * 1024
 """Read at once (bytes); four times as much if one line is longer."""
 READ_TRIES = 4
@@ -112,7 +114,7 @@ class SegmentReader:
         self._read_failures = 0
         self._failing_since = 0.0
 
-    def read(self, *, end: int | None, sealed: bool, max_records: int, max_bytes: int) -> Chunk:
+    def read(self, *, end: int | None, sealed: bool, max_records: int) -> Chunk:
         """The next records; `end` of the chunk is `position` when there are none.
 
         Args:
@@ -120,7 +122,6 @@ class SegmentReader:
             sealed: no process appends before `end` any more (always true if that is given), so an
                 incomplete last line is a torn one. Otherwise it is left until it is complete.
             max_records: most records to read.
-            max_bytes: no further record once they have this size together.
 
         Raises:
             OSError: a part cannot be read; if that lasts, a later call goes on behind it.
@@ -136,9 +137,7 @@ class SegmentReader:
             chunk.end = max(chunk.end, part.base)
             limit = stop if end is None else end if stop is None else min(stop, end)
             try:
-                full = _read_part(
-                    part, chunk, limit, sealed or stop is not None, max_records, max_bytes
-                )
+                full = _read_part(part, chunk, limit, sealed or stop is not None, max_records)
             except FileNotFoundError:
                 full = False
             except OSError as error:
@@ -174,7 +173,7 @@ class SegmentReader:
         """Read all there is in chunks. Changes nothing, and skips a part that cannot be read."""
         self._patient = False
         while True:
-            chunk = self.read(end=None, sealed=True, max_records=sys.maxsize, max_bytes=READ_BYTES)
+            chunk = self.read(end=None, sealed=True, max_records=sys.maxsize)
             if chunk.end == self.position:
                 return
             yield chunk
@@ -239,9 +238,7 @@ def _missing(part: Part, chunk: Chunk) -> int:
     return max(0, part.records - part.acknowledged - len(chunk.records) - len(chunk.damaged))
 
 
-def _read_part(
-    part: Part, chunk: Chunk, limit: int | None, sealed: bool, max_records: int, max_bytes: int
-) -> bool:
+def _read_part(part: Part, chunk: Chunk, limit: int | None, sealed: bool, max_records: int) -> bool:
     """Read lines of `part` into `chunk` up to the position `limit`; True when it is full."""
     taken_bytes = 0
     size = READ_BYTES
@@ -260,7 +257,7 @@ def _read_part(
         for line in data[: complete - 1].split(line_format.LF):
             taken_bytes += _take(line, part, chunk)
             chunk.end += len(line) + 1
-            if len(chunk.records) >= max_records or taken_bytes >= max_bytes:
+            if len(chunk.records) >= max_records or taken_bytes >= BATCH_BYTES:
                 return True
     return False
 

@@ -59,7 +59,7 @@ def own_reader(segment: SegmentWriter, stats: Counts | None = None) -> SegmentRe
 def read_all(reader: SegmentReader, end: int, *, ack: bool = True) -> list[bytes]:
     records: list[bytes] = []
     while True:
-        chunk = reader.read(end=end, sealed=True, max_records=3, max_bytes=MIB)
+        chunk = reader.read(end=end, sealed=True, max_records=3)
         if chunk.end == reader.position:
             return records
         records += chunk.records
@@ -83,7 +83,7 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
             segment = make_segment(directory / f"{umask:o}")
             append(segment, numbered(2))
             reader = own_reader(segment)
-            chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+            chunk = reader.read(end=segment.end, sealed=True, max_records=9)
             reader.acknowledge(chunk, b"s", [DeadLetter(b"x", "refused")])
         finally:
             os.umask(before)
@@ -119,7 +119,7 @@ def test_reading_goes_on_at_the_acknowledgement(tmp_path: Path) -> None:
     for record in numbered(20):
         append(segment, [record])
     reader = own_reader(segment)
-    chunk = reader.read(end=segment.end, sealed=True, max_records=7, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=7)
     reader.acknowledge(chunk, b"any\nstate\x1b\x00", ())
     done = len(chunk.records)
     assert done > 0
@@ -192,11 +192,11 @@ def test_a_line_under_way_is_left_until_it_is_complete(tmp_path: Path) -> None:
     path.write_bytes(whole[:-3])
     stats = Counts()
     reader = SegmentReader(segment.paths, segment.parts, stats)
-    chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    chunk = reader.read(end=None, sealed=False, max_records=9)
     assert (chunk.records, chunk.damaged) == ([b"one"], [])
     reader.position = chunk.end
     path.write_bytes(whole)
-    chunk = reader.read(end=None, sealed=False, max_records=9, max_bytes=MIB)
+    chunk = reader.read(end=None, sealed=False, max_records=9)
     assert (chunk.records, chunk.damaged) == ([b"two"], [])
 
 
@@ -301,7 +301,7 @@ def test_dead_letters_are_kept_with_their_reasons(tmp_path: Path) -> None:
     stats = Counts()
     reader = own_reader(segment, stats)
     append(segment, [b"text", b"\xff\xfe"])
-    chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=9)
     reader.acknowledge(chunk, b"s", [DeadLetter(b"text", "too long"), DeadLetter(b"\xff", "no")])
     first, second = map(json.loads, segment.paths.dead.read_text().splitlines())
     assert (first["reason"], first["record"]) == ("too long", "text")
@@ -317,7 +317,7 @@ def test_one_record_that_makes_many_dead_letters_is_one_not_delivered(tmp_path: 
     segment, stats = make_segment(tmp_path), Counts()
     reader = own_reader(segment, stats)
     append(segment, [b"one"])
-    chunk = reader.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=500)
     reader.acknowledge(chunk, b"s", [DeadLetter(b"item %d" % n, "no") for n in range(5)])
     assert (stats.delivered, stats.dead_letters) == (0, 5)
     segment.close(delete=True)
@@ -328,7 +328,7 @@ def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
     segment, stats = make_segment(tmp_path), Counts()
     reader = SegmentReader(segment.paths, segment.parts, stats, aside_bytes=1000)
     append(segment, numbered(4))
-    chunk = reader.read(end=segment.end, sealed=True, max_records=9, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=9)
     chunk.damaged += [DeadLetter(b"x" * 700, "damaged"), DeadLetter(b"y" * 700, "damaged")]
     reader.acknowledge(chunk, b"s", [DeadLetter(b"z" * 100, "no")] * 4)
     info = inspect_segment(segment.paths)
@@ -511,7 +511,7 @@ def test_files_deleted_under_the_process_are_made_anew(tmp_path: Path) -> None:
     stats = Counts()
     reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1)
     reader.acknowledge(chunk, b"s", ())
     for path in (tmp_path / "spool").iterdir():
         path.unlink()
@@ -528,7 +528,7 @@ def test_a_file_cut_short_under_the_process_costs_what_was_in_it(tmp_path: Path,
     segment, stats = make_segment(tmp_path), Counts()
     reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1)
     reader.acknowledge(chunk, b"s", ())
     [(_, path)] = segment.paths.parts()
     os.truncate(path, left)
@@ -572,7 +572,7 @@ def test_a_file_deleted_while_it_is_read_costs_what_was_not_read(
 
     monkeypatch.setattr(DiskPart, "read", read_and_delete)
     reader = own_reader(segment, stats)
-    chunk = reader.read(end=segment.end, sealed=True, max_records=500, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=500)
     assert chunk.records == numbered(len(chunk.records))
     assert 0 < len(chunk.records) < 20
     reader.acknowledge(chunk, b"s", ())
@@ -736,7 +736,7 @@ def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
     segment, stats = make_segment(tmp_path, part_bytes=part_bytes), Counts()
     reader = own_reader(segment, stats)
     append(segment, numbered(4))
-    chunk = reader.read(end=segment.end, sealed=True, max_records=1, max_bytes=MIB)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=1)
     reader.acknowledge(chunk, b"s", ())
     path = unreadable(segment.paths, monkeypatch)
     append(segment, [b"in the part" if part_bytes == MIB else b"in the next"])
