@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 from google.protobuf.json_format import ParseDict
-from mlflow.entities import Metric as MlflowMetric
-from mlflow.entities import Param, RunTag, TraceInfo
-from mlflow.entities import Span as MlflowSpan
+from mlflow import entities
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import TraceInfoV3
@@ -218,9 +216,9 @@ class StoreTransport(Transport):
         with _failures():
             self._mlflow.log_batch(
                 run_id,
-                [MlflowMetric(m.key, m.value, m.timestamp_ms, m.step) for m in data.metrics],
-                [Param(*pair) for pair in data.params],
-                [RunTag(*pair) for pair in data.tags],
+                [entities.Metric(m.key, m.value, m.timestamp_ms, m.step) for m in data.metrics],
+                [entities.Param(*pair) for pair in data.params],
+                [entities.RunTag(*pair) for pair in data.tags],
                 synchronous=True,  # Whatever MLFLOW_ENABLE_ASYNC_LOGGING says of the user's calls.
             )
 
@@ -230,11 +228,11 @@ class StoreTransport(Transport):
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         with _failures():
-            self._tracing.start_trace(TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
+            self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         with _failures():
-            converted = [MlflowSpan.from_otel_proto(span) for span in spans]
+            converted = [entities.Span.from_otel_proto(span) for span in spans]
             self._tracing.log_spans(experiment_id, converted)
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
@@ -247,6 +245,3 @@ class StoreTransport(Transport):
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         write_artifact(run.artifact_uri, path, data, self.uri)
-
-    def close(self) -> None:
-        """Nothing to give up: MLflow keeps its stores for the process."""

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 
 
 def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
     """The transport for `uri`; None means MLflow's default as of the directory `cwd`."""
-    if uri is not None and is_http(uri):
-        from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+    if uri is None or not is_http(uri):
+        from qitos_mlflow.mlflow_plugin.server import mlflow_client
 
-        if not _needs_mlflow():
-            return RestTransport(uri)
-        from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
+        cwd = cwd or working_directory()
+        store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
+        return mlflow_client.StoreTransport(store)
+    if not _needs_mlflow():
+        return RestTransport(uri)
+    from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
 
-        return RestTransport(uri, mlflow_requester(uri))
-    from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, default_tracking_uri
-
-    cwd = cwd or working_directory()
-    return StoreTransport(absolute(uri, cwd) if uri else default_tracking_uri(cwd))
+    return RestTransport(uri, mlflow_requester(uri))
 
 
 def _needs_mlflow() -> bool:

@@ -20,6 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
+    PROTOBUF,
     TOO_LARGE,
     Request,
     Requester,
@@ -103,10 +104,7 @@ class RestTransport(Transport):
         message = ExportTraceServiceRequest(
             resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])]
         )
-        headers = {
-            "Content-Type": "application/x-protobuf",
-            "x-mlflow-experiment-id": experiment_id,
-        }
+        headers = {"Content-Type": PROTOBUF, "x-mlflow-experiment-id": experiment_id}
         body = message.SerializeToString()
         self._send(Request("POST", "/v1/traces", timeout_s, body, headers))
 

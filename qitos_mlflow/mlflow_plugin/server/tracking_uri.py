@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-HTTP = ("http", "https")
-
 
 def working_directory() -> str:
     """The current directory; the root if it has been removed."""
@@ -35,4 +33,4 @@ def absolute(uri: str, cwd: str) -> str:
 def is_http(uri: str | None) -> bool:
     """True when `uri` is reached over http(s)."""
     scheme, mark, _ = (uri or "").partition(":")
-    return bool(mark) and scheme.lower() in HTTP
+    return bool(mark) and scheme.lower() in ("http", "https")

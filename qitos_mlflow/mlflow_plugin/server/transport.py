@@ -141,7 +141,8 @@ class Transport(Protocol):
         """Create or replace the run's artifact at `path`."""
 
     def close(self) -> None:
-        """Give up connections."""
+        """Give up connections, if there are any."""
+        return
 
 
 def part(answer: Any, key: str) -> Any:

@@ -103,14 +103,14 @@ class CallList:
         try:
             call.send(call.trace, call.items, timeout_s)
         except Refused as refusal:
-            self._refused(call, refusal, timeout_s)
+            self._give_up(call, str(refusal), timeout_s)
         except Poisoned as failure:
             if not call.fails_on(Poisoned):
                 raise RetryLater(str(failure)) from failure
             if not self._operations.server_is_well(call.trace, timeout_s):
                 del call.failures[Poisoned]
                 raise RetryLater(f"the server is out of order: {failure}") from failure
-            self._give_up(call, str(failure))
+            self._give_up(call, str(failure), timeout_s)
         except RetryLater:
             if call.fails_on(RetryLater) and len(call.items) > 1:
                 self._halve(call)
@@ -118,8 +118,12 @@ class CallList:
         else:
             self._calls.popleft()
 
-    def _refused(self, call: Call, refusal: Refused, timeout_s: float) -> None:
-        if call.trace.run is not None and not call.checked:
+    def _give_up(self, call: Call, reason: str, timeout_s: float) -> None:
+        """Leave the call out: one of several items, or the whole trace if its run is refused."""
+        if call.trace.run is None:  # It is its creation that is refused.
+            self._bury(call.trace, reason)
+            return
+        if not call.checked:
             # Before its items are tried one by one: a run that was deleted takes none of them.
             try:
                 self._operations.check_run(call.trace, timeout_s)
@@ -129,12 +133,7 @@ class CallList:
             except Poisoned:
                 pass
             call.checked = True
-        self._give_up(call, str(refusal))
-
-    def _give_up(self, call: Call, reason: str) -> None:
-        if call.trace.run is None:  # It is its creation that is refused.
-            self._bury(call.trace, reason)
-        elif len(call.items) > 1:
+        if len(call.items) > 1:
             self._halve(call)
         else:
             self._calls.popleft()
@@ -160,8 +159,7 @@ def _letter(trace: TraceState, item: Any) -> bytes:
 
         trace.count_refused(item)
         item = MessageToDict(item)
-    run_id = None if trace.run is None else trace.run.run_id
     return orjson.dumps(
-        {"trace_id": trace.facts.trace_id, "run_id": run_id, "item": item},
+        {"trace_id": trace.facts.trace_id, "run_id": trace.run and trace.run.run_id, "item": item},
         default=lambda content: content.decode("utf-8", "replace"),  # Of a file.
     )

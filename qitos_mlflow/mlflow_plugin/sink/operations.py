@@ -36,7 +36,7 @@ class Operations:
         stores_traces: False once the server has said that it cannot store traces.
     """
 
-    def __init__(self, transport: Transport, announce: Announce | None) -> None:
+    def __init__(self, transport: Transport, announce: Announce) -> None:
         self._transport = transport
         self._announce = announce
         self._experiments: dict[str, str] = {}
@@ -55,8 +55,7 @@ class Operations:
             if not cached:
                 raise
             self._find_or_create(trace, timeout_s)
-        if self._announce is not None and trace.run is not None:
-            self._announce(trace.facts.trace_id, trace.run)
+        self._announce(trace.facts.trace_id, _run_of(trace))
 
     def _find_or_create(self, trace: TraceState, timeout_s: float) -> None:
         facts, name = trace.facts, trace.facts.experiment_name

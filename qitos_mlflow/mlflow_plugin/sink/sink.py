@@ -52,7 +52,7 @@ class MlflowSink:
         transport: Transport | None = None,
         *,
         tracking_uri: str | None = None,
-        announce: Announce | None = None,
+        announce: Announce = lambda *_: None,
         resumed: bool = False,
     ) -> None:
         fields: dict[str, Any] = orjson.loads(header)
@@ -87,9 +87,9 @@ class MlflowSink:
         if uri == self._transport.address:
             for trace_id, reason in refused.items():
                 self._trace_of(trace_id, late=True).refused = reason
-            return
-        for trace in traces:
-            trace.move(uri)
+        else:
+            for trace in traces:
+                trace.move(uri)
 
     def prepare(self, records: Sequence[bytes]) -> None:
         """Fold `records` and list the calls they come to. No network."""

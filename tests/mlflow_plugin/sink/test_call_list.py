@@ -49,7 +49,7 @@ class Server:
     def calls(self, *each: Sequence[Any]) -> CallList:
         """Calls with these items, on a server that does not have the trace's run."""
         calls = [Call(self.trace, self, items) for items in each]
-        return CallList(Operations(FakeTransport(), None), calls)
+        return CallList(Operations(FakeTransport(), lambda *_: None), calls)
 
 
 def send(calls: CallList, tries: int) -> list[DeadLetter] | None:
