@@ -71,38 +71,30 @@ class Circuit:
         Right after a failure these are fewer than `timeout_s`. Never raises: `problem` says what
         the matter is.
         """
-        began = self._clock()
-        after_s = None
+        began, after_s = self._clock(), None
+        probe = 0 < self._failures <= PROBES
         try:
-            done = send(min(timeout_s, PROBE_TIMEOUT_S) if self._is_probe else timeout_s)
+            done = send(min(timeout_s, PROBE_TIMEOUT_S) if probe else timeout_s)
         except OutOfTime:
-            self._succeed()
-            return None
+            done, self.problem = None, None
         except RetryLater as later:
-            problem, after_s = later.reason, later.after_s
+            done, self.problem, after_s = None, later.reason, later.after_s
         except OSError as error:
-            problem = f"the spool cannot be read or written: {error}"
-            _guard.warn("delivery.spool", "%s; it is tried again later", problem)
+            done, self.problem = None, f"the spool cannot be read or written: {error}"
+            _guard.warn("delivery.spool", "%s; it is tried again later", self.problem)
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
-            problem = _guard.in_words(error)
+            done, self.problem = None, _guard.in_words(error)
             _guard.report("delivery.sending", error)
         else:
-            self._succeed()
-            return done
-        self._fail(began, problem, after_s)
-        return None
+            self.problem = None
+        if self.problem is None:
+            self._failures = 0
+            self._succeeded = True
+        else:
+            self._open(began, after_s)
+        return done
 
-    @property
-    def _is_probe(self) -> bool:
-        return 0 < self._failures <= PROBES
-
-    def _succeed(self) -> None:
-        self._failures = 0
-        self._succeeded = True
-        self.problem = None
-
-    def _fail(self, began: float, problem: str, after_s: float | None) -> None:
-        self.problem = problem
+    def _open(self, began: float, after_s: float | None) -> None:
         if not self._failures:
             self._failing_since = began
         self.asked = after_s is not None

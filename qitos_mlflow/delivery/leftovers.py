@@ -14,7 +14,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -163,11 +163,6 @@ class Deliveries:
         self._failed: dict[Paths, Circuit] = {}
         """The segments that have made room, and when they may be tried again."""
 
-    @property
-    def delay_s(self) -> float:
-        """In how many seconds one that is open may go on; infinite if none is."""
-        return min((delivery.circuit.delay_s for delivery in self._open.values()), default=math.inf)
-
     def round(self) -> Iterator[bool]:
         """Give each segment a turn; after each step, yields whether it may go on at once."""
         try:
@@ -203,22 +198,12 @@ class Deliveries:
     def _begin(self, paths: Paths) -> Delivery | None:
         """Open a segment; None where that is impossible, now or at all."""
         circuit = self._failed.get(paths)
-        if circuit is not None and circuit.delay_s:
+        if len(self._open) >= self._most or (circuit is not None and circuit.delay_s):
             return None
-        spare = None
-        if len(self._open) >= self._most:
-            # The one opened last, so that most of them keep their connections from round to round.
-            whole = (p for p, delivery in reversed(self._open.items()) if not delivery.halfway)
-            spare = next(whole, None)
-            if spare is None:
-                return None
         delivery = self._take(paths)
-        if delivery is None:
-            return None
-        if spare is not None:
-            self._open.pop(spare).close()
-        delivery.circuit = self._failed.pop(paths, delivery.circuit)
-        self._open[paths] = delivery
+        if delivery is not None:
+            delivery.circuit = self._failed.pop(paths, delivery.circuit)
+            self._open[paths] = delivery
         return delivery
 
     def _turn(self, paths: Paths, delivery: Delivery) -> Iterator[bool]:
@@ -228,12 +213,17 @@ class Deliveries:
         while goes_on:
             outcome = delivery.step(self._timeout_s)
             failing = delivery.circuit.problem is not None
-            if failing and delivery.circuit.failing_s >= MAKE_ROOM_AFTER_S:
-                self._failed[paths] = delivery.circuit
-            if outcome is Outcome.FINISHED or paths in self._failed:
-                self._open.pop(paths).close()
             more = outcome is None and not failing
             goes_on = more and not delivery.owner_alive and time.monotonic() < until
+            if failing:
+                over = delivery.circuit.failing_s >= MAKE_ROOM_AFTER_S
+                if over:
+                    self._failed[paths] = delivery.circuit
+            else:  # If others wait for room, it is opened again for its next turn.
+                full = len(self._open) >= self._most
+                over = not goes_on and full and not delivery.halfway
+            if over or outcome is Outcome.FINISHED:
+                self._open.pop(paths).close()
             yield more
 
 
@@ -269,15 +259,10 @@ def follow(
             )
         return taken if isinstance(taken, Delivery) else None
 
-    with contextlib.closing(
-        Deliveries(
-            directory,
-            take_readable,
-            most=OPEN_SEGMENTS,
-            turn_s=TURN_S,
-            timeout_s=SEND_TIMEOUT_S,
-        )
-    ) as deliveries:
+    deliveries = Deliveries(
+        directory, take_readable, most=OPEN_SEGMENTS, turn_s=TURN_S, timeout_s=SEND_TIMEOUT_S
+    )
+    with contextlib.closing(deliveries):
         while not stop.is_set():
             idle = True
             for more in deliveries.round():
@@ -289,7 +274,7 @@ def follow(
             stop.wait(FOLLOW_EVERY_S if idle else 0.0)
 
 
-class Leftovers:
+class Leftovers(Deliveries):
     """What dead processes of this machine left in the spool. Sending thread, but for `pending`.
 
     Leaves alone what other machines recorded (they see to it) and what was recorded offline (its
@@ -301,12 +286,12 @@ class Leftovers:
     """
 
     def __init__(self, directory: Path, open_leftovers: OpenLeftovers) -> None:
+        super().__init__(
+            directory, self._take_left, most=1, turn_s=math.inf, timeout_s=LEFTOVERS_STEP_S
+        )
         self.pending = True
         """Whether a look is due or under way. Any thread."""
         self._open_leftovers = open_leftovers
-        self._deliveries = Deliveries(
-            directory, self._take, most=1, turn_s=math.inf, timeout_s=LEFTOVERS_STEP_S
-        )
         self._due_at = time.monotonic() + FIRST_LOOK_S
         self._steps = self._looks()
 
@@ -319,27 +304,22 @@ class Leftovers:
         """Send one batch of a leftover segment, if there is one. Never raises."""
         self._due_at = time.monotonic() + next(self._steps)
 
-    def close(self) -> None:
-        """Release the segment at hand for others. Nothing is sent afterwards."""
-        self._deliveries.close()
-
-    def _looks(self) -> Generator[float, None, None]:
+    def _looks(self) -> Iterator[float]:
         """Each step; yields how long to pause before the next one (seconds)."""
         while True:
             self.pending = True
-            for _ in self._deliveries.round():
+            for _ in self.round():
                 yield BATCH_PAUSE_S
-            delay_s = self._deliveries.delay_s  # A server may ask for minutes.
-            self.pending = delay_s < math.inf
-            yield max(BATCH_PAUSE_S, min(delay_s, LOOK_EVERY_S))
+            self.pending = bool(self._open)
+            # A server may ask for minutes.
+            delays = [LOOK_EVERY_S, *(left.circuit.delay_s for left in self._open.values())]
+            yield max(BATCH_PAUSE_S, min(delays))
 
-    def _take(self, paths: Paths) -> Delivery | None:
+    def _take_left(self, paths: Paths) -> Delivery | None:
         if is_held(paths.own):
             return None
         head = read_head(paths)
-        if head.caller is None or head.offline:
-            return None
-        if head.machine != socket.gethostname():
+        if head.caller is None or head.offline or head.machine != socket.gethostname():
             return None
         open_sink = self._open_leftovers(head.caller)
         claimed = None if open_sink is None else claim(paths, Counts())

@@ -102,10 +102,8 @@ class SegmentTransfer:
         """Close the sink."""
         sink, self._sink = self._sink, None
         if sink is not None:
-            try:
+            with _guard.shield("delivery.close_sink"):
                 sink.close()
-            except Exception as error:  # noqa: BLE001 - closing is a courtesy
-                _guard.report("delivery.close_sink", error)
 
     def _open(self) -> Sink:
         if self._sink is None:

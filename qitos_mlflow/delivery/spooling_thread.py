@@ -94,16 +94,13 @@ class SpoolingThread(threading.Thread):
         if sending is not None:
             if rests or self.unattended:
                 sending.stop(time.monotonic() + REST_WITHIN_S)
-            if rests:
-                sending.join(REST_WITHIN_S + STOP_GRACE_S)
-                if sending.is_alive():  # It hangs; records that come now must reach the disk.
-                    self._rested()
-                    sending.join()
-                    rests = False
-            else:
+            sending.join(REST_WITHIN_S + STOP_GRACE_S if rests else None)
+            if sending.is_alive():  # It hangs; records that come now must reach the disk.
+                self._rested()
                 sending.join()
-                self._refuse()
-        else:
+                self._finish()
+                return
+        if not rests:
             self._refuse()
         self._finish()
         if rests:
@@ -180,27 +177,26 @@ class SpoolingThread(threading.Thread):
 
     def _refuse(self, items: Sequence[Item | Barrier] = ()) -> None:
         """Count `items`, and what is in the queue, as offered after the end."""
-        while items or (items := self._queue.drain(wait=False)):
-            for item in items:
-                if isinstance(item, Item):
-                    self._lose(item.payload, CLOSED)
-                else:
-                    item.reached.set()
-            items = ()
+        for item in (*items, *self._queue.drain(wait=False)):
+            if isinstance(item, Item):
+                self._lose(item.payload, CLOSED)
+            else:
+                item.reached.set()
+        if self._queue.more:
+            self._refuse()
 
     def _append(self, items: Sequence[Item | Barrier]) -> bool:
         """Append the items; False when the last barrier was among them."""
         batch: list[Item] = []
         self._held = sum(isinstance(item, Item) for item in items)
         for index, item in enumerate(items):
+            # What is kept may report losses: it is normalized when all before it is settled.
+            if isinstance(item, Barrier) or item.keep:
+                self._append_batch(batch)
+                batch = []
             if isinstance(item, Item):
-                if item.keep:  # It may report losses: normalized when all before it is settled.
-                    self._append_batch(batch)
-                    batch = []
                 batch.append(item)
                 continue
-            self._append_batch(batch)
-            batch = []
             if item.last:
                 self._held = 0
                 self._refuse(items[index + 1 :])
