@@ -68,9 +68,8 @@ def fastest_ns(runs: dict[str, Callable[[Any, str], Any]]) -> dict[str, int]:
 
 def main() -> int:
     tracing.set_trace_processors([])  # whatever start-up files attached
-    bridge.uninstall()
-    untouched = (vars(Engine)["run"], vars(ActionExecutor)["_execute_one"])
     bridge.install()
+    untouched = (vars(Engine)["run"].__wrapped__, vars(ActionExecutor)["_execute_one"])
     runs: dict[str, Callable[[Any, str], Any]] = {
         "plain": untouched[0],
         "bridge": lambda engine, task: engine.run(task),

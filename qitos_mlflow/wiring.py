@@ -1,7 +1,7 @@
 """Wiring: settings -> processor -> provider.
 
 Two of the three ways in meet here: the start-up line (`activate`) and `autolog`. The third, a
-processor registered by hand, needs only `bridge.on_import`.
+processor registered by hand, needs only `bridge.ensure_bridge`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def activate() -> None:
     """
     global _adapter
     from qitos_mlflow import tracing
-    from qitos_mlflow.bridge.on_import import ensure_bridge
+    from qitos_mlflow.bridge import ensure_bridge
     from qitos_mlflow.plugins import loader
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 

@@ -32,7 +32,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "mlflow_plugin.server",
         "recording",
         "plugins",
-        "bridge.on_import",
+        "bridge",
         "tracing",
         "delivery",
         "redaction",

@@ -57,11 +57,11 @@ def test_qitos_is_imported_as_ever() -> None:
         import sys
         from qitos_mlflow import _startup, bridge
         _startup.install()
-        assert not bridge.installed()
+        assert not bridge.installed
         import qitos
         assert qitos.__spec__.loader is not None and qitos.__version__ == "0.3.0"
         assert not [f for f in sys.meta_path if getattr(f, "qitos_watcher", False)]
-        assert bridge.installed()
+        assert bridge.installed
         """,
         QITOS_TRACE_PLUGINS="all",
     )
@@ -76,7 +76,7 @@ def test_installed_after_qitos() -> None:
         os.environ["QITOS_TRACE_PLUGINS"] = "all"
         import qitos_mlflow.auto
         from qitos_mlflow import bridge, tracing
-        assert bridge.installed() and len(tracing.processors()) == 1
+        assert bridge.installed and len(tracing.processors()) == 1
         import qitos.tracing
         assert not [f for f in sys.meta_path if getattr(f, "qitos_watcher", False)]
         """,
@@ -96,7 +96,7 @@ def test_asking_for_qitos_without_importing_it() -> None:
         assert find_spec("qitos").origin.endswith("__init__.py")
         assert "qitos" not in sys.modules
         import qitos
-        assert bridge.installed()
+        assert bridge.installed
         """,
         QITOS_TRACE_PLUGINS="all",
     )

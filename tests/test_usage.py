@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qitos_mlflow._usage import parse_usage
-from qitos_mlflow.bridge.usage import token_usage
+from qitos_mlflow.bridge.extract import token_usage
 
 
 @pytest.mark.parametrize(

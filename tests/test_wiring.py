@@ -42,7 +42,7 @@ def test_once_however_often() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: qitos_mlflow.autolog(tags={"a": "1"}), range(32)))
     assert tracing.processors() == (processor,)
-    assert bridge.installed()
+    assert bridge.installed
 
 
 def test_other_settings_replace_the_first() -> None:
@@ -116,7 +116,7 @@ def test_the_installed_plugins_are_attached_once(monkeypatch: pytest.MonkeyPatch
     assert adapter.wants_trace()
     deactivate()
     assert tracing.processors() == ()
-    assert not bridge.installed()
+    assert not bridge.installed
 
 
 def test_nothing_is_attached_where_nothing_is_loaded() -> None:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from qitos_mlflow import bridge, tracing, wiring
+from qitos_mlflow.bridge import calls, patches
 from qitos_mlflow.tracing import compat
+
+WRAPPED = {
+    ("qitos.engine.engine", "Engine"): ("run", "init_session", "step"),
+    ("qitos.engine.action_executor", "ActionExecutor"): ("_execute_one", "_call_tool"),
+    ("qitos.engine.critic_result", "CriticResult"): ("from_dict",),
+}
+"""What the bridge replaces: methods of these classes."""
+OURS = [const for const in patches.wrap.__code__.co_consts if hasattr(const, "co_code")]
+"""The code of what it puts there."""
 
 
 def deactivate() -> None:
@@ -14,8 +26,25 @@ def deactivate() -> None:
     if wiring._adapter is not None:
         tracing.remove_trace_processor(wiring._adapter)
         wiring._adapter = None
-    bridge.uninstall()
+    uninstall()
     stop_serving()
+
+
+def uninstall() -> None:
+    """Put the host's own methods and thread pools back, as before `bridge.install`."""
+    bridge.installed = calls._fitted = False
+    for (module, owner_name), names in WRAPPED.items():
+        owner: Any = getattr(sys.modules.get(module), owner_name, None)
+        for name in names:
+            method = vars(owner).get(name) if owner is not None else None
+            function = getattr(method, "__func__", method)
+            if getattr(function, "__code__", None) in OURS:
+                of_class = isinstance(method, classmethod)
+                original = function.__wrapped__  # type: ignore[union-attr]
+                setattr(owner, name, classmethod(original) if of_class else original)
+    for module in calls.POOLS:
+        if module in sys.modules:
+            vars(sys.modules[module])["ThreadPoolExecutor"] = ThreadPoolExecutor
 
 
 def stop_serving() -> None:

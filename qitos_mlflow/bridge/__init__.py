@@ -1,17 +1,37 @@
 """Turns what a QitOS Engine does into Trace and Span objects, for the attached processors.
 
-This module wraps the Engine's entry points and restores the originals; `calls` has what happens
-around each call. A run that no processor wants is passed through. Nothing here knows of MLflow.
+This module wraps the Engine's entry points; `calls` has what happens around each call. A run that
+no processor wants is passed through. Nothing here knows of MLflow.
 """
 
 from __future__ import annotations
 
 import importlib
+import threading
 from types import ModuleType
 
-from qitos_mlflow._guard import warn
+from qitos_mlflow._after_import import after_import
 from qitos_mlflow.bridge import calls
-from qitos_mlflow.bridge.calls import patches
+from qitos_mlflow.bridge.patches import wrap
+from qitos_mlflow.tracing import compat
+
+installed = False
+"""Whether Engines are being traced."""
+_lock = threading.Lock()
+
+
+def ensure_bridge() -> None:
+    """Trace Engine runs: from now on if qitos is imported, else as soon as it is. Idempotent.
+
+    On hosts without it, `qitos.tracing` can be imported from then on. Any thread; never raises.
+    What goes wrong is logged.
+    """
+    after_import("qitos", _serve_and_install)
+
+
+def _serve_and_install(_qitos: ModuleType) -> None:
+    compat.install()
+    install()
 
 
 def install() -> None:
@@ -23,45 +43,16 @@ def install() -> None:
     Raises:
         ImportError: QitOS is not installed, or has no Engine.
     """
+    global installed
     module = importlib.import_module("qitos.engine.engine")
     engine_class = getattr(module, "Engine", None)
     if engine_class is None:
         raise ImportError("qitos.engine.engine has no Engine", name="qitos.engine.engine")
-    with patches.lock:
-        if patches.active:
+    with _lock:
+        if installed:
             return
-        patches.wrap(engine_class, "run", calls.run)
+        wrap(engine_class, "run", calls.run)
         if hasattr(engine_class, "init_session") and hasattr(engine_class, "step"):
-            patches.wrap(engine_class, "init_session", calls.init_session)
-            patches.wrap(engine_class, "step", calls.step)
-        patches.before_first_run = _wrap_tools_and_critics
-        patches.active = True
-
-
-def uninstall() -> None:
-    """Put every original back. Open runs are traced to their end. Idempotent."""
-    patches.undo()
-
-
-def installed() -> bool:
-    """Whether Engines are being traced."""
-    return patches.active
-
-
-def _wrap_tools_and_critics() -> None:
-    executor = getattr(_module("qitos.engine.action_executor"), "ActionExecutor", None)
-    if executor is None:
-        warn("bridge.tools", "this QitOS has no ActionExecutor; tool calls get no spans")
-    else:
-        patches.wrap(executor, "_execute_one", calls.execute_one)
-        patches.wrap(executor, "_call_tool", calls.call_tool)
-    verdict = getattr(_module("qitos.engine.critic_result"), "CriticResult", None)
-    if verdict is not None:
-        patches.wrap(verdict, "from_dict", calls.critic_result)
-
-
-def _module(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+            wrap(engine_class, "init_session", calls.init_session)
+            wrap(engine_class, "step", calls.step)
+        installed = True

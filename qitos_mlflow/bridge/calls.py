@@ -1,6 +1,6 @@
 """What happens around each call of the host: a run, a session, a tool.
 
-Every public function here replaces a method, see `Patches.wrap`. It calls the original exactly
+Every public function here replaces a method, see `patches.wrap`. It calls the original exactly
 once with the same arguments, whatever fails in here, and returns or raises the very object that
 the original does.
 """
@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import atexit
 import sys
-import weakref
-from collections import deque
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._after_import import after_import
+from qitos_mlflow._guard import report, shield, warn
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.hook import BridgeHook
 from qitos_mlflow.bridge.live import LiveTrace, is_wanted
-from qitos_mlflow.bridge.patches import Patches
+from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool, wrap
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 
-patches = Patches()
 _sessions: dict[int, AgentRun] = {}
-"""Open sessions by the id of their Engine, which outlives its entry."""
-_abandoned: deque[AgentRun] = deque()
-"""Sessions whose Engine is gone. Its finalizer only adds them here: it may run while its thread
-holds a processor's lock, and would deadlock if it closed spans."""
+"""Open sessions by the id of their Engine, which may be gone."""
+_lock = threading.RLock()  # A signal handler may run an agent while it is held.
+_fitted = False
+
+POOLS: dict[str, type[ThreadPoolExecutor]] = {
+    "qitos.engine.action_executor": ContextPool,  # parallel tools, tools with a time limit
+    "qitos.kit.tool.fanout": ContextPool,
+    "qitos.kit.tool.agent.agent_tool": BackgroundPool,
+}
+"""Host modules whose thread pools start tools or agents, and what replaces the pool."""
 
 Wrapped = Callable[..., Any]
 
@@ -38,14 +45,11 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
     agent_run = _begin(engine, args, kwargs)
     if agent_run is None:
         return wrapped(*args, **kwargs)
-    hook = BridgeHook(agent_run)
     try:
-        _attach(engine, hook)
-        result = wrapped(*args, **kwargs)
-        _detach(engine, hook)
+        with BridgeHook(agent_run, engine):
+            result = wrapped(*args, **kwargs)
         agent_run.end(result=result)
     except BaseException as error:
-        _detach(engine, hook)
         # Does nothing if it was called above.
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
@@ -71,25 +75,23 @@ def init_session(
 def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``Engine.step``: one step of the session's trace; the last one ends it."""
     agent_run = _sessions.get(id(engine))
-    if agent_run is None:
+    if agent_run is None or agent_run.engine() is not engine:
         return wrapped(*args, **kwargs)
     before = here.get()
     here.set(Place(agent_run, agent_run.root))
-    hook = BridgeHook(agent_run, in_session=True)
     try:
-        _attach(engine, hook)
-        result = wrapped(*args, **kwargs)
-        _detach(engine, hook)
+        with BridgeHook(agent_run, engine, in_session=True):
+            result = wrapped(*args, **kwargs)
         agent_run.session_stepped(None)
+        if extract.first(result, "stop"):
+            ended = _sessions.pop(id(engine), None)
+            if ended is not None:
+                ended.end(stop_reason=extract.text_of(extract.first(result, "stop_reason")))
     except BaseException as error:
-        _detach(engine, hook)
         agent_run.session_stepped(error)  # The caller may step again.
         raise
     finally:
         here.set(before)
-    if extract.first(result, "stop"):
-        reason = extract.text_of(extract.first(result, "stop_reason"))
-        _end_session(id(engine), stop_reason=reason)
     return result
 
 
@@ -149,15 +151,13 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
     """A run for this call, as this context's place; None if no processor wants it or we failed."""
     before = here.get()
     try:
-        if not patches.active:
-            return None
-        if before is not None and before.run.engine_id == id(engine) and not before.run.began:
+        if before is not None and before.run.engine() is engine and not before.run.began:
             return None  # The same call once more: a subclass's run() that calls ours.
-        if _sessions or _abandoned:
-            _end_leftover_sessions(id(engine))
+        if _sessions:
+            _end_sessions(engine)
         if (before is None or before.starts_trace) and not is_wanted():
             return None
-        patches.fit()
+        _fit()
         return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
     except BaseException as error:
         place = here.get()
@@ -170,31 +170,52 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
         return None
 
 
+def _fit() -> None:
+    """Wrap tools and critics, and replace thread pools, when the first run to be traced begins."""
+    global _fitted
+    if _fitted:
+        return
+    with _lock, shield("bridge.fit"):  # Runs are traced without what is missing.
+        if not _fitted:
+            try:
+                after_import("qitos.engine.action_executor", _wrap_tools)
+                after_import("qitos.engine.critic_result", _wrap_verdicts)
+                for module, pool in POOLS.items():
+                    after_import(module, partial(_replace_pool, pool))
+            finally:  # Nothing may be replaced once more.
+                _fitted = True
+
+
+def _wrap_tools(module: ModuleType) -> None:
+    executor = getattr(module, "ActionExecutor", None)
+    if executor is None:
+        warn("bridge.tools", "this QitOS has no ActionExecutor; tool calls get no spans")
+    else:
+        wrap(executor, "_execute_one", execute_one)
+        wrap(executor, "_call_tool", call_tool)
+
+
+def _wrap_verdicts(module: ModuleType) -> None:
+    verdict = getattr(module, "CriticResult", None)
+    if verdict is not None:
+        wrap(verdict, "from_dict", critic_result)
+
+
+def _replace_pool(pool: type[ThreadPoolExecutor], module: ModuleType) -> None:
+    if vars(module).get("ThreadPoolExecutor") is ThreadPoolExecutor:
+        vars(module)["ThreadPoolExecutor"] = pool
+
+
 def _keep_session(engine: Any, agent_run: AgentRun) -> None:
     try:
         agent_run.session_began(engine)
         # To run before our processors' exit handlers, registered when the trace began.
-        atexit.unregister(_end_leftover_sessions)
-        atexit.register(_end_leftover_sessions)
-        weakref.finalize(engine, _abandon, id(engine)).atexit = False
+        atexit.unregister(_end_sessions)
+        atexit.register(_end_sessions)
         _sessions[id(engine)] = agent_run
     except Exception as error:  # noqa: BLE001 - a session that could not be ended gets no trace
         report("bridge.init_session", error)
         agent_run.end()
-
-
-def _attach(engine: Any, hook: BridgeHook) -> None:
-    with shield("bridge.attach"):  # A trace without steps is better than none.
-        engine.hooks.append(hook)
-
-
-def _detach(engine: Any, hook: BridgeHook) -> None:
-    """Take just this hook away, from whatever list the Engine has by now."""
-    with shield("bridge.detach"):  # A hook left behind does nothing.
-        for index, candidate in enumerate(engine.hooks):
-            if candidate is hook:
-                del engine.hooks[index]
-                return
 
 
 def _begin_tool(place: Place, executor: Any, action: Any) -> Any:
@@ -229,26 +250,13 @@ def _finish(live: LiveTrace, span: Any, error: BaseException | str | None) -> No
         live.finish(span, error)
 
 
-def _abandon(engine_id: int) -> None:
-    agent_run = _sessions.pop(engine_id, None)
-    if agent_run is not None:
-        _abandoned.append(agent_run)
-
-
-def _end_session(engine_id: int, stop_reason: str | None = None) -> None:
-    agent_run = _sessions.pop(engine_id, None)
-    if agent_run is not None:
-        place = here.get()
-        agent_run.end(stop_reason=stop_reason)
-        here.set(place)
-
-
-def _end_leftover_sessions(engine_id: int | None = None) -> None:
+def _end_sessions(engine: Any = None) -> None:
     """End this Engine's session and those whose Engine is gone; all of them for None."""
     place = here.get()
-    with suppress(IndexError):  # Other threads may be taking some of them.
-        while True:
-            _abandoned.popleft().end()
+    for key, left in list(_sessions.items()):
+        of = left.engine()
+        # Another thread may have taken it, and the next Engine may have the same id.
+        if (engine is None or of is None or of is engine) and _sessions.get(key) is left:
+            _sessions.pop(key, None)
+            left.end()
     here.set(place)
-    for left in [engine_id] if engine_id is not None else list(_sessions):
-        _end_session(left)

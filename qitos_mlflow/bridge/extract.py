@@ -13,6 +13,8 @@ from functools import partial
 from numbers import Number
 from typing import Any
 
+from qitos_mlflow._usage import parse_usage
+
 FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
 """A tool failed if its output is a dict with one of these: later hosts read it so themselves."""
 
@@ -61,14 +63,14 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         engine: the Engine about to run.
         task: the text or `Task` it was given.
     """
-    agent = first(engine, "agent")
-    spec = first(engine, "run_spec")
+    agent, spec, writer = (first(engine, name) for name in ("agent", "run_spec", "trace_writer"))
     is_task = hasattr(task, "objective")
     inputs = mapping(first(task, "inputs")) if is_task else {}
     extra = mapping(first(task, "metadata")) if is_task else {}
-    config = mapping(first(agent, "config"))
-    writer = first(engine, "trace_writer")
-    seeds = (first(spec, "seed"), config.get("seed"), extra.get("seed"))
+    seeds = (first(spec, "seed"), mapping(first(agent, "config")).get("seed"), extra.get("seed"))
+    parser = first(engine, "parser") or first(agent, "model_parser")
+    budgets = (first(task, "budget"), first(engine, "_base_budget"), first(engine, "budget"))
+    steps = (first(budget, "max_steps") for budget in budgets)
     found = {
         "agent_name": agent_name(agent),
         "task": first(task, "objective") if is_task else task,
@@ -76,47 +78,35 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         "model_name": model_name(agent) or first(spec, "model_name"),
         "model_family": first(spec, "model_family"),
         "protocol": _protocol_id(engine, agent) or first(spec, "prompt_protocol"),
-        "parser": _class_name(first(engine, "parser") or first(agent, "model_parser"))
-        or first(spec, "parser_name"),
-        "max_steps": _max_steps(engine, task),
-        "benchmark_name": extra.get("benchmark")
-        or inputs.get("benchmark")
-        or extra.get("benchmark_name")
-        or first(spec, "benchmark_name"),
-        "benchmark_split": extra.get("split")
-        or inputs.get("split")
-        or extra.get("benchmark_split")
-        or first(spec, "benchmark_split"),
+        "parser": type(parser).__name__ if parser is not None else first(spec, "parser_name"),
+        "max_steps": next((number for number in steps if isinstance(number, int)), None),
         "seed": next((seed for seed in seeds if seed is not None), None),
         "qitos_version": getattr(sys.modules.get("qitos"), "__version__", None),
         "qitos_run_id": first(writer, "run_id") or None,
         "qitos_run_dir": first(writer, "run_dir"),
         "tools": tool_names(engine),
     }
+    for key in ("name", "split"):
+        short, full = "benchmark" if key == "name" else key, f"benchmark_{key}"
+        given = (extra.get(short), inputs.get(short), extra.get(full), first(spec, full))
+        found[full] = next(filter(None, given), None)
     return present(found)
 
 
 def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
     """What the host's INIT event adds to `run_metadata`."""
     meta = mapping(payload.get("run_meta"))
-    found = {
-        "qitos_run_id": payload.get("run_id") or None,
-        "task_id": payload.get("task_id"),
-        "model_name": meta.get("model_name"),
-        "model_family": meta.get("model_family"),
-        "protocol": meta.get("protocol"),
-        "parser": meta.get("parser"),
-    }
-    return present(found)
+    found = {key: meta.get(key) for key in ("model_name", "model_family", "protocol", "parser")}
+    return present(
+        {"qitos_run_id": payload.get("run_id") or None, "task_id": payload.get("task_id"), **found}
+    )
 
 
 def session_metadata(engine: Any) -> dict[str, Any]:
     """What an Engine knows after ``init_session``, which makes no INIT event."""
-    found = {
-        "qitos_run_id": first(engine, "_active_run_id") or None,
-        "protocol": first(first(engine, "_resolved_protocol"), "id") or None,
-    }
-    return present(found)
+    protocol = first(first(engine, "_resolved_protocol"), "id")
+    found = {"qitos_run_id": first(engine, "_active_run_id"), "protocol": protocol}
+    return {key: value for key, value in found.items() if value}
 
 
 def text_of(reason: Any) -> str | None:
@@ -132,13 +122,9 @@ def decision(source: Any) -> dict[str, Any] | None:
     """A decision as a dict without empty fields."""
     if source is None or isinstance(source, dict):
         return source
-    found = {
-        "mode": first(source, "mode"),
-        "actions": [action(item) for item in first(source, "actions") or ()],
-        "final_answer": first(source, "final_answer"),
-        "rationale": first(source, "rationale"),
-        "meta": first(source, "meta"),
-    }
+    keys = ("mode", "actions", "final_answer", "rationale", "meta")
+    found = {key: first(source, key) for key in keys}
+    found["actions"] = [action(item) for item in found["actions"] or ()]
     return {key: value for key, value in found.items() if value}
 
 
@@ -167,6 +153,43 @@ def response(model_response: Any) -> dict[str, Any] | None:
     }
 
 
+def token_usage(usage: Any, provider: Any = None) -> dict[str, int] | None:
+    """Token counts under one set of names; None if there are no real ones.
+
+    Args:
+        usage: the provider's own, never an estimate.
+        provider: the host's name for the provider.
+    """
+    found = parse_usage(usage)
+    if found is None:
+        return None
+    prompt, completion, total = found.prompt, found.completion, found.reported_total
+    if (
+        prompt is not None
+        and total is not None
+        and total > prompt + (completion or 0)
+        and any(name in str(provider).lower() for name in ("gemini", "google"))
+    ):
+        completion = total - prompt  # QitOS 0.3.0 leaves the thoughts out of Gemini's counts.
+    counts = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": (prompt or 0) + (completion or 0) if total is None else total,
+        "cache_read_tokens": found.cache_read,
+        "cache_creation_tokens": found.cache_creation,
+    }
+    return present(counts)
+
+
+def cache_hits(agent: Any) -> int | None:
+    """How often a caching model has answered from its cache; None for a model without one.
+
+    After a hit, such a model may report the usage of its last miss again.
+    """
+    hits = mapping(getattr(first(agent, "llm"), "__dict__", None)).get("_hits")
+    return hits if isinstance(hits, int) else None
+
+
 # -- act ---------------------------------------------------------------------------------------
 
 
@@ -179,22 +202,12 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
     if not hasattr(result, "status") or not hasattr(result, "metadata"):
         return result, None, {}
     status = text_of(first(result, "status")) or "unknown"
-    output, error, extra = (
-        first(result, "output"),
-        first(result, "error"),
-        mapping(result.metadata),
-    )
+    output, error = first(result, "output"), first(result, "error")
+    extra = mapping(result.metadata)
     category = extra.get("error_category")
-    found = {
-        "status": status,
-        "attempts": first(result, "attempts"),
-        "latency_ms": first(result, "latency_ms"),
-        "error_category": category,
-        "toolset": extra.get("toolset_name"),
-        "source": extra.get("source"),
-        "action_id": first(result, "action_id"),
-    }
-    details = present(found)
+    found = {key: first(result, key) for key in ("attempts", "latency_ms", "action_id")}
+    found |= {"status": status, "error_category": category, "source": extra.get("source")}
+    details = present({**found, "toolset": extra.get("toolset_name")})
     if status == "success":
         said = mapping(output) if isinstance(output, dict) else {}
         if str(said.get("status") or "").strip().lower() not in FAILED_OUTPUT_STATUSES:
@@ -295,10 +308,6 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _class_name(value: Any) -> str | None:
-    return type(value).__name__ if value is not None else None
-
-
 def _public(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
@@ -315,11 +324,3 @@ def _protocol_id(engine: Any, agent: Any) -> str | None:
         return protocol
     identity = first(protocol, "id")
     return str(identity) if identity is not None else None
-
-
-def _max_steps(engine: Any, task: Any) -> int | None:
-    for budget in (first(task, "budget"), first(engine, "_base_budget"), first(engine, "budget")):
-        steps = first(budget, "max_steps")
-        if isinstance(steps, int):
-            return steps
-    return None

@@ -15,19 +15,18 @@ from typing import Any
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.outcome import issues_of
 from qitos_mlflow.bridge.run import AgentRun, Place, here
-from qitos_mlflow.bridge.usage import cache_hits, token_usage
 
 
-def _callback(method: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+def _callback(method: Callable[..., None]) -> Callable[..., None]:
     where = f"bridge.{method.__name__}"
 
     @functools.wraps(method)
-    def guarded(self: BridgeHook, ctx: Any, engine: Any) -> None:
+    def guarded(self: BridgeHook, *args: Any, **kwargs: Any) -> None:
         try:
-            if self._is_current():
-                method(self, ctx, engine)
+            place = here.get()
+            if place is not None and place.run is self._run:
+                method(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the agent's thread
             report(where, error)
 
@@ -35,19 +34,31 @@ def _callback(method: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, An
 
 
 class BridgeHook:
-    """Appended to ``engine.hooks`` for one run, or for one call of a session's ``step``."""
+    """In ``engine.hooks`` within its ``with`` block: one run, or one call of ``step``."""
 
-    def __init__(self, run: AgentRun, *, in_session: bool = False) -> None:
+    def __init__(self, run: AgentRun, engine: Any, *, in_session: bool = False) -> None:
         self._run = run
+        self._engine = engine
         self._in_session = in_session
+
+    def __enter__(self) -> None:
+        try:
+            with shield("bridge.attach"):  # A trace without steps is better than none.
+                self._engine.hooks.append(self)
+        except BaseException:  # Such as Ctrl-C.
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        with shield("bridge.detach"):  # From whatever list the Engine has by now.
+            for index, candidate in enumerate(self._engine.hooks):
+                if candidate is self:
+                    del self._engine.hooks[index]
+                    return
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, in a copied Engine, does nothing: runs of that Engine have their own hooks."""
-        return BridgeHook, (None,)
-
-    def _is_current(self) -> bool:
-        place = here.get()
-        return place is not None and place.run is self._run
+        return BridgeHook, (None, None)
 
     # -- step ------------------------------------------------------------------------------
 
@@ -57,11 +68,11 @@ class BridgeHook:
         self._end_step(None)
         self._begin_step(ctx)
 
+    @_callback
     def on_step_end(self, record: Any, state: Any, engine: Any) -> None:
         """Close a session's step; in a run, more of the step follows."""
-        with shield("bridge.on_step_end"):
-            if self._in_session and self._is_current():
-                self._end_step(record)
+        if self._in_session:
+            self._end_step(record)
 
     @_callback
     def on_after_step(self, ctx: Any, engine: Any) -> None:
@@ -105,16 +116,13 @@ class BridgeHook:
     @_callback
     def on_after_decide(self, ctx: Any, engine: Any) -> None:
         """Close the decision."""
-        decide = self._run.find("decide")
-        if decide is not None:
-            decide.data.output_content = extract.decision(ctx.decision)
-            self._run.close(decide)
+        self._run.close_innermost("decide", extract.decision(ctx.decision))
 
     def _begin_generation(self, payload: Mapping[str, Any], engine: Any) -> None:
         unanswered = self._run.find("generation")
         if unanswered is not None:
             self._run.close(unanswered, "asked again without an answer")
-        self._run.cache_hits = cache_hits(engine.agent)
+        self._run.cache_hits = extract.cache_hits(engine.agent)
         self._run.open(
             tracing.GenerationSpanData(
                 model=extract.model_name(engine.agent), input_content=extract.messages(payload)
@@ -128,7 +136,7 @@ class BridgeHook:
         answer = payload.get("model_response")
         summary = extract.response(answer) or {}
         usage = summary.get("usage")
-        if cache_hits(engine.agent) != self._run.cache_hits:
+        if extract.cache_hits(engine.agent) != self._run.cache_hits:
             # Answered by a cache: no tokens were used, and the wrapper repeats the last usage.
             usage = None
             summary = {key: value for key, value in summary.items() if key != "usage"}
@@ -137,7 +145,7 @@ class BridgeHook:
         data.model = summary.get("model_name") or data.model
         data.output_content = payload.get("raw_output")
         data.model_response = summary
-        data.token_usage = token_usage(usage, summary.get("provider"))
+        data.token_usage = extract.token_usage(usage, summary.get("provider"))
         self._run.close(generation)
 
     # -- act -------------------------------------------------------------------------------
@@ -161,18 +169,14 @@ class BridgeHook:
             return
         act.data.output_content = results or extract.first(record, "action_results")
         if act.span_id not in self._run.acts_with_tools:
-            self._name_actions(act, extract.first(record, "actions") or ())
+            taken = [extract.action(item) for item in extract.first(record, "actions") or ()]
+            act.data.action_name = ", ".join(str(one.get("name")) for one in taken) or None
+            if len(taken) == 1:
+                act.data.tool_args = taken[0].get("args")
+            elif taken:
+                act.data.tool_args = {"actions": taken}
         self._run.acts_with_tools.discard(act.span_id)
         self._run.close(act, error)
-
-    @staticmethod
-    def _name_actions(act: Any, actions: Any) -> None:
-        taken = [extract.action(item) for item in actions]
-        act.data.action_name = ", ".join(str(one.get("name")) for one in taken) or None
-        if len(taken) == 1:
-            act.data.tool_args = taken[0].get("args")
-        elif taken:
-            act.data.tool_args = {"actions": taken}
 
     # -- reduce, critics, recovery ---------------------------------------------------------
 
@@ -185,10 +189,7 @@ class BridgeHook:
     @_callback
     def on_after_reduce(self, ctx: Any, engine: Any) -> None:
         """Close the reduction."""
-        reduce = self._run.find("reduce")
-        if reduce is not None:
-            reduce.data.output_content = extract.first(ctx.record, "state_diff")
-            self._run.close(reduce)
+        self._run.close_innermost("reduce", extract.first(ctx.record, "state_diff"))
 
     @_callback
     def on_before_critic(self, ctx: Any, engine: Any) -> None:
@@ -236,15 +237,9 @@ class BridgeHook:
 
     # -- events ----------------------------------------------------------------------------
 
+    @_callback
     def on_event(self, event: Any, state: Any, record: Any, engine: Any) -> None:
         """Handle events that have no callback of their own."""
-        try:
-            if self._is_current():
-                self._take(event, state, record, engine)
-        except Exception as error:  # noqa: BLE001 - the agent's thread
-            report("bridge.on_event", error)
-
-    def _take(self, event: Any, state: Any, record: Any, engine: Any) -> None:
         # Most events are none of these. Hosts' phases are strings, which compare fast.
         phase, payload = event.phase, event.payload
         stage = payload.get("stage")
@@ -259,8 +254,7 @@ class BridgeHook:
             self._run.annotate(extract.init_metadata(payload))
         elif phase == "END":
             self._end_step(record)
-            self._run.end_reason = extract.text_of(payload.get("stop_reason"))
-            self._run.end_issues = issues_of(payload)
+            self._run.ending = payload
         elif phase == "HANDOFF_START":
             self._run.open(
                 tracing.HandoffSpanData(
@@ -271,6 +265,4 @@ class BridgeHook:
                 )
             )
         elif phase == "HANDOFF_END":
-            handoff = self._run.find("handoff")
-            if handoff is not None:
-                self._run.close(handoff)
+            self._run.close_innermost("handoff")

@@ -23,14 +23,13 @@ def is_wanted() -> bool:
     attached = tracing.processors()
     if not attached or tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
         return False
-    return any(_wants_trace(processor) for processor in attached)
-
-
-def _wants_trace(processor: Any) -> bool:
-    with shield("bridge.wants_trace"):
-        wants = getattr(processor, "wants_trace", None)
-        return wants is None or bool(wants())
-    return True  # A processor that fails to answer has not declined.
+    for processor in attached:
+        wants = True  # One that fails to answer has not declined.
+        with shield("bridge.wants_trace"):
+            wants = not hasattr(processor, "wants_trace") or processor.wants_trace()
+        if wants:
+            return True
+    return False
 
 
 _forks = 0

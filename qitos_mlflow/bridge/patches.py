@@ -1,99 +1,99 @@
-"""Replaces methods and thread pools of the host, and puts the originals back.
+"""Replaces methods and thread pools of the host.
 
 Each replacement is decided on its own by what the host has, never by a version number. One that
 does not fit is left out, with one line in the log.
+
+Pool threads start with an empty context, so that an agent's place (`run.here`) is not known there.
+The pools here hand it over. Nothing else of the context is handed over except OpenTelemetry's
+current one, so that provider instrumentation nests: the host keeps variables of its own in the
+context, and handing those over would change what it does.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from qitos_mlflow._guard import shield, warn
-from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
-
-POOLS: dict[str, type[ThreadPoolExecutor]] = {
-    "qitos.engine.action_executor": ContextPool,  # parallel tools, tools with a time limit
-    "qitos.kit.tool.fanout": ContextPool,
-    "qitos.kit.tool.agent.agent_tool": BackgroundPool,
-}
-"""Host modules whose thread pools start tools or agents, and what replaces the pool."""
+from qitos_mlflow._after_import import imported
+from qitos_mlflow._guard import report, warn
+from qitos_mlflow.bridge.run import Place, here
 
 
-class Patches:
-    """The replacements of one installation. Any thread."""
+def wrap(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
+    """Put `wrapper` around a method that `owner` itself defines, if it takes arguments.
 
-    def __init__(self) -> None:
-        self.active = False
-        self.lock = threading.RLock()
-        self._made: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
-        self.before_first_run: Callable[[], None] | None = None
-        """Makes the replacements that the first run to be traced needs. Called once."""
-
-    def wrap(self, owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
-        """Put `wrapper` around a method that `owner` itself defines, if it takes arguments.
-
-        Args:
-            owner: the host's class.
-            name: of the method.
-            wrapper: called instead, with the bound original, the object it is bound to, and the
-                arguments as a tuple and a dict.
-        """
-        original: Any = vars(owner).get(name)
-        function = getattr(original, "__func__", original)  # a class method is not callable itself
-        if not _takes_arguments(function):
-            warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
-            return
-
-        of_class = isinstance(original, classmethod)
-
-        # A plain function: bound to an Engine, it can be pickled (a process pool's
-        # `submit(engine.run)`), copied, and be in a `weakref.WeakMethod`.
-        @functools.wraps(function)
-        def method(bound_to: Any, /, *args: Any, **kwargs: Any) -> Any:
-            at = (None, bound_to) if of_class else (bound_to, type(bound_to))
-            return wrapper(original.__get__(*at), bound_to, args, kwargs)
-
-        ours: Any = classmethod(method) if of_class else method
-        setattr(owner, name, ours)
-        self._made.append((owner, name, original, ours))
-
-    def fit(self) -> None:
-        """Before a run that is traced: call `before_first_run`, replace pools imported by now."""
-        if self.before_first_run is not None:
-            with self.lock, shield("bridge.fit"):  # Runs are traced without what is missing.
-                try:
-                    if self.before_first_run is not None:
-                        self.before_first_run()
-                finally:  # Nothing may be replaced once more.
-                    self.before_first_run = None
-        for module_name, pool in POOLS.items():
-            module = sys.modules.get(module_name)
-            if getattr(module, "ThreadPoolExecutor", None) is not ThreadPoolExecutor:
-                continue
-            with self.lock:
-                if self.active and vars(module)["ThreadPoolExecutor"] is ThreadPoolExecutor:
-                    vars(module)["ThreadPoolExecutor"] = pool
-                    self._made.append((module, "ThreadPoolExecutor", ThreadPoolExecutor, pool))
-
-    def undo(self) -> None:
-        """Put every original back, except under a wrapper of other code around ours."""
-        with self.lock:
-            self.active = False
-            self.before_first_run = None
-            while self._made:
-                owner, name, original, ours = self._made.pop()
-                if vars(owner).get(name) is ours:
-                    setattr(owner, name, original)
-
-
-def _takes_arguments(function: Any) -> bool:
+    Args:
+        owner: the host's class.
+        name: of the method.
+        wrapper: called instead, with the bound original, the object it is bound to, and the
+            arguments as a tuple and a dict.
+    """
+    original: Any = vars(owner).get(name)
+    function = getattr(original, "__func__", original)  # a class method is not callable itself
     try:
-        return len(inspect.signature(function).parameters) > 1
+        fits = len(inspect.signature(function).parameters) > 1
     except (TypeError, ValueError):  # Not a function, or one without a signature.
-        return False
+        fits = False
+    if not fits:
+        warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
+        return
+
+    of_class = isinstance(original, classmethod)
+
+    # A plain function: bound to an Engine, it can be pickled (a process pool's
+    # `submit(engine.run)`), copied, and be in a `weakref.WeakMethod`.
+    @functools.wraps(function)
+    def method(bound_to: Any, /, *args: Any, **kwargs: Any) -> Any:
+        at = (None, bound_to) if of_class else (bound_to, type(bound_to))
+        return wrapper(original.__get__(*at), bound_to, args, kwargs)
+
+    setattr(owner, name, classmethod(method) if of_class else method)
+
+
+class ContextPool(ThreadPoolExecutor):
+    """A thread pool whose tasks have the place at which they were submitted."""
+
+    detached = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit as the base class does; outside of a traced run there is no difference."""
+        place = here.get()
+        if place is not None:
+            fn = _at(place._replace(detached=True) if self.detached else place, fn)
+        return super().submit(fn, *args, **kwargs)
+
+
+class BackgroundPool(ContextPool):
+    """The same for tasks that outlive the run: agents started there get a linked trace."""
+
+    detached = True
+
+
+def _at(place: Place, fn: Callable[..., Any]) -> Callable[..., Any]:
+    otel = None if place.detached else imported("opentelemetry.context")
+    carried = _try(otel, "get_current")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = here.get()
+        here.set(place)
+        token = None if carried is None else _try(otel, "attach", carried)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            if token is not None:
+                _try(otel, "detach", token)
+            here.set(before)
+
+    return call
+
+
+def _try(otel: Any, name: str, *args: Any) -> Any:
+    """What this function of OpenTelemetry's returns; None without OpenTelemetry. Never raises."""
+    try:
+        return None if otel is None else getattr(otel, name)(*args)
+    except Exception as error:  # noqa: BLE001 - in the agent's pool, around the agent's call
+        report("bridge.pools", error)
+        return None

@@ -6,6 +6,7 @@ whatever happens. `here` is the place in a run that the current thread or task h
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.live import LiveTrace
-from qitos_mlflow.bridge.outcome import outcome_of, outcome_of_exception
+from qitos_mlflow.bridge.outcome import issues_of, outcome_of, outcome_of_exception
 
 
 class Place(NamedTuple):
@@ -50,13 +51,13 @@ class AgentRun:
 
     def __init__(self, engine: Any, task: Any, before: Place | None) -> None:
         """Begin: a subtree at `before` if its trace has not ended, else a trace of its own."""
-        self.engine_id = id(engine)
+        self.engine = weakref.ref(engine)
         self.before = before
         self.began = False
         """Whether the Engine has reported anything yet."""
         self.state: Any = None
-        self.end_reason: str | None = None
-        self.end_issues: str | None = None
+        self.ending: Mapping[str, Any] = {}
+        """What the host's END event says."""
         self.failure: BaseException | None = None
         """What the Engine tries to recover from in the current step."""
         self.cache_hits: int | None = None
@@ -67,22 +68,20 @@ class AgentRun:
         self.ended = False
         self.stack: list[Any] = []
         self._innermost: dict[str, Any] = {}  # By type: `find` in `stack` takes 0.6 µs.
-        self._parent: Any = None
         self._session_failure: dict[str, Any] | None = None
         self._metadata = extract.run_metadata(engine, task)
+        self._parent: Any = None
+        """The span that the root is below; None: the trace is this run's own."""
         if before is None or before.starts_trace:
             self.live = self._new_trace(before)
-            self.owns_trace = True
         else:
-            self.live = before.run.live
-            self.owns_trace = False
-            self._parent = before.span
+            self.live, self._parent = before.run.live, before.span
         data = tracing.AgentSpanData(
             self._metadata["agent_name"],
             model=self._metadata.get("model_name"),
             tools=self._metadata.get("tools"),
         )
-        if not self.owns_trace and hasattr(data, "task"):  # a host's own would not export it
+        if self._parent is not None and hasattr(data, "task"):  # a host's own would not export it
             data.task = self._metadata.get("task")
         try:
             self.open(data)
@@ -120,6 +119,14 @@ class AgentRun:
         if self.stack:
             here.set(Place(self, self.stack[-1]))
 
+    def close_innermost(self, span_type: str, output: Any = None) -> None:
+        """Close the innermost open span of this type, if there is one, with its output."""
+        span = self.find(span_type)
+        if span is not None:
+            if output is not None:  # Not every host's data has an output.
+                span.data.output_content = output
+            self.close(span)
+
     def close_above(self, span: Any, error: BaseException | str | None = None) -> None:
         """Close everything that was opened after `span`."""
         while span in self.stack and self.stack[-1] is not span:
@@ -132,7 +139,7 @@ class AgentRun:
     def annotate(self, metadata: Mapping[str, Any]) -> None:
         """Add to the metadata of the trace, if it is this run's own."""
         self._metadata.update(metadata)
-        if self.owns_trace:
+        if self._parent is None:
             self.live.annotate(metadata)
 
     def session_began(self, engine: Any) -> None:
@@ -180,24 +187,24 @@ class AgentRun:
             if error is None and self._session_failure is not None:
                 outcome = self._session_failure
             elif error is None:
-                reason = extract.text_of(stop_reason or extract.first(state, "stop_reason"))
-                reason = reason or self.end_reason
-                outcome = outcome_of(result, state, reason, self.failure, self.end_issues)
+                reason = stop_reason or extract.first(state, "stop_reason")
+                reason = extract.text_of(reason or self.ending.get("stop_reason"))
+                outcome = outcome_of(result, state, reason, self.failure, issues_of(self.ending))
             else:
                 outcome = outcome_of_exception(error, state)
         with shield("bridge.end"):
             self._close_all(error, outcome)
-            if self.owns_trace:
+            if self._parent is None:
                 self.live.annotate({**self._metadata, **outcome})
         with shield("bridge.end"):  # Whatever failed above, the trace ends.
-            if self.owns_trace:
+            if self._parent is None:
                 self.live.end(error)
         self.ended = True
         here.set(self.before)
         # Contexts copied within the run keep this object, and the next run may begin in one of
         # them: the object must hold no content, nor the place before it, from now on.
         self.failure = self.state = self.before = None
-        self.stack, self.critics, self.verdicts = [], [], []
+        self.stack, self.critics, self.verdicts, self.ending = [], [], [], {}
         self._innermost.clear()
 
     def _close_all(self, error: BaseException | None, outcome: dict[str, Any]) -> None:
@@ -234,7 +241,6 @@ class AgentRun:
         if not stale:
             return
         self.live = self._new_trace(Place(self, stale[0]))
-        self.owns_trace = True
         self.stack, self._parent = [], None
         for span in stale:
             self.open(span.data)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from qitos_mlflow.bridge.on_import import ensure_bridge
+from qitos_mlflow.bridge import ensure_bridge
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor

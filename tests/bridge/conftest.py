@@ -8,6 +8,7 @@ import pytest
 
 from qitos_mlflow import bridge, tracing
 from tests.fakes.recorder import Recorder
+from tests.undo import uninstall
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def installed() -> Iterator[None]:
     """The bridge, with no processor attached."""
     bridge.install()
     yield
-    bridge.uninstall()
+    uninstall()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import deque
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from qitos_mlflow.bridge import calls
 from qitos_mlflow.bridge.run import here
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on
+from tests.undo import uninstall
 
 WAIT_S = 20.0
 FINAL = Decision("final", final_answer="42")
@@ -339,20 +339,6 @@ def test_a_session_ended_in_the_middle_of_its_step(recorder: Recorder) -> None:
     assert [trace.metadata["task"] for trace in recorder.ended] == ["one", "two", "three"]
 
 
-def test_two_threads_that_find_an_abandoned_session(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of them ends it; the other one's run is traced all the same."""
-
-    class Raced(deque[Any]):
-        def popleft(self) -> Any:
-            raise IndexError  # The other thread was faster.
-
-    monkeypatch.setattr(calls, "_abandoned", Raced(["a session"]))
-    Engine(agent(FINAL)).run("next")
-    recorder.only()
-
-
 def test_a_session_whose_engine_is_gone_is_ended(recorder: Recorder) -> None:
     """An abandoned session ends with the next run, or at exit."""
     engine = Engine(agent(act("add")))
@@ -364,7 +350,7 @@ def test_a_session_whose_engine_is_gone_is_ended(recorder: Recorder) -> None:
     assert [trace.metadata["task"] for trace in recorder.ended] == ["left", "next"]
     Engine(agent(act("add"))).init_session("last")
     gc.collect()
-    calls._end_leftover_sessions()
+    calls._end_sessions()
     assert recorder.ended[-1].metadata["task"] == "last"
 
 
@@ -389,7 +375,7 @@ def test_a_session_left_after_an_error_is_an_error(recorder: Recorder) -> None:
         engine.step(*engine.init_session("t"))
     engine.init_session("next")
     assert recorder.ended[0].metadata["status"] == "interrupted"
-    calls._end_leftover_sessions()
+    calls._end_sessions()
 
 
 def test_a_sessions_interrupt_ends_it_as_interrupted(recorder: Recorder) -> None:
@@ -422,22 +408,23 @@ def test_a_session_of_another_thread_can_be_ended_here(recorder: Recorder) -> No
     assert recorder.only().metadata["stop_reason"] == "final"
 
 
-def test_uninstall_restores_the_very_originals(recorder: Recorder) -> None:
-    """Everything replaced in this host is the object it was, after uninstalling."""
+def test_each_piece_is_replaced_once(recorder: Recorder) -> None:
+    """Methods and thread pools are replaced with the first run, and once."""
     from concurrent.futures import ThreadPoolExecutor
 
     from qitos.engine import action_executor
     from qitos.kit.tool import fanout
 
-    bridge.uninstall()
-    owners = [Engine, action_executor.ActionExecutor, CriticResult]
-    before = [dict(vars(owner)) for owner in owners]
+    uninstall()
+    methods = {
+        Engine: ["run", "init_session", "step"],
+        action_executor.ActionExecutor: ["_execute_one", "_call_tool"],
+    }
+    before = [vars(owner)[name] for owner, names in methods.items() for name in names]
     for _ in range(2):
         bridge.install()
-    Engine(agent(FINAL)).run("t")
+        Engine(agent(FINAL)).run("t")
+    now = [vars(owner)[name] for owner, names in methods.items() for name in names]
+    assert [method.__wrapped__ for method in now] == before
     assert fanout.ThreadPoolExecutor is not ThreadPoolExecutor
     assert action_executor.ThreadPoolExecutor is not ThreadPoolExecutor
-    bridge.uninstall()
-    assert [dict(vars(owner)) for owner in owners] == before
-    assert fanout.ThreadPoolExecutor is ThreadPoolExecutor
-    assert action_executor.ThreadPoolExecutor is ThreadPoolExecutor

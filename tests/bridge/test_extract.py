@@ -13,13 +13,13 @@ import pytest
 from qitos_mlflow._guard import in_words
 from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.bridge import extract
+from qitos_mlflow.bridge.extract import cache_hits, token_usage
 from qitos_mlflow.bridge.outcome import (
     is_interrupt,
     issues_of,
     outcome_of,
     outcome_of_exception,
 )
-from qitos_mlflow.bridge.usage import cache_hits, token_usage
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 
 

@@ -22,6 +22,7 @@ from qitos_mlflow import bridge, tracing
 from tests.bridge.agents import FINAL, Model, ModelAgent, ScriptAgent, act, toolbox
 from tests.bridge.test_run import Judge
 from tests.fakes.recorder import Recorder
+from tests.undo import uninstall
 
 
 def outcome(recorder: Recorder) -> tuple[Any, Any, Any]:
@@ -349,7 +350,7 @@ def test_the_hosts_own_files_are_the_same(tmp_path: Path, script: tuple[Any, ...
         traced = files("traced")
     finally:
         tracing.remove_trace_processor(recorder)
-        bridge.uninstall()
+        uninstall()
     assert recorder.ended
     assert plain["events.jsonl"]
     assert traced == plain

@@ -1,4 +1,4 @@
-"""Installing, uninstalling, and what it costs if no processor wants the run."""
+"""Installing, and what it costs if no processor wants the run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 from qitos import Decision, Engine, ToolRegistry
-from qitos.engine import action_executor
 from qitos.engine.action_executor import ActionExecutor
 
 from qitos_mlflow import _guard, bridge, tracing
-from qitos_mlflow.bridge.patches import Patches
+from qitos_mlflow.bridge import calls
+from qitos_mlflow.bridge.patches import wrap
 from tests.bridge.agents import ScriptAgent, act
 from tests.fakes.recorder import Recorder
+from tests.undo import uninstall
 
 WRAPPED = [(Engine, "run"), (ActionExecutor, "_execute_one"), (ActionExecutor, "_call_tool")]
 
@@ -28,19 +29,15 @@ def originals() -> list[Any]:
     return [vars(owner)[name] for owner, name in WRAPPED]
 
 
-def test_uninstall_restores_the_very_originals(recorder: Recorder) -> None:
-    """After any number of installs one uninstall leaves the host's own functions."""
-    bridge.uninstall()
+def test_any_number_of_installs_wraps_once(recorder: Recorder) -> None:
+    """Each of the host's functions has one wrapper of ours around it."""
+    uninstall()
     before = originals()
     for _ in range(3):
         bridge.install()
-    assert bridge.installed()
-    Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
-    assert all(new is not old for new, old in zip(originals(), before, strict=True))
-    bridge.uninstall()
-    bridge.uninstall()
-    assert not bridge.installed()
-    assert all(new is old for new, old in zip(originals(), before, strict=True))
+        Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
+    assert bridge.installed
+    assert [function.__wrapped__ for function in originals()] == before
 
 
 def test_the_wrapped_methods_look_like_the_originals(recorder: Recorder) -> None:
@@ -51,7 +48,7 @@ def test_the_wrapped_methods_look_like_the_originals(recorder: Recorder) -> None
 
     Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
     after = looks()
-    bridge.uninstall()
+    uninstall()
     assert after == looks()
 
 
@@ -90,48 +87,10 @@ def test_a_class_method_stays_one() -> None:
         seen.append((owner, args, kwargs))
         return wrapped(*args, **kwargs)
 
-    original = vars(Host)["make"]
-    patches = Patches()
-    patches.wrap(Host, "make", wrapper)
+    wrap(Host, "make", wrapper)
     assert (Host.make("a"), Sub.make(what="b")) == ((Host, "a"), (Sub, "b"))
     assert seen == [(Host, ("a",), {}), (Sub, (), {"what": "b"})]
     assert copy.deepcopy(Sub.make)("c") == (Sub, "c")
-    patches.undo()
-    assert vars(Host)["make"] is original
-
-
-def test_somebody_elses_wrapper_around_ours_survives(recorder: Recorder) -> None:
-    """Uninstalling below another's wrapper takes nothing of theirs, and stops tracing."""
-    original = vars(Engine)["run"]
-    calls_seen: list[str] = []
-
-    def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls_seen.append("theirs")
-        return original(self, *args, **kwargs)
-
-    Engine.run = theirs  # type: ignore[method-assign]
-    try:
-        bridge.uninstall()
-        assert vars(Engine)["run"] is theirs
-        Engine(agent=ScriptAgent(Decision.final("x"))).run("sum")
-    finally:
-        Engine.run = original.__wrapped__  # type: ignore[method-assign]
-    assert calls_seen == ["theirs"]
-    assert recorder.started == []
-
-
-def test_uninstalling_during_a_run_traces_it_to_its_end(recorder: Recorder) -> None:
-    """A run that is going on keeps its trace; the next one has none."""
-
-    def stop_tracing() -> Any:
-        bridge.uninstall()
-        return act("add", a=1, b=1)
-
-    agent = ScriptAgent(stop_tracing, Decision.final("x"))
-    agent.run("one", render=False)
-    assert recorder.only().metadata["stop_reason"] == "final"
-    agent.run("two", render=False)
-    recorder.only()
 
 
 @pytest.mark.parametrize("answer", [True, False, None])
@@ -195,7 +154,7 @@ def test_a_host_without_the_expected_methods_is_traced_without_them(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A piece that does not fit is left out with one line; the rest works."""
-    bridge.uninstall()
+    uninstall()
     monkeypatch.setattr(ActionExecutor, "_execute_one", lambda action: None)
     monkeypatch.delattr(ActionExecutor, "_call_tool")
     monkeypatch.setattr(_guard, "_last_logged", {})
@@ -207,7 +166,7 @@ def test_a_host_without_the_expected_methods_is_traced_without_them(
         "qitos-mlflow: cannot trace ActionExecutor._call_tool of this QitOS",
     ]
     assert recorder.tree() == ["agent", ["step", ["decide", "reduce"]]]
-    bridge.uninstall()
+    uninstall()
 
 
 def test_a_replacement_that_fails_is_not_made_once_more(
@@ -216,25 +175,25 @@ def test_a_replacement_that_fails_is_not_made_once_more(
     swallowed: list[tuple[str, BaseException]],
 ) -> None:
     """The runs are traced without it, the first and the next, and each tool call once."""
-    bridge.uninstall()
+    uninstall()
 
-    def broken(name: str) -> Any:
-        if name.endswith("critic_result"):
+    def broken(owner: Any, name: str, wrapper: Any) -> None:
+        if name == "_call_tool":
             raise OSError(name)
-        return action_executor
+        wrap(owner, name, wrapper)
 
-    monkeypatch.setattr(bridge, "_module", broken)
+    monkeypatch.setattr(calls, "wrap", broken)
     bridge.install()
     for _ in range(2):
         ScriptAgent(act("add", a=1, b=1), Decision.final("x")).run("sum", render=False)
     assert [len(recorder.of("tool", trace.trace_id)) for trace in recorder.ended] == [1, 1]
-    assert [where for where, _ in swallowed] == ["bridge.fit"]
+    assert [where for where, _ in swallowed] == ["after the import of qitos.engine.action_executor"]
     swallowed.clear()
 
 
 def test_installing_at_once_from_many_threads_installs_once(recorder: Recorder) -> None:
     """Threads that install and run together leave the host wrapped once."""
-    bridge.uninstall()
+    uninstall()
     before = originals()
     meet = threading.Barrier(8, timeout=20)
 
@@ -248,5 +207,5 @@ def test_installing_at_once_from_many_threads_installs_once(recorder: Recorder) 
             future.result(20)
     assert [f.__wrapped__ for f in originals()] == before
     assert len(recorder.of("tool")) == 8
-    bridge.uninstall()
+    uninstall()
     assert originals() == before

@@ -14,10 +14,11 @@ import pytest
 from qitos import Decision, Engine
 
 from qitos_mlflow import bridge, tracing
-from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
+from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool
 from qitos_mlflow.bridge.run import here
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, ScriptAgent, act, toolbox
 from tests.fakes.recorder import Recorder
+from tests.undo import uninstall
 
 WAIT_S = 20.0
 
@@ -152,7 +153,7 @@ def test_a_subclass_that_goes_through_run_is_traced_once(recorder: Recorder) -> 
 
 def test_an_engine_made_before_install_is_traced(recorder: Recorder) -> None:
     """Installing reaches the Engines that exist already."""
-    bridge.uninstall()
+    uninstall()
     engine: Any = Engine(agent=ScriptAgent(Decision.final("x")))
     bridge.install()
     engine.run("sum")

@@ -15,8 +15,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from qitos_mlflow import MlflowTraceProcessor, bridge, tracing
-from tests.undo import stop_serving
+from qitos_mlflow import MlflowTraceProcessor, tracing
+from tests.undo import stop_serving, uninstall
 
 ROOT = Path(__file__).parents[2]
 SCRIPT_TIMEOUT_S = 100.0
@@ -32,7 +32,7 @@ def logged(uri: str | None, **options: Any) -> Iterator[MlflowTraceProcessor]:
     finally:
         tracing.remove_trace_processor(processor)
         processor.shutdown()
-        bridge.uninstall()
+        uninstall()
         stop_serving()
 
 
