@@ -52,8 +52,7 @@ def imported(name: str) -> "ModuleType | None":
 
 
 def _initializing(module: "ModuleType") -> bool:
-    spec: Any = getattr(module, "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _look(name: str) -> None:

@@ -63,7 +63,11 @@ def let_go() -> None:
     with shield("active_run.let_go"):
         if (fluent := mlflow_in_use()) is not None:
             stack = fluent._active_run_stack.get()
-            stack[:] = [run for run in stack if not (is_ours(run) and run.pending.lost())]
+            stack[:] = [
+                run
+                for run in stack
+                if not is_ours(run) or (run.pending.ref and not run.pending.out_of_reach())
+            ]
 
 
 class ActiveRun:

@@ -65,7 +65,8 @@ class AutologSpans:
                 trace_flags=otel.TraceFlags(otel.TraceFlags.SAMPLED),
             )
             current = self._contexts.get_current()
-            attached = _attached_class()(parent, _going(otel.get_current_span(current)))
+            attached = _attached_class()(parent)
+            attached.outer = _going(otel.get_current_span(current))
             self._contexts.attach(otel.set_span_in_context(attached, current))
             self._attached[span.span_id] = attached
             if self._over:  # Since the look above, on another thread.
@@ -180,10 +181,8 @@ def _attached_class() -> Any:
         belongs to a trace that it has forgotten.
         """
 
-        def __init__(self, context: Any, outer: Any) -> None:
-            super().__init__(context)
-            self.outer = outer
-            self.ended = False
+        outer: Any = None
+        ended = False
 
         def get_span_context(self) -> Any:
             return self.outer.get_span_context() if self.ended else super().get_span_context()

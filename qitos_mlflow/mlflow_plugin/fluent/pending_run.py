@@ -67,10 +67,6 @@ class PendingRun:
                 break
         return self.ref
 
-    def lost(self) -> bool:
-        """Whether a request about the run would fail: it is not created, or out of reach."""
-        return self.ref is None or self.out_of_reach()
-
 
 def is_ours(run: Any) -> bool:
     """Whether a run on MLflow's stack is one of a QitOS trace's."""

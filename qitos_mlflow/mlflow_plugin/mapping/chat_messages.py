@@ -9,8 +9,8 @@ that providers give to one thing, and what stands in brackets may be missing:
 request      a message, a list of them, or an object ``messages|input|contents``; in it, or in its
              ``config``: ``[system|system_instruction|systemInstruction|instructions]``
 answer       an object ``choices|candidates``, each ``message|content|text
-             [finish_reason|finishReason]``; an object ``output`` of typed items, or ``message``;
-             or a message, or a list of them, all of which are one
+             [finish_reason|finishReason]``; an object ``message|output``; or a message, or a list
+             of them, all of which are one
 message      an object with a role, ``type: message``, or one of `_MESSAGE_KEYS` and no type:
              ``[role] content|parts [tool_calls] [function_call] [images] [refusal]
              [reasoning_content|reasoning|thinking]``; a block, or a text
@@ -43,6 +43,7 @@ from qitos_mlflow.mlflow_plugin.mapping.content_blocks import (
     tool_call,
     with_rest,
 )
+from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -91,24 +92,14 @@ def response(output: Any, summary: Fields) -> Fields:
         message["content"] = message["content"] or (None if called else "")
         reason = choice["finish_reason"] or finish or ("tool_calls" if called else "stop")
         choice["finish_reason"] = as_text(reason)
-    metadata = summary.get("metadata")
-    identity = metadata.get("id") if isinstance(metadata, dict) else None
     answer: Fields = {
-        "id": identity or take(rest, "id", "responseId", "response_id"),
+        "id": mapping(summary.get("metadata")).get("id")
+        or take(rest, "id", "responseId", "response_id"),
         "object": take(rest, "object") or "chat.completion",
         "model": summary.get("model_name") or take(rest, "model", "modelVersion", "model_version"),
         "choices": choices,
     }
     return with_rest({key: value for key, value in answer.items() if value is not None}, rest)
-
-
-def last_text(answer: Fields) -> str:
-    """The text of the last choice of a `response` that has one, or an empty text; no thoughts."""
-    for choice in reversed(answer["choices"]):
-        content = parts(choice["message"]["content"])
-        if text := "\n".join(part["text"] for part in content if "text" in part):
-            return text
-    return ""
 
 
 def tool_definitions(tools: Any) -> list[Fields] | None:
@@ -149,14 +140,10 @@ def _choices(output: Any) -> tuple[list[Fields], Fields]:
     rest = dict(output) if isinstance(output, dict) else {}
     several = take(rest, "choices", "candidates", kind=list)  # OpenAI, Gemini
     if not several:
-        items = rest.get("output")
-        if isinstance(items, list) and all(isinstance(x, dict) and "type" in x for x in items):
-            message = rest.pop("output")  # OpenAI Responses
-        elif isinstance(rest.get("message"), dict):  # Ollama
-            message = rest.pop("message")
-        elif rest.get("type") == "message" and "content" in rest:  # Anthropic
+        message = take(rest, "message", "output", kind=(dict, list))  # Ollama, OpenAI Responses
+        if message is None and rest.get("type") == "message" and "content" in rest:  # Anthropic
             message = {key: rest.pop(key) for key in ("type", "role", "content") if key in rest}
-        else:
+        if message is None:
             message, rest = output, {}
         several = [{"message": message}]
     return [_choice(index, raw) for index, raw in enumerate(several)], rest

@@ -1,7 +1,7 @@
 """Every limit of MLflow in one place, each with its source, and the functions that keep to them.
 
 MLflow refuses a batch as a whole, so a bad value must be found before it is sent: only this value
-is dropped or trimmed, and counted. The functions are total and pure. Those that can lose something
+is left out or trimmed, and counted. The functions are total and pure. Those that can lose something
 take a ``Counter`` and count the reason in it.
 
 Sources: *server* is what mlflow 3.17.2 checks itself (``mlflow/utils/validation.py``), *column*
@@ -102,12 +102,15 @@ def clean_text(value: object, max_chars: int, lost: Counter[str] | None = None) 
     if len(text) > max_chars:
         kept = text[: max(0, max_chars - len(_CUT))] + _CUT
         _count(lost, "text_trimmed")
-    if "\0" in kept or not kept.isascii():
-        clean = _SURROGATE.sub("\ufffd", kept.replace("\0", "\ufffd"))
-        if clean != kept:
-            _count(lost, "text_characters")
-        return clean
-    return kept
+    clean = encodable(kept.replace("\0", "\ufffd"))
+    if clean != kept:
+        _count(lost, "text_characters")
+    return clean
+
+
+def encodable(text: str) -> str:
+    """`text` with U+FFFD for lone surrogates, which cannot be sent."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 def clean_metric(

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text
-from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text
+from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text, encodable
 
 NATIVE_LEVELS = 20
 """Deeper values are sent as JSON text: each level is three of protobuf's, which allows 100."""
@@ -39,16 +39,12 @@ def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
         for item in value:
             set_value(target.array_value.values.add(), item, depth - 1)
     elif value is not None:
-        target.string_value = _encodable(as_text(value))
+        target.string_value = encodable(as_text(value))
 
 
 def _add(target: Any, values: Mapping[Any, Any], depth: int = NATIVE_LEVELS) -> None:
     for key, value in values.items():
-        set_value(target.add(key=_encodable(str(key))).value, value, depth)
-
-
-def _encodable(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+        set_value(target.add(key=encodable(str(key))).value, value, depth)
 
 
 def build_span(

@@ -10,7 +10,7 @@ from typing import Any
 
 from qitos_mlflow._usage import Usage, parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import chat_messages, limits
-from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text, take, with_rest
+from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text, parts, take, with_rest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, read, read_all
 from qitos_mlflow.recording.record import SpanEnd
@@ -103,9 +103,12 @@ def _provider(name: Any) -> str | None:
 
 
 def answer_preview(found: Mapping[str, Any]) -> str | None:
-    """The text of a generation's answer, for the trace's list entry; None if it has none."""
-    outputs = found.get("mlflow.spanOutputs")
-    return preview(chat_messages.last_text(outputs)) or None if outputs else None
+    """The text of a generation's last choice that has one, for the trace's list; no thoughts."""
+    for choice in reversed(mapping(found.get("mlflow.spanOutputs")).get("choices", [])):
+        content = parts(choice["message"]["content"])
+        if text := "\n".join(part["text"] for part in content if "text" in part):
+            return preview(text)
+    return None
 
 
 def preview(value: Any) -> str:

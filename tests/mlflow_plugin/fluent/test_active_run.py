@@ -72,7 +72,7 @@ def test_active_from_its_creation_to_the_end_of_its_trace(pending: PendingRun) -
 
 
 def test_left_open_it_stays_active(pending: PendingRun) -> None:
-    """Left open, the run stays until somebody ends it; the next one stands on top of it."""
+    """Left open, the run stays until it is ended; the next one stands on top of it."""
     pending.created(ref())
     first = ActiveRun(pending, SERVER)
     first.follow()
@@ -87,7 +87,7 @@ def test_left_open_it_stays_active(pending: PendingRun) -> None:
 
 
 def test_only_on_the_thread_of_the_trace(pending: PendingRun) -> None:
-    """Events on other threads put the run on nobody's stack."""
+    """Events on other threads put the run on no stack."""
     pending.created(ref())
     run = ActiveRun(pending, SERVER)
     with ThreadPoolExecutor(1) as other:
@@ -107,7 +107,7 @@ def test_a_trace_that_ends_elsewhere_leaves_nothing_behind(pending: PendingRun) 
 
 
 def test_the_callers_own_runs_stay_where_they_are(pending: PendingRun) -> None:
-    """What others have on the stack, below and above, is left alone, whoever ends first."""
+    """What others have on the stack, below and above, is left alone, in whatever order they end."""
     stack = mlflow.tracking.fluent._active_run_stack.get()
     below, above = (mlflow.ActiveRun(mlflow.entities.Run(info, None)) for info in infos())
     stack.append(below)
@@ -213,21 +213,21 @@ def test_the_same_place_in_other_words(
 
 
 def test_left_open_before_it_exists(pending: PendingRun) -> None:
-    """A run left open is active at once; whoever asks for its id waits until it is created."""
+    """A run left open is active at once; a call that asks for its id waits until it is created."""
     ActiveRun(pending, SERVER).leave(open=True)
-    asked, told = threading.Event(), threading.Event()
+    asked, done = threading.Event(), threading.Event()
 
     def create() -> None:
         asked.wait(TIMEOUT_S)
         pending.created(ref())
-        told.set()
+        done.set()
 
     creator = threading.Thread(target=create)
     creator.start()
     run = mlflow.active_run()
     asked.set()
     assert run.info.run_id == "run-1"
-    assert told.wait(TIMEOUT_S)
+    assert done.wait(TIMEOUT_S)
     creator.join()
     assert run.info.experiment_id == "7"
 
@@ -272,7 +272,7 @@ def test_a_run_that_does_not_come_is_replaced(
 
 
 def test_waiting_ends_with_hope() -> None:
-    """Nobody waits on for a run once its server is out of reach."""
+    """No call waits on for a run once its server is out of reach."""
     lost = threading.Event()
     pending = PendingRun(lost.is_set)
     with ThreadPoolExecutor(1) as pool:
@@ -380,15 +380,15 @@ def test_what_cannot_be_ended_is_let_go() -> None:
     assert [run.info.run_id for run in mlflow.tracking.fluent._active_run_stack.get()] == ["run-1"]
 
 
-def test_pushing_is_told(pending: PendingRun) -> None:
+def test_pushing_is_reported(pending: PendingRun) -> None:
     """`on_push` is called when the run becomes active, not before."""
-    told: list[str | None] = []
-    run = ActiveRun(pending, SERVER, on_push=lambda: told.append(active_id()))
+    pushed: list[str | None] = []
+    run = ActiveRun(pending, SERVER, on_push=lambda: pushed.append(active_id()))
     run.follow()
-    assert told == []
+    assert pushed == []
     pending.created(ref())
     run.follow()
-    assert told == ["run-1"]
+    assert pushed == ["run-1"]
 
 
 # -- mlflow imported later -------------------------------------------------------------------
@@ -417,7 +417,7 @@ def ref(run_id="run-1"):
 
 
 def test_imported_by_another_thread_meanwhile() -> None:
-    """Whoever imports mlflow during a trace, the first MLflow call of its thread is in the run."""
+    """Any thread may import mlflow during a trace: its thread's first MLflow call is in the run."""
     in_a_process(
         f"""
 left, pending = PendingRun(), PendingRun()

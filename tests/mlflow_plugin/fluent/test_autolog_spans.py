@@ -36,7 +36,7 @@ OTHER = TRACE[::-1]
 
 @pytest.fixture(autouse=True)
 def _mlflow_goes_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """MLflow's own calls go to `HERE`, where nobody listens; its spans are not even sent."""
+    """MLflow's own calls go to `HERE`, where no server listens; its spans are not even sent."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", HERE)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     monkeypatch.setattr(MlflowV3SpanExporter, "export", lambda exporter, spans: None)
@@ -125,7 +125,7 @@ def test_the_callers_own_span_comes_back(nesting: AutologSpans) -> None:
 
 
 def test_a_trace_without_mlflows_spans_is_forgotten_at_once(nesting: AutologSpans) -> None:
-    """What MLflow was told of the trace does not stay, or reading it would not go to the server."""
+    """What MLflow knows of the trace does not stay, or reading it would not go to the server."""
     nesting.enter(span(1))
     assert known()
     nesting.leave(span(1))
@@ -172,7 +172,7 @@ def ended_on_another_thread(nesting: AutologSpans) -> None:
 
 
 @pytest.mark.parametrize("end", [AutologSpans.end, ended_on_another_thread])
-def test_a_trace_that_ended_is_nobodys_parent(
+def test_a_trace_that_ended_is_no_parent(
     nesting: AutologSpans, end: Callable[[AutologSpans], object]
 ) -> None:
     """The user's spans are kept after a trace whose spans could not be detached."""
@@ -315,7 +315,7 @@ def test_traces_that_go_elsewhere_are_left_alone(uri: str | None) -> None:
 
 
 def test_an_unreachable_server_is_left_alone() -> None:
-    """Offline, or while the server is down, nobody could put the spans together."""
+    """Offline, or while the server is down, the spans could not be put together."""
     nesting = AutologSpans(TRACE, PendingRun(lambda: True), HERE)
     nesting.enter(span(1))
     assert current() is None

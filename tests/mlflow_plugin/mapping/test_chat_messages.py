@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.chat_messages import (
-    last_text,
     request,
     response,
     tool_definitions,
@@ -204,8 +203,9 @@ def test_a_parameter_of_several_types_hides_no_tool() -> None:
 def test_the_last_text_is_found() -> None:
     """The preview of a trace is what the model said last."""
     choices = [{"text": "a"}, {"message": {"content": "b"}}, {"text": ""}]
-    assert last_text(response({"choices": choices}, {})) == "b"
-    assert last_text(response(None, {})) == ""
+    for output, text in (({"choices": choices}, "b"), (None, None)):
+        answer = {"mlflow.spanOutputs": response(output, {})}
+        assert span_attributes.answer_preview(answer) == text
 
 
 # -- answers as providers give them -------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_what_else_an_answer_says_is_beside_it() -> None:
     assert reasons == ["STOP", "STOP"]
 
 
-def test_calls_that_the_host_tells_too_are_there_once() -> None:
+def test_calls_that_the_host_lists_too_are_there_once() -> None:
     """The host's list of tool calls is the message's own, in another spelling."""
     listed = [{"id": "c1", "name": "add", "arguments": {"a": 1}}]
     assert answered({"content": None, "tool_calls": [CALL]}, tool_calls=listed)["tool_calls"] == [

@@ -133,7 +133,7 @@ def test_losses_of_text_are_counted() -> None:
     "value",
     ["abc", math.nan, math.inf, -math.inf, "nan", "1e999", 10**400, [], {}, 1j, True, False],
 )
-def test_what_is_no_number_is_dropped_and_counted(value: object) -> None:
+def test_what_is_no_number_is_left_out_and_counted(value: object) -> None:
     """One bad value loses only itself, and is counted."""
     lost: Counter[str] = Counter()
     assert clean_metric(value, lost) is None
