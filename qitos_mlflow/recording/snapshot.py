@@ -8,7 +8,6 @@ an object becomes its short `repr`. Times and redaction follow on the spooling t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -106,17 +105,6 @@ def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[st
 def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:
     """The exported fields without those whose content was redacted."""
     return {key: value for key, value in redacted.items() if value != REDACTED}
-
-
-def failure_in_flight(at_start: BaseException | None) -> BaseException | None:
-    """The exception that is leaving a trace's ``with`` block, for hosts whose Trace ignores it.
-
-    Args:
-        at_start: the exception that was being handled when the block was entered (a retry inside
-            an ``except`` clause); it is not the block's own.
-    """
-    current = sys.exc_info()[1]
-    return None if current is at_start else current
 
 
 def _keep_numbers(kind: str, data: dict[str, Any]) -> None:

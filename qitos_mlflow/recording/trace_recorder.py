@@ -154,9 +154,9 @@ class TraceRecorder:
 
     def end(self, trace: Any) -> None:
         """Record the end of the trace, once, and the files that go with its run."""
-        failure = getattr(trace, "error", None)
-        if failure is None and not hasattr(trace, "error"):
-            failure = snapshot.failure_in_flight(self._handling)
+        # For hosts whose Trace ignores it: the exception that is leaving the ``with`` block.
+        leaving = sys.exc_info()[1]
+        failure = getattr(trace, "error", None if leaving is self._handling else leaving)
 
         def complete(end: dict[str, Any]) -> None:
             if failure is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -258,3 +259,27 @@ def test_no_lock_is_held_while_a_pipeline_is_made(recorder: Any, begin: Any) -> 
         return RecordPipeline(b"", key, settings)
 
     assert first.pipeline_to("one", slowly) is made[0]
+
+
+def test_an_exception_in_flight_is_the_traces_own_or_not(
+    recorder: Any, begin: Any, server: FakeServer
+) -> None:
+    """On a host whose Trace has no error: it counts unless it was handled when the trace began."""
+    one, host = recorder(), SimpleNamespace(metadata={})
+    begin(one, "alone").end(host)
+    try:
+        raise ValueError("outer")
+    except ValueError:
+        begin(one, "handled before").end(host)
+        fails = begin(one, "fails")
+        try:
+            raise KeyError("inner")
+        except KeyError:
+            fails.end(host)
+    assert one.flush(LONG_S)
+    ends = [record for record in accepted(server) if record["kind"] == "trace_end"]
+    assert {end["trace_id"]: end["error"] and end["error"]["type"] for end in ends} == {
+        "alone": None,
+        "handled before": None,
+        "fails": "KeyError",
+    }

@@ -529,18 +529,3 @@ def test_an_exception_without_a_text() -> None:
         "message": "",
         "frames": [],
     }
-
-
-def test_an_exception_in_flight_is_the_blocks_own_or_not() -> None:
-    """The handled exception counts, unless it was handled before the block was entered."""
-    found = [snapshot.failure_in_flight(None)]
-    outer, inner = ValueError("outer"), KeyError("inner")
-    try:
-        raise outer
-    except ValueError:
-        found += [snapshot.failure_in_flight(outer), snapshot.failure_in_flight(None)]
-        try:
-            raise inner
-        except KeyError:
-            found.append(snapshot.failure_in_flight(outer))
-    assert found == [None, None, outer, inner]
