@@ -124,16 +124,12 @@ class MlflowPlugin:
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
         """True when everything recorded before the call is on the server; bounded."""
-        return self._recorder.flush(
-            self.settings.flush_timeout_s if timeout_s is None else timeout_s
-        )
+        return self._recorder.flush(timeout_s)
 
     @hookimpl
     def qitos_shutdown(self) -> None:
         """End open runs early, deliver what can be delivered in time, then take no more."""
-        if self.settings.auto_end_run:
-            self._recorder.end_all("FINISHED", "shut down before the trace ended")
-        self._recorder.close(self.settings.flush_timeout_s)
+        self._recorder.close()
 
     # -- life --------------------------------------------------------------------------------
 

@@ -110,13 +110,13 @@ class Recorder(Generic[T]):
                 "lost. Begin a trace in the forked process",
             )
 
-    def flush(self, timeout_s: float) -> bool:
+    def flush(self, timeout_s: float | None = None) -> bool:
         """Deliver all that was recorded so far; True if it is on the server. Blocks.
 
-        False if `timeout_s` passes first. Also False, once for each loss, if anything was lost,
-        damaged or refused since the last call.
+        False if `timeout_s` (by default, the setting) passes first. Also False, once for each loss,
+        if anything was lost, damaged or refused since the last call.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = self._deadline(timeout_s)
         used = list(self._pipelines)
         delivered = [pipeline.flush(deadline - time.monotonic()) for pipeline in used]
         losses = {pipeline: pipeline.counted_losses for pipeline in used}
@@ -125,20 +125,17 @@ class Recorder(Generic[T]):
             self._pipelines.update(losses)
         return all(delivered) and not lost
 
-    def end_all(self, status: str, why: str) -> None:
-        """Record the end of all open traces, and take no more. Waits for nothing."""
-        self.closed = True
-        for trace in self.traces:
-            trace.end_early(status, why)
-
-    def close(self, timeout_s: float) -> bool:
+    def close(self, timeout_s: float | None = None) -> bool:
         """Deliver what is recorded; True if nothing is left. Blocks at most `timeout_s`.
 
-        Takes no more from now on. Ends the pipelines that nothing else uses. Idempotent.
+        Takes no more from now on: open traces end as FINISHED, unless `auto_end_run` is off. Ends
+        the pipelines that nothing else uses. Idempotent.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = self._deadline(timeout_s)
         self.closed = True
         for trace in self.traces:
+            if self.settings.auto_end_run:
+                trace.end_early("FINISHED", "shut down before the trace ended")
             trace.closed = True
         with _lock:
             used = list(self._pipelines)
@@ -154,6 +151,11 @@ class Recorder(Generic[T]):
             end = pipeline.close if pipeline in last else pipeline.flush
             done = end(deadline - time.monotonic()) and done
         return done
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (
+            self.settings.flush_timeout_s if timeout_s is None else timeout_s
+        )
 
     def _after_fork(self) -> None:
         self._inherited.update({key: trace.pipeline for key, trace in self._traces.items()})

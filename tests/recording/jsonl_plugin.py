@@ -106,13 +106,12 @@ class JsonlPlugin:
 
     def __init__(self, file: Path, spool: Path) -> None:
         self._header = json.dumps({"file": str(file)}).encode()
-        self._settings = Settings(spool_dir=spool)
-        self._recorder: Recorder[TraceRecorder] = Recorder(self._settings)
+        self._recorder: Recorder[TraceRecorder] = Recorder(Settings(spool_dir=spool))
 
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
         pipeline = self._recorder.pipeline_to(self._header, partial(JsonlPipeline, self._header))
-        recorded = TraceRecorder(trace, pipeline, self._settings)
+        recorded = TraceRecorder(trace, pipeline, self._recorder.settings)
         self._recorder.add(trace.trace_id, recorded)
         recorded.start(trace)
 
@@ -133,11 +132,8 @@ class JsonlPlugin:
 
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
-        return self._recorder.flush(
-            self._settings.flush_timeout_s if timeout_s is None else timeout_s
-        )
+        return self._recorder.flush(timeout_s)
 
     @hookimpl
     def qitos_shutdown(self) -> None:
-        self._recorder.end_all("FINISHED", "shut down before the trace ended")
-        self._recorder.close(self._settings.flush_timeout_s)
+        self._recorder.close()

@@ -144,7 +144,6 @@ def test_a_recorder_that_closes_leaves_the_others_at_work(
     """Its own records are delivered and its later spans refused; those of others go on."""
     one, other = recorder(), recorder()
     closing, open_trace = begin(one, "closing"), begin(other, "open")
-    one.end_all("FINISHED", "closed early")
     assert one.close(LONG_S) is True
     assert [record["trace_id"] for record in accepted(server)] == ["closing", "open", "closing"]
     step = Trace(name="x", trace_id="x").create_span(SpanType.STEP, StepSpanData(1))
@@ -178,7 +177,6 @@ def test_a_recorder_that_was_dropped_is_no_user_any_more(recorder: Any, begin: A
     pipeline = begin(closes, "b").pipeline
     del dropped
     gc.collect()
-    closes.end_all("FINISHED", "over")
     assert closes.close(LONG_S) is True
     assert pipeline.closed
 
