@@ -172,12 +172,13 @@ class SegmentWriter:
         self, last: Part | None, record: Record, line: bytes, time_ns: int
     ) -> DiskPart | None:
         """The last part, or a new one; None if the directory has no room for one with `line`."""
-        usable = isinstance(last, DiskPart) and not last.failure and last.size < self._part_bytes
-        head = b"" if usable else self._head(time_ns)
+        if isinstance(last, DiskPart) and not last.failure and last.size < self._part_bytes:
+            return last if self._quota.has_room(len(line), _share(record)) else None
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
+        head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
+        head += line_format.encode(line_format.CALLER, self._header, time_ns)
         if not self._quota.has_room(len(head) + len(line), _share(record)):
             return None
-        if isinstance(last, DiskPart) and usable:
-            return last
         make_directory(self.paths.directory)
         # Locks first: a part without an owner looks like that of a dead process.
         for lock in (self._own,) if self._offline else (self._own, self._sending):
@@ -187,11 +188,6 @@ class SegmentWriter:
         self._quota.take(len(head), _share(record))
         self._add(part)
         return part
-
-    def _head(self, time_ns: int) -> bytes:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
-        file = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
-        return file + line_format.encode(line_format.CALLER, self._header, time_ns)
 
     def _fail(self, failure: str, error: OSError | None = None) -> None:
         """Go on in memory until the disk is tried again."""
