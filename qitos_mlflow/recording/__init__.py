@@ -3,10 +3,10 @@
 A second durable plugin builds on this package and on `delivery`; tests/recording/jsonl_plugin.py is
 one.
 
-    recorder          all traces of one plugin
+    recorder          all traces of one plugin; one pipeline per destination and process
     trace_recorder    one trace: host events to records
     snapshot, to_json one event as bytes, on the agent's thread
-    pipelines         one pipeline per destination and process
+    pipelines         the pipeline of records to one destination
     normalize         bytes to the redacted record, on the spooling thread, with what plugins add
     process_exit      the end of the process
     record            the types of the records

@@ -1,4 +1,4 @@
-"""One pipeline per destination and process, shared by all recorders that record for it.
+"""The pipeline of records to one destination, shared by all recorders that record for it.
 
 Receives the bytes of records from `trace_recorder`, on the agent's thread, and normalizes them on
 the spooling thread. Opens nothing before the first trace. Knows no server: a plugin derives from
