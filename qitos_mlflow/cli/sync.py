@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,14 +84,8 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    segments = [segment for segment in look_at(paths) if segment.paths.parts()]
     delivery = Sync(ways, patience_s, uri_of)
-    # What this user may not read is no loss: another user may deliver it.
-    denied = (PermissionError, IsADirectoryError)
-    for segment in segments:
-        if isinstance(segment.error, denied):
-            delivery.problems[segment.paths] = f"cannot be read: {reason_of(segment.error)}"
-    delivery.run([segment for segment in segments if segment.paths not in delivery.problems])
+    delivery.run([segment for segment in look_at(paths) if segment.paths.parts()])
     delivery.show()
     if delivery.problems:
         raise SystemExit(1)
@@ -135,11 +129,10 @@ class Sync:
         self._given_up: dict[tuple[str, str | None], str] = {}
         """Servers, and experiments of a server, that are not tried again, each with the reason."""
 
-    def run(self, segments: Iterable[SegmentInfo]) -> None:
+    def run(self, segments: Sequence[SegmentInfo]) -> None:
         """Deliver `segments`. Shows a progress bar if stdout is a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        segments = list(segments)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         progress = Progress(*columns, transient=True)
         # Without a terminal rich 13 leaves an empty line behind.
@@ -164,6 +157,8 @@ class Sync:
         from qitos_mlflow.delivery import Delivery, Outcome, take
         from qitos_mlflow.redaction.redact import without_credentials
 
+        if isinstance(segment.error, (PermissionError, IsADirectoryError)):
+            raise segment.error  # This is no loss: another user may deliver it.
         header = header_of(segment)
         uri = self._uri_of(header)
         to = without_credentials(uri) if uri else destination_of(header)
@@ -261,7 +256,7 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
 @contextmanager
 def _signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at the first SIGINT or SIGTERM. The second one acts as without this."""
-    before: dict[signal.Signals, Any] = {}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -271,8 +266,8 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
         restore()
         stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -45,12 +45,10 @@ class SendingThread(threading.Thread):
         self._leftovers_turn = False
         self._changed = threading.Condition()
         self._written = 0
-        self._urgent = 0
-        self._first_waiting_at = 0.0
+        self._due_at = 0.0
         self._hurry = False
         self._waiters = 0
-        self._stopping = False
-        self._stop_by = 0.0
+        self._stop_by: float | None = None
         self.finished = False
         """Whether everything was sent when it ended, and nothing was left open on the server."""
         self._ended = False
@@ -58,11 +56,11 @@ class SendingThread(threading.Thread):
     def written(self, position: int, *, urgent: bool) -> None:
         """Records before `position` can be read; `urgent` ones are sent at once."""
         with self._changed:
-            if self._written <= self._transfer.position:
-                self._first_waiting_at = time.monotonic()
-            self._written = position
             if urgent:
-                self._urgent = position
+                self._due_at = 0.0
+            elif self._written <= self._transfer.position:
+                self._due_at = time.monotonic() + SEND_EVERY_S
+            self._written = position
             self._changed.notify_all()
 
     @property
@@ -113,7 +111,6 @@ class SendingThread(threading.Thread):
         """
         with self._changed:
             self._stop_by = deadline
-            self._stopping = True
             self._changed.notify_all()
 
     def run(self) -> None:
@@ -122,7 +119,7 @@ class SendingThread(threading.Thread):
             while (step := self._wait_for_work()) is not None:
                 step()
             if 0 < self._written <= self._transfer.position:
-                timeout_s = max(LAST_TIMEOUT_S, self._stop_by - time.monotonic())
+                timeout_s = max(LAST_TIMEOUT_S, (self._stop_by or 0.0) - time.monotonic())
                 end = partial(self._transfer.abandon, closed=True)
                 # If this fails, the process that takes the segment does it.
                 self.finished = bool(self._circuit.attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
@@ -135,7 +132,9 @@ class SendingThread(threading.Thread):
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Send one batch, and note how it went. Never raises."""
-        began, end = time.monotonic(), self._written
+        with self._changed:
+            end = self._written
+            self._due_at = time.monotonic() + SEND_EVERY_S  # Of what comes while this is sent.
         self._circuit.attempt(partial(self._transfer.step, end=end, sealed=True), timeout_s)
         if self._circuit.problem is not None:
             _guard.warn(
@@ -144,9 +143,8 @@ class SendingThread(threading.Thread):
                 self._circuit.problem,
             )
         with self._changed:
-            # Records that one step had no room for are due now; others came while it was sent.
-            late = self._transfer.position < end
-            self._first_waiting_at = began - (SEND_EVERY_S if late else 0.0)
+            if self._transfer.position < end:  # One step had no room for all of them.
+                self._due_at = 0.0
             self._leftovers_turn = True
             self._changed.notify_all()
 
@@ -157,7 +155,7 @@ class SendingThread(threading.Thread):
         than one batch of the other.
         """
         with self._changed:
-            while not self._stopping:
+            while self._stop_by is None:
                 own, theirs = self._delay(), self._leftovers_delay()
                 if theirs <= 0 and (own > 0 or self._leftovers_turn):
                     self._leftovers_turn = False
@@ -182,10 +180,9 @@ class SendingThread(threading.Thread):
             if self._waiters and not self._circuit.asked:
                 delay = min(delay, WAITED_FOR_DELAY_S)
             return delay
-        urgent = self._urgent > self._transfer.position
-        if urgent or self._waiters or backlog >= BATCH_BYTES:
+        if self._waiters or backlog >= BATCH_BYTES:
             return 0.0
-        return self._first_waiting_at + SEND_EVERY_S - time.monotonic()
+        return self._due_at - time.monotonic()
 
     def _leftovers_delay(self) -> float:
         """In how many seconds leftovers are due: not while the server is away or flush waits."""
