@@ -8,7 +8,7 @@ from qitos_mlflow.mlflow_plugin.server.http import Request
 
 PROBE = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 MLFLOW = b'{"experiment": {"experiment_id": "0"}}'
-SECRET = "s3cr3t-of-somebody"
+SECRET = "s3cr3t-of-a-user"
 
 
 class FakeRequester:

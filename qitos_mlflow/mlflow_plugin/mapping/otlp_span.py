@@ -110,15 +110,15 @@ def distinct(spans: Iterable[Span]) -> list[Span]:
     """`spans` with each id once (the last wins) and without circles of parents.
 
     PostgreSQL refuses a batch with the same id twice, and the server never finishes with a circle.
-    Spans of different traces may be mixed.
+    All are spans of one trace.
     """
-    by_id = {(span.trace_id, span.span_id): span for span in spans}
-    seen: set[tuple[bytes, bytes]] = set()
+    by_id = {span.span_id: span for span in spans}
+    seen: set[bytes] = set()
     for key in by_id:
-        way: set[tuple[bytes, bytes]] = set()
+        way: set[bytes] = set()
         while key in by_id and key not in seen and key not in way:
             way.add(key)
-            key = (key[0], by_id[key].parent_span_id)
+            key = by_id[key].parent_span_id
         if key in way:
             by_id[key].parent_span_id = b""
         seen |= way

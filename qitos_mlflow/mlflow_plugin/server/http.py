@@ -176,11 +176,11 @@ def verdict(
 
 
 def _moved(address: str | None) -> str:
-    """Says where the server is: the host only, because login pages put tokens into the rest."""
+    """Says where the server is: its name only, because login pages put tokens into the rest."""
     try:
         parts = urlsplit(address or "")
-        host = parts.netloc.rpartition("@")[2]
-        where = f"{parts.scheme}://{host}" if host else "another path"
+        name = parts.netloc.rpartition("@")[2]
+        where = f"{parts.scheme}://{name}" if name else "another path"
     except ValueError:
         where = "nowhere"
     return f"the server moved to {where}"

@@ -23,8 +23,8 @@ DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed
 """Words in SQLAlchemy's errors. All but OperationalError are BAD_REQUEST to MLflow
 (store/db/utils.py), a pool without connections and a refused value alike."""
 
-REASON_CHARS = 300
-"""Longest reason of a failure that is kept (characters): one line of a log, no page of HTML."""
+FAILURE_CHARS = 300
+"""Longest text about a failure that is kept (characters): one line of a log, no page of HTML."""
 
 MAX_FOUND = 10
 """Most runs that `find_runs` returns. There is one, and one for each unanswered creation."""
@@ -59,7 +59,7 @@ def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
 
 def readable(text: object) -> str:
     """A text of a server or a library about a failure, fit for logs and dead letters."""
-    return redact_text(str(text)[: 4 * REASON_CHARS])[:REASON_CHARS]
+    return redact_text(str(text)[: 4 * FAILURE_CHARS])[:FAILURE_CHARS]
 
 
 class Transport(Protocol):

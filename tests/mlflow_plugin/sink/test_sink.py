@@ -48,7 +48,7 @@ def lines(*records: dict[str, Any]) -> list[bytes]:
     return [orjson.dumps(record) for record in records]
 
 
-def ship(sink: MlflowSink, *records: dict[str, Any]) -> list[DeadLetter]:
+def deliver(sink: MlflowSink, *records: dict[str, Any]) -> list[DeadLetter]:
     """Deliver records in one batch; returns the dead letters."""
     sink.prepare(lines(*records))
     return sink.send(TIMEOUT_S)
@@ -72,7 +72,7 @@ def server() -> FakeTransport:
 
 def test_a_trace_in_one_batch(server: FakeTransport) -> None:
     """Run first, then its numbers, then the tree, and its end last: complete when it ends."""
-    assert ship(sink_to(server), *a_trace()) == []
+    assert deliver(sink_to(server), *a_trace()) == []
     assert server.calls == [
         *("experiment_id", "create_run", "log_batch", "write_spans", "write_trace", "end_run"),
     ]
@@ -89,14 +89,14 @@ def test_runs_are_created_and_announced_before_anything_else(server: FakeTranspo
     """An agent may be waiting for its run: all runs of a batch come before all else."""
     announced: list[tuple[str, str]] = []
     sink = sink_to(server, announce=lambda trace_id, ref: announced.append((trace_id, ref.run_id)))
-    ship(sink, *a_trace("one")[:-1], *a_trace("two")[:-1])
+    deliver(sink, *a_trace("one")[:-1], *a_trace("two")[:-1])
     assert server.calls[:3] == ["experiment_id", "create_run", "create_run"]
     assert announced == [("one", "run-0"), ("two", "run-1")]
 
 
 def test_the_run_has_the_name_it_was_given(server: FakeTransport) -> None:
     """A configured name goes before the trace's."""
-    ship(sink_to(server, run_name="gaia-eval-001"), *a_trace())
+    deliver(sink_to(server, run_name="gaia-eval-001"), *a_trace())
     assert server.runs["run-0"]["name"] == "gaia-eval-001"
 
 
@@ -106,18 +106,18 @@ def test_a_run_may_be_named_by_mlflows_tag(
 ) -> None:
     """It goes before the trace's name; as a tag of a new run MLflow would refuse it."""
     settings = {"run_name": run_name, "tags": {"mlflow.runName": "by-tag", "env": "dev"}}
-    ship(sink_to(server, **settings), *a_trace())
+    deliver(sink_to(server, **settings), *a_trace())
     run = server.runs["run-0"]
     assert (run["name"], run["tags"]["env"]) == (wanted, "dev")
     assert "mlflow.runName" not in run["tags"]
     store = open_transport(f"sqlite:///{tmp_path}/runs.db")
-    assert ship(MlflowSink(header(**{**SETTINGS, **settings}), store), *a_trace()) == []
+    assert deliver(MlflowSink(header(**{**SETTINGS, **settings}), store), *a_trace()) == []
 
 
 def test_a_run_to_be_left_open_is_not_ended(server: FakeTransport) -> None:
     """With `auto_end_run` off only the death of its process ends a run."""
     sink = sink_to(server, auto_end_run=False)
-    ship(sink, *a_trace("left"), *a_trace("going")[:-1])
+    deliver(sink, *a_trace("left"), *a_trace("going")[:-1])
     assert "end_run" not in server.calls
     assert sink.abandoned(0)
     sink.send(TIMEOUT_S)
@@ -135,7 +135,7 @@ def test_a_run_to_be_left_open_of_an_agent_that_was_interrupted(
     """It stays open like any other, for the caller to go on in; the end of the process ends it."""
     *others, end = a_trace()
     sink = sink_to(server, auto_end_run=False)
-    ship(sink, *others, {**end, "status": "KILLED", "metadata": metadata})
+    deliver(sink, *others, {**end, "status": "KILLED", "metadata": metadata})
     assert server.runs["run-0"]["status"] == status
 
 
@@ -143,7 +143,7 @@ def test_an_end_that_was_lost(server: FakeTransport) -> None:
     """A process that closes in order leaves no run RUNNING, unless it is to be left open."""
     for auto_end_run, status in ((True, "KILLED"), (False, "RUNNING")):
         sink = sink_to(server, auto_end_run=auto_end_run)
-        ship(sink, *a_trace(f"lost {auto_end_run}")[:-1])
+        deliver(sink, *a_trace(f"lost {auto_end_run}")[:-1])
         if sink.abandoned(0, closed=True):
             sink.send(TIMEOUT_S)
         assert [run["status"] for run in server.runs.values()][-1] == status
@@ -152,7 +152,7 @@ def test_an_end_that_was_lost(server: FakeTransport) -> None:
 
 def test_without_traces_there_are_runs_only(server: FakeTransport) -> None:
     """With `log_traces` off no span and no trace is sent."""
-    ship(sink_to(server, log_traces=False), *a_trace())
+    deliver(sink_to(server, log_traces=False), *a_trace())
     assert not {"write_spans", "write_trace"} & set(server.calls)
     assert server.values()["total_steps"] == [3]
 
@@ -165,7 +165,7 @@ def test_files_go_with_their_run(server: FakeTransport) -> None:
         {"kind": "artifact", "trace_id": "trace-1", "path": path, "content": content}
         for path, content in contents.items()
     ]
-    ship(sink_to(server), start, *files, *rest)
+    deliver(sink_to(server), start, *files, *rest)
     assert server.artifacts["final_answer.txt"] == b"42"
     assert orjson.loads(server.artifacts["final_answer.json"]) == contents["final_answer.json"]
 
@@ -174,7 +174,7 @@ def test_the_processs_end(server: FakeTransport) -> None:
     """Traces whose process died are ended as KILLED with the totals so far; ended ones are not."""
     sink = sink_to(server)
     assert not sink.abandoned(0)
-    ship(sink, *a_trace("ended"), *a_trace("going")[:-1])
+    deliver(sink, *a_trace("ended"), *a_trace("going")[:-1])
     assert sink.abandoned(1_900_000_000_000_000_000)
     sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["FINISHED", "KILLED"]
@@ -190,7 +190,7 @@ def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], re
     """Taken up by another process at any point, sent twice or not, a run comes to the same."""
     records = [*a_trace("one", 3)[:-1], *a_trace("two", 2), a_trace("one", 3)[-1]]
     straight, server = FakeTransport(), FakeTransport()
-    ship(sink_to(straight), *records)
+    deliver(sink_to(straight), *records)
     state = b""
     edges = [0, *sorted(cuts), len(records)]
     for begin, end in pairwise(edges):
@@ -198,7 +198,7 @@ def test_wherever_delivery_is_interrupted_the_run_is_the_same(cuts: set[int], re
             sink = sink_to(server, resumed=begin + again > 0)
             if state:
                 sink.restore(state)
-            assert ship(sink, *records[begin:end]) == []
+            assert deliver(sink, *records[begin:end]) == []
         state = sink.state()
     assert len(server.runs) == 2
     for run_id, run in straight.runs.items():
@@ -233,17 +233,17 @@ def test_a_run_whose_creation_comes_through_late_is_deleted(server: FakeTranspor
     assert sink.send(TIMEOUT_S) == []
     server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
     assert len(server.runs) == 2
-    assert ship(sink, *rest) == []
+    assert deliver(sink, *rest) == []
     assert list(server.runs) == ["run-0"]
 
 
 def test_a_late_twin_of_a_process_that_died_is_deleted(server: FakeTransport) -> None:
-    """Whoever resumes does not know of attempts that may still come through."""
+    """The process that resumes does not know of attempts that may still come through."""
     records = a_trace()
     sink = sink_to(server, resumed=True)
-    ship(sink, *records[:2])
+    deliver(sink, *records[:2])
     server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
-    assert ship(sink, *records[2:]) == []
+    assert deliver(sink, *records[2:]) == []
     assert list(server.runs) == ["run-0"]
 
 
@@ -263,10 +263,10 @@ def test_the_state_of_another_version(
 ) -> None:
     """A state that cannot be read costs the totals so far, not the run."""
     records = a_trace()
-    ship(sink_to(server), *records[:2])
+    deliver(sink_to(server), *records[:2])
     sink = sink_to(server)
     sink.restore(b'{"from": "the future"}')
-    ship(sink, *records[2:])
+    deliver(sink, *records[2:])
     assert list(server.runs) == ["run-0"]
     assert server.values()["step/number"] == [0, 1, 2]
     assert len(swallowed) == 1
@@ -276,15 +276,15 @@ def test_the_state_of_another_version(
 def test_spans_after_the_end_of_their_trace(server: FakeTransport) -> None:
     """A late span joins its run; one whose run there is not is kept aside."""
     sink = sink_to(server)
-    ship(sink, *a_trace())
+    deliver(sink, *a_trace())
     late = Records().span("generation", step=9, token_usage={"prompt_tokens": 5})
     late |= {"span_id": "late", "late": 1}
-    assert ship(sink, late) == []
+    assert deliver(sink, late) == []
     assert server.values()["generation/prompt_tokens"] == [5]
     assert server.runs["run-0"]["status"] == "FINISHED"
     assert server.runs["run-0"]["tags"]["qitos.spans.late"] == "1"
     assert server.runs["run-0"]["tags"]["qitos.spans.delivered"] == "3"
-    (letter,) = ship(sink, {**late, "trace_id": "unknown"})
+    (letter,) = deliver(sink, {**late, "trace_id": "unknown"})
     assert "NO_RUN" in letter.reason
 
 
@@ -306,10 +306,10 @@ def test_traces_of_different_settings_go_through_one_sink(server: FakeTransport)
     }
     for trace_id, settings in (("old", None), ("new", own), ("newer", own)):
         start, *rest = a_trace(trace_id)
-        assert ship(sink, {**start, "settings": settings} if settings else start) == []
+        assert deliver(sink, {**start, "settings": settings} if settings else start) == []
         again = sink_to(server)  # Its settings are part of the state.
         again.restore(sink.state())
-        assert ship(again, *rest) == []
+        assert deliver(again, *rest) == []
     old, new, _ = server.runs.values()
     assert (old["name"], old["status"]) == ("old", "FINISHED")
     assert (new["name"], new["status"]) == ("gaia", "RUNNING")
@@ -325,7 +325,7 @@ def test_a_trace_without_its_start_and_its_settings(server: FakeTransport) -> No
     """With a header that only says where, it is logged to the experiment `qitos`, and says so."""
     asked: list[str] = []
     server.fail = lambda call, what: asked.append(what) if call == "experiment_id" else None
-    assert ship(MlflowSink(header(tracking_uri=None, cwd="/"), server), *a_trace()[1:]) == []
+    assert deliver(MlflowSink(header(tracking_uri=None, cwd="/"), server), *a_trace()[1:]) == []
     assert asked == ["qitos"]
     (run,) = server.runs.values()
     assert (run["tags"]["qitos.start_lost"], run["status"]) == ("true", "FINISHED")
@@ -336,7 +336,7 @@ def test_open_traces_at_the_end_of_their_process(server: FakeTransport) -> None:
     sink = sink_to(server)
     for trace_id, ends in (("ends", True), ("stays", False)):
         start = a_trace(trace_id)[0]
-        ship(sink, {**start, "settings": {**SETTINGS, "auto_end_run": ends}})
+        deliver(sink, {**start, "settings": {**SETTINGS, "auto_end_run": ends}})
     assert sink.abandoned(0, closed=True)
     sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["KILLED", "RUNNING"]
@@ -370,7 +370,7 @@ def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> 
     server.fail = receive
     make = Records()
     sink = sink_to(server)
-    ship(sink, make.start())
+    deliver(sink, make.start())
     sizes = []
     for _ in range(20):
         sink.prepare(lines(*verdicts(make, 10)))
@@ -383,21 +383,21 @@ def test_no_feedback_is_lost_and_little_is_remembered(server: FakeTransport) -> 
         sizes.append(len(sink.state()))
     assert max(sizes) < 150_000
     answers = cycle([None])
-    assert ship(sink, make.end()) == []
+    assert deliver(sink, make.end()) == []
     assert len(sent) == 200
 
 
 def test_feedback_that_is_refused_is_kept_aside(server: FakeTransport) -> None:
-    """Verdicts that no later info repeats are not dropped without a word."""
+    """Verdicts that no later info repeats are not lost without a word."""
     make = Records()
     sink = sink_to(server)
-    ship(sink, make.start())
+    deliver(sink, make.start())
     server.fail = lambda call, _: Refused("BAD", "no") if call == "write_trace" else None
-    assert ship(sink, *verdicts(make, 2)) == []
-    (letter,) = ship(sink, *verdicts(make, 20))
+    assert deliver(sink, *verdicts(make, 2)) == []
+    (letter,) = deliver(sink, *verdicts(make, 20))
     assert len(orjson.loads(letter.record)["item"]["assessments"]) == 22
     server.fail = lambda call, _: None
-    assert ship(sink, make.end()) == []
+    assert deliver(sink, make.end()) == []
 
 
 def test_an_info_that_failed_is_sent_again(server: FakeTransport) -> None:
@@ -405,11 +405,11 @@ def test_an_info_that_failed_is_sent_again(server: FakeTransport) -> None:
     make = Records()
     sink = sink_to(server)
     server.fail = lambda call, _: Poisoned("HTTP 500") if call == "write_trace" else None
-    ship(sink, make.start())
+    deliver(sink, make.start())
     server.fail = lambda call, _: None
     late = make.span("step", step_number=1)
     late["end_ns"] += 6_000_000_000
-    ship(sink, late)
+    deliver(sink, late)
     assert len(server.traces) == 1
 
 
@@ -420,15 +420,15 @@ def test_the_rest_goes_to_another_server(server: FakeTransport) -> None:
     """What was begun on one server is finished on another, and says that part of it is there."""
     sink = sink_to(server)
     records = a_trace(spans=6)
-    assert ship(sink, *records[:4]) == []
+    assert deliver(sink, *records[:4]) == []
     assert b"password" not in sink.state()
     other = FakeTransport("other.test")
     moved = sink_to(other, resumed=True)
     moved.restore(sink.state())
-    assert ship(moved, *records[4:6]) == []
+    assert deliver(moved, *records[4:6]) == []
     again = sink_to(other, resumed=True)
     again.restore(moved.state())
-    assert ship(again, *records[6:]) == []
+    assert deliver(again, *records[6:]) == []
     (run,) = other.runs.values()
     assert run["status"] == "FINISHED"
     tags = run["tags"]
@@ -448,12 +448,12 @@ def test_another_server_without_traces(server: FakeTransport) -> None:
     """Each span that is not there is counted once, by one reason."""
     sink = sink_to(server)
     records = a_trace(spans=3)
-    ship(sink, *records[:2])
+    deliver(sink, *records[:2])
     other = FakeTransport("other.test")
     other.fail = lambda call, _: Refused("HTTP 404", "") if call == "write_spans" else None
     moved = sink_to(other)
     moved.restore(sink.state())
-    assert ship(moved, *records[2:]) == []
+    assert deliver(moved, *records[2:]) == []
     (run,) = other.runs.values()
     assert run["tags"]["qitos.spans.dropped"] == "elsewhere=1, no_traces=2"
 
@@ -462,11 +462,11 @@ def test_the_same_server_by_another_name(server: FakeTransport) -> None:
     """Where the run is found, nothing is elsewhere and no second run is made."""
     sink = sink_to(server)
     records = a_trace()
-    ship(sink, *records[:3])
+    deliver(sink, *records[:3])
     server.uri = "http://alias.test"
     again = sink_to(server, resumed=True)
     again.restore(sink.state())
-    assert ship(again, *records[3:]) == []
+    assert deliver(again, *records[3:]) == []
     (run,) = server.runs.values()
     assert run["status"] == "FINISHED"
     assert not {"qitos.partial", "qitos.spans.dropped"} & run["tags"].keys()
@@ -484,7 +484,7 @@ def a_priced_trace(trace_id: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("failure", [RetryLater("HTTP 503"), Poisoned("HTTP 500")])
-def test_a_cost_that_is_not_told_holds_nothing_back(
+def test_a_cost_that_the_server_does_not_say_holds_nothing_back(
     server: FakeTransport,
     failure: Exception,
     caplog: pytest.LogCaptureFixture,
@@ -501,10 +501,10 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
             with pytest.raises(RetryLater):
                 sink.send(TIMEOUT_S)
         assert sink.send(TIMEOUT_S) == []
-        assert ship(sink, *a_priced_trace("two")) == []
+        assert deliver(sink, *a_priced_trace("two")) == []
         assert server.calls.count("sum_spans") == COST_TRIES
         clock.now += PAUSE_S
-        assert ship(sink, *a_priced_trace("three")) == []
+        assert deliver(sink, *a_priced_trace("three")) == []
     assert server.calls.count("sum_spans") == COST_TRIES + 1
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
     assert caplog.text.count("have no cost") == 1
@@ -512,7 +512,7 @@ def test_a_cost_that_is_not_told_holds_nothing_back(
     server.fail = lambda call, _: None
     server.cost = 0.5
     clock.now += PAUSE_S
-    ship(sink, *a_priced_trace("four"))
+    deliver(sink, *a_priced_trace("four"))
     costs = [info["trace_metadata"].get("mlflow.trace.cost") for info in server.traces.values()]
     assert costs[:3] == [None] * 3
     assert orjson.loads(costs[3])["total_cost"] == 1.0
@@ -527,7 +527,7 @@ def test_the_cost_is_that_of_our_generations(
     make = Records()
     usage = {"prompt_tokens": 5}
     spans = [make.span("generation", model=f"m{n}", token_usage=usage) for n in range(names)]
-    assert ship(sink_to(server), make.start(), *spans, make.end()) == []
+    assert deliver(sink_to(server), make.start(), *spans, make.end()) == []
     (info,) = server.traces.values()
     cost_of = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
     assert cost_of.get("total_cost") == cost
@@ -537,7 +537,7 @@ def test_a_server_without_prices_is_asked_once(server: FakeTransport) -> None:
     """Where the question is refused, it is not asked again."""
     server.fail = lambda call, _: Refused("HTTP 404", "") if call == "sum_spans" else None
     sink = sink_to(server)
-    assert ship(sink, *a_priced_trace("one")) == ship(sink, *a_priced_trace("two")) == []
+    assert deliver(sink, *a_priced_trace("one")) == deliver(sink, *a_priced_trace("two")) == []
     assert server.calls.count("sum_spans") == 1
 
 
@@ -563,9 +563,9 @@ def test_what_is_refused_loses_only_itself(server: FakeTransport, key: str) -> N
     straight = FakeTransport()
     for transport in (straight, server):
         sink = sink_to(transport)
-        dead = ship(sink, start)
+        dead = deliver(sink, start)
         transport.fail = holds(key) if transport is server else transport.fail
-        dead += ship(sink, *rest)
+        dead += deliver(sink, *rest)
     assert {letter.reason for letter in dead} == {f"INVALID_PARAMETER_VALUE: {key} is bad"}
     for letter in dead:
         kept = orjson.loads(letter.record)
@@ -588,7 +588,7 @@ def test_a_span_that_is_refused_is_in_the_ledger(server: FakeTransport) -> None:
         return Refused("BAD", "no") if call == "write_spans" and "bad one" in names else None
 
     server.fail = refuse
-    (letter,) = ship(sink_to(server), *records)
+    (letter,) = deliver(sink_to(server), *records)
     assert orjson.loads(letter.record)["item"]["name"] == "bad one"
     tags = server.runs["run-0"]["tags"]
     assert (tags["qitos.spans.recorded"], tags["qitos.spans.delivered"]) == ("3", "2")
@@ -605,9 +605,9 @@ def test_a_run_that_is_refused_takes_its_records_along(server: FakeTransport) ->
     server.fail = refuse
     sink = sink_to(server)
     bad, good = a_trace("bad"), a_trace("good")
-    dead = ship(sink, *bad[:3], *good)
+    dead = deliver(sink, *bad[:3], *good)
     assert [orjson.loads(letter.record) for letter in dead] == bad[:3]
-    dead = ship(sink, *bad[3:])
+    dead = deliver(sink, *bad[3:])
     assert [orjson.loads(letter.record) for letter in dead] == bad[3:]
     assert {letter.reason for letter in dead} == {"INVALID_STATE: the experiment is deleted"}
     assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
@@ -618,7 +618,7 @@ def test_a_run_that_is_refused_takes_its_records_along(server: FakeTransport) ->
 def test_an_experiment_that_is_refused_is_asked_for_once(server: FakeTransport) -> None:
     """However many spans wait, a deleted experiment costs one request a trace."""
     server.fail = lambda call, _: Refused("INVALID_STATE", "deleted")
-    dead = ship(sink_to(server), *a_trace("one", 50), *a_trace("two", 50))
+    dead = deliver(sink_to(server), *a_trace("one", 50), *a_trace("two", 50))
     assert len(dead) == 2 * 52
     assert server.calls == ["experiment_id"] * 2
 
@@ -626,7 +626,7 @@ def test_an_experiment_that_is_refused_is_asked_for_once(server: FakeTransport) 
 def test_an_experiment_that_is_replaced(server: FakeTransport) -> None:
     """The id of an experiment that is gone is looked up again, and the run created there."""
     sink = sink_to(server)
-    ship(sink, *a_trace("one"))
+    deliver(sink, *a_trace("one"))
     gone = ["7"]
     server.experiment_id = lambda name, timeout_s: "8"  # type: ignore[method-assign]
     create = server.create_run
@@ -637,29 +637,29 @@ def test_an_experiment_that_is_replaced(server: FakeTransport) -> None:
         return create(run, timeout_s)
 
     server.create_run = refuse  # type: ignore[method-assign]
-    assert ship(sink, *a_trace("two")) == []
+    assert deliver(sink, *a_trace("two")) == []
     assert len(server.runs) == 2
     gone.append("8")
-    assert len(ship(sink, *a_trace("three"))) == 5
+    assert len(deliver(sink, *a_trace("three"))) == 5
     gone.clear()
-    assert ship(sink, *a_trace("four")) == []
+    assert deliver(sink, *a_trace("four")) == []
 
 
 def test_a_run_that_was_deleted(server: FakeTransport) -> None:
     """A run that takes nothing any more is found out at once, and its trace's records kept."""
     sink = sink_to(server)
     records = a_trace(spans=200)
-    ship(sink, *records[:2])
+    deliver(sink, *records[:2])
     server.runs.clear()
     server.calls.clear()
     other = a_trace("other")
-    dead = ship(sink, *records[2:100], *other)
+    dead = deliver(sink, *records[2:100], *other)
     assert [orjson.loads(letter.record) for letter in dead] == records[2:100]
     assert {letter.reason for letter in dead} == {"RESOURCE_DOES_NOT_EXIST: run-0"}
     assert server.calls.count("log_batch") == 3
     assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
     server.calls.clear()
-    assert len(ship(sink, *records[100:])) == 102
+    assert len(deliver(sink, *records[100:])) == 102
     assert server.calls == []
 
 
@@ -667,10 +667,10 @@ def test_a_run_that_was_deleted_before_its_end(server: FakeTransport) -> None:
     """Whichever call finds it out."""
     sink = sink_to(server)
     *records, end = a_trace()
-    ship(sink, *records)
+    deliver(sink, *records)
     gone = Refused("INVALID_PARAMETER_VALUE", "must be in the 'active' state")
     server.fail = lambda call, _: gone if call in ("log_batch", "end_run") else None
-    assert [orjson.loads(letter.record) for letter in ship(sink, end)] == [end]
+    assert [orjson.loads(letter.record) for letter in deliver(sink, end)] == [end]
 
 
 @pytest.mark.parametrize("settings_in", ["header", "end"])
@@ -686,7 +686,7 @@ def test_the_start_of_a_trace_was_lost(server: FakeTransport, settings_in: str) 
     else:
         sink = MlflowSink(header(tracking_uri=None, cwd="/"), server)
         end["settings"] = settings
-    assert ship(sink, *spans, end) == []
+    assert deliver(sink, *spans, end) == []
     (run,) = server.runs.values()
     wanted = {"qitos.start_lost": "true", "qitos.trace_id": "trace-1", "env": "dev"}
     assert wanted.items() <= run["tags"].items()
@@ -707,14 +707,14 @@ def test_refused_traces_leave_nothing_behind(server: FakeTransport) -> None:
     empty = sink.state()
     for number in range(3):
         records = a_trace(f"t{number}")
-        assert len(ship(sink, *records[:2])) == 2
+        assert len(deliver(sink, *records[:2])) == 2
         again = sink_to(server)
         again.restore(sink.state())
         sink = again
-        assert len(ship(sink, *records[2:])) == 3
-    assert len(ship(sink, *a_trace("whole"))) == 5
+        assert len(deliver(sink, *records[2:])) == 3
+    assert len(deliver(sink, *a_trace("whole"))) == 5
     assert sink.state() == empty
-    ship(sink, *a_trace("open")[:2])
+    deliver(sink, *a_trace("open")[:2])
     assert len(sink.state()) < 200
     server.fail = lambda call, _: None
     assert not sink.abandoned(0)
@@ -782,7 +782,7 @@ def test_a_server_without_traces_has_runs(
     server.fail = refuse
     sink = sink_to(server)
     with caplog.at_level(logging.WARNING):
-        assert ship(sink, *a_trace("one")) == ship(sink, *a_trace("two")) == []
+        assert deliver(sink, *a_trace("one")) == deliver(sink, *a_trace("two")) == []
     assert [run["status"] for run in server.runs.values()] == ["FINISHED"] * 2
     assert server.calls.count("write_spans") == 1
     assert caplog.text.count("cannot store traces") == 1
