@@ -35,7 +35,8 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
     # If the bridge found no model, the verdict or the name may still have one.
     found = mapping(record.get("output")).get("judged_by_model") is True
-    by_model = found or bool(judge) or _names_model(name)
+    words = {word.lower() for word in _WORD.findall(name)}
+    by_model = found or judge or not words.isdisjoint(_MODELS)
     own = str(record.get("span_id", ""))
     facts = {"step": record.get("step"), "action": verdict.get("action")}
     feedback: dict[str, Any] = {
@@ -57,10 +58,6 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     if verdict.get("reason"):
         feedback["rationale"] = clean_text(verdict["reason"], limits.TAG_CHARS)
     return feedback
-
-
-def _names_model(name: str) -> bool:
-    return not _MODELS.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
 def rfc3339(ns: int) -> str:

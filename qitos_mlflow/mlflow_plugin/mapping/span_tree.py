@@ -195,35 +195,30 @@ class SpanTree:
         self.begun = self.news = True
         self.info_ns = 0
         # Ended at once and without a status: the server shows the trace as IN_PROGRESS.
-        return [self._root_span(self.start_ns)]
+        return [self._root_span(self.start_ns, self.start_ns, {})]
 
     def _fold_span(self, record: SpanEnd) -> Span:
         trace, own = self.facts.trace_id, str(record.get("span_id", ""))
-        parent, is_root = record.get("parent_id"), own == self.root
+        start_ns, end_ns, parent = (
+            record.get("start_ns"),
+            record.get("end_ns"),
+            record.get("parent_id"),
+        )
         found = {**span_attributes.of_span(record, self.tools), **added(record, "attributes")}
         counts, name = kind_of(record).counts, span_name(record)
         if counts == "tokens":
             self._count_tokens(found, name)
             self.response = span_attributes.answer_preview(found) or self.response
-        if is_root:
-            found = {**self._root_attributes(), **found}
-        identity = span_id(trace, own)
-        above = span_id(trace, str(parent)) if parent else self._root_id()
-        span = build_span(
-            otel_trace_id(trace),
-            identity,
-            None if is_root else self._root_id() if above == identity else above,
-            self._root_name() if is_root else name,
-            record.get("start_ns"),
-            record.get("end_ns"),
-            found,
-        )
+        if own == self.root:
+            span = self._root_span(start_ns, end_ns, found)
+            self.root_closed, self.root_start_ns = True, span.start_time_unix_nano
+        else:
+            identity, root = span_id(trace, own), self._root_id()
+            above = span_id(trace, str(parent)) if parent else root
+            above = root if above == identity else above
+            span = build_span(otel_trace_id(trace), identity, above, name, start_ns, end_ns, found)
         error = record.get("error")
         set_status(span, None if error is None else str(error), mapping(record.get("exception")))
-        if is_root:
-            self.root_closed = True
-            self.root_start_ns = span.start_time_unix_nano
-            self._add_link(span)
         if counts == "scores" and (feedback := feedback_of(record, trace)):
             self.assessments.append(feedback)
             self.news = True
@@ -247,7 +242,7 @@ class SpanTree:
         if self.root_closed:  # The agent's own span says more than this one would.
             return []
         self.root_closed = True
-        root = self._root_span(self.facts.ended_ns or 0, result)
+        root = self._root_span(self.start_ns, self.facts.ended_ns, {"mlflow.spanOutputs": result})
         set_status(root, None if text is None else str(text), exception)
         return [root]
 
@@ -256,34 +251,21 @@ class SpanTree:
     def _root_id(self) -> bytes:
         return span_id(self.facts.trace_id, "\0root" if self.root is None else self.root)
 
-    def _root_name(self) -> str:
-        return self.root_name or self.facts.name or "trace"
-
-    def _root_attributes(self) -> dict[str, Any]:
-        inputs = {"task": self.request} if self.request else None
-        return {"qitos.trace_id": self.facts.trace_id, "mlflow.spanInputs": inputs}
-
-    def _root_span(self, end_ns: int, result: Any = None) -> Span:
+    def _root_span(self, start_ns: Any, end_ns: Any, attributes: Mapping[str, Any]) -> Span:
+        trace = self.facts.trace_id
         of_agent = self.root is not None or "qitos.agent" in self.facts.start_tags
-        own = {"mlflow.spanType": "AGENT" if of_agent else "CHAIN", "mlflow.spanOutputs": result}
-        span = build_span(
-            otel_trace_id(self.facts.trace_id),
-            self._root_id(),
-            None,
-            self._root_name(),
-            self.start_ns,
-            end_ns,
-            {**self._root_attributes(), **own},
-        )
-        self._add_link(span)
-        return span
-
-    def _add_link(self, span: Span) -> None:
+        own = {
+            "qitos.trace_id": trace,
+            "mlflow.spanInputs": {"task": self.request} if self.request else None,
+            "mlflow.spanType": "AGENT" if of_agent else "CHAIN",
+        }
+        name, both = self.root_name or self.facts.name or "trace", {**own, **attributes}
+        span = build_span(otel_trace_id(trace), self._root_id(), None, name, start_ns, end_ns, both)
         if self.link:
-            trace, linked = self.link
-            span.links.add(
-                trace_id=otel_trace_id(trace), span_id=span_id(trace, linked or "\0root")
-            )
+            other, linked = self.link
+            of_link = span_id(other, linked or "\0root")
+            span.links.add(trace_id=otel_trace_id(other), span_id=of_link)
+        return span
 
     def _count_tokens(self, found: Mapping[str, Any], name: str) -> None:
         for key, number in (found.get("mlflow.chat.tokenUsage") or {}).items():
