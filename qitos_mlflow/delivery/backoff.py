@@ -34,13 +34,7 @@ RETRY_AFTER_SPREAD_S = 1.0
 class Circuit:
     """Whether the server may be tried now. One thread makes attempts; any thread may read."""
 
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> None:
-        self._clock = clock
-        self._uniform = uniform
+    def __init__(self) -> None:
         self._failures = 0
         self._open_until = 0.0
         self._failing_since = 0.0
@@ -58,12 +52,12 @@ class Circuit:
     @property
     def failing_s(self) -> float:
         """How long ago the first one of the last failures in a row began (seconds)."""
-        return self._clock() - self._failing_since if self._failures else 0.0
+        return time.monotonic() - self._failing_since if self._failures else 0.0
 
     @property
     def delay_s(self) -> float:
         """Seconds to wait before the next attempt; 0 when it may be made now."""
-        return max(0.0, self._open_until - self._clock()) if self._failures else 0.0
+        return max(0.0, self._open_until - time.monotonic()) if self._failures else 0.0
 
     def attempt(self, send: Callable[[float], T], timeout_s: float) -> T | None:
         """Call `send` with the seconds that it may take; None if it failed or is not done yet.
@@ -71,7 +65,7 @@ class Circuit:
         Right after a failure these are fewer than `timeout_s`. Never raises: `problem` says what
         the matter is.
         """
-        began, after_s = self._clock(), None
+        began, after_s = time.monotonic(), None
         probe = 0 < self._failures <= PROBES
         try:
             done = send(min(timeout_s, PROBE_TIMEOUT_S) if probe else timeout_s)
@@ -99,10 +93,9 @@ class Circuit:
             self._failing_since = began
         self.asked = after_s is not None
         if after_s is not None:
-            delay = min(max(after_s, 0.0), MAX_RETRY_AFTER_S)
-            delay += self._uniform(0.0, RETRY_AFTER_SPREAD_S)
+            least = min(max(after_s, 0.0), MAX_RETRY_AFTER_S)
+            most = least + RETRY_AFTER_SPREAD_S
         else:
-            bound = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._failures, 16))
-            delay = self._uniform(0.0, bound)
+            least, most = 0.0, min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
-        self._open_until = self._clock() + delay
+        self._open_until = time.monotonic() + random.uniform(least, most)  # noqa: S311 - no secret

@@ -32,17 +32,10 @@ MAKE_ROOM_AFTER_S = 60.0
 """A segment that has failed for this long makes room for others between attempts (seconds)."""
 FOLLOW_EVERY_S = 0.5
 """How often `follow` looks for new records and segments (seconds)."""
-OPEN_SEGMENTS = 64
-"""Most segments that `follow` has open: each is a lock, a connection and some MiB of records."""
-TURN_S = 5.0
-"""How long `follow` sends a dead process's segment before the next one has its turn (seconds)."""
 FIRST_LOOK_S = 2.0
 """When a process first looks for leftovers: not in one that ends sooner (seconds)."""
 LOOK_EVERY_S = 30.0
 """How often a process looks through the spool for leftovers (seconds)."""
-LEFTOVERS_STEP_S = 1.0
-"""How long one step with leftovers may keep a process's own records waiting, about (seconds). A
-server that needs longer for one request gets leftovers from `qitos-mlflow sync` alone."""
 BATCH_PAUSE_S = 0.1
 """Between two batches of leftovers, so that they leave the agent the processor (seconds)."""
 
@@ -140,25 +133,18 @@ class Deliveries:
     Args:
         directory: the spool; may not exist yet.
         take: claims a segment; None leaves it alone for now. May raise.
-        most: how many segments may be open at once.
-        turn_s: how long a dead process's segment is sent before the next one has its turn.
-        timeout_s: about how long one step may take.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        take: Callable[[Paths], Delivery | None],
-        *,
-        most: int,
-        turn_s: float,
-        timeout_s: float,
-    ) -> None:
+    most_open = 64
+    """How many segments may be open at once: each is a lock, a connection and some MiB."""
+    turn_s = 5.0
+    """How long a dead process's segment is sent before the next one has its turn (seconds)."""
+    timeout_s = SEND_TIMEOUT_S
+    """About how long one step may take (seconds)."""
+
+    def __init__(self, directory: Path, take: Callable[[Paths], Delivery | None]) -> None:
         self._directory = directory
         self._take = take
-        self._most = most
-        self._turn_s = turn_s
-        self._timeout_s = timeout_s
         self._open: dict[Paths, Delivery] = {}
         self._failed: dict[Paths, Circuit] = {}
         """The segments that have made room, and when they may be tried again."""
@@ -198,7 +184,7 @@ class Deliveries:
     def _begin(self, paths: Paths) -> Delivery | None:
         """Open a segment; None where that is impossible, now or at all."""
         circuit = self._failed.get(paths)
-        if len(self._open) >= self._most or (circuit is not None and circuit.delay_s):
+        if len(self._open) >= self.most_open or (circuit is not None and circuit.delay_s):
             return None
         delivery = self._take(paths)
         if delivery is not None:
@@ -208,10 +194,10 @@ class Deliveries:
 
     def _turn(self, paths: Paths, delivery: Delivery) -> Iterator[bool]:
         """One step; if the owner is gone, as many as it takes to finish the segment."""
-        until = time.monotonic() + self._turn_s
+        until = time.monotonic() + self.turn_s
         goes_on = True
         while goes_on:
-            outcome = delivery.step(self._timeout_s)
+            outcome = delivery.step(self.timeout_s)
             failing = delivery.circuit.problem is not None
             more = outcome is None and not failing
             goes_on = more and not delivery.owner_alive and time.monotonic() < until
@@ -220,7 +206,7 @@ class Deliveries:
                 if over:
                     self._failed[paths] = delivery.circuit
             else:  # If others wait for room, it is opened again for its next turn.
-                full = len(self._open) >= self._most
+                full = len(self._open) >= self.most_open
                 over = not goes_on and full and not delivery.halfway
             if over or outcome is Outcome.FINISHED:
                 self._open.pop(paths).close()
@@ -259,10 +245,7 @@ def follow(
             )
         return taken if isinstance(taken, Delivery) else None
 
-    deliveries = Deliveries(
-        directory, take_readable, most=OPEN_SEGMENTS, turn_s=TURN_S, timeout_s=SEND_TIMEOUT_S
-    )
-    with contextlib.closing(deliveries):
+    with contextlib.closing(Deliveries(directory, take_readable)) as deliveries:
         while not stop.is_set():
             idle = True
             for more in deliveries.round():
@@ -285,10 +268,14 @@ class Leftovers(Deliveries):
         open_leftovers: returns what opens a sink for a header, None to leave its segment alone.
     """
 
+    most_open = 1
+    turn_s = math.inf
+    timeout_s = 1.0
+    """How long a step may keep a process's own records waiting, about (seconds). A server that
+    needs longer for one request gets leftovers from `qitos-mlflow sync` alone."""
+
     def __init__(self, directory: Path, open_leftovers: OpenLeftovers) -> None:
-        super().__init__(
-            directory, self._take_left, most=1, turn_s=math.inf, timeout_s=LEFTOVERS_STEP_S
-        )
+        super().__init__(directory, self._take_left)
         self.pending = True
         """Whether a look is due or under way. Any thread."""
         self._open_leftovers = open_leftovers

@@ -71,7 +71,8 @@ class Pipeline:
 
     def _begin(self) -> None:
         self._queue = ByteQueue(self._queue_bytes)
-        self._stats = Counts()
+        self.stats = Counts()
+        """What became of the records of this process so far. Any thread may count a loss."""
         self._circuit = Circuit()
         self._spooling = self._make_threads()
         # Held while threads are at work, and for ever after `close`: as an atomic flag.
@@ -122,18 +123,14 @@ class Pipeline:
             urgent: send it at once: a thread waits for its result.
         """
         if self.closed:
-            self._stats.drop(CLOSED)
+            self.stats.drop(CLOSED)
             return False
         taken = self._queue.offer(payload, keep, urgent)
         if not taken:
-            self._stats.drop(QUEUE_FULL)
+            self.stats.drop(QUEUE_FULL)
         if not self._awake.locked():
             self._wake()
         return taken
-
-    def count_lost(self, reason: str, records: int = 1) -> None:
-        """Count records that were lost on their way to `offer`. Any thread; never blocks."""
-        self._stats.drop(reason, records)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything offered before the call is acknowledged.
@@ -163,7 +160,7 @@ class Pipeline:
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()
-        self._stats.save_losses(self.paths)  # Those of offers refused since the last time.
+        self.stats.save_losses(self.paths)  # Those of offers refused since the last time.
         if not self.at_rest:
             self._put_last()  # A record came in while others were refused.
             spooling = self._spooling
@@ -173,11 +170,6 @@ class Pipeline:
                     return False
             spooling.end(deadline)
         return self._spooling.nothing_left()
-
-    @property
-    def stats(self) -> Counts:
-        """What became of the records of this process so far."""
-        return self._stats
 
     @property
     def online(self) -> bool | None:
@@ -248,7 +240,7 @@ class Pipeline:
         if not self._offline:
             aside_bytes = int(self._spool_bytes * ASIDE_SHARE)
             parts = segment.parts
-            reader = SegmentReader(segment.paths, parts, self._stats, aside_bytes=aside_bytes)
+            reader = SegmentReader(segment.paths, parts, self.stats, aside_bytes=aside_bytes)
             sending = SendingThread(
                 SegmentTransfer(reader, self.open_sink),
                 self._circuit,
@@ -258,7 +250,7 @@ class Pipeline:
             self._queue,
             segment,
             sending,
-            self._stats,
+            self.stats,
             normalize=self.normalize,
             lost=self.lost,
             may_rest=self.may_rest,

@@ -213,9 +213,14 @@ class SpoolingThread(threading.Thread):
         try:
             self._stats.add(recorded=len(batch))
             for payload, keep, _ in batch:
-                data = self._normalized(payload)
-                if data is not None:
-                    records.append(Record(data, keep))
+                try:
+                    data = self._normalize(payload)
+                except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
+                    _guard.report("delivery.normalize", error)
+                    self._lose(payload, NORMALIZE_FAILED)
+                else:
+                    if data is not None:
+                        records.append(Record(data, keep))
             if not records:
                 return
             for data, reason in self.segment.append(records, time.time_ns()):
@@ -230,14 +235,6 @@ class SpoolingThread(threading.Thread):
                 self._lose(record.data, SPOOLING_FAILED)
         finally:
             self._held -= len(batch)
-
-    def _normalized(self, payload: bytes) -> bytes | None:
-        try:
-            return self._normalize(payload)
-        except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
-            _guard.report("delivery.normalize", error)
-            self._lose(payload, NORMALIZE_FAILED)
-            return None
 
     def _lose(self, data: bytes, reason: str) -> None:
         self._stats.drop(reason)

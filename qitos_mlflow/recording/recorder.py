@@ -91,7 +91,7 @@ class Recorder(Generic[T]):
                 if old.ended and (not unfinished or index < len(traces) - UNFINISHED_TRACES):
                     self._traces.pop(old_id, None)
                     if unfinished:
-                        old.pipeline.count_lost("forgotten", unfinished)
+                        old.pipeline.stats.drop("forgotten", unfinished)
                         warn(
                             "recorder.forgotten",
                             "%s spans of a trace that ended long ago have not ended; they are lost",
@@ -102,7 +102,7 @@ class Recorder(Generic[T]):
         """Count a span of an unknown trace, if its trace is that of a parent process."""
         pipeline = self._inherited.get(trace_id)
         if pipeline is not None:
-            pipeline.count_lost("forked")
+            pipeline.stats.drop("forked")
             process_exit.register()  # The end of the process writes the count to disk.
             warn(
                 "recorder.forked",

@@ -213,7 +213,7 @@ class TraceRecorder:
 
     def _lose_span(self, reason: str) -> None:
         self._note_loss("span", reason)
-        self.pipeline.count_lost(reason)
+        self.pipeline.stats.drop(reason)
 
     def _metadata(self, trace: Any) -> dict[str, Any]:
         metadata = dict(trace.metadata or {})

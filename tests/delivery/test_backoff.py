@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
+
 from qitos_mlflow.delivery import RetryLater, backoff
 from qitos_mlflow.delivery.backoff import Circuit
 from tests.fakes.clock import Clock
@@ -22,14 +26,18 @@ def fail(circuit: Circuit, after_s: float | None = None) -> None:
     assert circuit.problem == "503"
 
 
-def longest(low: float, high: float) -> float:
-    return high
-
-
-def test_delays_double_up_to_their_bound() -> None:
-    """The longest possible delays grow twofold and stop at the maximum."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Moves when the test says so. Each delay is the longest possible one."""
     clock = Clock()
-    circuit = Circuit(clock, longest)
+    monkeypatch.setattr(backoff, "time", clock)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    return clock
+
+
+def test_delays_double_up_to_their_bound(clock: Clock) -> None:
+    """The longest possible delays grow twofold and stop at the maximum."""
+    circuit = Circuit()
     delays = []
     for _ in range(12):
         fail(circuit)
@@ -39,7 +47,7 @@ def test_delays_double_up_to_their_bound() -> None:
     assert delays[-1] == backoff.MAX_DELAY_S
 
 
-def test_jitter_is_full() -> None:
+def test_jitter_is_full(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each delay is drawn between nothing and its bound, so that agents come back spread out."""
     drawn: list[tuple[float, float]] = []
 
@@ -47,15 +55,17 @@ def test_jitter_is_full() -> None:
         drawn.append((low, high))
         return low
 
-    circuit = Circuit(Clock(), uniform)
+    monkeypatch.setattr(random, "uniform", uniform)
+    circuit = Circuit()
     fail(circuit)
     fail(circuit)
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
 
 
-def test_retry_after_is_honoured_and_capped() -> None:
+def test_retry_after_is_honoured_and_capped(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the server asks for is the least delay; an absurd demand is not obeyed for ever."""
-    circuit = Circuit(Clock(), lambda low, high: low)
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    circuit = Circuit()
     fail(circuit, 7.0)
     assert circuit.delay_s == 7.0
     assert circuit.asked
@@ -65,10 +75,9 @@ def test_retry_after_is_honoured_and_capped() -> None:
     assert circuit.delay_s == 0.0
 
 
-def test_a_success_closes_the_circuit() -> None:
+def test_a_success_closes_the_circuit(clock: Clock) -> None:
     """After one success there is no delay, and the next failure begins with the shortest."""
-    clock = Clock()
-    circuit = Circuit(clock, longest)
+    circuit = Circuit()
     assert online(circuit) is None
     for _ in range(5):
         fail(circuit)
@@ -84,9 +93,9 @@ def test_a_success_closes_the_circuit() -> None:
     assert circuit.delay_s == 0.5
 
 
-def test_many_failures_do_not_overflow() -> None:
+def test_many_failures_do_not_overflow(clock: Clock) -> None:
     """A server may be down for weeks."""
-    circuit = Circuit(Clock(), longest)
+    circuit = Circuit()
     for _ in range(5000):
         fail(circuit)
     assert circuit.delay_s == backoff.MAX_DELAY_S

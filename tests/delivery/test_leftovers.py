@@ -200,7 +200,7 @@ def test_dead_processes_are_finished_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are, a sidecar never has more than one of them open."""
-    monkeypatch.setattr(leftovers, "TURN_S", LONG_S)
+    monkeypatch.setattr(leftovers.Deliveries, "turn_s", LONG_S)
     server, stats = FakeServer(), Counts()
     for _ in range(5):
         left_behind(tmp_path, numbered(40))
@@ -222,7 +222,7 @@ def test_dead_processes_are_finished_one_after_the_other(
 @pytest.mark.usefixtures("at_once")
 def test_what_fails_makes_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments whose server is away are open a few at a time, and each has its turn."""
-    monkeypatch.setattr(leftovers, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(leftovers.Deliveries, "most_open", 2)
     monkeypatch.setattr(leftovers, "MAKE_ROOM_AFTER_S", 0.05)
     away, there = FakeServer(), FakeServer()
     away.down = RetryLater("503")
@@ -254,7 +254,7 @@ def test_more_living_processes_than_a_sidecar_has_in_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take turns; none waits for another one to end."""
-    monkeypatch.setattr(leftovers, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(leftovers.Deliveries, "most_open", 2)
     server = FakeServer()
     pipelines = [make_pipeline(tmp_path, None) for _ in range(4)]
     with following(tmp_path, server.sink):

@@ -135,7 +135,7 @@ def test_leftovers_are_given_little_time_at_once(
     pipeline = make(lambda header: server.sink)
     pipeline.offer(b"own")
     eventually(lambda: b"left" in server.accepted)
-    assert server.timeouts[b"left"] == leftovers.LEFTOVERS_STEP_S < server.timeouts[b"own"]
+    assert server.timeouts[b"left"] == leftovers.Leftovers.timeout_s < server.timeouts[b"own"]
 
 
 def test_a_busy_process_sends_leftovers_too(tmp_path: Path, server: FakeServer, make: Make) -> None:

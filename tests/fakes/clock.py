@@ -4,13 +4,10 @@ from __future__ import annotations
 
 
 class Clock:
-    """Stands in for `time.monotonic`, or for the module `time` by its method `monotonic`."""
+    """Stands in for the module `time`."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
-
-    def __call__(self) -> float:
-        return self.now
 
     def monotonic(self) -> float:
         return self.now

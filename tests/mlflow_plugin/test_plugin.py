@@ -388,7 +388,7 @@ def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProces
     assert processor.force_flush() is True
     pipeline.stats.add(dead_letters=1)
     assert [processor.force_flush() for _ in range(2)] == [False, True]
-    pipeline.count_lost("queue_full")
+    pipeline.stats.drop("queue_full")
     assert [processor.force_flush() for _ in range(2)] == [False, True]
 
 
@@ -407,7 +407,7 @@ def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
         tracing.add_trace_processor(processor)
         with create_trace("outer") as trace:
             own = trace.create_span(SpanType.STEP, StepSpanData(0)).start()
-            processor.mlflow_plugin._recorder.traces[0].pipeline.count_lost("other", 1)
+            processor.mlflow_plugin._recorder.traces[0].pipeline.stats.drop("other", 1)
             processor.force_flush()  # What the parent has lost and reported is the parent's.
             child = os.fork()
             if child == 0:
