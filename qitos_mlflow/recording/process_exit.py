@@ -126,20 +126,24 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
         traces.add(orjson.loads(record).get("trace_id"))
         found.add(pipeline)
     # One file stands for all of its segment.
-    files = [str(path) for pipeline in found for _, path in pipeline.paths.parts()[:1]]
+    parts = [pipeline.paths.parts()[:1] for pipeline in left if pipeline in found]
+    files = [str(path) for first in parts for _, path in first]
     directories = sorted({str(pipeline.paths.directory) for pipeline in left})
+    lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
-        _say(
+        lines.append(
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
             f"{', '.join(directories)} took them in time"
         )
     if files or not complete:  # Neither: another process has delivered them meanwhile.
         where = files if complete and len(files) <= MAX_FILES else directories
-        _say(
+        lines.append(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
             f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(where)}"
         )
+    for line in lines:  # The last ones of the process: loggers may be gone.
+        print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201
 
 
 def _keep_exit_status() -> None:
@@ -158,8 +162,3 @@ def _keep_exit_status() -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _say(line: str) -> None:
-    # The last lines of the process: loggers may be gone.
-    print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201

@@ -66,7 +66,7 @@ class TraceRecorder:
         self._awaits_root = "agent_name" in (trace.metadata or {})
         # Not a failure of this trace: it was being handled when the trace began.
         self._handling = sys.exc_info()[1]
-        self._ending = threading.RLock()
+        self._ending = threading.Lock()  # Never released: an atomic flag.
         pipeline.add(self, str(trace.trace_id))
 
     @property
@@ -181,10 +181,9 @@ class TraceRecorder:
         metadata: dict[str, Any],
         complete: Callable[[dict[str, Any]], None],
     ) -> None:
-        with self._ending:
-            if self.ended:  # `close` on one thread, the trace's own end on another.
-                return
-            self.ended = True
+        if not self._ending.acquire(blocking=False):  # Another thread or a handler ends it.
+            return
+        self.ended = True
         self._handling = None  # Its traceback keeps the agent's local variables alive.
         end: dict[str, Any] = {
             "kind": "trace_end",
