@@ -146,7 +146,7 @@ def test_a_subclass_of_the_hosts_own_processor(caplog: pytest.LogCaptureFixture)
         """Stands for that of a later host."""
 
     class Theirs(MlflowTraceProcessor):
-        """Somebody's extension of it."""
+        """A user's extension of it."""
 
     qitos_mlflow.autolog()
     (autologging,) = tracing.processors()

@@ -246,11 +246,6 @@ def critic_name(critic: Any, output: Any = None) -> str:
     return str(mapping(output).get("critic_name") or type(critic).__name__)
 
 
-def judged_by_model(critic: Any) -> bool:
-    """Whether a critic holds a language model, so that its verdict may be that model's."""
-    return first(critic, "llm", "model") is not None
-
-
 def critic_scores(
     outputs: Sequence[Any], verdicts: Sequence[tuple[Any, bool]]
 ) -> list[float | None]:

@@ -216,7 +216,9 @@ class BridgeHook:
             span.data.critic_name = extract.critic_name(critic, output)
             span.data.output_content = output
             span.data.score = score
-            span.output = {"judged_by_model": extract.judged_by_model(critic)}
+            # Its verdict may be a language model's.
+            by_model = extract.first(critic, "llm", "model") is not None
+            span.output = {"judged_by_model": by_model}
             run.close(span)
         run.critics = []
 

@@ -76,7 +76,13 @@ class LiveTrace:
         span = self.trace.create_span(tracing.SpanType(data.type), data)
         span.parent_span_id = parent.span_id if parent is not None else None
         span.start()
-        _leave_context(span)
+        token = getattr(span, "_token", None)
+        if isinstance(token, Token):
+            # Out of the host's context variable again: there it would become the parent of the next
+            # trace on this thread. And it could only be finished on this thread: on another one the
+            # reset raises, and no processor gets the end.
+            token.var.reset(token)
+            span._token = None
         with self._lock:
             self._open[span.span_id] = span
         if self.closed:  # Another thread has ended it meanwhile: no span may stay open.
@@ -138,15 +144,3 @@ class LiveTrace:
                 trace.__exit__(None, None, None)
             else:
                 trace.__exit__(type(error), error, error.__traceback__)
-
-
-def _leave_context(span: Any) -> None:
-    """Take the span out of the host's context variable again.
-
-    There it would become the parent of the next trace on this thread. And it could only be
-    finished on this thread: on another one the reset raises, and no processor gets the end.
-    """
-    token = getattr(span, "_token", None)
-    if isinstance(token, Token):
-        token.var.reset(token)
-        span._token = None

@@ -108,16 +108,12 @@ class AgentRun:
 
     def close(self, span: Any, error: BaseException | str | None = None) -> None:
         """Close a span after whatever is still open above it, all with `error`."""
-        if span not in self.stack:
-            return
-        while self.stack:
+        while span in self.stack:
             top = self.stack.pop()
             self._innermost.pop(top.data.type, None)
             self.live.finish(top, error)
-            if top is span:
-                break
-        if self.stack:
-            here.set(Place(self, self.stack[-1]))
+            if self.stack:
+                here.set(Place(self, self.stack[-1]))
 
     def close_innermost(self, span_type: str, output: Any = None) -> None:
         """Close the innermost open span of this type, if there is one, with its output."""
@@ -212,21 +208,18 @@ class AgentRun:
             return
         root = self.root
         if error is not None and self.critics:
-            self._close_critics(error)
+            # All were opened at once; only the one that raised failed.
+            failed = extract.critics_in_traceback(self.critics, error)
+            spans = [span for span in self.stack if span.data.type == "critic"]
+            for index, span in reversed(list(enumerate(spans))):
+                self.close(span, error if index in failed else None)
         self.close_above(root, error)
         root.output = outcome.get("final_result")
+        why: BaseException | str | None = error
         if error is None and outcome["status"] != "ok":
             # Handed back as an ordinary result: the reason is the last exception, if there was one.
-            self.close(root, self.failure or outcome.get("error"))
-        else:
-            self.close(root, error)
-
-    def _close_critics(self, error: BaseException) -> None:
-        # All were opened at once; only the one that raised failed.
-        failed = extract.critics_in_traceback(self.critics, error)
-        spans = [span for span in self.stack if span.data.type == "critic"]
-        for index, span in reversed(list(enumerate(spans))):
-            self.close(span, error if index in failed else None)
+            why = self.failure or outcome.get("error")
+        self.close(root, why)
 
     def _new_trace(self, before: Place | None) -> LiveTrace:
         metadata = dict(self._metadata)

@@ -48,7 +48,7 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 
 def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Accept a number of seconds. Infinity and NaN are rejected: such a wait never ends."""
+    """Accept a number of seconds. Infinity and NaN are none: such a wait never ends."""
     try:
         number = float(value)
     except ValueError:

@@ -49,18 +49,9 @@ def ask(uri: str | None) -> Answer:
         kind = type(error).__name__
         return Answer(shown, False, f"{kind}: check the URI and MLflow's credential settings")
     except (OSError, HTTPError) as error:
-        return Answer(shown, False, _cause(error))
+        cause: BaseException = error  # Such as "Connection refused", without the layers around it.
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        return Answer(shown, False, text)
     return Answer(shown, health.ok, f"HTTP {health.status_code}")
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, such as "Connection refused", without the layers around it."""
-    while True:
-        inner = getattr(error, "reason", None) or next(
-            (arg for arg in error.args if isinstance(arg, BaseException)), None
-        )
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    text = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-    return text or type(error).__name__

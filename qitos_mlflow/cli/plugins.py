@@ -94,11 +94,6 @@ def _show(found: dict[str, Any]) -> None:
         console.print(rows)
     else:
         console.print("  none is installed in this Python\n")
-    for label, text in _facts(found):
-        console.print(f"[bold]{label}[/bold]  {escape(text)}", soft_wrap=True, highlight=False)
-
-
-def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     host, value = found["host"], found["variable"]["value"]
     if not host["installed"]:
         qitos = "not installed; install it with: pip install qitos"
@@ -109,14 +104,13 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         startup = "active in this Python"
     else:
         startup = "not active in this Python; use: qitos-mlflow run, or import qitos_mlflow.auto"
-    chosen = "not set" if value is None else repr(value)
-    where = found["destination"] or (
-        "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
-        "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store"
-    )
-    return [
-        ("qitos", qitos),
-        ("start-up line", startup),
-        (found["variable"]["name"], chosen),
-        ("destination", where),
-    ]
+    facts = {
+        "qitos": qitos,
+        "start-up line": startup,
+        found["variable"]["name"]: "not set" if value is None else repr(value),
+        "destination": found["destination"]
+        or "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
+        "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store",
+    }
+    for label, text in facts.items():
+        console.print(f"[bold]{label}[/bold]  {escape(text)}", soft_wrap=True, highlight=False)

@@ -211,11 +211,11 @@ def test_a_handoff_is_a_span_of_its_step(recorder: Recorder) -> None:
 
 def test_a_failed_handoff_leaves_the_run(recorder: Recorder) -> None:
     """An unknown target raises out of run(): the step and the trace are errors."""
-    handoff = Decision("handoff", meta={"handoff_target": "nobody"})
-    with pytest.raises(ValueError, match="no agent nobody"):
+    handoff = Decision("handoff", meta={"handoff_target": "nowhere"})
+    with pytest.raises(ValueError, match="no agent nowhere"):
         Engine(agent(handoff)).run("t")
     assert recorder.only().metadata["status"] == "error"
-    assert recorder.of("step")[0].error == "ValueError: no agent nobody"
+    assert recorder.of("step")[0].error == "ValueError: no agent nowhere"
 
 
 def test_a_cancelled_run_is_interrupted(recorder: Recorder) -> None:

@@ -78,12 +78,12 @@ def test_agents_in_a_process_forked_off_within_a_run(leave: str) -> None:
     A child that returns into the agent goes on with it, in a linked trace too.
     """
     printed = run_on(None, FORKED_TOOL.replace("LEAVE", leave), "-W", "ignore").splitlines()
-    told = [line for line in printed if "trace_" in line]
+    ends = [line for line in printed if "trace_" in line]
     child = traces("child", "first", "second", linked="linked")
     parent = traces("parent", "outer", linked="alone")
     if leave == "return":  # There the rest of the script runs in both.
         child += traces("parent", "first", "second", "outer", linked="linked")
-    assert told == child + parent
+    assert ends == child + parent
 
 
 def test_what_still_runs_when_its_trace_ends_is_no_success(recorder: Recorder) -> None:
