@@ -82,7 +82,7 @@ class Delivery:
 
     def _step(self, timeout_s: float) -> Outcome | None:
         # Before reading: what the owner wrote until then is read.
-        alive = self.owner_alive = self._claim.owner_alive()
+        alive = self.owner_alive = is_held(self._claim.paths.own)
         if self._transfer.step(timeout_s, end=None, sealed=not alive):
             return None
         if alive:

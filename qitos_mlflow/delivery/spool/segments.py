@@ -117,10 +117,6 @@ class Claim:
         self._parts: list[Part] = []
         self._complete = False
 
-    def owner_alive(self) -> bool:
-        """Whether more records may come."""
-        return is_held(self.paths.own)
-
     def finish(self) -> None:
         """Delete the segment, whose records are all delivered; what is kept aside stays.
 
@@ -137,7 +133,7 @@ class Claim:
         """The parts there are now, in order."""
         if not self._complete:
             # In this order: a dead owner adds no part after the directory is read.
-            self._complete = not self.owner_alive()
+            self._complete = not is_held(self.paths.own)
             self._parts = _parts(self.paths, now=True)
         return self._parts
 
