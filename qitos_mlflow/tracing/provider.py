@@ -156,13 +156,7 @@ class NoOpSpan(Span):
 
     def __init__(self, data: Any = None) -> None:
         super().__init__("", "", data, mode=TracingMode.DISABLED)
-
-    def start(self) -> NoOpSpan:
-        """Nothing."""
-        return self
-
-    def finish(self, error: str | BaseException | None = None) -> None:
-        """Nothing."""
+        self._unfinished.clear()  # So nothing starts or finishes it.
 
     def set_output(self, output: Any) -> None:
         """Nothing."""
@@ -177,6 +171,8 @@ class NoOpTrace(Trace):
 
     def __init__(self) -> None:
         super().__init__("", "", mode=TracingMode.DISABLED)
+        self._unstarted.clear()
+        self._unended.clear()
 
     def create_span(
         self,
