@@ -64,7 +64,7 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
-    from qitos_mlflow.mlflow_plugin.destination import default_header
+    from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
 
@@ -77,7 +77,7 @@ def sync(
         ),
         # A segment whose own header is damaged goes where --tracking-uri says, or nowhere.
         "default_header": tracking_uri
-        and default_header(Settings.resolve(tracking_uri=tracking_uri), tracking_uri),
+        and segment_header(tracking_uri, Settings.resolve(tracking_uri=tracking_uri)),
     }
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")

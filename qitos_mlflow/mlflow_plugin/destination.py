@@ -36,11 +36,12 @@ def tracking_uri(settings: Settings) -> str | None:
     return None if uri is None else absolute(uri, working_directory())
 
 
-def segment_header(uri: str | None) -> bytes:
+def segment_header(uri: str | None, settings: Settings | None = None) -> bytes:
     """What a spool segment says of itself, as JSON: where its records go, and nothing else.
 
     Credentials are left out; the process that delivers the segment later supplies them as MLflow
-    does. How a trace is logged is in its own start: `run_settings`.
+    does. How a trace is logged is in its own start: `run_settings`. Only traces that the first
+    version of the spool's format recorded have none, and need the header to have `settings`.
 
     Raises:
         QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
@@ -52,7 +53,10 @@ def segment_header(uri: str | None) -> bytes:
             f"cannot log to {place!a}, whose name is not UTF-8: work in another directory, or "
             "set MLFLOW_TRACKING_URI to a server or an absolute path"
         )
-    header = {"tracking_uri": None if uri is None else without_credentials(uri), "cwd": cwd}
+    uri = None if uri is None else without_credentials(uri)
+    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd}
+    if settings is not None:
+        header |= run_settings(settings)
     return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
 
 
@@ -72,14 +76,6 @@ def run_settings(settings: Settings) -> RunSettings:
     # Names that the system has in another encoding are there for people to read.
     cleaned: RunSettings = json.loads(_in_utf8(json.dumps(found, ensure_ascii=False)))
     return cleaned
-
-
-def default_header(settings: Settings, uri: str) -> bytes:
-    """The header for a segment whose own is damaged: where its records go, and how it is logged.
-
-    Traces that the first version of the spool's format recorded have no settings of their own.
-    """
-    return orjson.dumps({**orjson.loads(segment_header(uri)), **run_settings(settings)})
 
 
 _ACCESS = (

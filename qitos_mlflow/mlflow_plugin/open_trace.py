@@ -24,7 +24,6 @@ class OpenTrace(TraceRecorder):
         run: its run, once there is one.
         active: that run as MLflow's active run.
         autolog: makes MLflow's own spans children of its spans; None if that is another's task.
-        end_received: `on_trace_end` was called.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class OpenTrace(TraceRecorder):
             content=settings.capture_content and tracing.content_allowed(trace),
             run_settings=run_settings,
         )
-        self.end_received = False
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow._guard import log
+from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
     MlflowPipeline,
     destination_key,
@@ -111,14 +112,12 @@ class MlflowPlugin:
     def qitos_trace_end(self, trace: Any) -> None:
         """Record the end with its status, and give MLflow's active run back."""
         open_trace = self._recorder.get(str(trace.trace_id))
-        if open_trace is None or open_trace.end_received:
+        if open_trace is None or open_trace.run.left_open:
             return
-        open_trace.end_received = True
-        if open_trace.ended:  # By `close`, from any thread.
-            open_trace.active.leave(open=False)
-            return
+        # One that has ended was closed early, from any thread.
+        stays_open = not (open_trace.ended or self.settings.auto_end_run)
         open_trace.end(trace)
-        open_trace.active.leave(open=not self.settings.auto_end_run)
+        open_trace.active.leave(open=stays_open)
         self._call_if_idle()
 
     @hookimpl
@@ -147,10 +146,13 @@ class MlflowPlugin:
             self._when_idle()
 
 
+def require_mlflow() -> None:
+    """Raise `MissingMlflowError` if mlflow is not installed."""
+    if find_spec("mlflow") is None:  # Not imported: what that costs: docs/transport.md.
+        raise MissingMlflowError("mlflow is not installed; install it with: pip install mlflow")
+
+
 def entry_point() -> MlflowPlugin:
     """What the entry point names: the plugin as the loader builds it, from the environment."""
-    from qitos_mlflow.errors import MissingMlflowError
-
-    if find_spec("mlflow") is None:
-        raise MissingMlflowError("mlflow is not installed; install it with: pip install mlflow")
+    require_mlflow()
     return MlflowPlugin(Settings.resolve(), Origin.INSTALLED)

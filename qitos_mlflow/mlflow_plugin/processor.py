@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow.bridge import ensure_bridge
-from qitos_mlflow.errors import MissingMlflowError
-from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
+from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, require_mlflow
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.settings import Settings
 
-if find_spec("mlflow") is None:  # Looked for, not imported: what that costs: docs/transport.md.
-    raise MissingMlflowError(
-        "MlflowTraceProcessor needs mlflow, which is not installed; "
-        "install it with: pip install mlflow"
-    )
+require_mlflow()
 
 
 class _Default(str):
