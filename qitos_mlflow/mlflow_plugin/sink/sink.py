@@ -10,6 +10,7 @@ One sink serves traces of any experiment and settings: each `trace_start` brings
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -21,7 +22,8 @@ from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
-from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
@@ -211,3 +213,32 @@ def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:
         if not items:
             return
         yield items
+
+
+def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
+    """The transport for `uri`; None means MLflow's default as of the directory `cwd`.
+
+    Imports mlflow only if the destination needs it.
+    """
+    if uri is None or not is_http(uri):
+        from qitos_mlflow.mlflow_plugin.server import mlflow_client
+
+        cwd = cwd or working_directory()
+        store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
+        return mlflow_client.StoreTransport(store)
+    if not _needs_mlflow():
+        return RestTransport(uri)
+    from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
+
+    return RestTransport(uri, mlflow_requester(uri))
+
+
+def _needs_mlflow() -> bool:
+    """Whether http destinations need mlflow's own client, by its settings or its plugins."""
+    for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            return True
+    from importlib_metadata import entry_points
+
+    providers = entry_points(group="mlflow.request_header_provider")
+    return any(not provider.value.startswith("mlflow.") for provider in providers)

@@ -18,11 +18,10 @@ from qitos_mlflow.mlflow_plugin.destination import segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
-from qitos_mlflow.mlflow_plugin.server.open_transport import open_transport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list, trace_cost
-from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
 from qitos_mlflow.mlflow_plugin.sink.trace_cost import COST_TRIES, PAUSE_S
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
