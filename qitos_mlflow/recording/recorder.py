@@ -87,15 +87,15 @@ class Recorder(Generic[T]):
             self._traces[trace_id] = trace
             traces = list(self._traces.items())
             for index, (old_id, old) in enumerate(traces[:-ENDED_TRACES]):
-                unfinished = old.unfinished_spans
-                if old.ended and (not unfinished or index < len(traces) - UNFINISHED_TRACES):
+                open_spans = old.unfinished_spans
+                if old.ended and (not open_spans or index < len(traces) - UNFINISHED_TRACES):
                     self._traces.pop(old_id, None)
-                    if unfinished:
-                        old.pipeline.stats.drop("forgotten", unfinished)
+                    if open_spans:
+                        old.pipeline.stats.drop("forgotten", open_spans)
                         warn(
                             "recorder.forgotten",
                             "%s spans of a trace that ended long ago have not ended; they are lost",
-                            unfinished,
+                            open_spans,
                         )
 
     def lose_span(self, trace_id: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from traceback import walk_tb
 from typing import Any
 
 from qitos_mlflow.recording.to_json import finite, text_of
@@ -34,12 +34,10 @@ def describe(error: BaseException, content: bool) -> dict[str, Any]:
     """
     if not content:
         return {"type": type(error).__qualname__, "message": WITHHELD}
-    frames: list[tuple[str, int, str]] = []
-    step: TracebackType | None = error.__traceback__
-    while step is not None:
-        code = step.tb_frame.f_code
-        frames.append((code.co_filename, step.tb_lineno, code.co_name))
-        step = step.tb_next
+    frames = [
+        (frame.f_code.co_filename, line, frame.f_code.co_name)
+        for frame, line in walk_tb(error.__traceback__)
+    ]
     return {
         "type": type(error).__qualname__,
         "message": text_of(error),
