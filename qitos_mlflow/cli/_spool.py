@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,20 +15,17 @@ from qitos_mlflow.errors import QitosMlflowError
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 DEFAULT_STORE = "MLflow's local store"
-
-
-def paths_argument(command: F) -> F:
-    """`PATH…`: spool directories, or single files of segments."""
-    return click.argument("paths", metavar="[PATH]...", nargs=-1, callback=_paths)(command)
 
 
 def _paths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Path, ...]:
     if "" in values:  # Such as an unset shell variable; Path("") is the working directory.
         raise click.BadParameter("a path is empty; leave it out for this user's spool")
     return tuple(map(Path, values))
+
+
+paths_argument = click.argument("paths", metavar="[PATH]...", nargs=-1, callback=_paths)
+"""`PATH…`: spool directories, or single files of segments."""
 
 
 def default_directory() -> Path:
