@@ -87,10 +87,6 @@ class SpanTree:
     news: bool = False
     info_ns: int = 0
 
-    def move(self) -> None:
-        """Begin anew on a server that has nothing of the trace."""
-        self.begun = self.root_closed = False
-
     @property
     def start_ns(self) -> int:
         """When the root started."""

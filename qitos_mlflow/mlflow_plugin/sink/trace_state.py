@@ -142,7 +142,7 @@ class TraceState:
         self.lost_spans = {}
         self.totals.params = []  # The end of a trace has them all again.
         if self.tree is not None:
-            self.tree.move()
+            self.tree.begun = self.tree.root_closed = False
 
     def creation_tags(self) -> list[tuple[str, str]]:
         """Tags that a new run is created with."""

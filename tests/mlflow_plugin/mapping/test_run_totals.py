@@ -137,6 +137,15 @@ def test_a_bad_score_is_left_out_and_counted(score: Any) -> None:
     assert ("qitos.values.dropped", "bad_value=1") in data.waiting.tags
 
 
+def test_scores_beyond_a_floats_range_do_not_stop_the_totals() -> None:
+    """The score that their sum has no room for is left out and counted; the run has its end."""
+    make = Records()
+    huge = make.span("critic", score=1.7e308)
+    data = fold(make.start(), huge, huge, make.end())
+    assert last(data)["critic/avg_score"] == 1.7e308
+    assert ("qitos.values.dropped", "bad_value=1") in data.waiting.tags
+
+
 def test_params_are_written_once() -> None:
     """The first value of a param stays, whatever later models and metadata say."""
     make = Records()
