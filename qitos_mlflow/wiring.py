@@ -50,8 +50,7 @@ def autolog(
     """
     global _autolog
     from qitos_mlflow import tracing
-    from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
-    from qitos_mlflow.mlflow_plugin.precedence import Origin
+    from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
     from qitos_mlflow.settings import Settings
 

@@ -13,8 +13,7 @@ import qitos  # noqa: F401 - it is imported before the package is asked for anyt
 import qitos_mlflow
 from qitos_mlflow import _startup, bridge, tracing, wiring
 from qitos_mlflow.errors import SettingsError
-from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin
-from qitos_mlflow.mlflow_plugin.precedence import Origin
+from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.tracing import create_trace
 from tests.undo import deactivate

@@ -1,7 +1,8 @@
 """MLflow as a trace plugin: hook calls in, records to `recording`; records back in, calls out.
 
-    plugin, open_trace      the hooks, and one trace on the agent's thread
-    processor, precedence   registering by hand, and which of several plugins logs a run
+    plugin                  the hooks, and which of several plugins logs a run
+    open_trace              one trace on the agent's thread
+    processor               registering by hand
     destination             where runs go, how they are logged, what MLflow adds to a pipeline
     fluent/                 MLflow's active run, and its own spans
     sink/, mapping/         records to calls; on the sending thread

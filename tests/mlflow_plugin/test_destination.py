@@ -15,11 +15,11 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.redact import without_credentials
 from qitos_mlflow.settings import Settings
 
-SECRET = "s3cr3t-of-somebody"
+SECRET = "s3cr3t-of-a-user"
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "shown"),
     [
         ("http://u:{}@host:5000/base", "http://host:5000/base"),
         ("http://{}@host", "http://host"),
@@ -35,9 +35,9 @@ SECRET = "s3cr3t-of-somebody"
         ("http://host/?token={}", "http://host/?token=[redacted]"),
     ],
 )
-def test_credentials_are_left_out(uri: str, told: str) -> None:
+def test_credentials_are_left_out(uri: str, shown: str) -> None:
     """Whatever the form of a URI, and whether it can be used or not."""
-    assert without_credentials(uri.format(SECRET)) == told
+    assert without_credentials(uri.format(SECRET)) == shown
 
 
 @pytest.mark.parametrize(

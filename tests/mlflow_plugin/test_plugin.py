@@ -25,8 +25,7 @@ import pytest
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
-from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, entry_point
-from qitos_mlflow.mlflow_plugin.precedence import Origin
+from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin, entry_point
 from qitos_mlflow.recording import recorder
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
@@ -204,7 +203,7 @@ def test_a_tool_error_is_the_tools(
 def test_odd_metadata_costs_no_trace_its_end(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled, metadata: dict[str, Any]
 ) -> None:
-    """Whatever somebody has written where a text belongs, the run ends."""
+    """Whatever is written where a text belongs, the run ends."""
     attach()
     with create_trace("agent") as trace:
         trace.metadata.update(metadata)
@@ -243,7 +242,7 @@ def test_a_bug_costs_no_trace_its_end(
 def test_a_processor_added_twice_logs_once(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled, when: str
 ) -> None:
-    """Everything is told to it twice, from the start or from some moment on, and recorded once."""
+    """It gets everything twice, from the start or from some moment on, and recorded once."""
     processor = attach()
     if when == "before":
         tracing.add_trace_processor(processor)
@@ -296,7 +295,7 @@ def test_ctrl_c_costs_no_trace_its_end(
 
 
 class Unreadable(tracing.SpanData):
-    """Data of somebody's own that cannot be exported."""
+    """Data of a user's class that cannot be exported."""
 
     @property
     def type(self) -> str:
@@ -364,7 +363,7 @@ def test_what_ends_after_its_trace_is_numbered(
     start, *others = records()
     spans = [record for record in others if record["kind"] == "span"]
     assert [span.get("late") for span in spans] == [None, 1, 2]
-    # Whoever delivers them may not know the trace any more.
+    # What delivers them may not know the trace any more.
     assert [span.get("settings") for span in spans] == [None, *[start["settings"]] * 2]
 
 
@@ -396,7 +395,7 @@ def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProces
 def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
     """Its trace is the parent's: the child warns, its flush says so, and `status` will.
 
-    What the parent began is the parent's alone, whoever leaves it.
+    What the parent began is the parent's alone, in whichever process it is left.
     """
     script = """
         import os, sys
@@ -610,7 +609,7 @@ def test_the_entry_point_makes_a_plugin_that_was_merely_installed(
 def test_the_destination_of_each_trace_is_looked_up_when_it_starts(
     attach: Callable[..., MlflowTraceProcessor], spool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where MLflow is told to log elsewhere in between, the next trace goes there."""
+    """If MLflow is set to log elsewhere in between, the next trace goes there."""
     processor = attach()
     for uri in ("http://one.test", "http://two.test", "http://one.test"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

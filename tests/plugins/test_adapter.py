@@ -360,10 +360,10 @@ def test_force_flush_that_fails_is_false(swallowed: list[Any]) -> None:
 def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each plugin gets the seconds that are left, never less than zero."""
     clock = Clock()
-    told: list[float | None] = []
+    given: list[float | None] = []
 
     def flush(timeout_s: float | None) -> None:
-        told.append(timeout_s)
+        given.append(timeout_s)
         clock.now += 3
 
     monkeypatch.setattr(adapter_module, "time", clock)
@@ -371,10 +371,10 @@ def test_force_flush_passes_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         {str(number): plugin("qitos_force_flush", flush) for number in range(3)}
     )
     processor.force_flush(5)
-    assert told == [5, 2, 0]
-    told.clear()
+    assert given == [5, 2, 0]
+    given.clear()
     processor.force_flush()
-    assert told == [None] * 3
+    assert given == [None] * 3
 
 
 def test_register_and_unregister() -> None:

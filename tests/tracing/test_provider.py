@@ -308,17 +308,17 @@ def test_ids_are_uuids() -> None:
 
 def test_flush_and_shutdown_reach_the_processors() -> None:
     """The provider flushes and shuts down what is attached to it."""
-    told: list[str] = []
+    called: list[str] = []
 
     class Closing(Recorder):
         def shutdown(self) -> None:
-            told.append("shutdown")
+            called.append("shutdown")
 
         def force_flush(self) -> bool:
-            told.append("force_flush")
+            called.append("force_flush")
             return False
 
     provider = TracingProvider([Closing()])
     assert provider.force_flush() is False
     provider.shutdown()
-    assert told == ["force_flush", "shutdown"]
+    assert called == ["force_flush", "shutdown"]

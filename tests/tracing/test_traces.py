@@ -291,11 +291,11 @@ def test_finish_counts_once() -> None:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(finish, range(8)))
-        told = span.error
+        first = span.error
         span.finish("too late")
         span.start()
     assert recorder.names == ["trace_start", "span_start", "span_end", "trace_end"]
-    assert span.error == told != "too late"
+    assert span.error == first != "too late"
 
 
 def test_finish_takes_exceptions() -> None:
