@@ -25,7 +25,7 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     data = mapping(record.get("data"))
     verdict = mapping(data.get("output_content"))
     score = data.get("score")
-    value: Any = limits.clean_metric(None if isinstance(score, str) else score)
+    value: Any = limits.clean_metric(None if isinstance(score, (str, bool)) else score)
     if value is None:
         value = verdict.get("action")
     if not isinstance(value, (str, float)):

@@ -61,7 +61,6 @@ _ILLEGAL = re.compile(r"[^/\w.\- :]")
 _HASH_CHARS = 6
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_CUT = "…"
 
 
 def clean_key(name: object, max_chars: int = KEY_CHARS) -> str:
@@ -98,12 +97,11 @@ def clean_text(value: object, max_chars: int, lost: Counter[str] | None = None) 
     in ``…`` and counts as ``text_trimmed``, replaced characters as ``text_characters``.
     """
     text = value if isinstance(value, str) else str(value)
-    kept = text[:max_chars]
     if len(text) > max_chars:
-        kept = text[: max(0, max_chars - len(_CUT))] + _CUT
+        text = text[: max_chars - 1] + "…"
         _count(lost, "text_trimmed")
-    clean = encodable(kept.replace("\0", "\ufffd"))
-    if clean != kept:
+    clean = encodable(text.replace("\0", "\ufffd"))
+    if clean != text:
         _count(lost, "text_characters")
     return clean
 
@@ -113,24 +111,17 @@ def encodable(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def clean_metric(
-    value: Any, lost: Counter[str] | None = None, *, booleans: bool = False
-) -> float | None:
+def clean_metric(value: Any, lost: Counter[str] | None = None) -> float | None:
     """`value` as a finite float, or None, counted as ``bad_value``, when it is not a number.
 
-    None is an absent value and not counted. A text that holds a finite number counts as a number.
-    NaN breaks the charts of MLflow's run page, infinity is stored as 1.8e308, and anything that is
-    no number fails the whole batch (all: run).
-
-    Args:
-        value: anything.
-        lost: where to count.
-        booleans: take True as 1 and False as 0; otherwise they are not numbers.
+    None is an absent value and not counted. A text that holds a finite number counts as a number,
+    True as 1 and False as 0. NaN breaks the charts of MLflow's run page, infinity is stored as
+    1.8e308, and anything that is no number fails the whole batch (all: run).
     """
     if value is None:
         return None
     try:
-        number = math.nan if isinstance(value, bool) and not booleans else float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isfinite(number):

@@ -102,7 +102,7 @@ class RunTotals:
             numbers = self._totals(mapping(record.get("metadata")))
         at_ms = clean_ms(fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns"))
         for key, value in [*numbers.items(), *added(record, "metrics").items()]:
-            number = clean_metric(value, lost, booleans=True)
+            number = clean_metric(value, lost)
             if number is not None:
                 run.metrics.append(Metric(key, number, at_ms, step))
         if record["kind"] == "trace_end":
@@ -189,7 +189,7 @@ class RunTotals:
     def _count_score(self, raw: Any) -> float | None:
         if raw is None:
             return None
-        score = None if isinstance(raw, str) else clean_metric(raw)
+        score = None if isinstance(raw, (str, bool)) else clean_metric(raw)
         number, total, lowest, highest = self.scores or (0, 0.0, math.inf, -math.inf)
         if score is None or math.isinf(total + score):
             self.facts.lost["bad_value"] += 1
