@@ -54,12 +54,8 @@ REQUIRED = frozenset(
 
 def find_spec() -> ModuleSpec | None:
     """The spec that other finders have for the host's `qitos.tracing`; imports nothing."""
-    host = sys.modules.get("qitos")
-    if host is not None:
-        path = getattr(host, "__path__", None)
-    else:
-        spec = spec_from(sys.meta_path, "qitos", None)
-        path = None if spec is None else spec.submodule_search_locations
+    host = sys.modules.get("qitos") or spec_from(sys.meta_path, "qitos", None)
+    path = getattr(host, "__path__", None) or getattr(host, "submodule_search_locations", None)
     return None if path is None else spec_from(sys.meta_path, HOST, path)
 
 
