@@ -51,7 +51,7 @@ class FakeTransport:
         return self.runs[run_id]
 
     def experiment_id(self, name: str, timeout_s: float) -> str:
-        return self._answer("experiment_id", name, lambda: "7")
+        return self._answer("experiment_id", name, lambda: "8" if name == "another" else "7")
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         prefix = "run-" if self.host == "fake.test" else f"{self.host}-"

@@ -12,6 +12,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,9 +232,10 @@ class StoreTransport(Transport):
             self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
-        with _failures():
-            converted = [entities.Span.from_otel_proto(span) for span in spans]
-            self._tracing.log_spans(experiment_id, converted)
+        for _, of_trace in groupby(spans, lambda span: span.trace_id):
+            with _failures():
+                converted = [entities.Span.from_otel_proto(span) for span in of_trace]
+                self._tracing.log_spans(experiment_id, converted)
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         total = MetricAggregation(AggregationType.SUM)

@@ -127,7 +127,7 @@ class Transport(Protocol):
         """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
-        """Create or replace spans of one trace."""
+        """Create or replace spans, of any traces of the experiment; those of one trace in a row."""
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         """The sum of a metric over spans; None if none of them has it.

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -45,6 +46,7 @@ class Call:
         send: makes the request; gets the trace, the items and a timeout in seconds.
         items: what the request carries; a refusal is traced to single ones by splitting.
         checked: the server has said that it does not refuse the run.
+        alone: it failed as part of a request for several traces.
         failures: for each kind of failure how often the call has failed so, and since when
             (seconds, monotonic clock); its halves go on counting.
     """
@@ -53,6 +55,7 @@ class Call:
     send: Callable[[TraceState, Sequence[Any], float], None]
     items: Sequence[Any]
     checked: bool = False
+    alone: bool = False
     failures: dict[type[Exception], tuple[int, float]] = field(default_factory=dict)
 
     def fails_on(self, kind: type[Exception]) -> bool:
@@ -61,6 +64,12 @@ class Call:
         times, since = self.failures.get(kind, (0, now))
         self.failures[kind] = (times + 1, since)
         return times + 1 >= FAILING_TRIES and now - since >= FAILING_S
+
+    def shares_request(self, other: Call) -> bool:
+        """Whether one request may carry both: spans of traces in one experiment."""
+        spans = all(isinstance(call.items[0], Span) and not call.alone for call in (self, other))
+        runs = self.trace.run, other.trace.run
+        return spans and len({run.experiment_id for run in runs if run}) == 1
 
 
 class CallList:
@@ -100,6 +109,10 @@ class CallList:
         return self._dead
 
     def _make(self, call: Call, timeout_s: float) -> None:
+        together = [*takewhile(call.shares_request, self._calls)]
+        if len(together) > 1:
+            self._make_together(together, timeout_s)
+            return
         try:
             call.send(call.trace, call.items, timeout_s)
         except Refused as refusal:
@@ -117,6 +130,20 @@ class CallList:
             raise
         else:
             self._calls.popleft()
+
+    def _make_together(self, calls: Sequence[Call], timeout_s: float) -> None:
+        """Write spans of several traces in one request; if that fails, each trace is on its own."""
+        try:
+            spans = [span for call in calls for span in call.items]
+            calls[0].send(calls[0].trace, spans, timeout_s)
+        except (Refused, Poisoned, RetryLater) as failure:
+            for call in calls:
+                call.alone = True
+            if isinstance(failure, RetryLater):
+                raise
+        else:
+            for _ in calls:
+                self._calls.popleft()
 
     def _give_up(self, call: Call, reason: str, timeout_s: float) -> None:
         """Leave the call out: one of several items, or the whole trace if its run is refused."""

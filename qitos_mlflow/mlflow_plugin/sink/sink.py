@@ -171,28 +171,27 @@ class MlflowSink:
         # First, because an agent may be waiting for its run.
         calls = [Call(trace, operations.create_run, ["run"]) for trace in traces if not trace.run]
         for trace in traces:
-            calls += self._calls_of(trace)
+            calls += [Call(trace, operations.log, items) for items in _batches(trace.waiting)]
+            files = trace.waiting.artifacts
+            calls += [Call(trace, operations.write_artifact, [file]) for file in files]
+        # One after the other, so that one request may carry them. Infos follow (see `span_tree`).
+        calls += [
+            Call(trace, operations.write_spans, distinct(trace.waiting.spans))
+            for trace in traces
+            if trace.waiting.spans
+        ]
+        for trace in traces:
+            # What comes after a trace's end does not change what is known of it.
+            known = trace.facts.started or trace.facts.ended
+            if known and trace.tree is not None and trace.tree.changed:
+                calls.append(Call(trace, operations.write_info, [trace.tree.info()]))
+                trace.tree.info_made()
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [Call(trace, operations.end_run, ["end"]) for trace in traces if trace.facts.ended]
         for trace_id, trace in touched.items():
             if trace.facts.ended or not trace.facts.started:
                 del self._traces[trace_id]
         self._prepared = CallList(operations, calls, dead)
-
-    def _calls_of(self, trace: TraceState) -> Iterator[Call]:
-        """The calls for what waits of a trace whose run is there."""
-        operations, waiting, facts, tree = self._operations, trace.waiting, trace.facts, trace.tree
-        for items in _batches(waiting):
-            yield Call(trace, operations.log, items)
-        for artifact in waiting.artifacts:
-            yield Call(trace, operations.write_artifact, [artifact])
-        # Spans first, then the info of their trace (see `span_tree`).
-        if waiting.spans:
-            yield Call(trace, operations.write_spans, distinct(waiting.spans))
-        # What comes after a trace's end does not change what is known of it.
-        if tree is not None and tree.changed and (facts.started or facts.ended):
-            yield Call(trace, operations.write_info, [tree.info()])
-            tree.info_made()
 
 
 def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -830,3 +831,30 @@ def test_a_store_that_cannot_be_opened_refuses_no_record(uri: str) -> None:
     """An unusable destination says nothing about the records: they are kept for a better one."""
     with pytest.raises(RetryLater, match="cannot be opened"):
         open_transport(uri)
+
+
+def test_spans_of_several_traces_go_in_one_request(server: FakeTransport) -> None:
+    """One request carries those of an experiment, so traces at once cost few requests."""
+    other = {"settings": {**SETTINGS, "experiment_name": "another"}}
+    records = [*a_trace("one"), *a_trace("two"), *a_trace("three")]
+    elsewhere = [{**record, **other} for record in a_trace("four")]
+    assert deliver(sink_to(server), *records, *elsewhere) == []
+    assert server.calls.count("write_spans") == 2
+    assert server.calls.index("write_spans") < server.calls.index("write_trace")
+
+
+@pytest.mark.parametrize("failure", [Refused("BAD", "no"), Poisoned("HTTP 500"), RetryLater("no")])
+def test_a_request_for_several_traces_that_fails_is_made_for_each(
+    server: FakeTransport, failure: Exception
+) -> None:
+    """What one trace causes does not keep back the others' spans."""
+    server.fail = lambda call, spans: (
+        failure if call == "write_spans" and len(set(server.runs)) == 2 and len(spans) > 4 else None
+    )
+    sink = sink_to(server)
+    sink.prepare(lines(*a_trace("one"), *a_trace("two")))
+    with suppress(RetryLater):
+        sink.send(TIMEOUT_S)
+    assert sink.send(TIMEOUT_S) == []
+    assert server.calls.count("write_spans") == 3
+    assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
