@@ -2,7 +2,7 @@
 
 A place that must not raise is a ``with shield(...)``, or catches ``Exception`` and hands it to
 `report`: where every tenth of a microsecond counts, or something else is to be done. Tests listen
-through `watch` and fail on anything reported, so that a swallowed bug is never a silent one.
+through `watchers` and fail on anything reported, so that a swallowed bug is never a silent one.
 Every log line of the package goes through `log`, most of them by way of `warn` or `report`.
 """
 
@@ -17,7 +17,9 @@ LOG_EVERY_S = 60.0
 
 _log = logging.getLogger("qitos_mlflow")
 _last_logged: dict[str, float] = {}
-_watchers: list[Callable[[str, BaseException], None]] = []
+
+watchers: list[Callable[[str, BaseException], None]] = []
+"""Called with everything that is reported."""
 
 
 def report(where: str, error: BaseException) -> None:
@@ -32,7 +34,7 @@ def report(where: str, error: BaseException) -> None:
     try:
         warn(where, "%s failed: %s", where, in_words(error))
         log(logging.DEBUG, "traceback of the failure in %s", where, error=error)
-        for watcher in list(_watchers):
+        for watcher in list(watchers):
             watcher(where, error)
     except Exception:  # noqa: BLE001 - a log handler's or a watcher's own failure
         pass
@@ -79,9 +81,3 @@ def in_words(error: BaseException) -> str:
     except Exception:  # noqa: BLE001 - an exception class of the user's
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def watch(watcher: Callable[[str, BaseException], None]) -> Callable[[], None]:
-    """Call `watcher` with everything reported from now on; returns a function that stops that."""
-    _watchers.append(watcher)
-    return lambda: _watchers.remove(watcher)

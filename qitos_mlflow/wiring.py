@@ -52,32 +52,25 @@ def autolog(
     from qitos_mlflow import tracing
     from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-    from qitos_mlflow.settings import Settings
 
     with _lock:
-        settings = None
+        new = None
         if not disable:
-            settings = Settings.resolve(
-                experiment_name=experiment_name,
-                run_name=run_name,
-                tracking_uri=tracking_uri,
-                tags=tags,
-                **options,
-            )
+            new = MlflowTraceProcessor(experiment_name, run_name, tracking_uri, tags, **options)
+            new.mlflow_plugin.origin = Origin.AUTOLOG
         elif _adapter is not None:
             plugin: Any = _adapter.plugins.get("mlflow")
             if isinstance(plugin, MlflowPlugin):
                 plugin.retire(partial(_adapter.unregister, "mlflow"))
         if _autolog is not None:
-            if _autolog.mlflow_plugin.settings == settings and _autolog in tracing.processors():
+            same = new is not None and new.mlflow_plugin.settings == _autolog.mlflow_plugin.settings
+            if same and _autolog in tracing.processors():
                 return
             # Stop notifying it once its open runs have ended.
             _autolog.mlflow_plugin.retire(partial(tracing.remove_trace_processor, _autolog))
-            _autolog = None
-        if settings is not None:
-            _autolog = MlflowTraceProcessor(**vars(settings))
-            _autolog.mlflow_plugin.origin = Origin.AUTOLOG
-            tracing.add_trace_processor(_autolog)
+        _autolog = new
+        if new is not None:
+            tracing.add_trace_processor(new)
 
 
 def activate() -> None:

@@ -31,9 +31,9 @@ def _nothing_swallowed(request: pytest.FixtureRequest) -> Iterator[list[tuple[st
     A test about such failures takes the fixture `swallowed` and clears the list.
     """
     seen: list[tuple[str, BaseException]] = []
-    stop = _guard.watch(lambda where, error: seen.append((where, error)))
+    _guard.watchers.append(watcher := lambda where, error: seen.append((where, error)))
     yield seen
-    stop()
+    _guard.watchers.remove(watcher)
     assert not seen, f"swallowed: {seen}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import log
+from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
     MlflowPipeline,
@@ -24,15 +25,22 @@ from qitos_mlflow.mlflow_plugin.destination import (
     run_settings,
     tracking_uri,
 )
-from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use, parent_run_id
-from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
-from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
+from qitos_mlflow.mlflow_plugin.fluent.active_run import (
+    ActiveRun,
+    let_go,
+    mlflow_in_use,
+    parent_run_id,
+)
+from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.recording import process_exit
+from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.recorder import Recorder
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 process_exit.at_last.append(let_go)
@@ -46,39 +54,61 @@ class Origin(IntEnum):
     BY_HAND = 2
 
 
-def reason_to_stand_down(origin: Origin, settings: Settings) -> tuple[int, str] | None:
-    """Why a plugin must not log a run that starts now, None if it logs it. Costs microseconds.
+class OpenTrace(TraceRecorder):
+    """A trace that is recorded for MLflow.
 
-    Another plugin with a higher `Origin` logs it, or the host's own processor does. A plugin that
-    is only installed also needs a destination. The reason is what to log, once: level and message.
-
-    Args:
-        origin: how the plugin was registered.
-        settings: the plugin's.
+    Attributes:
+        run: its run, once there is one.
+        active: that run as MLflow's active run.
+        autolog: makes MLflow's own spans children of its spans; None if that is another's task.
     """
-    if origin is Origin.BY_HAND:
-        return None
-    for processor in tracing.processors():
-        plugin = getattr(processor, "mlflow_plugin", None)
-        if plugin is not None:
-            if plugin.origin > origin:
-                return logging.DEBUG, "another processor that logs to MLflow takes precedence"
-            continue
-        for base in type(processor).__mro__:
-            if base.__name__ == "MlflowTraceProcessor":
-                return logging.WARNING, (
-                    "this package logs nothing, because the host's own "
-                    f"{base.__module__}.MlflowTraceProcessor is registered. To use this package, "
-                    "remove that processor, or register qitos_mlflow.MlflowTraceProcessor in its "
-                    "place."
-                )
-    given = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE)
-    if origin is Origin.AUTOLOG or given or Selection.from_environ().asks_for("mlflow"):
-        return None
-    return logging.INFO, (
-        "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
-        "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store."
-    )
+
+    def __init__(
+        self,
+        trace: Any,
+        pipeline: RecordPipeline,
+        settings: Settings,
+        run_settings: RunSettings,
+        uri: str | None,
+    ) -> None:
+        super().__init__(
+            trace,
+            pipeline,
+            settings,
+            content=settings.capture_content and tracing.content_allowed(trace),
+            run_settings=run_settings,
+        )
+        self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
+        self.active = ActiveRun(
+            self.run,
+            uri,
+            adopt_uri=not settings.auto_end_run,
+            on_push=process_exit.end_first,
+        )
+        host_id = str(trace.trace_id)
+        # Of two processors that log one trace to one server, the first has MLflow's own spans.
+        nests = settings.log_traces and self.id == host_id
+        self.autolog = AutologSpans(host_id, self.run, uri) if nests else None
+
+    @staticmethod
+    def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
+        """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED. Pure."""
+        # Any code writes the metadata: what is no text may not even be comparable.
+        status, reason = (
+            value if isinstance(value, str) else None
+            for value in (metadata.get("status"), metadata.get("stop_reason"))
+        )
+        if status == "interrupted":
+            return "KILLED"
+        if failure is not None:
+            return "FAILED" if isinstance(failure, Exception) else "KILLED"
+        if status == "error" or reason in ERROR_STOPS:
+            return "FAILED"
+        return "FINISHED"
+
+    def tags(self) -> Mapping[str, str]:
+        """The tags that were set on the trace through MLflow."""
+        return {} if self.autolog is None else self.autolog.end()
 
 
 class MlflowPlugin:
@@ -103,7 +133,7 @@ class MlflowPlugin:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
         if self._recorder.closed or self._when_idle:
             return False
-        reason = reason_to_stand_down(self.origin, self.settings)
+        reason = self._reason_to_stand_down()
         if reason is not None and reason not in self._said:
             self._said.add(reason)
             log(*reason)
@@ -187,6 +217,37 @@ class MlflowPlugin:
     @cached_property
     def _run_settings(self) -> RunSettings:
         return run_settings(self.settings)
+
+    def _reason_to_stand_down(self) -> tuple[int, str] | None:
+        """Why this must not log a run that starts now, None if it logs it. Costs microseconds.
+
+        Another plugin with a higher `Origin` logs it, or the host's own processor does. A plugin
+        that is only installed also needs a destination. The reason is what to log, once: level and
+        message.
+        """
+        if self.origin is Origin.BY_HAND:
+            return None
+        for processor in tracing.processors():
+            plugin = getattr(processor, "mlflow_plugin", None)
+            if plugin is not None:
+                if plugin.origin > self.origin:
+                    return logging.DEBUG, "another processor that logs to MLflow takes precedence"
+                continue
+            for base in type(processor).__mro__:
+                if base.__name__ == "MlflowTraceProcessor":
+                    return logging.WARNING, (
+                        "this package logs nothing, because the host's own "
+                        f"{base.__module__}.MlflowTraceProcessor is registered. To use this "
+                        "package, remove that processor, or register "
+                        "qitos_mlflow.MlflowTraceProcessor in its place."
+                    )
+        given = self.settings.tracking_uri or os.environ.get(TRACKING_VARIABLE)
+        if self.origin is Origin.AUTOLOG or given or Selection.from_environ().asks_for("mlflow"):
+            return None
+        return logging.INFO, (
+            "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
+            "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store."
+        )
 
     def _call_if_idle(self) -> None:
         if self._when_idle is not None and all(one.ended for one in self._recorder.traces):

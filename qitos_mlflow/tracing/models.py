@@ -311,7 +311,8 @@ class Trace:
         _open_spans.set(_still_open(_open_spans.get()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_processor": None}
+        # Entering and leaving a snapshot does nothing: it may have the live spans.
+        return {**self.__dict__, "_processor": None, "_unstarted": [], "_unended": []}
 
     def __repr__(self) -> str:
         return f"<Trace {self.name!r} {self.trace_id}, {len(self._spans)} spans>"

@@ -104,6 +104,17 @@ class TracingProvider:
         return self._multi_processor.force_flush()
 
 
+def _redacting(event: str) -> Any:
+    """A method that passes `event` on with a copy of the trace or span."""
+
+    def method(self: _RedactingProcessor, item: Any) -> None:
+        with shield("tracing.redaction"):
+            copied = _redacted_trace(item) if isinstance(item, Trace) else _redacted_span(item)
+            getattr(self._delegate, event)(copied)
+
+    return method
+
+
 class _RedactingProcessor(TraceProcessor):
     """Passes each event to another processor, with a copy without content.
 
@@ -113,21 +124,10 @@ class _RedactingProcessor(TraceProcessor):
     def __init__(self, delegate: TraceProcessor) -> None:
         self._delegate = delegate
 
-    def on_trace_start(self, trace: Trace) -> None:
-        with shield("tracing.redaction"):
-            self._delegate.on_trace_start(_redacted_trace(trace))
-
-    def on_trace_end(self, trace: Trace) -> None:
-        with shield("tracing.redaction"):
-            self._delegate.on_trace_end(_redacted_trace(trace))
-
-    def on_span_start(self, span: Span) -> None:
-        with shield("tracing.redaction"):
-            self._delegate.on_span_start(_redacted_span(span))
-
-    def on_span_end(self, span: Span) -> None:
-        with shield("tracing.redaction"):
-            self._delegate.on_span_end(_redacted_span(span))
+    on_trace_start = _redacting("on_trace_start")
+    on_trace_end = _redacting("on_trace_end")
+    on_span_start = _redacting("on_span_start")
+    on_span_end = _redacting("on_span_end")
 
 
 def _redacted_span(span: Span) -> Span:

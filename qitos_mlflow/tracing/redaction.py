@@ -68,7 +68,10 @@ NAME_CHARS = 256
 
 def redacted_export(exported: Mapping[str, Any]) -> dict[str, Any]:
     """`exported` (of any span data, on any host) with everything but structure redacted."""
-    return {name: redacted_field(name, value) for name, value in exported.items()}
+    return {
+        name: _structure(value) if name in STRUCTURAL_FIELDS else _content(value)
+        for name, value in exported.items()
+    }
 
 
 def redacted_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +98,6 @@ def redacted_exception(error: BaseException) -> BaseException:
             continue
         return stand_in
     return Exception(REDACTED)
-
-
-def redacted_field(name: str, value: Any) -> Any:
-    """`value` of a field of span data; `REDACTED` unless the field is structure."""
-    return _structure(value) if name in STRUCTURAL_FIELDS else _content(value)
 
 
 def _content(value: Any) -> Any:
@@ -141,8 +139,8 @@ class RedactingSpanData:
 
     def __init__(self, span_data: Any) -> None:
         # object.__setattr__: span data of the user's own may be frozen.
-        for name, value in _attributes(span_data).items():
-            object.__setattr__(self, name, redacted_field(name, value))
+        for name, value in redacted_export(_attributes(span_data)).items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "_type", str(getattr(span_data, "type", "custom")))
 
     @property

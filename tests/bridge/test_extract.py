@@ -20,7 +20,7 @@ from qitos_mlflow.bridge.outcome import (
     outcome_of,
     outcome_of_exception,
 )
-from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
+from qitos_mlflow.mlflow_plugin.plugin import OpenTrace
 
 
 @pytest.mark.parametrize(

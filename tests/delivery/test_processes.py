@@ -30,7 +30,7 @@ from tests.fakes.sink import FakeServer, FakeSink, left_behind, make_pipeline, n
 spool = Path(sys.argv[1])
 server = FakeServer()
 logging.getLogger("qitos_mlflow").setLevel(logging.ERROR)  # Outages are no news here.
-_guard.watch(lambda where, error: print("swallowed", where, repr(error), file=sys.stderr))
+_guard.watchers.append(lambda where, error: print("swallowed", where, repr(error), file=sys.stderr))
 """
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals or resource limits")
 

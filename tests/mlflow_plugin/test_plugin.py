@@ -24,8 +24,7 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
-from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
-from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin, entry_point
+from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, OpenTrace, Origin, entry_point
 from qitos_mlflow.recording import recorder
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings

@@ -420,7 +420,7 @@ def test_metadata_is_the_trace_s_own() -> None:
 
 
 def test_copies_are_snapshots() -> None:
-    """A copied or pickled span keeps its attributes and notifies no processor."""
+    """A copied or pickled span or trace keeps its attributes and notifies no processor."""
     recorder = Recorder()
     with a_trace(recorder) as trace:
         span = step(trace).start()
@@ -428,8 +428,11 @@ def test_copies_are_snapshots() -> None:
             other.finish()
             assert other.export()["span_id"] == span.span_id
             assert isinstance(other.data, StepSpanData)
-        assert recorder.objects("span_end") == []
+        with copy.copy(trace) as other_trace:
+            assert other_trace.spans == [span]
+        assert recorder.objects("span_end") == recorder.objects("trace_end") == []
         assert span.ended_at is None
+    assert recorder.objects("trace_end") == [trace]
 
 
 def test_spans_are_not_kept_alive() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,13 @@ from qitos_mlflow._usage import parse_usage
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
 from qitos_mlflow.mlflow_plugin.mapping.limits import (
+    PARAM_CHARS,
     clean_key,
     clean_metric,
     clean_ms,
     clean_text,
     mapping,
 )
-from qitos_mlflow.mlflow_plugin.mapping.params import new_params
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, read, read_all
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, added
 from qitos_mlflow.recording.record import Record, SpanEnd
@@ -51,6 +51,19 @@ NAME_IN_KEY_CHARS = 200
 
 SAMPLE_SIZE = 64
 """Latencies kept of a tool. Up to here percentiles are exact; beyond, those of an even sample."""
+
+MAX_PARAMS = 500
+"""Params of one run; metadata beyond is counted as ``too_many_params``."""
+
+MAX_NESTING = 8
+"""Levels of nested metadata that become params."""
+
+_NOT_PARAMS = frozenset(
+    # How the run went: tags, metrics and status. A param is an input of the run.
+    {"stop_reason", "final_result", "success", "status", "error", "qitos.closed", "qitos.killed"}
+    # Ties to other traces.
+    | {"linked_trace_id", "linked_span_id"}
+)
 
 
 @dataclass
@@ -97,7 +110,7 @@ class RunTotals:
         else:
             version = {"qitos_mlflow_version": self.facts.settings.get("plugin_version")}
             found = {**version, **mapping(fields.get("metadata"))}
-            run.params += new_params(found, self.params, lost)
+            run.params += self._new_params(found)
         if record["kind"] == "trace_end":
             numbers = self._totals(mapping(record.get("metadata")))
         at_ms = clean_ms(fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns"))
@@ -137,7 +150,7 @@ class RunTotals:
         """Count a span; returns the metrics of its end."""
         kind, start_ns, end_ns = kind_of(record), record.get("start_ns"), record.get("end_ns")
         self.spans += 1
-        run.params += new_params(read_all(kind.params, data), self.params, self.facts.lost)
+        run.params += self._new_params(read_all(kind.params, data))
         if record.get("late"):  # How many spans have ended after their trace.
             run.tags.append(("qitos.spans.late", str(record["late"])))
         latency_ms = None
@@ -206,6 +219,27 @@ class RunTotals:
             self.groups.append(group)
         return group
 
+    def _new_params(self, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Scalars of `metadata` as params, nested ones by their path (``a.b``); None says nothing.
+
+        MLflow refuses the whole batch that changes a param or names it twice, so the first value of
+        a key is the one that stays.
+        """
+        found, too_many, lost = [], 0, self.facts.lost
+        for name, value in _flat(metadata, MAX_NESTING):
+            key = clean_key(name)
+            if name in _NOT_PARAMS or key in self.params:
+                continue
+            if len(self.params) >= MAX_PARAMS:
+                too_many += 1
+                continue
+            self.params.append(key)
+            found.append((key, clean_text(value, PARAM_CHARS, lost)))
+        # Not a sum: a trace's metadata comes again, and more complete, when it ends.
+        if too_many > lost["too_many_params"]:
+            lost["too_many_params"] = too_many
+        return found
+
     # -- the end -----------------------------------------------------------------------------
 
     def _totals(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,3 +279,16 @@ def sample(kept: list[float], index: int, value: float) -> None:
         if len(kept) == SAMPLE_SIZE:
             del kept[1::2]
         kept.append(round(value, 3))
+
+
+def _flat(metadata: Mapping[str, Any], depth: int, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in metadata.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if depth > 1:
+                yield from _flat(value, depth - 1, f"{name}.")
+        elif isinstance(value, list):
+            if value and all(isinstance(item, (str, int, float)) for item in value):
+                yield name, ", ".join(map(str, value))
+        elif isinstance(value, (str, int, float)):  # bool is an int; None says nothing
+            yield name, str(value)

@@ -52,7 +52,7 @@ account = Account()
 def pytest_configure(config: pytest.Config) -> None:
     tracing.set_trace_processors([])
     if os.environ["BRIDGE_WATCH_ON"] == "1":
-        _guard.watch(lambda where, error: swallowed.append(f"{where}: {error!r}"))
+        _guard.watchers.append(lambda where, error: swallowed.append(f"{where}: {error!r}"))
         tracing.add_trace_processor(account)
         bridge.install()
 
