@@ -33,7 +33,7 @@ def survey() -> dict[str, Any]:
     """
     startup_line = {"active": startup_line_is_active()}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-    from qitos_mlflow.plugins.loader import GROUP, discover, load
+    from qitos_mlflow.plugins.loader import GROUP, load
     from qitos_mlflow.plugins.selection import VARIABLE
 
     return {
@@ -42,8 +42,7 @@ def survey() -> dict[str, Any]:
         "startup_line": startup_line,
         "destination": destination(),
         "host": host(),
-        # If nothing is selected, the loader does not look for plugins.
-        "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor()) or discover()],
+        "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor())],
     }
 
 

@@ -19,9 +19,7 @@ from qitos_mlflow import _guard
 from qitos_mlflow.plugins import hookspecs
 from qitos_mlflow.tracing import TraceProcessor
 
-HOOKS: tuple[str, ...] = tuple(
-    name for name in vars(hookspecs) if name.startswith(hookspecs.PREFIX)
-)
+HOOKS: tuple[str, ...] = tuple(name for name in vars(hookspecs) if name.startswith("qitos_"))
 """The names of all hooks."""
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 PROJECT = "qitos"
 """pluggy's project name, all that a plugin needs to know of this package."""
 
-PREFIX = f"{PROJECT}_"
-
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

@@ -32,43 +32,35 @@ _this_thread = threading.local()
 class PluginInfo:
     """One installed plugin.
 
-    `state` is "found" (selected, not loaded yet), "loaded", "blocked" (not selected) or "failed";
-    for the last two `error` says why. `hooks` is empty unless it is loaded.
+    `state` is "loaded", "blocked" (not selected) or "failed"; for the last two `error` says why.
+    `hooks` is empty unless it is loaded.
     """
 
     name: str
     distribution: str
     version: str
     value: str
-    state: str = "found"
+    state: str = "blocked"
     error: str | None = None
     hooks: tuple[str, ...] = ()
-
-
-def discover() -> list[PluginInfo]:
-    """The installed plugins in the order in which they would be loaded, then the blocked ones.
-
-    Imports no plugin and logs nothing. Reads the metadata of every installed distribution, which
-    takes tens of milliseconds.
-    """
-    return _select(_installed(), Selection.from_environ())
 
 
 def load(adapter: PluginTraceProcessor) -> list[PluginInfo]:
     """Load the selected plugins and register each with `adapter`, under its name.
 
-    Returns all installed plugins, with their state. `adapter` calls the loaded ones from now on;
-    a plugin that it has already is not loaded again.
+    Returns all installed plugins in the order of loading, then the blocked ones. `adapter` calls
+    the loaded ones from now on; a plugin that it has already is not loaded again.
 
     There is one warning for each plugin that cannot be loaded, and one for names that do not
-    exist; the others load. Blocks for the plugins' imports. If a plugin's import calls this again
-    on the same thread, that call returns an empty list.
+    exist; the others load. Reads the metadata of every installed distribution, which takes tens of
+    milliseconds, and blocks for the plugins' imports. If a plugin's import calls this again on the
+    same thread, that call returns an empty list.
     """
-    selection = Selection.from_environ()
-    if selection.nothing or getattr(_this_thread, "loading", False):
-        return []  # Not even the metadata is read.
+    if getattr(_this_thread, "loading", False):
+        return []
     _this_thread.loading = True
     try:
+        selection = Selection.from_environ()
         found = _select(_installed(), selection)
         unknown = selection.unknown((info.name, info.distribution) for info in found)
         if unknown:
@@ -81,7 +73,7 @@ def load(adapter: PluginTraceProcessor) -> list[PluginInfo]:
             )
         outcome: list[PluginInfo] = []
         for info in found:
-            if info.state == "found":
+            if info.error is None:
                 shared = any(info.name == other.name for other in outcome)
                 name = f"{info.distribution}:{info.name}" if shared else info.name
                 info = _load(info, name, adapter)
@@ -128,9 +120,8 @@ def _select(installed: list[PluginInfo], selection: Selection) -> list[PluginInf
             # One plugin for a name: two would most likely do everything twice.
             error = f"the name is taken by the plugin of {holder.distribution}; to load this one, "
             error += f"name it {info.distribution}:{info.name}"
-        state = "found" if error is None else "blocked"
         place = math.inf if rank is None or error else rank
-        ranked.append((place, replace(info, state=state, error=error)))
+        ranked.append((place, replace(info, error=error)))
     return [info for _, info in sorted(ranked, key=lambda item: item[0])]
 
 

@@ -49,11 +49,6 @@ class Selection:
         """The selection that the environment variable has."""
         return cls.parse(os.environ.get(VARIABLE))
 
-    @property
-    def nothing(self) -> bool:
-        """Whether no plugin can be selected, whatever is installed."""
-        return self.wanted == ()
-
     def rank(self, name: str, distribution: str) -> int | None:
         """The plugin's position in the order of loading; None if it is not selected."""
         names = _names(name, distribution)

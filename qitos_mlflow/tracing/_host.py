@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -70,20 +71,16 @@ def spec_from(finders: list[Any], name: str, path: Any) -> ModuleSpec | None:
     return None
 
 
-_settled: dict[str, Any] = {}
-
-
+@cache
 def settled() -> dict[str, Any]:
     """The names of `OURS`, the host's if it has its own tracing, and whether it has.
 
     The first call settles it. Called by several threads at once, or again through what it
     imports, it has the same result, so that no lock is held over an import.
     """
-    if not _settled:
-        of_host = _load()
-        # A name that the host lacks, such as a kind of span it does not know, is ours.
-        _settled.update({**OURS, **of_host, "host_has_tracing": bool(of_host)})
-    return _settled
+    of_host = _load()
+    # A name that the host lacks, such as a kind of span it does not know, is ours.
+    return {**OURS, **of_host, "host_has_tracing": bool(of_host)}
 
 
 def _load() -> dict[str, Any]:

@@ -10,16 +10,17 @@ leaves wrong times behind.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin.mapping import limits, span_attributes
-from qitos_mlflow.mlflow_plugin.mapping.feedback import feedback_of, rfc3339
-from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
+from qitos_mlflow.mlflow_plugin.mapping.ids import digest, otel_trace_id, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, set_status
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
@@ -38,8 +39,13 @@ MAX_TOOLS = 200
 INFO_EVERY_NS = 5_000_000_000
 """How often a running trace's totals and feedback are sent; spans do not wait for it."""
 
-
 _STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
+_LAST_S = 253_402_300_799
+"""The end of the year 9999, which neither datetime nor protobuf can pass."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_MODELS = frozenset({"llm", "judge", "gpt", "claude", "gemini"})
+"""Words in the name of a critic that is a model; ``RemodelBudget`` and ``ModelCheck`` have none."""
 
 
 @dataclass
@@ -119,7 +125,7 @@ class SpanTree:
         info: dict[str, Any] = {
             "trace_id": trace_id(facts.trace_id),
             "client_request_id": clean_text(facts.trace_id, limits.CLIENT_REQUEST_CHARS),
-            "request_time": rfc3339(self.start_ns),
+            "request_time": _rfc3339(self.start_ns),
             "state": _STATES.get(facts.status, "ERROR") if facts.ended else "IN_PROGRESS",
             "trace_metadata": metadata,
             "tags": tags,
@@ -285,3 +291,53 @@ def locate(info: Mapping[str, Any], experiment_id: str, run_id: str) -> dict[str
         "trace_location": {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": experiment},
         "trace_metadata": {**info["trace_metadata"], "mlflow.sourceRun": run_id},
     }
+
+
+def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
+    """MLflow's assessment, as JSON, for a critic's span record; None if there is no verdict.
+
+    The value is the score, or the critic's action if there is no score. The id follows from the
+    span's, so that the same assessment written again replaces the first one.
+    """
+    data = mapping(record.get("data"))
+    verdict = mapping(data.get("output_content"))
+    score = data.get("score")
+    value: Any = limits.clean_metric(None if isinstance(score, (str, bool)) else score)
+    if value is None:
+        value = verdict.get("action")
+    if not isinstance(value, (str, float)):
+        return None
+    name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
+    at = _rfc3339(limits.clean_ns(record.get("end_ns")))
+    judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
+    # If the bridge found no model, the verdict or the name may still have one.
+    found = mapping(record.get("output")).get("judged_by_model") is True
+    words = {word.lower() for word in _WORD.findall(name)}
+    by_model = found or judge or not words.isdisjoint(_MODELS)
+    own = str(record.get("span_id", ""))
+    facts = {"step": record.get("step"), "action": verdict.get("action")}
+    feedback: dict[str, Any] = {
+        "assessment_id": f"a-{digest('feedback', qitos_trace_id, own, size=16).hex()}",
+        "assessment_name": name,
+        "trace_id": trace_id(qitos_trace_id),
+        "span_id": span_id(qitos_trace_id, own).hex(),
+        "source": {"source_type": "LLM_JUDGE" if by_model else "CODE", "source_id": name},
+        "create_time": at,
+        "last_update_time": at,
+        "feedback": {"value": value},
+        "metadata": {
+            f"qitos.{key}": clean_text(fact, limits.KEY_CHARS)
+            for key, fact in facts.items()
+            if fact is not None
+        },
+        "valid": True,
+    }
+    if verdict.get("reason"):
+        feedback["rationale"] = clean_text(verdict["reason"], limits.TAG_CHARS)
+    return feedback
+
+
+def _rfc3339(ns: int) -> str:
+    """Nanoseconds since the epoch as the time text of protobuf's JSON form, to the microsecond."""
+    moment = datetime.fromtimestamp(min(ns // 1_000_000_000, _LAST_S), timezone.utc)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ns % 1_000_000_000 // 1_000:06d}Z"

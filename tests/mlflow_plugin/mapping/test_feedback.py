@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qitos_mlflow.mlflow_plugin.mapping.feedback import feedback_of
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import feedback_of
 from tests.mlflow_plugin.records import Records
 
 
