@@ -65,7 +65,12 @@ def init_session(
         return wrapped(*args, **kwargs)
     try:
         result = wrapped(*args, **kwargs)
-        _keep_session(engine, agent_run)
+        with shield("bridge.init_session"):
+            agent_run.session_began(engine)
+        # To run before our processors' exit handlers, registered when the trace began.
+        atexit.unregister(_end_sessions)
+        atexit.register(_end_sessions)
+        _sessions[id(engine)] = agent_run
     except BaseException as error:
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
@@ -206,18 +211,6 @@ def _replace_pool(pool: type[ThreadPoolExecutor], module: ModuleType) -> None:
         vars(module)["ThreadPoolExecutor"] = pool
 
 
-def _keep_session(engine: Any, agent_run: AgentRun) -> None:
-    try:
-        agent_run.session_began(engine)
-        # To run before our processors' exit handlers, registered when the trace began.
-        atexit.unregister(_end_sessions)
-        atexit.register(_end_sessions)
-        _sessions[id(engine)] = agent_run
-    except Exception as error:  # noqa: BLE001 - a session that could not be ended gets no trace
-        report("bridge.init_session", error)
-        agent_run.end()
-
-
 def _begin_tool(place: Place, executor: Any, action: Any) -> Any:
     name, tool_args = str(extract.first(action, "name")), extract.first(action, "args")
     server = None
@@ -235,13 +228,10 @@ def _begin_tool(place: Place, executor: Any, action: Any) -> Any:
 
 
 def _end_tool(live: LiveTrace, span: Any, result: Any) -> None:
-    try:
-        raised = getattr(span, "exception", None)
+    raised, failure = getattr(span, "exception", None), None
+    with shield("bridge.tool"):
         span.exception = None
         span.data.output_content, failure, span.output = extract.tool_result(result)
-    except Exception as problem:  # noqa: BLE001 - the tool has done its work
-        report("bridge.tool", problem)
-        raised = failure = None
     _finish(live, span, raised if failure is not None and raised is not None else failure)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Number
+from traceback import walk_tb
 from typing import Any
 
 from qitos_mlflow._usage import parse_usage
@@ -100,13 +101,6 @@ def init_metadata(payload: Mapping[str, Any]) -> dict[str, Any]:
     return present(
         {"qitos_run_id": payload.get("run_id") or None, "task_id": payload.get("task_id"), **found}
     )
-
-
-def session_metadata(engine: Any) -> dict[str, Any]:
-    """What an Engine knows after ``init_session``, which makes no INIT event."""
-    protocol = first(first(engine, "_resolved_protocol"), "id")
-    found = {"qitos_run_id": first(engine, "_active_run_id"), "protocol": protocol}
-    return {key: value for key, value in found.items() if value}
 
 
 def text_of(reason: Any) -> str | None:
@@ -270,15 +264,10 @@ def critic_scores(
     return scores
 
 
-def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> set[int]:
-    """Indexes of the critics that were running when `error` was raised; all when unknown."""
-    running: set[int] = set()
-    traceback = error.__traceback__
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        running.update(i for i, critic in enumerate(critics) if critic is owner)
-        traceback = traceback.tb_next
-    return running or set(range(len(critics)))
+def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> Sequence[Any]:
+    """The critics that were running when `error` was raised; all when unknown."""
+    selves = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    return [one for one in critics if any(one is owner for owner in selves)] or critics
 
 
 # -- helpers -----------------------------------------------------------------------------------

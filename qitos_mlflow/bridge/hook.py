@@ -135,17 +135,15 @@ class BridgeHook:
             return
         answer = payload.get("model_response")
         summary = extract.response(answer) or {}
-        usage = summary.get("usage")
         if extract.cache_hits(engine.agent) != self._run.cache_hits:
             # Answered by a cache: no tokens were used, and the wrapper repeats the last usage.
-            usage = None
-            summary = {key: value for key, value in summary.items() if key != "usage"}
+            summary.pop("usage", None)
             summary["cached"] = True
         data = generation.data
         data.model = summary.get("model_name") or data.model
         data.output_content = payload.get("raw_output")
         data.model_response = summary
-        data.token_usage = extract.token_usage(usage, summary.get("provider"))
+        data.token_usage = extract.token_usage(summary.get("usage"), summary.get("provider"))
         self._run.close(generation)
 
     # -- act -------------------------------------------------------------------------------
@@ -197,10 +195,12 @@ class BridgeHook:
         run = self._run
         step = run.find("step")
         given = {"decision": extract.decision(ctx.decision), "results": ctx.action_results}
-        run.critics, run.verdicts = list(engine.critics), []
-        for critic in run.critics:
-            name = extract.critic_name(critic)
-            run.open(tracing.CriticSpanData(critic_name=name, input_content=given), parent=step)
+        run.critics, run.verdicts = [], []
+        for critic in engine.critics:
+            data = tracing.CriticSpanData(
+                critic_name=extract.critic_name(critic), input_content=given
+            )
+            run.critics.append((critic, run.open(data, parent=step)))
         if len(run.critics) > 1 and step is not None:
             here.set(Place(run, step))  # An agent started now is of any of them.
 
@@ -209,10 +209,9 @@ class BridgeHook:
         """Close the critics' spans, each with its result."""
         run = self._run
         outputs = list(extract.first(ctx.record, "critic_outputs") or ())
-        spans = [span for span in run.stack if span.data.type == "critic"]
         scores = extract.critic_scores(outputs, run.verdicts)
-        results = zip(run.critics, spans, outputs, scores, strict=False)
-        for critic, span, output, score in reversed(list(results)):
+        results = zip(run.critics, outputs, scores, strict=False)
+        for (critic, span), output, score in reversed(list(results)):
             span.data.critic_name = extract.critic_name(critic, output)
             span.data.output_content = output
             span.data.score = score

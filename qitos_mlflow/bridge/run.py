@@ -15,7 +15,7 @@ from qitos_mlflow import tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.live import LiveTrace
-from qitos_mlflow.bridge.outcome import issues_of, outcome_of, outcome_of_exception
+from qitos_mlflow.bridge.outcome import outcome_of
 
 
 class Place(NamedTuple):
@@ -50,7 +50,10 @@ class AgentRun:
     """
 
     def __init__(self, engine: Any, task: Any, before: Place | None) -> None:
-        """Begin: a subtree at `before` if its trace has not ended, else a trace of its own."""
+        """Begin: a subtree at `before` if its trace has not ended, else a trace of its own.
+
+        If that fails once the trace has begun, this run is the current place, for `end`.
+        """
         self.engine = weakref.ref(engine)
         self.before = before
         self.began = False
@@ -61,7 +64,8 @@ class AgentRun:
         self.failure: BaseException | None = None
         """What the Engine tries to recover from in the current step."""
         self.cache_hits: int | None = None
-        self.critics: list[Any] = []
+        self.critics: list[tuple[Any, Any]] = []
+        """The critics that were asked last, each with its span."""
         self.verdicts: list[tuple[Any, bool]] = []
         """What the host made of its critics' dicts, in order, and whether each had a score."""
         self.acts_with_tools: set[str] = set()
@@ -76,6 +80,7 @@ class AgentRun:
             self.live = self._new_trace(before)
         else:
             self.live, self._parent = before.run.live, before.span
+        here.set(Place(self, self._parent))
         data = tracing.AgentSpanData(
             self._metadata["agent_name"],
             model=self._metadata.get("model_name"),
@@ -83,11 +88,7 @@ class AgentRun:
         )
         if self._parent is not None and hasattr(data, "task"):  # a host's own would not export it
             data.task = self._metadata.get("task")
-        try:
-            self.open(data)
-        except BaseException as error:  # The caller gets no run that it could end.
-            self.end(error=error)
-            raise
+        self.open(data)
 
     @property
     def root(self) -> Any:
@@ -141,9 +142,11 @@ class AgentRun:
     def session_began(self, engine: Any) -> None:
         """Take what a session has instead of an INIT event, and leave this context."""
         self.began = True
-        self.state = extract.first(engine, "_active_state")
-        self.annotate(extract.session_metadata(engine))
         here.set(self.before)
+        self.state = extract.first(engine, "_active_state")
+        protocol = extract.first(extract.first(engine, "_resolved_protocol"), "id")
+        run_id = extract.first(engine, "_active_run_id")
+        self.annotate(extract.present({"qitos_run_id": run_id or None, "protocol": protocol}))
 
     def session_stepped(self, error: BaseException | None) -> None:
         """Close what the step left open; `error` is what left it, and the session may go on.
@@ -155,7 +158,7 @@ class AgentRun:
             self.close_above(self.root, error)
             self._session_failure = None
             if error is not None:
-                self._session_failure = outcome_of_exception(error, self.state)
+                self._session_failure = outcome_of(self.state, self.ending, error=error)
 
     def end(
         self,
@@ -179,15 +182,17 @@ class AgentRun:
             self._metadata.setdefault("qitos_run_id", run_id)
         outcome: dict[str, Any] = {"status": "error" if error is not None else "ok"}
         with shield("bridge.outcome"):
-            state = extract.first(result, "state") or self.state
             if error is None and self._session_failure is not None:
                 outcome = self._session_failure
-            elif error is None:
-                reason = stop_reason or extract.first(state, "stop_reason")
-                reason = extract.text_of(reason or self.ending.get("stop_reason"))
-                outcome = outcome_of(result, state, reason, self.failure, issues_of(self.ending))
             else:
-                outcome = outcome_of_exception(error, state)
+                outcome = outcome_of(
+                    extract.first(result, "state") or self.state,
+                    self.ending,
+                    stop_reason,
+                    result=result,
+                    error=error,
+                    failure=self.failure,
+                )
         with shield("bridge.end"):
             self._close_all(error, outcome)
             if self._parent is None:
@@ -209,10 +214,9 @@ class AgentRun:
         root = self.root
         if error is not None and self.critics:
             # All were opened at once; only the one that raised failed.
-            failed = extract.critics_in_traceback(self.critics, error)
-            spans = [span for span in self.stack if span.data.type == "critic"]
-            for index, span in reversed(list(enumerate(spans))):
-                self.close(span, error if index in failed else None)
+            failed = extract.critics_in_traceback([critic for critic, _ in self.critics], error)
+            for critic, span in reversed(self.critics):
+                self.close(span, error if any(critic is one for one in failed) else None)
         self.close_above(root, error)
         root.output = outcome.get("final_result")
         why: BaseException | str | None = error

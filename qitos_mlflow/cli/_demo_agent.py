@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qitos import AgentModule, ModelResponse, StateSchema, Task, TaskBudget, ToolRegistry
@@ -82,15 +82,11 @@ def search_almanac(query: str, top: int = 1) -> list[str]:
     return [line for _, line in by_words[:top]]
 
 
-@dataclass
-class DeskState(StateSchema):  # type: ignore[misc]  # mypy does not follow qitos
-    """The task, and what happened so far."""
-
-    happened: list[str] = field(default_factory=list)
-
-
 class DeskAgent(AgentModule):  # type: ignore[misc]  # mypy does not follow qitos
-    """Answers questions with the given tools, one model reply a step."""
+    """Answers questions with the given tools, one model reply a step.
+
+    The state's metadata has what happened so far.
+    """
 
     def __init__(self, name: str, llm: Any, tools: Iterable[Callable[..., Any]]) -> None:
         registry = ToolRegistry()
@@ -100,22 +96,23 @@ class DeskAgent(AgentModule):  # type: ignore[misc]  # mypy does not follow qito
         super().__init__(tool_registry=registry, llm=llm, **parser)
         self.name = name
 
-    def init_state(self, task: str, **kwargs: Any) -> DeskState:
-        return DeskState(task=task, max_steps=int(kwargs.get("max_steps", 10)))
+    def init_state(self, task: str, max_steps: int = 10, **kwargs: Any) -> StateSchema:
+        return StateSchema(task=task, max_steps=max_steps, metadata={"happened": []})
 
-    def base_persona_prompt(self, state: DeskState) -> str:
+    def base_persona_prompt(self, state: StateSchema) -> str:
         return "You answer questions at a desk, with an almanac and a calculator."
 
-    def prepare(self, state: DeskState) -> str:
-        return "\n".join([f"Task: {state.task}", *state.happened])
+    def prepare(self, state: StateSchema) -> str:
+        return "\n".join([f"Task: {state.task}", *state.metadata["happened"]])
 
-    def reduce(self, state: DeskState, observation: Any, decision: Any) -> DeskState:
+    def reduce(self, state: StateSchema, observation: Any, decision: Any) -> StateSchema:
+        happened = state.metadata["happened"]
         if decision.rationale:
-            state.happened.append(f"Thought: {decision.rationale}")
+            happened.append(f"Thought: {decision.rationale}")
         for result in observation.get("action_results", []):
             if isinstance(result, dict) and "output" in result:  # Later QitOS wraps results.
                 result = result.get("error") or result["output"]
-            state.happened.append(f"Tool: {result}")
+            happened.append(f"Tool: {result}")
         return state
 
 
@@ -129,7 +126,8 @@ class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
         if decision.mode != "final":
             return {"action": "continue", "reason": "no answer yet"}
         missing = [word for word in self._words if word not in decision.final_answer]
-        state.happened.extend(f"Reviewer: please mention {word!r}." for word in missing)
+        asked = (f"Reviewer: please mention {word!r}." for word in missing)
+        state.metadata["happened"].extend(asked)
         return {
             "action": "retry" if missing else "continue",
             "reason": f"does not mention {', '.join(missing)}" if missing else "complete",
@@ -142,7 +140,10 @@ LARGE, SMALL = "scripted-large", "scripted-small"
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A question, the replies that the model gives, and the stop reason that the run ends with."""
+    """A question, the replies that the model gives, and the stop reason that the run ends with.
+
+    Its budget is a step for each reply.
+    """
 
     id: str
     agent: str
@@ -150,7 +151,6 @@ class DemoTask:
     objective: str
     replies: tuple[str | Exception, ...]
     stop_reason: str = "final"
-    max_steps: int = 8
     needs: tuple[str, ...] = ()
     """Words that the reviewer wants; without any there is none."""
     librarian: tuple[str, ...] = ()
@@ -165,15 +165,16 @@ def run_task(demo: DemoTask) -> Any:
         librarian = DeskAgent("librarian", ScriptedModel(SMALL, demo.librarian), [search_almanac])
         return str(librarian.run(task=question, max_steps=4, trace=False, render=False))
 
+    max_steps = len(demo.replies)
     tools: list[Any] = [calculate, search_almanac, ask_librarian]
     return DeskAgent(demo.agent, ScriptedModel(demo.model, demo.replies), tools).run(
         task=Task(
             id=demo.id,
             objective=demo.objective,
-            budget=TaskBudget(max_steps=demo.max_steps),
+            budget=TaskBudget(max_steps=max_steps),
             metadata={"benchmark": "desk-questions", "split": "demo"},
         ),
-        max_steps=demo.max_steps,
+        max_steps=max_steps,
         critics=[Reviewer(*demo.needs)] if demo.needs else None,
         trace=False,
         render=False,
@@ -222,6 +223,6 @@ TASKS = (
     DemoTask("moonlight", "astronomer", LARGE, MOON_ASKED, MOONLIGHT),
     DemoTask("boiling-water", "tea-taster", LARGE, TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
     DemoTask("sunlight", "astronomer", LARGE, SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
-    DemoTask("counting-bees", "beekeeper", SMALL, BEES_ASKED, BEES, "budget_steps", max_steps=6),
+    DemoTask("counting-bees", "beekeeper", SMALL, BEES_ASKED, BEES, "budget_steps"),
     DemoTask("equator-walk", "hiker", LARGE, WALK_ASKED, EQUATOR, "unrecoverable_error"),
 )

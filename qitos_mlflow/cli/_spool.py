@@ -51,13 +51,9 @@ def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
         except OSError as error:
             raise QitosMlflowError(f"{str(path)!r} cannot be read: {reason_of(error)}") from error
         if not known:
-            advice = (
-                f"without a path, {default_directory()} is used"
-                if chosen
-                else "check QITOS_MLFLOW_SPOOL_DIR"
-            )
             raise QitosMlflowError(
-                f"{str(path)!r} is neither a spool directory nor a file in one; {advice}"
+                f"{str(path)!r} is neither a spool directory nor a file in one; "
+                "leave the path out for this user's spool, or check QITOS_MLFLOW_SPOOL_DIR"
             )
         found.update(dict.fromkeys(segments))
     return [inspect_segment(segment) for segment in found]

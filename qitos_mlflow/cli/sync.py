@@ -28,7 +28,7 @@ from qitos_mlflow.cli._spool import (
 from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
-    from qitos_mlflow.delivery import Delivery, Outcome, Paths, SegmentInfo
+    from qitos_mlflow.delivery import Delivery, Outcome, SegmentInfo
 
 PATIENCE_S = "30"
 """Default of --patience (seconds, as text for --help)."""
@@ -120,14 +120,14 @@ class Sync:
 
         self.counts = Counts()
         self.outcomes: Counter[Outcome | None] = Counter()
-        self.problems: dict[Paths, str] = {}
-        """The segments not delivered, each with its reason; "" if another line says why."""
+        self.problems: list[str] = []
+        """Why segments were not delivered, a line for each; "" if a signal ended the delivery."""
         self._ways = ways
         self._patience_s = patience_s
         self._uri_of = uri_of
         self._stop = threading.Event()
         self._given_up: dict[tuple[str, str | None], str] = {}
-        """Servers, and experiments of a server, that are not tried again, each with the reason."""
+        """Servers, and experiments of a server, that are not tried again, each with the line."""
 
     def run(self, segments: Sequence[SegmentInfo]) -> None:
         """Deliver `segments`. Shows a progress bar if stdout is a terminal."""
@@ -148,34 +148,46 @@ class Sync:
                 try:
                     problem = self._deliver(segment, moved)
                 except OSError as error:
-                    problem = f"cannot be read: {reason_of(error)}"
+                    problem = f"segment {segment.paths.stem} cannot be read: {reason_of(error)}"
                 if problem is not None:
-                    self.problems[segment.paths] = problem
+                    self.problems.append(problem)
 
     def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> str | None:
-        """Deliver a segment. Returns the reason if that fails; "" if another line says it."""
+        """Deliver a segment. Returns the line for `problems` if that fails."""
         from qitos_mlflow.delivery import Delivery, Outcome, take
         from qitos_mlflow.redaction.redact import without_credentials
 
         if isinstance(segment.error, (PermissionError, IsADirectoryError)):
             raise segment.error  # This is no loss: another user may deliver it.
-        header = header_of(segment)
+        name, header = f"segment {segment.paths.stem}", header_of(segment)
         uri = self._uri_of(header)
         to = without_credentials(uri) if uri else destination_of(header)
         experiment = experiment_of(segment)
-        if self._stop.is_set() or self._given_up.keys() & {(to, None), (to, experiment)}:
-            return ""
+        given_up = self._given_up.get((to, None)) or self._given_up.get((to, experiment))
+        if given_up or self._stop.is_set():
+            return given_up or ""
         taken = take(segment.paths, stats=self.counts, **self._ways)
         outcome = self._send(taken, moved) if isinstance(taken, Delivery) else taken
         self.outcomes[outcome] += 1
         if outcome is Outcome.UNREADABLE:
             return (
-                "has a damaged header, so its destination is unknown; give it: "
+                f"{name} has a damaged header, so its destination is unknown; give it: "
                 f"qitos-mlflow sync --tracking-uri URI {segment.paths.parts()[0][1]}"
             )
         if outcome is not None or not isinstance(taken, Delivery):
             return None
-        return "" if self._stop.is_set() else self._give_up(to, experiment, uri, taken)
+        if self._stop.is_set():
+            return ""
+        from qitos_mlflow.cli._server import ask
+
+        answer, problem = ask(uri), taken.circuit.problem
+        if answer.reachable is False:
+            return self._given_up.setdefault((to, None), f"{to} is unreachable: {answer.detail}")
+        if experiment is None:
+            return f"{name} refused by {to}: {problem}"
+        # The server may accept other experiments.
+        line = f"{to} refused the data of experiment {experiment!r}: {problem}"
+        return self._given_up.setdefault((to, experiment), line)
 
     def _send(self, delivery: Delivery, moved: Callable[[], None]) -> Outcome | None:
         """Send a segment; None if a signal ends that, or nothing was accepted for too long."""
@@ -190,19 +202,6 @@ class Sync:
                     outcome = delivery.step()
                     moved()
         return outcome
-
-    def _give_up(self, to: str, experiment: str | None, uri: str | None, failed: Delivery) -> str:
-        """Remember what not to try again. Returns what to say about this segment alone."""
-        from qitos_mlflow.cli._server import ask
-
-        answer, problem = ask(uri), str(failed.circuit.problem)
-        if answer.reachable is False:
-            self._given_up[to, None] = answer.detail
-        elif experiment is None:
-            return f"refused by {to}: {problem}"
-        else:  # The server may accept other experiments.
-            self._given_up[to, experiment] = problem
-        return ""
 
     def show(self) -> None:
         """Print what was delivered, what was not, and the next step."""
@@ -219,14 +218,8 @@ class Sync:
                 f"{plural(counts.dead_letters, 'record')} refused by the server or damaged; "
                 "the reasons: qitos-mlflow status"
             )
-        for (to, experiment), reason in self._given_up.items():
-            if experiment is None:
-                complain(f"{to} is unreachable: {reason}")
-            else:
-                complain(f"{to} refused the data of experiment {experiment!r}: {reason}")
-        for paths, reason in self.problems.items():
-            if reason:
-                complain(f"segment {paths.stem} {reason}")
+        for line in filter(None, dict.fromkeys(self.problems)):
+            complain(line)
         if self.problems:
             left = plural(len(self.problems), "segment")
             complain(f"{left} not delivered; run `qitos-mlflow sync` again later")

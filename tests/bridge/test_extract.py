@@ -18,7 +18,6 @@ from qitos_mlflow.bridge.outcome import (
     is_interrupt,
     issues_of,
     outcome_of,
-    outcome_of_exception,
 )
 from qitos_mlflow.mlflow_plugin.plugin import OpenTrace
 
@@ -243,7 +242,7 @@ def test_mcp_tools_are_known_by_their_function() -> None:
 )
 def test_the_status_follows_the_stop_reason(reason: Any, failure: Any, status: str) -> None:
     """Unrecoverable stops are errors, cancelled ones interruptions, all others fine."""
-    outcome = outcome_of(None, None, reason, failure, None)
+    outcome = outcome_of(None, {}, reason, failure=failure)
     assert outcome["status"] == status
     assert outcome["success"] is (reason == "final")
     assert ("error" in outcome) is (status != "ok")
@@ -258,7 +257,7 @@ def test_an_exception_without_text_is_called_by_its_type() -> None:
 
     assert in_words(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert in_words(Mute()) == "Mute"
-    assert outcome_of_exception(Mute(), None)["error"] == "Mute"
+    assert outcome_of(None, {}, error=Mute())["error"] == "Mute"
     assert is_interrupt(SystemExit())
     assert not is_interrupt(Mute())
 
@@ -266,14 +265,14 @@ def test_an_exception_without_text_is_called_by_its_type() -> None:
 def test_a_run_whose_stop_reason_is_a_failure_has_failed_in_mlflow() -> None:
     """Bridge and MLflow plugin agree on what each stop reason means."""
     for reason in ERROR_STOPS:
-        assert outcome_of(None, None, reason, None, None)["status"] == "error"
+        assert outcome_of(None, {}, reason)["status"] == "error"
         assert OpenTrace.status({"stop_reason": reason}, None) == "FAILED"
 
 
 def test_the_hosts_own_reason_wins_over_the_exceptions() -> None:
     """A state that says why it stopped is believed, also when an exception left the run."""
     state = SimpleNamespace(stop_reason="critic_stop", final_result=None)
-    assert outcome_of_exception(ValueError("x"), state)["stop_reason"] == "critic_stop"
+    assert outcome_of(state, {}, error=ValueError("x"))["stop_reason"] == "critic_stop"
 
 
 def test_issues_are_one_text() -> None:
