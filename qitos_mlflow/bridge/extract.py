@@ -65,17 +65,15 @@ def run_metadata(engine: Any, task: Any) -> dict[str, Any]:
         task: the text or `Task` it was given.
     """
     agent, spec, writer = (first(engine, name) for name in ("agent", "run_spec", "trace_writer"))
-    is_task = hasattr(task, "objective")
-    inputs = mapping(first(task, "inputs")) if is_task else {}
-    extra = mapping(first(task, "metadata")) if is_task else {}
+    inputs, extra = mapping(first(task, "inputs")), mapping(first(task, "metadata"))
     seeds = (first(spec, "seed"), mapping(first(agent, "config")).get("seed"), extra.get("seed"))
     parser = first(engine, "parser") or first(agent, "model_parser")
     budgets = (first(task, "budget"), first(engine, "_base_budget"), first(engine, "budget"))
     steps = (first(budget, "max_steps") for budget in budgets)
     found = {
         "agent_name": agent_name(agent),
-        "task": first(task, "objective") if is_task else task,
-        "task_id": first(task, "id") if is_task else None,
+        "task": first(task, "objective") if hasattr(task, "objective") else task,
+        "task_id": first(task, "id"),
         "model_name": model_name(agent) or first(spec, "model_name"),
         "model_family": first(spec, "model_family"),
         "protocol": _protocol_id(engine, agent) or first(spec, "prompt_protocol"),
@@ -222,10 +220,8 @@ def mcp_server(tool: Any) -> str | None:
     if getattr(function, "__module__", None) != "qitos.mcp.bridge":
         return None
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
-    server = None
-    for name, cell in zip(getattr(code, "co_freevars", ()), cells, strict=False):
-        if name == "server":
-            server = cell.cell_contents
+    named = dict(zip(getattr(code, "co_freevars", ()), cells, strict=False))
+    server = named["server"].cell_contents if "server" in named else None
     return str(first(server, "name") or type(server).__name__) if server is not None else "mcp"
 
 
@@ -304,7 +300,4 @@ def _public(message: Any) -> Any:
 def _protocol_id(engine: Any, agent: Any) -> str | None:
     # Only what is configured: the host resolves the rest, and its INIT event has the result.
     protocol = first(engine, "protocol") or first(agent, "model_protocol")
-    if protocol is None or isinstance(protocol, str):
-        return protocol
-    identity = first(protocol, "id")
-    return str(identity) if identity is not None else None
+    return protocol if isinstance(protocol, str) else text_of(first(protocol, "id"))

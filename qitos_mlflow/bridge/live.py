@@ -24,11 +24,10 @@ def is_wanted() -> bool:
     if not attached or tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
         return False
     for processor in attached:
-        wants = True  # One that fails to answer has not declined.
         with shield("bridge.wants_trace"):
-            wants = not hasattr(processor, "wants_trace") or processor.wants_trace()
-        if wants:
-            return True
+            if hasattr(processor, "wants_trace") and not processor.wants_trace():
+                continue
+        return True  # One that fails to answer has not declined.
     return False
 
 
