@@ -38,16 +38,12 @@ class Circuit:
         self._failures = 0
         self._open_until = 0.0
         self._failing_since = 0.0
-        self._succeeded = False
+        self.online: bool | None = None
+        """Whether the last attempt succeeded; None before the first one ended."""
         self.problem: str | None = None
         """Why the last attempt failed; None after one that succeeded."""
         self.asked = False
         """Whether the server named the delay itself (Retry-After)."""
-
-    @property
-    def online(self) -> bool | None:
-        """Whether the last attempt succeeded; None before the first one ended."""
-        return False if self._failures else True if self._succeeded else None
 
     @property
     def failing_s(self) -> float:
@@ -81,9 +77,9 @@ class Circuit:
             _guard.report("delivery.sending", error)
         else:
             self.problem = None
-        if self.problem is None:
+        self.online = self.problem is None
+        if self.online:
             self._failures = 0
-            self._succeeded = True
         else:
             self._open(began, after_s)
         return done

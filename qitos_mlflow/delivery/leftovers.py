@@ -66,12 +66,7 @@ class Delivery:
         self.owner_alive = True
         """Whether the segment's owner was alive at the last step."""
         self._claim = claimed
-        self._transfer = SegmentTransfer(claimed.reader, open_sink)
-
-    @property
-    def halfway(self) -> bool:
-        """Whether it would begin a batch anew if it made room for another segment."""
-        return self._transfer.halfway
+        self.transfer = SegmentTransfer(claimed.reader, open_sink)
 
     def step(self, timeout_s: float = SEND_TIMEOUT_S) -> Outcome | None:
         """Send a batch; None when there may be more to do, now or after ``circuit.delay_s``.
@@ -83,17 +78,17 @@ class Delivery:
     def _step(self, timeout_s: float) -> Outcome | None:
         # Before reading: what the owner wrote until then is read.
         alive = self.owner_alive = is_held(self._claim.paths.own)
-        if self._transfer.step(timeout_s, end=None, sealed=not alive):
+        if self.transfer.step(timeout_s, end=None, sealed=not alive):
             return None
         if alive:
             return Outcome.UP_TO_DATE
-        self._transfer.abandon(timeout_s)
+        self.transfer.abandon(timeout_s)
         self._claim.finish()
         return Outcome.FINISHED
 
     def close(self) -> None:
         """Close the sink and release the segment for others."""
-        self._transfer.close()
+        self.transfer.close()
         self._claim.release()
 
 
@@ -207,7 +202,7 @@ class Deliveries:
                     self._failed[paths] = delivery.circuit
             else:  # If others wait for room, it is opened again for its next turn.
                 full = len(self._open) >= self.most_open
-                over = not goes_on and full and not delivery.halfway
+                over = not goes_on and full and not delivery.transfer.halfway
             if over or outcome is Outcome.FINISHED:
                 self._open.pop(paths).close()
             yield more

@@ -6,7 +6,8 @@ acknowledged before the sink has sent it. Nothing is read before the last chunk 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.fork import importing
@@ -20,6 +21,10 @@ SEND_TIMEOUT_S = 15.0
 """Longest that a sink gets for one step (seconds)."""
 SEND_BUGS = 3
 """After this many failures with anything but `RetryLater`, a batch is sent record by record."""
+
+
+class _Bug(RetryLater):
+    """The sink raised something else."""
 
 
 class SegmentTransfer:
@@ -86,16 +91,12 @@ class SegmentTransfer:
         if closed and self._sink is None:
             return True  # It has sent nothing that could be open.
         sink = self._open()
-        try:
+        with _bugs_later("delivery.abandoned"):
             if not self._prepared:
                 self._prepared = sink.abandoned(self._reader.last_time_ns, closed=closed)
             if self._prepared:
                 self._reader.bury(sink.send(timeout_s))
                 self._prepared = False
-        except RetryLater:
-            raise
-        except Exception as error:
-            raise _later("delivery.abandoned", error) from error
         return True
 
     def close(self) -> None:
@@ -107,36 +108,32 @@ class SegmentTransfer:
 
     def _open(self) -> Sink:
         if self._sink is None:
-            try:
+            with _bugs_later("delivery.open_sink"), ExitStack() as undo:
                 with importing():
                     sink = self._open_sink()
+                undo.callback(sink.close)
                 if self._reader.state is not None:
                     sink.restore(self._reader.state)
                 self._state = sink.state()
-            except RetryLater:
-                raise
-            except Exception as error:
-                raise _later("delivery.open_sink", error) from error
+                undo.pop_all()
             self._sink = sink
         return self._sink
 
     def _send(self, sink: Sink, chunk: Chunk, timeout_s: float) -> None:
         tolerated = 1  # Mapping is pure: what fails once fails always.
         try:
-            if not self._prepared:
-                sink.prepare(chunk.records)
-                self._prepared = True
-            tolerated = SEND_BUGS
-            dead = sink.send(timeout_s)
-            state = sink.state()
-        except RetryLater:
-            raise
-        except Exception as error:
-            later = _later("delivery.send", error)
+            with _bugs_later("delivery.send"):
+                if not self._prepared:
+                    sink.prepare(chunk.records)
+                    self._prepared = True
+                tolerated = SEND_BUGS
+                dead = sink.send(timeout_s)
+                state = sink.state()
+        except _Bug as bug:
             self._bugs += 1
             if self._bugs < tolerated:
-                raise later from error
-            self._take_apart(sink, chunk, later.reason)
+                raise
+            self._take_apart(sink, chunk, bug.reason)
         else:
             self._acknowledge(chunk, state, dead)
 
@@ -158,7 +155,13 @@ class SegmentTransfer:
         self._bugs = 0
 
 
-def _later(where: str, error: Exception) -> RetryLater:
-    """Reports a bug of the sink; what to raise so that the step is done again."""
-    _guard.report(where, error)
-    return RetryLater(_guard.in_words(error))
+@contextmanager
+def _bugs_later(where: str) -> Iterator[None]:
+    """Report a bug of the sink, and raise what has the step done again."""
+    try:
+        yield
+    except RetryLater:
+        raise
+    except Exception as error:
+        _guard.report(where, error)
+        raise _Bug(_guard.in_words(error)) from error

@@ -220,7 +220,7 @@ class SpoolingThread(threading.Thread):
                     self._lose(payload, NORMALIZE_FAILED)
                 else:
                     if data is not None:
-                        records.append(Record(data, keep))
+                        records.append((data, keep))
             if not records:
                 return
             for data, reason in self.segment.append(records, time.time_ns()):
@@ -231,8 +231,8 @@ class SpoolingThread(threading.Thread):
                 self.sending.written(self.segment.end, urgent=urgent)
         except Exception as error:  # noqa: BLE001 - a bug must not end the thread
             _guard.report("delivery.spooling", error)
-            for record in records:
-                self._lose(record.data, SPOOLING_FAILED)
+            for data, _ in records:
+                self._lose(data, SPOOLING_FAILED)
         finally:
             self._held -= len(batch)
 

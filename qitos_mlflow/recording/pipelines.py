@@ -37,7 +37,6 @@ class RecordPipeline(Pipeline):
         self.field_bytes = 0
         """The largest of its users' bounds of one field (bytes)."""
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._begin_losses()
         super().__init__(
             header,
             directory=settings.spool_dir,
@@ -85,8 +84,7 @@ class RecordPipeline(Pipeline):
 
     def close(self, timeout_s: float) -> bool:
         """Deliver what is left and end the threads; True if nothing is left. See `Pipeline`."""
-        done = super().close(timeout_s)
-        if done:
+        if done := super().close(timeout_s):
             unfinished.discard(self)
         return done
 
@@ -94,10 +92,10 @@ class RecordPipeline(Pipeline):
         """Begin anew in a forked child: open traces and their losses are the parent's."""
         global _traces
         super().after_fork()
-        self._begin_losses()
         _traces = weakref.WeakValueDictionary()
 
-    def _begin_losses(self) -> None:
+    def _begin(self) -> None:
+        super()._begin()
         self._losses: dict[str, Counter[tuple[str, str]]] = {}
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()

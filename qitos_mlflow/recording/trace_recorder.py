@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import report
@@ -59,7 +60,7 @@ class TraceRecorder:
         self._files = content and settings.log_artifacts
         self._settings = {} if run_settings is None else {"settings": run_settings}
         self._ended_s = float("inf")
-        self._spans = 0
+        self._spans = count()  # Steps as a whole, whichever threads end spans.
         self._late = 0
         self._steps: dict[str, int | None] = {}
         # The bridge's traces are one agent's run, whose span is the root of the tree.
@@ -125,7 +126,7 @@ class TraceRecorder:
             step = self._steps.get(span.parent_span_id)
         if step is None and span.data.type == "step":
             step = span.data.step_number
-        self._spans += 1
+        next(self._spans)
         self._late += self.ended
         if self.closed or self.pipeline.closed:
             self._lose_span("closed")
@@ -192,7 +193,7 @@ class TraceRecorder:
             "metadata": metadata,
             "status": status,
             "error": None,
-            "recorded": self._spans,
+            "recorded": next(self._spans),
             "dropped": {},
             "lost": {},
             **self._settings,

@@ -22,7 +22,7 @@ from qitos_mlflow.delivery import (
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS, SEND_TIMEOUT_S
-from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from tests.fakes.sink import FakeServer, FakeSink, Losses, deliver, make_pipeline, numbered
 from tests.waiting import eventually
 
@@ -248,9 +248,9 @@ def test_a_bug_of_the_spooling_thread_costs_the_records_at_hand_only(
     store = SegmentWriter.append
 
     def fail(
-        segment: SegmentWriter, records: Sequence[Record], time_ns: int
+        segment: SegmentWriter, records: Sequence[tuple[bytes, bool]], time_ns: int
     ) -> list[tuple[bytes, str]]:
-        if any(record.data.startswith(b"bad") for record in records):
+        if any(data.startswith(b"bad") for data, _ in records):
             raise ValueError("a bug")
         return store(segment, records, time_ns)
 

@@ -86,8 +86,8 @@ def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
     delivery = Delivery(taken, server.sink)
     server.down = OutOfTime()
     delivery.step()
-    assert delivery.halfway
+    assert delivery.transfer.halfway
     server.down = None
     delivery.step()
-    assert not delivery.halfway
+    assert not delivery.transfer.halfway
     delivery.close()

@@ -21,7 +21,7 @@ from qitos_mlflow.delivery import (
     Sink,
     take,
 )
-from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 MIB = 1024 * 1024
 NOW = 1_800_000_000_000_000_000
@@ -170,15 +170,11 @@ def left_behind(
 ) -> Paths:
     """A segment as a killed process leaves it."""
     segment = SegmentWriter(
-        directory,
-        header,
-        offline=offline,
-        cap_bytes=1024 * MIB,
-        memory_bytes=0,
-        part_bytes=part_bytes,
+        directory, header, offline=offline, cap_bytes=1024 * MIB, memory_bytes=0
     )
+    segment.part_bytes = part_bytes
     for record in records:
-        segment.append([Record(record, False)], NOW)
+        segment.append([(record, False)], NOW)
     segment.close(delete=False)
     return segment.paths
 

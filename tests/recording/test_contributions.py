@@ -13,6 +13,7 @@ import pytest
 
 from qitos_mlflow import tracing
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import MAX_TAGS, added
+from qitos_mlflow.mlflow_plugin.sink.trace_state import Waiting
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.recording.normalize import KINDS, normalize
 from qitos_mlflow.recording.record import RECORD_VERSION
@@ -171,7 +172,7 @@ def test_additions_are_logged_with_run_and_trace() -> None:
     for record in records:
         state.take(record, b"")
         runs.append(state.waiting)
-        state.sent()
+        state.waiting = Waiting()
     spans = [span for run in runs for span in run.spans]
     (chars,) = [metric for metric in runs[1].metrics if metric.key == "chars"]
     assert (chars.value, chars.step, chars.timestamp_ms) == (7, 3, START_NS // 10**6 + 5)

@@ -19,8 +19,7 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import ASIDE_FULL, Counts, reason_of
-from qitos_mlflow.delivery.spool.paths import Paths, open_private, write_all
-from qitos_mlflow.delivery.spool.quota import Quota
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, open_private, write_all
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, bury
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, replace_private
-from qitos_mlflow.delivery.spool.quota import Quota
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, replace_private
 
 BATCH_BYTES = 4 * 1024 * 1024
 """No further record is read once those of a chunk have this size together (bytes)."""

@@ -15,31 +15,23 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_FULL, SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, make_directory, new_stem
-from qitos_mlflow.delivery.spool.quota import Quota
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, make_directory, new_stem
 
-PART_BYTES = 16 * 1024 * 1024
-"""The next part begins at this size: what is acknowledged frees the disk this soon (bytes)."""
 MEMORY_PART_BYTES = 1024 * 1024
-"""The same of a part in memory, which is freed as a whole (bytes)."""
+"""As `part_bytes` of a part in memory, which is freed as a whole (bytes)."""
 DISK_RETRY_S = 5.0
 """How often a disk that failed is tried again (seconds)."""
 KEEP_SHARE = 1.1
 """Trace starts and ends are taken until the directory is this many times its cap."""
 
-
-class Record(NamedTuple):
-    """What is appended, and whether to keep it when space is short."""
-
-    data: bytes
-    keep: bool
+Record = tuple[bytes, bool]
+"""What is appended, and whether to keep it when space is short."""
 
 
 class SegmentWriter:
@@ -52,8 +44,10 @@ class SegmentWriter:
         cap_bytes: what the whole directory may take, other processes' segments included.
         memory_bytes: what parts in memory may take together, beside records to be kept; 0: no
             parts in memory.
-        part_bytes: size at which the next part begins.
     """
+
+    part_bytes = 16 * 1024 * 1024
+    """The next part begins at this size: what is acknowledged frees the disk this soon (bytes)."""
 
     def __init__(
         self,
@@ -63,7 +57,6 @@ class SegmentWriter:
         offline: bool,
         cap_bytes: int,
         memory_bytes: int,
-        part_bytes: int = PART_BYTES,
     ) -> None:
         self.end = 0
         """Position behind the last record appended; all before it can be read."""
@@ -71,7 +64,6 @@ class SegmentWriter:
         self._header = header
         self._offline = offline
         self._memory_bytes = memory_bytes
-        self._part_bytes = part_bytes
         self._quota = Quota(directory, cap_bytes)
         self._own = FileLock(self.paths.own)
         self._sending = FileLock(self.paths.ship)
@@ -86,19 +78,19 @@ class SegmentWriter:
         `time_ns` is the wall clock's time now.
         """
         losses: list[tuple[bytes, str]] = []
-        lines = [line_format.encode(line_format.RECORD, record.data, time_ns) for record in records]
+        lines = [line_format.encode(line_format.RECORD, data, time_ns) for data, _ in records]
         now = time.monotonic()
         done = 0
         while done < len(lines):
-            record, line = records[done], lines[done]
-            part = self._part_for(record, line, time_ns, now)
+            (data, keep), line = records[done], lines[done]
+            part = self._part_for(keep, line, time_ns, now)
             if isinstance(part, DiskPart):
                 done += part.append(lines[done : self._fitting(records, lines, done)])
                 if part.failure and part.failure != SPOOL_REMOVED:
                     self._fail(part.failure)
             else:
                 if part is None:
-                    losses.append((record.data, self._disk_failure))
+                    losses.append((data, self._disk_failure))
                 else:
                     part.append(line)
                 done += 1
@@ -134,17 +126,17 @@ class SegmentWriter:
             if isinstance(part, DiskPart):
                 part.seal()
 
-    def _part_for(self, record: Record, line: bytes, time_ns: int, now: float) -> Part | None:
+    def _part_for(self, keep: bool, line: bytes, time_ns: int, now: float) -> Part | None:
         """The part that takes `line`, on disk if that works; None if memory has no room either.
 
         A disk that has failed since the time `now` is not tried again.
         """
         last = self._parts[-1] if self._parts else None
         # Starts and ends of traces may exceed the cap: try the disk for this one.
-        over = record.keep and self._disk_failure == SPOOL_FULL
+        over = keep and self._disk_failure == SPOOL_FULL
         if over or now >= self._disk_retry_at:
             try:
-                on_disk = self._on_disk(last, record, line, time_ns)
+                on_disk = self._on_disk(last, keep, line, time_ns)
                 if on_disk is not None:
                     self._disk_failure, self._disk_retry_at = "", 0.0
                     return on_disk
@@ -153,7 +145,7 @@ class SegmentWriter:
                 self._fail(reason_of(error), error)
         memory = [part for part in list(self._parts) if isinstance(part, MemoryPart)]
         room = self._memory_bytes - sum(part.size for part in memory)
-        if len(line) > room and not (record.keep and self._memory_bytes):
+        if len(line) > room and not (keep and self._memory_bytes):
             return None
         if isinstance(last, MemoryPart) and last.size < MEMORY_PART_BYTES:
             return last
@@ -164,20 +156,18 @@ class SegmentWriter:
     def _fitting(self, records: Sequence[Record], lines: Sequence[bytes], start: int) -> int:
         """The index of the first line from `start` on that has no room; counts those before."""
         for index in range(start, len(lines)):
-            if not self._quota.take(len(lines[index]), _share(records[index])):
+            if not self._quota.take(len(lines[index]), _share(records[index][1])):
                 return index
         return len(lines)
 
-    def _on_disk(
-        self, last: Part | None, record: Record, line: bytes, time_ns: int
-    ) -> DiskPart | None:
+    def _on_disk(self, last: Part | None, keep: bool, line: bytes, time_ns: int) -> DiskPart | None:
         """The last part, or a new one; None if the directory has no room for one with `line`."""
-        if isinstance(last, DiskPart) and not last.failure and last.size < self._part_bytes:
-            return last if self._quota.has_room(len(line), _share(record)) else None
+        if isinstance(last, DiskPart) and not last.failure and last.size < self.part_bytes:
+            return last if self._quota.has_room(len(line), _share(keep)) else None
         about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
         head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
         head += line_format.encode(line_format.CALLER, self._header, time_ns)
-        if not self._quota.has_room(len(head) + len(line), _share(record)):
+        if not self._quota.has_room(len(head) + len(line), _share(keep)):
             return None
         make_directory(self.paths.directory)
         # Locks first: a part without an owner looks like that of a dead process.
@@ -185,7 +175,7 @@ class SegmentWriter:
             if not lock.acquire_patiently():
                 raise OSError(f"{lock.path} is locked by another process")
         part = DiskPart.create(self.end, self.paths.part(self.end), head)
-        self._quota.take(len(head), _share(record))
+        self._quota.take(len(head), _share(keep))
         self._add(part)
         return part
 
@@ -208,5 +198,5 @@ class SegmentWriter:
         self._parts.append(part)
 
 
-def _share(record: Record) -> float:
-    return KEEP_SHARE if record.keep else 1.0
+def _share(keep: bool) -> float:
+    return KEEP_SHARE if keep else 1.0

@@ -117,7 +117,7 @@ class SpanTree:
         """The trace's info as MLflow's JSON (TraceInfoV3); `locate` says where it belongs.
 
         Its assessments have ids of their own, so that each is on the server once. Totals are always
-        explicit: the server stops adding up by itself once it has an info (see `sink.trace_cost`).
+        explicit: the server stops adding up by itself once it has an info (see `sink.operations`).
         """
         facts, metadata, tags = self.facts, dict(self.metadata), self.facts.trace_tags
         if facts.started:

@@ -87,6 +87,8 @@ class CallList:
         self._operations = operations
         self._calls = deque(calls)
         self._dead = list(dead)
+        self.refused: dict[str, str] = {}
+        """The ids of traces whose run the server refuses, each with the reason."""
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Make the remaining calls; returns what was refused for good.
@@ -174,7 +176,7 @@ class CallList:
             self._calls.appendleft(replace(call, items=half))
 
     def _bury(self, trace: TraceState, reason: str) -> None:
-        trace.refused = reason
+        self.refused[trace.facts.trace_id] = reason
         self._calls = deque(call for call in self._calls if call.trace is not trace)
         self._dead.extend(DeadLetter(record, reason) for record in trace.waiting.records)
 

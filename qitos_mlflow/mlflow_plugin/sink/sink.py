@@ -64,6 +64,8 @@ class MlflowSink:
         self._operations = Operations(self._transport, announce)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
+        self._refused: dict[str, str] = {}
+        """Why the server refuses the run of a trace: each of its records is a dead letter."""
         self._prepared = CallList(self._operations)
 
     # -- delivery.Sink -----------------------------------------------------------------------
@@ -71,7 +73,7 @@ class MlflowSink:
     def restore(self, state: bytes) -> None:
         """Go back to what `state` returned; of another destination, to what holds here too."""
         self._resumed = True
-        self._traces = {}
+        self._traces, self._refused = {}, {}
         try:
             plain = orjson.loads(state)
             uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
@@ -87,8 +89,7 @@ class MlflowSink:
             return
         self._traces = {trace.facts.trace_id: trace for trace in traces}
         if uri == self._transport.address:
-            for trace_id, reason in refused.items():
-                self._trace_of(trace_id, late=True).refused = reason
+            self._refused = refused
         else:
             for trace in traces:
                 trace.move(uri)
@@ -101,14 +102,22 @@ class MlflowSink:
             try:
                 record: Record = orjson.loads(data)
                 trace_id, kind = record["trace_id"], record["kind"]
-                trace = self._trace_of(trace_id, late=kind != "trace_start")
-                if trace.refused is None:
-                    trace.take(record, data)
-                    touched[trace_id] = trace
+                if trace_id in self._refused:
+                    dead.append(DeadLetter(data, self._refused[trace_id]))
+                    if kind == "trace_end":
+                        del self._refused[trace_id]
                     continue
-                dead.append(DeadLetter(data, trace.refused))
-                if kind == "trace_end":
-                    del self._traces[trace_id]
+                if trace_id not in self._traces:
+                    self._traces[trace_id] = TraceState.begin(
+                        trace_id,
+                        self._settings,
+                        tree=self._operations.stores_traces,
+                        late=kind != "trace_start",
+                        resumed=self._resumed,
+                    )
+                trace = self._traces[trace_id]
+                trace.take(record, data)
+                touched[trace_id] = trace
             except Exception as error:  # noqa: BLE001 - one bad record loses only itself
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
         self._list(touched, dead)
@@ -119,7 +128,7 @@ class MlflowSink:
             key: trace
             for key, trace in self._traces.items()
             # Their user ends those that are to stay open.
-            if trace.refused is None and (trace.facts.auto_end_run or not closed)
+            if trace.facts.auto_end_run or not closed
         }
         for trace in left.values():
             trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
@@ -130,7 +139,10 @@ class MlflowSink:
         """Make the calls that are left; returns what the server refused of them."""
         dead = self._prepared.send(timeout_s)
         for trace in self._traces.values():
-            trace.sent()
+            trace.waiting = Waiting()
+        for trace_id, reason in self._prepared.refused.items():
+            if self._traces.pop(trace_id, None) is not None:  # More of it may come.
+                self._refused[trace_id] = reason
         return dead
 
     def state(self) -> bytes:
@@ -138,32 +150,15 @@ class MlflowSink:
 
         Of a trace whose run the server refuses: nothing but the reason.
         """
-        state: dict[str, Any] = {"version": STATE_VERSION, "uri": self._transport.address}
-        state |= {"traces": [], "refused": {}}
-        for trace_id, trace in self._traces.items():
-            if trace.refused is None:
-                state["traces"].append(trace.to_json())
-            else:
-                state["refused"][trace_id] = trace.refused
-        return orjson.dumps(state)
+        state = {"version": STATE_VERSION, "uri": self._transport.address}
+        traces = [trace.to_json() for trace in self._traces.values()]
+        return orjson.dumps({**state, "traces": traces, "refused": self._refused})
 
     def close(self) -> None:
         """Free connections."""
         self._transport.close()
 
     # -- records to calls --------------------------------------------------------------------
-
-    def _trace_of(self, trace_id: str, *, late: bool) -> TraceState:
-        """The state of a trace, begun if it is not there; `late`: with another than its start."""
-        if trace_id not in self._traces:
-            self._traces[trace_id] = TraceState.begin(
-                trace_id,
-                self._settings,
-                tree=self._operations.stores_traces,
-                late=late,
-                resumed=self._resumed,
-            )
-        return self._traces[trace_id]
 
     def _list(self, touched: Mapping[str, TraceState], dead: list[DeadLetter]) -> None:
         """List the calls for what waits of these traces, and forget the traces that are over."""

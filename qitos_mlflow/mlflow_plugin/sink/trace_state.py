@@ -52,7 +52,6 @@ class TraceState:
             process: if any, look for it first. An attempt before the last may still come through
             if a database is locked for longer than a request lasts.
         elsewhere: where part of the trace was delivered, if the rest goes to another server.
-        refused: why the server refuses the run; every record of the trace is a dead letter then.
         lost_spans: how many spans are not on the server although delivery got to them, by reason.
         has_info: the server has an info of its tree.
         waiting: what is to be sent; no part of the JSON.
@@ -64,7 +63,6 @@ class TraceState:
     run: RunRef | None = None
     attempts: int = 0
     elsewhere: Elsewhere | None = None
-    refused: str | None = None
     lost_spans: dict[str, int] = field(default_factory=dict)
     has_info: bool = False
     waiting: Waiting = field(default_factory=Waiting)
@@ -127,10 +125,6 @@ class TraceState:
         if self.tree is not None:
             self.waiting.spans += self.tree.fold(record)
         self.totals.fold(record, self.waiting)
-
-    def sent(self) -> None:
-        """Forget what was waiting: it is part of a batch now."""
-        self.waiting = Waiting()
 
     # -- the run -----------------------------------------------------------------------------
 

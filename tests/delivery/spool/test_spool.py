@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qitos_mlflow.delivery.spool import quota
+from qitos_mlflow.delivery.spool import paths as spool_paths
 from qitos_mlflow.delivery.spool import reader as reader_module
 from qitos_mlflow.delivery.spool import writer as writer_module
 from qitos_mlflow.delivery.spool.counts import (
@@ -35,7 +35,7 @@ from qitos_mlflow.delivery.spool.segments import (
     purge,
     waiting_records,
 )
-from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from tests.fakes.sink import MIB, numbered
 
 NOW = 1_800_000_000_000_000_000
@@ -44,12 +44,15 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def make_segment(directory: Path, **changes: int) -> SegmentWriter:
-    options = {"cap_bytes": 1024 * MIB, "memory_bytes": MIB, "part_bytes": 16 * MIB, **changes}
-    return SegmentWriter(directory, b'{"to":"x"}', offline=False, **options)
+    options = {"cap_bytes": 1024 * MIB, "memory_bytes": MIB, **changes}
+    part_bytes = options.pop("part_bytes", SegmentWriter.part_bytes)
+    segment = SegmentWriter(directory, b'{"to":"x"}', offline=False, **options)
+    segment.part_bytes = part_bytes
+    return segment
 
 
 def append(segment: SegmentWriter, records: list[bytes], *, keep: bool = False) -> list[str]:
-    return [reason for _, reason in segment.append([Record(r, keep) for r in records], NOW)]
+    return [reason for _, reason in segment.append([(r, keep) for r in records], NOW)]
 
 
 def own_reader(segment: SegmentWriter, stats: Counts | None = None) -> SegmentReader:
@@ -384,7 +387,7 @@ def test_a_full_directory_is_no_reason_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records go on in order from memory, up to its bound, and to the disk when it has room."""
-    monkeypatch.setattr(quota, "SCAN_S", 0.0)
+    monkeypatch.setattr(spool_paths, "SCAN_S", 0.0)
     monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
     backlog = tmp_path / "other-1-2-3.0000000000000000.seg"
     backlog.write_bytes(b"x" * 9_000)

@@ -17,7 +17,7 @@ from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, distinct, s
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned
-from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from tests.integration.server import MlflowServer
 from tests.mlflow_plugin import folding
 from tests.mlflow_plugin.folding import info_of, new_state
@@ -346,7 +346,7 @@ def write(
                 transport.write_trace(info, 30)
             except Poisoned:  # MLflow before 3.17 takes nothing away from a trace that has ended.
                 assert info["state"] == "IN_PROGRESS"
-        state.sent()
+        state.waiting = Waiting()
 
 
 def test_the_server_shows_what_the_agent_did(server: MlflowServer) -> None:

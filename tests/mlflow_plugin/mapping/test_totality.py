@@ -12,6 +12,7 @@ from mlflow.protos.service_pb2 import TraceInfoV3
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import KEY_CHARS, PARAM_CHARS, TAG_CHARS
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
+from qitos_mlflow.mlflow_plugin.sink.trace_state import Waiting
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.trim import trim_fields
 from tests.mlflow_plugin.folding import fold, info_of, new_state
@@ -95,7 +96,7 @@ def test_any_record_can_be_mapped(records: list[dict[str, Any]]) -> None:
     state = new_state()
     written: set[str] = set()
     for record in records:
-        state.sent()
+        state.waiting = Waiting()
         state = fold(redact(trim_fields(record, 1_000)), state=state)
         run = state.waiting
         orjson.dumps([metric.value for metric in run.metrics])

@@ -107,7 +107,7 @@ def test_a_run_deleted_during_an_outage_is_found_out_at_once(clock: Clock) -> No
     reason = "RESOURCE_DOES_NOT_EXIST: run-0"
     assert send(calls, 1) == [DeadLetter(b"record", reason)]
     assert len(server.attempts) == 1
-    assert server.trace.refused == reason
+    assert calls.refused == {"trace-1": reason}
 
 
 def test_many_calls_that_are_answered_are_no_failure(clock: Clock) -> None:

@@ -21,9 +21,9 @@ from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
-from qitos_mlflow.mlflow_plugin.sink import call_list, trace_cost
+from qitos_mlflow.mlflow_plugin.sink import call_list, operations
+from qitos_mlflow.mlflow_plugin.sink.operations import COST_TRIES, PAUSE_S
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
-from qitos_mlflow.mlflow_plugin.sink.trace_cost import COST_TRIES, PAUSE_S
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import Records
@@ -492,7 +492,7 @@ def test_a_cost_that_the_server_does_not_say_holds_nothing_back(
 ) -> None:
     """After a few failures traces go without a cost for a while, with one warning."""
     clock = Clock()
-    monkeypatch.setattr(trace_cost, "time", clock)
+    monkeypatch.setattr(operations, "time", clock)
     server.fail = lambda call, _: failure if call == "sum_spans" else None
     sink = sink_to(server)
     sink.prepare(lines(*a_priced_trace("one")))
