@@ -67,9 +67,6 @@ class _Finder(MetaPathFinder, Loader):
             return None  # A part that the host's own package lacks is not made up.
         return ModuleSpec(name, self, origin=_host.ORIGIN, is_package=name == _host.HOST)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return None
-
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__qitos_mlflow__"] = True
         module.__doc__ = "Served by qitos_mlflow, because this QitOS has no tracing of its own."

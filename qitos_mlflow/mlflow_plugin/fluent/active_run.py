@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qitos_mlflow._after_import import after_import, imported
-from qitos_mlflow._guard import report, shield, warn
+from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.redaction.redact import without_credentials
@@ -113,15 +113,11 @@ class ActiveRun:
         if self._stack is not None:
             if self._stack and self._stack[-1] is not self._pushed:
                 self._come_up(self._stack)
-        elif self._can_be_active():
-            try:
-                fluent = mlflow_in_use()
-                if fluent is not None:
-                    stack = fluent._active_run_stack.get()
-                    if self._stack is None:  # `get` itself may have pushed it: `_first_stack`.
-                        self._push(fluent, stack)
-            except Exception as error:  # noqa: BLE001
-                report("active_run.follow", error)
+        elif self._can_be_active() and (fluent := mlflow_in_use()) is not None:
+            with shield("active_run.follow"):
+                stack = fluent._active_run_stack.get()
+                if self._stack is None:  # `get` itself may have pushed it: `_first_stack`.
+                    self._push(fluent, stack)
 
     def leave(self, *, open: bool) -> None:
         """Take the run off the stack, or with `open` leave it there: the caller continues in it.

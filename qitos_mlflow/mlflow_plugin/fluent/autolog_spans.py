@@ -81,7 +81,7 @@ class AutologSpans:
             return
         # It may be current on another thread or task than this one.
         attached.ended = True
-        try:
+        with shield("autolog_spans.leave"):
             from opentelemetry import trace as otel
 
             context = self._contexts.get_current()
@@ -89,8 +89,6 @@ class AutologSpans:
             going = _going(current)
             if going is not current:
                 self._contexts.attach(otel.set_span_in_context(going, context))
-        except Exception as error:  # noqa: BLE001
-            report("autolog_spans.leave", error)
 
     def end(self) -> dict[str, str]:
         """The trace has ended. Returns the tags that were set on it through MLflow."""
