@@ -18,7 +18,7 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._after_import import after_import
-from qitos_mlflow._guard import report, shield, warn
+from qitos_mlflow._guard import report, shield
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.hook import BridgeHook
 from qitos_mlflow.bridge.live import LiveTrace, is_wanted
@@ -176,7 +176,10 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
 
 
 def _fit() -> None:
-    """Wrap tools and critics, and replace thread pools, when the first run to be traced begins."""
+    """Wrap tools and critics, and replace thread pools, when the first run to be traced begins.
+
+    What a host does not have is left out, with one line in the log.
+    """
     global _fitted
     if _fitted:
         return
@@ -192,18 +195,12 @@ def _fit() -> None:
 
 
 def _wrap_tools(module: ModuleType) -> None:
-    executor = getattr(module, "ActionExecutor", None)
-    if executor is None:
-        warn("bridge.tools", "this QitOS has no ActionExecutor; tool calls get no spans")
-    else:
-        wrap(executor, "_execute_one", execute_one)
-        wrap(executor, "_call_tool", call_tool)
+    wrap(module.ActionExecutor, "_execute_one", execute_one)
+    wrap(module.ActionExecutor, "_call_tool", call_tool)
 
 
 def _wrap_verdicts(module: ModuleType) -> None:
-    verdict = getattr(module, "CriticResult", None)
-    if verdict is not None:
-        wrap(verdict, "from_dict", critic_result)
+    wrap(module.CriticResult, "from_dict", critic_result)
 
 
 def _replace_pool(pool: type[ThreadPoolExecutor], module: ModuleType) -> None:
