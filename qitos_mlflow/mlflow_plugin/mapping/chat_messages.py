@@ -108,7 +108,7 @@ def tool_definitions(tools: Any) -> list[Fields] | None:
     for tool in tools if isinstance(tools, list) else ():
         if not isinstance(tool, (str, dict)):
             continue
-        rest = flat(tool if isinstance(tool, dict) else {"name": tool}, "function")
+        rest = flat(tool if isinstance(tool, dict) else {"name": tool}, "function", "custom")
         declared = take(rest, "functionDeclarations", "function_declarations", kind=list)
         found += tool_definitions(declared) or []  # Gemini
         name = take(rest, "name") or take(rest, "type")  # {"type": "web_search"}

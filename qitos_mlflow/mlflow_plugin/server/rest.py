@@ -31,6 +31,7 @@ from qitos_mlflow.mlflow_plugin.server.http import (
 )
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
+    Poisoned,
     Refused,
     Transport,
     part,
@@ -144,8 +145,14 @@ class RestTransport(Transport):
         response = answer_to(request, self._requester, self.address)
         status = response.status_code
         failure = verdict(status, response.headers, response.content, self.address)
-        unsigned = isinstance(failure, Refused) and failure.code == f"HTTP {status}"
-        if unsigned and status not in TOO_LARGE and not self._is_mlflow(request.timeout_s):
+        blames = isinstance(failure, (Refused, Poisoned))
+        unsigned = "error_code" not in (json_object(response.content) or {})
+        if (
+            blames
+            and unsigned
+            and status not in TOO_LARGE
+            and not self._is_mlflow(request.timeout_s)
+        ):
             failure = RetryLater(f"HTTP {status} from {self.address}, which is not MLflow")
         if failure is not None:
             raise failure

@@ -73,7 +73,9 @@ class Operations:
         cached = name in self._experiments
         try:
             self._find_or_create(trace, timeout_s)
-        except Refused:
+        except Refused as refusal:
+            if refusal.code == "NO_RUN":
+                raise
             # The experiment may have been deleted, and another one made by its name.
             self._experiments.pop(name, None)
             if not cached:

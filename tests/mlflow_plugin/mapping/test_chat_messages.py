@@ -177,12 +177,14 @@ def test_tools_are_defined() -> None:
         "search",
         {"type": "function", "function": {"name": "add", "description": "d", "parameters": schema}},
         {"name": "sub", "input_schema": schema},
+        {"type": "custom", "custom": {"name": "grep", "description": "d"}},
         5,
     ]
     assert tool_definitions(given_tools) == [
         {"type": "function", "function": {"name": "search"}},
         {"type": "function", "function": {"name": "add", "parameters": schema, "description": "d"}},
         {"type": "function", "function": {"name": "sub", "parameters": schema}},
+        {"type": "function", "function": {"name": "grep", "description": "d"}},
     ]
     assert tool_definitions(None) is None
 

@@ -67,6 +67,14 @@ def test_only_mlflow_refuses(status: int) -> None:
         assert isinstance(outcome(server), RetryLater)
 
 
+@pytest.mark.parametrize("answer", [(500, b'{"message": "upstream"}'), (422, PAGE), (501, b"{}")])
+def test_a_gateways_failure_is_not_mlflows(answer: tuple[int, bytes]) -> None:
+    """Without an error code of MLflow's, what is in front of it does not blame the request."""
+    server = FakeRequester(*answer)
+    server.probe = (502, b"", {})
+    assert isinstance(outcome(server), RetryLater)
+
+
 def test_a_proxy_may_refuse_a_large_request() -> None:
     """A request too large for what is in front of MLflow is one for ever."""
     server = FakeRequester(413, PAGE)

@@ -16,6 +16,7 @@ from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
     StoreTransport,
@@ -180,6 +181,7 @@ def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
                 forking.join()
 
     monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(server, "mlflow_client")  # Put back like the module itself.
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     run = RunRef("r", "0", "n", tmp_path.as_uri(), 0)
     RestTransport("http://host").write_artifact(run, "a.txt", b"a", 1.0)

@@ -284,8 +284,10 @@ def test_spans_after_the_end_of_their_trace(server: FakeTransport) -> None:
     assert server.runs["run-0"]["status"] == "FINISHED"
     assert server.runs["run-0"]["tags"]["qitos.spans.late"] == "1"
     assert server.runs["run-0"]["tags"]["qitos.spans.delivered"] == "3"
+    before = len(server.calls)
     (letter,) = deliver(sink, {**late, "trace_id": "unknown"})
     assert "NO_RUN" in letter.reason
+    assert server.calls[before:] == ["find_runs"]
 
 
 def test_traces_of_different_settings_go_through_one_sink(server: FakeTransport) -> None:
