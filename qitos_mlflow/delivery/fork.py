@@ -8,33 +8,51 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 FORK_WAIT_S = 10.0
-"""Longest time a fork waits for an import (seconds). `import mlflow` and the creation of a local
-store take five; a sink for a server, 0.2."""
+"""Longest time a fork waits for all imports together (seconds). `import mlflow` and the creation of
+a local store take five; a sink for a server, 0.2."""
 
-_importing = threading.RLock()
-_held = threading.local()
+_beginning = threading.RLock()
+"""Held while an import begins, and by a fork: none begins in the midst of it."""
+_under_way: set[threading.RLock] = set()
+"""A lock for each import, held until its end."""
+_forking = threading.local()
 
 
-def importing() -> threading.RLock:
-    """The lock to hold while a sink is opened, or imports much later on."""
-    return _importing
+@contextmanager
+def importing() -> Iterator[None]:
+    """Hold forks up while a sink is opened, or imports much later on; no other import waits."""
+    with (mine := threading.RLock()):
+        try:
+            with _beginning:
+                _under_way.add(mine)
+            yield
+        finally:
+            _under_way.discard(mine)
 
 
 def _before() -> None:
     # The wait is bounded, so that it cannot deadlock.
-    _held.acquired = _importing.acquire(timeout=FORK_WAIT_S)
+    deadline = time.monotonic() + FORK_WAIT_S
+    _forking.alone = _beginning.acquire(timeout=FORK_WAIT_S)
+    for lock in list(_under_way):
+        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            lock.release()
 
 
 def _after_in_parent() -> None:
-    if _held.acquired:
-        _importing.release()
+    if _forking.alone:
+        _beginning.release()
 
 
 def _after_in_child() -> None:
-    global _importing
-    _importing = threading.RLock()
+    global _beginning
+    _beginning = threading.RLock()
+    _under_way.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -144,8 +144,11 @@ class Deliveries:
         self._failed: dict[Paths, Circuit] = {}
         """The segments that have made room, and when they may be tried again."""
 
-    def round(self) -> Iterator[bool]:
-        """Give each segment a turn; after each step, yields whether it may go on at once."""
+    def round(self) -> Iterator[bool | None]:
+        """Give each segment a turn, if it needs one.
+
+        Yields after each step whether the segment may go on at once, and None after each segment.
+        """
         try:
             found = find_segments(self._directory) if self._directory.is_dir() else []
         except OSError as error:
@@ -163,13 +166,13 @@ class Deliveries:
         for paths in found:
             try:
                 delivery = self._open.get(paths) or self._begin(paths)
+                if delivery is not None and not delivery.circuit.delay_s:
+                    yield from self._turn(paths, delivery)
             except OSError as error:
                 _guard.warn("delivery.look", "%s cannot be delivered yet: %s", paths.stem, error)
             except Exception as error:  # noqa: BLE001 - a bug costs this segment its turn, no more
                 _guard.report("delivery.take", error)
-            else:
-                if delivery is not None and not delivery.circuit.delay_s:
-                    yield from self._turn(paths, delivery)
+            yield None
 
     def close(self) -> None:
         """Release the segments for others; what is delivered of them is on the disk."""
@@ -219,7 +222,7 @@ def follow(
     """Deliver all segments of `directory`, later ones included, until `stop` is set.
 
     One thread for all of them: a segment whose server is away does not delay the others. Yields
-    after each step and after each look at the directory.
+    after each step, after each segment and after each look at the directory.
 
     Args:
         directory: the spool; may not exist yet.
@@ -290,8 +293,9 @@ class Leftovers(Deliveries):
         """Each step; yields how long to pause before the next one (seconds)."""
         while True:
             self.pending = True
-            for _ in self.round():
-                yield BATCH_PAUSE_S
+            for more in self.round():
+                if more is not None:
+                    yield BATCH_PAUSE_S
             self.pending = bool(self._open)
             # A server may ask for minutes.
             delays = [LOOK_EVERY_S, *(left.circuit.delay_s for left in self._open.values())]

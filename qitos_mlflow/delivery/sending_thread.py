@@ -101,7 +101,7 @@ class SendingThread(threading.Thread):
         while (left := deadline - time.monotonic()) > 0 and self.position < position:
             if self._circuit.online is False:
                 time.sleep(min(self._circuit.delay_s, WAITED_FOR_DELAY_S, left))
-            self.attempt(min(SEND_TIMEOUT_S, left))
+            self.attempt(max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic())))
         return self.position >= position
 
     def stop(self, deadline: float) -> None:

@@ -181,6 +181,20 @@ def test_a_sidecar_follows_offline_processes(tmp_path: Path) -> None:
     assert server.accepted == [b"a", b"a end", b"killed", b"b", b"b end", b"killed"]
 
 
+def test_a_sidecar_can_be_stopped_among_segments_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many segments other processes deliver, it ends after the one that it looks at."""
+    for _ in range(3):
+        left_behind(tmp_path, [b"record"])
+    asked: list[Paths] = []
+    monkeypatch.setattr(leftovers, "claim", lambda paths, stats: asked.append(paths))
+    stop = threading.Event()
+    for _ in follow(tmp_path, FakeServer().sink, stop=stop, stats=Counts()):
+        stop.set()
+    assert len(asked) == 1
+
+
 @pytest.mark.usefixtures("at_once")
 def test_one_dead_server_does_not_hold_up_the_other(tmp_path: Path) -> None:
     """A sidecar goes on delivering to one server while another is away."""

@@ -323,6 +323,26 @@ def test_a_hanging_server_never_delays_the_disk(make: Make, server: FakeServer) 
     assert pipeline.stats.delivered == 0
 
 
+def test_one_destination_does_not_hold_up_another(make: Make, server: FakeServer) -> None:
+    """While one sink is being opened, which may take long, another one is opened and used."""
+    opening, go_on = threading.Event(), threading.Event()
+
+    def open_slowly() -> FakeSink:
+        opening.set()
+        go_on.wait(LONG_S)
+        return server.sink()
+
+    slow = make(open_sink=open_slowly)
+    slow.offer(b"slow", urgent=True)
+    assert opening.wait(LONG_S)
+    fast = make()
+    fast.offer(b"fast")
+    assert fast.flush(LONG_S / 4)
+    assert server.accepted == [b"fast"]
+    go_on.set()
+    assert slow.flush(LONG_S)
+
+
 def test_deadlines_hold_with_a_server_that_hangs(
     make: Make, server: FakeServer, spool: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.delivery import (
+    Delivery,
     Paths,
     Pipeline,
     RetryLater,
@@ -219,6 +222,26 @@ def test_a_leftover_that_fails_is_tried_again(
     eventually(lambda: b"fails" in server.accepted)
     assert {where for where, _ in swallowed} == {"delivery.open_sink"}
     swallowed.clear()
+
+
+def test_a_leftover_that_cannot_be_closed_stops_nothing(
+    tmp_path: Path, server: FakeServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is sent, and the process's own records."""
+    close = Delivery.close
+
+    def close_badly(delivery: Delivery) -> None:
+        close(delivery)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Delivery, "close", close_badly)
+    for _ in range(2):
+        left_behind(tmp_path, numbered(3))
+    pipeline = make(lambda header: server.sink)
+    pipeline.offer(b"own", urgent=True)
+    eventually(lambda: server.accepted.count(b"killed") == 2)
+    pipeline.offer(b"later")
+    assert pipeline.flush(LONG_S)
 
 
 def test_a_batch_of_leftovers_goes_on_where_it_stopped(

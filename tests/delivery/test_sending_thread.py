@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +92,16 @@ def test_what_is_half_sent_keeps_its_place(tmp_path: Path) -> None:
     delivery.step()
     assert not delivery.transfer.halfway
     delivery.close()
+
+
+def test_without_a_thread_the_deadline_holds(tmp_path: Path) -> None:
+    """What is left after the pause between two attempts is all that the next one gets."""
+
+    def away(timeout_s: float) -> None:
+        raise RetryLater("503", after_s=60)
+
+    steps = Steps(away)
+    sending = SendingThread(steps, Circuit(), no_leftovers(tmp_path))  # type: ignore[arg-type]
+    assert not sending.send_here(1, time.monotonic() + 0.5)
+    assert len(steps.given_s) == 2
+    assert steps.given_s[1] < 0.25

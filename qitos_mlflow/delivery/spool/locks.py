@@ -146,7 +146,8 @@ class FileLock:
                 os.ftruncate(descriptor, 0)  # Without kernel locks, the holder's name is the lock.
         _held.pop(str(self.path), None)
         if sys.platform != "win32":
-            os.close(descriptor)
+            with suppress(OSError):  # NFS may report an error of earlier; the descriptor is closed.
+                os.close(descriptor)
 
 
 def _disown_all() -> None:

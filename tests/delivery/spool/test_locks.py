@@ -119,6 +119,24 @@ def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
     lock.release()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere no server reports it so late")
+def test_a_late_error_of_the_file_system_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, closing a file may fail, but it is closed."""
+    lock, close = FileLock(tmp_path / "x.own"), os.close
+    assert lock.acquire()
+
+    def close_badly(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close_badly)
+        lock.release()
+    assert not is_held(lock.path)
+
+
 def test_looking_creates_nothing(tmp_path: Path) -> None:
     """Asking whether a lock is held leaves no file behind."""
     assert not is_held(tmp_path / "none.own")

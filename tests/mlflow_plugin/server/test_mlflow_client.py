@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import threading
 from pathlib import Path
 
 import mlflow
@@ -15,7 +14,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.delivery import RetryLater, fork
 from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
@@ -167,25 +166,20 @@ def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
 ) -> None:
     """To a server that stores no artifacts itself, mlflow is imported once one is written."""
     name = "qitos_mlflow.mlflow_plugin.server.mlflow_client"
-    free: list[bool] = []
-
-    def try_lock() -> None:
-        free.append(importing().acquire(blocking=False))
+    forks_wait: list[bool] = []
 
     class Finder:
         @staticmethod
         def find_spec(module: str, *_: object) -> None:
             if module == name:
-                forking = threading.Thread(target=try_lock)
-                forking.start()
-                forking.join()
+                forks_wait.append(bool(fork._under_way))
 
     monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(server, "mlflow_client")  # Put back like the module itself.
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     run = RunRef("r", "0", "n", tmp_path.as_uri(), 0)
     RestTransport("http://host").write_artifact(run, "a.txt", b"a", 1.0)
-    assert free == [False]
+    assert forks_wait == [True]
     assert (tmp_path / "a.txt").read_bytes() == b"a"
 
 
