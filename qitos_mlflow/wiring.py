@@ -51,11 +51,12 @@ def autolog(
     global _autolog
     from qitos_mlflow import tracing
     from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin
-    from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 
     with _lock:
         new = None
         if not disable:
+            from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor  # Needs mlflow.
+
             new = MlflowTraceProcessor(experiment_name, run_name, tracking_uri, tags, **options)
             new.mlflow_plugin.origin = Origin.AUTOLOG
         elif _adapter is not None:

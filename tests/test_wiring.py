@@ -16,6 +16,7 @@ from qitos_mlflow.errors import SettingsError
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, Origin
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.tracing import create_trace
+from tests.hosts import run_on
 from tests.undo import deactivate
 
 
@@ -74,6 +75,26 @@ def test_disabled_it_is_off_and_can_be_on_again() -> None:
     assert tracing.processors() == ()
     qitos_mlflow.autolog()
     assert options() == [{"name": "qitos"}]
+
+
+def test_disabled_without_mlflow() -> None:
+    """Code that turns logging off may run where mlflow is not installed; turning it on raises."""
+    printed = run_on(
+        None,
+        """
+        import sys
+        from importlib.machinery import PathFinder
+        class Without(PathFinder):
+            def find_spec(name, path=None, target=None):
+                return None if name == "mlflow" else PathFinder.find_spec(name, path, target)
+        sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+        import qitos_mlflow
+        qitos_mlflow.autolog(disable=True)
+        try: qitos_mlflow.autolog()
+        except qitos_mlflow.errors.MissingMlflowError: print("missing")
+        """,
+    )
+    assert printed == "missing\n"
 
 
 def test_replaced_by_set_trace_processors_it_comes_back() -> None:

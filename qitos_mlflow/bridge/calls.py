@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,13 @@ from qitos_mlflow import tracing
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.bridge import extract
-from qitos_mlflow.bridge.hook import BridgeHook
+from qitos_mlflow.bridge.hook import attach, detach
 from qitos_mlflow.bridge.live import LiveTrace, is_wanted
 from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool, wrap
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 
-_sessions: dict[int, AgentRun] = {}
-"""Open sessions by the id of their Engine, which may be gone."""
+_sessions: list[AgentRun] = []
+"""Open sessions, one for an Engine, which may be gone."""
 _lock = threading.RLock()  # A signal handler may run an agent while it is held.
 _fitted = False
 
@@ -46,10 +47,12 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if agent_run is None:
         return wrapped(*args, **kwargs)
     try:
-        with BridgeHook(agent_run, engine):
-            result = wrapped(*args, **kwargs)
+        attach(agent_run, engine)
+        result = wrapped(*args, **kwargs)
+        detach(agent_run, engine)
         agent_run.end(result=result)
     except BaseException as error:
+        detach(agent_run, engine)  # Once more, if Ctrl-C came within it.
         # Does nothing if it was called above.
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
@@ -70,7 +73,7 @@ def init_session(
         # To run before our processors' exit handlers, registered when the trace began.
         atexit.unregister(_end_sessions)
         atexit.register(_end_sessions)
-        _sessions[id(engine)] = agent_run
+        _sessions.append(agent_run)
     except BaseException as error:
         agent_run.end(error=error, run_id=extract.first(engine, "_active_run_id"))
         raise
@@ -79,20 +82,20 @@ def init_session(
 
 def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``Engine.step``: one step of the session's trace; the last one ends it."""
-    agent_run = _sessions.get(id(engine))
-    if agent_run is None or agent_run.engine() is not engine:
+    agent_run = next((one for one in list(_sessions) if one.engine() is engine), None)
+    if agent_run is None:
         return wrapped(*args, **kwargs)
     before = here.get()
     here.set(Place(agent_run, agent_run.root))
     try:
-        with BridgeHook(agent_run, engine, in_session=True):
-            result = wrapped(*args, **kwargs)
+        attach(agent_run, engine, in_session=True)
+        result = wrapped(*args, **kwargs)
+        detach(agent_run, engine)
         agent_run.session_stepped(None)
         if extract.first(result, "stop"):
-            ended = _sessions.pop(id(engine), None)
-            if ended is not None:
-                ended.end(stop_reason=extract.text_of(extract.first(result, "stop_reason")))
+            _end_session(agent_run, extract.text_of(extract.first(result, "stop_reason")))
     except BaseException as error:
+        detach(agent_run, engine)
         agent_run.session_stepped(error)  # The caller may step again.
         raise
     finally:
@@ -240,10 +243,14 @@ def _finish(live: LiveTrace, span: Any, error: BaseException | str | None) -> No
 def _end_sessions(engine: Any = None) -> None:
     """End this Engine's session and those whose Engine is gone; all of them for None."""
     place = here.get()
-    for key, left in list(_sessions.items()):
+    for left in list(_sessions):
         of = left.engine()
-        # Another thread may have taken it, and the next Engine may have the same id.
-        if (engine is None or of is None or of is engine) and _sessions.get(key) is left:
-            _sessions.pop(key, None)
-            left.end()
+        if engine is None or of is None or of is engine:
+            _end_session(left)
     here.set(place)
+
+
+def _end_session(session: AgentRun, stop_reason: str | None = None) -> None:
+    with suppress(ValueError):  # Another thread has taken it.
+        _sessions.remove(session)
+        session.end(stop_reason=stop_reason)

@@ -33,32 +33,31 @@ def _callback(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
+def attach(run: AgentRun, engine: Any, *, in_session: bool = False) -> None:
+    """Put a hook in ``engine.hooks``, for one run or for one call of ``step``."""
+    with shield("bridge.attach"):  # A trace without steps is better than none.
+        engine.hooks.append(BridgeHook(run, in_session))
+
+
+def detach(run: AgentRun, engine: Any) -> None:
+    """Take the run's hook, if there is one, out of whatever list the Engine has by now."""
+    with shield("bridge.detach"):
+        for index, hook in enumerate(engine.hooks):
+            if isinstance(hook, BridgeHook) and hook._run is run:
+                del engine.hooks[index]
+                return
+
+
 class BridgeHook:
-    """In ``engine.hooks`` within its ``with`` block: one run, or one call of ``step``."""
+    """The callbacks of one run, or of one call of ``step``."""
 
-    def __init__(self, run: AgentRun, engine: Any, *, in_session: bool = False) -> None:
+    def __init__(self, run: AgentRun, in_session: bool) -> None:
         self._run = run
-        self._engine = engine
         self._in_session = in_session
-
-    def __enter__(self) -> None:
-        try:
-            with shield("bridge.attach"):  # A trace without steps is better than none.
-                self._engine.hooks.append(self)
-        except BaseException:  # Such as Ctrl-C.
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        with shield("bridge.detach"):  # From whatever list the Engine has by now.
-            for index, candidate in enumerate(self._engine.hooks):
-                if candidate is self:
-                    del self._engine.hooks[index]
-                    return
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, in a copied Engine, does nothing: runs of that Engine have their own hooks."""
-        return BridgeHook, (None, None)
+        return BridgeHook, (None, False)
 
     # -- step ------------------------------------------------------------------------------
 

@@ -72,12 +72,17 @@ def run(
     }
     # The options that this python has been started with, such as -X dev.
     options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if getattr(sys.stdout, "write_through", False):  # Of which there is no flag.
+        options.append("-u")
     if not startup_line_is_active():
         path = [str(STARTUP_DIRECTORY), os.environ.get("PYTHONPATH")]
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         # With these, python imports no `sitecustomize`, or ignores PYTHONPATH.
         options = [option for option in options if option not in {"-S", "-E", "-I"}]
+        os.environ.pop("_QITOS_MLFLOW_PYTHON", None)  # Of an outer `run`, in another Python.
     os.environ.update({name: value for name, value in variables.items() if value})
+    if not as_module and target.startswith("-"):  # For python this is an option.
+        target = f"./{target}"
     command = [sys.executable, *options, *(["-m"] if as_module else []), target, *args]
     if os.name == "nt":  # Where exec starts another process and ends this one at once.
         sys.exit(subprocess.call(command))  # noqa: S603 - this is what the command is for

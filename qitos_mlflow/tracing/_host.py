@@ -99,7 +99,10 @@ def _load() -> dict[str, Any]:
             with suppress(ModuleNotFoundError):  # Another layout; the package may have the names.
                 homes.append(import_module(f"{HOST}.{submodule}"))
         names = {
-            name: getattr(home, name) for home in homes for name in OURS if hasattr(home, name)
+            name: getattr(home, name)
+            for home in homes
+            for name in OURS
+            if getattr(home, name, None) is not None  # As after an import that failed there.
         }
         missing = sorted(REQUIRED - names.keys())
         why = f"it has no {', '.join(missing)}" if missing else None

@@ -192,7 +192,7 @@ class Span:
         return {**self.__dict__, "_processor": None, "_unfinished": list(self._unfinished)}
 
     def __repr__(self) -> str:
-        return f"<Span {self.data.type} {self.span_id} of trace {self.trace_id}>"
+        return f"<Span {getattr(self.data, 'type', None)} {self.span_id} of trace {self.trace_id}>"
 
 
 class Trace:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 REDACTED = "__redacted__"
@@ -135,7 +136,9 @@ class RedactingSpanData:
     def __new__(cls, span_data: Any) -> RedactingSpanData:
         """An instance of a class derived from this one and from that of `span_data`."""
         base: Any = type(span_data)  # If this cannot export, it is no span data but a dict, say.
-        return object.__new__(_redacting(base) if hasattr(base, "export") else cls)
+        with suppress(Exception):  # The user's own, such as a tuple, may not be derived from.
+            return object.__new__(_redacting(base) if hasattr(base, "export") else cls)
+        return object.__new__(RedactingSpanData)
 
     def __init__(self, span_data: Any) -> None:
         # object.__setattr__: span data of the user's own may be frozen.

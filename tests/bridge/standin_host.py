@@ -6,6 +6,7 @@ That process has the stand-in `qitos` in front of the real one, with its own `qi
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from typing import Any
 
@@ -287,6 +288,61 @@ def test_a_session_is_one_trace(recorder: Recorder) -> None:
     assert metadata["final_result"] == "42"
     assert metadata["qitos_run_id"] == run_id
     assert not calls._sessions
+
+
+def test_an_interrupt_in_our_own_code_leaves_no_hook(recorder: Recorder) -> None:
+    """Ctrl-C just as the hook is taken out: the session goes on, and no step is traced twice."""
+
+    class Hooks(list[Any]):
+        interrupts = 1
+
+        def __delitem__(self, index: Any) -> None:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            super().__delitem__(index)
+
+    engine = Engine(agent(act("add"), FINAL, FINAL))
+    engine.hooks = Hooks()
+    state, observation = engine.init_session("t")
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(state, observation)
+    assert engine.hooks == []
+    assert engine.step(state, observation).stop
+    assert len(recorder.of("decide")) == 2
+    engine.hooks.interrupts = 1
+    with pytest.raises(KeyboardInterrupt):
+        engine.run("t")
+    assert engine.hooks == []
+
+
+def test_a_session_is_ended_by_one_thread_only(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever another thread comes between: here at each line, by a trace function."""
+    ended: list[Any] = []
+    end = calls.AgentRun.end
+    monkeypatch.setattr(calls.AgentRun, "end", lambda run, **why: [ended.append(run), end(run)])
+    codes = {function.__code__ for name, function in vars(calls).items() if "_end_s" in name}
+
+    def between(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code not in codes:
+            return None
+        if event == "line" and frame.f_lineno == line:
+            before = sys.gettrace()
+            sys.settrace(None)
+            calls._end_sessions()
+            sys.settrace(before)
+        return between
+
+    for line in sorted({at for code in codes for *_, at in code.co_lines() if at}):
+        Engine(agent(act("add"))).init_session("left")
+        ended.clear()
+        before = sys.gettrace()
+        sys.settrace(between)
+        calls._end_sessions()
+        sys.settrace(before)
+        assert len(ended) == 1, line
 
 
 def test_a_session_open_at_exit_is_ended_before_its_processors_flush() -> None:

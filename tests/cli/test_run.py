@@ -70,6 +70,7 @@ def programs(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__main__.py").write_text(PROGRAM)
         (tmp_path / package / "beside.py").write_text("")
+    (tmp_path / "-dash.py").write_text(PROGRAM)
     (tmp_path / "broken.py").write_text("x = = 1\n")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -95,6 +96,7 @@ def test_a_script_sees_no_difference(programs: Path, python: Run, cli: Run, end:
         ("-m", "package.__main__", "normal"),
         ("directory", "exit"),
         ("./program.py", "normal"),
+        ("--", "-dash.py", "exit"),
         ("broken.py",),
         ("empty",),
         ("-m", "program.py"),
@@ -107,7 +109,7 @@ def test_modules_and_directories_too(
     programs: Path, python: Run, cli: Run, args: tuple[str, ...]
 ) -> None:
     """`-m module`, packages, directories and what cannot be started act as under python."""
-    wanted = python(*args)
+    wanted = python(*(arg.replace("-dash", "./-dash") for arg in args if arg != "--"))
     got = cli("run", *args)
     assert (got.stdout, got.stderr, got.returncode) == (
         wanted.stdout,
@@ -189,6 +191,39 @@ def test_where_no_start_up_file_runs_the_script_and_its_children_are_logged(
     hidden = "" if options else "hidden\n"  # Once more, by the first python.
     assert done.stdout == hidden + 2 * "hidden\nTrue []\n", done.stderr
     assert done.stderr == ""
+
+
+def test_another_python_that_the_script_starts_is_left_alone(tmp_path: Path) -> None:
+    """The packages of the script's Python may be of another version, or built for another one."""
+    base = getattr(sys, "_base_executable", sys.executable)
+    subprocess.run([base, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    other = next((tmp_path / "venv").glob("*/python"))
+    (tmp_path / "show.py").write_text(
+        "import subprocess, sys\n"
+        f"print('qitos_mlflow.auto' in sys.modules, {str(ROOT)!r} in sys.path, flush=True)\n"
+        "for child in sys.argv[1:]: subprocess.run([child, __file__], check=True)\n"
+    )
+    places = [sysconfig.get_path("purelib"), str(ROOT)]
+    start = (
+        "import runpy, sys\n"
+        f"sys.path += {places}\n"
+        f"sys.argv = ['qitos-mlflow', 'run', 'show.py', sys.executable, {str(other)!r}]\n"
+        "runpy.run_module('qitos_mlflow.cli')"
+    )
+    environ = {**os.environ, "QITOS_TRACE_PLUGINS": "none", "_QITOS_MLFLOW_PYTHON": "outer"}
+    environ.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [base, "-c", start], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True True\nTrue True\nFalse False\n", "")
+
+
+def test_unbuffered_output_stays_so(tmp_path: Path, python: Run) -> None:
+    """`python -u` is among the options that are passed on."""
+    (tmp_path / "show.py").write_text("import sys; print(sys.stdout.write_through)\n")
+    for option, unbuffered in (("-u", "True\n"), ("-B", "False\n")):
+        got = python(option, "-m", "qitos_mlflow.cli", "run", "show.py", PYTHONUNBUFFERED="")
+        assert (got.stdout, got.stderr) == (unbuffered, "")
 
 
 def test_the_start_up_directory_is_silent_in_a_python_without_the_package(tmp_path: Path) -> None:

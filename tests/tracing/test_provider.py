@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -231,6 +231,50 @@ def test_span_data_of_ones_own_is_redacted(data: SpanData) -> None:
         assert span.data.type == data.type
         assert SECRET not in everything_in(span)
         assert SECRET.upper() not in json.dumps(span.export())
+
+
+class Pair(NamedTuple):
+    """Span data as someone may write it: a tuple."""
+
+    secret: str
+    type: str = "pair"
+
+    def export(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+class Table(dict[str, Any]):
+    """Span data as someone may write it: a dict."""
+
+    type = "table"
+
+    def export(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class Sealed(SpanData):
+    """Span data as someone may write it: no class can be derived from it in the usual way."""
+
+    type = "sealed"
+
+    def __init__(self) -> None:
+        self.secret = SECRET
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        raise ValueError(kind)
+
+    def export(self) -> dict[str, Any]:
+        return {"secret": self.secret}
+
+
+@pytest.mark.parametrize("data", [Pair(SECRET), Table(x=SECRET), Sealed()])
+def test_span_data_that_cannot_be_derived_from(data: Any) -> None:
+    """The span and the end of its trace arrive all the same, without content."""
+    recorder = record(TracingMode.ENABLED_WITHOUT_DATA, data)
+    assert len(recorder.objects("trace_end")) == 1
+    (span,) = recorder.objects("span_end")
+    assert span.data.export() == {"type": data.type}
+    assert SECRET not in everything_in(span)
 
 
 @pytest.mark.parametrize("data", [None, {"x": SECRET}, 7])

@@ -133,6 +133,13 @@ def test_content_stays_out_of_reprs() -> None:
     assert "pw" not in f"{span!r}{trace!r}{span.data!r}"
 
 
+def test_any_span_has_a_repr() -> None:
+    """Also one that does nothing, and one with data of another kind."""
+    assert repr(NoOpSpan()) == "<Span None  of trace >"
+    odd: Any = {"x": "secret"}
+    assert repr(Span("t", "s", odd)) == "<Span None s of trace t>"
+
+
 def test_events_in_order_with_times() -> None:
     """A processor gets a trace and its spans, starts and ends, in order; times are ISO UTC."""
     recorder = Recorder()
