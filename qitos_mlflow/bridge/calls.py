@@ -121,7 +121,8 @@ def execute_one(
         result = wrapped(*args, **kwargs)
         _end_tool(live, span, result)
     except BaseException as error:
-        _finish(live, span, error)
+        with shield("bridge.tool"):
+            live.finish(span, error)
         raise
     finally:
         here.set(place)
@@ -232,12 +233,8 @@ def _end_tool(live: LiveTrace, span: Any, result: Any) -> None:
     with shield("bridge.tool"):
         span.exception = None
         span.data.output_content, failure, span.output = extract.tool_result(result)
-    _finish(live, span, raised if failure is not None and raised is not None else failure)
-
-
-def _finish(live: LiveTrace, span: Any, error: BaseException | str | None) -> None:
     with shield("bridge.tool"):
-        live.finish(span, error)
+        live.finish(span, raised if failure is not None and raised is not None else failure)
 
 
 def _end_sessions(engine: Any = None) -> None:
