@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.leftovers import Delivery, Outcome, follow, take
-from qitos_mlflow.delivery.pipeline import Pipeline
+from qitos_mlflow.delivery.pipeline import Pipeline, living
 from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
@@ -46,6 +46,7 @@ __all__ = [
     "follow",
     "importing",
     "inspect_segment",
+    "living",
     "purge",
     "take",
     "waiting_records",

@@ -39,7 +39,8 @@ disk is lost."""
 ASIDE_SHARE = 0.1
 """What is kept aside may take this share of the spool's size, beyond it."""
 
-_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+living: weakref.WeakValueDictionary[int, Pipeline] = weakref.WeakValueDictionary()
+"""All pipelines of this process. To read while others are made: `valuerefs`, which is one call."""
 
 
 class Pipeline:
@@ -67,18 +68,20 @@ class Pipeline:
         self.closed = False
         """Whether it takes no more."""
         self._begin()
-        _pipelines.add(self)
+        living[id(self)] = self
 
     def _begin(self) -> None:
         self._queue = ByteQueue(self._queue_bytes)
         self.stats = Counts()
         """What became of the records of this process so far. Any thread may count a loss."""
         self._circuit = Circuit()
+        self._unattended = threading.Event()
         self._spooling = self._make_threads()
         # Held while threads are at work, and for ever after `close`: as an atomic flag.
         self._awake = threading.Lock()
         self._last = Barrier(last=True)
         self._refused_at = 0.0
+        self._closing = threading.RLock()  # A signal handler may close while this thread does.
 
     def normalize(self, payload: bytes) -> bytes | None:
         """Spooling thread. The record to store for a payload; None drops it on purpose.
@@ -161,14 +164,8 @@ class Pipeline:
         deadline = time.monotonic() + timeout_s
         self.refuse()
         self.stats.save_losses(self.paths)  # Those of offers refused since the last time.
-        if not self.at_rest:
-            self._put_last()  # A record came in while others were refused.
-            spooling = self._spooling
-            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
-                spooling.unattended = True
-                if not self._last.reached.is_set():
-                    return False
-            spooling.end(deadline)
+        if not self.at_rest and not self._end(deadline):
+            return False
         return self._spooling.nothing_left()
 
     @property
@@ -213,6 +210,21 @@ class Pipeline:
         if not self._queue.empty:  # Offered meanwhile, by a thread that found it awake.
             self._wake()
 
+    def _end(self, deadline: float) -> bool:
+        # A thread with less time must not end what another one waits for.
+        if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return False
+        try:
+            self._put_last()  # A record came in while others were refused.
+            if not self._spooled(self._last, max(deadline, self._refused_at + DISK_GRACE_S)):
+                self._unattended.set()
+                if not self._last.reached.is_set():
+                    return False
+            self._spooling.end(deadline)  # Not those that went to rest meanwhile.
+            return True
+        finally:
+            self._closing.release()
+
     def _spooled(self, barrier: Barrier, deadline: float) -> bool:
         """Wait until everything offered so far is in the segment; False after `deadline`."""
         if self._last.reached.is_set():
@@ -221,11 +233,10 @@ class Pipeline:
             self._queue.put(barrier)
         if not self._awake.locked():
             self._wake()
-        spooling = self._spooling
-        if not spooling.cannot_start:
+        if not self._spooling.cannot_start:
             barrier.reached.wait(max(0.0, deadline - time.monotonic()))
-        if spooling.cannot_start:
-            spooling.write_here(barrier)
+        if self._spooling.cannot_start:
+            self._spooling.write_here(barrier)
         return barrier.reached.is_set()
 
     def _make_threads(self) -> SpoolingThread:
@@ -251,6 +262,7 @@ class Pipeline:
             segment,
             sending,
             self.stats,
+            self._unattended,
             normalize=self.normalize,
             lost=self.lost,
             may_rest=self.may_rest,
@@ -259,7 +271,7 @@ class Pipeline:
 
 
 def _after_fork() -> None:
-    for pipeline in list(_pipelines):
+    for pipeline in list(living.values()):
         pipeline.after_fork()
 
 

@@ -121,8 +121,9 @@ class SendingThread(threading.Thread):
             if 0 < self._written <= self._transfer.position:
                 timeout_s = max(LAST_TIMEOUT_S, (self._stop_by or 0.0) - time.monotonic())
                 end = partial(self._transfer.abandon, closed=True)
-                # If this fails, the process that takes the segment does it.
-                self.finished = bool(self._circuit.attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
+                # If this fails, the process that takes the segment does it. After a rest another
+                # thread uses the pipeline's circuit.
+                self.finished = bool(Circuit().attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
         finally:
             self._transfer.close()
             self._leftovers.close()

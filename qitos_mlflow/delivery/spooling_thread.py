@@ -42,6 +42,8 @@ class SpoolingThread(threading.Thread):
         segment: where the records go; its own.
         sending: sends what is written; None offline.
         stats: counts what is recorded and what is lost.
+        unattended: set if no other thread will call `end`: then this one ends the rest once it has
+            written what it has.
         normalize: decodes and redacts; None drops the record on purpose, an exception counts it.
         lost: called with every record lost here, and the reason.
         may_rest: whether no more records are expected.
@@ -54,6 +56,7 @@ class SpoolingThread(threading.Thread):
         segment: SegmentWriter,
         sending: SendingThread | None,
         stats: Counts,
+        unattended: threading.Event,
         *,
         normalize: Callable[[bytes], bytes | None],
         lost: Callable[[bytes, str], None],
@@ -66,15 +69,14 @@ class SpoolingThread(threading.Thread):
         self.cannot_start = False
         """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
         close do the work themselves."""
-        self.unattended = False
-        """Set if no other thread will call `end`: then this one ends the rest once it has written
-        what it has."""
         self._queue = queue
         self._stats = stats
+        self._unattended = unattended
         self._normalize = normalize
         self._lost = lost
         self._may_rest = may_rest
         self._rested = rested
+        self._sends_here = False  # There is no sending thread: who waits does its work.
         self._held = 0  # Records taken from the queue that are not appended yet.
         self._working_here = threading.RLock()
         self._finished = threading.Event()
@@ -82,18 +84,20 @@ class SpoolingThread(threading.Thread):
     def begin(self) -> None:
         """Start the thread, which starts the sending thread. Once."""
         if not _start(self):
-            self.cannot_start = True
+            self.cannot_start = self._sends_here = True
 
     def run(self) -> None:
         """Write until the last barrier or a rest, then end the sending thread and the segment."""
         sending = self.sending
-        if sending is not None and not _start(sending):
-            self.cannot_start = True
-            return
+        self._sends_here = sending is not None and not _start(sending)
         rests = self._write()
-        if sending is not None:
-            if rests or self.unattended:
-                sending.stop(time.monotonic() + REST_WITHIN_S)
+        if sending is not None and (rests or self._unattended.is_set()):
+            sending.stop(time.monotonic() + REST_WITHIN_S)
+        elif self._sends_here:
+            return  # The thread that closes does the rest.
+        if self._sends_here:
+            self._end_here(rests)
+        elif sending is not None:
             sending.join(REST_WITHIN_S + STOP_GRACE_S if rests else None)
             if sending.is_alive():  # It hangs; records that come now must reach the disk.
                 self._rested()
@@ -116,23 +120,20 @@ class SpoolingThread(threading.Thread):
         """Wait until everything in the segment is acknowledged; False after `deadline`."""
         if self.sending is None:
             return self.nothing_left()
-        if self.cannot_start:
+        if self._sends_here:
             with self._working_here:
                 return self.sending.send_here(self.segment.end, deadline)
         return self.sending.wait_delivered(self.segment.end, deadline)
 
     def end(self, deadline: float) -> None:
         """After the last barrier: send until `deadline`, then end the rest."""
-        self.wait_delivered(deadline)
+        if self._finished.is_set():
+            return
         if self.sending is not None:
+            self.wait_delivered(deadline)
             self.sending.stop(deadline)
-        if self.cannot_start:
-            with self._working_here:
-                if not self._finished.is_set():
-                    if self.sending is not None:
-                        self.sending.run()
-                    self._refuse()
-                    self._finish()
+        if self._sends_here:
+            self._end_here()
         elif threading.current_thread() not in (self, self.sending):  # Else a finalizer closes.
             self._finished.wait(max(0.0, deadline + STOP_GRACE_S - time.monotonic()))
 
@@ -236,13 +237,25 @@ class SpoolingThread(threading.Thread):
         finally:
             self._held -= len(batch)
 
+    def _end_here(self, rests: bool = False) -> None:
+        """What is left to do when all is written, if there is no sending thread."""
+        with self._working_here:
+            if not self._finished.is_set():
+                if self.sending is not None:
+                    self.sending.run()
+                if not rests:
+                    self._refuse()
+                self._finish()
+
     def _lose(self, data: bytes, reason: str) -> None:
         self._stats.drop(reason)
         with _guard.shield("delivery.lost"):
             self._lost(data, reason)
 
     def _finish(self) -> None:
-        """Count what is lost with the memory, and close the segment."""
+        """Count what is lost with the memory, and close the segment. Once."""
+        if self._finished.is_set():  # A signal handler has closed while this thread did.
+            return
         for part in self.segment.parts():
             if isinstance(part, MemoryPart) and (left := part.records - part.acknowledged):
                 self._stats.drop(part.failure, left)

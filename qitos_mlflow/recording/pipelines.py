@@ -52,7 +52,8 @@ class RecordPipeline(Pipeline):
     @property
     def traces(self) -> list[Any]:
         """The traces that are recorded to it, open ones and the last ended ones."""
-        return [trace for trace in list(_traces.values()) if trace.pipeline is self]
+        found = [ref() for ref in _traces.valuerefs()]  # One call: others begin traces meanwhile.
+        return [trace for trace in found if trace is not None and trace.pipeline is self]
 
     def add(self, trace: Any, trace_id: str) -> None:
         """Give a `TraceRecorder` that begins its id, and remember it for as long as it lives.
@@ -81,12 +82,6 @@ class RecordPipeline(Pipeline):
         """
         with self._losses_lock:
             self._losses.setdefault(trace_id, Counter())[kind, reason] += 1
-
-    def close(self, timeout_s: float) -> bool:
-        """Deliver what is left and end the threads; True if nothing is left. See `Pipeline`."""
-        if done := super().close(timeout_s):
-            unfinished.discard(self)
-        return done
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: open traces and their losses are the parent's."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 import orjson
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.delivery import waiting_records
+from qitos_mlflow.delivery import living, waiting_records
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 
 KILLED_BY_EXIT = "the process ended before the trace did"
@@ -36,15 +36,17 @@ _registered_in: int | None = None
 """Id of the process whose exit handlers are registered."""
 _first = False
 _interrupted = False
+_ctrl_c = False
 _began_s: float | None = None
 
 
 def register() -> None:
     """Deliver what this process has before it ends. Any thread, any number of times."""
-    global _registered_in, _first, _interrupted, _began_s
+    global _registered_in, _first, _interrupted, _ctrl_c, _began_s
     if _registered_in == os.getpid():
         return
-    _registered_in, _first, _interrupted, _began_s = os.getpid(), False, False, None
+    _registered_in, _first, _began_s = os.getpid(), False, None
+    _interrupted = _ctrl_c = False
     atexit.unregister(_end)  # Inherited by a forked child: once is enough.
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
@@ -71,7 +73,11 @@ def end_first() -> None:
 
 def _end() -> None:
     if _registered_in == os.getpid():
-        _end_all(sorted([*unfinished], key=lambda pipeline: pipeline.exit_timeout_s))
+        pipelines = {*unfinished}
+        if _began_s is None:  # Also what has nothing left may have counted a loss since.
+            alive = [ref() for ref in living.valuerefs()]
+            pipelines.update(one for one in alive if isinstance(one, RecordPipeline))
+        _end_all(sorted(pipelines, key=lambda pipeline: pipeline.exit_timeout_s))
         _keep_exit_status()
 
 
@@ -104,13 +110,14 @@ def _refuse(pipeline: RecordPipeline) -> None:
 
 
 def _guarded(act: Callable[..., object], *args: object) -> bool:
-    global _interrupted
+    global _interrupted, _ctrl_c
     try:
         return bool(act(*args))
     except Exception as error:  # noqa: BLE001 - the process ends as it would have
         report("process_exit", error)
-    except BaseException:  # noqa: BLE001 - Ctrl-C: nothing waits any more, the rest goes on
-        _interrupted = True
+    except BaseException as error:  # noqa: BLE001 - nothing waits any more, the rest goes on
+        _interrupted = True  # By Ctrl-C, or by a signal handler of the program that exits.
+        _ctrl_c = _ctrl_c or isinstance(error, KeyboardInterrupt)
     return False
 
 
@@ -154,7 +161,7 @@ def _keep_exit_status() -> None:
     learns of Ctrl-C in an exit handler.
     """
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
-    ended = _interrupted or getattr(sys, "last_type", None) is KeyboardInterrupt
+    ended = _ctrl_c or getattr(sys, "last_type", None) is KeyboardInterrupt
     if ended and not interactive:
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")  # noqa: S102 - the one way to make Python remember

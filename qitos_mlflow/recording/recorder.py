@@ -149,7 +149,10 @@ class Recorder(Generic[T]):
         done = True
         for pipeline in used:
             end = pipeline.close if pipeline in last else pipeline.flush
-            done = end(deadline - time.monotonic()) and done
+            if not end(deadline - time.monotonic()):
+                done = False
+            elif pipeline in last:
+                unfinished.discard(pipeline)
         return done
 
     def _deadline(self, timeout_s: float | None) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +25,7 @@ from qitos_mlflow.delivery import (
 )
 from qitos_mlflow.delivery.pipeline import DISK_GRACE_S
 from qitos_mlflow.delivery.segment_transfer import BATCH_RECORDS, SEND_TIMEOUT_S
+from qitos_mlflow.delivery.spool import paths
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from tests.fakes.sink import FakeServer, FakeSink, Losses, deliver, make_pipeline, numbered
 from tests.waiting import eventually
@@ -553,6 +557,30 @@ def test_where_no_thread_can_start_flush_does_the_work(
     assert caplog.text.count(reason) == logged
 
 
+def test_without_a_sending_thread_records_reach_the_disk(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the second of the two threads cannot be started, the first one writes all the same."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "qitos-mlflow-sending":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pipeline = make()
+    for record in numbered(10):
+        assert pipeline.offer(record)
+    eventually(lambda: list(waiting_records(pipeline.paths)) == numbered(10))
+    assert pipeline.unsaved == 0
+    assert pipeline.flush(LONG_S)
+    assert pipeline.offer(b"more")
+    assert pipeline.close(LONG_S)
+    assert server.accepted == [*numbered(10), b"more"]
+    assert not pipeline.paths.files(now=True)
+
+
 def test_offers_from_a_signal_handler_cannot_deadlock(make: Make, server: FakeServer) -> None:
     """An offer that interrupts an offer, at any point, gets through."""
     pipeline = make()
@@ -603,6 +631,44 @@ def test_close_is_false_while_records_are_in_memory(make: Make, server: FakeServ
     assert pipeline.unsaved == 0
     assert [*server.accepted, *waiting_records(pipeline.paths)] == records
     assert pipeline.close(0.0) == (server.accepted == records)
+
+
+def test_who_has_little_time_does_not_end_what_another_waits_for(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two threads that close, the one that is out of time leaves the sending to the other."""
+    monkeypatch.setattr(segment_transfer, "BATCH_RECORDS", 1)
+    server.answers.clear()
+    pipeline = make()
+    for record in numbered(3):
+        pipeline.offer(record)
+    with ThreadPoolExecutor(1) as elsewhere:
+        other = elsewhere.submit(pipeline.close, LONG_S)
+        eventually(lambda: pipeline._spooling.sending and pipeline._spooling.sending._waiters)
+        assert not pipeline.close(0.01)
+        server.answers.set()
+        assert other.result(LONG_S)
+    assert server.accepted == numbered(3)
+
+
+def test_closing_offline_looks_at_the_directory_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have many pipelines in one spool, and one deadline for all of them."""
+    pipelines = [make(None) for _ in range(3)]
+    for pipeline in pipelines:
+        pipeline.offer(b"one")
+        pipeline.flush(LONG_S)
+    looks = []
+
+    def look(directory: Path) -> list[str]:
+        looks.append(directory)
+        return os.listdir(directory)  # noqa: PTH208
+
+    monkeypatch.setattr(paths, "os", SimpleNamespace(**{**vars(os), "listdir": look}))
+    for pipeline in pipelines * 2:
+        assert not pipeline.close(LONG_S)
+    assert len(looks) == 6
 
 
 # -- rest ------------------------------------------------------------------------------------
@@ -702,6 +768,44 @@ def test_nothing_is_lost_between_work_and_rest(
     assert pipeline.close(LONG_S)
     assert server.accepted == records
     assert len(server.opened) > 1
+
+
+@pytest.mark.parametrize("timeout_s", [LONG_S, 0.0])
+def test_a_close_while_it_goes_to_rest_ends_the_threads_that_wake(
+    make: Make, server: FakeServer, soon: None, monkeypatch: pytest.MonkeyPatch, timeout_s: float
+) -> None:
+    """The record that comes meanwhile has new threads: they are waited for, and they end."""
+    resting, go_on = threading.Event(), threading.Event()
+    before = threading.active_count()
+
+    class Slow(FakeSink):
+        def close(self) -> None:
+            resting.set()
+            go_on.wait(LONG_S)
+
+    monkeypatch.setattr("qitos_mlflow.delivery.spooling_thread.REST_WITHIN_S", LONG_S)
+    pipeline = make(open_sink=lambda: Slow(server))
+    pipeline.offer(b"one", urgent=True)
+    assert resting.wait(LONG_S)
+    pipeline.offer(b"two")
+    waiting, reached = threading.Event(), pipeline._last.reached
+    wait = reached.wait
+
+    def watched(timeout_s: float) -> bool:
+        waiting.set()
+        return wait(timeout_s)
+
+    monkeypatch.setattr(reached, "wait", watched)
+    with ThreadPoolExecutor(1) as elsewhere:
+        closing = elsewhere.submit(pipeline.close, timeout_s)
+        assert waiting.wait(LONG_S)
+        if timeout_s:
+            go_on.set()
+        assert closing.result(LONG_S) is bool(timeout_s)
+    go_on.set()
+    eventually(lambda: threading.active_count() == before)
+    assert server.accepted[0] == b"one"
+    assert [*server.accepted, *waiting_records(pipeline.paths)] == [b"one", b"two"]
 
 
 def test_what_comes_while_it_goes_to_rest_belongs_to_the_same_segment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,34 @@ def test_the_sink_finds_the_open_traces_of_its_destination(
     assert not trace.is_quiet
     finish(trace)
     assert trace.is_quiet
+
+
+def test_traces_are_found_while_others_begin(recorder: Any, begin: Any) -> None:
+    """Whatever other threads record elsewhere meanwhile, a pipeline finds its own traces."""
+    trace, over = begin(recorder(), "t"), threading.Event()
+    elsewhere = RecordPipeline(b"", "elsewhere", recorder().settings)
+
+    class Other:
+        id, ended, pipeline = "", False, elsewhere
+
+    def record() -> None:
+        while not over.is_set():
+            others = [Other() for _ in range(100)]
+            for number, other in enumerate(others):
+                elsewhere.add(other, f"{number}")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as other_thread:
+            recording = other_thread.submit(record)
+            try:
+                assert all(trace.pipeline.traces == [trace] for _ in range(2000))
+            finally:
+                over.set()
+            recording.result(LONG_S)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_nothing_is_taken_once_the_process_ends(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qitos_mlflow.delivery import Paths
+from qitos_mlflow.delivery import Paths, find_segments, inspect_segment
 from qitos_mlflow.recording import process_exit
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +92,82 @@ def test_ctrl_c_ends_the_wait_and_the_line_remains(hanging: str) -> None:
     [line] = said.splitlines()
     assert "6 records of 1 trace are kept" in line
     assert process.returncode == -signal.SIGINT
+
+
+EXITS = """
+import signal, sys
+from qitos_mlflow.recording.pipelines import RecordPipeline
+
+def announced(self, timeout_s, close=RecordPipeline.close):
+    print("waits", flush=True)
+    return close(self, timeout_s)
+
+RecordPipeline.close = announced
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+def test_a_handler_that_exits_ends_the_wait_and_is_no_ctrl_c(hanging: str) -> None:
+    """A process that ends in order, and is then asked to hurry, has still ended in order."""
+    with subprocess.Popen(
+        [sys.executable, "-c", EXITS + SCRIPT, hanging, "2", "60"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert "6 records of 1 trace are kept" in said
+    assert process.returncode == 0
+
+
+LATE = """
+import multiprocessing, sys, time
+from pathlib import Path
+from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording.recorder import Recorder
+from qitos_mlflow.recording.trace_recorder import TraceRecorder
+from qitos_mlflow.settings import Settings
+from qitos_mlflow.tracing import SpanType, StepSpanData, Trace
+from tests.fakes.sink import FakeServer
+
+class ToServer(RecordPipeline):
+    def open_sink(self):
+        return FakeServer().sink()
+
+recorder = Recorder(Settings(spool_dir=Path(sys.argv[1])))
+host = Trace(name="t", trace_id="t")
+pipeline = recorder.pipeline_to("x", lambda key, settings: ToServer(b"x", key, settings))
+trace = TraceRecorder(host, pipeline, recorder.settings)
+recorder.add("t", trace)
+trace.start(host)
+assert recorder.close(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("late", "reason"),
+    [
+        ("pipeline.offer(b'late')", "closed"),
+        pytest.param(
+            "child = multiprocessing.get_context('fork').Process("
+            "target=recorder.lose_span, args=('t',))\nchild.start()\nchild.join()",
+            "forked",
+            marks=pytest.mark.skipif(sys.platform == "win32", reason="forks"),
+        ),
+    ],
+)
+def test_what_comes_after_an_end_without_remains_is_counted(
+    tmp_path: Path, late: str, reason: str
+) -> None:
+    """`status` shows it, although the pipeline had nothing left and was closed before."""
+    run(tmp_path, code=LATE + late)
+    [losses] = [inspect_segment(paths).losses for paths in find_segments(tmp_path)]
+    assert losses == {reason: 1}
 
 
 def test_many_files_are_named_by_their_directory(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Paths:
         names = self.listed
         if now or names is None:
             try:
-                names = tuple(_list(self.directory)[self.stem])
+                names = tuple(_list(self.directory, f"{self.stem}.")[self.stem])
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 return []
         return [self.directory / name for name in sorted(names)]
@@ -111,11 +111,11 @@ def find_segments(path: Path) -> list[Paths]:
     return [Paths(path.parent, name[1])] if name else []
 
 
-def _list(directory: Path) -> dict[str, list[str]]:
+def _list(directory: Path, prefix: str = "") -> dict[str, list[str]]:
     """The names of the files of each segment, by its stem; all other files are left alone."""
     found: dict[str, list[str]] = defaultdict(list)
     for entry in os.listdir(directory):  # noqa: PTH208 - thousands, without a Path for each
-        if name := _NAME.fullmatch(entry):
+        if entry.startswith(prefix) and (name := _NAME.fullmatch(entry)):
             found[name[1]].append(entry)
     return found
 

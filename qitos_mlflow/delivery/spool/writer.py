@@ -180,17 +180,19 @@ class SegmentWriter:
         return part
 
     def _fail(self, failure: str, error: OSError | None = None) -> None:
-        """Go on in memory until the disk is tried again."""
+        """Go on in memory until the disk is tried again; without one, a smaller record may fit."""
         if failure != self._disk_failure:
             _guard.warn(
                 f"delivery.{failure}",
-                "the spool %s cannot be written (%s): until it can, records are sent from memory, "
-                "and lost beyond its bound; free some disk or raise spool_bytes",
+                "the spool %s cannot be written (%s): until it can, records are %s; "
+                "free some disk or raise spool_bytes",
                 self.paths.directory,
                 error or failure,
+                "sent from memory, and lost beyond its bound" if self._memory_bytes else "lost",
             )
         self._disk_failure = failure
-        self._disk_retry_at = time.monotonic() + DISK_RETRY_S
+        if self._memory_bytes or failure != SPOOL_FULL:
+            self._disk_retry_at = time.monotonic() + DISK_RETRY_S
 
     def _add(self, part: Part) -> None:
         if self._parts and isinstance(last := self._parts[-1], DiskPart):

@@ -375,6 +375,16 @@ def test_the_cap_refuses_spans_first(tmp_path: Path) -> None:
     segment.close(delete=True)
 
 
+def test_a_record_too_large_for_what_is_left_costs_no_other(tmp_path: Path) -> None:
+    """Offline, where no memory stands in, what fits is still taken."""
+    segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
+    assert append(segment, [b"first"]) == []
+    assert append(segment, [b"x" * 20_000, b"second"]) == [SPOOL_FULL]
+    assert append(segment, [b"third"]) == []
+    assert list(waiting_records(segment.paths)) == [b"first", b"second", b"third"]
+    segment.close(delete=True)
+
+
 def test_the_cap_is_for_the_whole_directory(tmp_path: Path) -> None:
     """What other processes have spooled counts as well."""
     (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
