@@ -6,8 +6,9 @@ through mlflow. Every call is synchronous, used by one thread, and bounded by `t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.errors import QitosMlflowError
@@ -62,7 +63,7 @@ def readable(text: object) -> str:
     return redact_text(str(text)[: 4 * FAILURE_CHARS])[:FAILURE_CHARS]
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Calls on one MLflow server or store: the base of those that make them.
 
     Each method may raise `RetryLater` (not reachable, overloaded, not authorised: nothing is
@@ -94,12 +95,15 @@ class Transport(Protocol):
             )
         return experiment_id
 
+    @abstractmethod
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         """What MLflow says of an experiment; None if there is none."""
 
+    @abstractmethod
     def _create_experiment(self, name: str, timeout_s: float) -> str:
         """Create an experiment; refused with ``RESOURCE_ALREADY_EXISTS`` if there is one."""
 
+    @abstractmethod
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
 
@@ -111,24 +115,31 @@ class Transport(Protocol):
         tagged = equals("tags.`qitos.trace_id`", trace_id)
         return [] if tagged is None else self._search_runs(experiment_id, tagged, timeout_s)
 
+    @abstractmethod
     def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
         """The runs that a filter of MLflow finds, as `find_runs` returns them."""
 
+    @abstractmethod
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         """Mark a run as deleted, as MLflow's pages do."""
 
+    @abstractmethod
     def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
         """Log at most `limits.BATCH_TOTAL` items in one call; all or nothing."""
 
+    @abstractmethod
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         """Set the run's status and end time."""
 
+    @abstractmethod
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
+    @abstractmethod
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, of any traces of the experiment; those of one trace in a row."""
 
+    @abstractmethod
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         """The sum of a metric over spans; None if none of them has it.
 
@@ -137,6 +148,7 @@ class Transport(Protocol):
             timeout_s: longest wait for the answer (seconds).
         """
 
+    @abstractmethod
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""
 
