@@ -166,7 +166,10 @@ if not sys.argv[1:]: sys.stdout.flush(); subprocess.run([sys.executable, __file_
 """
 
 
-@pytest.mark.parametrize("options", [(), ("-S",), ("-E", "-P")], ids=" ".join)
+SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
+
+
+@pytest.mark.parametrize("options", [(), ("-S",), ("-E", *SAFE_PATH)], ids=" ".join)
 def test_where_no_start_up_file_runs_the_script_and_its_children_are_logged(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:

@@ -76,7 +76,9 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_the_wait_and_the_line_remains(hanging: str) -> None:
     """The parent sees a process that Ctrl-C has ended, its user what is left."""
-    code = f"{SCRIPT}\nprint('over', flush=True)"
+    # A shell that starts the tests in the background has them ignore SIGINT, and so this process.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heeds}\n{SCRIPT}\nprint('over', flush=True)"
     with subprocess.Popen(
         [sys.executable, "-c", code, hanging, "2", "60"],
         cwd=ROOT,
