@@ -210,20 +210,20 @@ class Settings:
             TypeError: there is no setting of that name.
             SettingsError: a value cannot be used; the text names setting, value and source.
         """
-        options = {option.name: option.metadata["parse"] for option in fields(cls)}
+        options = [option.name for option in fields(cls)]
         for name in given:
             if name not in options:
                 raise TypeError(f"unknown setting {name!r}; the settings are: {', '.join(options)}")
         values: dict[str, Any] = {}
-        for name, parse in options.items():
+        for name in options:
             value, source = given.get(name), f"argument {name}"
             for variable in env_names(name):
                 if value is None and (text := os.environ.get(variable)):
                     value, source = text, f"environment variable {variable}"
             if value is not None:
-                values[name] = _parsed(name, parse, value, source)
+                values[name] = parsed(name, value, source)
         if not values.get("tracking_uri") and (uri := os.environ.get(TRACKING_VARIABLE)):
-            _parsed("tracking_uri", usable_uri, uri, f"environment variable {TRACKING_VARIABLE}")
+            parsed("tracking_uri", uri, f"environment variable {TRACKING_VARIABLE}")
         _warn_of_unknown()
         return cls(**values)
 
@@ -236,9 +236,10 @@ def env_names(option: str) -> tuple[str, ...]:
     return (own, "MLFLOW_EXPERIMENT_NAME") if option == "experiment_name" else (own,)
 
 
-def _parsed(name: str, parse: Callable[[Any], Any], value: object, source: str) -> Any:
+def parsed(name: str, value: object, source: str) -> Any:
+    """`value` as the setting `name` takes it; raises `SettingsError`, which names `source`."""
     try:
-        return parse(value)
+        return Settings.__dataclass_fields__[name].metadata["parse"](value)
     except (TypeError, ValueError) as error:
         reason = str(error)
     from qitos_mlflow.redaction.redact import redact_text, without_credentials

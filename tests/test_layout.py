@@ -89,7 +89,7 @@ MODULE_LINES = 350
 MEDIAN_LINES = 130
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 15_700  # To become 15,500.
+PACKAGE_LINES = 15_500
 
 
 @dataclass(frozen=True)

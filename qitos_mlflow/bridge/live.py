@@ -31,19 +31,6 @@ def is_wanted() -> bool:
     return False
 
 
-_forks = 0
-"""How often the process forked on the way from its first ancestor to this one."""
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
-
-
 class LiveTrace:
     """An open trace, shared by the agents in it. Any thread.
 
@@ -55,7 +42,7 @@ class LiveTrace:
             name, group_id=group_id, metadata=metadata
         )
         self._ended = False
-        self._forks = _forks
+        self._pid = os.getpid()
         self._open: dict[str, Any] = {}
         self._lock = threading.RLock()  # A signal handler may run an agent while it is held.
         try:
@@ -68,7 +55,7 @@ class LiveTrace:
     @property
     def closed(self) -> bool:
         """Whether it takes no more spans: it has ended, or belongs to the parent process."""
-        return self._ended or self._forks != _forks
+        return self._ended or self._pid != os.getpid()
 
     def start(self, data: Any, parent: Any) -> Any:
         """Start a span below `parent` (a span, or None for the top)."""
@@ -94,7 +81,9 @@ class LiveTrace:
         An exception is on ``span.exception`` only while the processors are called: its traceback
         keeps the agent's local variables alive.
         """
-        if self._forks != _forks:  # Before the lock, which another thread may have held in a fork.
+        if (
+            self._pid != os.getpid()
+        ):  # Before the lock, which another thread may have held in a fork.
             return
         with self._lock:
             if self._open.pop(span.span_id, None) is None:

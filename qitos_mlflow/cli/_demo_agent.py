@@ -21,7 +21,6 @@ ALMANAC = (
     "The Moon is on average 384400 kilometres away from the Earth.",
     "The Sun is on average 149597871 kilometres away from the Earth.",
     "The Earth's equator is 40075 kilometres long.",
-    "A marathon is 42195 metres long.",
     "The summit of Mount Everest is 8849 metres above the sea.",
     "Water boils at 100 degrees Celsius at the sea and near 70 on the summit of Mount Everest.",
     "Honey bees dance to tell each other where flowers are.",
@@ -135,9 +134,6 @@ class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
         }
 
 
-LARGE, SMALL = "scripted-large", "scripted-small"
-
-
 @dataclass(frozen=True)
 class DemoTask:
     """A question, the replies that the model gives, and the stop reason that the run ends with.
@@ -147,7 +143,6 @@ class DemoTask:
 
     id: str
     agent: str
-    model: str
     objective: str
     replies: tuple[str | Exception, ...]
     stop_reason: str = "final"
@@ -162,12 +157,13 @@ def run_task(demo: DemoTask) -> Any:
 
     def ask_librarian(question: str) -> str:
         """Ask the librarian, who searches the almanac and answers in one sentence."""
-        librarian = DeskAgent("librarian", ScriptedModel(SMALL, demo.librarian), [search_almanac])
+        model = ScriptedModel("scripted-small", demo.librarian)
+        librarian = DeskAgent("librarian", model, [search_almanac])
         return str(librarian.run(task=question, max_steps=4, trace=False, render=False))
 
     max_steps = len(demo.replies)
     tools: list[Any] = [calculate, search_almanac, ask_librarian]
-    return DeskAgent(demo.agent, ScriptedModel(demo.model, demo.replies), tools).run(
+    return DeskAgent(demo.agent, ScriptedModel("scripted-large", demo.replies), tools).run(
         task=Task(
             id=demo.id,
             objective=demo.objective,
@@ -220,9 +216,9 @@ WALK_ASKED = "How many days does walking the equator take, at 30 kilometres a da
 TEA_NEEDS = ("boils", "70", "almanac", "8849")
 
 TASKS = (
-    DemoTask("moonlight", "astronomer", LARGE, MOON_ASKED, MOONLIGHT),
-    DemoTask("boiling-water", "tea-taster", LARGE, TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
-    DemoTask("sunlight", "astronomer", LARGE, SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
-    DemoTask("counting-bees", "beekeeper", SMALL, BEES_ASKED, BEES, "budget_steps"),
-    DemoTask("equator-walk", "hiker", LARGE, WALK_ASKED, EQUATOR, "unrecoverable_error"),
+    DemoTask("moonlight", "astronomer", MOON_ASKED, MOONLIGHT),
+    DemoTask("boiling-water", "tea-taster", TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
+    DemoTask("sunlight", "astronomer", SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
+    DemoTask("counting-bees", "beekeeper", BEES_ASKED, BEES, "budget_steps"),
+    DemoTask("equator-walk", "hiker", WALK_ASKED, EQUATOR, "unrecoverable_error"),
 )

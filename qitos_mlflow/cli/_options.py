@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def a_tracking_uri(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Accept the same URIs as the setting `tracking_uri`."""
-    from qitos_mlflow.redaction.redact import without_credentials
-    from qitos_mlflow.settings import usable_uri
-
-    if value is None:
-        return None
-    if not value.strip():
-        raise click.BadParameter("it is empty; give a URI such as http://localhost:5000")
-    try:
-        return usable_uri(value)
-    except ValueError as error:
-        shown = without_credentials(value.strip())
-        raise click.BadParameter(f"{shown!r}: {error}") from None
 
 
 def tags(
@@ -40,42 +23,38 @@ def tags(
     return tuple(pairs)
 
 
-def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Accept any text but an empty one."""
-    if value is not None and not value.strip():
-        raise click.BadParameter("it is empty; leave the option out for the default")
-    return value
+def setting(name: str, what: str, otherwise: str) -> Callable[[F], F]:
+    """The option that gives the setting `name`.
 
+    Args:
+        name: of the setting, which also says what values there are.
+        what: the help's description.
+        otherwise: the help's description of the default.
+    """
 
-def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """Accept a number of seconds. Infinity and NaN are none: such a wait never ends."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise click.BadParameter(f"{value!r} is not a number of seconds, such as 30")
-    return number
+    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        from qitos_mlflow.settings import parsed
+
+        if value is not None and not value.strip():  # Such as an unset shell variable.
+            raise click.BadParameter("it is empty; leave the option out for the default")
+        return None if value is None else parsed(name, value, f"option {param.opts[0]}")
+
+    option = f"--{name.replace('_', '-')}"
+    metavar = name.rpartition("_")[2].upper()
+    return click.option(
+        option, metavar=metavar, callback=check, help=f"{what}.  [default: {otherwise}]"
+    )
 
 
 def tracking_uri(
     otherwise: str = "MLFLOW_TRACKING_URI, else MLflow's local store",
 ) -> Callable[[F], F]:
     """`--tracking-uri`, where the runs are; `otherwise` describes the default."""
-    return click.option(
-        "--tracking-uri",
-        metavar="URI",
-        callback=a_tracking_uri,
-        help=f"MLflow server or store that holds the runs.  [default: {otherwise}]",
-    )
+    return setting("tracking_uri", "MLflow server or store that holds the runs", otherwise)
 
 
-def experiment_name(command: F) -> F:
-    """`--experiment-name`, the experiment the runs are in."""
-    return click.option(
-        "--experiment-name",
-        metavar="NAME",
-        callback=not_empty,
-        help="MLflow experiment of the runs, created if missing.  "
-        "[default: QITOS_MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_NAME, else qitos]",
-    )(command)
+experiment_name = setting(
+    "experiment_name",
+    "MLflow experiment of the runs, created if missing",
+    "QITOS_MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_NAME, else qitos",
+)

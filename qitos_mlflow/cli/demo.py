@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 import uuid
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import click
 
@@ -126,10 +124,7 @@ def page(uri: str) -> str:
     shown = without_credentials(uri)
     if is_http(uri) or uri.split(":")[0] in {"databricks", "uc"}:
         return f"See them at  {shown.rstrip('/')}"
-    mlflow = Path(sys.executable).with_name("mlflow")
-    if shutil.which("mlflow") == str(mlflow):
-        command = "mlflow"
-    else:  # Not on the PATH, or that of another Python.
-        command = f"{shlex.quote(sys.executable)} -m mlflow"
-    command += f" server --backend-store-uri {shlex.quote(shown)} --port {PORT}"
-    return f"See them with\n\n  {command}\n\nand then at  http://localhost:{PORT}"
+    # Which `mlflow` is on the PATH, if any, may be another Python's.
+    server = f"{shlex.quote(sys.executable)} -m mlflow server"
+    where = f"--backend-store-uri {shlex.quote(shown)} --port {PORT}"
+    return f"See them with\n\n  {server} {where}\n\nand then at  http://localhost:{PORT}"

@@ -27,12 +27,7 @@ STARTUP_DIRECTORY = Path(__file__).with_name("startup")
 @click.option("-m", "as_module", is_flag=True, help="TARGET is a module, as with python -m.")
 @_options.tracking_uri()
 @_options.experiment_name
-@click.option(
-    "--run-name",
-    metavar="NAME",
-    callback=_options.not_empty,
-    help="Name of the MLflow runs.  [default: the trace's name, by default the agent's]",
-)
+@_options.setting("run_name", "Name of the MLflow runs", "the trace's name, by default the agent's")
 @click.option(
     "--tag",
     "tags",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qitos_mlflow.cli._options import seconds, tracking_uri
+from qitos_mlflow.cli._options import tracking_uri
 from qitos_mlflow.cli._show import complain, plural
 from qitos_mlflow.cli._spool import (
     default_directory,
@@ -30,10 +30,8 @@ from qitos_mlflow.errors import QitosMlflowError
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Delivery, Outcome, SegmentInfo
 
-PATIENCE_S = "30"
-"""Default of --patience (seconds, as text for --help)."""
-LOOK_EVERY_S = 0.5
-"""How often the end of patience is looked for while nothing is sent (seconds)."""
+PATIENCE_S = 30
+"""Default of --patience (seconds)."""
 
 
 @click.command()
@@ -44,7 +42,7 @@ LOOK_EVERY_S = 0.5
     "--patience",
     "patience_s",
     metavar="SECONDS",
-    callback=seconds,
+    type=click.FloatRange(0),
     default=PATIENCE_S,
     show_default=True,
     help="Give up on a server that has accepted nothing for this long. Without effect if --follow "
@@ -64,6 +62,7 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # It ends a sidecar like Ctrl-C.
     from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
@@ -87,7 +86,7 @@ def sync(
     delivery = Sync(ways, patience_s, uri_of)
     delivery.run([segment for segment in look_at(paths) if segment.paths.parts()])
     delivery.show()
-    if delivery.problems:
+    if delivery.left:
         raise SystemExit(1)
 
 
@@ -120,37 +119,36 @@ class Sync:
 
         self.counts = Counts()
         self.outcomes: Counter[Outcome | None] = Counter()
-        self.problems: list[str] = []
-        """Why segments were not delivered, a line for each; "" if a signal ended the delivery."""
+        self.left = 0
+        """How many segments are not delivered."""
+        self.problems: dict[str, None] = {}
+        """Why they are not, each line once."""
         self._ways = ways
         self._patience_s = patience_s
         self._uri_of = uri_of
-        self._stop = threading.Event()
         self._given_up: dict[tuple[str, str | None], str] = {}
         """Servers, and experiments of a server, that are not tried again, each with the line."""
 
     def run(self, segments: Sequence[SegmentInfo]) -> None:
-        """Deliver `segments`. Shows a progress bar if stdout is a terminal."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        """Deliver `segments`, and say how far it is if stdout is a terminal. Ctrl-C ends it."""
+        from rich.console import Console
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        progress = Progress(*columns, transient=True)
-        # Without a terminal rich 13 leaves an empty line behind.
-        shown = progress if progress.console.is_terminal else nullcontext()
-        with _signals(self._stop.set), shown:
-            bar = progress.add_task("records", total=sum(s.waiting for s in segments))
+        self.left, total = len(segments), plural(sum(s.waiting for s in segments), "record")
+        with suppress(KeyboardInterrupt), Console().status("") as status:
 
             def moved() -> None:
-                counts = self.counts
-                progress.update(bar, completed=counts.delivered + counts.dead_letters)
+                done = self.counts.delivered + self.counts.dead_letters
+                status.update(f"{done} of {total}")
 
             for segment in segments:
                 try:
                     problem = self._deliver(segment, moved)
                 except OSError as error:
                     problem = f"segment {segment.paths.stem} cannot be read: {reason_of(error)}"
-                if problem is not None:
-                    self.problems.append(problem)
+                if problem is None:
+                    self.left -= 1
+                else:
+                    self.problems[problem] = None
 
     def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> str | None:
         """Deliver a segment. Returns the line for `problems` if that fails."""
@@ -164,8 +162,8 @@ class Sync:
         to = without_credentials(uri) if uri else destination_of(header)
         experiment = experiment_of(segment)
         given_up = self._given_up.get((to, None)) or self._given_up.get((to, experiment))
-        if given_up or self._stop.is_set():
-            return given_up or ""
+        if given_up:
+            return given_up
         taken = take(segment.paths, stats=self.counts, **self._ways)
         outcome = self._send(taken, moved) if isinstance(taken, Delivery) else taken
         self.outcomes[outcome] += 1
@@ -176,8 +174,6 @@ class Sync:
             )
         if outcome is not None or not isinstance(taken, Delivery):
             return None
-        if self._stop.is_set():
-            return ""
         from qitos_mlflow.cli._server import ask
 
         answer, problem = ask(uri), taken.circuit.problem
@@ -190,14 +186,15 @@ class Sync:
         return self._given_up.setdefault((to, experiment), line)
 
     def _send(self, delivery: Delivery, moved: Callable[[], None]) -> Outcome | None:
-        """Send a segment; None if a signal ends that, or nothing was accepted for too long."""
+        """Send a segment; None if nothing was accepted for too long."""
         outcome, circuit = None, delivery.circuit
         with closing(delivery):
-            while outcome is None and not self._stop.is_set():
-                if circuit.problem is not None and circuit.failing_s >= self._patience_s:
+            while outcome is None:
+                patience_left_s = self._patience_s - circuit.failing_s
+                if circuit.problem is not None and patience_left_s <= 0:
                     break
                 if circuit.delay_s:  # A server may ask for minutes.
-                    self._stop.wait(min(circuit.delay_s, LOOK_EVERY_S))
+                    time.sleep(min(circuit.delay_s, patience_left_s))
                 else:
                     outcome = delivery.step()
                     moved()
@@ -218,10 +215,10 @@ class Sync:
                 f"{plural(counts.dead_letters, 'record')} refused by the server or damaged; "
                 "the reasons: qitos-mlflow status"
             )
-        for line in filter(None, dict.fromkeys(self.problems)):
+        for line in self.problems:
             complain(line)
-        if self.problems:
-            left = plural(len(self.problems), "segment")
+        if self.left:
+            left = plural(self.left, "segment")
             complain(f"{left} not delivered; run `qitos-mlflow sync` again later")
 
 
@@ -238,30 +235,9 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
         raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
     click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
-    stop, total = threading.Event(), Counts()
-    with _signals(stop.set), Console().status("") as status:
-        for _ in follow(directory, stop=stop, stats=total, **ways):
+    total = Counts()
+    with suppress(KeyboardInterrupt), Console().status("") as status:
+        for _ in follow(directory, stats=total, **ways):
             refused = f", {total.dead_letters} refused or damaged" if total.dead_letters else ""
             status.update(f"{directory}: {plural(total.delivered, 'record')} delivered{refused}")
     click.echo(f"{plural(total.delivered, 'record')} delivered")
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first SIGINT or SIGTERM. The second one acts as without this."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        restore()
-        stop()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()

@@ -17,37 +17,21 @@ processes left. docs/spool.md says what survives what.
 
 from __future__ import annotations
 
-from qitos_mlflow.delivery.fork import importing
-from qitos_mlflow.delivery.leftovers import Delivery, Outcome, follow, take
-from qitos_mlflow.delivery.pipeline import Pipeline, living
-from qitos_mlflow.delivery.sink import OutOfTime, RetryLater, Sink
-from qitos_mlflow.delivery.spool.counts import Counts
-from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
-from qitos_mlflow.delivery.spool.paths import Paths, find_segments
-from qitos_mlflow.delivery.spool.segments import (
-    SegmentInfo,
-    inspect_segment,
-    purge,
-    waiting_records,
-)
-
-__all__ = [
-    "Counts",
-    "DeadLetter",
-    "Delivery",
-    "OutOfTime",
-    "Outcome",
-    "Paths",
-    "Pipeline",
-    "RetryLater",
-    "SegmentInfo",
-    "Sink",
-    "find_segments",
-    "follow",
-    "importing",
-    "inspect_segment",
-    "living",
-    "purge",
-    "take",
-    "waiting_records",
-]
+from qitos_mlflow.delivery.fork import importing as importing
+from qitos_mlflow.delivery.leftovers import Delivery as Delivery
+from qitos_mlflow.delivery.leftovers import Outcome as Outcome
+from qitos_mlflow.delivery.leftovers import follow as follow
+from qitos_mlflow.delivery.leftovers import take as take
+from qitos_mlflow.delivery.pipeline import Pipeline as Pipeline
+from qitos_mlflow.delivery.pipeline import living as living
+from qitos_mlflow.delivery.sink import OutOfTime as OutOfTime
+from qitos_mlflow.delivery.sink import RetryLater as RetryLater
+from qitos_mlflow.delivery.sink import Sink as Sink
+from qitos_mlflow.delivery.spool.counts import Counts as Counts
+from qitos_mlflow.delivery.spool.dead_letters import DeadLetter as DeadLetter
+from qitos_mlflow.delivery.spool.paths import Paths as Paths
+from qitos_mlflow.delivery.spool.paths import find_segments as find_segments
+from qitos_mlflow.delivery.spool.segments import SegmentInfo as SegmentInfo
+from qitos_mlflow.delivery.spool.segments import inspect_segment as inspect_segment
+from qitos_mlflow.delivery.spool.segments import purge as purge
+from qitos_mlflow.delivery.spool.segments import waiting_records as waiting_records

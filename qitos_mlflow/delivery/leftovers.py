@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -214,12 +213,10 @@ class Deliveries:
 def follow(
     directory: Path,
     open_sink: OpenSink,
-    *,
-    stop: threading.Event,
     stats: Counts,
     default_header: bytes | None = None,
 ) -> Iterator[None]:
-    """Deliver all segments of `directory`, later ones included, until `stop` is set.
+    """Deliver all segments of `directory`, later ones included, until the iterator is closed.
 
     One thread for all of them: a segment whose server is away does not delay the others. Yields
     after each step, after each segment and after each look at the directory.
@@ -227,7 +224,6 @@ def follow(
     Args:
         directory: the spool; may not exist yet.
         open_sink: given a segment's header, on this thread.
-        stop: ends it, after the step under way.
         stats: counts what is delivered.
         default_header: for segments whose own cannot be read.
     """
@@ -244,15 +240,13 @@ def follow(
         return taken if isinstance(taken, Delivery) else None
 
     with contextlib.closing(Deliveries(directory, take_readable)) as deliveries:
-        while not stop.is_set():
+        while True:
             idle = True
             for more in deliveries.round():
                 yield
-                if stop.is_set():
-                    return
                 idle = idle and not more
             yield
-            stop.wait(FOLLOW_EVERY_S if idle else 0.0)
+            time.sleep(FOLLOW_EVERY_S if idle else 0.0)
 
 
 class Leftovers(Deliveries):

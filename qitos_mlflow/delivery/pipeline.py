@@ -31,19 +31,17 @@ from qitos_mlflow.delivery.spool.counts import CLOSED, QUEUE_FULL, Counts
 from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
-from qitos_mlflow.delivery.spooling_thread import SpoolingThread
+from qitos_mlflow.delivery.spooling_thread import Spooled, SpoolingThread
 
 DISK_GRACE_S = 0.25
 """From `refuse` on, the spooling thread has at least this long (seconds): what does not reach the
 disk is lost."""
-ASIDE_SHARE = 0.1
-"""What is kept aside may take this share of the spool's size, beyond it."""
 
 living: weakref.WeakValueDictionary[int, Pipeline] = weakref.WeakValueDictionary()
 """All pipelines of this process. To read while others are made: `valuerefs`, which is one call."""
 
 
-class Pipeline:
+class Pipeline(Spooled):
     """Delivers payloads in order, at least once; what is not delivered stays on disk.
 
     A subclass says what becomes of a payload, how a sink is opened and when a rest may begin.
@@ -83,20 +81,6 @@ class Pipeline:
         self._refused_at = 0.0
         self._closing = threading.RLock()  # A signal handler may close while this thread does.
 
-    def normalize(self, payload: bytes) -> bytes | None:
-        """Spooling thread. The record to store for a payload; None drops it on purpose.
-
-        If it raises, the record counts as lost.
-        """
-        return payload
-
-    def lost(self, record: bytes, reason: str) -> None:
-        """Spooling thread. Called with each record that is lost after it was accepted.
-
-        The record is as normalized, or as offered if normalizing failed. What is lost later, from
-        memory or from deleted files, is in `stats` only.
-        """
-
     def open_sink(self) -> Sink:
         """Sending thread. Open the sink; may block and may raise (then it is called again)."""
         raise NotImplementedError
@@ -107,13 +91,6 @@ class Pipeline:
         None leaves that segment alone.
         """
         return None
-
-    def may_rest(self) -> bool:
-        """Spooling thread. Asked when no record has come for a while.
-
-        False while records may come that belong to earlier ones: each rest begins a new segment.
-        """
-        return True
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` for delivery; False when it is refused, which is counted.
@@ -203,8 +180,8 @@ class Pipeline:
         if self._awake.acquire(blocking=False):
             self._spooling.begin()
 
-    def _rested(self) -> None:
-        """Threads and files are gone. Spooling thread, the last thing that it does."""
+    def rested(self) -> None:
+        """Be ready for the next record."""
         self._spooling = self._make_threads()
         self._awake.release()
         if not self._queue.empty:  # Offered meanwhile, by a thread that found it awake.
@@ -249,25 +226,13 @@ class Pipeline:
         )
         sending = None
         if not self._offline:
-            aside_bytes = int(self._spool_bytes * ASIDE_SHARE)
-            parts = segment.parts
-            reader = SegmentReader(segment.paths, parts, self.stats, aside_bytes=aside_bytes)
+            reader = SegmentReader(segment.paths, segment.parts, self.stats)
             sending = SendingThread(
                 SegmentTransfer(reader, self.open_sink),
                 self._circuit,
                 Leftovers(self._directory, self.open_leftovers),
             )
-        return SpoolingThread(
-            self._queue,
-            segment,
-            sending,
-            self.stats,
-            self._unattended,
-            normalize=self.normalize,
-            lost=self.lost,
-            may_rest=self.may_rest,
-            rested=self._rested,
-        )
+        return SpoolingThread(self, self._queue, segment, sending, self.stats, self._unattended)
 
 
 def _after_fork() -> None:

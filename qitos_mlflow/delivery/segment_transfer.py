@@ -19,12 +19,6 @@ BATCH_RECORDS = 500
 """Most records of one step: what is sent again after a crash before its acknowledgement."""
 SEND_TIMEOUT_S = 15.0
 """Longest that a sink gets for one step (seconds)."""
-SEND_BUGS = 3
-"""After this many failures with anything but `RetryLater`, a batch is sent record by record."""
-
-
-class _Bug(RetryLater):
-    """The sink raised something else."""
 
 
 class SegmentTransfer:
@@ -37,7 +31,6 @@ class SegmentTransfer:
         self._state = b""  # The sink's, as of the last acknowledgement.
         self._chunk: Chunk | None = None
         self._prepared = False  # Whether the sink has something to send.
-        self._bugs = 0
         self._one_by_one = 0  # How many of the next records are sent on their own.
 
     @property
@@ -120,22 +113,18 @@ class SegmentTransfer:
         return self._sink
 
     def _send(self, sink: Sink, chunk: Chunk, timeout_s: float) -> None:
-        tolerated = 1  # Mapping is pure: what fails once fails always.
-        try:
-            with _bugs_later("delivery.send"):
-                if not self._prepared:
-                    sink.prepare(chunk.records)
-                    self._prepared = True
-                tolerated = SEND_BUGS
-                dead = sink.send(timeout_s)
-                state = sink.state()
-        except _Bug as bug:
-            self._bugs += 1
-            if self._bugs < tolerated:
-                raise
-            self._take_apart(sink, chunk, bug.reason)
-        else:
-            self._acknowledge(chunk, state, dead)
+        if not self._prepared:
+            try:
+                sink.prepare(chunk.records)
+            except Exception as error:  # noqa: BLE001 - pure, so what fails once fails always
+                _guard.report("delivery.prepare", error)
+                self._take_apart(sink, chunk, _guard.in_words(error))
+                return
+            self._prepared = True
+        with _bugs_later("delivery.send"):  # Whatever is raised, the server has refused nothing.
+            dead = sink.send(timeout_s)
+            state = sink.state()
+        self._acknowledge(chunk, state, dead)
 
     def _take_apart(self, sink: Sink, chunk: Chunk, reason: str) -> None:
         """Find the one record that the sink has a bug for, and make that one a dead letter."""
@@ -145,14 +134,12 @@ class SegmentTransfer:
             return
         self._one_by_one = len(chunk.records)
         self._chunk, self._prepared = None, False
-        self._bugs = 0
 
     def _acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
         self._reader.acknowledge(chunk, state, dead)
         self._state = state
         self._one_by_one = max(0, self._one_by_one - len(chunk.records))
         self._chunk, self._prepared = None, False
-        self._bugs = 0
 
 
 @contextmanager
@@ -164,4 +151,4 @@ def _bugs_later(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         _guard.report(where, error)
-        raise _Bug(_guard.in_words(error)) from error
+        raise RetryLater(_guard.in_words(error)) from error

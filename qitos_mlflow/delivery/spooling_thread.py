@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue, Item
@@ -30,6 +31,35 @@ STOP_GRACE_S = 0.1
 """How long the sending thread has to notice that it is to stop, and free its lock (seconds)."""
 
 
+class Spooled(ABC):
+    """What a pipeline decides for its spooling thread. Called on that thread."""
+
+    def normalize(self, payload: bytes) -> bytes | None:
+        """The record to store for a payload; None drops it on purpose.
+
+        If it raises, the record counts as lost.
+        """
+        return payload
+
+    def lost(self, record: bytes, reason: str) -> None:  # noqa: B027 - it is counted anyway
+        """Called with each record that is lost after it was accepted.
+
+        The record is as normalized, or as offered if normalizing failed. What is lost later, from
+        memory or from deleted files, is in `stats` only.
+        """
+
+    def may_rest(self) -> bool:
+        """Asked when no record has come for a while.
+
+        False while records may come that belong to earlier ones: each rest begins a new segment.
+        """
+        return True
+
+    @abstractmethod
+    def rested(self) -> None:
+        """Threads and files are gone: the last thing that a spooling thread does at a rest."""
+
+
 class SpoolingThread(threading.Thread):
     """Fills a segment with what is offered; starts and ends the thread that empties it.
 
@@ -38,30 +68,23 @@ class SpoolingThread(threading.Thread):
     it stays. `run` is the thread; the other public methods are for other threads.
 
     Args:
+        pipeline: decides what becomes of the records.
         queue: where the records come from.
         segment: where the records go; its own.
         sending: sends what is written; None offline.
         stats: counts what is recorded and what is lost.
         unattended: set if no other thread will call `end`: then this one ends the rest once it has
             written what it has.
-        normalize: decodes and redacts; None drops the record on purpose, an exception counts it.
-        lost: called with every record lost here, and the reason.
-        may_rest: whether no more records are expected.
-        rested: called last, if it ends by itself.
     """
 
     def __init__(
         self,
+        pipeline: Spooled,
         queue: ByteQueue,
         segment: SegmentWriter,
         sending: SendingThread | None,
         stats: Counts,
         unattended: threading.Event,
-        *,
-        normalize: Callable[[bytes], bytes | None],
-        lost: Callable[[bytes, str], None],
-        may_rest: Callable[[], bool],
-        rested: Callable[[], None],
     ) -> None:
         super().__init__(name="qitos-mlflow-spooling", daemon=True)
         self.segment = segment
@@ -72,13 +95,11 @@ class SpoolingThread(threading.Thread):
         self._queue = queue
         self._stats = stats
         self._unattended = unattended
-        self._normalize = normalize
-        self._lost = lost
-        self._may_rest = may_rest
-        self._rested = rested
+        self._pipeline = pipeline
         self._sends_here = False  # There is no sending thread: who waits does its work.
         self._held = 0  # Records taken from the queue that are not appended yet.
         self._working_here = threading.RLock()
+        self._finishing = threading.Lock()  # Never released: an atomic flag.
         self._finished = threading.Event()
 
     def begin(self) -> None:
@@ -100,7 +121,7 @@ class SpoolingThread(threading.Thread):
         elif sending is not None:
             sending.join(REST_WITHIN_S + STOP_GRACE_S if rests else None)
             if sending.is_alive():  # It hangs; records that come now must reach the disk.
-                self._rested()
+                self._pipeline.rested()
                 sending.join()
                 self._finish()
                 return
@@ -108,7 +129,7 @@ class SpoolingThread(threading.Thread):
             self._refuse()
         self._finish()
         if rests:
-            self._rested()
+            self._pipeline.rested()
 
     def write_here(self, barrier: Barrier) -> None:
         """Write on the calling thread up to `barrier`, which is in the queue."""
@@ -172,7 +193,7 @@ class SpoolingThread(threading.Thread):
     def _is_idle(self) -> bool:
         with _guard.shield("delivery.may_rest"):
             # In this order: a trace's last record is in the queue before the trace is over.
-            idle = self._may_rest() and self._queue.empty and self.nothing_left()
+            idle = self._pipeline.may_rest() and self._queue.empty and self.nothing_left()
             return idle and self.sending is not None and not self.sending.looks_for_leftovers
         return False
 
@@ -215,7 +236,7 @@ class SpoolingThread(threading.Thread):
             self._stats.add(recorded=len(batch))
             for payload, keep, _ in batch:
                 try:
-                    data = self._normalize(payload)
+                    data = self._pipeline.normalize(payload)
                 except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
                     _guard.report("delivery.normalize", error)
                     self._lose(payload, NORMALIZE_FAILED)
@@ -250,11 +271,11 @@ class SpoolingThread(threading.Thread):
     def _lose(self, data: bytes, reason: str) -> None:
         self._stats.drop(reason)
         with _guard.shield("delivery.lost"):
-            self._lost(data, reason)
+            self._pipeline.lost(data, reason)
 
     def _finish(self) -> None:
         """Count what is lost with the memory, and close the segment. Once."""
-        if self._finished.is_set():  # A signal handler has closed while this thread did.
+        if not self._finishing.acquire(blocking=False):  # A signal handler closes meanwhile.
             return
         for part in self.segment.parts():
             if isinstance(part, MemoryPart) and (left := part.records - part.acknowledged):

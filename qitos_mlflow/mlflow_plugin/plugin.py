@@ -71,13 +71,7 @@ class OpenTrace(TraceRecorder):
         run_settings: RunSettings,
         uri: str | None,
     ) -> None:
-        super().__init__(
-            trace,
-            pipeline,
-            settings,
-            content=settings.capture_content and tracing.content_allowed(trace),
-            run_settings=run_settings,
-        )
+        super().__init__(trace, pipeline, settings, run_settings)
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,

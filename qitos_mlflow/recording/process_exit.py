@@ -26,15 +26,11 @@ KILLED_BY_EXIT = "the process ended before the trace did"
 COUNT_S = 0.25
 """Longest time that counting what is left delays the end of the process (seconds)."""
 
-MAX_FILES = 8
-"""If more files than this are left, the command names their directories."""
-
 at_last: list[Callable[[], object]] = []
 """Called in each process once everything is delivered or reported."""
 
 _registered_in: int | None = None
 """Id of the process whose exit handlers are registered."""
-_first = False
 _interrupted = False
 _ctrl_c = False
 _began_s: float | None = None
@@ -42,10 +38,10 @@ _began_s: float | None = None
 
 def register() -> None:
     """Deliver what this process has before it ends. Any thread, any number of times."""
-    global _registered_in, _first, _interrupted, _ctrl_c, _began_s
+    global _registered_in, _interrupted, _ctrl_c, _began_s
     if _registered_in == os.getpid():
         return
-    _registered_in, _first, _began_s = os.getpid(), False, None
+    _registered_in, _began_s = os.getpid(), None
     _interrupted = _ctrl_c = False
     atexit.unregister(_end)  # Inherited by a forked child: once is enough.
     process = sys.modules.get("multiprocessing.process")
@@ -64,11 +60,8 @@ def end_first() -> None:
     Exit handlers run last in, first out. A library that was imported after ours was registered
     may end in its own handler what the delivery still needs.
     """
-    global _first
-    if not _first:
-        _first = True
-        atexit.unregister(_end)
-        atexit.register(_end)
+    atexit.unregister(_end)
+    atexit.register(_end)
 
 
 def _end() -> None:
@@ -124,17 +117,13 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
 def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
     until = time.monotonic() + COUNT_S
-    records, traces, found, complete = 0, set(), set(), True
-    for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
+    records, traces, complete = 0, set(), True
+    for record in (record for pipeline in left for record in waiting_records(pipeline.paths)):
         if time.monotonic() > until:
             complete = False
             break
         records += 1
         traces.add(orjson.loads(record).get("trace_id"))
-        found.add(pipeline)
-    # One file stands for all of its segment.
-    parts = [pipeline.paths.parts()[:1] for pipeline in left if pipeline in found]
-    files = [str(path) for first in parts for _, path in first]
     directories = sorted({str(pipeline.paths.directory) for pipeline in left})
     lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
@@ -142,12 +131,11 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
             f"{', '.join(directories)} took them in time"
         )
-    if files or not complete:  # Neither: another process has delivered them meanwhile.
-        where = files if complete and len(files) <= MAX_FILES else directories
+    if records or not complete:  # Neither: another process has delivered them meanwhile.
         lines.append(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
-            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(where)}"
+            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(directories)}"
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201

@@ -19,12 +19,9 @@ from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 
-ENDED_TRACES = 256
-"""An ended trace is remembered until so many have begun after it: spans of it may begin late on
-other threads."""
-
-UNFINISHED_TRACES = 4096
-"""The same for an ended trace with unfinished spans."""
+ENDED_TRACES = 1024
+"""An ended trace is remembered until so many have begun after it: spans of it may begin or end late
+on other threads. Each takes about 4 KB."""
 
 T = TypeVar("T", bound=TraceRecorder)
 
@@ -85,12 +82,10 @@ class Recorder(Generic[T]):
         """Remember a trace that begins, and forget the oldest ended ones. Open ones stay."""
         with _lock:
             self._traces[trace_id] = trace
-            traces = list(self._traces.items())
-            for index, (old_id, old) in enumerate(traces[:-ENDED_TRACES]):
-                open_spans = old.unfinished_spans
-                if old.ended and (not open_spans or index < len(traces) - UNFINISHED_TRACES):
+            for old_id, old in list(self._traces.items())[:-ENDED_TRACES]:
+                if old.ended:
                     self._traces.pop(old_id, None)
-                    if open_spans:
+                    if open_spans := old.unfinished_spans:
                         old.pipeline.stats.drop("forgotten", open_spans)
                         warn(
                             "recorder.forgotten",

@@ -19,6 +19,7 @@ from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.settings import Settings
+from qitos_mlflow.tracing import content_allowed
 from qitos_mlflow.tracing.redaction import redacted_metadata
 
 LATE_SPAN_S = 60.0
@@ -32,11 +33,11 @@ class TraceRecorder:
         trace: the host's.
         pipeline: where its records go.
         settings: the plugin's.
-        content: whether the records hold inputs and outputs.
         run_settings: how its run is logged. They are in the start, and again in the records that a
             sink may get without the start.
 
     Attributes:
+        content: whether its records hold inputs and outputs.
         id: of the trace in its records; see `RecordPipeline.add`.
         closed: its plugin takes no more spans.
         ended: its end is recorded: only late spans can follow.
@@ -47,17 +48,15 @@ class TraceRecorder:
         trace: Any,
         pipeline: RecordPipeline,
         settings: Settings,
-        *,
-        content: bool = True,
         run_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.id: str
         self.pipeline = pipeline
-        self.content = content
+        self.content = settings.capture_content and content_allowed(trace)
         self.closed = False
         self.ended = False
         self._field_chars = settings.field_bytes
-        self._files = content and settings.log_artifacts
+        self._files = self.content and settings.log_artifacts
         self._settings = {} if run_settings is None else {"settings": run_settings}
         self._ended_s = float("inf")
         self._spans = count()  # Steps as a whole, whichever threads end spans.

@@ -37,19 +37,10 @@ These are the classes of our modules, and the functions of `provider`. (`tracing
 modules for type checkers.)
 """
 
-REQUIRED = frozenset(
-    {
-        "Span",
-        "SpanData",
-        "SpanType",
-        "Trace",
-        "TraceProcessor",
-        "TracingMode",
-        "add_trace_processor",
-        "create_trace",
-        "get_tracing_provider",
-    }
-)
+REQUIRED = frozenset({
+    "Span", "SpanData", "SpanType", "Trace", "TraceProcessor", "TracingMode",
+    "add_trace_processor", "create_trace", "get_tracing_provider",
+})  # fmt: skip
 """A `qitos.tracing` without these is something else."""
 
 

@@ -17,50 +17,18 @@ from typing import Any
 REDACTED = "__redacted__"
 """Stands where content was. None stays None: absent and redacted values differ."""
 
-STRUCTURAL_FIELDS = frozenset(
-    {
-        "type",
-        "name",
-        "model",
-        "tools",
-        "output_type",
-        "step_number",
-        "token_usage",
-        "action_name",
-        "tool_name",
-        "server_name",
-        "input_count",
-        "critic_name",
-        "score",
-        "from_agent",
-        "to_agent",
-        "context_strategy",
-        "messages_passed",
-    }
-)
+STRUCTURAL_FIELDS = frozenset({
+    "type", "name", "model", "tools", "output_type", "step_number", "token_usage", "action_name",
+    "tool_name", "server_name", "input_count", "critic_name", "score", "from_agent", "to_agent",
+    "context_strategy", "messages_passed",
+})  # fmt: skip
 """Fields of span data that carry structure: names, kinds, counts, token usage, score."""
 
-STRUCTURAL_METADATA = frozenset(
-    {
-        "agent_name",
-        "benchmark_name",
-        "benchmark_split",
-        "linked_span_id",
-        "linked_trace_id",
-        "max_steps",
-        "model_family",
-        "model_name",
-        "parser",
-        "protocol",
-        "qitos_run_id",
-        "qitos_version",
-        "seed",
-        "status",
-        "stop_reason",
-        "success",
-        "task_id",
-    }
-)
+STRUCTURAL_METADATA = frozenset({
+    "agent_name", "benchmark_name", "benchmark_split", "linked_span_id", "linked_trace_id",
+    "max_steps", "model_family", "model_name", "parser", "protocol", "qitos_run_id",
+    "qitos_version", "seed", "status", "stop_reason", "success", "task_id",
+})  # fmt: skip
 """Keys of a trace's metadata that carry structure."""
 
 NAME_CHARS = 256

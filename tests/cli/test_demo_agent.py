@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from qitos_mlflow.cli._demo_agent import (
-    LARGE,
     TASKS,
     DemoTask,
     calculate,
@@ -18,21 +17,21 @@ from qitos_mlflow.cli._demo_agent import (
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[str, str], Any]:
-    """Every task's EngineResult, by task and model."""
-    return {(demo.id, demo.model): run_task(demo) for demo in TASKS}
+def results() -> dict[str, Any]:
+    """Every task's EngineResult."""
+    return {demo.id: run_task(demo) for demo in TASKS}
 
 
-@pytest.mark.parametrize("demo", TASKS, ids=lambda demo: f"{demo.id}-{demo.model}")
-def test_each_task_ends_as_scripted(demo: DemoTask, results: dict[tuple[str, str], Any]) -> None:
+@pytest.mark.parametrize("demo", TASKS, ids=lambda demo: demo.id)
+def test_each_task_ends_as_scripted(demo: DemoTask, results: dict[str, Any]) -> None:
     """Each task takes the steps and ends with the stop reason that its script says."""
-    result = results[demo.id, demo.model]
+    result = results[demo.id]
     assert result.state.stop_reason == demo.stop_reason
     assert len(result.records) == len(demo.replies)
     assert result.state.current_step <= len(demo.replies)
 
 
-def test_usage_is_counted_from_what_was_said(results: dict[tuple[str, str], Any]) -> None:
+def test_usage_is_counted_from_what_was_said(results: dict[str, Any]) -> None:
     """Every reply carries token counts that add up and grow with the conversation."""
     for result in results.values():
         usages = [r.model_response["usage"] for r in result.records if r.model_response]
@@ -41,7 +40,7 @@ def test_usage_is_counted_from_what_was_said(results: dict[tuple[str, str], Any]
         assert prompts == sorted(set(prompts))
 
 
-def test_one_tool_fails_and_the_agent_goes_on(results: dict[tuple[str, str], Any]) -> None:
+def test_one_tool_fails_and_the_agent_goes_on(results: dict[str, Any]) -> None:
     """Exactly one tool call of the whole demo fails, in a task that is answered."""
     failed = {
         task_id
@@ -51,14 +50,14 @@ def test_one_tool_fails_and_the_agent_goes_on(results: dict[tuple[str, str], Any
         if invocation["status"] == "error"
     }
     assert failed == {"sunlight"}
-    assert results["sunlight", LARGE].state.final_result == "About 8.3 minutes."
+    assert results["sunlight"].state.final_result == "About 8.3 minutes."
 
 
-def test_the_critic_scores_and_says_why(results: dict[tuple[str, str], Any]) -> None:
+def test_the_critic_scores_and_says_why(results: dict[str, Any]) -> None:
     """The reviewed answer is sent back twice and gets better each time."""
     outputs = [
         output
-        for record in results["boiling-water", LARGE].records
+        for record in results["boiling-water"].records
         for output in record.critic_outputs
         if output["reason"] != "no answer yet"
     ]
@@ -82,7 +81,7 @@ def test_tools_do_what_they_say() -> None:
     assert search_almanac("how long is a marathon", top=1) == ["A marathon is 42195 metres long."]
 
 
-def test_one_step_calls_two_tools_at_once(results: dict[tuple[str, str], Any]) -> None:
+def test_one_step_calls_two_tools_at_once(results: dict[str, Any]) -> None:
     """The demo shows parallel tools: one reply of the first task calls the almanac twice."""
-    first = results["moonlight", LARGE].records[0]
+    first = results["moonlight"].records[0]
     assert [call["tool_name"] for call in first.tool_invocations] == ["search_almanac"] * 2

@@ -244,8 +244,11 @@ def test_a_directory_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("sync", "--patience", "soon"), "'soon' is not a number of seconds, such as 30"),
-        (("sync", "--tracking-uri", "http://h:99999"), "'http://h:99999': its host or port"),
+        (("sync", "--patience", "soon"), "'soon' is not a valid float"),
+        (
+            ("sync", "--tracking-uri", "http://h:99999"),
+            "'http://h:99999' cannot be used: its host or port",
+        ),
         (("status", ""), "a path is empty; leave it out for this user's spool"),
         (("spool", "prune"), "no command 'prune'; the commands are: purge"),
         (("stats",), "no command 'stats'; the commands are: demo, "),

@@ -1,4 +1,4 @@
-"""The queue: bounded, in order, and never in anybody's way."""
+"""The queue: bounded, in order, and never in the way of another thread."""
 
 from __future__ import annotations
 

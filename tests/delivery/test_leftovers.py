@@ -149,8 +149,8 @@ def following(
 ) -> Iterator[None]:
     """A sidecar is at work on another thread."""
     stop = threading.Event()
-    steps = follow(spool, open_sink, stop=stop, stats=stats or Counts())
-    thread = threading.Thread(target=lambda: list(steps))
+    steps = follow(spool, open_sink, stats or Counts())
+    thread = threading.Thread(target=lambda: any(stop.is_set() for _ in steps))
     thread.start()
     try:
         yield
@@ -189,9 +189,7 @@ def test_a_sidecar_can_be_stopped_among_segments_of_others(
         left_behind(tmp_path, [b"record"])
     asked: list[Paths] = []
     monkeypatch.setattr(leftovers, "claim", lambda paths, stats: asked.append(paths))
-    stop = threading.Event()
-    for _ in follow(tmp_path, FakeServer().sink, stop=stop, stats=Counts()):
-        stop.set()
+    next(follow(tmp_path, FakeServer().sink, Counts()))
     assert len(asked) == 1
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import (
-    DeadLetter,
     Outcome,
     Pipeline,
     RetryLater,
@@ -189,28 +188,16 @@ def test_a_sink_that_cannot_be_opened_is_tried_again(
     swallowed.clear()
 
 
-@pytest.mark.parametrize("place", ["prepare", "send"])
 def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
-    make: Make,
-    server: FakeServer,
-    swallowed: list[tuple[str, BaseException]],
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
+    make: Make, server: FakeServer, swallowed: list[tuple[str, BaseException]]
 ) -> None:
-    """A record the sink fails on is buried with the error; all others arrive, state included."""
-    monkeypatch.setattr(segment_transfer, "SEND_BUGS", 1)
+    """A record that cannot be mapped is buried with the error; all others arrive, with state."""
 
     class BuggySink(FakeSink):
         def prepare(self, records: Sequence[bytes]) -> None:
             super().prepare(records)
-            self.bad = numbered(8)[5] in records
-            if place == "prepare" and self.bad:
+            if numbered(8)[5] in records:
                 raise ZeroDivisionError("bug")
-
-        def send(self, timeout_s: float) -> list[DeadLetter]:
-            if place == "send" and self.bad:
-                raise ZeroDivisionError("bug")
-            return super().send(timeout_s)
 
     sink = BuggySink(server)
     pipeline = make(open_sink=lambda: sink)
@@ -220,6 +207,27 @@ def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
     assert server.accepted == numbered(8)[:5] + numbered(8)[6:]
     assert pipeline.stats.dead_letters == 1
     assert sink.mapped == 7
+    assert {where for where, _ in swallowed} == {"delivery.prepare"}
+    swallowed.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), UserWarning("unverified https"), AttributeError("patched"), OSError(5)]
+)
+def test_no_answer_is_no_refusal(
+    make: Make, server: FakeServer, swallowed: list[tuple[str, BaseException]], error: Exception
+) -> None:
+    """Whatever sending raises, and however often, the records wait and arrive."""
+    server.down = error
+    pipeline = make()
+    for record in numbered(8):
+        pipeline.offer(record)
+    for _ in range(5):
+        assert not pipeline.flush(0.01)
+    server.down = None
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == numbered(8)
+    assert pipeline.stats.dead_letters == 0
     assert {where for where, _ in swallowed} == {"delivery.send"}
     swallowed.clear()
 
@@ -555,6 +563,32 @@ def test_where_no_thread_can_start_flush_does_the_work(
         assert pipeline.close(LONG_S)
     assert server.accepted == [*numbered(10), b"more"]
     assert caplog.text.count(reason) == logged
+
+
+def test_what_is_lost_at_the_end_is_counted_once(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A signal handler may close the pipeline while its thread is counting what is left."""
+    (tmp_path / "file").write_text("in the way")
+    server.down = RetryLater("503")
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pipeline = make(directory=tmp_path / "file" / "spool")
+    drop = pipeline.stats.drop
+
+    def interrupted(reason: str, records: int = 1) -> None:
+        monkeypatch.setattr(pipeline.stats, "drop", drop)
+        pipeline.close(0.0)
+        drop(reason, records)
+
+    monkeypatch.setattr(pipeline.stats, "drop", interrupted)
+    for record in numbered(10):
+        pipeline.offer(record)
+    assert not pipeline.close(0.0)
+    assert pipeline.stats.dropped == {"spool_unwritable": 10}
 
 
 def test_without_a_sending_thread_records_reach_the_disk(

@@ -400,10 +400,9 @@ for n in range(40):
     left_behind(spool, numbered(6))
 used = len(os.listdir("/dev/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, used + 20))
-stop = threading.Event()
-for _ in follow(spool, lambda header: Sink(server), stop=stop, stats=Counts()):
+for _ in follow(spool, lambda header: Sink(server), Counts()):
     if not any(spool.iterdir()):
-        stop.set()
+        break
 print(len(server.accepted))
 """
     assert run(code, tmp_path / "spool") == [str(40 * 7)]

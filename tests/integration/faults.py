@@ -37,6 +37,8 @@ START_MS, ELSEWHERE_MS = 2100.0, 5.0
 """What callbacks may hold the agent's thread at most: at the start of a trace, anywhere else."""
 SWITCH_MS = sys.getswitchinterval() * 1000
 """Python hands the interpreter from one busy thread to the next so often, wherever they are."""
+CROWDED_MS = 200.0
+"""In the place of both if several processes share two cores; waiting for a server takes longer."""
 GRACE_S = 0.5
 """So much later than its deadline the process may be gone."""
 
@@ -70,7 +72,9 @@ def fault(name: str, proxy: Proxy, server: MlflowServer) -> Iterator[Callable[[A
     proxy.set(None)
 
 
-def assert_not_held(report: Report, control: Report) -> None:
+def assert_not_held(
+    report: Report, control: Report, elsewhere_ms: float = ELSEWHERE_MS + SWITCH_MS
+) -> None:
     """No callback held the agent's thread for longer than promised.
 
     On a machine that is busy with other things, for no longer than three times what a processor
@@ -78,7 +82,7 @@ def assert_not_held(report: Report, control: Report) -> None:
     """
     slack_ms = 3 * max(control.worst_ms.values())
     for callback, worst_ms in report.worst_ms.items():
-        limit_ms = START_MS if callback == "on_trace_start" else ELSEWHERE_MS + SWITCH_MS
+        limit_ms = START_MS if callback == "on_trace_start" else elsewhere_ms
         assert worst_ms <= max(limit_ms, slack_ms), (report.points, control.worst_ms)
 
 

@@ -355,7 +355,7 @@ def test_a_hand_off_is_part_of_its_run(
 def test_autolog_before_a_host_with_tracing_is_imported(
     client: MlflowClient, environ: dict[str, str | None]
 ) -> None:
-    """Autolog finds the host's tracing, and registers there, before anybody imports the host."""
+    """Autolog finds the host's tracing, and registers there, before the host is imported."""
     parts = (TAGGED_AUTOLOG, standin("the sphinx"), "Engine(agent).run(content)")
     run_script(*parts, **ON_STANDIN, **environ)
     assert one_run(client, environ).tags["way"] == "autolog"
@@ -398,7 +398,7 @@ def test_it_stands_down_for_the_hosts_own_processor(
         theirs = MlflowTraceProcessor()
         qitos.tracing.add_trace_processor(theirs)
         Engine(agent).run('first')
-        assert theirs.told > 0
+        assert theirs.notified > 0
         """,
         **environ,
     )

@@ -32,9 +32,7 @@ SPOOL_UNREADABLE = "spool_unreadable"
 SPOOL_UNWRITABLE = "spool_unwritable"
 """The spool directory cannot be written, and the memory that stands in for it was full."""
 
-_FULL = {
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)
-}  # Windows has no quota error.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def reason_of(error: OSError) -> str:

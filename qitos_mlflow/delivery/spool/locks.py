@@ -34,9 +34,7 @@ LOCK_TRIES = 3
 LOCK_RETRY_S = 0.02
 """`is_held` has a lock for a few microseconds: taking it is tried again after this (seconds)."""
 
-_UNSUPPORTED = {
-    getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")
-}
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _held: dict[str, FileLock] = {}
 """Lock files held by this process: testing them through the kernel could release them (NFS)."""

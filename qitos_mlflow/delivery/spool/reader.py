@@ -29,7 +29,7 @@ READ_TRIES = 4
 READ_S = 20.0
 """... and for this long, then given up: sooner than `qitos-mlflow sync` gives up (seconds)."""
 ASIDE_BYTES = 100 * 1024 * 1024
-"""What is kept aside may take this much unless the caller says otherwise (bytes)."""
+"""What is kept aside in the whole directory may take this much (bytes)."""
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What the process or the system lacks: says nothing about the file, however long it lasts."""
 
@@ -91,7 +91,6 @@ class SegmentReader:
             a whole are removed from it.
         stats: counts dead letters, losses and deliveries.
         ack: where to go on.
-        aside_bytes: bound of what is kept aside in the whole directory.
     """
 
     def __init__(
@@ -100,12 +99,10 @@ class SegmentReader:
         parts: Callable[[], list[Part]],
         stats: Counts,
         ack: Ack = NO_ACK,
-        *,
-        aside_bytes: int = ASIDE_BYTES,
     ) -> None:
         self.position, self.state, self.last_time_ns = ack
         """As of the last acknowledgement."""
-        self._aside = Quota(paths.directory, aside_bytes, aside=True)
+        self._aside = Quota(paths.directory, ASIDE_BYTES, aside=True)
         self._paths = paths
         self._parts = parts
         self._stats = stats

@@ -1,6 +1,6 @@
 """A pytest plugin for the host's own test suite: notes every outcome, with or without the bridge.
 
-Told by the environment: BRIDGE_WATCH_REPORT is the file to write, BRIDGE_WATCH_ON turns the bridge
+Set by the environment: BRIDGE_WATCH_REPORT is the file to write, BRIDGE_WATCH_ON turns the bridge
 on, with a processor that keeps account of what is open.
 """
 

@@ -326,10 +326,13 @@ def test_one_record_that_makes_many_dead_letters_is_one_not_delivered(tmp_path: 
     segment.close(delete=True)
 
 
-def test_what_is_kept_aside_has_a_share_of_its_own(tmp_path: Path) -> None:
+def test_what_is_kept_aside_has_a_bound_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond it dead letters are counted, where other processes see them."""
+    monkeypatch.setattr(reader_module, "ASIDE_BYTES", 1000)
     segment, stats = make_segment(tmp_path), Counts()
-    reader = SegmentReader(segment.paths, segment.parts, stats, aside_bytes=1000)
+    reader = SegmentReader(segment.paths, segment.parts, stats)
     append(segment, numbered(4))
     chunk = reader.read(end=segment.end, sealed=True, max_records=9)
     chunk.damaged += [DeadLetter(b"x" * 700, "damaged"), DeadLetter(b"y" * 700, "damaged")]

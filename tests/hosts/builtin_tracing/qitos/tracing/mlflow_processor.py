@@ -1,4 +1,4 @@
-"""The host's own MLflow processor: here it only counts what it is told."""
+"""The host's own MLflow processor: here it only counts its events."""
 
 from qitos.tracing.processor import TraceProcessor
 
@@ -13,16 +13,16 @@ class MlflowTraceProcessor(TraceProcessor):
         tags=None,
         auto_end_run=True,
     ):
-        self.told = 0
+        self.notified = 0
 
     def on_trace_start(self, trace):
-        self.told += 1
+        self.notified += 1
 
     def on_trace_end(self, trace):
-        self.told += 1
+        self.notified += 1
 
     def on_span_start(self, span):
-        self.told += 1
+        self.notified += 1
 
     def on_span_end(self, span):
-        self.told += 1
+        self.notified += 1

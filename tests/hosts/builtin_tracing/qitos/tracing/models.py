@@ -200,10 +200,10 @@ class Span:
         self.ended_at = now()
         self.error = error if error is not None else self.error
         if self._token is not None:
-            # FLAW: on another thread reset() raises ValueError, and the end is never told.
+            # FLAW: on another thread reset() raises ValueError, and no processor gets the end.
             current.reset(self._token)
             self._token = None
-        # FLAW: told again at every further call.
+        # FLAW: notified again at every further call.
         if self._processor is not None:
             self._processor.on_span_end(self)
 

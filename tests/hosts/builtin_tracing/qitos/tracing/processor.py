@@ -1,4 +1,4 @@
-"""Processors, told one after another from a list that others may change meanwhile (FLAW)."""
+"""Processors, notified one after another from a list that others may change meanwhile (FLAW)."""
 
 import logging
 from abc import ABC, abstractmethod
