@@ -169,7 +169,7 @@ def main() -> None:
     print(f"delivered in {a:.2f} s: {records / a:.0f} records/s")
     print(f"the same {len(recorder.kept)} requests alone {b:.2f} s: {records / b:.0f} records/s")
     print(f"ratio {a / b:.2f}; of the requests alone, in the last round:")
-    calls = Counter(_endpoint(path) for _, path, *_ in recorder.kept)
+    calls = Counter(_endpoint(request.path) for request, _ in recorder.kept)
     for name, seconds in by_endpoint.most_common():
         print(f"  {seconds:6.2f} s for {calls[name]:4} x {name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -30,9 +31,6 @@ from qitos_mlflow.errors import QitosMlflowError
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Delivery, Outcome, SegmentInfo
 
-PATIENCE_S = 30
-"""Default of --patience (seconds)."""
-
 
 @click.command()
 @paths_argument
@@ -43,7 +41,7 @@ PATIENCE_S = 30
     "patience_s",
     metavar="SECONDS",
     type=click.FloatRange(0),
-    default=PATIENCE_S,
+    default=30,
     show_default=True,
     help="Give up on a server that has accepted nothing for this long. Without effect if --follow "
     "is given.",
@@ -78,6 +76,8 @@ def sync(
         "default_header": tracking_uri
         and segment_header(tracking_uri, Settings.resolve(tracking_uri=tracking_uri)),
     }
+    if math.isnan(patience_s):
+        raise click.BadParameter("NaN is no number of seconds", param_hint="--patience")
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")
     if follow:

@@ -44,7 +44,7 @@ def test_one_tool_fails_and_the_agent_goes_on(results: dict[str, Any]) -> None:
     """Exactly one tool call of the whole demo fails, in a task that is answered."""
     failed = {
         task_id
-        for (task_id, _), result in results.items()
+        for task_id, result in results.items()
         for record in result.records
         for invocation in record.tool_invocations
         if invocation["status"] == "error"
@@ -78,7 +78,8 @@ def test_tools_do_what_they_say() -> None:
     for code in ("__import__('os')", "9**9**9", "1e9"):
         with pytest.raises(ValueError, match="cannot calculate"):
             calculate(code)
-    assert search_almanac("how long is a marathon", top=1) == ["A marathon is 42195 metres long."]
+    [found] = search_almanac("how high is the summit", top=1)
+    assert found == "The summit of Mount Everest is 8849 metres above the sea."
 
 
 def test_one_step_calls_two_tools_at_once(results: dict[str, Any]) -> None:
