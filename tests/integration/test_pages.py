@@ -116,7 +116,9 @@ def shown(shared_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Where pictures go."""
-    return Path(os.environ.get("IMAGES") or tmp_path)
+    given = os.environ.get("IMAGES")
+    # Tests work in a directory of their own.
+    return Path(__file__).parents[2] / given if given else tmp_path
 
 
 @pytest.fixture(autouse=True)
