@@ -60,7 +60,8 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # It ends a sidecar like Ctrl-C.
+    for ends in (signal.SIGINT, signal.SIGTERM):  # In the background a shell has SIGINT ignored.
+        signal.signal(ends, signal.default_int_handler)
     from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
