@@ -31,6 +31,13 @@ def is_wanted() -> bool:
     return False
 
 
+_forks: list[None] = []
+"""An item for each fork on the way from the process's first ancestor to this one."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forks.append(None))
+
+
 class LiveTrace:
     """An open trace, shared by the agents in it. Any thread.
 
@@ -42,7 +49,7 @@ class LiveTrace:
             name, group_id=group_id, metadata=metadata
         )
         self._ended = False
-        self._pid = os.getpid()
+        self._forks = len(_forks)
         self._open: dict[str, Any] = {}
         self._lock = threading.RLock()  # A signal handler may run an agent while it is held.
         try:
@@ -55,7 +62,7 @@ class LiveTrace:
     @property
     def closed(self) -> bool:
         """Whether it takes no more spans: it has ended, or belongs to the parent process."""
-        return self._ended or self._pid != os.getpid()
+        return self._ended or self._forks != len(_forks)
 
     def start(self, data: Any, parent: Any) -> Any:
         """Start a span below `parent` (a span, or None for the top)."""
@@ -81,9 +88,7 @@ class LiveTrace:
         An exception is on ``span.exception`` only while the processors are called: its traceback
         keeps the agent's local variables alive.
         """
-        if (
-            self._pid != os.getpid()
-        ):  # Before the lock, which another thread may have held in a fork.
+        if self._forks != len(_forks):  # Before the lock, which a fork may have left held.
             return
         with self._lock:
             if self._open.pop(span.span_id, None) is None:

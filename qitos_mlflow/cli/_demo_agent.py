@@ -136,16 +136,12 @@ class Reviewer(Critic):  # type: ignore[misc]  # mypy does not follow qitos
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A question, the replies that the model gives, and the stop reason that the run ends with.
-
-    Its budget is a step for each reply.
-    """
+    """A question, and the model's replies to it; the budget is a step for each reply."""
 
     id: str
     agent: str
     objective: str
     replies: tuple[str | Exception, ...]
-    stop_reason: str = "final"
     needs: tuple[str, ...] = ()
     """Words that the reviewer wants; without any there is none."""
     librarian: tuple[str, ...] = ()
@@ -219,6 +215,6 @@ TASKS = (
     DemoTask("moonlight", "astronomer", MOON_ASKED, MOONLIGHT),
     DemoTask("boiling-water", "tea-taster", TEA_ASKED, BOILING_WATER, needs=TEA_NEEDS),
     DemoTask("sunlight", "astronomer", SUN_ASKED, SUNLIGHT, librarian=LIBRARIAN),
-    DemoTask("counting-bees", "beekeeper", BEES_ASKED, BEES, "budget_steps"),
-    DemoTask("equator-walk", "hiker", WALK_ASKED, EQUATOR, "unrecoverable_error"),
+    DemoTask("counting-bees", "beekeeper", BEES_ASKED, BEES),
+    DemoTask("equator-walk", "hiker", WALK_ASKED, EQUATOR),
 )

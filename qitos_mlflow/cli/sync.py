@@ -8,8 +8,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,6 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
-    for ends in (signal.SIGINT, signal.SIGTERM):  # In the background a shell has SIGINT ignored.
-        signal.signal(ends, signal.default_int_handler)
     from qitos_mlflow.mlflow_plugin.destination import segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
@@ -135,7 +133,7 @@ class Sync:
         from rich.console import Console
 
         self.left, total = len(segments), plural(sum(s.waiting for s in segments), "record")
-        with suppress(KeyboardInterrupt), Console().status("") as status:
+        with _interruptible(), Console().status(f"0 of {total}", spinner="line") as status:
 
             def moved() -> None:
                 done = self.counts.delivered + self.counts.dead_letters
@@ -235,10 +233,19 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
     except OSError as error:
         raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
-    click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
     total = Counts()
-    with suppress(KeyboardInterrupt), Console().status("") as status:
+    with _interruptible(), Console().status("", spinner="line") as status:
+        click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
         for _ in follow(directory, stats=total, **ways):
             refused = f", {total.dead_letters} refused or damaged" if total.dead_letters else ""
             status.update(f"{directory}: {plural(total.delivered, 'record')} delivered{refused}")
     click.echo(f"{plural(total.delivered, 'record')} delivered")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, also where a shell has SIGINT ignored in the background."""
+    for ends in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ends, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        yield

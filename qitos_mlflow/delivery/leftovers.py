@@ -39,9 +39,7 @@ BATCH_PAUSE_S = 0.1
 """Between two batches of leftovers, so that they leave the agent the processor (seconds)."""
 
 OpenSink = Callable[[bytes], Sink]
-"""Makes a sink for a segment's header; may raise, then it is tried again."""
-OpenLeftovers = Callable[[bytes], "Callable[[], Sink] | None"]
-"""Returns what opens the sink for a segment with this header; None leaves the segment alone."""
+"""Makes the sink for a segment's header; what it raises is a failed attempt."""
 
 
 class Outcome(Enum):
@@ -92,7 +90,10 @@ class Delivery:
 
 
 def take(
-    paths: Paths, open_sink: OpenSink, stats: Counts, default_header: bytes | None = None
+    paths: Paths,
+    open_sink: OpenSink,
+    stats: Counts,
+    default_header: bytes | None = None,
 ) -> Delivery | Outcome:
     """Claim a segment for delivery; an outcome where that is impossible or not needed.
 
@@ -266,7 +267,9 @@ class Leftovers(Deliveries):
     """How long a step may keep a process's own records waiting, about (seconds). A server that
     needs longer for one request gets leftovers from `qitos-mlflow sync` alone."""
 
-    def __init__(self, directory: Path, open_leftovers: OpenLeftovers) -> None:
+    def __init__(
+        self, directory: Path, open_leftovers: Callable[[bytes], Callable[[], Sink] | None]
+    ) -> None:
         super().__init__(directory, self._take_left)
         self.pending = True
         """Whether a look is due or under way. Any thread."""

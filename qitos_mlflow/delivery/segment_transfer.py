@@ -116,6 +116,9 @@ class SegmentTransfer:
         if not self._prepared:
             try:
                 sink.prepare(chunk.records)
+            except RetryLater:
+                sink.restore(self._state)
+                raise
             except Exception as error:  # noqa: BLE001 - pure, so what fails once fails always
                 _guard.report("delivery.prepare", error)
                 self._take_apart(sink, chunk, _guard.in_words(error))

@@ -99,7 +99,7 @@ class SpoolingThread(threading.Thread):
         self._sends_here = False  # There is no sending thread: who waits does its work.
         self._held = 0  # Records taken from the queue that are not appended yet.
         self._working_here = threading.RLock()
-        self._finishing = threading.Lock()  # Never released: an atomic flag.
+        self._counting = threading.Lock()  # Never released: an atomic flag.
         self._finished = threading.Event()
 
     def begin(self) -> None:
@@ -275,11 +275,12 @@ class SpoolingThread(threading.Thread):
 
     def _finish(self) -> None:
         """Count what is lost with the memory, and close the segment. Once."""
-        if not self._finishing.acquire(blocking=False):  # A signal handler closes meanwhile.
+        if self._finished.is_set():  # A signal handler has closed while this thread did.
             return
-        for part in self.segment.parts():
-            if isinstance(part, MemoryPart) and (left := part.records - part.acknowledged):
-                self._stats.drop(part.failure, left)
+        if self._counting.acquire(blocking=False):
+            for part in self.segment.parts():
+                if isinstance(part, MemoryPart) and (left := part.records - part.acknowledged):
+                    self._stats.drop(part.failure, left)
         self._stats.save_losses(self.segment.paths)
         delivered = self.sending is not None and self.sending.finished
         try:

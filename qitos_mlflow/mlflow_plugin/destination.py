@@ -78,12 +78,8 @@ def run_settings(settings: Settings) -> RunSettings:
     return cleaned
 
 
-_ACCESS = (
-    "MLFLOW_WORKSPACE",
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-)
+_ACCESS = ("MLFLOW_WORKSPACE", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME",
+           "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
 """Variables that decide whose data a server takes ours for."""
 
 

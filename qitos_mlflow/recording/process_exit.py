@@ -31,6 +31,7 @@ at_last: list[Callable[[], object]] = []
 
 _registered_in: int | None = None
 """Id of the process whose exit handlers are registered."""
+_first = False
 _interrupted = False
 _ctrl_c = False
 _began_s: float | None = None
@@ -38,10 +39,10 @@ _began_s: float | None = None
 
 def register() -> None:
     """Deliver what this process has before it ends. Any thread, any number of times."""
-    global _registered_in, _interrupted, _ctrl_c, _began_s
+    global _registered_in, _first, _interrupted, _ctrl_c, _began_s
     if _registered_in == os.getpid():
         return
-    _registered_in, _began_s = os.getpid(), None
+    _registered_in, _first, _began_s = os.getpid(), False, None
     _interrupted = _ctrl_c = False
     atexit.unregister(_end)  # Inherited by a forked child: once is enough.
     process = sys.modules.get("multiprocessing.process")
@@ -60,8 +61,11 @@ def end_first() -> None:
     Exit handlers run last in, first out. A library that was imported after ours was registered
     may end in its own handler what the delivery still needs.
     """
-    atexit.unregister(_end)
-    atexit.register(_end)
+    global _first
+    if not _first:
+        _first = True
+        atexit.unregister(_end)
+        atexit.register(_end)
 
 
 def _end() -> None:
@@ -117,25 +121,26 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
 def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
     until = time.monotonic() + COUNT_S
-    records, traces, complete = 0, set(), True
-    for record in (record for pipeline in left for record in waiting_records(pipeline.paths)):
+    directories = {str(pipeline.paths.directory) for pipeline in left}
+    records, traces, found, complete = 0, set(), set(), True
+    for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
         if time.monotonic() > until:
-            complete = False
+            complete, found = False, directories
             break
         records += 1
         traces.add(orjson.loads(record).get("trace_id"))
-    directories = sorted({str(pipeline.paths.directory) for pipeline in left})
+        found.add(str(pipeline.paths.directory))
     lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
         lines.append(
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
-            f"{', '.join(directories)} took them in time"
+            f"{', '.join(sorted(directories))} took them in time"
         )
-    if records or not complete:  # Neither: another process has delivered them meanwhile.
+    if found:  # Else another process has delivered them meanwhile.
         lines.append(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
-            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(directories)}"
+            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(sorted(found))}"
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201

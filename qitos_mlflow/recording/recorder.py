@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from qitos_mlflow._guard import warn
@@ -82,16 +83,12 @@ class Recorder(Generic[T]):
         """Remember a trace that begins, and forget the oldest ended ones. Open ones stay."""
         with _lock:
             self._traces[trace_id] = trace
-            for old_id, old in list(self._traces.items())[:-ENDED_TRACES]:
+            many = max(0, len(self._traces) - ENDED_TRACES)
+            for old_id, old in list(islice(self._traces.items(), many)):
                 if old.ended:
                     self._traces.pop(old_id, None)
                     if open_spans := old.unfinished_spans:
                         old.pipeline.stats.drop("forgotten", open_spans)
-                        warn(
-                            "recorder.forgotten",
-                            "%s spans of a trace that ended long ago have not ended; they are lost",
-                            open_spans,
-                        )
 
     def lose_span(self, trace_id: str) -> None:
         """Count a span of an unknown trace, if its trace is that of a parent process."""

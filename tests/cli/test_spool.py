@@ -214,6 +214,16 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     assert [(run.name, run.status) for run in runs_in(store, experiment)] == [("bare", "FINISHED")]
 
 
+def test_sync_in_a_terminal_without_utf8(
+    tmp_path: Path, cli: Run, store: str, experiment: str
+) -> None:
+    """How far it is, is shown in ASCII."""
+    write_segment(tmp_path, store, *trace(experiment))
+    done = cli("sync", FORCE_COLOR="1", TERM="xterm", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "2 records delivered, 1 segment finished" in done.stdout
+
+
 @pytest.mark.parametrize("patience", ["nan", "soon", "-1"])
 def test_patience_is_a_number_of_seconds(cli: Run, patience: str) -> None:
     """Anything else is refused."""

@@ -16,6 +16,7 @@ import pytest
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import (
     Outcome,
+    OutOfTime,
     Pipeline,
     RetryLater,
     inspect_segment,
@@ -209,6 +210,26 @@ def test_a_sink_with_a_bug_loses_the_one_record_it_has_it_for(
     assert sink.mapped == 7
     assert {where for where, _ in swallowed} == {"delivery.prepare"}
     swallowed.clear()
+
+
+def test_a_sink_may_need_time_to_map(make: Make, server: FakeServer) -> None:
+    """`RetryLater` while records are mapped is no bug of one of them: all are mapped again."""
+    failures = [RetryLater("not yet"), OutOfTime(), RetryLater("not yet")]
+
+    class SlowSink(FakeSink):
+        def prepare(self, records: Sequence[bytes]) -> None:
+            super().prepare(records)
+            if failures:
+                raise failures.pop()
+
+    sink = SlowSink(server)
+    pipeline = make(open_sink=lambda: sink)
+    for record in numbered(8):
+        pipeline.offer(record)
+    eventually(lambda: pipeline.flush(LONG_S))
+    assert server.accepted == numbered(8)
+    assert pipeline.stats.dead_letters == 0
+    assert sink.mapped == 8
 
 
 @pytest.mark.parametrize(

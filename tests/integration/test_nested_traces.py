@@ -7,7 +7,6 @@ import threading
 from contextvars import copy_context
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Span, Trace, TraceState
 from qitos import Decision
@@ -187,27 +186,22 @@ def test_a_child_that_outlives_its_parent(
     assert late.info.response_preview == "child"
 
 
-@pytest.mark.parametrize("way", ["attribute", "name"])
-def test_a_model_that_judges(way: str, mlflow_server: MlflowServer, experiment_name: str) -> None:
-    """The verdict of a critic that has a model, or is named after one, is an LLM judge's."""
+def test_a_model_that_judges(mlflow_server: MlflowServer, experiment_name: str) -> None:
+    """The verdict of a critic that has a model is an LLM judge's."""
     from qitos.engine.critic import Critic
 
     class Reviewer(Critic):
         def __init__(self) -> None:
-            if way == "attribute":
-                self.llm = object()
+            self.llm = object()
 
         def evaluate(self, state: Any, decision: Any, results: list[Any]) -> dict[str, Any]:
             return {"action": "continue", "reason": "good", "score": 1.0}
 
-    class LLMJudge(Reviewer):
-        pass
-
-    critic = Reviewer() if way == "attribute" else LLMJudge()
+    critic = Reviewer()
     with logged(mlflow_server.uri, experiment_name=experiment_name) as processor:
         ScriptAgent(Decision.final("x")).run("t", critics=[critic], render=False)
         assert processor.force_flush(FLUSH_S) is True
     (trace,) = traces(mlflow_server.client, experiment_name).values()
     (verdict,) = trace.info.assessments
     assert verdict.source.source_type == "LLM_JUDGE"
-    assert verdict.source.source_id == verdict.name == type(critic).__name__
+    assert verdict.source.source_id == verdict.name == "Reviewer"

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qitos_mlflow.delivery import Paths, find_segments, inspect_segment
 from qitos_mlflow.recording import process_exit
+from tests.fakes.sink import left_behind
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +73,38 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     assert match, line
     assert int(match[1]) == 15
     assert Path(match[2]).name == "spool"
+
+
+def test_only_directories_with_records_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A spool that could not be written has nothing to deliver, and may not even be there."""
+    left_behind(tmp_path, [b'{"trace_id": "one"}'] * 2)
+    [paths] = find_segments(tmp_path)
+    good = SimpleNamespace(paths=paths, unsaved=0)
+    bad = SimpleNamespace(paths=Paths(tmp_path / "file" / "spool", "stem"), unsaved=3)
+    process_exit._say_what_is_left([good, bad])  # type: ignore[list-item]
+    lost, kept = capsys.readouterr().err.splitlines()
+    assert lost.startswith("qitos-mlflow: 3 records lost")
+    assert str(bad.paths.directory) in lost
+    assert kept.endswith(f"deliver with: qitos-mlflow sync {tmp_path}")
+
+
+def test_exit_handlers_of_the_program_come_first() -> None:
+    """What it registers after the first run may still begin and end traces."""
+    code = """
+import atexit
+from qitos_mlflow.recording import process_exit
+process_exit._end_all = lambda pipelines: print("ours", flush=True)
+process_exit.register()
+process_exit.end_first()
+atexit.register(print, "theirs", flush=True)
+process_exit.end_first()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[:2] == ["theirs", "ours"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

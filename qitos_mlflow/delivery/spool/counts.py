@@ -12,7 +12,7 @@ from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool.paths import Paths, replace_private
 
 ASIDE_FULL = "aside_full"
-"""Refused by the server or damaged, and not kept: what is kept aside has reached its share."""
+"""Refused by the server or damaged, and not kept: what is kept aside has reached its bound."""
 CLOSED = "closed"
 """Offered after close()."""
 DISK_FULL = "disk_full"

@@ -32,14 +32,8 @@ from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, read, read_al
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, added
 from qitos_mlflow.recording.record import Record, SpanEnd
 
-TOTALS = (
-    "total_tokens",
-    "total_prompt_tokens",
-    "total_completion_tokens",
-    "total_generations",
-    "total_steps",
-    "total_tool_calls",
-)
+TOTALS = ("total_tokens", "total_prompt_tokens", "total_completion_tokens", "total_generations",
+          "total_steps", "total_tool_calls")  # fmt: skip
 """Sums that every run has, 0 if there is nothing to add up."""
 
 MAX_NAMES = 100

@@ -10,7 +10,6 @@ leaves wrong times behind.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -42,10 +41,6 @@ INFO_EVERY_NS = 5_000_000_000
 _STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
 _LAST_S = 253_402_300_799
 """The end of the year 9999, which neither datetime nor protobuf can pass."""
-
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_MODELS = frozenset({"llm", "judge", "gpt", "claude", "gemini"})
-"""Words in the name of a critic that is a model; ``RemodelBudget`` and ``ModelCheck`` have none."""
 
 
 @dataclass
@@ -310,10 +305,8 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
     at = _rfc3339(limits.clean_ns(record.get("end_ns")))
     judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
-    # If the bridge found no model, the verdict or the name may still have one.
-    found = mapping(record.get("output")).get("judged_by_model") is True
-    words = {word.lower() for word in _WORD.findall(name)}
-    by_model = found or judge or not words.isdisjoint(_MODELS)
+    # If the bridge found no model, the verdict may still name one.
+    by_model = judge or mapping(record.get("output")).get("judged_by_model") is True
     own = str(record.get("span_id", ""))
     facts = {"step": record.get("step"), "action": verdict.get("action")}
     feedback: dict[str, Any] = {
