@@ -33,6 +33,7 @@ from qitos_mlflow.mlflow_plugin.mapping.span_kinds import SPAN_KINDS
 from qitos_mlflow.recording.normalize import nanoseconds
 from qitos_mlflow.tracing import AgentSpanData, SpanType, ToolSpanData, create_trace
 from tests.cli.conftest import run_cli
+from tests.cli.test_demo_agent import STOPS
 from tests.fakes.recorder import Node, Recorder
 from tests.integration.agents import Agent
 from tests.integration.logged import logged, only_run, run_script
@@ -201,7 +202,7 @@ def test_the_demos_agents(
         if usage["total_tokens"]:
             assert {key: info.token_usage[key] for key in usage} == usage
         assert info.request_preview == task.objective
-        stopped = f"stopped: {task.stop_reason}"
+        stopped = f"stopped: {STOPS.get(task.id, 'final')}"
         answer = metadata.get("final_result") or metadata.get("error") or stopped
         assert info.response_preview == answer
         failed = metadata["status"] == "error"
@@ -216,7 +217,7 @@ def test_the_demos_agents(
             "qitos.benchmark": "desk-questions",
             "qitos.run_id": metadata["qitos_run_id"],
             "qitos.trace_id": heard_of.trace_id,
-            "stop_reason": task.stop_reason,
+            "stop_reason": STOPS.get(task.id, "final"),
             "env": "test",
         }
         assert {key: info.tags.get(key) for key in expected} == expected
