@@ -79,6 +79,7 @@ def run_suite(
             "--maxprocesses=4",
             "--dist=worksteal",
             "--durations=15",
+            "-raR",  # Names what was rerun: a test that fails once in twenty is a bug.
             "--reruns=2",
             "--rerun-except=NotExactlyOnce",
             "-m",
