@@ -15,9 +15,6 @@ from qitos_mlflow.cli._options import experiment_name, tracking_uri
 from qitos_mlflow.cli._show import complain, table
 from qitos_mlflow.errors import QitosMlflowError
 
-PORT = 5000
-"""Port of the suggested server for a local store; MLflow's own default."""
-
 LOCAL_STORE_S = 60.0
 """Deadline of delivery to a local store, whose first use imports mlflow and creates tables."""
 
@@ -126,5 +123,5 @@ def page(uri: str) -> str:
         return f"See them at  {shown.rstrip('/')}"
     # Which `mlflow` is on the PATH, if any, may be another Python's.
     server = f"{shlex.quote(sys.executable)} -m mlflow server"
-    where = f"--backend-store-uri {shlex.quote(shown)} --port {PORT}"
-    return f"See them with\n\n  {server} {where}\n\nand then at  http://localhost:{PORT}"
+    where = f"--backend-store-uri {shlex.quote(shown)} --port 5000"
+    return f"See them with\n\n  {server} {where}\n\nand then at  http://localhost:5000"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -75,8 +75,6 @@ def sync(
         "default_header": tracking_uri
         and segment_header(tracking_uri, Settings.resolve(tracking_uri=tracking_uri)),
     }
-    if math.isnan(patience_s):
-        raise click.BadParameter("NaN is no number of seconds", param_hint="--patience")
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")
     if follow:
@@ -133,11 +131,13 @@ class Sync:
         from rich.console import Console
 
         self.left, total = len(segments), plural(sum(s.waiting for s in segments), "record")
-        with _interruptible(), Console().status(f"0 of {total}", spinner="line") as status:
+        shown = Console().status(f"0 of {total}", spinner="line")
+        with _interruptible() as ended, shown:
 
             def moved() -> None:
-                done = self.counts.delivered + self.counts.dead_letters
-                status.update(f"{done} of {total}")
+                if ended.is_set():
+                    raise KeyboardInterrupt
+                shown.update(f"{self.counts.delivered + self.counts.dead_letters} of {total}")
 
             for segment in segments:
                 try:
@@ -190,13 +190,13 @@ class Sync:
         with closing(delivery):
             while outcome is None:
                 patience_left_s = self._patience_s - circuit.failing_s
-                if circuit.problem is not None and patience_left_s <= 0:
+                if circuit.problem is not None and not patience_left_s > 0:  # Nor NaN.
                     break
                 if circuit.delay_s:  # A server may ask for minutes.
                     time.sleep(min(circuit.delay_s, patience_left_s))
                 else:
-                    outcome = delivery.step()
                     moved()
+                    outcome = delivery.step()
         return outcome
 
     def show(self) -> None:
@@ -217,8 +217,9 @@ class Sync:
         for line in self.problems:
             complain(line)
         if self.left:
-            left = plural(self.left, "segment")
-            complain(f"{left} not delivered; run `qitos-mlflow sync` again later")
+            complain(
+                f"{plural(self.left, 'segment')} not delivered; run `qitos-mlflow sync` again later"
+            )
 
 
 def _follow(directory: Path, ways: dict[str, Any]) -> None:
@@ -234,18 +235,25 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
         raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
     total = Counts()
-    with _interruptible(), Console().status("", spinner="line") as status:
+    with _interruptible() as ended, Console().status("", spinner="line") as status:
         click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
         for _ in follow(directory, stats=total, **ways):
-            refused = f", {total.dead_letters} refused or damaged" if total.dead_letters else ""
-            status.update(f"{directory}: {plural(total.delivered, 'record')} delivered{refused}")
+            if ended.is_set():
+                break
+            status.update(f"{directory}: {plural(total.delivered, 'record')} delivered")
     click.echo(f"{plural(total.delivered, 'record')} delivered")
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block, also where a shell has SIGINT ignored in the background."""
-    for ends in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ends, signal.default_int_handler)
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM end the block; the event says so if a finalizer has swallowed them."""
+    ended = threading.Event()
+
+    def end(number: int, frame: object) -> None:
+        ended.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # In the background a shell has SIGINT ignored.
+        signal.signal(number, end)
     with suppress(KeyboardInterrupt):
-        yield
+        yield ended

@@ -90,10 +90,7 @@ class Delivery:
 
 
 def take(
-    paths: Paths,
-    open_sink: OpenSink,
-    stats: Counts,
-    default_header: bytes | None = None,
+    paths: Paths, open_sink: OpenSink, stats: Counts, default_header: bytes | None = None
 ) -> Delivery | Outcome:
     """Claim a segment for delivery; an outcome where that is impossible or not needed.
 
@@ -257,8 +254,8 @@ class Leftovers(Deliveries):
     user decides when it is delivered).
 
     Args:
-        directory: the spool.
-        open_leftovers: returns what opens a sink for a header, None to leave its segment alone.
+        spool: the directory.
+        opens: returns what opens a sink for a header, None to leave its segment alone.
     """
 
     most_open = 1
@@ -267,13 +264,11 @@ class Leftovers(Deliveries):
     """How long a step may keep a process's own records waiting, about (seconds). A server that
     needs longer for one request gets leftovers from `qitos-mlflow sync` alone."""
 
-    def __init__(
-        self, directory: Path, open_leftovers: Callable[[bytes], Callable[[], Sink] | None]
-    ) -> None:
-        super().__init__(directory, self._take_left)
+    def __init__(self, spool: Path, opens: Callable[[bytes], Callable[[], Sink] | None]) -> None:
+        super().__init__(spool, self._take_left)
         self.pending = True
         """Whether a look is due or under way. Any thread."""
-        self._open_leftovers = open_leftovers
+        self._opens = opens
         self._due_at = time.monotonic() + FIRST_LOOK_S
         self._steps = self._looks()
 
@@ -304,6 +299,6 @@ class Leftovers(Deliveries):
         head = read_head(paths)
         if head.caller is None or head.offline or head.machine != socket.gethostname():
             return None
-        open_sink = self._open_leftovers(head.caller)
+        open_sink = self._opens(head.caller)
         claimed = None if open_sink is None else claim(paths, Counts())
         return None if open_sink is None or claimed is None else Delivery(claimed, open_sink)

@@ -214,6 +214,36 @@ def test_ctrl_c_does_not_wait_for_a_server(
     ]
 
 
+class Finalized:
+    """Ctrl-C comes in its finalizer, where Python swallows what is raised."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Swallowing(Unwilling):
+    """Ctrl-C comes in a finalizer while a segment is sent."""
+
+    def send(self, timeout_s: float) -> list[Any]:
+        Finalized()
+        return []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finalizer_ends_it_too(
+    tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is sent after the batch that is on its way."""
+    for _ in range(2):
+        write_segment(tmp_path, server, *trace("any"))
+    sync = Sync({"open_sink": Swallowing}, 1e9, lambda header: header["tracking_uri"])
+    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
+    sync.show()
+    shown = capsys.readouterr()
+    assert shown.out == "2 records delivered, 0 segments finished\n"
+    assert "qitos-mlflow: 2 segments not delivered; run" in shown.err
+
+
 @pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])
 def test_a_spool_that_is_a_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]

@@ -70,6 +70,7 @@ class StoredRun:
 def stored_runs(database: Path, experiment_name: str) -> list[StoredRun]:
     """The runs of an experiment, in the order of their start; deleted ones are not there."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
+        store.execute("BEGIN")  # All of it as of one moment, while agents go on.
         runs = {
             row[0]: StoredRun(*row)
             for row in store.execute(
