@@ -11,12 +11,12 @@ from tests.integration.agent_script import main
 
 def choose_transport(sink: Any) -> None:
     """Let sinks have the transport that the command line names."""
-    from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport, mlflow_requester
+    from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport  # Imports mlflow.
     from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 
     sink.open_transport = {
-        "requests": lambda uri, cwd=None: RestTransport(uri, mlflow_requester(uri)),
-        "client": lambda uri, cwd=None: StoreTransport(uri),
+        "requests": lambda uri, *_, **__: RestTransport(uri),
+        "client": lambda uri, *_, **__: StoreTransport(uri),
     }[sys.argv[2]]
 
 

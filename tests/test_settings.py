@@ -13,7 +13,7 @@ import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, _guard
 from qitos_mlflow.errors import SettingsError
-from qitos_mlflow.mlflow_plugin.destination import segment_header, tracking_uri
+from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header, tracking_uri
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.settings import MIB, Settings, env_names, usable_uri
 
@@ -191,7 +191,7 @@ def test_a_destination_set_later_breaks_nothing(uri: str, monkeypatch: pytest.Mo
     settings = Settings.resolve()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert is_http(tracking_uri(settings)) is uri.startswith("http")
-    assert b"secret" not in segment_header(uri)
+    assert b"secret" not in segment_header(Destination.of(uri))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ class Answer(NamedTuple):
     detail: str
 
 
-def ask(uri: str | None) -> Answer:
-    """Ask the server at `uri` for its version, else its health. Blocks up to 2 * `TIMEOUT_S`."""
+def ask(uri: str | None, *, trusted: bool) -> Answer:
+    """Ask the server at `uri` for its version, else its health. Blocks up to 2 * `TIMEOUT_S`.
+
+    Only a `trusted` server gets credentials.
+    """
     from qitos_mlflow.cli._spool import DEFAULT_STORE
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
     from qitos_mlflow.redaction.redact import without_credentials
@@ -32,20 +35,30 @@ def ask(uri: str | None) -> Answer:
         except ValueError as error:
             return Answer(shown, False, str(error))
         return Answer(shown, None, "not an http server, not checked")
-    from configparser import Error as BadCredentialsFile
     from contextlib import closing
 
     from urllib3.exceptions import HTTPError
 
-    from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
+    from qitos_mlflow.delivery import RetryLater
+    from qitos_mlflow.mlflow_plugin.server.http import (
+        UNAUTHORISED,
+        Request,
+        SessionRequester,
+        verdict,
+    )
 
     try:
-        with closing(SessionRequester(uri)) as send:
-            version = send(Request("GET", "/version", TIMEOUT_S))
+        with closing(SessionRequester(uri, {}, trusted=trusted)) as send:
+            question = Request("GET", "/version", TIMEOUT_S)
+            version = send(question)
+            if version.status_code in UNAUTHORISED:
+                return Answer(shown, True, str(verdict(question, version, shown)))
             if version.ok and len(version.text) < 40:  # A longer text is a web page.
                 return Answer(shown, True, f"MLflow {version.text.strip()}")
             health = send(Request("GET", "/health", TIMEOUT_S))
-    except (ValueError, BadCredentialsFile) as error:  # Its text has the password in it.
+    except RetryLater as error:  # Of a plugin of MLflow's.
+        return Answer(shown, False, error.reason)
+    except ValueError as error:  # Its text has the password in it.
         kind = type(error).__name__
         return Answer(shown, False, f"{kind}: check the URI and MLflow's credential settings")
     except (OSError, HTTPError) as error:

@@ -88,11 +88,13 @@ def experiment_of(segment: SegmentInfo) -> str | None:
     return None
 
 
-def destination_of(header: dict[str, Any]) -> str:
-    """The header's destination as it is shown."""
+def destination_of(header: dict[str, Any], uri: str | None = None) -> str:
+    """The destination as it is shown: the header's, or `uri` in its place, with its tenant."""
     from qitos_mlflow.redaction.redact import without_credentials
 
-    if not header:
+    if not header and not uri:
         return "unknown"
-    uri = header.get("tracking_uri")
-    return without_credentials(uri) if uri else f"{DEFAULT_STORE} in {header.get('cwd')}"
+    uri = uri or header.get("tracking_uri")
+    shown = without_credentials(uri) if uri else f"{DEFAULT_STORE} in {header.get('cwd')}"
+    tenant = ", ".join(f"{key}: {text}" for key, text in (header.get("headers") or {}).items())
+    return f"{shown} ({tenant})" if tenant else shown

@@ -82,7 +82,9 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         "waiting": sum(segment["waiting"] for segment in segments),
         "dead_letters": dict(refused.most_common()),
         "lost": dict(lost.most_common()),
-        "servers": [ask(uri)._asdict() for _, uri in sorted(servers.items())],
+        "servers": [
+            ask(uri, trusted=uri is configured)._asdict() for _, uri in sorted(servers.items())
+        ],
     }
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,41 +61,47 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
-    from qitos_mlflow.mlflow_plugin.destination import segment_header
+    from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
 
-    def uri_of(header: dict[str, Any]) -> str | None:
-        return tracking_uri or _with_credentials(header.get("tracking_uri"))
+    server_of = partial(_server_of, tracking_uri)
 
-    ways = {
-        "open_sink": lambda header: MlflowSink(
-            header, tracking_uri=uri_of(json.loads(header)), resumed=True
-        ),
-        # A segment whose own header is damaged goes where --tracking-uri says, or nowhere.
-        "default_header": tracking_uri
-        and segment_header(tracking_uri, Settings.resolve(tracking_uri=tracking_uri)),
-    }
+    def open_sink(header: bytes) -> MlflowSink:
+        uri, trusted = server_of(json.loads(header))
+        return MlflowSink(header, tracking_uri=uri, trusted=trusted, resumed=True)
+
+    ways: dict[str, Any] = {"open_sink": open_sink}
+    if tracking_uri:  # A segment whose own header is damaged goes there, or nowhere.
+        settings = Settings.resolve(tracking_uri=tracking_uri)
+        ways["default_header"] = segment_header(Destination.of(tracking_uri), settings)
     if follow and len(paths) > 1:
         raise click.UsageError(f"--follow watches one directory; {len(paths)} were given")
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    delivery = Sync(ways, patience_s, uri_of)
+    delivery = Sync(ways, patience_s, server_of)
     delivery.run([segment for segment in look_at(paths) if segment.paths.parts()])
     delivery.show()
     if delivery.left:
         raise SystemExit(1)
 
 
-def _with_credentials(recorded: str | None) -> str | None:
-    """A segment's URI, with the credentials of MLFLOW_TRACKING_URI if it is the same server."""
+def _server_of(given: str | None, header: dict[str, Any]) -> tuple[str | None, bool]:
+    """Where a segment goes, and whether this process's credentials are for that server.
+
+    A segment is data from a disk. What it names gets no credentials, unless MLFLOW_TRACKING_URI or
+    the command line names the same server.
+    """
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri
     from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import Settings
 
-    configured = tracking_uri(Settings.resolve())
-    return configured if configured and without_credentials(configured) == recorded else recorded
+    recorded = header.get("tracking_uri")
+    configured = given or tracking_uri(Settings.resolve())
+    if configured and (given or without_credentials(configured) == recorded):
+        return configured, True
+    return recorded, False
 
 
 class Sync:
@@ -103,14 +110,14 @@ class Sync:
     Args:
         ways: how `delivery.take` opens sinks.
         patience_s: how long a server may fail before its segments are left.
-        uri_of: the destination of a segment with this header.
+        server_of: where a segment with this header goes, and whether credentials are for there.
     """
 
     def __init__(
         self,
         ways: dict[str, Any],
         patience_s: float,
-        uri_of: Callable[[dict[str, Any]], str | None],
+        server_of: Callable[[dict[str, Any]], tuple[str | None, bool]],
     ) -> None:
         from qitos_mlflow.delivery import Counts
 
@@ -122,7 +129,7 @@ class Sync:
         """Why they are not, each line once."""
         self._ways = ways
         self._patience_s = patience_s
-        self._uri_of = uri_of
+        self._server_of = server_of
         self._given_up: dict[tuple[str, str | None], str] = {}
         """Servers, and experiments of a server, that are not tried again, each with the line."""
 
@@ -152,13 +159,12 @@ class Sync:
     def _deliver(self, segment: SegmentInfo, moved: Callable[[], None]) -> str | None:
         """Deliver a segment. Returns the line for `problems` if that fails."""
         from qitos_mlflow.delivery import Delivery, Outcome, take
-        from qitos_mlflow.redaction.redact import without_credentials
 
         if isinstance(segment.error, (PermissionError, IsADirectoryError)):
             raise segment.error  # This is no loss: another user may deliver it.
         name, header = f"segment {segment.paths.stem}", header_of(segment)
-        uri = self._uri_of(header)
-        to = without_credentials(uri) if uri else destination_of(header)
+        uri, trusted = self._server_of(header)
+        to = destination_of(header, uri)
         experiment = experiment_of(segment)
         given_up = self._given_up.get((to, None)) or self._given_up.get((to, experiment))
         if given_up:
@@ -175,7 +181,10 @@ class Sync:
             return None
         from qitos_mlflow.cli._server import ask
 
-        answer, problem = ask(uri), taken.circuit.problem
+        problem = taken.circuit.problem
+        if taken.circuit.hopeless:
+            return self._given_up.setdefault((to, None), str(problem))
+        answer = ask(uri, trusted=trusted)
         if answer.reachable is False:
             return self._given_up.setdefault((to, None), f"{to} is unreachable: {answer.detail}")
         if experiment is None:
@@ -191,6 +200,8 @@ class Sync:
             while outcome is None:
                 patience_left_s = self._patience_s - circuit.failing_s
                 if circuit.problem is not None and not patience_left_s > 0:  # Nor NaN.
+                    break
+                if circuit.hopeless:
                     break
                 if circuit.delay_s:  # A server may ask for minutes.
                     time.sleep(min(circuit.delay_s, patience_left_s))

@@ -24,6 +24,7 @@ from qitos_mlflow.delivery.leftovers import follow as follow
 from qitos_mlflow.delivery.leftovers import take as take
 from qitos_mlflow.delivery.pipeline import Pipeline as Pipeline
 from qitos_mlflow.delivery.pipeline import living as living
+from qitos_mlflow.delivery.sink import Hopeless as Hopeless
 from qitos_mlflow.delivery.sink import OutOfTime as OutOfTime
 from qitos_mlflow.delivery.sink import RetryLater as RetryLater
 from qitos_mlflow.delivery.sink import Sink as Sink

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.sink import OutOfTime, RetryLater
+from qitos_mlflow.delivery.sink import Hopeless, OutOfTime, RetryLater
 
 T = TypeVar("T")
 
@@ -42,6 +42,8 @@ class Circuit:
         """Whether the last attempt succeeded; None before the first one ended."""
         self.problem: str | None = None
         """Why the last attempt failed; None after one that succeeded."""
+        self.hopeless = False
+        """Whether time alone will not help."""
         self.asked = False
         """Whether the server named the delay itself (Retry-After)."""
 
@@ -61,7 +63,7 @@ class Circuit:
         Right after a failure these are fewer than `timeout_s`. Never raises: `problem` says what
         the matter is.
         """
-        began, after_s = time.monotonic(), None
+        began, after_s, self.hopeless = time.monotonic(), None, False
         probe = 0 < self._failures <= PROBES
         try:
             done = send(min(timeout_s, PROBE_TIMEOUT_S) if probe else timeout_s)
@@ -69,6 +71,9 @@ class Circuit:
             done, self.problem = None, None
         except RetryLater as later:
             done, self.problem, after_s = None, later.reason, later.after_s
+            self.hopeless = isinstance(later, Hopeless)
+            if later.progressed:  # What failed before has succeeded.
+                self._failures, began = 0, time.monotonic()
         except OSError as error:
             done, self.problem = None, f"the spool cannot be read or written: {error}"
             _guard.warn("delivery.spool", "%s; it is tried again later", self.problem)

@@ -43,13 +43,16 @@ class SegmentTransfer:
         """Whether the sink may have sent a part of a batch, which another one would send again."""
         return self._chunk is not None or self._prepared
 
-    def step(self, timeout_s: float, *, end: int | None, sealed: bool) -> bool:
+    def step(
+        self, timeout_s: float, *, end: int | None, sealed: bool, patient: bool = True
+    ) -> bool:
         """Send the next records, `BATCH_RECORDS` at most; False when there were none.
 
         Args:
             timeout_s: about how long this may block.
             end: send nothing beyond this position; None for everything there is.
             sealed: no more records are appended before `end`.
+            patient: longer by the sink's own factor.
 
         Raises:
             RetryLater: nothing was acknowledged; call again later.
@@ -70,7 +73,7 @@ class SegmentTransfer:
             self._chunk = None
             return True
         sink = self._open()
-        self._send(sink, self._chunk, timeout_s)
+        self._send(sink, self._chunk, timeout_s * (sink.patience if patient else 1.0))
         return True
 
     def abandon(self, timeout_s: float, *, closed: bool = False) -> bool:

@@ -101,7 +101,8 @@ class SendingThread(threading.Thread):
         while (left := deadline - time.monotonic()) > 0 and self.position < position:
             if self._circuit.online is False:
                 time.sleep(min(self._circuit.delay_s, WAITED_FOR_DELAY_S, left))
-            self.attempt(max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic())))
+            left = max(0.01, min(SEND_TIMEOUT_S, deadline - time.monotonic()))
+            self.attempt(left, patient=False)
         return self.position >= position
 
     def stop(self, deadline: float) -> None:
@@ -131,12 +132,13 @@ class SendingThread(threading.Thread):
                 self._ended = True
                 self._changed.notify_all()
 
-    def attempt(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        """Send one batch, and note how it went. Never raises."""
+    def attempt(self, timeout_s: float = SEND_TIMEOUT_S, *, patient: bool = True) -> None:
+        """Send one batch, and note how it went. Never raises; see `SegmentTransfer.step`."""
         with self._changed:
             end = self._written
             self._due_at = time.monotonic() + SEND_EVERY_S  # Of what comes while this is sent.
-        self._circuit.attempt(partial(self._transfer.step, end=end, sealed=True), timeout_s)
+        step = partial(self._transfer.step, end=end, sealed=True, patient=patient)
+        self._circuit.attempt(step, timeout_s)
         if self._circuit.problem is not None:
             _guard.warn(
                 "delivery.later",

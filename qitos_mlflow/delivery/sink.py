@@ -24,6 +24,12 @@ class RetryLater(Exception):
         super().__init__(reason)
         self.reason = reason
         self.after_s = after_s
+        self.progressed = False
+        """Whether the server had carried out a part before."""
+
+
+class Hopeless(RetryLater):
+    """Raised by a sink: time alone will not help, such as with a directory that is read-only."""
 
 
 class OutOfTime(RetryLater):
@@ -34,7 +40,13 @@ class OutOfTime(RetryLater):
 
 
 class Sink(Protocol):
-    """Maps and sends the records of one segment, and keeps what later records depend on."""
+    """Maps and sends the records of one segment, and keeps what later records depend on.
+
+    Attributes:
+        patience: a factor of the time that `send` gets, at least 1: how slow its server may be.
+    """
+
+    patience: float
 
     def restore(self, state: bytes) -> None:
         """Go back to a state that `state` returned; also called in mid-life, after a failure.

@@ -1,7 +1,8 @@
 """Where traces go, how their runs are logged, and what MLflow adds to a recording pipeline.
 
 What it adds is a header that makes each spool segment self-contained, the sink, and the choice of
-leftovers that may be delivered.
+leftovers that may be delivered. A record goes to the server, store and tenant that it was recorded
+for, or to none.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import os
 import sys
 from collections.abc import Callable, Hashable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
+from qitos_mlflow._after_import import imported
+from qitos_mlflow.delivery import importing
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
+from qitos_mlflow.mlflow_plugin.server.access import REGISTRY, has_plugins, routing_headers
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.redaction.redact import redact, without_credentials
@@ -36,7 +41,33 @@ def tracking_uri(settings: Settings) -> str | None:
     return None if uri is None else absolute(uri, working_directory())
 
 
-def segment_header(uri: str | None, settings: Settings | None = None) -> bytes:
+_USER = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+
+
+class Destination(NamedTuple):
+    """Equal for destinations that are the same server or store, reached as the same tenant.
+
+    Attributes:
+        uri: None is MLflow's local default.
+        cwd: which that depends on; None with a URI.
+        headers: those by which a server tells tenants apart, with their values.
+        user: the credentials in the environment.
+    """
+
+    uri: str | None
+    cwd: str | None
+    headers: tuple[tuple[str, str], ...]
+    user: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, uri: str | None) -> Destination:
+        """What `uri` stands for at this moment, on this thread."""
+        cwd = working_directory() if uri is None else None
+        headers = tuple(sorted(routing_headers().items()))
+        return cls(uri, cwd, headers, tuple(os.environ.get(name) for name in _USER))
+
+
+def segment_header(to: Destination, settings: Settings | None = None) -> bytes:
     """What a spool segment says of itself, as JSON: where its records go, and nothing else.
 
     Credentials are left out; the process that delivers the segment later supplies them as MLflow
@@ -46,15 +77,15 @@ def segment_header(uri: str | None, settings: Settings | None = None) -> bytes:
     Raises:
         QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
     """
-    cwd = working_directory()
-    place = without_credentials(cwd if uri is None else uri)
+    cwd = working_directory() if to.cwd is None else to.cwd
+    place = without_credentials(cwd if to.uri is None else to.uri)
     if _in_utf8(place).decode() != place:
         raise QitosMlflowError(
             f"cannot log to {place!a}, whose name is not UTF-8: work in another directory, or "
             "set MLFLOW_TRACKING_URI to a server or an absolute path"
         )
-    uri = None if uri is None else without_credentials(uri)
-    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd}
+    uri = None if to.uri is None else without_credentials(to.uri)
+    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd, "headers": dict(to.headers)}
     if settings is not None:
         header |= run_settings(settings)
     return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
@@ -78,30 +109,28 @@ def run_settings(settings: Settings) -> RunSettings:
     return cleaned
 
 
-_ACCESS = ("MLFLOW_WORKSPACE", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME",
-           "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
-"""Variables that decide whose data a server takes ours for."""
-
-
-def destination_key(uri: str | None) -> tuple[str | None, ...]:
-    """Equal for destinations that are the same server or store, reached as the same user.
-
-    Workspace and credentials are those of this moment.
-    """
-    cwd = working_directory() if uri is None else None
-    return uri, cwd, *(os.environ.get(name) for name in _ACCESS)
-
-
 class MlflowPipeline(RecordPipeline):
-    """The pipeline of traces that are logged at `uri`; None is MLflow's local default.
+    """The pipeline of traces that are logged at `to`.
 
     Raises:
         QitosMlflowError: the spool cannot name the place.
     """
 
-    def __init__(self, uri: str | None, key: Hashable, settings: Settings) -> None:
-        self._uri = uri
-        super().__init__(segment_header(uri), key, settings)
+    def __init__(self, to: Destination, key: Hashable, settings: Settings) -> None:
+        self._to = to
+        self._is_complete = not is_http(to.uri) or imported(REGISTRY) is not None
+        super().__init__(segment_header(to), key, settings)
+
+    def complete_header(self) -> None:
+        """Spooling thread. Add what MLflow's plugins say, who cannot be asked without mlflow."""
+        if self._is_complete:
+            return
+        self._is_complete = True
+        if has_plugins():
+            with importing():
+                import_module(REGISTRY)
+            headers = {**routing_headers(), **dict(self._to.headers)}
+            self.header = segment_header(self._to._replace(headers=tuple(headers.items())))
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""
@@ -116,7 +145,7 @@ class MlflowPipeline(RecordPipeline):
         from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 
         # With our URI, which may have the credentials that the header has not on disk.
-        return MlflowSink(header, tracking_uri=self._uri, **options)
+        return MlflowSink(header, tracking_uri=self._to.uri, **options)
 
     def _announce(self, trace_id: str, ref: RunRef) -> None:
         """Sending thread. The run of a trace exists."""
@@ -125,12 +154,12 @@ class MlflowPipeline(RecordPipeline):
             trace.run.created(ref)
 
 
-def _place(header: bytes) -> tuple[str | None, str | None]:
-    """Equal for segments that go to the same server or store."""
+def _place(header: bytes) -> tuple[Any, ...]:
+    """Equal for segments that go to the same tenant of the same server or store."""
     head = orjson.loads(header)
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
-    return uri, None if uri else head.get("cwd")
+    return uri, None if uri else head.get("cwd"), head.get("headers") or {}
 
 
 def _in_utf8(text: str) -> bytes:

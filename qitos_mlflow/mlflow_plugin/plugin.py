@@ -20,8 +20,8 @@ from qitos_mlflow._guard import log
 from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
+    Destination,
     MlflowPipeline,
-    destination_key,
     run_settings,
     tracking_uri,
 )
@@ -144,7 +144,8 @@ class MlflowPlugin:
             return
         settings = self.settings
         uri = tracking_uri(settings)
-        pipeline = self._recorder.pipeline_to(destination_key(uri), partial(MlflowPipeline, uri))
+        to = Destination.of(uri)
+        pipeline = self._recorder.pipeline_to(to, partial(MlflowPipeline, to))
         if pipeline.closed:  # The process is ending.
             return
         open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri)

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
-from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from tests.cli.conftest import Run, environment, runs_in
 from tests.fakes.sink import make_pipeline
 from tests.waiting import eventually
@@ -96,7 +96,7 @@ def status() -> dict[str, Any]:
 
 def write_segment(tmp_path: Path, uri: str, *records: bytes) -> Path:
     """Leave a segment with these records behind, as a process that is gone."""
-    pipeline = make_pipeline(tmp_path / "spool", None, header=segment_header(uri))
+    pipeline = make_pipeline(tmp_path / "spool", None, header=segment_header(Destination.of(uri)))
     for record in records:
         assert pipeline.offer(record, keep=True)
     pipeline.close(DEADLINE_S)

@@ -151,6 +151,8 @@ def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: 
 class Unwilling:
     """A sink whose server refuses one experiment, for a long time, and takes all else."""
 
+    patience = 1.0
+
     def __init__(self, header: bytes) -> None:
         self.locked = False
 

@@ -24,7 +24,7 @@ class Steps:
         self.given_s: list[float] = []
         self._step = step
 
-    def step(self, timeout_s: float, *, end: int | None, sealed: bool) -> bool:
+    def step(self, timeout_s: float, *, end: int | None, sealed: bool, patient: bool) -> bool:
         self.given_s.append(timeout_s)
         self._step(timeout_s)
         return True

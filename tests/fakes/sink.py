@@ -66,6 +66,8 @@ class FakeServer:
 class FakeSink:
     """A `Sink` whose state is how many records it has mapped. It sends record by record."""
 
+    patience = 1.0
+
     def __init__(self, server: FakeServer) -> None:
         self.server = server
         self.mapped = 0
@@ -170,7 +172,7 @@ def left_behind(
 ) -> Paths:
     """A segment as a killed process leaves it."""
     segment = SegmentWriter(
-        directory, header, offline=offline, cap_bytes=1024 * MIB, memory_bytes=0
+        directory, lambda: header, offline=offline, cap_bytes=1024 * MIB, memory_bytes=0
     )
     segment.part_bytes = part_bytes
     for record in records:

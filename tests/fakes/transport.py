@@ -19,6 +19,8 @@ class FakeTransport:
     effect; the call raises what they return.
     """
 
+    patience = 1.0
+
     def __init__(self, host: str = "fake.test") -> None:
         self.host = host
         self.uri = f"http://user:password@{host}"

@@ -30,6 +30,7 @@ FAULTS: dict[str, Fault] = {
     "503": Status(503),
     "429": Status(429),
     "429-retry-after": Status(429, retry_after="1"),
+    "router": Status(404, body=b"404 page not found\n", content_type="text/plain"),
     "cut": Cut(after_bytes=20),
     "latency": Latency(500),
 }

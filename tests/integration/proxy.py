@@ -44,6 +44,9 @@ class Status:
     code: int
     retry_after: str | None = None
     body: bytes = b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "on command"}'
+    content_type: str = "application/json"
+    above_bytes: int = -1
+    """Only requests with a larger body are answered so; the others are forwarded."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Proxy:
         self._fault: Fault | None = None
         self._only = ""
         self._times: int | None = None
+        self._every, self._counted = 1, 0
         self._listener: asyncio.Server | None = None
         self._handlers: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -110,15 +114,18 @@ class Proxy:
         self._thread.start()
         self._run(self._listen())
 
-    def set(self, fault: Fault | None, *, only: str = "", times: int | None = None) -> None:
+    def set(
+        self, fault: Fault | None, *, only: str = "", times: int | None = None, every: int = 1
+    ) -> None:
         """From now on requests meet `fault`; None lets them pass.
 
         Args:
             fault: replaces the one that was set.
             only: a part of the path; other requests pass. `Refuse` concerns all.
             times: so many requests meet it, those after them pass.
+            every: each so manieth request meets it.
         """
-        self._run(self._set(fault, only, times))
+        self._run(self._set(fault, only, times, every))
 
     def wait_for(
         self, seen: Callable[[list[Request]], object], timeout_s: float = 30.0
@@ -146,7 +153,7 @@ class Proxy:
     def close(self) -> None:
         """Close every connection and end the thread."""
         if not self._loop.is_closed():
-            self._run(self._set(Refuse(), "", None))
+            self._run(self._set(Refuse(), "", None, 1))
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(COMMAND_TIMEOUT_S)
             self._loop.close()
@@ -162,8 +169,9 @@ class Proxy:
                 self._serve, "127.0.0.1", self.port, limit=MAX_HEAD_BYTES, reuse_address=True
             )
 
-    async def _set(self, fault: Fault | None, only: str, times: int | None) -> None:
-        self._fault, self._only, self._times = fault, only, times
+    async def _set(self, fault: Fault | None, only: str, times: int | None, every: int) -> None:
+        self._fault, self._only, self._times, self._every = fault, only, times, every
+        self._counted = 0
         self._fault_ended.set()
         self._fault_ended = asyncio.Event()
         if not isinstance(fault, Refuse):
@@ -176,8 +184,13 @@ class Proxy:
                 handler.cancel()
             await asyncio.gather(*handlers, return_exceptions=True)
 
-    def _meet(self, request: Request) -> Fault | None:
+    def _meet(self, request: Request, size: int) -> Fault | None:
         if self._fault is None or self._only not in request.path:
+            return None
+        if isinstance(self._fault, Status) and size <= self._fault.above_bytes:
+            return None
+        self._counted += 1
+        if self._counted % self._every:
             return None
         if self._times is not None:
             if self._times <= 0:
@@ -204,10 +217,11 @@ class Proxy:
         upstream: _Peer | None = None
         try:
             while head := await client.read_head():
-                raw = head + await client.read_body(head)
+                body = await client.read_body(head)
+                raw = head + body
                 method, path = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")[:2]
                 request = Request(method, path, time.monotonic())
-                request.fault = fault = self._meet(request)
+                request.fault = fault = self._meet(request, len(body))
                 request.raw = raw if self.keep_raw else b""
                 ended = self._fault_ended
                 self._note(request)
@@ -308,7 +322,7 @@ class _Peer:
 def _answer(fault: Status) -> bytes:
     lines = [
         f"HTTP/1.1 {fault.code} On command",
-        "Content-Type: application/json",
+        f"Content-Type: {fault.content_type}",
         f"Content-Length: {len(fault.body)}",
         "Connection: close",
     ]

@@ -41,10 +41,12 @@ class MlflowServer:
 
     Args:
         directory: where database, artifacts and log are kept.
+        options: of its command line.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
         self.directory = directory
+        self.options = options
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = directory / "server.db"
@@ -74,6 +76,7 @@ class MlflowServer:
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{self.database}"),
             *("--artifacts-destination", str(self.directory / "artifacts")),
+            *self.options,
         ]
         environment = {
             **{name: value for name, value in os.environ.items() if "MLFLOW" not in name},

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
-from qitos_mlflow.mlflow_plugin.destination import destination_key, run_settings, segment_header
+from qitos_mlflow.mlflow_plugin.destination import Destination, run_settings, segment_header
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.redact import without_credentials
 from qitos_mlflow.settings import Settings
@@ -82,12 +82,12 @@ def test_another_tenant_is_another_destination(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two that a server tells apart share no connection, even if the address is the same."""
-    keys = {destination_key("http://host")}
+    keys = {Destination.of("http://host")}
     for tenant in ("a", "b"):
         monkeypatch.setenv(f"MLFLOW_{variable}", tenant)
-        keys.add(destination_key("http://host"))
+        keys.add(Destination.of("http://host"))
     assert len(keys) == 3
-    assert destination_key("http://host") in keys
+    assert Destination.of("http://host") in keys
 
 
 @pytest.fixture
@@ -109,7 +109,9 @@ def test_names_in_another_encoding_are_written_with_question_marks() -> None:
     """They are there for people to read; the records arrive all the same."""
     settings = run_settings(Settings.resolve())
     assert (settings["source"], settings["tags"]) == ("M?ller.py", {"owner": "M?ller"})
-    assert orjson.loads(segment_header("http://host"))["tracking_uri"] == "http://host"
+    assert (
+        orjson.loads(segment_header(Destination.of("http://host")))["tracking_uri"] == "http://host"
+    )
 
 
 @pytest.mark.usefixtures("latin_1")
@@ -117,4 +119,4 @@ def test_names_in_another_encoding_are_written_with_question_marks() -> None:
 def test_a_destination_in_another_encoding_is_no_other_one(uri: str | None) -> None:
     """Where the name itself is the destination, nothing is written beside it."""
     with pytest.raises(QitosMlflowError, match="not UTF-8"):
-        segment_header(uri)
+        segment_header(Destination.of(uri))

@@ -37,6 +37,8 @@ hookimpl = pluggy.HookimplMarker("qitos")
 class JsonlSink:
     """A `Sink`. A line depends on no other line, so there is no state to keep."""
 
+    patience = 1.0
+
     def __init__(self, file: Path) -> None:
         self._file = file
         self._data = b""

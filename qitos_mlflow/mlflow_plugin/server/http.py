@@ -1,21 +1,23 @@
 """One request at a time to an MLflow server over http(s): how it is sent, what its answer means.
 
 Receives requests from `rest`, hands back answers and what they mean: one of the failures that
-`Transport` knows, or none. Only MLflow itself can refuse something for good. A proxy's page,
-another program on the port or half an answer say nothing about the request, so it is sent again.
+`Transport` knows, or none. Only MLflow's own words can refuse something for good. A router's or a
+proxy's page, another program on the port or half an answer say nothing about the request, so it is
+sent again, however often.
 """
 
 from __future__ import annotations
 
-import configparser
 import io
 
 # Not used here: requests imports it with its first request, and a process that forks amid that
 # leaves a child whose own first request hangs. A fork waits while a sink is opened, not later.
 import netrc  # noqa: F401
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,10 +27,22 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, failure, readable
+from qitos_mlflow.mlflow_plugin.server.access import Access, read_access
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    NotThere,
+    Poisoned,
+    Refused,
+    TooLarge,
+    Unanswered,
+    failure,
+    readable,
+)
 
 CONNECT_TIMEOUT_S = 3.0
 """Longest wait for a connection; a server that is there answers in milliseconds."""
+REQUEST_TIMEOUT_S = 10.0
+"""Longest wait for one answer (seconds), unless MLFLOW_HTTP_REQUEST_TIMEOUT is set to more. What
+MLflow waits without that, 120 s, would hold up all else for as long."""
 SMALL_BYTES = 64 * 1024
 """A body up to this size fits into the system's buffers and is sent without waiting."""
 
@@ -36,10 +50,12 @@ OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
 TOO_LARGE = frozenset({413, 414, 431})
 """A proxy may say so of this request alone; it may accept smaller ones."""
-UNPROCESSABLE = "HTTP 422"
-"""MLflow's span endpoint says so of every failure of its own, a broken database included."""
-NOT_IMPLEMENTED = frozenset({"HTTP 501", "NOT_IMPLEMENTED"})
-"""A file store says so of what it can never do."""
+RENEW_S = 60.0
+"""Credentials are read again this often (seconds), and after each answer that minds them."""
+SPANS = "/v1/traces"
+"""The one endpoint that MLflow answers in FastAPI's form: ``detail``, without an error code."""
+NOT_THERE = frozenset({404, 405, 501})
+"""What a server answers that has no such endpoint, and a router that does not know it yet."""
 WITH_BODY = frozenset({307, 308})
 """Redirects that requests follows with the whole request. After others it leaves the body out, so
 the answer, of a login page or of MLflow itself, says nothing about the body."""
@@ -70,53 +86,75 @@ Requester = Callable[[Request], requests.Response]
 """Sends a request and returns the answer; raises `requests.RequestException`."""
 
 
-def _credentials() -> tuple[str, str] | None:
-    """User and password from the environment, else from MLflow's credentials file."""
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    if user is None or password is None:
-        config = configparser.ConfigParser()
-        config.read(Path("~/.mlflow/credentials").expanduser())
-        user = user or config.get("mlflow", "mlflow_tracking_username", fallback=None)
-        password = password or config.get("mlflow", "mlflow_tracking_password", fallback=None)
-    return (user, password) if user and password else None
-
-
 class SessionRequester(requests.Session):
-    """A `Requester` with a session of its own, set up as MLflow's environment variables say."""
+    """A `Requester` with a session of its own, set up as MLflow's client would be.
 
-    def __init__(self, uri: str) -> None:
+    Args:
+        uri: of the server.
+        routing: headers that say whose data it is; None: those of this process, as they are now.
+        trusted: credentials of this process are meant for this server.
+    """
+
+    def __init__(
+        self, uri: str, routing: Mapping[str, str] | None = None, *, trusted: bool = True
+    ) -> None:
         super().__init__()
-        environ = os.environ
-        self._base = uri.rstrip("/")
-        if token := environ.get("MLFLOW_TRACKING_TOKEN"):
-            self.headers["Authorization"] = f"Bearer {token}"
-        elif credentials := _credentials():
-            self.auth = credentials
-        if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
-            self.verify = False
-        elif path := environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"):
-            self.verify = path
-        if path := environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
-            self.cert = path
-        if workspace := environ.get("MLFLOW_WORKSPACE"):
-            self.headers["X-MLFLOW-WORKSPACE"] = workspace
+        self._uri = uri
+        self._routing = routing
+        self._trusted = trusted
+        self._access: Access | None = None
+        self._renew_at = 0.0
 
     def __call__(self, request: Request) -> requests.Response:
         """Send `request`."""
+        if self._access is None or time.monotonic() >= self._renew_at:
+            self._access = read_access(self._uri, self._routing, trusted=self._trusted)
+            self._renew_at = time.monotonic() + RENEW_S
         data: bytes | io.BytesIO | None = request.body
         connect_s = min(CONNECT_TIMEOUT_S, request.timeout_s)
-        if request.body is not None and len(request.body) > SMALL_BYTES:
+        if request.body is not None and len(request.body) > SMALL_BYTES and not self._access.signs:
             # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
             # piece with as long for each.
             data, connect_s = io.BytesIO(request.body), request.timeout_s
-        return self.request(
-            request.method,
-            self._base + request.path,
-            data=data,
-            headers=dict(request.headers),
-            timeout=(connect_s, request.timeout_s),
-        )
+        with uninstrumented():
+            response = self.request(
+                request.method,
+                self._uri.rstrip("/") + request.path,
+                data=data,
+                headers={**self._access.headers, **request.headers},
+                timeout=(connect_s, request.timeout_s),
+                auth=self._access.authorise,
+                # For each request: with a session's, REQUESTS_CA_BUNDLE would come first.
+                verify=self._access.verify,
+                cert=self._access.certificate,
+            )
+        if response.status_code in UNAUTHORISED:
+            self._access = None  # A token may have been renewed.
+        return response
+
+
+def patience() -> float:
+    """How much longer than `REQUEST_TIMEOUT_S` the user's own setting lets MLflow's client wait."""
+    try:
+        set_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", ""))
+    except ValueError:
+        return 1.0
+    return max(1.0, min(set_s, 86_400.0) / REQUEST_TIMEOUT_S)
+
+
+@contextmanager
+def uninstrumented() -> Iterator[None]:
+    """Keep the program's OpenTelemetry from making spans of our own calls in the block."""
+    context: Any = sys.modules.get("opentelemetry.context")
+    key = getattr(context, "_SUPPRESS_INSTRUMENTATION_KEY", None)
+    if key is None:  # Nothing is instrumented.
+        yield
+        return
+    token = context.attach(context.set_value(key, True))
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
 def answer_to(request: Request, requester: Requester, server: str) -> requests.Response:
@@ -132,6 +170,8 @@ def answer_to(request: Request, requester: Requester, server: str) -> requests.R
         raise RetryLater(
             f"{kind}: {server!r} is not a usable tracking URI, or a header is malformed"
         ) from None
+    except requests.ReadTimeout as error:
+        raise Unanswered(f"{type(error).__name__} from {server}") from error
     except (OSError, HTTPError) as error:
         raise RetryLater(f"{type(error).__name__} from {server}") from error
     if not response.content and not any(name in response.headers for name in LENGTHS):
@@ -143,15 +183,14 @@ def answer_to(request: Request, requester: Requester, server: str) -> requests.R
     return response
 
 
-def verdict(
-    status: int, headers: Mapping[str, str], body: bytes, server: str
-) -> RetryLater | Poisoned | Refused | None:
+def verdict(request: Request, response: requests.Response, server: str) -> Exception | None:
     """What an answer of `server` says of the request: why it failed; None: it is carried out.
 
-    RetryLater: overloaded, not authorised, or not MLflow that answers. Poisoned: MLflow failed on
-    it. Refused: MLflow will never accept it; or, with a code such as ``HTTP 404``, some program
-    says so that may be another one.
+    Refused: MLflow says so in its own form, with an error code or, of spans, with a detail.
+    Poisoned: MLflow failed on it. TooLarge: something on the way takes smaller ones. NotThere: the
+    server may have no such endpoint. RetryLater: all else.
     """
+    status, headers, body = response.status_code, response.headers, response.content
     code, answer = f"HTTP {status}", json_object(body)
     foreign = f"{code} from {server}, which is not MLflow's answer"
     if status < 300:
@@ -162,17 +201,31 @@ def verdict(
         return RetryLater(f"{code}: {_moved(headers.get('Location'))}")
     if status in OVERLOADED:
         return RetryLater(code, _retry_after_s(headers.get("Retry-After")))
-    if status in UNAUTHORISED:
-        return RetryLater(f"{code}: check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN")
-    if status >= 500 and not answer:
-        # Something in front of MLflow is out of order, or it is being exchanged.
-        return RetryLater(foreign)
     answer = answer or {}
-    message = str(answer.get("message") or answer.get("detail") or body.decode("utf-8", "replace"))
-    code = str(answer.get("error_code", code))
-    if code == UNPROCESSABLE or (status >= 500 and code not in NOT_IMPLEMENTED):
-        return Poisoned(f"{code}: {readable(message)}")
-    return failure(code, message)
+    message = str(answer.get("message") or answer.get("detail") or _text(response))
+    words = readable(message)
+    if status in UNAUTHORISED:
+        advice = "check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN"
+        return RetryLater(f"{code} from {server}: {words or 'no reason given'}; {advice}")
+    if status in TOO_LARGE:
+        return TooLarge(code, words)
+    if isinstance(mlflows := answer.get("error_code"), str):
+        return failure(mlflows, message)
+    if "detail" in answer and request.path == SPANS:
+        if status == 400:
+            return Refused(code, words)
+        if status == 422:  # MLflow says so of every failure of its own, its database included.
+            return Poisoned(f"{code}: {words}")
+        if status == 501:
+            return Refused("NOT_IMPLEMENTED", words)
+    return NotThere(foreign) if status in NOT_THERE else RetryLater(foreign)
+
+
+def _text(response: requests.Response) -> str:
+    """The text of an answer, if it is one for people: no page and no other format."""
+    plain = "text/plain" in response.headers.get("Content-Type", "text/plain")
+    text = response.content[:4096].decode("utf-8", "replace").strip()
+    return text if plain and not text.startswith("<") else ""
 
 
 def _moved(address: str | None) -> str:

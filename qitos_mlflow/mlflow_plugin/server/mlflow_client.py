@@ -26,10 +26,11 @@ from mlflow.store.artifact import artifact_repository_registry
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 from mlflow.tracking._tracking_service.utils import _get_store, get_default_host_creds
+from mlflow.tracking.request_auth.registry import fetch_auth
+from mlflow.tracking.request_header.registry import resolve_request_headers
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
-from mlflow.utils.rest_utils import http_request
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
@@ -44,13 +45,17 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
 from qitos_mlflow.redaction.redact import without_credentials
 
 if TYPE_CHECKING:
-    import requests
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
-
-    from qitos_mlflow.mlflow_plugin.server.http import Request, Requester
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
+
+
+ALL_CHARS = 2000
+"""Longest text about a store that cannot be opened: MLflow explains what to do (characters)."""
+FOR_GOOD = (ImportError, PermissionError)
+FOR_GOOD_WORDS = ("maintenance mode", "unable to open database file")
+"""Errors of opening a store that time does not mend."""
 
 
 def default_tracking_uri(cwd: str) -> str:
@@ -67,30 +72,21 @@ def default_tracking_uri(cwd: str) -> str:
     return str(path_to_local_sqlite_uri(str(Path(cwd, "mlflow.db"))))
 
 
-def mlflow_requester(uri: str) -> Requester:
-    """A `Requester` with mlflow's own authentication, headers and TLS, but none of its retries.
+def plugin_access(uri: str) -> tuple[dict[str, str], Any]:
+    """Headers and authentication of MLflow's plugins for a request, as requests takes them.
 
-    mlflow's default of seven retries would hold the sending thread for 247 s (measured).
+    Runs the plugins' code, which may block. What it raises is a reason to try again.
     """
+    try:
+        credentials = get_default_host_creds(uri)
+        if credentials.aws_sigv4:
+            from requests_auth_aws_sigv4 import AWSSigV4  # type: ignore[import-not-found]
 
-    def send(request: Request) -> requests.Response:
-        try:
-            response: requests.Response = http_request(
-                get_default_host_creds(uri),
-                request.path,
-                request.method,
-                max_retries=0,
-                backoff_factor=0,
-                raise_on_status=False,
-                timeout=request.timeout_s,
-                extra_headers=dict(request.headers),
-                data=request.body,  # As bytes: what signs a request reads them.
-            )
-        except Exception as error:  # Whatever the client or a plugin for it finds wrong.
-            raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
-        return response
-
-    return send
+            return resolve_request_headers(), AWSSigV4("execute-api")
+        auth = credentials.auth and fetch_auth(credentials.auth)
+        return resolve_request_headers(), auth or None
+    except Exception as error:
+        raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
 
 
 def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str) -> None:
@@ -122,16 +118,26 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
 
 
 @contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Turn MLflow's exceptions into the three that `Transport` knows."""
+def _failures(workspace: str | None = None) -> Iterator[None]:
+    """Turn MLflow's exceptions into those that `Transport` knows; a store is in `workspace`."""
     try:
-        yield
+        with _in(workspace):
+            yield
     except MlflowException as error:
         raise failure(str(error.error_code), str(error)) from error
     except NotImplementedError as error:
         raise Refused("NOT_IMPLEMENTED", readable(error)) from error
     except OSError as error:
         raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
+
+
+def _in(workspace: str | None) -> contextlib.AbstractContextManager[object]:
+    """MLflow's workspace for this thread alone."""
+    try:
+        from mlflow.utils.workspace_context import ServerWorkspaceContext
+    except ImportError:  # MLflow has none yet.
+        return contextlib.nullcontext()
+    return ServerWorkspaceContext(workspace) if workspace else contextlib.nullcontext()
 
 
 def prepare_sqlite(uri: str) -> None:
@@ -168,34 +174,38 @@ class StoreTransport(Transport):
         RetryLater: there is no such store, or it cannot be opened.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, workspace: str | None = None) -> None:
         super().__init__(uri)
+        self._workspace = workspace
         try:
             prepare_sqlite(uri)
             self._mlflow: Any = MlflowClient(tracking_uri=uri)
             self._tracing: Any = TracingClient(uri)
             # A store imports most of what it needs at its first use. That happens here, because
             # forks wait until the sink is open: a fork amid an import leaves a broken child.
-            with contextlib.suppress(Refused), _failures():
+            with contextlib.suppress(Refused), _failures(self._workspace):
                 self._mlflow.search_experiments(max_results=1)
         except RetryLater:
             raise
         except Exception as error:  # A store that is misnamed, or not there yet.
-            reason = readable(str(error).replace(uri, self.address))
-            kind = type(error).__name__
-            raise RetryLater(f"{self.address} cannot be opened: {kind}: {reason}") from error
+            text = str(error).replace(uri, self.address)
+            reason = readable(text, ALL_CHARS)
+            hopeless = isinstance(error, FOR_GOOD) or any(words in text for words in FOR_GOOD_WORDS)
+            raise (Hopeless if hopeless else RetryLater)(
+                f"{self.address} cannot be opened: {type(error).__name__}: {reason}"
+            ) from error
 
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
-        with _failures():
+        with _failures(self._workspace):
             found = self._mlflow.get_experiment_by_name(name)
         return None if found is None else dict(found)
 
     def _create_experiment(self, name: str, timeout_s: float) -> str:
-        with _failures():
+        with _failures(self._workspace):
             return str(self._mlflow.create_experiment(name))
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
-        with _failures():
+        with _failures(self._workspace):
             made = self._mlflow.create_run(
                 run.experiment_id, start_time=run.start_ms, tags=dict(run.tags), run_name=run.name
             )
@@ -203,18 +213,18 @@ class StoreTransport(Transport):
 
     def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
         order = ["attributes.start_time ASC"]
-        with _failures():
+        with _failures(self._workspace):
             runs = self._mlflow.search_runs(
                 [experiment_id], tagged, order_by=order, max_results=MAX_FOUND
             )
             return [run_ref(dict(run.info)) for run in runs]
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
-        with _failures():
+        with _failures(self._workspace):
             self._mlflow.delete_run(run_id)
 
     def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
-        with _failures():
+        with _failures(self._workspace):
             self._mlflow.log_batch(
                 run_id,
                 [entities.Metric(m.key, m.value, m.timestamp_ms, m.step) for m in data.metrics],
@@ -224,22 +234,22 @@ class StoreTransport(Transport):
             )
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        with _failures():
+        with _failures(self._workspace):
             self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        with _failures():
+        with _failures(self._workspace):
             self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         for _, of_trace in groupby(spans, lambda span: span.trace_id):
-            with _failures():
+            with _failures(self._workspace):
                 converted = [entities.Span.from_otel_proto(span) for span in of_trace]
                 self._tracing.log_spans(experiment_id, converted)
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         total = MetricAggregation(AggregationType.SUM)
-        with _failures():
+        with _failures(self._workspace):
             points = self._tracing.store.query_trace_metrics(
                 view_type=MetricViewType.SPANS, aggregations=[total], **question
             )

@@ -1,10 +1,8 @@
 """MLflow over http(s): its documented REST and OTLP endpoints, without mlflow in the process.
 
 `import mlflow` costs 1 to 2 s of CPU and some 130 MiB, and stalls the agent's threads for up to
-87 ms (docs/transport.md); this module costs a tenth. Authentication, TLS and workspace follow
-MLflow's environment variables. What only mlflow can do (SigV4, auth plugins, request header
-plugins) goes through mlflow's own `http_request`, which `mlflow_client.mlflow_requester` provides
-behind the same `Requester` call.
+87 ms (docs/transport.md); this module costs a tenth. What only mlflow can do for a request (SigV4,
+auth plugins, request header plugins), `access` asks of it.
 """
 
 from __future__ import annotations
@@ -21,17 +19,18 @@ from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
-    TOO_LARGE,
+    SPANS,
     Request,
     Requester,
     SessionRequester,
     answer_to,
     json_object,
+    patience,
     verdict,
 )
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
-    Poisoned,
+    NotThere,
     Refused,
     Transport,
     part,
@@ -45,6 +44,7 @@ class RestTransport(Transport):
     def __init__(self, uri: str, requester: Requester | None = None) -> None:
         super().__init__(uri.rstrip("/"))
         self._requester = requester or SessionRequester(uri)
+        self.patience = patience()
 
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
@@ -107,7 +107,7 @@ class RestTransport(Transport):
         )
         headers = {"Content-Type": PROTOBUF, "x-mlflow-experiment-id": experiment_id}
         body = message.SerializeToString()
-        self._send(Request("POST", "/v1/traces", timeout_s, body, headers))
+        self._send(Request("POST", SPANS, timeout_s, body, headers))
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         body = {**question, "view_type": "SPANS", "aggregations": [{"aggregation_type": "SUM"}]}
@@ -142,31 +142,15 @@ class RestTransport(Transport):
 
     def _send(self, request: Request) -> bytes:
         """Send `request`; returns the answer of a server that has carried it out."""
-        response = answer_to(request, self._requester, self.address)
-        status = response.status_code
-        failure = verdict(status, response.headers, response.content, self.address)
-        blames = isinstance(failure, (Refused, Poisoned))
-        unsigned = "error_code" not in (json_object(response.content) or {})
-        if (
-            blames
-            and unsigned
-            and status not in TOO_LARGE
-            and not self._is_mlflow(request.timeout_s)
-        ):
-            failure = RetryLater(f"HTTP {status} from {self.address}, which is not MLflow")
+        for _ in range(2):
+            response = answer_to(request, self._requester, self.address)
+            failure = verdict(request, response, self.address)
+            if not isinstance(failure, NotThere):
+                break
+            # Perhaps one of several routers: it has carried nothing out, another one may.
         if failure is not None:
             raise failure
         return response.content
-
-    def _is_mlflow(self, timeout_s: float) -> bool:
-        """Whether it is MLflow that answers now: an endpoint that all versions have says so."""
-        path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-        try:
-            response = answer_to(Request("GET", path, timeout_s), self._requester, self.address)
-        except RetryLater:
-            return False
-        answer = json_object(response.content) or {}
-        return not answer.keys().isdisjoint({"experiment", "error_code"})
 
 
 def _pairs(items: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

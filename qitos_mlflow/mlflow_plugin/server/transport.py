@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.redaction.redact import redact_text, without_credentials
@@ -18,7 +18,17 @@ from qitos_mlflow.redaction.redact import redact_text, without_credentials
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-RETRYABLE = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"})
+BLAMING = frozenset(
+    {
+        *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "NOT_IMPLEMENTED"),
+        *("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"),
+        *("INVALID_STATE", "INVALID_STATE_TRANSITION", "RESOURCE_CONFLICT"),
+    }
+)
+"""Error codes of MLflow that are about what was sent (databricks.proto)."""
+FAILING = frozenset({"INTERNAL_ERROR", "DATA_LOSS", "IO_ERROR"})
+"""Error codes of a server that fails: perhaps on what was sent. All others, such as those about
+authorisation, quota and time, are not about it, so it is sent again."""
 
 DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed")
 """Words in SQLAlchemy's errors. All but OperationalError are BAD_REQUEST to MLflow
@@ -43,24 +53,43 @@ class Refused(QitosMlflowError):
         self.code = code
 
 
+class TooLarge(Refused):
+    """Something on the way to the server does not take as much at once."""
+
+
 class Poisoned(QitosMlflowError):
     """The server failed on this call (MLflow's INTERNAL_ERROR). The call may be the reason."""
+
+
+class Unanswered(RetryLater):
+    """The server did not answer in time. It may carry the call out later."""
+
+
+class NotThere(RetryLater):
+    """What answers knows no such endpoint: an old MLflow, or a router that does not know it yet."""
 
 
 def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
     """The exception that MLflow's error code stands for; `message` is its text."""
     text = readable(message)
-    if code in RETRYABLE:
-        return RetryLater(f"{code}: {text}")
+    if "readonly database" in message:
+        return Hopeless(f"{code}: {text}")
     database = code == "BAD_REQUEST" and any(word in message for word in DATABASE_WORDS)
-    if database or code == "INTERNAL_ERROR":
+    if database or code in FAILING:
         return Poisoned(f"{code}: {text}")
-    return Refused(code, text)
+    if code in BLAMING:
+        return Refused(code, text)
+    kind = NotThere if code == "ENDPOINT_NOT_FOUND" else RetryLater
+    return kind(f"{code}: {text}")
 
 
-def readable(text: object) -> str:
-    """A text of a server or a library about a failure, fit for logs and dead letters."""
-    return redact_text(str(text)[: 4 * FAILURE_CHARS])[:FAILURE_CHARS]
+def readable(text: object, most: int = FAILURE_CHARS) -> str:
+    """A text of a server or a library about a failure as one line, fit for logs and dead letters.
+
+    At most about `most` characters, whole words.
+    """
+    line = " ".join(redact_text(str(text)[: 4 * most]).split())
+    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0] or line[:most]} …"
 
 
 class Transport(ABC):
@@ -73,6 +102,8 @@ class Transport(ABC):
     uri: str
     address: str
     """The URI without credentials."""
+    patience = 1.0
+    """How much longer than usual its answers may take, as a factor of each timeout."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.address = uri, without_credentials(uri)

@@ -17,12 +17,11 @@ import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
+from qitos_mlflow.mlflow_plugin.mapping.shorter import shorter
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, TooLarge
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
-REQUEST_TIMEOUT_S = 10.0
-"""Longest wait for one answer, whatever MLflow's environment says (its default is 120 s)."""
 FAIR_SHARE = 0.1
 """Share of the given time. With less left no further call begins, lest it fail for that alone."""
 
@@ -106,7 +105,11 @@ class CallList:
                 raise OutOfTime
             if left <= 0:
                 raise RetryLater("out of time", 0.0)
-            self._make(self._calls[0], min(left, REQUEST_TIMEOUT_S))
+            try:
+                self._make(self._calls[0], min(left, self._operations.request_timeout_s))
+            except RetryLater as later:
+                later.progressed = answered
+                raise
             answered = True
         return self._dead
 
@@ -118,14 +121,15 @@ class CallList:
         try:
             call.send(call.trace, call.items, timeout_s)
         except Refused as refusal:
-            self._give_up(call, str(refusal), timeout_s)
+            self._operations.refused()
+            self._give_up(call, refusal, timeout_s)
         except Poisoned as failure:
             if not call.fails_on(Poisoned):
                 raise RetryLater(str(failure)) from failure
             if not self._operations.server_is_well(call.trace, timeout_s):
                 del call.failures[Poisoned]
                 raise RetryLater(f"the server is out of order: {failure}") from failure
-            self._give_up(call, str(failure), timeout_s)
+            self._give_up(call, failure, timeout_s)
         except RetryLater:
             if call.fails_on(RetryLater) and len(call.items) > 1:
                 self._halve(call)
@@ -137,6 +141,8 @@ class CallList:
         """Write spans of several traces in one request; if that fails, each trace is on its own."""
         try:
             spans = [span for call in calls for span in call.items]
+            for call in calls:
+                self._operations.confirm_run(call.trace, timeout_s)
             calls[0].send(calls[0].trace, spans, timeout_s)
         except (Refused, Poisoned, RetryLater) as failure:
             for call in calls:
@@ -147,12 +153,13 @@ class CallList:
             for _ in calls:
                 self._calls.popleft()
 
-    def _give_up(self, call: Call, reason: str, timeout_s: float) -> None:
+    def _give_up(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Leave the call out: one of several items, or the whole trace if its run is refused."""
+        reason = str(failure)
         if call.trace.run is None:  # It is its creation that is refused.
             self._bury(call.trace, reason)
             return
-        if not call.checked:
+        if not (call.checked or isinstance(failure, TooLarge)):
             # Before its items are tried one by one: a run that was deleted takes none of them.
             try:
                 self._operations.check_run(call.trace, timeout_s)
@@ -164,6 +171,9 @@ class CallList:
             call.checked = True
         if len(call.items) > 1:
             self._halve(call)
+        elif isinstance(failure, TooLarge) and (cut := shorter(call.items[0])) is not None:
+            call.items = [cut]
+            call.trace.facts.lost["too_large"] += 1
         else:
             self._calls.popleft()
             self._dead.extend(DeadLetter(_letter(call.trace, item), reason) for item in call.items)

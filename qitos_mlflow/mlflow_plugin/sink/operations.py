@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -26,13 +27,33 @@ from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree, locate
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport, equals
+from qitos_mlflow.mlflow_plugin.server.http import REQUEST_TIMEOUT_S
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    NotThere,
+    Poisoned,
+    Refused,
+    TooLarge,
+    Transport,
+    Unanswered,
+    equals,
+)
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 Announce = Callable[[str, RunRef], None]
 
-NO_TRACES = frozenset({"HTTP 404", "HTTP 405", "HTTP 501", "NOT_IMPLEMENTED"})
-"""What a server without MLflow's trace endpoints answers to them."""
+FRESH_S = 5.0
+"""How long the server is believed to have an experiment or a run without being asked (seconds). A
+refusal ends this: it may have come back with another database, where ids mean something else."""
+
+LATE_S = 10.0
+"""How long after its timeout a creation is waited for before another one is made (seconds)."""
+
+SIGHTINGS = 4
+"""A server has no traces if its endpoints for them were not there so often in a row, ..."""
+SIGHTINGS_S = 15.0
+"""... over at least this time (seconds). A router that is being changed says the same."""
+LOOK_AGAIN_S = 300.0
+"""Then they are tried again after this time (seconds)."""
 
 MARGIN_MS = 60_000
 """How much earlier than its trace a span may begin, if the clock was set meanwhile."""
@@ -55,50 +76,75 @@ class Operations:
         transport: carries them.
         announce: called with each trace's id and run as the run is created.
 
-    Attributes:
-        stores_traces: False once the server has said that it cannot store traces.
     """
 
     def __init__(self, transport: Transport, announce: Announce) -> None:
         self._transport = transport
         self._announce = announce
-        self._experiments: dict[str, str] = {}
+        self._experiments: dict[str, tuple[str, float]] = {}
+        self._refused_at = 0.0
+        self._sightings = (0, 0.0)  # How often traces' endpoints were not there, and since when.
+        self._no_traces_until = 0.0
         self._cost_failures = 0
         self._asks_cost_at = 0.0
-        self.stores_traces = True
+
+    @property
+    def request_timeout_s(self) -> float:
+        """Longest wait for one answer (seconds)."""
+        return REQUEST_TIMEOUT_S * self._transport.patience
+
+    @property
+    def stores_traces(self) -> bool:
+        """Whether the server can store traces, as far as is known."""
+        return time.monotonic() >= self._no_traces_until
+
+    def refused(self) -> None:
+        """A call was refused: the server may have another database."""
+        self._refused_at = time.monotonic()
+
+    def _is_fresh(self, at: float) -> bool:
+        return at > max(self._refused_at, time.monotonic() - FRESH_S)
 
     def create_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Find the trace's run, or create it if there is none."""
-        name = trace.facts.experiment_name
-        cached = name in self._experiments
         try:
             self._find_or_create(trace, timeout_s)
         except Refused as refusal:
-            if refusal.code == "NO_RUN":
-                raise
             # The experiment may have been deleted, and another one made by its name.
-            self._experiments.pop(name, None)
-            if not cached:
+            known = self._experiments.pop(trace.facts.experiment_name, None)
+            if refusal.code == "NO_RUN" or known is None:
                 raise
             self._find_or_create(trace, timeout_s)
+        trace.confirmed_at = time.monotonic()
         self._announce(trace.facts.trace_id, _run_of(trace))
 
     def _find_or_create(self, trace: TraceState, timeout_s: float) -> None:
         facts, name = trace.facts, trace.facts.experiment_name
-        if name not in self._experiments:
-            self._experiments[name] = self._transport.experiment_id(name, timeout_s)
-        experiment_id = self._experiments[name]
+        experiment_id, known_at = self._experiments.get(name, ("", 0.0))
+        if not self._is_fresh(known_at):
+            self._experiments.pop(name, None)
+            experiment_id = self._transport.experiment_id(name, timeout_s)
+            self._experiments[name] = experiment_id, time.monotonic()
         if trace.run is None and trace.attempts:
             found = self._transport.find_runs(experiment_id, facts.trace_id, timeout_s)
             trace.run = found[0] if found else None
         if trace.run is None:
             if not (facts.started or facts.ended):
                 raise Refused("NO_RUN", "the trace it belongs to has no run on this server")
+            if time.monotonic() < trace.look_until:
+                raise RetryLater("the server has not said yet whether it created the run")
             trace.attempts += 1
             tags = trace.creation_tags()[: limits.BATCH_TAGS]
             start_ms = limits.clean_ms(facts.start_ns)
             new = NewRun(experiment_id, facts.run_name, start_ms, tags)
-            trace.run = self._transport.create_run(new, timeout_s)
+            try:
+                trace.run = self._transport.create_run(new, timeout_s)
+            except Unanswered:
+                trace.look_until = time.monotonic() + LATE_S
+                raise
+            except TooLarge:
+                short = [(key, limits.clean_text(text, limits.KEY_CHARS)) for key, text in tags]
+                trace.run = self._transport.create_run(replace(new, tags=short), timeout_s)
         trace.settle()
 
     def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
@@ -113,18 +159,31 @@ class Operations:
 
     def check_run(self, trace: TraceState, timeout_s: float) -> None:
         """Raise `Refused` if the run takes nothing: it was deleted."""
-        same = RunData(tags=[("qitos.trace_id", trace.facts.trace_id)])
-        self._transport.log_batch(_run_of(trace).run_id, same, timeout_s)
+        self._log(trace, RunData(tags=[("qitos.trace_id", trace.facts.trace_id)]), timeout_s)
+
+    def confirm_run(self, trace: TraceState, timeout_s: float) -> None:
+        """The same, if the server was not known to have the run a moment ago."""
+        if not self._is_fresh(trace.confirmed_at):
+            self.check_run(trace, timeout_s)
+
+    def _log(self, trace: TraceState, data: RunData, timeout_s: float) -> None:
+        self._transport.log_batch(_run_of(trace).run_id, data, timeout_s)
+        trace.confirmed_at = time.monotonic()
 
     def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Log metrics, params and tags of the run."""
         kinds = ("metric", "param", "tag")
         data = RunData(*([item for kind, item in items if kind == wanted] for wanted in kinds))
-        self._transport.log_batch(_run_of(trace).run_id, data, timeout_s)
+        self._log(trace, data, timeout_s)
 
     def write_spans(self, trace: TraceState, spans: Sequence[Any], timeout_s: float) -> None:
-        """Write spans of the trace."""
-        self._store(self._transport.write_spans, _run_of(trace).experiment_id, spans, timeout_s)
+        """Write spans of the trace, if the server still has its run.
+
+        A span alone would be taken by whatever experiment has the id now.
+        """
+        self.confirm_run(trace, timeout_s)
+        experiment_id = _run_of(trace).experiment_id
+        self._store(trace, self._transport.write_spans, experiment_id, spans, timeout_s)
 
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write what is known of the trace as a whole, with its cost once it has ended."""
@@ -136,7 +195,7 @@ class Operations:
         first = not trace.has_info
         if first or not facts.ended:
             try:
-                self._store(self._transport.write_trace, info, timeout_s)
+                self._store(trace, self._transport.write_trace, info, timeout_s)
             except (Refused, Poisoned):
                 # Servers before 3.12 refuse an info that lacks what they know, such as tokens of
                 # MLflow's own spans. Another info follows if the trace goes on, with all but
@@ -150,7 +209,7 @@ class Operations:
             cost = self._cost_of(tree, run.experiment_id, timeout_s)
             if cost or not first:
                 info["trace_metadata"] |= cost
-                self._store(self._transport.write_trace, info, timeout_s)
+                self._store(trace, self._transport.write_trace, info, timeout_s)
 
     def _cost_of(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
         """The metadata that says what a trace cost; empty if the server does not know.
@@ -161,7 +220,8 @@ class Operations:
         if time.monotonic() < self._asks_cost_at:
             return {}
         try:
-            cost = self._sum_cost(tree, experiment_id, min(timeout_s, COST_TIMEOUT_S))
+            longest_s = min(timeout_s, COST_TIMEOUT_S * self._transport.patience)
+            cost = self._sum_cost(tree, experiment_id, longest_s)
         except (RetryLater, Poisoned, Refused) as failure:
             never = isinstance(failure, Refused)
             self._cost_failures = COST_TRIES if never else self._cost_failures + 1
@@ -203,23 +263,32 @@ class Operations:
         total = {"total_cost": sum(costs.values())}
         return {**dict.fromkeys(COSTS, 0.0), **costs, **total} if costs else {}
 
-    def _store(self, write: Callable[..., None], *what: Any) -> None:
+    def _store(self, trace: TraceState, write: Callable[..., None], *what: Any) -> None:
         """Write spans or an info; go on with runs alone if a server or a store has no traces."""
-        if not self.stores_traces:
-            return
-        try:
-            write(*what)
-        except Refused as refusal:
-            if refusal.code not in NO_TRACES:
-                raise
-            self.stores_traces = False
-            server = self._transport.address
-            warn(
-                f"sink.no_traces {server}",
-                "%s cannot store traces (%s): runs are logged, span trees are not",
-                server,
-                refusal.code,
-            )
+        if self.stores_traces:
+            try:
+                write(*what)
+            except Refused as refusal:
+                if refusal.code != "NOT_IMPLEMENTED":  # The server's own word.
+                    raise
+                self._go_without_traces(refusal)
+            except NotThere as missing:
+                times, since = self._sightings
+                self._sightings = times + 1, since if times else time.monotonic()
+                lasts = time.monotonic() - self._sightings[1] >= SIGHTINGS_S
+                if times + 1 < SIGHTINGS or not (lasts and self.server_is_well(trace, what[-1])):
+                    raise
+                self._go_without_traces(missing)
+            else:
+                self._sightings = 0, 0.0
+                return
+        trace.untraced = True
+
+    def _go_without_traces(self, failure: Exception) -> None:
+        self._no_traces_until = time.monotonic() + LOOK_AGAIN_S
+        text = "%s cannot store traces (%.200s): runs are logged, span trees are not"
+        server = self._transport.address
+        warn(f"sink.no_traces {server}", text, server, failure)
 
     def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write files of the run."""
@@ -229,10 +298,10 @@ class Operations:
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Complete the run's ledger and end it."""
         facts, run = trace.facts, _run_of(trace)
-        if facts.log_traces and not self.stores_traces:
+        if facts.log_traces and trace.untraced:
             trace.lost_spans.pop("no_traces", None)
             trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
-        if trace.lost_spans:
+        if trace.lost_spans or facts.lost["too_large"]:
             ledger = RunData(tags=trace.totals.ledger(trace.lost_spans))
             self._transport.log_batch(run.run_id, ledger, timeout_s)
         # Attempts to create the run that went unanswered may have taken effect later: all are

@@ -10,7 +10,6 @@ One sink serves traces of any experiment and settings: each `trace_start` brings
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -22,6 +21,8 @@ from qitos_mlflow.delivery import DeadLetter
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
+from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
+from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
@@ -43,6 +44,7 @@ class MlflowSink:
             if it has any, are those of traces whose start brings none.
         transport: carries the calls; None: one for `tracking_uri`.
         tracking_uri: deliver here instead of to the header's destination.
+        trusted: this process's credentials are configured for that server.
         announce: called with each run as it is created, on the sending thread.
         resumed: another process may have delivered part of the segment before: a run may exist
             already for any trace; look before creating one.
@@ -54,12 +56,16 @@ class MlflowSink:
         transport: Transport | None = None,
         *,
         tracking_uri: str | None = None,
+        trusted: bool = True,
         announce: Announce = lambda *_: None,
         resumed: bool = False,
     ) -> None:
         fields: dict[str, Any] = orjson.loads(header)
         uri = tracking_uri or fields.get("tracking_uri")
-        self._transport = transport or open_transport(uri, fields.get("cwd"))
+        self._transport = transport or open_transport(
+            uri, fields.get("cwd"), fields.get("headers"), trusted=trusted
+        )
+        self.patience = self._transport.patience
         self._settings = settings_in(fields)
         self._operations = Operations(self._transport, announce)
         self._resumed = resumed
@@ -209,30 +215,27 @@ def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:
         yield items
 
 
-def open_transport(uri: str | None, cwd: str | None = None) -> Transport:
+def open_transport(
+    uri: str | None,
+    cwd: str | None = None,
+    routing: Mapping[str, str] | None = None,
+    *,
+    trusted: bool = True,
+) -> Transport:
     """The transport for `uri`; None means MLflow's default as of the directory `cwd`.
 
     Imports mlflow only if the destination needs it.
+
+    Args:
+        uri: of a server or a store.
+        cwd: what a relative path is relative to.
+        routing: headers that say whose data it is; None: those of this process.
+        trusted: this process's credentials are configured for that server.
     """
-    if uri is None or not is_http(uri):
-        from qitos_mlflow.mlflow_plugin.server import mlflow_client
+    if uri is not None and is_http(uri):
+        return RestTransport(uri, SessionRequester(uri, routing, trusted=trusted))
+    from qitos_mlflow.mlflow_plugin.server import mlflow_client
 
-        cwd = cwd or working_directory()
-        store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
-        return mlflow_client.StoreTransport(store)
-    if not _needs_mlflow():
-        return RestTransport(uri)
-    from qitos_mlflow.mlflow_plugin.server.mlflow_client import mlflow_requester
-
-    return RestTransport(uri, mlflow_requester(uri))
-
-
-def _needs_mlflow() -> bool:
-    """Whether http destinations need mlflow's own client, by its settings or its plugins."""
-    for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):
-        if os.environ.get(name, "").lower() not in ("", "0", "false"):
-            return True
-    from importlib_metadata import entry_points
-
-    providers = entry_points(group="mlflow.request_header_provider")
-    return any(not provider.value.startswith("mlflow.") for provider in providers)
+    cwd = cwd or working_directory()
+    store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
+    return mlflow_client.StoreTransport(store, (routing or {}).get(WORKSPACE))

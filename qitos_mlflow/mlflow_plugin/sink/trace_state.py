@@ -54,7 +54,11 @@ class TraceState:
         elsewhere: where part of the trace was delivered, if the rest goes to another server.
         lost_spans: how many spans are not on the server although delivery got to them, by reason.
         has_info: the server has an info of its tree.
-        waiting: what is to be sent; no part of the JSON.
+        untraced: spans of it were left out because the server has no traces.
+        waiting: what is to be sent; this and what follows is no part of the JSON.
+        look_until: no other run is created before this time, because the server may still create
+            the one that it was asked for (monotonic clock).
+        confirmed_at: when the server was last known to have the run (monotonic clock).
     """
 
     facts: TraceFacts
@@ -65,7 +69,10 @@ class TraceState:
     elsewhere: Elsewhere | None = None
     lost_spans: dict[str, int] = field(default_factory=dict)
     has_info: bool = False
+    untraced: bool = False
     waiting: Waiting = field(default_factory=Waiting)
+    look_until: float = 0.0
+    confirmed_at: float = 0.0
 
     @classmethod
     def begin(
@@ -85,7 +92,8 @@ class TraceState:
         facts = TraceFacts(str(trace_id), settings)
         # A late one has no root that could be sent: its name is not known.
         made = SpanTree(facts, begun=late, root_closed=late) if tree else None
-        return cls(facts, RunTotals(facts), made, attempts=int(resumed or late))
+        attempts = int(resumed or late)
+        return cls(facts, RunTotals(facts), made, attempts=attempts, untraced=not tree)
 
     # -- records -----------------------------------------------------------------------------
 
@@ -163,7 +171,8 @@ class TraceState:
     def to_json(self) -> dict[str, Any]:
         """The state as values that orjson can write; what is waiting is not part of it."""
         tree = None if self.tree is None else _without(self.tree, "facts")
-        return {**_without(self, "waiting"), "totals": _without(self.totals, "facts"), "tree": tree}
+        own = _without(self, "waiting", "look_until", "confirmed_at")
+        return {**own, "totals": _without(self.totals, "facts"), "tree": tree}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TraceState:
@@ -183,8 +192,8 @@ class TraceState:
         return cls(**{**_of(cls, plain), **parts})
 
 
-def _without(part: Any, name: str) -> dict[str, Any]:
-    return {key: value for key, value in vars(part).items() if key != name}
+def _without(part: Any, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(part).items() if key not in names}
 
 
 def _of(part: type[Any], plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
     StoreTransport,
     default_tracking_uri,
-    mlflow_requester,
 )
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
@@ -181,15 +180,6 @@ def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
     RestTransport("http://host").write_artifact(run, "a.txt", b"a", 1.0)
     assert forks_wait == [True]
     assert (tmp_path / "a.txt").read_bytes() == b"a"
-
-
-@pytest.mark.parametrize("place", ["user:{}@127.0.0.1:9", "user:{}@a..b:5000", "user:{}@[bad"])
-def test_mlflows_own_client_loses_nothing_either(place: str) -> None:
-    """It is used where only it can authenticate, and fails in ways of its own."""
-    uri = f"http://{place.format(SECRET)}"
-    with pytest.raises(RetryLater) as later:
-        RestTransport(uri, mlflow_requester(uri)).experiment_id("name", 0.5)
-    assert SECRET not in str(later.value)
 
 
 @pytest.mark.parametrize("trace_id", ["it's", 'say "so"', "a' OR 'b"])

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
-from qitos_mlflow.mlflow_plugin.destination import segment_header
+from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
@@ -452,7 +452,7 @@ def test_another_server_without_traces(server: FakeTransport) -> None:
     records = a_trace(spans=3)
     deliver(sink, *records[:2])
     other = FakeTransport("other.test")
-    other.fail = lambda call, _: Refused("HTTP 404", "") if call == "write_spans" else None
+    other.fail = lambda call, _: Refused("NOT_IMPLEMENTED", "") if call == "write_spans" else None
     moved = sink_to(other)
     moved.restore(sink.state())
     assert deliver(moved, *records[2:]) == []
@@ -779,7 +779,7 @@ def test_a_server_without_traces_has_runs(
     """If a server is too old for traces, one warning says so, without its password."""
 
     def refuse(call: str, _: Any) -> Exception | None:
-        return Refused("HTTP 404", "") if call in ("write_spans", "write_trace") else None
+        return Refused("NOT_IMPLEMENTED", "") if call in ("write_spans", "write_trace") else None
 
     server.fail = refuse
     sink = sink_to(server)
@@ -813,8 +813,8 @@ def test_what_is_no_record_is_kept_aside(server: FakeTransport) -> None:
 def test_the_header_says_where_it_goes() -> None:
     """A segment's header is all that is needed; another destination can be given instead."""
     one, two = "http://one.test", "http://two.test"
-    assert MlflowSink(segment_header(one))._transport.uri == one
-    assert MlflowSink(segment_header(one), tracking_uri=two)._transport.uri == two
+    assert MlflowSink(segment_header(Destination.of(one)))._transport.uri == one
+    assert MlflowSink(segment_header(Destination.of(one)), tracking_uri=two)._transport.uri == two
 
 
 def test_the_transport_for_each_destination(tmp_path: Any) -> None:

@@ -1,0 +1,171 @@
+"""How MLflow's client would reach a server now: routing headers, credentials, certificates.
+
+Comes from MLflow's environment variables, its credentials file and its plugins, as its
+documentation of authentication has it. Routing headers decide whose data a server takes ours for,
+so they are stored with the records. Credentials are never stored: the process that delivers brings
+its own, and only for the server that they are configured for.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from qitos_mlflow._after_import import imported
+from qitos_mlflow._guard import shield, warn
+from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.redaction.names import names_credential
+
+WORKSPACE = "X-MLFLOW-WORKSPACE"
+PLUGINS = "mlflow.request_header_provider"
+"""Entry-point group of packages that add headers to MLflow's requests."""
+REGISTRY = "mlflow.tracking.request_header.registry"
+"""The module that has them once it is imported."""
+
+
+class Access(NamedTuple):
+    """What a request needs beside its own content.
+
+    Attributes:
+        headers: those of routing, and of MLflow's plugins.
+        authorise: adds credentials to a prepared request, as the ``auth`` of requests; None: there
+            are none, and requests looks into the URL and into ``~/.netrc``.
+        verify: as requests has it; None: the system's certificates, or ``REQUESTS_CA_BUNDLE``.
+        certificate: the client's.
+        signs: `authorise` may read the body.
+    """
+
+    headers: Mapping[str, str]
+    authorise: Callable[[Any], Any] | None
+    verify: bool | str | None
+    certificate: str | None
+    signs: bool = False
+
+
+def read_access(uri: str, routing: Mapping[str, str] | None, *, trusted: bool) -> Access:
+    """How to reach the server at `uri` now. May import mlflow and block on the disk or a plugin.
+
+    Args:
+        uri: may hold user and password, which come before all others.
+        routing: headers that say whose data it is; None: those of this process.
+        trusted: credentials are configured for this server. Without, it gets none.
+
+    Raises:
+        ValueError: `uri` is malformed.
+    """
+    environ = os.environ
+    verify: bool | str | None = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
+    if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
+        verify = False
+    known = routing_headers() if routing is None else routing
+    if not trusted:
+        return Access(known, None, verify, None)
+    headers, plugin = _of_plugins(uri)
+    if routing is not None:  # What else the plugins say now is not said of these records.
+        headers = {key: text for key, text in headers.items() if names_credential(key)}
+    certificate = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
+    authorise = _authorise(_authorization(uri), plugin)
+    return Access({**headers, **known}, authorise, verify, certificate, plugin is not None)
+
+
+def _of_plugins(uri: str) -> tuple[Mapping[str, str], Callable[[Any], Any] | None]:
+    """Headers and authentication of MLflow's plugins, if there are some."""
+    if not _asks_mlflow():
+        return {}, None
+    with importing():
+        from qitos_mlflow.mlflow_plugin.server.mlflow_client import plugin_access
+
+    return plugin_access(uri)
+
+
+def _authorise(
+    authorization: str | None, plugin: Callable[[Any], Any] | None
+) -> Callable[[Any], Any] | None:
+    def authorise(request: Any) -> Any:
+        if authorization is not None:
+            request.headers["Authorization"] = authorization
+        if plugin is None:
+            return request
+        try:
+            return plugin(request)
+        except Exception as error:  # Its text may hold a secret.
+            raise RetryLater(f"{type(error).__name__} in MLflow's plugin for requests") from error
+
+    return None if authorization is None and plugin is None else authorise
+
+
+def _authorization(uri: str) -> str | None:
+    """The header ``Authorization``. As with MLflow, a user's password comes before a token."""
+    parts = urlsplit(uri)
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if not (user or password):
+        user, password = _user_and_password()
+        if not (user and password):
+            token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+            return f"Bearer {token}" if token else None
+    return "Basic " + b64encode(f"{user}:{password}".encode()).decode()
+
+
+def _user_and_password() -> tuple[str, str]:
+    """From the environment, else from MLflow's credentials file; empty variables do not count."""
+    names = ("mlflow_tracking_username", "mlflow_tracking_password")
+    user, password = (os.environ.get(name.upper(), "") for name in names)
+    if user and password:
+        return user, password
+    file = configparser.ConfigParser()
+    try:
+        file.read(Path("~/.mlflow/credentials").expanduser())
+        found = [_value(file, name) for name in names]
+    except (configparser.Error, OSError, RuntimeError, UnicodeError) as error:
+        # Never its text: it holds the line that is wrong.
+        kind = type(error).__name__
+        warn("server.credentials", "~/.mlflow/credentials cannot be read (%s)", kind)
+        found = ["", ""]
+    return user or found[0], password or found[1]
+
+
+def _value(file: configparser.ConfigParser, name: str) -> str:
+    try:
+        return file.get("mlflow", name, fallback="")
+    except configparser.InterpolationError:  # A ``%`` that is not meant for the parser.
+        return file.get("mlflow", name, raw=True)
+
+
+def _asks_mlflow() -> bool:
+    """Whether only MLflow knows how to reach servers, by its settings or its plugins."""
+    for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):
+        if os.environ.get(name, "").lower() not in ("", "0", "false"):
+            return True
+    return has_plugins()
+
+
+def has_plugins() -> bool:
+    """Whether other packages add headers to MLflow's requests. Reads the installed packages."""
+    from importlib_metadata import entry_points
+
+    return any(not entry.value.startswith("mlflow.") for entry in entry_points(group=PLUGINS))
+
+
+def routing_headers() -> dict[str, str]:
+    """The headers by which a server tells tenants apart, as they are now on this thread.
+
+    MLflow's workspace; and if mlflow is imported, what plugins add to its requests, without
+    credentials. Never raises and imports nothing.
+    """
+    found: dict[str, Any] = {}
+    with shield("server.workspace"):
+        context: Any = imported("mlflow.utils.workspace_context")
+        workspace = (context and context.get_request_workspace()) or ""
+        if workspace := workspace or os.environ.get("MLFLOW_WORKSPACE", "").strip():
+            found[WORKSPACE] = workspace
+    registry: Any = imported(REGISTRY)
+    for provider in getattr(registry, "_request_header_provider_registry", ()):
+        with shield("server.routing_headers"):
+            if not type(provider).__module__.startswith("mlflow.") and provider.in_context():
+                found.update(provider.request_headers())
+    return {str(k): str(v) for k, v in found.items() if not names_credential(str(k))}

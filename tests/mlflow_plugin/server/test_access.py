@@ -1,0 +1,371 @@
+"""Servers are reached as MLflow's own client reaches them, and only the right ones."""
+
+from __future__ import annotations
+
+import base64
+import os
+import ssl
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import trustme
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from qitos_mlflow import _guard
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.server import access, http
+from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE, read_access, routing_headers
+from qitos_mlflow.mlflow_plugin.server.http import RENEW_S, Request, SessionRequester
+from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from tests.fakes.clock import Clock
+from tests.fakes.https import RecordingServer, recording_server
+
+SECRET = "s3cr3t-of-a-user"
+QUESTION = Request("GET", "/version", 5.0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory without MLflow's credentials file, and no credentials in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in list(os.environ):
+        if name.startswith("MLFLOW_TRACKING") or name.endswith("_CA_BUNDLE"):
+            monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.fixture
+def server() -> Iterator[RecordingServer]:
+    with recording_server() as server:
+        yield server
+
+
+def set_up(home: Path, monkeypatch: pytest.MonkeyPatch, given: Mapping[str, str]) -> None:
+    """Variables by their names' last part, and ``file``: the content of the credentials file."""
+    for name, text in given.items():
+        if name == "file":
+            (home / ".mlflow").mkdir()
+            (home / ".mlflow" / "credentials").write_text(text, "utf-8")
+        else:
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", text)
+
+
+def file(user: str, password: str) -> str:
+    """MLflow's credentials file."""
+    return f"[mlflow]\nmlflow_tracking_username = {user}\nmlflow_tracking_password = {password}\n"
+
+
+def decoded(header: str | None) -> str | None:
+    """User and password of a header."""
+    return header and base64.b64decode(header.removeprefix("Basic ")).decode()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"USERNAME": "u", "PASSWORD": "p"},
+        {"USERNAME": "ü", "PASSWORD": "пароль€"},
+        {"TOKEN": "t"},
+        {"USERNAME": "u", "PASSWORD": "p", "TOKEN": "stale"},
+        {"USERNAME": "u", "TOKEN": "t"},
+        {"USERNAME": "", "PASSWORD": "", "file": file("u", "p")},
+        {"USERNAME": "mine", "PASSWORD": "", "file": file("u", "p")},
+        {"file": file("u", "pä"), "TOKEN": "t"},
+        {"file": file("u", "50%% off")},
+        {"file": "[other]\na = b\n", "TOKEN": "t"},
+        {"TOKEN": ""},
+    ],
+)
+def test_the_same_credentials_as_mlflows_client_sends(
+    server: RecordingServer,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: Mapping[str, str],
+) -> None:
+    """Whatever is set, and beside what: asked of MLflow itself."""
+    set_up(home, monkeypatch, given)
+    http_request(get_default_host_creds(server.uri), "/version", "GET", max_retries=0)
+    with SessionRequester(server.uri) as send:
+        send(QUESTION)
+    theirs, ours = (head.get("authorization") for head in server.heads)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("uri", "sent"),
+    [("user:pass@", "user:pass"), ("%C3%BC:%E2%82%AC%40@", "ü:€@"), ("user@", "user:")],
+)
+def test_the_uris_own_user_comes_first(
+    server: RecordingServer, monkeypatch: pytest.MonkeyPatch, uri: str, sent: str
+) -> None:
+    """It is the nearest to the server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "other")
+    with SessionRequester(server.uri.replace("http://", f"http://{uri}")) as send:
+        send(QUESTION)
+    assert decoded(server.heads[0]["authorization"]) == sent
+
+
+@pytest.mark.parametrize(
+    ("content", "sent"),
+    [
+        (file("u", f"{SECRET}%x"), f"u:{SECRET}%x"),
+        (file("u", f"%({SECRET})s"), f"u:%({SECRET})s"),
+        (f"mlflow_tracking_password = {SECRET}", None),
+        (f"[mlflow]\n{SECRET}\n=", None),
+    ],
+)
+def test_a_file_that_mlflow_cannot_read_shows_no_password(
+    server: RecordingServer,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    content: str,
+    sent: str | None,
+) -> None:
+    """Its password is used if it can be found; a log line has neither it nor a part of it."""
+    monkeypatch.setattr(_guard, "_last_logged", {})
+    set_up(home, monkeypatch, {"file": content})
+    with SessionRequester(server.uri) as send:
+        send(QUESTION)
+    assert decoded(server.heads[0].get("authorization")) == sent
+    assert SECRET not in caplog.text
+    assert ("credentials cannot be read" in caplog.text) is (sent is None)
+
+
+@pytest.mark.parametrize("refusal", [401, 403])
+def test_a_renewed_token_is_used_after_a_refusal(
+    server: RecordingServer, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    """And not before: its old one may still be good."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "old")
+    with SessionRequester(server.uri) as send:
+        send(QUESTION)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "new")
+        server.status = refusal
+        send(QUESTION)
+        send(QUESTION)
+    assert [head["authorization"] for head in server.heads] == ["Bearer old"] * 2 + ["Bearer new"]
+
+
+def test_credentials_are_read_again_each_minute(
+    server: RecordingServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file, too; a server may take an old token for long."""
+    clock = Clock()
+    monkeypatch.setattr(http, "time", clock)
+    set_up(home, monkeypatch, {"file": file("u", "old")})
+    with SessionRequester(server.uri) as send:
+        for seconds in (0.0, RENEW_S / 2, RENEW_S / 2 + 1):
+            clock.now += seconds
+            send(QUESTION)
+            (home / ".mlflow" / "credentials").write_text(file("u", "new"))
+    sent = [decoded(head["authorization"]) for head in server.heads]
+    assert sent == ["u:old", "u:old", "u:new"]
+
+
+# -- TLS ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_server(authority: trustme.CA) -> Iterator[RecordingServer]:
+    """A server that a private authority vouches for, and that takes clients of its only."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    with recording_server(context) as server:
+        yield server
+
+
+@pytest.mark.parametrize("elsewhere", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", ""])
+@pytest.mark.parametrize("way", ["SERVER_CERT_PATH", "INSECURE_TLS"])
+def test_mlflows_variables_for_tls_come_before_those_of_requests(
+    tls_server: RecordingServer,
+    authority: trustme.CA,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    elsewhere: str,
+) -> None:
+    """A bundle of other authorities in the environment is for other requests."""
+    other, ours = tmp_path / "other.pem", tmp_path / "ours.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    authority.cert_pem.write_to_path(str(ours))
+    if elsewhere:
+        monkeypatch.setenv(elsewhere, str(other))
+    with SessionRequester(tls_server.uri) as send, pytest.raises(requests.exceptions.SSLError):
+        send(QUESTION)
+    monkeypatch.setenv(f"MLFLOW_TRACKING_{way}", str(ours) if "CERT" in way else "true")
+    with SessionRequester(tls_server.uri) as send, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert send(QUESTION).ok
+
+
+def test_a_clients_certificate_is_sent(
+    tls_server: RecordingServer,
+    authority: trustme.CA,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is a credential: a server that is not trusted gets none."""
+    ours, client = tmp_path / "ours.pem", tmp_path / "client.pem"
+    authority.cert_pem.write_to_path(str(ours))
+    authority.issue_cert("someone@example.org").private_key_and_cert_chain_pem.write_to_path(
+        str(client)
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(ours))
+    monkeypatch.setenv("MLFLOW_TRACKING_CLIENT_CERT_PATH", str(client))
+    assert read_access(tls_server.uri, {}, trusted=True).certificate == str(client)
+    assert read_access(tls_server.uri, {}, trusted=False).certificate is None
+    with SessionRequester(tls_server.uri) as send:
+        assert send(QUESTION).ok
+
+
+# -- whose data it is --------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_trusted_gets_no_credentials(
+    server: RecordingServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the environment's, none of the file's."""
+    given = {"USERNAME": "u", "PASSWORD": SECRET, "TOKEN": SECRET, "file": file("u", SECRET)}
+    set_up(home, monkeypatch, given)
+    with SessionRequester(server.uri, {WORKSPACE: "team-a"}, trusted=False) as send:
+        send(QUESTION)
+    assert SECRET not in str(server.heads)
+    assert "authorization" not in server.heads[0]
+    assert server.heads[0]["x-mlflow-workspace"] == "team-a"
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a package whose plugins add headers to MLflow's requests."""
+    where = tmp_path / "site"
+    meta = where / "mlflow_tenants-1.dist-info"
+    meta.mkdir(parents=True)
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow-tenants\nVersion: 1\n")
+    (meta / "entry_points.txt").write_text(
+        "[mlflow.request_header_provider]\ntenants = mlflow_tenants:Headers\n"
+        "[mlflow.request_auth_provider]\ntenants = mlflow_tenants:Auth\n"
+    )
+    (where / "mlflow_tenants.py").write_text(
+        "import os\n"
+        "from mlflow.tracking.request_header.abstract_request_header_provider import (\n"
+        "    RequestHeaderProvider)\n"
+        "from mlflow.tracking.request_auth.abstract_request_auth_provider import (\n"
+        "    RequestAuthProvider)\n"
+        "class Headers(RequestHeaderProvider):\n"
+        "    def in_context(self): return 'TENANT' in os.environ\n"
+        "    def request_headers(self):\n"
+        f"        return {{'X-Tenant': os.environ['TENANT'], 'X-Api-Key': '{SECRET}'}}\n"
+        "class Auth(RequestAuthProvider):\n"
+        "    def get_name(self): return 'tenants'\n"
+        "    def get_auth(self):\n"
+        "        def sign(request):\n"
+        "            if 'BROKEN' in os.environ: raise RuntimeError(os.environ['BROKEN'])\n"
+        "            request.headers['X-Signed'] = str(len(request.body or b''))\n"
+        "            return request\n"
+        "        return sign\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(where), prepend=os.pathsep)
+    return where
+
+
+SCRIPT = """
+import json, os, sys
+from qitos_mlflow.mlflow_plugin.destination import Destination, MlflowPipeline, segment_header
+from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
+from qitos_mlflow.settings import Settings
+{before}
+to = Destination.of(sys.argv[1])
+pipeline = MlflowPipeline(to, to, Settings.resolve())
+header = json.loads(pipeline.completed_header())
+os.environ["TENANT"] = "someone-else"
+with SessionRequester(sys.argv[1], header["headers"], trusted=bool({trusted})) as send:
+    send(Request("POST", "/x", 5.0, b"12345" * 20_000))
+print(json.dumps(header["headers"]))
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import mlflow"])
+@pytest.mark.parametrize("trusted", [0, 1])
+def test_what_mlflows_plugins_send_travels_with_the_records(
+    server: RecordingServer, plugins: Path, before: str, trusted: int
+) -> None:
+    """Routing is that of the recording process, without its secrets; they are not on the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(before=before, trusted=trusted), server.uri],
+        env={**os.environ, "TENANT": "ours", "MLFLOW_TRACKING_AUTH": "tenants"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == '{"X-Tenant": "ours"}\n'
+    [head] = server.heads
+    assert head["x-tenant"] == "ours"
+    assert head.get("x-api-key") == (SECRET if trusted else None)
+    assert head.get("x-signed") == ("100000" if trusted else None)
+
+
+def test_a_plugin_that_breaks_is_a_reason_to_wait(
+    monkeypatch: pytest.MonkeyPatch, server: RecordingServer
+) -> None:
+    """Its text may hold a secret."""
+
+    def sign(request: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(access, "_of_plugins", lambda uri: ({}, sign))
+    with pytest.raises(RetryLater, match="RuntimeError") as later:
+        RestTransport(server.uri).experiment_id("name", 1.0)
+    assert SECRET not in str(later.value)
+    assert server.heads == []
+
+
+def test_the_workspace_is_that_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow.set_workspace` holds for the thread that calls it, the variable for all others."""
+    context = pytest.importorskip("mlflow.utils.workspace_context")
+    monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
+    assert routing_headers() == {}
+    monkeypatch.setenv("MLFLOW_WORKSPACE", " team-a ")
+    assert routing_headers() == {WORKSPACE: "team-a"}
+    with context.WorkspaceContext("team-b"):
+        assert routing_headers() == {WORKSPACE: "team-b"}
+    assert routing_headers() == {WORKSPACE: "team-a"}
+
+
+def test_a_programs_opentelemetry_does_not_see_our_requests(server: RecordingServer) -> None:
+    """They are no part of its traces, and carry none of its headers."""
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    instrumentation = pytest.importorskip("opentelemetry.instrumentation.requests")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    processor = pytest.importorskip("opentelemetry.sdk.trace.export").SimpleSpanProcessor
+    exporter = export.InMemorySpanExporter()
+    provider = sdk.TracerProvider()
+    provider.add_span_processor(processor(exporter))
+    instrumentor = instrumentation.RequestsInstrumentor()
+    instrumentor.instrument(tracer_provider=provider)
+    try:
+        with SessionRequester(server.uri) as send:
+            send(QUESTION)
+        assert exporter.get_finished_spans() == ()
+        assert "traceparent" not in server.heads[0]
+        requests.get(server.uri, timeout=5)  # The program's own.
+        assert len(exporter.get_finished_spans()) == 1
+        assert "traceparent" in server.heads[1]
+    finally:
+        instrumentor.uninstrument()

@@ -1,0 +1,300 @@
+"""A server that is slow, exchanged, behind a router or behind a limit: what a call makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun
+from qitos_mlflow.mlflow_plugin.server.transport import NotThere, Refused, TooLarge, Unanswered
+from qitos_mlflow.mlflow_plugin.sink import call_list, operations
+from qitos_mlflow.mlflow_plugin.sink.operations import (
+    FRESH_S,
+    LATE_S,
+    LOOK_AGAIN_S,
+    SIGHTINGS,
+    SIGHTINGS_S,
+)
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
+from tests.fakes.clock import Clock
+from tests.fakes.transport import FakeTransport
+from tests.mlflow_plugin.records import Records
+
+TIMEOUT_S = 10.0
+TRACES = ("write_spans", "write_trace")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(call_list, "time", clock)
+    monkeypatch.setattr(operations, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def server() -> FakeTransport:
+    return FakeTransport()
+
+
+def a_sink(server: FakeTransport) -> MlflowSink:
+    return MlflowSink(orjson.dumps({"experiment_name": "qitos"}), server)
+
+
+def prepare(sink: MlflowSink, *records: dict[str, Any]) -> None:
+    sink.prepare([orjson.dumps(record) for record in records])
+
+
+def a_trace(trace_id: str = "trace-1") -> list[dict[str, Any]]:
+    make = Records(trace_id)
+    return [make.start(trace_id), make.span("step", step_number=0), make.end(recorded=1)]
+
+
+def attempts(sink: MlflowSink, clock: Clock, every_s: float) -> Iterator[bool]:
+    """Try to send again and again; yields whether everything was sent."""
+    while True:
+        try:
+            assert sink.send(TIMEOUT_S) == []
+        except RetryLater:
+            yield False
+        else:
+            yield True
+        clock.now += every_s
+
+
+# -- a server without traces, or a router that does not know it yet ------------------------------
+
+
+def not_there(call: str, _: Any) -> Exception | None:
+    """A server whose runs are there and whose traces are not."""
+    return NotThere("HTTP 404") if call in TRACES else None
+
+
+def test_a_router_that_is_being_changed_costs_no_tree(server: FakeTransport, clock: Clock) -> None:
+    """A few pages over a short time decide nothing, and nothing counts as delivered meanwhile."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    server.fail = not_there
+    tries = attempts(sink, clock, SIGHTINGS_S / 10)
+    assert not any(next(tries) for _ in range(9))
+    server.fail = lambda call, _: None
+    assert next(tries)
+    assert len(server.spans) == 2
+    assert "qitos.spans.dropped" not in server.runs["run-0"]["tags"]
+
+
+@pytest.mark.parametrize("times", [2, SIGHTINGS])
+def test_a_server_that_never_had_traces_has_runs(
+    server: FakeTransport, clock: Clock, times: int
+) -> None:
+    """It takes several sightings over some time; then the loss is counted on the run."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace("one"))
+    server.fail = not_there
+    sent = []
+    for done in attempts(sink, clock, SIGHTINGS_S / (times - 1) + 0.1):
+        sent.append(done)
+        if done:
+            break
+    assert len(sent) == max(times, SIGHTINGS)
+    prepare(sink, *a_trace("two"))
+    before = server.calls.count("write_spans")
+    assert sink.send(TIMEOUT_S) == []
+    assert server.calls.count("write_spans") == before
+    for run in server.runs.values():
+        assert run["status"] == "FINISHED"
+        assert run["tags"]["qitos.spans.dropped"] == "no_traces=1"
+
+
+def test_a_server_out_of_order_is_not_one_without_traces(
+    server: FakeTransport, clock: Clock
+) -> None:
+    """Its pages say nothing while it does not answer a simple question either."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    tries = attempts(sink, clock, SIGHTINGS_S)
+    server.fail = not_there
+    next(tries)
+    server.fail = lambda call, _: NotThere("HTTP 404")
+    assert not any(next(tries) for _ in range(10))
+    server.fail = lambda call, _: None
+    assert next(tries)
+    assert len(server.spans) == 2
+
+
+@pytest.mark.parametrize("failure", [NotThere("HTTP 404"), Refused("NOT_IMPLEMENTED", "")])
+def test_traces_are_tried_again_later(
+    server: FakeTransport, clock: Clock, failure: Exception
+) -> None:
+    """A server may be replaced by a newer one."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace("one"))
+    server.fail = lambda call, _: failure if call in TRACES else None
+    for done in attempts(sink, clock, SIGHTINGS_S):
+        if done:
+            break
+    server.fail = lambda call, _: None
+    prepare(sink, *a_trace("two"))
+    assert sink.send(TIMEOUT_S) == []
+    assert server.spans == {}
+    clock.now += LOOK_AGAIN_S
+    prepare(sink, *a_trace("three"))
+    assert sink.send(TIMEOUT_S) == []
+    assert len(server.spans) == 2
+
+
+# -- creations ---------------------------------------------------------------------------------
+
+
+def test_a_creation_that_comes_through_late_is_used(server: FakeTransport, clock: Clock) -> None:
+    """The server is given time to carry it out before another run is made."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    server.fail = lambda call, _: Unanswered("ReadTimeout") if call == "create_run" else None
+    tries = attempts(sink, clock, LATE_S / 4)
+    assert not any(next(tries) for _ in range(3))
+    server.fail = lambda call, _: None
+    server.create_run(NewRun("7", "late", 0, [("qitos.trace_id", "trace-1")]), TIMEOUT_S)
+    server.calls.remove("create_run")
+    assert next(tries)
+    assert list(server.runs) == ["run-0"]
+    assert server.runs["run-0"]["status"] == "FINISHED"
+    assert server.calls.count("create_run") == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "waits"), [(Unanswered("ReadTimeout"), True), (RetryLater("refused"), False)]
+)
+def test_a_creation_that_was_lost_is_made_again(
+    server: FakeTransport, clock: Clock, failure: Exception, waits: bool
+) -> None:
+    """At once, if the server did not get it; else after it had its time."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    server.fail = lambda call, _: failure if call == "create_run" else None
+    tries = attempts(sink, clock, LATE_S / 2)
+    assert not next(tries)
+    server.fail = lambda call, _: None
+    assert next(tries) is not waits
+    clock.now += LATE_S
+    if waits:
+        assert next(tries)
+    assert list(server.runs) == ["run-0"]
+
+
+# -- another database ----------------------------------------------------------------------------
+
+
+def test_each_experiment_is_looked_up_by_its_name_again(
+    server: FakeTransport, clock: Clock
+) -> None:
+    """An id is believed for moments only: behind the address may be another database."""
+    sink = a_sink(server)
+    for pause in (0.0, FRESH_S / 2, FRESH_S + 1):
+        clock.now += pause
+        prepare(sink, *a_trace(f"after {pause}"))
+        assert sink.send(TIMEOUT_S) == []
+    assert server.calls.count("experiment_id") == 2
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
+def test_a_refusal_ends_what_is_known(server: FakeTransport, clock: Clock, code: str) -> None:
+    """Another database shows as a run that is not there."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace("one"))
+    server.fail = lambda call, _: Refused(code, "run") if call == "end_run" else None
+    sink.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    clock.now += 0.1
+    prepare(sink, *a_trace("two"))
+    sink.send(TIMEOUT_S)
+    assert server.calls.count("experiment_id") == 2
+
+
+@pytest.mark.parametrize("traces", [["one"], ["one", "two"]])
+def test_spans_go_to_no_strangers_experiment(
+    server: FakeTransport, clock: Clock, traces: list[str]
+) -> None:
+    """A batch of spans alone is sent only if the server still has the runs they belong to."""
+    sink = a_sink(server)
+    make = {name: Records(name) for name in traces}
+    prepare(sink, *(make[name].start(name) for name in traces))
+    assert sink.send(TIMEOUT_S) == []
+    server.runs.clear()  # The database was emptied.
+    written = server.calls.count("write_spans")
+    clock.now += FRESH_S + 1
+    prepare(sink, *(make[name].span("task") for name in traces))
+    dead = sink.send(TIMEOUT_S)
+    assert server.calls.count("write_spans") == written
+    assert len(dead) == len(traces)
+    assert all(letter.reason.startswith("RESOURCE_DOES_NOT_EXIST") for letter in dead)
+
+
+# -- a proxy's limit -----------------------------------------------------------------------------
+
+
+def limited(most: int) -> Any:
+    """A proxy that takes no more bytes in one request."""
+
+    def fail(call: str, what: Any) -> Exception | None:
+        size = len(orjson.dumps(what, default=repr)) if call != "write_spans" else 0
+        return TooLarge("HTTP 413", "") if size > most else None
+
+    return fail
+
+
+def test_a_single_span_over_a_proxys_limit_is_cut(
+    server: FakeTransport, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its longest fields are cut, all else of it stays, and the run says so."""
+    sink = a_sink(server)
+    write, most = server.write_spans, 4000
+
+    def write_spans(experiment_id: str, spans: list[Span], timeout_s: float) -> None:
+        if sum(span.ByteSize() for span in spans) > most:
+            raise TooLarge("HTTP 413", "")
+        write(experiment_id, spans, timeout_s)
+
+    monkeypatch.setattr(server, "write_spans", write_spans)
+    start, span, end = a_trace()
+    span["output"] = {"short": "kept", "long": ["x" * 100_000, {"deep": "y" * 9000}]}
+    prepare(sink, start, span, end)
+    assert sink.send(TIMEOUT_S) == []
+    [step] = [span for span in server.spans.values() if span.parent_span_id]
+    text = str(step)
+    assert "kept" in text
+    assert "cut: 100000 characters in all" in text
+    assert step.ByteSize() <= most
+    tags = server.runs["run-0"]["tags"]
+    assert int(tags["qitos.values.dropped"].removeprefix("too_large=")) >= 1
+    assert "qitos.spans.dropped" not in tags
+
+
+def test_a_traces_info_and_a_long_tag_are_cut_too(server: FakeTransport, clock: Clock) -> None:
+    """Whatever has long texts gets through; the run's own tags as well."""
+    make = Records("trace-1")
+    server.fail = limited(3000)
+    sink = a_sink(server)
+    start = make.start("trace-1", metadata={"seed": 7})
+    start["settings"] = {"experiment_name": "qitos", "tags": {"note": "n" * 7000}}
+    prepare(sink, start, make.span("step", step_number=0), make.end(recorded=1))
+    assert sink.send(TIMEOUT_S) == []
+    run = server.runs["run-0"]
+    assert run["status"] == "FINISHED"
+    assert 0 < len(run["tags"]["note"]) < 3000
+    assert len(server.traces) == 1
+
+
+def test_what_has_no_long_text_is_a_dead_letter(server: FakeTransport, clock: Clock) -> None:
+    """A proxy that takes next to nothing costs what it does not take, and no more."""
+    server.fail = lambda call, _: TooLarge("HTTP 413", "") if call == "write_spans" else None
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    dead = sink.send(TIMEOUT_S)
+    assert len(dead) == 2
+    assert server.runs["run-0"]["tags"]["qitos.spans.dropped"] == "refused=1"
