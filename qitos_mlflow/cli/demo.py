@@ -43,6 +43,7 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     """
     if find_spec("qitos") is None:
         raise QitosMlflowError("the demo's agents need QitOS; install it with: pip install qitos")
+    from rich.console import Console
     from rich.progress import track
 
     from qitos_mlflow.cli._demo_agent import TASKS, run_task
@@ -58,7 +59,8 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     uri = destination.tracking_uri(settings)
     add_trace_processor(processor)
     try:
-        for task in track(TASKS, "agents"):
+        bar = Console(stderr=True)
+        for task in track(TASKS, "agents", console=bar, disable=not bar.is_terminal):
             run_task(task)
         delivered = processor.force_flush(
             settings.flush_timeout_s if is_http(uri) else LOCAL_STORE_S

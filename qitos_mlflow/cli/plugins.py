@@ -11,19 +11,25 @@ from typing import Any
 
 import click
 
-from qitos_mlflow.cli._show import table
+from qitos_mlflow.cli._show import complain, table
 from qitos_mlflow.cli._spool import DEFAULT_STORE
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def plugins(as_json: bool) -> None:
-    """List the trace plugins that are installed, and whether they load."""
+    """List the trace plugins that are installed, and whether they load.
+
+    Exits with 1 if a plugin that is selected does not load.
+    """
     found = survey()
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         _show(found)
+    if failed := [one["name"] for one in found["plugins"] if one["state"] == "failed"]:
+        complain(f"not loaded, see the error above: {', '.join(failed)}")
+        raise SystemExit(1)
 
 
 def survey() -> dict[str, Any]:

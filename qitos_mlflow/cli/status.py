@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,8 +158,12 @@ def _show(found: dict[str, Any]) -> None:
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
-    if any(segment["waiting"] and segment["owner"] == "dead" for segment in segments):
-        click.echo("Deliver the records of dead processes: qitos-mlflow sync")
+    dead = [one for one in segments if one["waiting"] and one["owner"] == "dead"]
+    if dead:  # Without a path, `sync` delivers what is in this user's spool.
+        elsewhere = sorted({one["directory"] for one in dead})
+        paths = [] if elsewhere == [str(default_directory())] else elsewhere
+        command = shlex.join(["qitos-mlflow", "sync", *paths])
+        click.echo(f"Deliver the records of dead processes: {command}")
     for segment in segments:
         if segment["error"]:
             complain(f"segment {segment['segment']} cannot be read: {segment['error']}")

@@ -75,10 +75,12 @@ def test_the_runs_are_in_mlflow_correct_to_the_digit(
 def test_what_is_printed_is_what_mlflow_has(
     logged: tuple[Done, list[LoggedRun]], store: str
 ) -> None:
-    """The table has one row a run, and the last lines open the page of that very store."""
+    """Nothing but the table, one row a run, and how to open the page of that very store."""
     done, runs = logged
     lines = done.stdout.splitlines()
-    head = next(number for number, line in enumerate(lines) if line.startswith("run "))
+    assert lines[0].startswith("run ")
+    assert lines[1 + len(TASKS)].startswith("See them ")
+    head = 0
     rows = [line.split() for line in lines[head + 1 : head + 1 + len(TASKS)]]
     assert [row[:3] for row in rows] == [[r.name, r.status, r.tags["stop_reason"]] for r in runs]
     assert [row[3:6] for row in rows] == [

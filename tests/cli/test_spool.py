@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -230,6 +231,23 @@ def test_patience_is_a_number_of_seconds(cli: Run, patience: str) -> None:
     done = cli("sync", "--patience", patience)
     assert done.returncode == 2
     assert "--patience" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["spool", "elsewhere", "with a blank", "it's"])
+def test_the_command_that_status_names_delivers_what_it_shows(
+    tmp_path: Path, cli: Run, store: str, experiment: str, name: str
+) -> None:
+    """Pasted into a shell, it delivers the records of the directories that status was given."""
+    (tmp_path / name).mkdir(exist_ok=True)
+    part = write_segment(tmp_path, store, *trace(experiment))
+    for file in part.parent.glob(f"{part.name.split('.')[0]}*"):
+        file.rename(tmp_path / name / file.name)
+    shown = cli("status", str(tmp_path / name)).stdout
+    [line] = [line for line in shown.splitlines() if line.startswith("Deliver the records of ")]
+    program, *args = shlex.split(line.partition(": ")[2])
+    assert program == "qitos-mlflow"
+    assert args == (["sync"] if name == "spool" else ["sync", str(tmp_path / name)])
+    assert cli(*args).stdout.startswith("2 records delivered")
 
 
 def test_losses_and_dead_letters_are_counted_by_reason(
