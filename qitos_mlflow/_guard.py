@@ -9,6 +9,8 @@ Every log line of the package goes through `log`, most of them by way of `warn` 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -71,7 +73,32 @@ def warn(key: str, message: str, *args: object) -> None:
 
 def log(level: int, message: str, *args: object, error: BaseException | None = None) -> None:
     """Log `message` after ``qitos-mlflow: ``, with the traceback of `error` if one is given."""
+    if not _log.hasHandlers() and not has_stderr():  # Where logging writes as a last resort.
+        return
     _log.log(level, f"qitos-mlflow: {message}", *args, exc_info=error)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, if there is one. Raises `OSError` if its reader has gone."""
+    if has_stderr():
+        print(f"qitos-mlflow: {text}", file=sys.stderr)  # noqa: T201
+
+
+def has_stderr() -> bool:
+    """Whether there is a `sys.stderr`, and its descriptor is not a file of the program's by now.
+
+    Once a program has closed descriptor 2, the next file that it opens gets the number. Python
+    keeps such files from child processes, and standard streams never.
+    """
+    stream, first = sys.stderr, id(sys.__stderr__)
+    if stream is None or getattr(stream, "closed", False):
+        return False
+    if os.name == "nt" or id(stream) != first:  # Another stream is the program's choice.
+        return True
+    try:
+        return os.get_inheritable(stream.fileno())
+    except (OSError, ValueError):
+        return False
 
 
 def in_words(error: BaseException) -> str:

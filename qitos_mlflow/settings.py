@@ -1,7 +1,7 @@
 """The settings: one frozen `Settings`, with each option declared once.
 
 A value comes from the argument in code, else from its environment variable, else from its
-default. This module imports neither mlflow nor qitos and does not touch the disk.
+default. This module imports neither mlflow nor qitos and writes nothing to the disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,32 @@ def _directory(value: object) -> Path:
         raise ValueError(f"{error}: give the directory without ~") from error
 
 
+def temporary_name() -> str:
+    """The name of a spool in the directory for temporary files, the same at each start."""
+    return f"qitos-mlflow-{getattr(os, 'getuid', int)()}"
+
+
+def _state_directories() -> Iterator[Path]:
+    with contextlib.suppress(RuntimeError):  # A user without a home.
+        yield Path(platformdirs.user_state_dir("qitos-mlflow"))
+    yield Path(os.path.expanduser("~/.local/state/qitos-mlflow"))  # noqa: PTH111 - never raises
+
+
+def _default_spool() -> Path:
+    """In the user's state directory (XDG on Linux), if it is there or can be made."""
+    for state in _state_directories():
+        path = state / "spool"
+        # A relative path changes with the directory: XDG_STATE_HOME, or ~ of a user without a home.
+        if path.is_absolute():
+            there = next(one for one in (path, *path.parents) if os.path.exists(one))  # noqa: PTH110
+            if os.access(there, os.W_OK | os.X_OK):
+                return path
+    try:
+        return Path(tempfile.gettempdir(), temporary_name())
+    except OSError:  # This user can write nowhere.
+        return Path(os.path.abspath(os.sep), temporary_name())  # noqa: PTH100
+
+
 def usable_uri(value: object) -> str:
     """`value` as a tracking URI that MLflow has a store for. A path is such a URI too.
 
@@ -177,6 +204,11 @@ class Settings:
     exit_timeout_s: float = _option(
         _seconds, 5.0, "longest delay of the interpreter's exit (seconds)"
     )
+    local_exit_timeout_s: float = _option(
+        _seconds,
+        60.0,
+        "the same for a local store, sqlite or files, while it makes progress (seconds)",
+    )
     queue_bytes: int = _option(
         _bytes,
         64 * MIB,
@@ -186,11 +218,7 @@ class Settings:
     field_bytes: int = _option(
         _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
     )
-    spool_dir: Path = _option(  # In the user's state directory (XDG on Linux).
-        _directory,
-        lambda: Path(platformdirs.user_state_dir("qitos-mlflow"), "spool"),
-        "directory of the spool",
-    )
+    spool_dir: Path = _option(_directory, _default_spool, "directory of the spool")
     spool_bytes: int = _option(
         _bytes,
         1024 * MIB,

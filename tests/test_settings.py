@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
+import tempfile
 import traceback
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from qitos_mlflow import MlflowTraceProcessor, _guard
 from qitos_mlflow.errors import SettingsError
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header, tracking_uri
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http, is_local
 from qitos_mlflow.settings import MIB, Settings, env_names, usable_uri
 
 NAMES = [option.name for option in fields(Settings)]
@@ -50,6 +54,7 @@ def test_defaults() -> None:
     assert (settings.start_timeout_s, settings.flush_timeout_s, settings.exit_timeout_s) == (
         *(2.0, 10.0, 5.0),
     )
+    assert settings.local_exit_timeout_s == 60.0
     assert settings.queue_bytes == 64 * MIB
 
 
@@ -294,6 +299,14 @@ def test_tags_are_texts() -> None:
         ("http://server:5000", "http://server:5000"),
         ("sqlite:///runs.db", "sqlite:///{cwd}/runs.db"),
         ("sqlite:////var/runs.db", "sqlite:////var/runs.db"),
+        ("sqlite:///runs.db?timeout=60", "sqlite:///{cwd}/runs.db?timeout=60"),
+        ("sqlite+pysqlite:///runs.db", "sqlite+pysqlite:///{cwd}/runs.db"),
+        ("sqlite:///%41.db", "sqlite:///{cwd}/%41.db"),
+        ("sqlite:///file:runs.db?uri=true", "sqlite:///file:{cwd}/runs.db?uri=true"),
+        ("sqlite:///file:/var/r.db?uri=true", "sqlite:///file:/var/r.db?uri=true"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("sqlite:///file::memory:?uri=true", "sqlite:///file::memory:?uri=true"),
+        ("sqlite://", "sqlite://"),
         ("./mlruns", "{cwd}/mlruns"),
         ("file:mlruns", "file://{cwd}/mlruns"),
         ("file:///var/mlruns", "file:///var/mlruns"),
@@ -310,6 +323,81 @@ def test_a_destination_means_the_same_in_any_directory(
     assert tracking_uri(Settings.resolve(tracking_uri=uri)) == wanted.format(cwd=cwd)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert tracking_uri(Settings.resolve()) == wanted.format(cwd=cwd)
+
+
+@pytest.mark.parametrize("name", ["50%20", "a b", "%41", "ü"])
+def test_a_relative_database_is_that_of_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever the directory's name, SQLAlchemy finds the file that it finds from within."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    uri = tracking_uri(Settings.resolve(tracking_uri="sqlite:///runs.db?timeout=60"))
+    assert uri is not None
+    assert make_url(uri).database == str(tmp_path / name / "runs.db")
+    assert make_url(uri).query == {"timeout": "60"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "local"),
+    [
+        (None, True),
+        ("sqlite:////var/runs.db", True),
+        ("sqlite+pysqlite:////var/runs.db", True),
+        ("file:///var/mlruns", True),
+        ("/var/mlruns", True),
+        ("C:\\mlruns", True),
+        ("http://host", False),
+        ("databricks", False),
+        ("databricks://profile", False),
+        ("uc", False),
+        ("postgresql://host/db", False),
+        ("mysql+pymysql://host/db", False),
+        ("arn:aws:sagemaker:eu-1:1:mlflow-tracking-server/a", False),
+    ],
+)
+def test_only_what_cannot_hang_is_local(uri: str | None, local: bool) -> None:
+    """A database server may hang as an http server may."""
+    assert is_local(uri) is local
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG's directories")
+@pytest.mark.parametrize(
+    ("home", "xdg", "wanted"),
+    [
+        ("{home}", None, "{home}/.local/state/qitos-mlflow/spool"),
+        ("{home}", "", "{home}/.local/state/qitos-mlflow/spool"),
+        ("{home}", "relative", "{home}/.local/state/qitos-mlflow/spool"),
+        ("{home}", "{home}/xdg", "{home}/xdg/qitos-mlflow/spool"),
+        ("{home}/missing", None, "{home}/missing/.local/state/qitos-mlflow/spool"),
+        ("{home}/file", None, "{tmp}/qitos-mlflow-{uid}"),
+        ("/proc", None, "{tmp}/qitos-mlflow-{uid}"),
+        ("/proc", "relative", "{tmp}/qitos-mlflow-{uid}"),
+        ("/proc", "{home}/xdg", "{home}/xdg/qitos-mlflow/spool"),
+        (None, None, "{tmp}/qitos-mlflow-{uid}"),
+        ("relative", None, "{tmp}/qitos-mlflow-{uid}"),
+    ],
+)
+def test_the_spool_is_where_the_user_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None, xdg: str | None, wanted: str
+) -> None:
+    """In the state directory, if it can be made; never in a relative one; else a temporary one."""
+    place = tmp_path / "home"
+    place.mkdir()
+    (place / "file").touch()
+    names = {"home": place, "tmp": tempfile.gettempdir(), "uid": os.getuid()}
+    monkeypatch.delenv("QITOS_MLFLOW_SPOOL_DIR")
+    for name, value in (("HOME", home), ("XDG_STATE_HOME", xdg)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value.format(**names))
+    if home in (None, "relative"):  # And a user without a name.
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    if os.getuid() == 0:  # Who may write everywhere, also where the kernel then refuses it.
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda at, mode: at != Path("/proc") and access(at, mode))
+    assert Settings.resolve().spool_dir == Path(wanted.format(**names))
+    assert list(place.iterdir()) == [place / "file"]
 
 
 def test_no_destination_is_mlflows_default() -> None:

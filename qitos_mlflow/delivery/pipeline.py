@@ -161,6 +161,11 @@ class Pipeline(Spooled):
         return self._circuit.online
 
     @property
+    def progress(self) -> object:
+        """Another value whenever delivery gets on (see `SendingThread`); None if it has ended."""
+        return self._spooling.sending and self._spooling.sending.progress
+
+    @property
     def paths(self) -> Paths:
         """The files of its segment. Before the first record and at rest there are none."""
         return self._spooling.segment.paths

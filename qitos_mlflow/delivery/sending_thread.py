@@ -9,6 +9,7 @@ batches of its own it sends a batch of what dead processes left.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
+from qitos_mlflow.delivery.sink import steps
 from qitos_mlflow.delivery.spool.reader import BATCH_BYTES
 
 SEND_EVERY_S = 1.0
@@ -67,6 +69,19 @@ class SendingThread(threading.Thread):
     def position(self) -> int:
         """Every record before it was accepted or refused."""
         return self._transfer.position
+
+    @property
+    def progress(self) -> object:
+        """Another value whenever it gets on: with each record that is accepted or refused.
+
+        Until an attempt fails, also with each `progressed` and each module that is imported. What
+        fails again and again is no progress, however far it gets. None once the thread has ended.
+        """
+        if self._ended:
+            return None
+        if self._circuit.online is False:
+            return self.position
+        return self.position, steps[self.ident or threading.get_ident()], len(sys.modules)
 
     @property
     def looks_for_leftovers(self) -> bool:

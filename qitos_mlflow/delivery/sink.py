@@ -6,10 +6,20 @@ only: the sending thread or that of `qitos-mlflow sync`, never the agent's.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
+
+steps: Counter[int] = Counter()
+"""How often the sinks of each thread, by its id, have called `progressed`."""
+
+
+def progressed() -> None:
+    """Note that the sink of this thread gets on, such as with each call that is answered."""
+    steps[threading.get_ident()] += 1
 
 
 class RetryLater(Exception):

@@ -25,7 +25,12 @@ from qitos_mlflow.delivery import importing
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.access import REGISTRY, has_plugins, routing_headers
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
+    absolute,
+    is_http,
+    is_local,
+    working_directory,
+)
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.redaction.redact import redact, without_credentials
@@ -119,7 +124,7 @@ class MlflowPipeline(RecordPipeline):
     def __init__(self, to: Destination, key: Hashable, settings: Settings) -> None:
         self._to = to
         self._is_complete = not is_http(to.uri) or imported(REGISTRY) is not None
-        super().__init__(segment_header(to), key, settings)
+        super().__init__(segment_header(to), key, settings, local=is_local(to.uri))
 
     def complete_header(self) -> None:
         """Spooling thread. Add what MLflow's plugins say, who cannot be asked without mlflow."""
@@ -170,5 +175,5 @@ def _in_utf8(text: str) -> bytes:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # A container's user without a name.
+    except (ImportError, KeyError, OSError):  # A container's user without a name.
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"

@@ -16,9 +16,10 @@ from typing import Any
 
 import orjson
 
+from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.recording.normalize import normalize
-from qitos_mlflow.settings import Settings
+from qitos_mlflow.settings import Settings, temporary_name
 
 
 class RecordPipeline(Pipeline):
@@ -28,15 +29,28 @@ class RecordPipeline(Pipeline):
         header: stored with the records, for the process that delivers them later. Opaque.
         key: equal for equal destinations.
         settings: the first user's. Spool, queue and offline mode follow from them.
+        local: whether the destination is a store on this machine, which cannot hang like a server.
     """
 
-    def __init__(self, header: bytes, key: Hashable, settings: Settings) -> None:
+    def __init__(
+        self, header: bytes, key: Hashable, settings: Settings, *, local: bool = False
+    ) -> None:
         self.key = key
+        self._local = local
         self.exit_timeout_s = 0.0
         """The longest of its users' exit timeouts (seconds)."""
+        self.local_exit_timeout_s = 0.0
+        """The same if the destination is on this machine and makes progress; else 0 (seconds)."""
         self.field_bytes = 0
         """The largest of its users' bounds of one field (bytes)."""
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        if settings.spool_dir.name == temporary_name():
+            warn(
+                "spool.temporary",
+                "this user has no home directory that can be written, so records wait in %s; "
+                "QITOS_MLFLOW_SPOOL_DIR names a better place",
+                settings.spool_dir,
+            )
         super().__init__(
             header,
             directory=settings.spool_dir,
@@ -44,6 +58,16 @@ class RecordPipeline(Pipeline):
             spool_bytes=settings.spool_bytes,
             offline=settings.offline,
         )
+
+    def use(self, user: Any, settings: Settings) -> None:
+        """Note a user: of deadlines and bounds, the largest value counts."""
+        self.users.add(user)
+        self.exit_timeout_s = max(self.exit_timeout_s, settings.exit_timeout_s)
+        self.field_bytes = max(self.field_bytes, settings.field_bytes)
+        if self._local and not settings.offline:
+            self.local_exit_timeout_s = max(
+                self.local_exit_timeout_s, settings.local_exit_timeout_s
+            )
 
     def may_rest(self) -> bool:
         """Spooling thread. Whether no trace can record anything soon."""

@@ -1,7 +1,8 @@
 """The end of the process: all pipelines deliver what they can, within one deadline together.
 
-Then one line on stderr says what is left, and the command that delivers it. Ctrl-C ends the wait;
-the line and the exit status of Ctrl-C remain.
+A store on this machine gets longer while it makes progress: its first use takes a slow machine more
+than the deadline. Then one line on stderr says what is left, and the command that delivers it.
+Ctrl-C ends the wait; the line and the exit status of Ctrl-C remain.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection
 
 import orjson
 
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import report, say
 from qitos_mlflow.delivery import living, waiting_records
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 
@@ -25,6 +26,11 @@ KILLED_BY_EXIT = "the process ended before the trace did"
 
 COUNT_S = 0.25
 """Longest time that counting what is left delays the end of the process (seconds)."""
+
+SAY_AFTER_S = 2.0
+"""From when on a line says that the process waits for a local store (seconds)."""
+LOOK_EVERY_S = 1.0
+"""How often the wait for a local store looks for progress (seconds)."""
 
 at_last: list[Callable[[], object]] = []
 """Called in each process once everything is delivered or reported."""
@@ -91,8 +97,11 @@ def _end_all(pipelines: list[RecordPipeline]) -> None:
         _guarded(_refuse, pipeline)
     left = []
     for pipeline in pipelines:
-        left_s = 0.0 if _interrupted else _began_s + pipeline.exit_timeout_s - time.monotonic()
-        if not _guarded(pipeline.close, left_s):
+        left_s = _began_s + pipeline.exit_timeout_s - time.monotonic()
+        waits = pipeline.local_exit_timeout_s and not _interrupted
+        if waits and _guarded(_wait_while_it_gets_on, pipeline, _began_s):
+            left_s = pipeline.exit_timeout_s  # To end what the records leave open.
+        if not _guarded(pipeline.close, 0.0 if _interrupted else left_s):
             left.append(pipeline)
     _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
     for act in at_last:
@@ -104,6 +113,30 @@ def _refuse(pipeline: RecordPipeline) -> None:
     for trace in pipeline.traces:
         trace.end_early("KILLED", KILLED_BY_EXIT)
     pipeline.refuse()
+
+
+def _wait_while_it_gets_on(pipeline: RecordPipeline, began_s: float) -> bool:
+    """Whether all is delivered to a local store, within its time.
+
+    Blocks. Ends early once it has made no progress for `exit_timeout_s`.
+    """
+    seen: object = None
+    said, seen_s = False, 0.0
+    while True:
+        if (progress := pipeline.progress) != seen:
+            seen, seen_s = progress, time.monotonic() if progress is not None else 0.0
+        until = min(seen_s + pipeline.exit_timeout_s, began_s + pipeline.local_exit_timeout_s)
+        left_s = until - time.monotonic()
+        if left_s <= 0 or pipeline.flush(min(left_s, LOOK_EVERY_S)):
+            return left_s > 0
+        if not said and time.monotonic() > began_s + SAY_AFTER_S:
+            said = True
+            more_s = began_s + pipeline.local_exit_timeout_s - time.monotonic()
+            with contextlib.suppress(OSError):
+                say(
+                    f"waiting up to {more_s:.0f} s more for the local store, while it makes "
+                    "progress; Ctrl-C leaves the rest to: qitos-mlflow sync"
+                )
 
 
 def _guarded(act: Callable[..., object], *args: object) -> bool:
@@ -143,7 +176,7 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
             f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(sorted(found))}"
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
-        print(f"qitos-mlflow: {line}", file=sys.stderr)  # noqa: T201
+        say(line)
 
 
 def _keep_exit_status() -> None:

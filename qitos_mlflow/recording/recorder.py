@@ -72,9 +72,7 @@ class Recorder(Generic[T]):
                         _forget_unused()
                         _pipelines[place] = pipeline
                         unfinished.add(pipeline)
-                    pipeline.users.add(self)
-                    pipeline.exit_timeout_s = max(pipeline.exit_timeout_s, settings.exit_timeout_s)
-                    pipeline.field_bytes = max(pipeline.field_bytes, settings.field_bytes)
+                    pipeline.use(self, settings)
                     self._pipelines.setdefault(pipeline, pipeline.counted_losses)
                     return pipeline
             made = make(key, settings)  # Without the lock: this may take a moment.

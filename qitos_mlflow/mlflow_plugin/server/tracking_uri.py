@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 
 def working_directory() -> str:
@@ -19,15 +22,33 @@ def absolute(uri: str, cwd: str) -> str:
     if is_http(uri):
         return uri.rstrip("/")  # One server, one name.
     scheme, mark, rest = uri.partition(":")
-    if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("////"):
-        path = rest[3:]
-        if path and not path.startswith(":memory:") and not Path(path).is_absolute():
-            return f"sqlite:///{Path(cwd, path).as_posix()}"
+    if sqlite := re.fullmatch(r"(sqlite(?:\+\w+)?:///(?:file:)?)([^?]+)(.*)", uri, re.DOTALL):
+        begin, path, query = sqlite.groups()
+        if not path.startswith(":memory:") and not Path(path).is_absolute():
+            return f"{begin}{_in_url(Path(cwd).as_posix())}/{path}{query}"
     elif scheme == "file" and rest and not rest.startswith("/"):
         return Path(cwd, rest).as_uri()
     elif not mark or (len(scheme) == 1 and os.name == "nt"):
         return str(Path(cwd, uri)) if uri not in ("databricks", "uc") else uri
     return uri
+
+
+def _in_url(directory: str) -> str:
+    """`directory` as SQLAlchemy reads it in a URL: quoted, from its version 2.1 on."""
+    if not re.search("[%?]", directory):
+        return directory
+    new = tuple(map(int, version("sqlalchemy").split(".")[:2])) >= (2, 1)
+    return quote(directory, safe=" +/:") if new else directory
+
+
+def is_local(uri: str | None) -> bool:
+    """True when `uri` is a store on this machine, sqlite or files; None is MLflow's default, too.
+
+    A database server, Databricks, and stores of other packages may hang as an http server may.
+    """
+    scheme, mark, _ = (uri or "").partition(":")
+    named = mark and len(scheme) > 1  # One letter is a drive of Windows.
+    return scheme.split("+")[0] in ("sqlite", "file") if named else uri not in ("databricks", "uc")
 
 
 def is_http(uri: str | None) -> bool:

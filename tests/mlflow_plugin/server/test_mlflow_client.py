@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from sqlalchemy.engine import make_url
 
 from qitos_mlflow.delivery import RetryLater, fork
 from qitos_mlflow.mlflow_plugin import server
@@ -66,6 +69,98 @@ def test_the_directory_of_a_new_store_may_have_any_name(
     found = mlflow.MlflowClient().get_experiment_by_name("ours")
     assert found is not None
     assert found.experiment_id == made
+
+
+def uris(directory: Path) -> dict[str, str]:
+    """Tracking URIs of a new sqlite store, each with the file that SQLAlchemy opens for it."""
+    return {
+        f"sqlite:///{directory}/m.db?timeout=60": f"{directory}/m.db",
+        f"sqlite:///{directory}/%41.db": make_url(f"sqlite:///{directory}/%41.db").database or "",
+        f"sqlite+pysqlite:///{directory}/p.db": f"{directory}/p.db",
+        f"sqlite:///{directory}/new/m.db": f"{directory}/new/m.db",
+        f"sqlite:///file:{directory}/u.db?uri=true": f"{directory}/u.db",
+    }
+
+
+def schema(file: Path) -> set[str]:
+    """What a database has, whatever order its constraints are in."""
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        made = connection.execute("SELECT name, sql FROM sqlite_master").fetchall()
+    return {f"{name}: {sorted((sql or '').replace(',', '').split())}" for name, sql in made}
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_store_is_made_where_mlflow_looks_for_it(tmp_path: Path, number: int) -> None:
+    """As SQLAlchemy reads the URI, whatever is in it; what it was made of is removed."""
+    uri, file = list(uris(tmp_path).items())[number]
+    made = StoreTransport(uri).experiment_id("ours", 1.0)
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        found = connection.execute("SELECT experiment_id, name FROM experiments").fetchall()
+    assert (int(made), "ours") in found
+    assert not list(Path(file).parent.glob(".mlflow-new-*"))
+
+
+@pytest.fixture
+def link_fails(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without hard links."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("link_fails")
+@pytest.mark.parametrize("link_fails", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK], indirect=True)
+def test_a_file_system_without_hard_links_has_a_store_too(tmp_path: Path) -> None:
+    """The store is whole, as MLflow makes it, and what it was made of is removed."""
+    made = StoreTransport(f"sqlite:///{tmp_path}/m.db").experiment_id("ours", 1.0)
+    assert StoreTransport(f"sqlite:///{tmp_path}/m.db").experiment_id("ours", 1.0) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["m.db"]
+
+
+def test_a_store_is_as_mlflow_makes_it(tmp_path: Path) -> None:
+    """The same tables, revision and default experiment as without us."""
+    StoreTransport(f"sqlite:///{tmp_path}/ours.db")
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/theirs.db").search_experiments()
+    assert schema(tmp_path / "ours.db") == schema(tmp_path / "theirs.db")
+    questions = ("SELECT version_num FROM alembic_version", "SELECT name FROM experiments")
+    for question in questions:
+        with (
+            contextlib.closing(sqlite3.connect(tmp_path / "ours.db")) as ours,
+            contextlib.closing(sqlite3.connect(tmp_path / "theirs.db")) as theirs,
+        ):
+            assert ours.execute(question).fetchall() == theirs.execute(question).fetchall()
+
+
+@pytest.mark.parametrize("left", ["of another version", "no database"])
+def test_a_half_made_store_that_is_of_no_use_is_made_anew(tmp_path: Path, left: str) -> None:
+    """The first attempt fails and removes it, the next one makes the store."""
+    place = tmp_path / f".mlflow-new-{getattr(os, 'getuid', int)()}-m.db"
+    place.mkdir()
+    if left == "no database":
+        (place / "new.db").write_bytes(b"no database" * 100)
+    else:
+        with contextlib.closing(sqlite3.connect(place / "new.db")) as connection:
+            connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+            connection.execute("INSERT INTO alembic_version VALUES ('of-the-future')")
+            connection.commit()
+    uri = f"sqlite:///{tmp_path}/m.db"
+    with pytest.raises(RetryLater, match="cannot be opened"):
+        StoreTransport(uri)
+    StoreTransport(uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.db"]
+
+
+def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+    """After a while, whatever its name; what another process may be at work on stays."""
+    names = [".mlflow-new-abc12345", ".mlflow-new-0-other.db"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.db").touch()
+    os.utime(tmp_path / names[0], (1, 1))
+    StoreTransport(f"sqlite:///{tmp_path}/m.db")
+    assert {path.name for path in tmp_path.iterdir()} == {"m.db", names[1]}
 
 
 class CloudError(Exception):
