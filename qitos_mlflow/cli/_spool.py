@@ -40,12 +40,14 @@ def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
 
     A segment whose file no longer exists is no error: it has been delivered.
     """
-    from qitos_mlflow.delivery import find_segments, inspect_segment
+    from qitos_mlflow.delivery import check_owner, find_segments, inspect_segment
 
     chosen = tuple(paths)
     found: dict[Paths, None] = {}
     for path in chosen or (default_directory(),):
         try:
+            if not chosen:
+                check_owner(path)
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:

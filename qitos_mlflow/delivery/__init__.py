@@ -31,6 +31,7 @@ from qitos_mlflow.delivery.sink import Sink as Sink
 from qitos_mlflow.delivery.spool.counts import Counts as Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter as DeadLetter
 from qitos_mlflow.delivery.spool.paths import Paths as Paths
+from qitos_mlflow.delivery.spool.paths import check_owner as check_owner
 from qitos_mlflow.delivery.spool.paths import find_segments as find_segments
 from qitos_mlflow.delivery.spool.segments import SegmentInfo as SegmentInfo
 from qitos_mlflow.delivery.spool.segments import inspect_segment as inspect_segment

@@ -24,7 +24,7 @@ from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransf
 from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.locks import is_held
-from qitos_mlflow.delivery.spool.paths import Paths, find_segments
+from qitos_mlflow.delivery.spool.paths import Paths, check_owner, find_segments
 from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head
 
 MAKE_ROOM_AFTER_S = 60.0
@@ -147,10 +147,11 @@ class Deliveries:
         Yields after each step whether the segment may go on at once, and None after each segment.
         """
         try:
+            check_owner(self._directory)
             found = find_segments(self._directory) if self._directory.is_dir() else []
         except OSError as error:
             _guard.warn(
-                "delivery.look",
+                f"delivery.{self._directory}",
                 "%s cannot be read (%s); it is tried again",
                 self._directory,
                 error,

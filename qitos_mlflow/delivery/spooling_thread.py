@@ -287,7 +287,9 @@ class SpoolingThread(threading.Thread):
             self.segment.close(delete=delivered or self.segment.end == 0)
         except OSError as error:
             _guard.warn(
-                "delivery.finish", "files of the spool that are done with stay there: %s", error
+                f"delivery.{self.segment.paths.directory}",
+                "files of the spool that are done with stay there: %s",
+                error,
             )
         except Exception as error:  # noqa: BLE001 - no caller is left to see it raised
             _guard.report("delivery.finish", error)

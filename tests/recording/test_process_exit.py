@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import socket
@@ -269,7 +270,7 @@ class ClosedPipe(io.StringIO):
 class LeftSomething:
     """A pipeline that could not deliver all it had."""
 
-    exit_timeout_s = 0.0
+    exit_timeout_s = local_exit_timeout_s = 0.0
     traces = ()
     unsaved = 1
     paths = Paths(Path("spool"), "none-1-1-1")
@@ -292,3 +293,85 @@ def test_what_cannot_be_printed_does_not_keep_mlflows_run(
     assert let_go == [True]
     assert [type(error) for _, error in swallowed] == [BrokenPipeError]
     swallowed.clear()
+
+
+SAID = "are kept but not delivered yet"
+REUSED = "import os; os.close(2); users = open('users', 'w'); assert users.fileno() == 2"
+REPLACED = """
+import os
+log = os.open('users', os.O_WRONLY | os.O_CREAT)
+os.dup2(log, 2)
+os.close(log)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as a shell does")
+@pytest.mark.parametrize("spool", ["spool", "file"])
+@pytest.mark.parametrize(
+    ("begin", "redirect", "said"),
+    [
+        ("", "2>&-", False),  # No stderr.
+        ("import sys; sys.stderr = None", "2>users", False),
+        ("import sys; sys.stderr.close()", "2>users", False),
+        (REUSED, "", False),  # A file of the program's has its number.
+        (REPLACED, "", True),  # A daemon's log, on purpose.
+        ("import os, sys; sys.stderr = open('users', 'w')", "2>&-", True),
+        ("", "2>users", True),
+    ],
+)
+def test_lines_go_to_stderr_or_nowhere(
+    tmp_path: Path, begin: str, redirect: str, said: bool, spool: str
+) -> None:
+    """Neither the last line nor a log line is ever in the program's output or in its files."""
+    (tmp_path / "file").touch()
+    (tmp_path / "users").touch()
+    (tmp_path / "script.py").write_text(f"{begin}\n{SCRIPT}\nprint('output', flush=True)")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "script.py", "", "1", "1"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "QITOS_MLFLOW_SPOOL_DIR": str(tmp_path / spool),
+        },
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("output\n", "")
+    lines = (tmp_path / "users").read_text().splitlines()
+    if not said:
+        assert lines == []
+    elif spool == "spool":
+        assert [line for line in lines if SAID in line] == lines != []
+    else:
+        assert ["cannot be written" in line for line in lines] == [True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as a shell does")
+def test_complaints_of_commands_go_to_stderr_or_nowhere(tmp_path: Path) -> None:
+    """Without a stderr a command has nothing but its exit code to complain with."""
+    command = [sys.executable, "-m", "qitos_mlflow.cli", "status", "no-such-thing"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_spool_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, offline: bool
+) -> None:
+    """However many of its files cannot be written; what memory has is lost at the end."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / place))
+    said = run("" if offline else "http://127.0.0.1:9", 2, 0.5)[1].splitlines()
+    assert len([line for line in said if f"{tmp_path / place}" in line]) == 2 - offline, said
+    assert "cannot be written" in said[0]
+    assert offline or "records lost" in said[-1]

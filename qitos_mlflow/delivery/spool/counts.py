@@ -100,7 +100,7 @@ class Counts:
                 self._saved = dropped
         except OSError as error:
             _guard.warn(
-                "delivery.losses",
+                f"delivery.{paths.directory}",  # Once for a spool that cannot be written.
                 "%s cannot be written (%s): `qitos-mlflow status` does not show all losses",
                 paths.lost,
                 error,

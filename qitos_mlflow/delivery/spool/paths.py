@@ -18,10 +18,12 @@ records.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -128,13 +130,31 @@ def _age(stem: str) -> int:
 
 
 def make_directory(directory: Path) -> None:
-    """Create `directory` for its owner only; an existing one keeps its permissions."""
+    """Create `directory` for its owner only; an existing one keeps its permissions.
+
+    Raises:
+        OSError: it cannot be created, or `check_owner` refuses it.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir(mode=_PRIVATE_DIRECTORY)
     except FileExistsError:
+        check_owner(directory)
         return
     directory.chmod(_PRIVATE_DIRECTORY)  # The umask may have taken even the owner's rights.
+
+
+def check_owner(directory: Path) -> None:
+    """Raise `PermissionError` if `directory` lies in one for everyone and another user has made it.
+
+    In /tmp anyone can make it, or a link in its place, first: to read records or to forge some.
+    """
+    try:
+        everyones, owner = directory.parent.stat().st_mode & stat.S_ISVTX, directory.lstat().st_uid
+    except FileNotFoundError:
+        return
+    if everyones and owner not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, "It belongs to another user", str(directory))
 
 
 def open_private(path: Path, flags: int) -> int:

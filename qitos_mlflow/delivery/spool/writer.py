@@ -183,7 +183,7 @@ class SegmentWriter:
         """Go on in memory until the disk is tried again; without one, a smaller record may fit."""
         if failure != self._disk_failure:
             _guard.warn(
-                f"delivery.{failure}",
+                f"delivery.{self.paths.directory}",
                 "the spool %s cannot be written (%s): until it can, records are %s; "
                 "free some disk or raise spool_bytes",
                 self.paths.directory,

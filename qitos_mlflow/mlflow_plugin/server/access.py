@@ -117,15 +117,16 @@ def _user_and_password() -> tuple[str, str]:
     user, password = (os.environ.get(name.upper(), "") for name in names)
     if user and password:
         return user, password
-    file = configparser.ConfigParser()
+    file, found = configparser.ConfigParser(), ["", ""]
     try:
         file.read(Path("~/.mlflow/credentials").expanduser())
         found = [_value(file, name) for name in names]
-    except (configparser.Error, OSError, RuntimeError, UnicodeError) as error:
+    except RuntimeError:  # This user has no home.
+        pass
+    except (configparser.Error, OSError, UnicodeError) as error:
         # Never its text: it holds the line that is wrong.
         kind = type(error).__name__
         warn("server.credentials", "~/.mlflow/credentials cannot be read (%s)", kind)
-        found = ["", ""]
     return user or found[0], password or found[1]
 
 

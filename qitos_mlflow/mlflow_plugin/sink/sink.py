@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.delivery import DeadLetter
+from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
@@ -234,7 +234,11 @@ def open_transport(
     """
     if uri is not None and is_http(uri):
         return RestTransport(uri, SessionRequester(uri, routing, trusted=trusted))
-    from qitos_mlflow.mlflow_plugin.server import mlflow_client
+    try:
+        from qitos_mlflow.mlflow_plugin.server import mlflow_client
+    except RuntimeError as error:  # Of a user without a home (`Path.home` in mlflow).
+        raise RetryLater(f"mlflow cannot be imported ({error}); set HOME") from error
+
 
     cwd = cwd or working_directory()
     store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
