@@ -100,6 +100,12 @@ class OpenTrace(TraceRecorder):
             return "FAILED"
         return "FINISHED"
 
+    def end_early(self, status: str, why: str) -> None:
+        """As in the base class; then the run can no longer be, or become, MLflow's active run."""
+        super().end_early(status, why)
+        if not self.run.left_open:
+            self.active.leave(open=False)
+
     def tags(self) -> Mapping[str, str]:
         """The tags that were set on the trace through MLflow."""
         return {} if self.autolog is None else self.autolog.end()
@@ -188,8 +194,10 @@ class MlflowPlugin:
             return
         # One that has ended was closed early, from any thread.
         stays_open = not (open_trace.ended or self.settings.auto_end_run)
-        open_trace.end(trace)
-        open_trace.active.leave(open=stays_open)
+        try:
+            open_trace.end(trace)
+        finally:  # Also after Ctrl-C.
+            open_trace.active.leave(open=stays_open)
         self._call_if_idle()
 
     @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,104 @@ def test_mlflow_imported_only_after_the_trace(
     )
     run = only_run(client, "after")
     assert (run.status, run.metrics["custom/accuracy"]) == ("FINISHED", 0.92)
+
+ENDS = {
+    "shut down": """
+        with create_trace("one"):
+            assert processor.force_flush()
+            processor.shutdown()
+            assert_none_is_active()
+    """,
+    "shut down, and its end never comes": """
+        trace = create_trace("one").__enter__()
+        assert processor.force_flush()
+        thread = threading.Thread(target=processor.shutdown)
+        thread.start()
+        thread.join()
+    """,
+    "taken out and shut down": """
+        with create_trace("one"):
+            assert processor.force_flush()
+            get_tracing_provider().remove_processor(processor)
+            processor.shutdown()
+            assert_none_is_active()
+    """,
+    "replaced": """
+        with create_trace("one"):
+            assert processor.force_flush()
+            set_trace_processors([])
+    """,
+    "disabled": """
+        set_trace_processors([])
+        qitos_mlflow.autolog(experiment_name=EXPERIMENT)
+        with create_trace("one"):
+            assert get_tracing_provider().force_flush()
+            qitos_mlflow.autolog(disable=True)
+    """,
+    "ended by Ctrl-C": """
+        try:
+            with create_trace("one") as trace:
+                assert processor.force_flush()
+                trace.metadata = Interrupting()
+        except KeyboardInterrupt:
+            pass
+    """,
+    "forked": """
+        with create_trace("one"):
+            assert processor.force_flush()
+            child = os.fork()
+            if not child:
+                try:
+                    assert_none_is_active()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+    """,
+}
+"""How a trace, or its part in a process, is over before mlflow is imported."""
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_mlflow_imported_when_all_is_over(
+    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str, way: str
+) -> None:
+    """A run that is over, or another process's, is not active in a program that imports mlflow."""
+    if way == "forked" and not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    run_script(
+        f"""
+        import os, sys, threading
+        import qitos_mlflow
+        from qitos_mlflow import MlflowTraceProcessor
+        from qitos.tracing import (
+            add_trace_processor, create_trace, get_tracing_provider, set_trace_processors
+        )
+
+        EXPERIMENT = {experiment_name!r}
+        processor = MlflowTraceProcessor(EXPERIMENT)
+        add_trace_processor(processor)
+
+        class Interrupting(dict):
+            def __bool__(self):
+                raise KeyboardInterrupt
+
+        def assert_none_is_active():
+            assert "mlflow" not in sys.modules
+            import mlflow
+            assert mlflow.active_run() is None, mlflow.active_run()
+        """,
+        ENDS[way],
+        """
+        if "mlflow" not in sys.modules:
+            assert_none_is_active()
+        import mlflow
+        assert mlflow.active_run() is None
+        """,
+        MLFLOW_TRACKING_URI=mlflow_server.uri,
+    )
+    assert only_run(client, experiment_name).status == "FINISHED"
+
 
 
 def test_a_run_left_open_does_not_hold_up_the_end(

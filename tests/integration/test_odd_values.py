@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -106,6 +107,55 @@ def test_numbers_that_are_none(
     bad_scores = len(scores) - 3  # Two are good, and None says nothing.
     assert dropped(run) == {"bad_value": bad_scores + 5}
     assert run.tags["qitos.spans.recorded"] == run.tags["qitos.spans.delivered"]
+
+
+def test_only_scores_are_feedback(
+    log: MlflowTraceProcessor, mlflow_server: MlflowServer, experiment_name: str
+) -> None:
+    """MLflow has an average of a critic's scores; what else it says is on its spans."""
+    scores = [0.25, None, NAN, INFINITY, True, "0.8", "good", 10**400, 0.75]
+    with create_trace("judged") as trace:
+        for number, score in enumerate(scores):
+            said = {"action": "retry", "reason": f"because {number}"}
+            data = tracing.CriticSpanData(critic_name="judge", score=score, output_content=said)
+            step(trace, data)
+    assert log.force_flush() is True
+    client = mlflow_server.client
+    experiment = client.get_experiment_by_name(experiment_name)
+    assert experiment is not None
+    (found,) = client.search_traces(locations=[experiment.experiment_id])
+    assert sorted(one.feedback.value for one in found.info.assessments) == [0.25, 0.75]
+    judged = [span for span in found.data.spans if span.span_type == "EVALUATOR"]
+    assert [span.outputs["reason"] for span in judged] == [
+        f"because {number}" for number in range(len(scores))
+    ]
+    assert [span.outputs["action"] for span in judged] == ["retry"] * len(scores)
+    found_by_score = client.search_traces(
+        locations=[experiment.experiment_id], filter_string="feedback.judge = '0.75'"
+    )
+    assert [one.info.trace_id for one in found_by_score] == [found.info.trace_id]
+    if found_averages := averages(mlflow_server.uri, experiment.experiment_id):
+        assert found_averages == {"judge": 0.5}
+
+
+def averages(uri: str, experiment_id: str) -> dict[str, float]:
+    """MLflow's average for each name of its assessments; none if this MLflow has no averages."""
+    query = {
+        "experiment_ids": [experiment_id],
+        "view_type": "ASSESSMENTS",
+        "metric_name": "assessment_value",
+        "aggregations": [{"aggregation_type": "AVG"}],
+        "dimensions": ["assessment_name"],
+        "max_results": 100,
+    }
+    answer = requests.post(f"{uri}/api/3.0/mlflow/traces/metrics", json=query, timeout=30)
+    if answer.status_code == 404:
+        return {}
+    answer.raise_for_status()
+    points = answer.json()["data_points"]
+    return {
+        point["dimensions"]["assessment_name"]: float(point["values"]["AVG"]) for point in points
+    }
 
 
 def test_two_models_in_one_trace(

@@ -130,6 +130,11 @@ def clean_metric(value: Any, lost: Counter[str] | None = None) -> float | None:
     return None
 
 
+def clean_score(value: Any) -> float | None:
+    """`value` as a finite float if it is a number; None for anything else, texts and True too."""
+    return None if isinstance(value, (str, bool)) else clean_metric(value)
+
+
 def clean_step(value: Any) -> int:
     """`value` as a step: a whole number within 64 bits; 0 for anything else.
 

@@ -196,7 +196,7 @@ class RunTotals:
     def _count_score(self, raw: Any) -> float | None:
         if raw is None:
             return None
-        score = None if isinstance(raw, (str, bool)) else clean_metric(raw)
+        score = limits.clean_score(raw)
         number, total, lowest, highest = self.scores or (0, 0.0, math.inf, -math.inf)
         if score is None or math.isinf(total + score):
             self.facts.lost["bad_value"] += 1

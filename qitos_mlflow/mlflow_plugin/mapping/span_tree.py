@@ -289,18 +289,15 @@ def locate(info: Mapping[str, Any], experiment_id: str, run_id: str) -> dict[str
 
 
 def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
-    """MLflow's assessment, as JSON, for a critic's span record; None if there is no verdict.
+    """MLflow's assessment, as JSON, for a critic's span record; None if it has no score.
 
-    The value is the score, or the critic's action if there is no score. The id follows from the
-    span's, so that the same assessment written again replaces the first one.
+    A text among the values would leave MLflow without an average for all of that name. The id
+    follows from the span's, so that the same assessment written again replaces the first one.
     """
     data = mapping(record.get("data"))
     verdict = mapping(data.get("output_content"))
-    score = data.get("score")
-    value: Any = limits.clean_metric(None if isinstance(score, (str, bool)) else score)
+    value = limits.clean_score(data.get("score"))
     if value is None:
-        value = verdict.get("action")
-    if not isinstance(value, (str, float)):
         return None
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
     at = _rfc3339(limits.clean_ns(record.get("end_ns")))
