@@ -1,8 +1,9 @@
 """Reads what a span needs out of the Engine's objects. Pure: no spans, no clock, no threads.
 
 Receives agents, engines, records and results as the host made them; hands on plain values or
-references. Makes no deep copies and formats nothing large: this runs on the agent's thread. What
-a host does not have is None, so that the same functions read every version.
+references. Makes no deep copies and formats nothing large: this runs on the agent's thread. Does
+not ask whether a value of the user's is true or equal to another: a query set asks its database.
+What a host does not have is None, so that the same functions read every version.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def decision(source: Any) -> dict[str, Any] | None:
     keys = ("mode", "actions", "final_answer", "rationale", "meta")
     found = {key: first(source, key) for key in keys}
     found["actions"] = [action(item) for item in found["actions"] or ()]
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in found.items() if not _is_empty(value)}
 
 
 def action(source: Any) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def messages(payload: Mapping[str, Any]) -> Any:
     """The messages sent to the model, without the host's private keys (leading underscore)."""
     sent = payload.get("messages")
     if not isinstance(sent, list):
-        return payload.get("prepared_full") or payload.get("prepared")
+        full = payload.get("prepared_full")
+        return payload.get("prepared") if _is_empty(full) else full
     return [_public(message) for message in sent]
 
 
@@ -141,7 +143,7 @@ def response(model_response: Any) -> dict[str, Any] | None:
     return {
         key: value
         for key, value in model_response.items()
-        if key != "text" and value not in (None, {}, [])
+        if key != "text" and not _is_empty(value)
     }
 
 
@@ -201,8 +203,9 @@ def tool_result(result: Any) -> tuple[Any, str | None, dict[str, Any]]:
     found |= {"status": status, "error_category": category, "source": extra.get("source")}
     details = present({**found, "toolset": extra.get("toolset_name")})
     if status == "success":
-        said = mapping(output) if isinstance(output, dict) else {}
-        if str(said.get("status") or "").strip().lower() not in FAILED_OUTPUT_STATUSES:
+        said = output if issubclass(type(output), dict) else {}
+        failed = said.get("status")
+        if not isinstance(failed, str) or failed.strip().lower() not in FAILED_OUTPUT_STATUSES:
             return output, None, details
         why = said.get("error") or said.get("message") or said["status"]
         return output, f"{category or said['status']}: {why}", details
@@ -271,12 +274,18 @@ def critics_in_traceback(critics: Sequence[Any], error: BaseException) -> Sequen
 
 def mapping(value: Any) -> Mapping[str, Any]:
     """`value` if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
+    # `isinstance` asks a lazy object for its class.
+    return value if issubclass(type(value), Mapping) else {}
 
 
 def present(found: Mapping[str, Any]) -> dict[str, Any]:
     """`found` without the keys whose value is None."""
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether `value` is None or a text or container of Python's without anything in it."""
+    return value is None or (type(value) in (str, dict, list, tuple) and not value)
 
 
 def _number(value: Any) -> float | None:

@@ -19,7 +19,7 @@ import orjson
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.recording.record import RECORD_VERSION
-from qitos_mlflow.recording.to_json import encode, finite
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
@@ -122,7 +122,7 @@ def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(returned: Any) -> dict[str, dict[str, Any]]:
-    """What a plugin returned, with its numbers in a form that JSON can hold.
+    """What a plugin returned, as dicts.
 
     Raises:
         TypeError: it does not have the form that the hook asks for; the text says what is wrong.
@@ -138,10 +138,7 @@ def _checked(returned: Any) -> dict[str, dict[str, Any]]:
         for name in values:
             if not isinstance(name, str) or name.startswith(RESERVED):
                 raise ValueError(f"{name!r} cannot be a name among the {part} of a plugin")
-    return {
-        part: {name: finite(value) for name, value in values.items()}
-        for part, values in returned.items()
-    }
+    return {part: dict(values) for part, values in returned.items()}
 
 
 def _spell_out(record: dict[str, Any]) -> None:

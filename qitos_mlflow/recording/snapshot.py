@@ -1,9 +1,9 @@
 """Snapshots: what a record holds of a trace or span event, as it is at that moment. Agent's thread.
 
 `to_json.encode` makes bytes of it at once, so that later changes of the span no longer matter (a
-4 KB span costs 3 µs, 200 KB of messages 0.03 ms; `benchmarks/agent_thread.py`). pickle would be
+4 KB span costs 3 µs, 200 KB of messages 0.05 ms; `benchmarks/agent_thread.py`). pickle would be
 faster, but pickling an unknown object copies everything it refers to and runs its code; here such
-an object becomes its short `repr`. Times and redaction follow on the spooling thread: `normalize`.
+an object becomes its short `repr` or its type's name. Times and redaction follow on the spooling thread: `normalize`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from qitos_mlflow.recording.to_json import finite, text_of
+from qitos_mlflow.recording.to_json import text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
@@ -64,7 +64,6 @@ def span_record(span: Any, content: bool, field_chars: int) -> dict[str, Any]:
         "ended_at": span.ended_at,
         "error": span.error,
     }
-    _keep_numbers(kind, data)
     if content:
         for key, value in data.items():
             if type(value) is str and len(value) > field_chars:
@@ -91,7 +90,7 @@ def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[st
     """
     answer = metadata.get("final_result")
     if answer is not None:
-        path = "final_answer.txt" if isinstance(answer, str) else "final_answer.json"
+        path = "final_answer.txt" if issubclass(type(answer), str) else "final_answer.json"
         yield {"kind": "artifact", "trace_id": trace_id, "path": path, "content": answer}
     directory = metadata.get("qitos_run_dir")
     if isinstance(directory, str):
@@ -103,13 +102,3 @@ def files_of_run(trace_id: str, metadata: Mapping[str, Any]) -> Iterator[dict[st
 def structure_only(redacted: Mapping[str, Any]) -> dict[str, Any]:
     """The exported fields without those whose content was redacted."""
     return {key: value for key, value in redacted.items() if value != REDACTED}
-
-
-def _keep_numbers(kind: str, data: dict[str, Any]) -> None:
-    """Make NaN and infinity texts among the numbers that become metrics."""
-    if kind == "critic":
-        data["score"] = finite(data.get("score"))
-    elif kind == "generation" and isinstance(usage := data.get("token_usage"), Mapping):
-        data["token_usage"] = {
-            key: value if type(value) is int else finite(value) for key, value in usage.items()
-        }

@@ -9,11 +9,13 @@ through Python code that orjson calls (`default`, an Enum's value, a time zone).
 such code raises. So it receives nothing but dicts, lists, texts and numbers, and of each container
 that holds others our own copy. A dict of texts and numbers, as most chat messages are, needs no
 copy: orjson calls no code for it, and no other thread runs meanwhile.
+
+To look at an object may fetch what it stands for: a query set asks its database for its `repr`,
+its length, its truth. So nothing here looks at what may be one but by its type: `_may_fetch`.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
@@ -22,7 +24,8 @@ from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time
 from enum import Enum
 from itertools import islice
-from os import PathLike, fspath
+from pathlib import PurePath
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -46,37 +49,57 @@ no more containers; only a record that holds one container in many places reache
 MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
 """Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
-_ATOMS = frozenset({str, int, float, bool, type(None)})
+HOLD_DATA = frozenset({
+    "numpy", "pandas", "polars", "pyarrow", "scipy", "torch", "tensorflow", "jax", "jaxlib", "cupy",
+    "sklearn", "PIL", "bs4", "pint", "requests",
+})  # fmt: skip
+"""Packages whose objects have their data at hand, or have a `repr` that fetches none."""
 
 _STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-"""orjson refuses these types, so that it runs no code of theirs. A flat dict may hold some."""
+"""orjson refuses these types, so that it runs no code of theirs. A dict that is not copied may hold
+some by now: another thread may have put them there."""
 
 
 def encode(record: dict[str, Any]) -> bytes:
     """`record` as JSON. Agent's thread; never raises, and leaves `record` as it is."""
-    own = record.copy()
+    own, budget = record.copy(), _Budget(MAX_ITEMS, MAX_CONTAINERS)
     try:
-        _own(own, MAX_LEVELS, [MAX_ITEMS, MAX_CONTAINERS])
+        _own(own, MAX_LEVELS, budget)
         return orjson.dumps(own, option=_STRICT)
     except Exception:  # noqa: BLE001 - a key that is no text, a cycle, a huge number, …
-        return orjson.dumps(_accepted(own, MAX_SLOW_LEVELS, [MAX_SLOW_CONTAINERS]))
+        budget.containers = MAX_SLOW_CONTAINERS
+        return orjson.dumps(_accepted(own, MAX_SLOW_LEVELS, budget))
 
 
 def text_of(value: Any) -> str:
     """The message of an exception, the `repr` of anything else; at most `MAX_REPR` characters."""
     try:
-        text = str.__str__(str(value) if isinstance(value, BaseException) else repr(value))
+        is_error = issubclass(type(value), BaseException)
+        text = str.__str__(str(value) if is_error else repr(value))
     except Exception:  # noqa: BLE001 - the class's own __repr__
         return f"<{type(value).__qualname__} without a repr>"
     return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
 
 
-def finite(value: Any) -> Any:
-    """`value`, but NaN and infinity as a text: a sink counts it, while JSON would have null."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+class _Budget:
+    """How much more one record may hold, and the texts that its objects have become so far."""
+
+    __slots__ = ("containers", "items", "texts")
+
+    def __init__(self, items: int, containers: int) -> None:
+        self.items, self.containers = items, containers
+        # By id, with the object: it stays alive, so that no other one gets its id.
+        self.texts: dict[int, tuple[Any, str]] = {}
 
 
-def _own(own: Any, levels: int, budget: list[int]) -> None:
+def _number(value: float) -> float | str:
+    """`value`, but NaN and infinity as texts: JSON would have null for them."""
+    if value - value == 0:
+        return value
+    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+
+
+def _own(own: Any, levels: int, budget: _Budget) -> None:
     """Replace every container in `own`, a dict or list of ours, by a copy; the fast path.
 
     Args:
@@ -87,23 +110,25 @@ def _own(own: Any, levels: int, budget: list[int]) -> None:
     Raises:
         RecursionError: there are more.
     """
-    budget[1] -= 1
-    if levels == 0 or budget[1] < 0:
+    budget.containers -= 1
+    if levels == 0 or budget.containers < 0:
         raise RecursionError
     for key, item in own.items() if type(own) is dict else enumerate(own):
         kind = type(item)
-        if kind is str or item is None or kind in _ATOMS:
+        if kind is str or item is None or kind is int or kind is bool:
             continue
-        if kind is dict:
-            if _nested(item):
+        if kind is float:
+            own[key] = _number(item)
+        elif kind is dict:
+            if not _plain(item.values()):  # Raises if another thread changes it: the slow path.
                 own[key] = item = item.copy()  # One step: no other thread runs in between.
                 _own(item, levels - 1, budget)
         elif kind is list:
             own[key] = item = [*item]
-            if not _ATOMS.issuperset(map(type, item)):
+            if not _plain(item):
                 _own(item, levels - 1, budget)
         elif kind is tuple:
-            if not _ATOMS.issuperset(map(type, item)):  # Else nothing in it can change.
+            if not _plain(item):  # Else nothing in it can change.
                 own[key] = item = [*item]
                 _own(item, levels - 1, budget)
         else:
@@ -112,17 +137,18 @@ def _own(own: Any, levels: int, budget: list[int]) -> None:
             own[key] = known[0]
 
 
-def _refers(values: dict[Any, Any]) -> bool:
-    """Whether `values` holds anything that may refer to something else: a container, an Enum."""
-    return not _ATOMS.issuperset(map(type, values.values()))
+def _plain(values: Collection[Any]) -> bool:
+    """Whether JSON has each of `values`, of a container of ours, as it is."""
+    for value in values:
+        kind = type(value)
+        if kind is str or value is None or kind is int or kind is bool:
+            continue
+        if kind is not float or value - value != 0:  # That is so of NaN and infinity.
+            return False
+    return True
 
 
-# The garbage collector answers ten times faster. From 3.13 on it does not know an object's
-# `__dict__`.
-_nested = gc.is_tracked if sys.version_info < (3, 13) else _refers
-
-
-def _accepted(value: Any, levels: int, budget: list[int]) -> Any:
+def _accepted(value: Any, levels: int, budget: _Budget) -> Any:
     """A copy of `value` that orjson is certain to accept; the slow path. Never raises.
 
     What raises, and what exceeds `levels` or `budget`, becomes a few words; the rest stays intact.
@@ -130,14 +156,16 @@ def _accepted(value: Any, levels: int, budget: list[int]) -> Any:
     kind = type(value)
     if kind is str:
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    if value is None or kind is float or kind is bool:
+    if value is None or kind is bool:
         return value
+    if kind is float:
+        return _number(value)
     try:
         if kind is int:
             return value if -(2**63) <= value < 2**64 else str(value)
         if kind is dict or kind is list or kind is tuple:
-            budget[0] -= 1
-            if levels == 0 or budget[0] < 0:
+            budget.containers -= 1
+            if levels == 0 or budget.containers < 0:
                 return f"<{kind.__qualname__}, cut>"
             if kind is dict:
                 return {
@@ -148,17 +176,17 @@ def _accepted(value: Any, levels: int, budget: list[int]) -> Any:
                 }
             return [_accepted(item, levels - 1, budget) for item in [*value]]
         if levels > 0:
-            left = [max(0, budget[0]) // 4]  # The rest is for what stands beside it.
-            budget[0] -= left[0]
-            known = _known(value, left)
-            budget[0] += left[0]
+            given = max(0, budget.containers) // 4  # The rest is for what stands beside it.
+            budget.items = given
+            known = _known(value, budget)
+            budget.containers -= given - budget.items
             return _accepted(known, levels - 1, budget)
     except Exception:  # noqa: BLE001 - the class's own code
         return _accepted(text_of(value), 0, budget)
     return f"<{kind.__qualname__}, cut>"
 
 
-def _name(key: Any, levels: int, budget: list[int]) -> str:
+def _name(key: Any, levels: int, budget: _Budget) -> str:
     """`key` as a text: what is not text becomes its JSON, bytes their `repr`."""
     if issubclass(type(key), bytes):
         return text_of(key)  # As a value only the length is kept; here it is the name.
@@ -166,11 +194,21 @@ def _name(key: Any, levels: int, budget: list[int]) -> str:
     return key if type(key) is str else orjson.dumps(key).decode()
 
 
-def _known(value: Any, budget: list[int]) -> Any:
-    """`value`, which orjson cannot write, as something simpler; cheap, however large it is.
+def _known(value: Any, budget: _Budget) -> Any:
+    """`value`, which orjson cannot write, as something simpler; once, if that is a text."""
+    if (held := budget.texts.get(id(value))) is not None:
+        return held[1]
+    known = _simpler(value, budget)
+    if type(known) is str:
+        budget.texts[id(value)] = value, known
+    return known
+
+
+def _simpler(value: Any, budget: _Budget) -> Any:
+    """`value` as something simpler; cheap, however large it is.
 
     Runs as little code of its class as possible. Subclasses of str, int, float, dict and list run
-    none.
+    none. Asks for `type(value)` only: `isinstance` would ask a lazy object for its class, too.
     """
     kind = type(value)
     try:
@@ -190,53 +228,68 @@ def _known(value: Any, budget: list[int]) -> Any:
             return value.isoformat()
         if kind is UUID:
             return str(value)
-        if is_dataclass(kind):
+        if hasattr(kind, "__attrs_attrs__") or is_dataclass(kind) or kind is SimpleNamespace:
             return _attributes(value)
         if hasattr(kind, "__pydantic_fields_set__") or hasattr(kind, "__fields_set__"):
             return _first_pairs(_attributes(value), budget)
-        if isinstance(value, (bytes, bytearray, memoryview)):
+        if issubclass(kind, (bytes, bytearray, memoryview)):
             return f"<{len(value)} bytes>"
+        if issubclass(kind, Mapping):
+            return _first_pairs(value, budget)
+        if issubclass(kind, (Set, Sequence, ValuesView)):
+            return _first(value, budget)
+        if issubclass(kind, PurePath):  # Others may download a file when they are asked for a path.
+            return str(value)
+        if _may_fetch(kind):
+            return f"<{kind.__qualname__}>"
         if hasattr(kind, "shape"):
             return _array(value)
-        if isinstance(value, Mapping):
-            return _first_pairs(value, budget)
-        if isinstance(value, (Set, Sequence, ValuesView)):
-            return _first(value, budget)
-        if isinstance(value, PathLike):
-            return fspath(value)
     except Exception:  # noqa: BLE001 - the class's own code
         pass
     return text_of(value)
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """The public attributes, as far as they are set, of a dataclass's or a pydantic instance.
+def _may_fetch(kind: type) -> bool:
+    """Whether to look at objects of `kind` may fetch or compute what they stand for.
 
-    Runs code of the class only if it is a dataclass with slots.
+    So may what can be iterated over, counted or indexed, and what a table or an array can be made
+    of, unless it is Python's own or of one of `HOLD_DATA`.
+    """
+    looks = ("__iter__", "__len__", "__getitem__", "__array__", "__dataframe__", "shape")
+    if not any(hasattr(kind, look) for look in looks):
+        return False
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return roots[0] not in sys.stdlib_module_names and HOLD_DATA.isdisjoint(roots)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The public attributes, as far as they are set, of a dataclass's, attrs' or pydantic instance.
+
+    Runs code of the class only if it has slots.
     """
     held: dict[str, Any] = {}
     for name in ("__dict__", "__pydantic_extra__"):
         with suppress(AttributeError):
             held.update(object.__getattribute__(value, name) or {})
-    if not held and is_dataclass(value):
-        names = (field.name for field in fields(value))
-        held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    if not held:
+        of = fields(value) if is_dataclass(value) else getattr(type(value), "__attrs_attrs__", ())
+        held = {one.name: getattr(value, one.name) for one in of if hasattr(value, one.name)}
     return {name: item for name, item in held.items() if name[:1] != "_"}
 
 
-def _first_pairs(value: Mapping[Any, Any], budget: list[int]) -> dict[Any, Any]:
+def _first_pairs(value: Mapping[Any, Any], budget: _Budget) -> dict[Any, Any]:
     pairs = _first(value.items(), budget)
     if pairs and type(pairs[-1]) is str:
         pairs[-1] = ("…", pairs[-1])
     return dict(pairs)
 
 
-def _first(values: Collection[Any], budget: list[int]) -> list[Any]:
+def _first(values: Collection[Any], budget: _Budget) -> list[Any]:
     """As many of `values` as the budget allows; the last is a note of their number if some lack."""
-    items = list(islice(values, budget[0] + 1))
-    if len(items) > budget[0]:
+    items = list(islice(values, budget.items + 1))
+    if len(items) > budget.items:
         items[-1] = f"{CUT_HERE}{len(values)} items in all]"
-    budget[0] = max(0, budget[0] - len(items))
+    budget.items = max(0, budget.items - len(items))
     return items
 
 

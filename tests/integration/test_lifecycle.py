@@ -273,6 +273,7 @@ def test_mlflow_imported_only_after_the_trace(
     run = only_run(client, "after")
     assert (run.status, run.metrics["custom/accuracy"]) == ("FINISHED", 0.92)
 
+
 ENDS = {
     "shut down": """
         with create_trace("one"):
@@ -369,7 +370,6 @@ def test_mlflow_imported_when_all_is_over(
         MLFLOW_TRACKING_URI=mlflow_server.uri,
     )
     assert only_run(client, experiment_name).status == "FINISHED"
-
 
 
 def test_a_run_left_open_does_not_hold_up_the_end(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.tracing import SpanType, create_trace
-from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer
+from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.integration.logged import LoggedRun, logged, only_run
 from tests.integration.server import MlflowServer
 
@@ -136,6 +137,29 @@ def test_only_scores_are_feedback(
     assert [one.info.trace_id for one in found_by_score] == [found.info.trace_id]
     if found_averages := averages(mlflow_server.uri, experiment.experiment_id):
         assert found_averages == {"judge": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (NAN, "NaN"),
+        ({"mean": -INFINITY, "n": 0}, {"mean": "-Infinity", "n": 0}),
+        ([{"rows": (1.5, NAN)}], [{"rows": [1.5, "NaN"]}]),
+        (numpy.array([INFINITY, 2.0]), ["Infinity", 2.0]),
+    ],
+    ids=["number", "dict", "rows", "array"],
+)
+def test_a_tools_result_that_is_no_number(
+    log: MlflowTraceProcessor, client: MlflowClient, experiment_name: str, result: Any, shown: Any
+) -> None:
+    """NaN and infinity are readable on the span of the tool that returned them."""
+    tools = toolbox(measure=lambda: result)
+    ModelAgent(Model("Thought: x\nAction: measure()", FINAL), tools).run("sum", render=False)
+    assert log.force_flush() is True
+    run = only_run(client, experiment_name)
+    (trace,) = client.search_traces(locations=[run.experiment_id])
+    (span,) = [span for span in trace.data.spans if span.span_type == "TOOL"]
+    assert span.outputs == shown
 
 
 def averages(uri: str, experiment_id: str) -> dict[str, float]:

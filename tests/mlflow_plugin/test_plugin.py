@@ -21,6 +21,8 @@ from typing import Any
 
 import orjson
 import pytest
+from qitos import Decision
+from qitos.engine.critic import Critic
 
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
@@ -29,6 +31,8 @@ from qitos_mlflow.recording import recorder
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
+from tests.bridge.agents import ScriptAgent, State, act, toolbox
+from tests.fakes.lazy import Cursor, Report, Rows, Watched
 
 Spooled = Callable[[], list[dict[str, Any]]]
 Lost = Callable[[], dict[str, int]]
@@ -142,6 +146,64 @@ def test_every_span_knows_its_step(
     assert steps == {"tool": 5, "act": 5, "agent": None}
     assert spans[inner.span_id]["step"] == spans[outer.span_id]["step"] == 5
     assert spans[inner.span_id]["data"]["step_number"] == 0
+
+
+@pytest.mark.parametrize("kind", [Rows, Cursor, Report])
+def test_a_real_agent_asks_nothing_more(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled, kind: type[Watched]
+) -> None:
+    """Objects that may fetch are asked for nothing, wherever an agent has them, others for `repr`.
+
+    Compared with the same agent without a processor: QitOS itself may ask.
+    """
+
+    def run() -> Counter[str]:
+        value = kind()
+
+        class Unchecked(State):
+            def validate(self) -> None:
+                """Any result will do."""
+
+        class Keeper(ScriptAgent):
+            def init_state(self, task: str, **kwargs: Any) -> State:
+                return Unchecked(task=task, max_steps=3)
+
+            def reduce(self, state: Any, observation: Any, decision: Any) -> Any:
+                state.seen = [value]
+                return state
+
+        class Judge(Critic):
+            def evaluate(self, state: Any, decision: Any, results: Any) -> Any:
+                return {"action": "continue", "reason": "fine", "details": {"saw": value}}
+
+        agent = Keeper(
+            act("look", at=value),
+            Decision.final(value),
+            tools=toolbox(look=lambda at: {"status": at, "rows": at}),
+        )
+        result = agent.run("look", return_state=True, critics=[Judge()], trace=False, render=False)
+        assert result.state.final_result is value
+        return value.asked
+
+    without = run()
+    attach()
+    asked = run() - without
+    found = records()
+    name = f"<{kind.__qualname__}>"
+    having = sum(name.encode() in orjson.dumps(record) for record in found)
+    spans = {record["type"]: record for record in found if record["kind"] == "span"}
+    assert {"tool", "act", "reduce", "critic", "step", "decide", "agent"} <= spans.keys()
+    if kind is not Report:
+        assert asked == {}
+        assert spans["tool"]["data"]["tool_args"] == {"at": name}
+        assert spans["tool"]["data"]["output_content"] == {"status": name, "rows": name}
+        assert spans["decide"]["data"]["output_content"]["final_answer"] == name
+        assert spans["agent"]["output"] == found[-1]["metadata"]["final_result"] == name
+        assert having >= 8
+    else:
+        texts = [record for record in found if b"QuerySet" in orjson.dumps(record)]
+        assert set(asked) == {"repr"}
+        assert asked["repr"] <= len(texts)  # At most once in each record.
 
 
 @pytest.mark.parametrize(

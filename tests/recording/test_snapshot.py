@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import math
+import re
 import subprocess
 import sys
 import uuid
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import orjson
+import pandas
 import pydantic
 import pydantic.v1
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow import tracing
-from qitos_mlflow.recording import snapshot, to_json
+from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.snapshot import describe, span_record
 from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.tracing import SpanType, create_trace
+from tests.fakes.lazy import Cursor, LazyUser, RemotePath, Report, Rows, Table, Watched
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1_000_000
@@ -182,7 +189,7 @@ class HostilePath:
         ({"a": [1, 2.5, None, True, "ä"]}, {"a": [1, 2.5, None, True, "ä"]}),
         ((1, 2), [1, 2]),
         ({1: "a", None: "b", 1.5: "c"}, {"1": "a", "null": "b", "1.5": "c"}),
-        ({True: "a", math.nan: "b"}, {"true": "a", "null": "b"}),
+        ({True: "a", math.nan: "b"}, {"true": "a", "NaN": "b"}),
         ({Colour.RED: 1, Shade.RED: {Size.SMALL: 2}}, {"red": 1, "dark red": {"1": 2}}),
         ({date(2026, 1, 2): 1}, {"2026-01-02": 1}),
         ({uuid.UUID(int=7): 1}, {"00000000-0000-0000-0000-000000000007": 1}),
@@ -246,21 +253,6 @@ class LazyMapping(Mapping[int, int]):
         return 10**15
 
 
-class Frame:
-    """Like a data frame, or a tensor on another device."""
-
-    def __init__(self, *shape: int) -> None:
-        self._shape = shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    def __repr__(self) -> str:
-        assert math.prod(self._shape) <= to_json.MAX_ARRAY, "slow"
-        return "a | b"
-
-
 @pytest.mark.parametrize("value", [range(10**15), Lazy(), LazyMapping()], ids=type)
 @pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
 def test_what_is_endless_is_cut(value: Any, beside: int) -> None:
@@ -274,8 +266,129 @@ def test_what_is_endless_is_cut(value: Any, beside: int) -> None:
 
 def test_a_large_array_becomes_its_shape() -> None:
     """A small one is its text; the text of a large one may cost any amount of time."""
-    assert through(Frame(2, 2)) == "a | b"
-    assert through(Frame(10**6, 3)) == "<Frame (1000000, 3)>"
+    small = pandas.DataFrame({"a": [1.5, 2.5]})
+    assert through(small) == repr(small)
+    assert through(pandas.DataFrame({"a": range(10**6), "b": 0})) == "<DataFrame (1000000, 2)>"
+    assert through(pandas.Series(range(10**6))) == "<Series (1000000,) int64>"
+    assert through(np.zeros(5_000).view(Own)) == "<Own (5000,) float64>"
+    assert through(np.arange(3).view(Own)) == [0, 1, 2]
+
+
+class Own(np.ndarray[Any, Any]):
+    """A user's array is an array, too."""
+
+
+# -- numbers that are none -------------------------------------------------------------------
+
+NAN, INFINITY = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (NAN, "NaN"),
+        (INFINITY, "Infinity"),
+        (-INFINITY, "-Infinity"),
+        ([1.5, NAN], [1.5, "NaN"]),
+        ([NAN, "a", None, True, 2], ["NaN", "a", None, True, 2]),
+        ((INFINITY, 1.0), ["Infinity", 1.0]),
+        ({"a": NAN, "b": 1.5}, {"a": "NaN", "b": 1.5}),
+        ({"rows": [{"a": 1.0}, {"a": NAN}]}, {"rows": [{"a": 1.0}, {"a": "NaN"}]}),
+        ({"deep": {"er": ({"x": [NAN]},)}}, {"deep": {"er": [{"x": ["NaN"]}]}}),
+        ({NAN: INFINITY}, {"NaN": "Infinity"}),
+        (Ratio(NAN), "NaN"),
+        ({"a": Ratio(INFINITY)}, {"a": "Infinity"}),
+        (np.float64(NAN), "NaN"),
+        (np.float32(-INFINITY), "-Infinity"),
+        (np.array([1.0, NAN]), [1.0, "NaN"]),
+        ({"a": np.array([[INFINITY]])}, {"a": [["Infinity"]]}),
+        (Point(1, NAN), {"x": 1, "y": "NaN"}),
+        (deque([NAN]), ["NaN"]),
+        ({NAN}, ["NaN"]),
+        (MappingProxyType({"a": NAN}), {"a": "NaN"}),
+    ],
+)
+@pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
+def test_numbers_that_json_has_not_are_texts(value: Any, wanted: Any, beside: int) -> None:
+    """NaN and infinity are readable, wherever they stand and whatever stands beside them."""
+    given = {"value": value, "again": [value]}
+    assert orjson.loads(encode({**given, "beside": beside})) == {
+        "value": wanted,
+        "again": [wanted],
+        "beside": beside if beside == 1 else str(beside),
+    }
+    assert given["value"] is value
+
+
+# -- objects that are more than they seem ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Rows, Table, Cursor, LazyUser])
+@pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
+def test_what_may_fetch_is_its_type(kind: type[Watched], beside: int) -> None:
+    """Nothing is asked of an object that may fetch what it stands for."""
+    value = kind()
+    held = [value, {"a": value}, (value,), Point(1, value), SimpleNamespace(a=value), {1: [value]}]
+    payload = encode({"value": value, "held": held, "beside": beside})
+    assert value.asked == {}
+    assert orjson.loads(payload)["value"] == f"<{kind.__qualname__}>"
+    assert payload.count(f"<{kind.__qualname__}>".encode()) == 1 + len(held)
+
+
+@pytest.mark.parametrize("beside", [1, 2**70], ids=["orjson", "slow path"])
+@pytest.mark.parametrize("kind", [Report, RemotePath])
+def test_a_plain_object_is_asked_once(kind: type[Watched], beside: int) -> None:
+    """The `repr` of an object runs once, however often a record has the object."""
+    value, other = kind(), kind()
+    record = {"value": value, "held": [value, {"a": [value]}], "other": other, "beside": beside}
+    read = orjson.loads(encode(record))
+    assert (value.asked, other.asked) == ({"repr": 1}, {"repr": 1})
+    text = "<QuerySet [1, 2]>"
+    assert (read["value"], read["held"], read["other"]) == (text, [text, {"a": [text]}], text)
+
+
+def test_objects_that_come_and_go_are_not_mixed_up() -> None:
+    """An object made on the way, and gone again, does not lend its text to the next one."""
+    read = through(Made())
+    assert read == [f"item {number}" for number in range(100)]
+
+
+class Item:
+    """Made when it is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"item {self.number}"
+
+
+class Made(Sequence[Item]):
+    def __getitem__(self, index: Any) -> Item:
+        if index >= 100:
+            raise IndexError
+        return Item(index)
+
+    def __len__(self) -> int:
+        return 100
+
+
+@attrs.define
+class Order:
+    """Of attrs, with slots."""
+
+    number: int
+    rows: Any
+
+
+def test_values_of_other_libraries_read_as_ever() -> None:
+    """Objects that have their data at hand are their fields or their text."""
+    assert through(Order(1, Rows())) == {"number": 1, "rows": "<Rows>"}
+    assert through(SimpleNamespace(a=1, b=[NAN])) == {"a": 1, "b": ["NaN"]}
+    match = re.match("a", "a")
+    for value in (match, ipaddress.ip_network("10.0.0.0/8"), Colour, pandas.NaT, np.float64):
+        assert through(value) == repr(value)
+    assert through(requests.Response()) == "<Response [None]>"
 
 
 def test_a_snapshot_stays_as_it_was() -> None:
@@ -368,12 +481,8 @@ def test_rows_with_times_are_not_cut() -> None:
     assert through(rows)[-1] == {"at": "2026-01-02T00:00:00", "n": 19_999}
 
 
-@pytest.mark.parametrize("nested", [to_json._nested, to_json._refers])
-def test_a_flat_dict_is_known_as_such_only_while_it_is(
-    nested: Callable[[dict[Any, Any]], bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flat_dict_is_known_as_such_only_while_it_is() -> None:
     """A container in a dict is found, whichever way it came into the dict."""
-    monkeypatch.setattr(to_json, "_nested", nested)
     bare = Bare()
     bare.a = bare.b = 1  # type: ignore[attr-defined]
     attributes = vars(bare)
@@ -383,7 +492,6 @@ def test_a_flat_dict_is_known_as_such_only_while_it_is(
     added.setdefault("b", Colour.RED)  # type: ignore[arg-type]
     merged |= {"a": Colour.RED}  # type: ignore[dict-item]
     for value in (attributes, copied, added, merged, dict.fromkeys("a", Colour.RED)):
-        assert to_json._nested(value)
         assert Colour.RED.value in through([value])[0].values()
     assert through([kept]) == [{"a": "<1 bytes>", "at": [1, "<1 bytes>"]}]
 
@@ -446,10 +554,10 @@ def test_the_record_of_a_span() -> None:
 def test_numbers_that_are_none_stay_visible() -> None:
     """JSON has no NaN. As texts, such numbers can be dropped and counted later."""
     record = record_of(tracing.CriticSpanData(score=math.nan))
-    assert record["data"]["score"] == "nan"
+    assert record["data"]["score"] == "NaN"
     usage = {"prompt_tokens": math.inf, "completion_tokens": 1.0}
     record = record_of(tracing.GenerationSpanData(token_usage=usage))
-    assert record["data"]["token_usage"] == {"prompt_tokens": "inf", "completion_tokens": 1.0}
+    assert record["data"]["token_usage"] == {"prompt_tokens": "Infinity", "completion_tokens": 1.0}
 
 
 def test_long_texts_are_cut_on_the_spot() -> None:
