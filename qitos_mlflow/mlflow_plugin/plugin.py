@@ -131,9 +131,12 @@ class MlflowPlugin:
     @hookimpl
     def qitos_wants_trace(self) -> bool:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
+        return self._wants(None)
+
+    def _wants(self, trace: Any) -> bool:
         if self._recorder.closed or self._when_idle:
             return False
-        reason = self._reason_to_stand_down()
+        reason = self._reason_to_stand_down(trace)
         if reason is not None and reason not in self._said:
             self._said.add(reason)
             log(*reason)
@@ -142,7 +145,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
         """Record the start; wait for the run, bounded, if it can become the active run."""
-        if not self.qitos_wants_trace():
+        if not self._wants(trace):
             return
         key = str(trace.trace_id)
         known = self._recorder.get(key)
@@ -221,13 +224,22 @@ class MlflowPlugin:
     def _run_settings(self) -> RunSettings:
         return run_settings(self.settings)
 
-    def _reason_to_stand_down(self) -> tuple[int, str] | None:
+    def _reason_to_stand_down(self, trace: Any) -> tuple[int, str] | None:
         """Why this must not log a run that starts now, None if it logs it. Costs microseconds.
 
-        Another plugin with a higher `Origin` logs it, or the host's own processor does. A plugin
-        that is only installed also needs a destination. The reason is what to log, once: level and
-        message.
+        An equal plugin that was registered later logs it, or one with a higher `Origin`, or the
+        host's own processor does. A plugin that is only installed also needs a destination. The
+        reason is what to log, once: level and message.
+
+        Args:
+            trace: the run's; None if it is not made yet.
         """
+        if equal := self._equal_later_ones(trace):
+            # Of several, as where a notebook's cell is run again and again, the last but one tells.
+            return logging.WARNING if equal == 1 else logging.DEBUG, (
+                "another MlflowTraceProcessor with the same settings was added and replaces the "
+                "earlier one: each run is logged once"
+            )
         if self.origin is Origin.BY_HAND:
             return None
         for processor in tracing.processors():
@@ -251,6 +263,17 @@ class MlflowPlugin:
             "QitOS runs are not logged to MLflow: no destination is set. Set MLFLOW_TRACKING_URI, "
             "or QITOS_TRACE_PLUGINS=mlflow for MLflow's local store."
         )
+
+    def _equal_later_ones(self, trace: Any) -> int:
+        """How many equal plugins get the events of `trace` from processors added after its own."""
+        equal: list[type] = []
+        for processor in reversed(tracing.processors(trace)):
+            plugin = getattr(processor, "mlflow_plugin", None)
+            if plugin is self:
+                return equal.count(type(processor))
+            if isinstance(plugin, MlflowPlugin) and plugin.origin == self.origin:
+                equal += [type(processor)] * (plugin.settings == self.settings)
+        return 0  # Its own is not among them: nothing can be said.
 
     def _call_if_idle(self) -> None:
         if self._when_idle is not None and all(one.ended for one in self._recorder.traces):

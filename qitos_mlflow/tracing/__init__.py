@@ -42,11 +42,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_host.OURS, "host_has_tracing"})
 
 
-def processors() -> tuple[TraceProcessor, ...]:
-    """What is attached to the global provider now, in order. Any thread; never blocks."""
-    provider = _host.settled()["get_tracing_provider"]()
-    holder = getattr(provider, "_multi_processor", provider)
-    return tuple(getattr(holder, "processors", ()))
+def processors(trace: Trace | None = None) -> tuple[TraceProcessor, ...]:
+    """What gets the events of `trace` as far as this can be seen, else of a new global trace.
+
+    In order. Any thread; never blocks.
+    """
+    through = getattr(trace, "_processor", None)
+    through = getattr(through, "_delegate", through)  # Of what takes the content out.
+    if not hasattr(through, "processors"):
+        provider = _host.settled()["get_tracing_provider"]()
+        through = getattr(provider, "_multi_processor", provider)
+    return tuple(getattr(through, "processors", ()))
 
 
 def remove_trace_processor(processor: TraceProcessor) -> None:

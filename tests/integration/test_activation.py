@@ -299,6 +299,58 @@ def test_a_host_with_tracing_gets_our_spans_through_its_provider(
     assert (run.name, run.tags["tool/name"]) == ("standing in", "look_up")
 
 
+CELLS = """
+import qitos_mlflow, qitos.tracing
+from qitos.tracing.mlflow_processor import MlflowTraceProcessor
+
+class Other(qitos.tracing.TraceProcessor):
+    def __init__(self):
+        self.heard = []
+    def on_trace_start(self, trace): self.heard.append("start")
+    def on_trace_end(self, trace): self.heard.append("end")
+    def on_span_start(self, span): pass
+    def on_span_end(self, span): pass
+
+first, last = Other(), Other()
+qitos.tracing.add_trace_processor(first)
+for cell in range(4):
+    processor = qitos_mlflow.MlflowTraceProcessor(tags={"way": "the cell"})
+    qitos.tracing.add_trace_processor(processor)
+qitos.tracing.add_trace_processor(last)
+"""
+
+CELLS_DONE = """
+assert processor.force_flush() is True
+assert first.heard == last.heard == ["start", "end"]
+others = [one for one in qitos_mlflow.tracing.processors() if isinstance(one, Other)]
+assert others == [first, last]
+"""
+
+
+def test_a_cell_that_runs_four_times(client: MlflowClient, environ: dict[str, str | None]) -> None:
+    """Equal processors log each run once, with one line; the last one's flush is the run's."""
+    done = run_script(AGENT, CELLS, RUN, CELLS_DONE, **environ)
+    assert done.stderr.count("replaces the earlier one") == 1
+    assert one_run(client, environ).tags["way"] == "the cell"
+
+
+def test_a_cell_that_runs_four_times_on_a_host_with_tracing(
+    client: MlflowClient, environ: dict[str, str | None]
+) -> None:
+    """The same where `add_trace_processor` is the host's own."""
+    cells = CELLS.replace("from qitos.tracing.mlflow_processor import MlflowTraceProcessor\n", "")
+    done = run_script(
+        standin("the sphinx"),
+        cells,
+        "Engine(agent).run(content)",
+        CELLS_DONE,
+        **ON_STANDIN,
+        **environ,
+    )
+    assert done.stderr.count("replaces the earlier one") == 1
+    assert one_run(client, environ).tags["way"] == "the cell"
+
+
 def test_how_traces_end_on_a_host_that_does_not_say(
     client: MlflowClient, environ: dict[str, str | None]
 ) -> None:

@@ -148,6 +148,108 @@ def test_every_span_knows_its_step(
     assert spans[inner.span_id]["data"]["step_number"] == 0
 
 
+def starts(found: list[dict[str, Any]]) -> list[str]:
+    """The names of the traces that were recorded, in order, one for each processor."""
+    return [record["name"] for record in found if record["kind"] == "trace_start"]
+
+
+def test_a_cell_that_runs_again_logs_each_run_once(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An equal processor replaces the earlier one, with one line each time; the others stay."""
+    for cell in range(4):
+        attach(tags={"of": "cell"})
+        for number in range(2):
+            with create_trace(f"{cell}.{number}"):
+                pass
+        said = [one for one in caplog.records if one.levelno >= logging.WARNING]
+        assert ["replaces the earlier one" in one.getMessage() for one in said] == [True] * cell
+    for _ in range(3):
+        attach(tags={"of": "another cell"})
+    with create_trace("of both"):
+        pass
+    said = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert len(said) == 3 + 1
+    found = records()
+    cells = [f"{cell}.{number}" for cell in range(4) for number in range(2)]
+    assert sorted(starts(found)) == sorted([*cells, "of both", "of both"])
+    ids = [record["trace_id"] for record in found if record["kind"] == "trace_end"]
+    assert len({*ids}) == len(ids) == len(cells) + 2
+
+
+def test_what_is_open_ends_where_it_began(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A trace that began before the second processor came is the first one's, to its end."""
+    attach()
+    with create_trace("open") as trace:
+        step(trace, tracing.StepSpanData(0))
+        attach()
+        step(trace, tracing.StepSpanData(1))
+        with create_trace("later") as later:
+            step(later, tracing.StepSpanData(7))
+    found = records()
+    assert sorted(starts(found)) == ["later", "open"]
+    steps = [record["data"]["step_number"] for record in found if record["kind"] == "span"]
+    assert sorted(steps) == [0, 1, 7]
+    assert [record["recorded"] for record in found if record["kind"] == "trace_end"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "options", [{"tags": {"a": "b"}}, {"run_name": "x"}, {"log_traces": False}]
+)
+def test_unequal_processors_log_beside_each_other(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled, options: dict[str, Any]
+) -> None:
+    """Two that differ in any setting log a run each."""
+    attach()
+    attach(**options)
+    with create_trace("both"):
+        pass
+    assert starts(records()) == ["both", "both"]
+
+
+def test_a_class_of_its_own_is_another_processor(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A processor whose class is the user's replaces none of ours, and ours none of those."""
+
+    class Own(MlflowTraceProcessor):
+        """May log less."""
+
+    own = Own(offline=True)
+    attach()
+    tracing.add_trace_processor(own)
+    try:
+        with create_trace("both"):
+            pass
+        assert starts(records()) == ["both", "both"]
+    finally:
+        tracing.remove_trace_processor(own)
+
+
+def test_only_one_that_gets_the_trace_replaces_another(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """A trace of another provider, or of earlier processors, is logged by what gets its events."""
+    first = attach()
+    before = create_trace("before")
+    provider = tracing.TracingProvider([first])
+    attach()
+    with provider.create_trace("of its own"):
+        pass
+    with before:
+        pass
+    tracing.set_trace_processors([first, *tracing.processors(), first])  # The first is the last.
+    with create_trace("last"):
+        pass
+    found = records()
+    assert sorted(starts(found)) == ["before", "last", "of its own"]
+    assert len({record["trace_id"] for record in found}) == 3
+
+
 @pytest.mark.parametrize("kind", [Rows, Cursor, Report])
 def test_a_real_agent_asks_nothing_more(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled, kind: type[Watched]
