@@ -1,9 +1,9 @@
 """Reads what a span needs out of the Engine's objects. Pure: no spans, no clock, no threads.
 
 Receives agents, engines, records and results as the host made them; hands on plain values or
-references. Makes no deep copies and formats nothing large: this runs on the agent's thread. Does
-not ask whether a value of the user's is true or equal to another: a query set asks its database.
-What a host does not have is None, so that the same functions read every version.
+references. Makes no deep copies, formats nothing large, and does not ask whether a value of the
+user's is true (a query set would run its query): this runs on the agent's thread. What a host does
+not have is None, so that the same functions read every version.
 """
 
 from __future__ import annotations

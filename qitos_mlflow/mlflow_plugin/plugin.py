@@ -129,11 +129,8 @@ class MlflowPlugin:
     # -- hooks -------------------------------------------------------------------------------
 
     @hookimpl
-    def qitos_wants_trace(self) -> bool:
+    def qitos_wants_trace(self, trace: Any = None) -> bool:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
-        return self._wants(None)
-
-    def _wants(self, trace: Any) -> bool:
         if self._recorder.closed or self._when_idle:
             return False
         reason = self._reason_to_stand_down(trace)
@@ -145,7 +142,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
         """Record the start; wait for the run, bounded, if it can become the active run."""
-        if not self._wants(trace):
+        if not self.qitos_wants_trace(trace):
             return
         key = str(trace.trace_id)
         known = self._recorder.get(key)
@@ -227,15 +224,12 @@ class MlflowPlugin:
     def _reason_to_stand_down(self, trace: Any) -> tuple[int, str] | None:
         """Why this must not log a run that starts now, None if it logs it. Costs microseconds.
 
-        An equal plugin that was registered later logs it, or one with a higher `Origin`, or the
-        host's own processor does. A plugin that is only installed also needs a destination. The
-        reason is what to log, once: level and message.
-
-        Args:
-            trace: the run's; None if it is not made yet.
+        A later equal plugin logs it, or one with a higher `Origin`, or the host's own processor
+        does. A plugin that is only installed also needs a destination. The reason is what to log,
+        once: level and message. `trace` is None if it is not made yet.
         """
         if equal := self._equal_later_ones(trace):
-            # Of several, as where a notebook's cell is run again and again, the last but one tells.
+            # Of several, as where a notebook's cell ran again and again, the last but one says it.
             return logging.WARNING if equal == 1 else logging.DEBUG, (
                 "another MlflowTraceProcessor with the same settings was added and replaces the "
                 "earlier one: each run is logged once"

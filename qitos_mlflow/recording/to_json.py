@@ -10,8 +10,8 @@ such code raises. So it receives nothing but dicts, lists, texts and numbers, an
 that holds others our own copy. A dict of texts and numbers, as most chat messages are, needs no
 copy: orjson calls no code for it, and no other thread runs meanwhile.
 
-To look at an object may fetch what it stands for: a query set asks its database for its `repr`,
-its length, its truth. So nothing here looks at what may be one but by its type: `_may_fetch`.
+A query set asks its database for its `repr`, its length, its truth. Of what may be such an object
+only the type is asked for: `_may_fetch`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def encode(record: dict[str, Any]) -> bytes:
 def text_of(value: Any) -> str:
     """The message of an exception, the `repr` of anything else; at most `MAX_REPR` characters."""
     try:
-        is_error = issubclass(type(value), BaseException)
-        text = str.__str__(str(value) if is_error else repr(value))
+        as_text = str if issubclass(type(value), BaseException) else repr
+        text = str.__str__(as_text(value))
     except Exception:  # noqa: BLE001 - the class's own __repr__
         return f"<{type(value).__qualname__} without a repr>"
     return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
@@ -207,8 +207,8 @@ def _known(value: Any, budget: _Budget) -> Any:
 def _simpler(value: Any, budget: _Budget) -> Any:
     """`value` as something simpler; cheap, however large it is.
 
-    Runs as little code of its class as possible. Subclasses of str, int, float, dict and list run
-    none. Asks for `type(value)` only: `isinstance` would ask a lazy object for its class, too.
+    Runs as little code of its class as possible (`isinstance` would ask the object for its class).
+    Subclasses of str, int, float, dict and list run none.
     """
     kind = type(value)
     try:

@@ -43,9 +43,9 @@ def __dir__() -> list[str]:
 
 
 def processors(trace: Trace | None = None) -> tuple[TraceProcessor, ...]:
-    """What gets the events of `trace` as far as this can be seen, else of a new global trace.
+    """What gets the events of `trace`, in order; None, or one that hides it: of the global traces.
 
-    In order. Any thread; never blocks.
+    Any thread; never blocks.
     """
     through = getattr(trace, "_processor", None)
     through = getattr(through, "_delegate", through)  # Of what takes the content out.
