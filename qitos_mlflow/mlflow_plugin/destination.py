@@ -10,9 +10,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,12 @@ from qitos_mlflow._after_import import imported
 from qitos_mlflow.delivery import importing
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
-from qitos_mlflow.mlflow_plugin.server.access import REGISTRY, has_plugins, routing_headers
+from qitos_mlflow.mlflow_plugin.server.access import (
+    REGISTRY,
+    has_credentials,
+    has_plugins,
+    routing_headers,
+)
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     absolute,
     is_http,
@@ -136,6 +142,14 @@ class MlflowPipeline(RecordPipeline):
                 import_module(REGISTRY)
             headers = {**routing_headers(), **dict(self._to.headers)}
             self.header = segment_header(self._to._replace(headers=tuple(headers.items())))
+
+    @cached_property
+    def command_prefix(self) -> str:
+        """Names the server to `sync`, which sends credentials to no other one."""
+        uri = without_credentials(self._to.uri or "")
+        if is_http(uri) and has_credentials(uri):
+            return f"{TRACKING_VARIABLE}={shlex.quote(uri)} "
+        return ""
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""

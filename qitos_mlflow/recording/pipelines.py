@@ -69,6 +69,11 @@ class RecordPipeline(Pipeline):
                 self.local_exit_timeout_s, settings.local_exit_timeout_s
             )
 
+    @property
+    def command_prefix(self) -> str:
+        """What the shell command that delivers its records later begins with."""
+        return ""
+
     def may_rest(self) -> bool:
         """Spooling thread. Whether no trace can record anything soon."""
         return all(trace.is_quiet for trace in self.traces)

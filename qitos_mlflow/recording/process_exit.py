@@ -155,25 +155,27 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
     until = time.monotonic() + COUNT_S
     directories = {str(pipeline.paths.directory) for pipeline in left}
-    records, traces, found, complete = 0, set(), set(), True
+    records, traces, complete = 0, set(), True
+    found: dict[str, set[str]] = {}  # By what the command has to begin with.
     for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
         if time.monotonic() > until:
-            complete, found = False, directories
+            complete, found = False, {one.command_prefix: directories for one in left}
             break
         records += 1
         traces.add(orjson.loads(record).get("trace_id"))
-        found.add(str(pipeline.paths.directory))
+        found.setdefault(pipeline.command_prefix, set()).add(str(pipeline.paths.directory))
     lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
         lines.append(
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
             f"{', '.join(sorted(directories))} took them in time"
         )
+    commands = [f"{begin}qitos-mlflow sync {shlex.join(sorted(d))}" for begin, d in found.items()]
     if found:  # Else another process has delivered them meanwhile.
         lines.append(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
-            f"delivered yet; deliver with: qitos-mlflow sync {shlex.join(sorted(found))}"
+            f"delivered yet; deliver with: {'; '.join(commands)}"
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         say(line)

@@ -202,6 +202,7 @@ def test_tenants_with_one_spool_never_meet(
 # -- another database ----------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)  # The server is started twice.
 def test_a_server_that_comes_back_empty(tmp_path: Path) -> None:
     """Later runs go to their experiment by its name, not to a stranger's that has the old id."""
     server = MlflowServer(tmp_path / "server")

@@ -137,6 +137,11 @@ def _value(file: configparser.ConfigParser, name: str) -> str:
         return file.get("mlflow", name, raw=True)
 
 
+def has_credentials(uri: str) -> bool:
+    """Whether this process has credentials for a server that it trusts."""
+    return _authorization(uri) is not None or _asks_mlflow()
+
+
 def _asks_mlflow() -> bool:
     """Whether only MLflow knows how to reach servers, by its settings or its plugins."""
     for name in ("MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"):

@@ -239,7 +239,6 @@ def open_transport(
     except RuntimeError as error:  # Of a user without a home (`Path.home` in mlflow).
         raise RetryLater(f"mlflow cannot be imported ({error}); set HOME") from error
 
-
     cwd = cwd or working_directory()
     store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
     return mlflow_client.StoreTransport(store, (routing or {}).get(WORKSPACE))
