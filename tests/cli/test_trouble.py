@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from mlflow import environment_variables
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._server import ask
 from qitos_mlflow.cli.sync import Sync
-from qitos_mlflow.delivery import RetryLater, find_segments, inspect_segment
+from qitos_mlflow.delivery import RetryLater, backoff, find_segments, inspect_segment
 from tests.cli.conftest import Run
 from tests.cli.test_spool import NOWHERE, trace, write_segment
 
@@ -114,7 +115,7 @@ def test_a_server_is_asked_once_and_with_its_password(
 @pytest.mark.parametrize("uri", ["http://a..b", "http://[bad", "http://h:999999", "http://"])
 def test_asking_never_raises(uri: str) -> None:
     """`status` shows a URI that cannot be used like a server that does not answer."""
-    assert ask(uri).reachable is False
+    assert ask(uri, trusted=True).reachable is False
 
 
 def test_a_broken_file_of_credentials_is_named(
@@ -124,7 +125,7 @@ def test_a_broken_file_of_credentials_is_named(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow" / "credentials").write_text("no section\n")
-    assert ask(NOWHERE).reachable is False
+    assert ask(NOWHERE, trusted=True).reachable is False
 
 
 def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: str) -> None:
@@ -181,7 +182,7 @@ def test_one_refused_experiment_does_not_stop_the_others(
     """Patience also ends while the server asks to retry; the other experiments are delivered."""
     for experiment in ("locked", "open", "locked"):
         write_segment(tmp_path, server, *trace(experiment))
-    sync = Sync({"open_sink": Unwilling}, 0.1, lambda header: header["tracking_uri"])
+    sync = Sync({"open_sink": Unwilling}, 0.1, lambda header: (header["tracking_uri"], True))
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
     sync.show()
     shown = capsys.readouterr()
@@ -190,6 +191,61 @@ def test_one_refused_experiment_does_not_stop_the_others(
         f"qitos-mlflow: {server} refused the data of experiment 'locked': HTTP 403: not yours",
         "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
     ]
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("sqlite:////dev/null/mlflow.db", "Not a directory"),
+        ("sqlite:////proc/nowhere/mlflow.db", "No such file or directory"),
+        ("postgresql+missing://host/db", "Can't load plugin: sqlalchemy.dialects"),
+        ("file://{tmp_path}/runs", "to opt out of this exception."),
+    ],
+)
+def test_a_store_that_can_never_be_opened_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, reason: str
+) -> None:
+    """The reason is there in full, once for all segments, and nothing waits for it to go away."""
+    if uri.startswith("file"):
+        if not hasattr(environment_variables, "MLFLOW_ALLOW_FILE_STORE"):
+            pytest.skip("this version of MLflow opens it")
+        (tmp_path / "runs" / "0").mkdir(parents=True)
+        (tmp_path / "runs" / "0" / "meta.yaml").touch()
+    uri = uri.format(tmp_path=tmp_path)
+    for _ in range(2):
+        write_segment(tmp_path, uri, *trace("qitos"))
+    monkeypatch.setattr(backoff, "FIRST_DELAY_S", 1e9)  # A second attempt would never come.
+    done = invoke("sync", "--patience", "1e8")
+    assert done.exit_code == 1
+    text = " ".join(done.output.split())
+    assert text.count("cannot be opened") == 1
+    assert reason in text
+
+
+class Halting(Unwilling):
+    """A server that takes one record at a time, and fails after each."""
+
+    left = 30
+
+    def send(self, timeout_s: float) -> list[Any]:
+        if self.left:
+            self.left -= 1
+            later = RetryLater("HTTP 503")
+            later.progressed = True
+            raise later
+        return []
+
+
+def test_a_server_that_gets_on_is_not_given_up(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience is for a server that carries out nothing."""
+    monkeypatch.setattr(backoff, "FIRST_DELAY_S", 0.05)
+    write_segment(tmp_path, server, *trace("qitos"))
+    ways = {"open_sink": Halting}
+    sync = Sync(ways, 0.5, lambda header: (header["tracking_uri"], True))
+    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
+    assert sync.left == 0
 
 
 class Interrupted(Unwilling):
@@ -206,7 +262,7 @@ def test_ctrl_c_does_not_wait_for_a_server(
     """Patience and delays end with it, nothing else is begun, and what is left is counted."""
     for _ in range(2):
         write_segment(tmp_path, server, *trace("any"))
-    sync = Sync({"open_sink": Interrupted}, 1e9, lambda header: header["tracking_uri"])
+    sync = Sync({"open_sink": Interrupted}, 1e9, lambda header: (header["tracking_uri"], True))
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
     sync.show()
     shown = capsys.readouterr()
@@ -238,7 +294,7 @@ def test_ctrl_c_in_a_finalizer_ends_it_too(
     """Nothing is sent after the batch that is on its way."""
     for _ in range(2):
         write_segment(tmp_path, server, *trace("any"))
-    sync = Sync({"open_sink": Swallowing}, 1e9, lambda header: header["tracking_uri"])
+    sync = Sync({"open_sink": Swallowing}, 1e9, lambda header: (header["tracking_uri"], True))
     sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
     sync.show()
     shown = capsys.readouterr()

@@ -104,7 +104,9 @@ def assert_nothing_left(report: Report) -> None:
 def leftover(report: Report) -> tuple[int, int, str]:
     """What the last line on stderr says is left: records, traces, and the command."""
     line = report.stderr.splitlines()[-1]
-    match = re.search(r"(\d+) records? of (\d+) traces? .*: ((?:\w+=\S+ )?qitos-mlflow sync .*)$", line)
+    match = re.search(
+        r"(\d+) records? of (\d+) traces? .*: ((?:\w+=\S+ )?qitos-mlflow sync .*)$", line
+    )
     assert match, report.stderr
     return int(match[1]), int(match[2]), match[3]
 

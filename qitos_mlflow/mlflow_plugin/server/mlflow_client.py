@@ -65,9 +65,6 @@ UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, er
 
 ALL_CHARS = 2000
 """Longest text about a store that cannot be opened: MLflow explains what to do (characters)."""
-FOR_GOOD = (ImportError, PermissionError)
-FOR_GOOD_WORDS = ("maintenance mode", "unable to open database file")
-"""Errors of opening a store that time does not mend."""
 
 
 def default_tracking_uri(cwd: str) -> str:
@@ -248,6 +245,17 @@ def _make(uri: str, made: Path, target: Path) -> None:
             source.backup(copy)  # In one transaction.
 
 
+def _stays(error: Exception) -> bool:
+    """Whether time alone does not mend what keeps a store from being opened."""
+    from sqlalchemy.exc import ArgumentError
+
+    if isinstance(error, MlflowException):
+        return bool(error.error_code == "INVALID_PARAMETER_VALUE")  # No such store.
+    number = getattr(error, "errno", None)
+    unopened = "unable to open database file" in str(error)
+    return isinstance(error, (ImportError, ArgumentError)) or number in UNWRITABLE or unopened
+
+
 class StoreTransport(Transport):
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
@@ -273,8 +281,7 @@ class StoreTransport(Transport):
         except Exception as error:  # A store that is misnamed, or not there yet.
             text = str(error).replace(uri, self.address)
             reason = readable(text, ALL_CHARS)
-            hopeless = isinstance(error, FOR_GOOD) or any(words in text for words in FOR_GOOD_WORDS)
-            raise (Hopeless if hopeless else RetryLater)(
+            raise (Hopeless if _stays(error) else RetryLater)(
                 f"{self.address} cannot be opened: {type(error).__name__}: {reason}"
             ) from error
 
