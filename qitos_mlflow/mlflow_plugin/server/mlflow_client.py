@@ -197,16 +197,16 @@ def _changed_ns(place: Path) -> int:
 def _alone(place: Path) -> Iterator[bool]:
     """Whether no other process is in this block for the directory `place`, which is made."""
     place.mkdir(parents=True, exist_ok=True)
-    # A lock that ends with its process, wherever sqlite can work.
-    lock = sqlite3.connect(place / "lock", timeout=0.1, isolation_level=None)
-    with contextlib.closing(lock):
-        try:
+    alone = False
+    with contextlib.ExitStack() as at_end:
+        try:  # A lock that ends with its process, wherever sqlite can work.
+            lock = sqlite3.connect(place / "lock", timeout=0.1, isolation_level=None)
+            at_end.callback(lock.close)
             lock.execute("BEGIN EXCLUSIVE")
             alone = True
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
+            if "locked" not in str(error) and place.exists():  # Else its process has finished.
                 raise
-            alone = False
         yield alone
 
 
