@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from qitos_mlflow._inheritance import check
+
 LOG_EVERY_S = 60.0
 """Shortest time between two warnings under the same key (seconds)."""
 
@@ -76,6 +78,7 @@ def log(level: int, message: str, *args: object, error: BaseException | None = N
     if not _log.hasHandlers() and not has_stderr():  # Where logging writes as a last resort.
         return
     _log.log(level, f"qitos-mlflow: {message}", *args, exc_info=error)
+    check()  # A handler may wait.
 
 
 def say(text: str) -> None:

@@ -11,6 +11,8 @@ import queue
 import threading
 from typing import NamedTuple
 
+from qitos_mlflow._inheritance import check
+
 ITEM_OVERHEAD_BYTES = 120
 """What CPython needs beside the payload (bytes): header, tuple, slot (measured: 97-121)."""
 
@@ -88,6 +90,7 @@ class ByteQueue:
     def linger(self, timeout_s: float) -> None:
         """Let payloads gather for up to `timeout_s`; a barrier ends it. Spooling thread only."""
         self._hurry.acquire(timeout=timeout_s)
+        check()
 
     def drain(self, *, wait: bool = True, timeout_s: float | None = None) -> list[Item | Barrier]:
         """The oldest items, about `DRAIN_BYTES` of them. Spooling thread only.
@@ -115,4 +118,5 @@ class ByteQueue:
             self._held_bytes = 0
         else:
             self._held_bytes = max(0, self._held_bytes - taken_bytes)
+        check()
         return taken

@@ -183,7 +183,6 @@ class Pipeline(Spooled):
 
     def after_fork(self) -> None:
         """Begin anew in a forked child; no other thread runs yet."""
-        self._spooling.segment.disown()
         self._begin()
 
     def _put_last(self) -> None:
@@ -204,7 +203,8 @@ class Pipeline(Spooled):
 
     def _end(self, deadline: float) -> bool:
         # A thread with less time must not end what another one waits for.
-        if not self._closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        closing = self._closing  # Another one from a fork on.
+        if not closing.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         try:
             self._put_last()  # A record came in while others were refused.
@@ -215,7 +215,7 @@ class Pipeline(Spooled):
             self._spooling.end(deadline)  # Not those that went to rest meanwhile.
             return True
         finally:
-            self._closing.release()
+            closing.release()
 
     def _spooled(self, barrier: Barrier, deadline: float) -> bool:
         """Wait until everything offered so far is in the segment; False after `deadline`."""

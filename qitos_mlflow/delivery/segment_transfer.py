@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from qitos_mlflow import _guard
+from qitos_mlflow._inheritance import check
 from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.sink import RetryLater, Sink
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
@@ -153,8 +154,10 @@ def _bugs_later(where: str) -> Iterator[None]:
     """Report a bug of the sink, and raise what has the step done again."""
     try:
         yield
-    except RetryLater:
-        raise
     except Exception as error:
+        check()
+        if isinstance(error, RetryLater):
+            raise
         _guard.report(where, error)
         raise RetryLater(_guard.in_words(error)) from error
+    check()

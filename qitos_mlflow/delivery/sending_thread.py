@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from qitos_mlflow import _guard
+from qitos_mlflow._inheritance import OwnThread, check
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
@@ -30,8 +31,8 @@ WAITED_FOR_DELAY_S = 1.0
 """While a thread waits in `wait_delivered`, attempts are no further apart than this (seconds)."""
 
 
-class SendingThread(threading.Thread):
-    """Sends until `stop`. `run` is the thread; any other thread may call the other methods.
+class SendingThread(OwnThread):
+    """Sends until `stop`. `work` is the thread; any other thread may call the other methods.
 
     Args:
         transfer: sends this process's segment.
@@ -40,7 +41,7 @@ class SendingThread(threading.Thread):
     """
 
     def __init__(self, transfer: SegmentTransfer, circuit: Circuit, leftovers: Leftovers) -> None:
-        super().__init__(name="qitos-mlflow-sending", daemon=True)
+        super().__init__("qitos-mlflow-sending")
         self._transfer = transfer
         self._circuit = circuit
         self._leftovers = leftovers
@@ -109,7 +110,7 @@ class SendingThread(threading.Thread):
                 self._changed.notify_all()  # Leftovers wait while another thread waits here.
 
     def send_here(self, position: int, deadline: float) -> bool:
-        """Do on the calling thread what `run` would do, until `position` or `deadline`.
+        """Do on the calling thread what `work` would do, until `position` or `deadline`.
 
         For a process that cannot start a thread any more.
         """
@@ -121,7 +122,7 @@ class SendingThread(threading.Thread):
         return self.position >= position
 
     def stop(self, deadline: float) -> None:
-        """End `run` after the step under way; what is not sent stays in the segment.
+        """End `work` after the step under way; what is not sent stays in the segment.
 
         Until `deadline` (monotonic), it still ends what the records leave open.
         """
@@ -129,7 +130,7 @@ class SendingThread(threading.Thread):
             self._stop_by = deadline
             self._changed.notify_all()
 
-    def run(self) -> None:
+    def work(self) -> None:
         """Send until stopped, end what the records sent have left open, close the sinks."""
         try:
             while (step := self._wait_for_work()) is not None:
@@ -141,6 +142,7 @@ class SendingThread(threading.Thread):
                 # thread uses the pipeline's circuit.
                 self.finished = bool(Circuit().attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
         finally:
+            check()  # The sinks are the parent's.
             self._transfer.close()
             self._leftovers.close()
             with self._changed:
@@ -183,6 +185,7 @@ class SendingThread(threading.Thread):
                     return self.attempt
                 delay = min(own, theirs)
                 self._changed.wait(None if delay == math.inf else delay)
+                check()
             return None
 
     def _delay(self) -> float:

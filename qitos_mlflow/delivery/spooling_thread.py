@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from qitos_mlflow import _guard
+from qitos_mlflow._inheritance import OwnThread, check
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue, Item
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.counts import CLOSED, NORMALIZE_FAILED, SPOOLING_FAILED, Counts
@@ -60,12 +61,12 @@ class Spooled(ABC):
         """Threads and files are gone: the last thing that a spooling thread does at a rest."""
 
 
-class SpoolingThread(threading.Thread):
+class SpoolingThread(OwnThread):
     """Fills a segment with what is offered; starts and ends the thread that empties it.
 
     It begins with a record. It ends with the last barrier, or by itself when no record has come for
     `REST_S`, none is expected and everything is delivered. Offline, and while the server is away,
-    it stays. `run` is the thread; the other public methods are for other threads.
+    it stays. `work` is the thread; the other public methods are for other threads.
 
     Args:
         pipeline: decides what becomes of the records.
@@ -86,7 +87,7 @@ class SpoolingThread(threading.Thread):
         stats: Counts,
         unattended: threading.Event,
     ) -> None:
-        super().__init__(name="qitos-mlflow-spooling", daemon=True)
+        super().__init__("qitos-mlflow-spooling")
         self.segment = segment
         self.sending = sending
         self.cannot_start = False
@@ -107,7 +108,7 @@ class SpoolingThread(threading.Thread):
         if not _start(self):
             self.cannot_start = self._sends_here = True
 
-    def run(self) -> None:
+    def work(self) -> None:
         """Write until the last barrier or a rest, then end the sending thread and the segment."""
         sending = self.sending
         self._sends_here = sending is not None and not _start(sending)
@@ -120,9 +121,11 @@ class SpoolingThread(threading.Thread):
             self._end_here(rests)
         elif sending is not None:
             sending.join(REST_WITHIN_S + STOP_GRACE_S if rests else None)
+            check()
             if sending.is_alive():  # It hangs; records that come now must reach the disk.
                 self._pipeline.rested()
                 sending.join()
+                check()
                 self._finish()
                 return
         if not rests:
@@ -243,6 +246,7 @@ class SpoolingThread(threading.Thread):
                 else:
                     if data is not None:
                         records.append((data, keep))
+            check()  # Other plugins have seen the records, and may have waited.
             if not records:
                 return
             for data, reason in self.segment.append(records, time.time_ns()):
@@ -263,7 +267,7 @@ class SpoolingThread(threading.Thread):
         with self._working_here:
             if not self._finished.is_set():
                 if self.sending is not None:
-                    self.sending.run()
+                    self.sending.work()
                 if not rests:
                     self._refuse()
                 self._finish()

@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
 
 STALE_S = 24 * 3600.0
@@ -77,6 +78,7 @@ class FileLock:
             if self.acquire():
                 return True
             time.sleep(LOCK_RETRY_S)
+            check()
         return self.acquire()
 
     def acquire(self, *, create: bool = True) -> bool:
@@ -101,19 +103,29 @@ class FileLock:
                 if create:
                     raise
                 return False
-            taken = False
+            self._descriptor = descriptor
+            disown_in_child(self)
+            taken = held = False
             try:
                 taken = self._take(descriptor)
-                if taken and is_at(descriptor, self.path):
-                    self._descriptor = descriptor
-                    _held[str(self.path)] = self
-                    return True
+                held = taken and is_at(descriptor, self.path)
             finally:
-                if self._descriptor is None:
-                    os.close(descriptor)
+                if not held:
+                    self.disown()
+            if held:
+                _held[str(self.path)] = self
+                return True
             if not taken:
                 return False
             # Its last holder has deleted the file meanwhile: take the new one.
+
+    def disown(self) -> None:
+        """Close the file. In a forked child: releases nothing while the parent has its own open."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            if _held.get(str(self.path)) is self:
+                del _held[str(self.path)]
+            os.close(descriptor)
 
     def _take(self, descriptor: int) -> bool:
         try:
@@ -128,6 +140,7 @@ class FileLock:
         os.ftruncate(descriptor, 0)
         write_all(descriptor, mine)
         time.sleep(SETTLE_S)
+        check()
         return _content(descriptor) == mine
 
     def release(self, *, remove: bool = False) -> None:
@@ -144,24 +157,10 @@ class FileLock:
                 os.ftruncate(descriptor, 0)  # Without kernel locks, the holder's name is the lock.
         _held.pop(str(self.path), None)
         if sys.platform != "win32":
+            with suppress(OSError):  # A child forked just now may have a copy that nothing closes.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             with suppress(OSError):  # NFS may report an error of earlier; the descriptor is closed.
                 os.close(descriptor)
-
-
-def _disown_all() -> None:
-    """In a forked child: forget the parent's locks and leave them with the parent.
-
-    Closing an inherited descriptor releases nothing while the parent has its own open.
-    """
-    for lock in _held.values():
-        if lock._descriptor is not None:
-            os.close(lock._descriptor)
-            lock._descriptor = None
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)
 
 
 def is_held(path: Path) -> bool:

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from qitos_mlflow import _guard
+from qitos_mlflow._inheritance import disown_in_child
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
 
@@ -48,6 +49,7 @@ class DiskPart(_Part):
         """
         part = cls(base=base, path=path)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        disown_in_child(part)
         try:
             write_all(part._descriptor, head)
         except OSError:
@@ -83,19 +85,23 @@ class DiskPart(_Part):
                 os.ftruncate(self._descriptor, self._size)
         return len(ends)
 
+    def disown(self) -> None:
+        """Close the file."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
     def seal(self) -> None:
         """Close the file: nothing will be appended any more."""
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            try:
-                os.close(descriptor)
-            except OSError as error:  # Reading shows whether the lines are there.
-                _guard.warn(
-                    "delivery.close",
-                    "%s cannot be closed (%s): its last records may be lost",
-                    self.path,
-                    error,
-                )
+        try:
+            self.disown()
+        except OSError as error:  # Reading shows whether the lines are there.
+            _guard.warn(
+                "delivery.close",
+                "%s cannot be closed (%s): its last records may be lost",
+                self.path,
+                error,
+            )
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the file; fewer only at the end. Keeps nothing open.

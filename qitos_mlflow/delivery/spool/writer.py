@@ -120,12 +120,6 @@ class SegmentWriter:
             self._sending.release(remove=delete)
             self._own.release(remove=delete)
 
-    def disown(self) -> None:
-        """In a forked child: close what was inherited; the files are the parent's."""
-        for part in self._parts:
-            if isinstance(part, DiskPart):
-                part.seal()
-
     def _part_for(self, keep: bool, line: bytes, time_ns: int, now: float) -> Part | None:
         """The part that takes `line`, on disk if that works; None if memory has no room either.
 

@@ -28,6 +28,7 @@ from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.server.access import Access, read_access
+from qitos_mlflow.mlflow_plugin.server.connections import WatchedAdapter
 from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
     Poisoned,
@@ -99,6 +100,8 @@ class SessionRequester(requests.Session):
         self, uri: str, routing: Mapping[str, str] | None = None, *, trusted: bool = True
     ) -> None:
         super().__init__()
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, WatchedAdapter())
         self._uri = uri
         self._routing = routing
         self._trusted = trusted

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import re
 import shutil
-import sqlite3
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -29,14 +25,16 @@ from mlflow.protos.service_pb2 import TraceInfoV3
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
-from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store, get_default_host_creds
+from mlflow.tracking._tracking_service.utils import get_default_host_creds
 from mlflow.tracking.request_auth.registry import fetch_auth
 from mlflow.tracking.request_header.registry import resolve_request_headers
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
+from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.server.sqlite_store import prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
@@ -52,12 +50,8 @@ from qitos_mlflow.redaction.redact import without_credentials
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-NEW = ".mlflow-new-"
-"""Begins the names of directories in which stores are created."""
-STUCK_S = 10.0
-"""How long a process waits for another one that creates the store, without progress (seconds)."""
-LEFT_S = 3600.0
-"""What a dead process left of a new store is removed after this long without a change (seconds)."""
+_inherited: list[Any] = []
+"""Connections to local stores that a parent process has opened. Nothing closes them."""
 
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
@@ -105,7 +99,7 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
     refused, because everything after it would wait for ever.
     """
     folder, _, name = path.rpartition("/")
-    with tempfile.TemporaryDirectory() as directory, _failures():
+    with _temporary_directory() as directory, _failures():
         local = Path(directory, name)
         local.write_bytes(data)
         try:
@@ -124,6 +118,17 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
             if isinstance(error, OSError) and number is not None:
                 raise
             raise Poisoned(reason) from error  # A cloud's own; it may pass.
+
+
+@contextlib.contextmanager
+def _temporary_directory(**where: Any) -> Iterator[str]:
+    """A directory that no forked child removes as it exits, as it would a `TemporaryDirectory`."""
+    directory = tempfile.mkdtemp(**where)
+    try:
+        yield directory
+    finally:
+        check()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -148,101 +153,6 @@ def _in(workspace: str | None) -> contextlib.AbstractContextManager[object]:
     except ImportError:  # MLflow has none yet.
         return contextlib.nullcontext()
     return ServerWorkspaceContext(workspace) if workspace else contextlib.nullcontext()
-
-
-def prepare_sqlite(uri: str) -> None:
-    """Create the database of a sqlite store in one step, if there is none.
-
-    MLflow creates one by dozens of migrations. A process that ends among them, or a second one
-    that begins meanwhile, leaves a store that cannot be opened again. So the migrations run on a
-    file beside it, which then takes its place. If the process ends before, the next one goes on.
-
-    Raises:
-        RetryLater: another process creates it, and has got nowhere for `STUCK_S`.
-    """
-    from sqlalchemy.engine import make_url
-
-    if not re.match(r"sqlite(\+pysqlite)?:///", uri):
-        return
-    database = make_url(uri).database or ":memory:"  # Unquoted, from SQLAlchemy 2.1 on.
-    if database.startswith("file:") or ":memory:" in database:
-        return
-    target, seen, until = Path(database), 0, 0.0
-    place = target.with_name(f"{NEW}{getattr(os, 'getuid', int)()}-{target.name}")
-    while not target.exists():
-        with _alone(place) as alone:
-            if alone and not target.exists():
-                _make(uri, place / "new.db", target)
-        if not alone:
-            if (now := _changed_ns(place)) != seen:
-                seen, until = now, time.monotonic() + STUCK_S
-            elif time.monotonic() > until:
-                raise RetryLater(f"another process creates it, and does not get on: see {place}")
-            progressed()
-    shutil.rmtree(place, ignore_errors=True)
-    for left in target.parent.glob(f"{NEW}*"):  # By a process that died.
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > LEFT_S:
-                shutil.rmtree(left)
-
-
-def _changed_ns(place: Path) -> int:
-    try:
-        return place.stat().st_mtime_ns  # Each of sqlite's transactions creates a file in it.
-    except FileNotFoundError:
-        return 0
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[bool]:
-    """Whether no other process is in this block for the directory `place`, which is made."""
-    place.mkdir(parents=True, exist_ok=True)
-    alone = False
-    with contextlib.ExitStack() as at_end:
-        try:  # A lock that ends with its process, wherever sqlite can work.
-            lock = sqlite3.connect(place / "lock", timeout=0.1, isolation_level=None)
-            at_end.callback(lock.close)
-            lock.execute("BEGIN EXCLUSIVE")
-            alone = True
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) and place.exists():  # Else its process has finished.
-                raise
-        yield alone
-
-
-def _make(uri: str, made: Path, target: Path) -> None:
-    """Finish the database `made`, which an earlier process may have begun, and move it."""
-    from mlflow.store.db import utils
-    from sqlalchemy import create_engine, event, inspect
-    from sqlalchemy.engine import make_url
-
-    url = make_url(uri).set(database=str(made))
-    engine = create_engine(url)
-    # Each migration as a whole or not at all, which sqlite can and Python's driver prevents.
-    event.listen(engine, "connect", lambda one, _: setattr(one, "isolation_level", None))
-    event.listen(engine, "begin", lambda one: one.exec_driver_sql("BEGIN"))
-    event.listen(engine, "after_cursor_execute", lambda *_: progressed())
-    try:
-        begun = inspect(engine).has_table("alembic_version")
-        (utils._upgrade_db if begun else utils._initialize_tables)(engine)
-        engine.dispose()
-        store = _get_sqlalchemy_store(url.render_as_string(), None)
-        store.search_experiments(max_results=1)
-        store.engine.dispose()
-    except Exception:  # Such as the migrations of a newer MLflow: the next attempt begins anew.
-        engine.dispose()
-        made.unlink(missing_ok=True)
-        raise
-    try:
-        os.link(made, target)
-    except OSError:  # MLflow was faster, or the file system has no hard links.
-        if target.exists():
-            return
-        with (
-            contextlib.closing(sqlite3.connect(made)) as source,
-            contextlib.closing(sqlite3.connect(target)) as copy,
-        ):
-            source.backup(copy)  # In one transaction.
 
 
 def _stays(error: Exception) -> bool:
@@ -284,6 +194,14 @@ class StoreTransport(Transport):
             raise (Hopeless if _stays(error) else RetryLater)(
                 f"{self.address} cannot be opened: {type(error).__name__}: {reason}"
             ) from error
+        disown_in_child(self)
+
+    def disown(self) -> None:
+        """Have the child open the database anew. SQLite must not use or close what it inherits."""
+        engine = getattr(self._tracing.store, "engine", None)
+        if engine is not None:
+            _inherited.append(engine.pool)
+            engine.pool = engine.pool.recreate()
 
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         with _failures(self._workspace):

@@ -1,0 +1,50 @@
+"""Connections to a server that a forked child closes at once, also one that is in use.
+
+Nothing is sent over them: the connection, the request under way and TLS go on in the parent.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from requests.adapters import HTTPAdapter
+
+from qitos_mlflow._inheritance import check, disown_in_child
+
+
+class _Watched:
+    """Mixed into a class of urllib3's. What is not connected yet, the child cannot close."""
+
+    sock: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        disown_in_child(self)
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        check()
+
+    def disown(self) -> None:
+        sock, self.sock = self.sock, None
+        # It may be within an object that speaks TLS: through a proxy, or with pyOpenSSL.
+        if sock is not None and (descriptor := getattr(sock, "socket", sock).detach()) >= 0:
+            os.close(descriptor)
+
+
+class WatchedAdapter(HTTPAdapter):
+    """What `requests` connects with. Versions before 2.32 call `get_connection`."""
+
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        return _watched(super().get_connection_with_tls_context(*args, **options))
+
+    def get_connection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        return _watched(super().get_connection(*args, **options))
+
+
+def _watched(pool: Any) -> Any:
+    kind = pool.ConnectionCls
+    if not issubclass(kind, _Watched):
+        pool.ConnectionCls = type(kind.__name__, (_Watched, kind), {})
+    return pool
