@@ -73,6 +73,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "errors": (),
     "_guard": (),
     "_usage": (),
+    "_inheritance": (),
     "_stop_reasons": (),
     "_after_import": (),
 }
@@ -82,7 +83,7 @@ A sub-package that is not in the table belongs to the package above it. An entry
 stands for all modules in it but not for sub-packages that have a row of their own, or one module.
 """
 
-LEAVES = ("errors", "_guard", "_usage", "_stop_reasons", "_after_import")
+LEAVES = ("errors", "_guard", "_usage", "_inheritance", "_stop_reasons", "_after_import")
 """Modules that every package may import."""
 
 MODULE_LINES = 350

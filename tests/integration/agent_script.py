@@ -44,6 +44,8 @@ class Config:
     nothing in our place: what callbacks cost on this machine now), off."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the processor or of `autolog`."""
+    gevent: bool = False
+    """gevent has replaced threads, sockets and fork before anything was imported."""
     import_mlflow: bool = False
     """The script uses mlflow itself, so that the start of a trace may wait for its run."""
     also: dict[str, Any] = field(default_factory=dict)

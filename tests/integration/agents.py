@@ -112,7 +112,8 @@ class Agent:
     def command(self) -> list[str]:
         """What the process runs."""
         module = "tests.integration.agent_script"
-        return [sys.executable, "-m", module, json.dumps(asdict(self.config))]
+        patched = ["-m", "gevent.monkey", "--module"] if self.config.gevent else ["-m"]
+        return [sys.executable, *patched, module, json.dumps(asdict(self.config))]
 
     @property
     def pid(self) -> int:

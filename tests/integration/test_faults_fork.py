@@ -1,0 +1,101 @@
+"""What a forked child inherits: neither files of its program nor the parent's runs are harmed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.integration.agents import Agent
+from tests.integration.logged import run_script, runs_of
+from tests.integration.proxy import Latency, Proxy
+from tests.integration.server import MlflowServer
+from tests.integration.stored import StoredRun, assert_exactly_once, never_rerun
+
+Runs = Callable[[], list[StoredRun]]
+Start = Callable[..., Agent]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+
+DAEMON = """
+    import gc, os, warnings
+    from qitos_mlflow import MlflowTraceProcessor
+    from qitos_mlflow.tracing import SpanType, StepSpanData, add_trace_processor, create_trace
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # Forking with threads is the point here.
+    processor = MlflowTraceProcessor({experiment!r}, tracking_uri={uri!r})
+    add_trace_processor(processor)
+
+    def work(name):
+        with create_trace(name) as trace:
+            trace.create_span(SpanType.STEP, StepSpanData(0)).start().finish()
+
+    work("parent's first")
+    assert processor.force_flush(60)
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        work("parent's last")
+    else:
+        os.closerange(3, 256)  # As python-daemon does.
+        files = [open(f"file-{{number}}", "w") for number in range(40)]
+        if {works}:
+            work("child's")
+            assert processor.force_flush(60)
+        gc.collect()
+        for file in files:  # Python writes this as the process ends.
+            file.write("content")
+"""
+
+
+@pytest.mark.parametrize("works", [False, True], ids=["idle", "works"])
+@pytest.mark.parametrize("place", ["server", "store"])
+def test_a_daemon_has_its_files_to_itself(
+    place: str,
+    works: bool,
+    tmp_path: Path,
+    mlflow_server: MlflowServer,
+    local_store: str,
+    experiment_name: str,
+) -> None:
+    """A child that closes all descriptors and opens files of its own finds them as it wrote them."""
+    uri = mlflow_server.uri if place == "server" else local_store
+    done = run_script(DAEMON.format(experiment=experiment_name, uri=uri, works=works))
+    lines = [line for line in done.stderr.splitlines() if "mlflow.store.db" not in line]
+    assert lines == []
+    files = [tmp_path / f"file-{number}" for number in range(40)]
+    assert [file.read_text() for file in files] == ["content"] * 40
+    with never_rerun():
+        stored = runs_of(MlflowClient(uri), experiment_name)
+        names = ["parent's first", *(["child's"] if works else []), "parent's last"]
+        assert [run.name for run in stored] == names
+        assert {run.status for run in stored} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("latency_ms", [0, 150])
+@pytest.mark.parametrize(
+    "child",
+    [
+        pytest.param({"fork_at": "next", "child_exits": True}, id="exits"),
+        pytest.param({"fork_at": "mid"}, id="in-a-tool"),
+        pytest.param({"fork_at": "mid", "child_traces": 0, "child_exits": True}, id="for-nothing"),
+    ],
+)
+def test_fork_under_gevent(
+    child: dict[str, Any], latency_ms: int, proxy: Proxy, logging_agent: Start, runs: Runs
+) -> None:
+    """Greenlets of the parent, amid its requests and records, send nothing from the child."""
+    if latency_ms:
+        proxy.set(Latency(latency_ms))
+    options = {"exit_timeout_s": 60.0, "flush_timeout_s": 60.0}
+    config = {"traces": 3, "steps": 4, "tool_sleep_s": 0.05, "gevent": True, **child}
+    report = logging_agent(options, **config).finish()
+    assert report.returncode == 0, report.stderr
+    assert report.points["joined"]["status"] == 0
+    lines = report.stderr.splitlines()
+    assert [line for line in lines if "qitos-mlflow: " in line or "<Greenlet" in line] == []
+    assert_exactly_once(report, runs())
+    assert len(runs()) == 3 + child.get("child_traces", 1)
