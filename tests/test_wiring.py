@@ -115,9 +115,9 @@ def test_disabled_in_mid_trace_it_hears_the_end() -> None:
         assert tracing.processors() == (processor,)
         assert not plugin.qitos_wants_trace()
         with create_trace("new"):
-            assert [state.ended for state in plugin._recorder.traces] == [False]
+            assert [state.ended for state in plugin.recorder.traces] == [False]
     assert tracing.processors() == ()
-    assert [state.ended for state in plugin._recorder.traces] == [True]
+    assert [state.ended for state in plugin.recorder.traces] == [True]
     processor.shutdown()
     shutil.rmtree(plugin.settings.spool_dir)  # Or the tests' own process would report it.
 

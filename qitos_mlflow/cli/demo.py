@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 import uuid
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
 from qitos_mlflow.cli._options import experiment_name, tracking_uri
 from qitos_mlflow.cli._show import complain, table
 from qitos_mlflow.errors import QitosMlflowError
-
-LOCAL_STORE_S = 60.0
-"""Deadline of delivery to a local store, whose first use imports mlflow and creates tables."""
 
 TAG = "qitos.demo"
 """Tag of the demo's runs. Each demo gives it another value."""
@@ -49,7 +48,6 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     from qitos_mlflow.cli._demo_agent import TASKS, run_task
     from qitos_mlflow.mlflow_plugin import destination
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
-    from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
     from qitos_mlflow.tracing import add_trace_processor, remove_trace_processor
 
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
@@ -62,13 +60,13 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
         bar = Console(stderr=True)
         for task in track(TASKS, "agents", console=bar, disable=not bar.is_terminal):
             run_task(task)
-        delivered = processor.force_flush(
-            settings.flush_timeout_s if is_http(uri) else LOCAL_STORE_S
-        )
+        delivered = _flush(processor)
     finally:
         remove_trace_processor(processor)
         processor.shutdown()
     if not delivered:
+        if why := processor.mlflow_plugin.recorder.hopeless:
+            complain(why)
         complain(
             "not all runs were delivered in time; the rest is kept in the spool. "
             "See what is left: qitos-mlflow status. Deliver it later: qitos-mlflow sync"
@@ -81,6 +79,17 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
             "See why the server refused the others: qitos-mlflow status"
         )
         raise SystemExit(1)
+
+
+def _flush(processor: Any) -> bool:
+    """Deliver for as long as the destination gets on; False once it does not."""
+    recorder, seen, until = processor.mlflow_plugin.recorder, None, 0.0
+    while not processor.force_flush(0.5):
+        if (progress := recorder.progress) != seen:
+            seen, until = progress, time.monotonic() + recorder.settings.flush_timeout_s
+        if recorder.hopeless or time.monotonic() > until:
+            return False
+    return True
 
 
 def show_runs(uri: str | None, experiment_name: str, tag: str) -> int:

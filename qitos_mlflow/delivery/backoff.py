@@ -72,7 +72,7 @@ class Circuit:
         except RetryLater as later:
             done, self.problem, after_s = None, later.reason, later.after_s
             self.hopeless = isinstance(later, Hopeless)
-            if later.progressed:  # What failed before has succeeded.
+            if later.got_on:  # What failed before has succeeded.
                 self._failures, began = 0, time.monotonic()
         except OSError as error:
             done, self.problem = None, f"the spool cannot be read or written: {error}"

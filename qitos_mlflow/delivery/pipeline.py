@@ -161,6 +161,11 @@ class Pipeline(Spooled):
         return self._circuit.online
 
     @property
+    def hopeless(self) -> str | None:
+        """Why the last attempt failed, if time alone will not help."""
+        return self._circuit.problem if self._circuit.hopeless else None
+
+    @property
     def progress(self) -> object:
         """Another value whenever delivery gets on (see `SendingThread`); None if it has ended."""
         return self._spooling.sending and self._spooling.sending.progress

@@ -34,7 +34,7 @@ class RetryLater(Exception):
         super().__init__(reason)
         self.reason = reason
         self.after_s = after_s
-        self.progressed = False
+        self.got_on = False
         """Whether the server had carried out a part before."""
 
 

@@ -122,7 +122,7 @@ class MlflowPlugin:
     def __init__(self, settings: Settings, origin: Origin = Origin.BY_HAND) -> None:
         self.settings = settings
         self.origin = origin
-        self._recorder: Recorder[OpenTrace] = Recorder(settings)
+        self.recorder: Recorder[OpenTrace] = Recorder(settings)
         self._when_idle: Callable[[], object] | None = None
         self._said: set[tuple[int, str]] = set()
 
@@ -131,7 +131,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_wants_trace(self, trace: Any = None) -> bool:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
-        if self._recorder.closed or self._when_idle:
+        if self.recorder.closed or self._when_idle:
             return False
         reason = self._reason_to_stand_down(trace)
         if reason is not None and reason not in self._said:
@@ -145,17 +145,17 @@ class MlflowPlugin:
         if not self.qitos_wants_trace(trace):
             return
         key = str(trace.trace_id)
-        known = self._recorder.get(key)
+        known = self.recorder.get(key)
         if known is not None and not known.ended:
             return
         settings = self.settings
         uri = tracking_uri(settings)
         to = Destination.of(uri)
-        pipeline = self._recorder.pipeline_to(to, partial(MlflowPipeline, to))
+        pipeline = self.recorder.pipeline_to(to, partial(MlflowPipeline, to))
         if pipeline.closed:  # The process is ending.
             return
         open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri)
-        self._recorder.add(key, open_trace)
+        self.recorder.add(key, open_trace)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
         open_trace.start(trace, parent_run_id=parent_run_id(uri))
@@ -166,9 +166,9 @@ class MlflowPlugin:
     @hookimpl
     def qitos_span_start(self, span: Any) -> None:
         """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
-        open_trace = self._recorder.get(span.trace_id)
+        open_trace = self.recorder.get(span.trace_id)
         if open_trace is None:
-            self._recorder.lose_span(span.trace_id)
+            self.recorder.lose_span(span.trace_id)
             return
         open_trace.start_span(span)
         open_trace.active.follow()
@@ -178,7 +178,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_span_end(self, span: Any) -> None:
         """Record the span."""
-        open_trace = self._recorder.get(span.trace_id)
+        open_trace = self.recorder.get(span.trace_id)
         if open_trace is None:
             return
         if open_trace.autolog is not None:
@@ -189,7 +189,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_trace_end(self, trace: Any) -> None:
         """Record the end with its status, and give MLflow's active run back."""
-        open_trace = self._recorder.get(str(trace.trace_id))
+        open_trace = self.recorder.get(str(trace.trace_id))
         if open_trace is None or open_trace.run.left_open:
             return
         # One that has ended was closed early, from any thread.
@@ -203,12 +203,12 @@ class MlflowPlugin:
     @hookimpl
     def qitos_force_flush(self, timeout_s: float | None) -> bool:
         """True when everything recorded before the call is on the server; bounded."""
-        return self._recorder.flush(timeout_s)
+        return self.recorder.flush(timeout_s)
 
     @hookimpl
     def qitos_shutdown(self) -> None:
         """End open runs early, deliver what can be delivered in time, then take no more."""
-        self._recorder.close()
+        self.recorder.close()
 
     # -- life --------------------------------------------------------------------------------
 
@@ -270,7 +270,7 @@ class MlflowPlugin:
         return 0  # Its own is not among them: nothing can be said.
 
     def _call_if_idle(self) -> None:
-        if self._when_idle is not None and all(one.ended for one in self._recorder.traces):
+        if self._when_idle is not None and all(one.ended for one in self.recorder.traces):
             self._when_idle()
 
 

@@ -115,6 +115,16 @@ class Recorder(Generic[T]):
             self._pipelines.update(losses)
         return all(delivered) and not lost
 
+    @property
+    def progress(self) -> list[object]:
+        """Another value whenever a pipeline that it uses gets on."""
+        return [pipeline.progress for pipeline in list(self._pipelines)]
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why nothing can be delivered, if time alone will not help."""
+        return next(filter(None, (one.hopeless for one in list(self._pipelines))), None)
+
     def close(self, timeout_s: float | None = None) -> bool:
         """Deliver what is recorded; True if nothing is left. Blocks at most `timeout_s`.
 

@@ -32,7 +32,7 @@ FORKED_TOOL = """
     bridge.install()
 
     def tell(who):
-        (pipeline,) = processor.mlflow_plugin._recorder._pipelines
+        (pipeline,) = processor.mlflow_plugin.recorder._pipelines
         processor.force_flush()
         for payload in waiting_records(pipeline.paths):
             record = orjson.loads(payload)

@@ -231,7 +231,7 @@ class Halting(Unwilling):
         if self.left:
             self.left -= 1
             later = RetryLater("HTTP 503")
-            later.progressed = True
+            later.got_on = True
             raise later
         return []
 

@@ -61,7 +61,7 @@ def test_a_daemon_has_its_files_to_itself(
     local_store: str,
     experiment_name: str,
 ) -> None:
-    """A child that closes all descriptors and opens files of its own finds them as it wrote them."""
+    """A child that closes all descriptors finds the files it opens then as it wrote them."""
     uri = mlflow_server.uri if place == "server" else local_store
     done = run_script(DAEMON.format(experiment=experiment_name, uri=uri, works=works))
     lines = [line for line in done.stderr.splitlines() if "mlflow.store.db" not in line]

@@ -539,14 +539,14 @@ def test_what_comes_after_the_end_is_refused_as_such(
         processor.shutdown()
         step(trace, tracing.StepSpanData(0))
         trace.metadata["stop_reason"] = "final"
-    [state] = processor.mlflow_plugin._recorder.traces
+    [state] = processor.mlflow_plugin.recorder.traces
     assert state.pipeline._losses == {state.id: {("span", "closed"): 1}}
 
 
 def test_a_flush_tells_of_each_loss_once(attach: Callable[..., MlflowTraceProcessor]) -> None:
     """It is True when nothing waits, and nothing was lost or damaged since the last one."""
     processor = attach()
-    pipeline = processor.mlflow_plugin._recorder.pipeline_to("key", partial(RecordPipeline, b"{}"))
+    pipeline = processor.mlflow_plugin.recorder.pipeline_to("key", partial(RecordPipeline, b"{}"))
     assert processor.force_flush() is True
     pipeline.stats.add(dead_letters=1)
     assert [processor.force_flush() for _ in range(2)] == [False, True]
@@ -569,7 +569,7 @@ def test_a_span_begun_in_a_forked_child_is_counted(tmp_path: Path) -> None:
         tracing.add_trace_processor(processor)
         with create_trace("outer") as trace:
             own = trace.create_span(SpanType.STEP, StepSpanData(0)).start()
-            processor.mlflow_plugin._recorder.traces[0].pipeline.stats.drop("other", 1)
+            processor.mlflow_plugin.recorder.traces[0].pipeline.stats.drop("other", 1)
             processor.force_flush()  # What the parent has lost and reported is the parent's.
             child = os.fork()
             if child == 0:
@@ -674,7 +674,7 @@ def test_ended_traces_are_forgotten_in_the_end(
         for number in range(10):
             with create_trace(f"{number}") as trace:
                 others.append(trace.trace_id)
-        assert [one.id for one in plugin._recorder.traces] == [going.trace_id, *others[-3:]]
+        assert [one.id for one in plugin.recorder.traces] == [going.trace_id, *others[-3:]]
 
 
 def test_a_trace_with_open_spans_is_not_forgotten(

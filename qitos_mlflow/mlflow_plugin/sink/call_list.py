@@ -108,7 +108,7 @@ class CallList:
             try:
                 self._make(self._calls[0], min(left, self._operations.request_timeout_s))
             except RetryLater as later:
-                later.progressed = answered
+                later.got_on = answered
                 raise
             answered = True
         return self._dead
