@@ -57,6 +57,7 @@ def disown_in_child(owner: Any) -> None:
 
 
 def _after_in_child() -> None:
+    _here.pid = None  # A plugin that forks on a thread of ours goes on there.
     for owner in list(_owners):
         with suppress(Exception):  # Such as a descriptor that is closed already.
             owner.disown()

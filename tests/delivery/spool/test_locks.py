@@ -213,3 +213,40 @@ def test_a_child_holds_none_of_its_parents_locks(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         os.close(ready)
         os.close(done)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_released_lock_is_free_although_a_child_has_a_copy(tmp_path: Path) -> None:
+    """A child that is forked amid the release has a copy of the descriptor that nothing closes."""
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire()
+    assert lock._descriptor is not None
+    copy = os.dup(lock._descriptor)  # As the child has it.
+    lock.release()
+    assert FileLock(tmp_path / "lock").acquire()
+    os.close(copy)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("no_kernel_locks")
+def test_a_child_forked_amid_taking_a_lock_has_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kernel locks this takes a moment; the lock is the parent's."""
+    children = []
+
+    def fork_meanwhile(seconds: float) -> None:
+        if child := os.fork():
+            children.append(child)
+            return
+        open_files = Path("/dev/fd").iterdir()
+        os._exit(any(file.exists() and file.samefile(lock.path) for file in open_files))
+
+    monkeypatch.setattr(time, "sleep", fork_meanwhile)
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire()
+    monkeypatch.undo()
+    [child] = children
+    assert os.waitpid(child, 0)[1] == 0
+    lock.release()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -284,3 +285,33 @@ def test_runs_are_found_by_any_id(store: StoreTransport, trace_id: str) -> None:
     run = store.create_run(NewRun(experiment, "n", 1, [("qitos.trace_id", trace_id)]), 1.0)
     assert [found.run_id for found in store.find_runs(experiment, trace_id, 1.0)] == [run.run_id]
     assert store.find_runs(experiment, trace_id + "'\"", 1.0) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_exits_leaves_the_parents_upload_alone(tmp_path: Path) -> None:
+    """The file that is being uploaded is still there when a child forked meanwhile has ended."""
+    code = f"""
+import os, threading, warnings
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import write_artifact
+warnings.simplefilter("ignore", DeprecationWarning)  # Forking with threads is the point here.
+log_artifact = LocalArtifactRepository.log_artifact
+uploading, go_on = threading.Event(), threading.Event()
+def slow(*args):
+    uploading.set()
+    go_on.wait(30)
+    log_artifact(*args)
+LocalArtifactRepository.log_artifact = slow
+where = {(tmp_path / "to").as_uri()!r}
+thread = threading.Thread(target=write_artifact, args=(where, "a/file", b"content", "sqlite://"))
+thread.daemon = True  # The child does not wait for it.
+thread.start()
+assert uploading.wait(30)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "to/a/file").read_bytes() == b"content"
