@@ -190,6 +190,8 @@ class Sync:
         if experiment is None:
             return f"{name} refused by {to}: {problem}"
         # The server may accept other experiments.
+        if not trusted and str(problem).startswith(("HTTP 401", "HTTP 403")):
+            problem = f"{problem}. No credentials were sent: they go to MLFLOW_TRACKING_URI only"
         line = f"{to} refused the data of experiment {experiment!r}: {problem}"
         return self._given_up.setdefault((to, experiment), line)
 

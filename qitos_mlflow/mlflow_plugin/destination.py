@@ -61,20 +61,21 @@ class Destination(NamedTuple):
     Attributes:
         uri: None is MLflow's local default.
         cwd: which that depends on; None with a URI.
-        headers: those by which a server tells tenants apart, with their values.
+        headers: those by which a server tells tenants apart, with their values; None: not known.
         user: the credentials in the environment.
     """
 
     uri: str | None
     cwd: str | None
-    headers: tuple[tuple[str, str], ...]
+    headers: tuple[tuple[str, str], ...] | None
     user: tuple[str | None, ...]
 
     @classmethod
     def of(cls, uri: str | None) -> Destination:
         """What `uri` stands for at this moment, on this thread."""
         cwd = working_directory() if uri is None else None
-        headers = tuple(sorted(routing_headers().items()))
+        known = routing_headers()
+        headers = None if known is None else tuple(sorted(known.items()))
         return cls(uri, cwd, headers, tuple(os.environ.get(name) for name in _USER))
 
 
@@ -96,10 +97,11 @@ def segment_header(to: Destination, settings: Settings | None = None) -> bytes:
             "set MLFLOW_TRACKING_URI to a server or an absolute path"
         )
     uri = None if to.uri is None else without_credentials(to.uri)
-    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd, "headers": dict(to.headers)}
+    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd}
     if settings is not None:
         header |= run_settings(settings)
-    return _in_utf8(json.dumps(redact(header), ensure_ascii=False))
+    headers = None if to.headers is None else dict(to.headers)
+    return _in_utf8(json.dumps({**redact(header), "headers": headers}, ensure_ascii=False))
 
 
 def run_settings(settings: Settings) -> RunSettings:
@@ -138,18 +140,20 @@ class MlflowPipeline(RecordPipeline):
             return
         self._is_complete = True
         if has_plugins():
+            self.header = segment_header(self._to._replace(headers=None))  # If the next line fails.
             with importing():
                 import_module(REGISTRY)
-            headers = {**routing_headers(), **dict(self._to.headers)}
-            self.header = segment_header(self._to._replace(headers=tuple(headers.items())))
+            if (found := routing_headers()) is not None:
+                headers = {**found, **dict(self._to.headers or ())}
+                self.header = segment_header(self._to._replace(headers=tuple(headers.items())))
 
     @cached_property
     def command_prefix(self) -> str:
         """Names the server to `sync`, which sends credentials to no other one."""
-        uri = without_credentials(self._to.uri or "")
-        if is_http(uri) and has_credentials(uri):
-            return f"{TRACKING_VARIABLE}={shlex.quote(uri)} "
-        return ""
+        uri = self._to.uri
+        if uri is None or not is_http(uri) or uri != without_credentials(uri):
+            return ""
+        return f"{TRACKING_VARIABLE}={shlex.quote(uri)} " if has_credentials(uri) else ""
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""
@@ -178,7 +182,8 @@ def _place(header: bytes) -> tuple[Any, ...]:
     head = orjson.loads(header)
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
-    return uri, None if uri else head.get("cwd"), head.get("headers") or {}
+    headers = head.get("headers", {})  # None is like no other one's.
+    return uri, None if uri else head.get("cwd"), object() if headers is None else headers
 
 
 def _in_utf8(text: str) -> bytes:

@@ -131,7 +131,7 @@ class MlflowPlugin:
     @hookimpl
     def qitos_wants_trace(self, trace: Any = None) -> bool:
         """False while a new trace would be ignored: no destination, or another plugin logs it."""
-        if self.recorder.closed or self._when_idle:
+        if not self.takes:
             return False
         reason = self._reason_to_stand_down(trace)
         if reason is not None and reason not in self._said:
@@ -239,7 +239,7 @@ class MlflowPlugin:
         for processor in tracing.processors():
             plugin = getattr(processor, "mlflow_plugin", None)
             if plugin is not None:
-                if plugin.origin > self.origin:
+                if plugin.takes and plugin.origin > self.origin:
                     return logging.DEBUG, "another processor that logs to MLflow takes precedence"
                 continue
             for base in type(processor).__mro__:
@@ -265,9 +265,14 @@ class MlflowPlugin:
             plugin = getattr(processor, "mlflow_plugin", None)
             if plugin is self:
                 return equal.count(type(processor))
-            if isinstance(plugin, MlflowPlugin) and plugin.origin == self.origin:
+            if isinstance(plugin, MlflowPlugin) and plugin.takes and plugin.origin == self.origin:
                 equal += [type(processor)] * (plugin.settings == self.settings)
         return 0  # Its own is not among them: nothing can be said.
+
+    @property
+    def takes(self) -> bool:
+        """Whether it still takes new traces."""
+        return not (self.recorder.closed or self._when_idle)
 
     def _call_if_idle(self) -> None:
         if self._when_idle is not None and all(one.ended for one in self.recorder.traces):

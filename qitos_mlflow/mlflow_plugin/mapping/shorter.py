@@ -43,10 +43,20 @@ def _shorter_span(span: Span) -> Span | None:
     texts += _texts(one.value for event in copy.events for one in event.attributes)
     while copy.ByteSize() > span.ByteSize() // 2:
         if (most := most // 2) < LEAST:
-            return None
+            return _without_largest(copy)
         for text in texts:
             text.string_value = note_large(text.string_value, most, trim_rest=True)
     return copy
+
+
+def _without_largest(span: Span) -> Span | None:
+    """`span` with a note in the place of its largest attribute; None if that is small."""
+    largest = max(span.attributes, key=lambda one: one.ByteSize(), default=None)
+    if largest is None or (size := largest.ByteSize()) < LEAST:
+        return None
+    largest.value.Clear()
+    largest.value.string_value = f"[left out: {size} bytes]"
+    return span
 
 
 def _texts(values: Iterable[AnyValue]) -> Iterator[AnyValue]:

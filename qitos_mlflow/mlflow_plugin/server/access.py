@@ -10,22 +10,35 @@ from __future__ import annotations
 
 import configparser
 import os
+import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from qitos_mlflow._after_import import imported
-from qitos_mlflow._guard import shield, warn
+from qitos_mlflow._guard import report, warn
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.redaction.names import names_credential
+from qitos_mlflow.redaction.redact import redact_text
 
 WORKSPACE = "X-MLFLOW-WORKSPACE"
 PLUGINS = "mlflow.request_header_provider"
 """Entry-point group of packages that add headers to MLflow's requests."""
 REGISTRY = "mlflow.tracking.request_header.registry"
 """The module that has them once it is imported."""
+
+
+RENEW_S = 60.0
+"""Credentials are read again this often (seconds), and after each answer that minds them."""
+SLOW_S = 0.005
+"""A plugin that takes longer is not asked again for `RENEW_S` (seconds)."""
+MOST_TENANTS = 32
+"""A header with more values than this is one of each request, and not of a tenant."""
+SECRET_WORDS = frozenset({"key", "signature", "token", "secret"})
+TENANT_WORDS = frozenset({"tenant", "user", "org", "organization", "team", "workspace", "project"})
 
 
 class Access(NamedTuple):
@@ -62,12 +75,12 @@ def read_access(uri: str, routing: Mapping[str, str] | None, *, trusted: bool) -
     verify: bool | str | None = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
     if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
         verify = False
-    known = routing_headers() if routing is None else routing
+    known = (routing_headers() or {}) if routing is None else routing
     if not trusted:
-        return Access(known, None, verify, None)
+        return Access(known, lambda request: request, verify, None)  # Nor those of ~/.netrc.
     headers, plugin = _of_plugins(uri)
     if routing is not None:  # What else the plugins say now is not said of these records.
-        headers = {key: text for key, text in headers.items() if names_credential(key)}
+        headers = {key: text for key, text in headers.items() if _is_secret(key, text)}
     certificate = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     authorise = _authorise(_authorization(uri), plugin)
     return Access({**headers, **known}, authorise, verify, certificate, plugin is not None)
@@ -108,7 +121,7 @@ def _authorization(uri: str) -> str | None:
         if not (user and password):
             token = os.environ.get("MLFLOW_TRACKING_TOKEN")
             return f"Bearer {token}" if token else None
-    return "Basic " + b64encode(f"{user}:{password}".encode()).decode()
+    return "Basic " + b64encode(f"{user}:{password}".encode("utf-8", "surrogateescape")).decode()
 
 
 def _user_and_password() -> tuple[str, str]:
@@ -150,6 +163,7 @@ def _asks_mlflow() -> bool:
     return has_plugins()
 
 
+@cache
 def has_plugins() -> bool:
     """Whether other packages add headers to MLflow's requests. Reads the installed packages."""
     from importlib_metadata import entry_points
@@ -157,21 +171,59 @@ def has_plugins() -> bool:
     return any(not entry.value.startswith("mlflow.") for entry in entry_points(group=PLUGINS))
 
 
-def routing_headers() -> dict[str, str]:
+def routing_headers() -> dict[str, str] | None:
     """The headers by which a server tells tenants apart, as they are now on this thread.
 
     MLflow's workspace; and if mlflow is imported, what plugins add to its requests, without
-    credentials. Never raises and imports nothing.
+    credentials. None: a plugin has failed, so it is not known. Never raises and imports nothing.
     """
     found: dict[str, Any] = {}
-    with shield("server.workspace"):
-        context: Any = imported("mlflow.utils.workspace_context")
-        workspace = (context and context.get_request_workspace()) or ""
-        if workspace := workspace or os.environ.get("MLFLOW_WORKSPACE", "").strip():
-            found[WORKSPACE] = workspace
+    context: Any = imported("mlflow.utils.workspace_context")
+    workspace = (context and context.get_request_workspace()) or ""
+    if workspace := workspace or os.environ.get("MLFLOW_WORKSPACE", "").strip():
+        found[WORKSPACE] = workspace
     registry: Any = imported(REGISTRY)
-    for provider in getattr(registry, "_request_header_provider_registry", ()):
-        with shield("server.routing_headers"):
-            if not type(provider).__module__.startswith("mlflow.") and provider.in_context():
-                found.update(provider.request_headers())
-    return {str(k): str(v) for k, v in found.items() if not names_credential(str(k))}
+    try:
+        for provider in getattr(registry, "_request_header_provider_registry", ()):
+            if not type(provider).__module__.startswith("mlflow."):
+                found.update(_answer_of(provider))
+    except Exception as error:  # noqa: BLE001 - a plugin of the user's
+        report("server.routing_headers", error)
+        return None
+    texts = {str(key): str(text) for key, text in found.items()}
+    return {key: text for key, text in texts.items() if _routes(key, text)}
+
+
+_slow: dict[Any, tuple[float, Mapping[str, Any]]] = {}
+"""Plugins that have taken long, each with its last answer and until when it holds."""
+_seen: dict[str, set[str]] = {}
+"""The values that each header has had."""
+
+
+def _answer_of(provider: Any) -> Mapping[str, Any]:
+    """The headers of a plugin. It is called on the agent's thread: one that is slow, seldom."""
+    began = time.monotonic()
+    until, answer = _slow.get(provider, (0.0, {}))
+    if began < until:
+        return answer
+    answer = provider.request_headers() if provider.in_context() else {}
+    if (now := time.monotonic()) - began > SLOW_S:
+        _slow[provider] = now + RENEW_S, answer
+    return answer
+
+
+def _routes(name: str, text: str) -> bool:
+    """Whether a header says whose data it is: no credential, and not another one each time."""
+    if _is_secret(name, text):
+        return False
+    seen = _seen.setdefault(name, set())
+    if len(seen) < MOST_TENANTS:
+        seen.add(text)
+    return name == WORKSPACE or len(seen) < MOST_TENANTS
+
+
+def _is_secret(name: str, text: str) -> bool:
+    """Whether a header holds a credential. One that ends in a tenant's word names a tenant."""
+    last = name.lower().replace("_", "-").rpartition("-")[2]
+    named = last in SECRET_WORDS or (last not in TENANT_WORDS and names_credential(name))
+    return named or redact_text(text) != text

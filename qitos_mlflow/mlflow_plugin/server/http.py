@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.server.access import Access, read_access
+from qitos_mlflow.mlflow_plugin.server.access import RENEW_S, Access, read_access
 from qitos_mlflow.mlflow_plugin.server.connections import WatchedAdapter
 from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
@@ -49,10 +49,8 @@ SMALL_BYTES = 64 * 1024
 
 OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
-TOO_LARGE = frozenset({413, 414, 431})
+TOO_LARGE = 413
 """A proxy may say so of this request alone; it may accept smaller ones."""
-RENEW_S = 60.0
-"""Credentials are read again this often (seconds), and after each answer that minds them."""
 SPANS = "/v1/traces"
 """The one endpoint that MLflow answers in FastAPI's form: ``detail``, without an error code."""
 NOT_THERE = frozenset({404, 405, 501})
@@ -119,18 +117,17 @@ class SessionRequester(requests.Session):
             # urllib3 sends under the connection's timeout: bytes all in that time, a file piece by
             # piece with as long for each.
             data, connect_s = io.BytesIO(request.body), request.timeout_s
-        with uninstrumented():
-            response = self.request(
-                request.method,
-                self._uri.rstrip("/") + request.path,
-                data=data,
-                headers={**self._access.headers, **request.headers},
-                timeout=(connect_s, request.timeout_s),
-                auth=self._access.authorise,
-                # For each request: with a session's, REQUESTS_CA_BUNDLE would come first.
-                verify=self._access.verify,
-                cert=self._access.certificate,
-            )
+        response = self.request(
+            request.method,
+            self._uri.rstrip("/") + request.path,
+            data=data,
+            headers={**self._access.headers, **request.headers},
+            timeout=(connect_s, request.timeout_s),
+            auth=self._access.authorise,
+            # For each request: with a session's, REQUESTS_CA_BUNDLE would come first.
+            verify=self._access.verify,
+            cert=self._access.certificate,
+        )
         if response.status_code in UNAUTHORISED:
             self._access = None  # A token may have been renewed.
         return response
@@ -210,7 +207,7 @@ def verdict(request: Request, response: requests.Response, server: str) -> Excep
     if status in UNAUTHORISED:
         advice = "check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN"
         return RetryLater(f"{code} from {server}: {words or 'no reason given'}; {advice}")
-    if status in TOO_LARGE:
+    if status == TOO_LARGE and request.body is not None:
         return TooLarge(code, words)
     if isinstance(mlflows := answer.get("error_code"), str):
         return failure(mlflows, message)

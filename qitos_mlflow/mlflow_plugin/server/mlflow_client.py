@@ -57,6 +57,9 @@ UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, er
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
 
 
+AWAY = ("Connect", "Timeout", "Unavailable", "ServiceRequestError", "TransportError")
+"""Words in the errors of clouds that do not answer."""
+
 ALL_CHARS = 2000
 """Longest text about a store that cannot be opened: MLflow explains what to do (characters)."""
 
@@ -115,9 +118,9 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
             if isinstance(error, ImportError) or number in UNWRITABLE:
                 where = without_credentials(artifact_uri)
                 raise Refused("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
-            if isinstance(error, OSError) and number is not None:
-                raise
-            raise Poisoned(reason) from error  # A cloud's own; it may pass.
+            # A cloud that does not answer says nothing; what else it says may pass.
+            away = isinstance(error, OSError) or any(word in reason for word in AWAY)
+            raise (RetryLater if away else Poisoned)(reason) from error
 
 
 @contextlib.contextmanager
@@ -144,6 +147,10 @@ def _failures(workspace: str | None = None) -> Iterator[None]:
         raise Refused("NOT_IMPLEMENTED", readable(error)) from error
     except OSError as error:
         raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
+    except (RetryLater, Poisoned, Refused):
+        raise
+    except Exception as error:  # Of the store itself, for what it was given or for another reason.
+        raise Poisoned(f"{type(error).__name__}: {readable(error)}") from error
 
 
 def _in(workspace: str | None) -> contextlib.AbstractContextManager[object]:

@@ -15,7 +15,7 @@ import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
-from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
@@ -36,13 +36,17 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     part,
     run_ref,
 )
+from qitos_mlflow.redaction.redact import without_credentials
 
 
 class RestTransport(Transport):
     """`Transport` over http(s). Used by one thread."""
 
-    def __init__(self, uri: str, requester: Requester | None = None) -> None:
+    def __init__(
+        self, uri: str, requester: Requester | None = None, *, trusted: bool = True
+    ) -> None:
         super().__init__(uri.rstrip("/"))
+        self._trusted = trusted
         self._requester = requester or SessionRequester(uri)
         self.patience = patience()
 
@@ -116,6 +120,12 @@ class RestTransport(Transport):
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         parts = urlsplit(run.artifact_uri)
+        if parts.scheme != "mlflow-artifacts" and not self._trusted:
+            # MLflow would use this process's credentials for whatever place the server names.
+            raise Hopeless(
+                f"files go to {without_credentials(run.artifact_uri)}, with credentials of this "
+                f"process: if you trust the server, set MLFLOW_TRACKING_URI={self.address}"
+            )
         if parts.scheme != "mlflow-artifacts":
             with importing():  # mlflow.
                 from qitos_mlflow.mlflow_plugin.server.mlflow_client import write_artifact

@@ -72,8 +72,10 @@ class NotThere(RetryLater):
 def failure(code: str, message: str) -> RetryLater | Poisoned | Refused:
     """The exception that MLflow's error code stands for; `message` is its text."""
     text = readable(message)
-    if "readonly database" in message:
+    if "readonly database" in message and code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR"):
         return Hopeless(f"{code}: {text}")
+    if code == "RESOURCE_DOES_NOT_EXIST" and message.startswith("Workspace "):
+        return RetryLater(f"{code}: {text}")  # It may be created yet.
     database = code == "BAD_REQUEST" and any(word in message for word in DATABASE_WORDS)
     if database or code in FAILING:
         return Poisoned(f"{code}: {text}")

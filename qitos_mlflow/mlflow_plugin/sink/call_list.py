@@ -45,6 +45,7 @@ class Call:
         send: makes the request; gets the trace, the items and a timeout in seconds.
         items: what the request carries; a refusal is traced to single ones by splitting.
         checked: the server has said that it does not refuse the run.
+        cut: its item has been made smaller.
         alone: it failed as part of a request for several traces.
         failures: for each kind of failure how often the call has failed so, and since when
             (seconds, monotonic clock); its halves go on counting.
@@ -54,6 +55,7 @@ class Call:
     send: Callable[[TraceState, Sequence[Any], float], None]
     items: Sequence[Any]
     checked: bool = False
+    cut: bool = False
     alone: bool = False
     failures: dict[type[Exception], tuple[int, float]] = field(default_factory=dict)
 
@@ -121,7 +123,7 @@ class CallList:
         try:
             call.send(call.trace, call.items, timeout_s)
         except Refused as refusal:
-            self._operations.refused()
+            self._operations.failed()
             self._give_up(call, refusal, timeout_s)
         except Poisoned as failure:
             if not call.fails_on(Poisoned):
@@ -131,6 +133,7 @@ class CallList:
                 raise RetryLater(f"the server is out of order: {failure}") from failure
             self._give_up(call, failure, timeout_s)
         except RetryLater:
+            self._operations.failed()
             if call.fails_on(RetryLater) and len(call.items) > 1:
                 self._halve(call)
             raise
@@ -145,6 +148,7 @@ class CallList:
                 self._operations.confirm_run(call.trace, timeout_s)
             calls[0].send(calls[0].trace, spans, timeout_s)
         except (Refused, Poisoned, RetryLater) as failure:
+            self._operations.failed()
             for call in calls:
                 call.alone = True
             if isinstance(failure, RetryLater):
@@ -156,27 +160,42 @@ class CallList:
     def _give_up(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Leave the call out: one of several items, or the whole trace if its run is refused."""
         reason = str(failure)
-        if call.trace.run is None:  # It is its creation that is refused.
-            self._bury(call.trace, reason)
+        if call.trace.run is None:
+            self._create_bare(call, failure, timeout_s)
             return
-        if not (call.checked or isinstance(failure, TooLarge)):
-            # Before its items are tried one by one: a run that was deleted takes none of them.
+        if not call.checked:
+            # Before its items are tried one by one: a run that was deleted takes none of them, and
+            # a server that cannot write at all blames none of them.
             try:
                 self._operations.check_run(call.trace, timeout_s)
+            except (Poisoned, TooLarge) as whole:
+                raise RetryLater(f"not even a small request: {whole}") from whole
             except Refused as whole:
                 self._bury(call.trace, str(whole))
                 return
-            except Poisoned:
-                pass
             call.checked = True
         if len(call.items) > 1:
             self._halve(call)
         elif isinstance(failure, TooLarge) and (cut := shorter(call.items[0])) is not None:
-            call.items = [cut]
-            call.trace.facts.lost["too_large"] += 1
+            call.trace.facts.lost["too_large"] += not call.cut
+            call.items, call.cut = [cut], True
         else:
             self._calls.popleft()
             self._dead.extend(DeadLetter(_letter(call.trace, item), reason) for item in call.items)
+
+    def _create_bare(self, call: Call, failure: Exception, timeout_s: float) -> None:
+        """Create the run without its tags, if these may be the reason; they follow one by one."""
+        if isinstance(failure, Refused) and not isinstance(failure, TooLarge):
+            self._bury(call.trace, str(failure))  # In the server's own words.
+            return
+        try:
+            self._operations.create_run(call.trace, [], timeout_s)
+        except (Refused, Poisoned) as whole:
+            raise RetryLater(f"no run can be created: {whole}") from whole
+        # Those of the start are among the calls that follow.
+        start = call.trace.facts.start_tags
+        tags = [("tag", tag) for tag in call.trace.creation_tags() if tag[0] not in start]
+        self._calls[0] = Call(call.trace, self._operations.log, tags)
 
     def _halve(self, call: Call) -> None:
         """Put two calls in its place, each with half of the items."""

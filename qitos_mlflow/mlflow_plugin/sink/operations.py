@@ -17,7 +17,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -32,7 +31,6 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
     Poisoned,
     Refused,
-    TooLarge,
     Transport,
     Unanswered,
     equals,
@@ -43,7 +41,7 @@ Announce = Callable[[str, RunRef], None]
 
 FRESH_S = 5.0
 """How long the server is believed to have an experiment or a run without being asked (seconds). A
-refusal ends this: it may have come back with another database, where ids mean something else."""
+failure ends this: it may come back with another database, where ids mean something else."""
 
 LATE_S = 10.0
 """How long after its timeout a creation is waited for before another one is made (seconds)."""
@@ -82,7 +80,7 @@ class Operations:
         self._transport = transport
         self._announce = announce
         self._experiments: dict[str, tuple[str, float]] = {}
-        self._refused_at = 0.0
+        self._failed_at = 0.0
         self._sightings = (0, 0.0)  # How often traces' endpoints were not there, and since when.
         self._no_traces_until = 0.0
         self._cost_failures = 0
@@ -98,27 +96,27 @@ class Operations:
         """Whether the server can store traces, as far as is known."""
         return time.monotonic() >= self._no_traces_until
 
-    def refused(self) -> None:
-        """A call was refused: the server may have another database."""
-        self._refused_at = time.monotonic()
+    def failed(self) -> None:
+        """A call failed: the server may have another database once it succeeds."""
+        self._failed_at = time.monotonic()
 
     def _is_fresh(self, at: float) -> bool:
-        return at > max(self._refused_at, time.monotonic() - FRESH_S)
+        return at > max(self._failed_at, time.monotonic() - FRESH_S)
 
-    def create_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
-        """Find the trace's run, or create it if there is none."""
+    def create_run(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """Find the trace's run, or create it if there is none; with tags, unless without items."""
         try:
-            self._find_or_create(trace, timeout_s)
+            self._find_or_create(trace, timeout_s, bare=not items)
         except Refused as refusal:
             # The experiment may have been deleted, and another one made by its name.
             known = self._experiments.pop(trace.facts.experiment_name, None)
             if refusal.code == "NO_RUN" or known is None:
                 raise
-            self._find_or_create(trace, timeout_s)
+            self._find_or_create(trace, timeout_s, bare=not items)
         trace.confirmed_at = time.monotonic()
         self._announce(trace.facts.trace_id, _run_of(trace))
 
-    def _find_or_create(self, trace: TraceState, timeout_s: float) -> None:
+    def _find_or_create(self, trace: TraceState, timeout_s: float, *, bare: bool) -> None:
         facts, name = trace.facts, trace.facts.experiment_name
         experiment_id, known_at = self._experiments.get(name, ("", 0.0))
         if not self._is_fresh(known_at):
@@ -135,6 +133,8 @@ class Operations:
                 raise RetryLater("the server has not said yet whether it created the run")
             trace.attempts += 1
             tags = trace.creation_tags()[: limits.BATCH_TAGS]
+            if bare:
+                tags = [tag for tag in tags if tag[0] == "qitos.trace_id"]
             start_ms = limits.clean_ms(facts.start_ns)
             new = NewRun(experiment_id, facts.run_name, start_ms, tags)
             try:
@@ -142,9 +142,6 @@ class Operations:
             except Unanswered:
                 trace.look_until = time.monotonic() + LATE_S
                 raise
-            except TooLarge:
-                short = [(key, limits.clean_text(text, limits.KEY_CHARS)) for key, text in tags]
-                trace.run = self._transport.create_run(replace(new, tags=short), timeout_s)
         trace.settle()
 
     def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
@@ -193,6 +190,7 @@ class Operations:
         info = locate(items[0], run.experiment_id, run.run_id)
         # The server finds the spans that cost something by a tag of their trace's info.
         first = not trace.has_info
+        self.confirm_run(trace, timeout_s)
         if first or not facts.ended:
             try:
                 self._store(trace, self._transport.write_trace, info, timeout_s)

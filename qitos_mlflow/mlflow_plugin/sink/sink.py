@@ -22,7 +22,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
 from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
-from qitos_mlflow.mlflow_plugin.server.http import SessionRequester
+from qitos_mlflow.mlflow_plugin.server.http import SessionRequester, uninstrumented
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
@@ -62,9 +62,10 @@ class MlflowSink:
     ) -> None:
         fields: dict[str, Any] = orjson.loads(header)
         uri = tracking_uri or fields.get("tracking_uri")
-        self._transport = transport or open_transport(
-            uri, fields.get("cwd"), fields.get("headers"), trusted=trusted
-        )
+        with uninstrumented():
+            self._transport = transport or open_transport(
+                uri, fields.get("cwd"), fields.get("headers"), trusted=trusted
+            )
         self.patience = self._transport.patience
         self._settings = settings_in(fields)
         self._operations = Operations(self._transport, announce)
@@ -143,7 +144,8 @@ class MlflowSink:
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Make the calls that are left; returns what the server refused of them."""
-        dead = self._prepared.send(timeout_s)
+        with uninstrumented():
+            dead = self._prepared.send(timeout_s)
         for trace in self._traces.values():
             trace.waiting = Waiting()
         for trace_id, reason in self._prepared.refused.items():
@@ -233,7 +235,8 @@ def open_transport(
         trusted: this process's credentials are configured for that server.
     """
     if uri is not None and is_http(uri):
-        return RestTransport(uri, SessionRequester(uri, routing, trusted=trusted))
+        requester = SessionRequester(uri, routing, trusted=trusted)
+        return RestTransport(uri, requester, trusted=trusted)
     try:
         from qitos_mlflow.mlflow_plugin.server import mlflow_client
     except RuntimeError as error:  # Of a user without a home (`Path.home` in mlflow).
@@ -241,4 +244,5 @@ def open_transport(
 
     cwd = cwd or working_directory()
     store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
-    return mlflow_client.StoreTransport(store, (routing or {}).get(WORKSPACE))
+    workspace = None if routing is None else routing.get(WORKSPACE, "default")
+    return mlflow_client.StoreTransport(store, workspace)

@@ -8,24 +8,37 @@ import ssl
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import requests
 import trustme
+from mlflow.tracking.request_header import registry
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import Hopeless, RetryLater
+from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server import access, http
-from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE, read_access, routing_headers
-from qitos_mlflow.mlflow_plugin.server.http import RENEW_S, Request, SessionRequester
+from qitos_mlflow.mlflow_plugin.server.access import (
+    MOST_TENANTS,
+    RENEW_S,
+    WORKSPACE,
+    read_access,
+    routing_headers,
+)
+from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from tests.fakes.clock import Clock
 from tests.fakes.https import RecordingServer, recording_server
+from tests.mlflow_plugin.records import Records
 
 SECRET = "s3cr3t-of-a-user"
 QUESTION = Request("GET", "/version", 5.0)
@@ -250,6 +263,123 @@ def test_a_server_that_is_not_trusted_gets_no_credentials(
     assert server.heads[0]["x-mlflow-workspace"] == "team-a"
 
 
+def test_not_even_those_of_netrc(
+    server: RecordingServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ``default`` is for any server, also for one that a segment names."""
+    (home / ".netrc").write_text(f"default login u password {SECRET}\n")
+    (home / ".netrc").chmod(0o600)
+    for trusted in (False, True):
+        with SessionRequester(server.uri, {}, trusted=trusted) as send:
+            send(QUESTION)
+    assert ["authorization" in head for head in server.heads] == [False, True]
+
+
+def test_files_go_nowhere_that_an_untrusted_server_names(server: RecordingServer) -> None:
+    """MLflow would use all the credentials that the process has; the reason names the next step."""
+    run = RunRef("r", "0", "n", f"{server.uri}/elsewhere", 0)
+    transport = RestTransport("http://named-by-a-segment", trusted=False)
+    with pytest.raises(Hopeless, match="MLFLOW_TRACKING_URI=http://named-by-a-segment"):
+        transport.write_artifact(run, "a.txt", b"a", 1.0)
+    assert server.heads == []
+
+
+class Provider:
+    """A plugin of the user's that adds headers."""
+
+    def __init__(self, **headers: Any) -> None:
+        self.headers = headers
+        self.asked = 0
+
+    def in_context(self) -> bool:
+        return True
+
+    def request_headers(self) -> dict[str, Any]:
+        self.asked += 1
+        return {name.replace("_", "-"): value() for name, value in self.headers.items()}
+
+
+@pytest.fixture
+def provide(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provider], None]:
+    """Have MLflow know one plugin."""
+    monkeypatch.setattr(access, "_seen", {})
+    monkeypatch.setattr(access, "_slow", {})
+    monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
+
+    def provide(provider: Provider) -> None:
+        monkeypatch.setattr(registry, "_request_header_provider_registry", [provider])
+
+    return provide
+
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("X_Tenant", "acme", True),
+        ("X_Auth_Tenant", "acme", True),
+        ("X_Auth_Request_User", "u@example.org", True),
+        ("X_Team", "a", True),
+        ("X_Identity", JWT, False),
+        ("X_Functions_Key", "opaque", False),
+        ("X_Signature", "opaque", False),
+        ("Authorization", "Bearer x", False),
+        ("Cookie", "a=b", False),
+    ],
+)
+def test_a_header_routes_or_is_a_secret(
+    provide: Callable[[Provider], None], name: str, value: str, stored: bool
+) -> None:
+    """What routes is stored as it is; a secret is not, in no form."""
+    provide(Provider(**{name: lambda: value}))
+    to = Destination.of("http://host")
+    assert to.headers == (((name.replace("_", "-"), value),) if stored else ())
+    header = orjson.loads(segment_header(to))["headers"]
+    assert header == dict(to.headers)
+
+
+def test_a_slow_plugin_is_not_asked_at_each_start(
+    provide: Callable[[Provider], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold the agent; its last answer holds for a while."""
+    clock = Clock()
+    monkeypatch.setattr(access, "time", clock)
+
+    def slow() -> str:
+        clock.now += 1.0
+        return "acme"
+
+    provide(provider := Provider(X_Tenant=slow))
+    for _ in range(5):
+        assert routing_headers() == {"X-Tenant": "acme"}
+    assert provider.asked == 1
+    clock.now += RENEW_S
+    routing_headers()
+    assert provider.asked == 2
+
+
+def test_a_header_that_always_changes_is_no_tenant(provide: Callable[[Provider], None]) -> None:
+    """Such as the id of a request: each trace would have a destination of its own."""
+    numbers = count()
+    provide(Provider(X_Request_Id=lambda: next(numbers), X_Tenant=lambda: "acme"))
+    found = [Destination.of("http://host") for _ in range(100)]
+    assert len(set(found)) <= MOST_TENANTS
+    assert found[-1].headers == (("X-Tenant", "acme"),)
+
+
+def test_a_plugin_that_fails_leaves_the_tenant_unknown(
+    provide: Callable[[Provider], None], swallowed: list[tuple[str, BaseException]]
+) -> None:
+    """It is not taken for the default one; the deliverer's own plugin is asked again."""
+    provide(Provider(X_Tenant=lambda: 1 / 0))
+    to = Destination.of("http://host")
+    assert to.headers is None
+    assert orjson.loads(segment_header(to))["headers"] is None
+    assert swallowed.pop()[0] == "server.routing_headers"
+
+
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a package whose plugins add headers to MLflow's requests."""
@@ -360,12 +490,16 @@ def test_a_programs_opentelemetry_does_not_see_our_requests(server: RecordingSer
     instrumentor = instrumentation.RequestsInstrumentor()
     instrumentor.instrument(tracer_provider=provider)
     try:
-        with SessionRequester(server.uri) as send:
-            send(QUESTION)
+        sink = MlflowSink(orjson.dumps({"tracking_uri": server.uri, "headers": {}}))
+        sink.prepare([orjson.dumps(Records("trace-1").start("trace-1"))])
+        with pytest.raises(RetryLater):  # It answers with no run.
+            sink.send(5.0)
+        sink.close()
+        assert server.heads
         assert exporter.get_finished_spans() == ()
-        assert "traceparent" not in server.heads[0]
+        assert all("traceparent" not in head for head in server.heads)
         requests.get(server.uri, timeout=5)  # The program's own.
         assert len(exporter.get_finished_spans()) == 1
-        assert "traceparent" in server.heads[1]
+        assert "traceparent" in server.heads[-1]
     finally:
         instrumentor.uninstrument()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,15 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun
-from qitos_mlflow.mlflow_plugin.server.transport import NotThere, Refused, TooLarge, Unanswered
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    NotThere,
+    Poisoned,
+    Refused,
+    TooLarge,
+    Unanswered,
+)
 from qitos_mlflow.mlflow_plugin.sink import call_list, operations
+from qitos_mlflow.mlflow_plugin.sink.call_list import FAILING_S
 from qitos_mlflow.mlflow_plugin.sink.operations import (
     FRESH_S,
     LATE_S,
@@ -202,18 +210,97 @@ def test_each_experiment_is_looked_up_by_its_name_again(
     assert server.calls.count("experiment_id") == 2
 
 
-@pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
-def test_a_refusal_ends_what_is_known(server: FakeTransport, clock: Clock, code: str) -> None:
-    """Another database shows as a run that is not there."""
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RetryLater("refused"),
+        Refused("RESOURCE_DOES_NOT_EXIST", "run"),
+        Refused("INVALID_PARAMETER_VALUE", "run"),
+    ],
+)
+def test_any_failure_ends_what_is_known(
+    server: FakeTransport, clock: Clock, failure: Exception
+) -> None:
+    """A restart shows as a failed call, another database as a run that is not there."""
     sink = a_sink(server)
     prepare(sink, *a_trace("one"))
-    server.fail = lambda call, _: Refused(code, "run") if call == "end_run" else None
-    sink.send(TIMEOUT_S)
+    server.fail = lambda call, _: failure if call == "end_run" else None
+    with contextlib.suppress(RetryLater):
+        sink.send(TIMEOUT_S)
     server.fail = lambda call, _: None
     clock.now += 0.1
+    sink.send(TIMEOUT_S)
     prepare(sink, *a_trace("two"))
     sink.send(TIMEOUT_S)
     assert server.calls.count("experiment_id") == 2
+
+
+@pytest.mark.parametrize("call", ["write_spans", "write_trace"])
+def test_an_outage_may_end_with_another_database(
+    server: FakeTransport, clock: Clock, call: str
+) -> None:
+    """Nothing of a trace is written once its run is gone, also what was listed before."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace())
+    server.fail = lambda what, _: RetryLater("refused") if what == call else None
+    tries = attempts(sink, clock, 3600.0)
+    assert not next(tries)
+    server.fail = lambda what, _: None
+    server.runs.clear()
+    before = server.calls.count(call)
+    assert sink.send(TIMEOUT_S)
+    assert server.calls.count(call) == before
+
+
+# -- a server that cannot write ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [Poisoned("BAD_REQUEST: read-only"), TooLarge("HTTP 413", "")])
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_server_that_only_reads_blames_no_record(
+    server: FakeTransport, clock: Clock, failure: Exception, from_the_start: bool
+) -> None:
+    """A database after a failover, or a router that takes no body at all: it passes."""
+    sink = a_sink(server)
+    start, *rest = a_trace()
+    reads = ("experiment_id", "find_runs")
+    prepare(sink, *([start, *rest] if from_the_start else [start]))
+    if not from_the_start:
+        assert sink.send(TIMEOUT_S) == []
+        prepare(sink, *rest)
+    server.fail = lambda call, _: None if call in reads else failure
+    tries = attempts(sink, clock, FAILING_S)
+    assert not any(next(tries) for _ in range(20))
+    server.fail = lambda call, _: None
+    assert next(tries)
+    [run] = server.runs.values()
+    assert run["status"] == "FINISHED"
+    assert "qitos.values.dropped" not in run["tags"]
+
+
+def test_a_run_is_created_although_a_tag_breaks_the_server(
+    server: FakeTransport, clock: Clock
+) -> None:
+    """The tag is left out, and all others follow."""
+    sink = a_sink(server)
+    start, *rest = a_trace()
+    start["settings"] = {"experiment_name": "qitos", "tags": {"good": "yes", "bad": "poison"}}
+    prepare(sink, start, *rest)
+    logs = ("create_run", "log_batch")
+    server.fail = lambda call, what: (
+        Poisoned("500") if call in logs and "poison" in repr(what) else None
+    )
+    dead = []
+    for _ in range(30):
+        with contextlib.suppress(RetryLater):
+            dead = sink.send(TIMEOUT_S)
+            break
+        clock.now += FAILING_S
+    assert len(dead) == 1
+    assert b"poison" in dead[0].record
+    [run] = server.runs.values()
+    assert run["status"] == "FINISHED"
+    assert run["tags"]["good"] == "yes"
 
 
 @pytest.mark.parametrize("traces", [["one"], ["one", "two"]])
@@ -290,7 +377,28 @@ def test_a_traces_info_and_a_long_tag_are_cut_too(server: FakeTransport, clock: 
     assert len(server.traces) == 1
 
 
-def test_what_has_no_long_text_is_a_dead_letter(server: FakeTransport, clock: Clock) -> None:
+def test_a_span_of_many_numbers_has_a_note_in_their_place(
+    server: FakeTransport, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no text is long, the largest field is left out, and counted once."""
+    sink = a_sink(server)
+    write = server.write_spans
+
+    def write_spans(experiment_id: str, spans: list[Span], timeout_s: float) -> None:
+        if sum(span.ByteSize() for span in spans) > 4000:
+            raise TooLarge("HTTP 413", "")
+        write(experiment_id, spans, timeout_s)
+
+    monkeypatch.setattr(server, "write_spans", write_spans)
+    start, span, end = a_trace()
+    span["output"] = list(range(90_000))
+    prepare(sink, start, span, end)
+    assert sink.send(TIMEOUT_S) == []
+    assert "[left out: " in str(server.spans)
+    assert server.runs["run-0"]["tags"]["qitos.values.dropped"] == "too_large=1"
+
+
+def test_what_has_no_large_part_is_a_dead_letter(server: FakeTransport, clock: Clock) -> None:
     """A proxy that takes next to nothing costs what it does not take, and no more."""
     server.fail = lambda call, _: TooLarge("HTTP 413", "") if call == "write_spans" else None
     sink = a_sink(server)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qitos_mlflow import _guard
 from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunRef
@@ -774,9 +775,10 @@ def test_a_broken_server_is_no_reason_to_give_up(
 
 
 def test_a_server_without_traces_has_runs(
-    server: FakeTransport, caplog: pytest.LogCaptureFixture
+    server: FakeTransport, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If a server is too old for traces, one warning says so, without its password."""
+    monkeypatch.setattr(_guard, "_last_logged", {})
 
     def refuse(call: str, _: Any) -> Exception | None:
         return Refused("NOT_IMPLEMENTED", "") if call in ("write_spans", "write_trace") else None
