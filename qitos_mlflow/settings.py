@@ -225,6 +225,12 @@ class Settings:
         "disk space for all segments in the spool's directory (bytes); beyond it, new spans are "
         "dropped; as with `queue_bytes`, the first one decides",
     )
+    spool_fsync: bool = _option(
+        _flag,
+        False,
+        "bring each write to the disk at once, so that records survive a power cut; as with "
+        "`queue_bytes`, the first one decides",
+    )
 
     @classmethod
     def resolve(cls, **given: Any) -> Settings:

@@ -25,7 +25,7 @@ from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool.counts import Counts
 from qitos_mlflow.delivery.spool.locks import is_held
 from qitos_mlflow.delivery.spool.paths import Paths, check_owner, find_segments
-from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head
+from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head, waiting_records
 
 MAKE_ROOM_AFTER_S = 60.0
 """A segment that has failed for this long makes room for others between attempts (seconds)."""
@@ -111,9 +111,11 @@ def take(
         return Outcome.BUSY if paths.parts() and paths.parts(now=True) else Outcome.FINISHED
     header = default_header if head.caller is None else head.caller
     if header is None:
-        claimed.release()
-        return Outcome.UNREADABLE
-    return Delivery(claimed, partial(open_sink, header))
+        if any(waiting_records(paths)):
+            claimed.release()
+            return Outcome.UNREADABLE
+        claimed.reader.state = None  # A power cut has left nothing to send, so no sink is opened.
+    return Delivery(claimed, partial(open_sink, header or b""))
 
 
 class Deliveries:

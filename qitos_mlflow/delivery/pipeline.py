@@ -54,16 +54,25 @@ class Pipeline(Spooled):
         queue_bytes: bound of the queue, and again of the memory that stands in for a failed disk.
         spool_bytes: cap of the spool directory, shared with other processes.
         offline: records stay in the spool until `qitos-mlflow sync`.
+        fsync: what the spooling thread writes survives a power cut.
     """
 
     def __init__(
-        self, header: bytes, *, directory: Path, queue_bytes: int, spool_bytes: int, offline: bool
+        self,
+        header: bytes,
+        *,
+        directory: Path,
+        queue_bytes: int,
+        spool_bytes: int,
+        offline: bool,
+        fsync: bool = False,
     ) -> None:
         self.header = header
         self._directory = directory
         self._queue_bytes = queue_bytes
         self._spool_bytes = spool_bytes
         self._offline = offline
+        self._fsync = fsync
         self.closed = False
         """Whether it takes no more."""
         self._begin()
@@ -243,6 +252,7 @@ class Pipeline(Spooled):
             offline=self._offline,
             cap_bytes=self._spool_bytes,
             memory_bytes=0 if self._offline else self._queue_bytes,
+            fsync=self._fsync,
         )
         sending = None
         if not self._offline:

@@ -85,7 +85,7 @@ class SegmentTransfer:
         Raises:
             RetryLater: call again later.
         """
-        if closed and self._sink is None:
+        if self._sink is None and (closed or self._reader.state is None):
             return True  # It has sent nothing that could be open.
         sink = self._open()
         with _bugs_later("delivery.abandoned"):

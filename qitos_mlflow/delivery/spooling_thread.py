@@ -11,6 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import OwnThread, check
@@ -165,7 +166,9 @@ class SpoolingThread(OwnThread):
         """Whether everything in the segment is delivered; offline, by other processes."""
         if self.sending is not None:
             return self.sending.position >= self.segment.end
-        return next(waiting_records(self.segment.paths), None) is None
+        with suppress(OSError):
+            return next(waiting_records(self.segment.paths), None) is None
+        return False  # What cannot be looked at may be there.
 
     @property
     def unsaved(self) -> int:

@@ -57,6 +57,7 @@ class RecordPipeline(Pipeline):
             queue_bytes=settings.queue_bytes,
             spool_bytes=settings.spool_bytes,
             offline=settings.offline,
+            fsync=settings.spool_fsync,
         )
 
     def use(self, user: Any, settings: Settings) -> None:

@@ -286,9 +286,7 @@ def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
 ) -> None:
     """Without a header sync asks for the destination; given one, it delivers."""
     part = write_segment(tmp_path, store, *trace(experiment))
-    content = part.read_bytes()
-    at = content.index(b"tracking_uri")
-    part.write_bytes(content[:at] + b"E" + content[at + 1 :])
+    part.write_bytes(part.read_bytes().replace(b"tracking_uri", b"Eracking_uri"))
     assert status()["segments"][0]["destination"] == "unknown"
     done = cli("sync")
     assert done.returncode == 1

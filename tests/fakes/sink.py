@@ -22,6 +22,7 @@ from qitos_mlflow.delivery import (
     take,
 )
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
+from tests.fakes.mlflow_rest import MlflowRest
 
 MIB = 1024 * 1024
 NOW = 1_800_000_000_000_000_000
@@ -136,11 +137,12 @@ class FakePipeline(Pipeline):
 
 def make_pipeline(
     directory: Path,
-    server: FakeServer | None,
+    server: FakeServer | MlflowRest | None,
     *,
     header: bytes = b'{"to": "somewhere"}',
     queue_bytes: int = 64 * MIB,
     spool_bytes: int = 1024 * MIB,
+    fsync: bool = False,
     **methods: Any,
 ) -> Pipeline:
     """A pipeline into `directory` and to `server`; offline without one."""
@@ -154,6 +156,7 @@ def make_pipeline(
         queue_bytes=queue_bytes,
         spool_bytes=spool_bytes,
         offline=server is None,
+        fsync=fsync,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 import threading
@@ -310,3 +311,26 @@ def test_an_exception_in_flight_is_the_traces_own_or_not(
         "handled before": None,
         "fails": "KeyError",
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file it is")
+@pytest.mark.parametrize("spool_fsync", [False, True])
+def test_the_setting_brings_records_to_the_disk(
+    recorder: Callable[..., Recorder[TraceRecorder]],
+    begin: Callable[..., TraceRecorder],
+    monkeypatch: pytest.MonkeyPatch,
+    spool_fsync: bool,
+) -> None:
+    """With `spool_fsync` each append is followed by an fsync of its file; without, by none."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().suffix)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    one = recorder(spool_fsync=spool_fsync, offline=True)
+    trace = begin(one, "trace")
+    trace.pipeline.flush(LONG_S)
+    assert (".seg" in synced) is spool_fsync

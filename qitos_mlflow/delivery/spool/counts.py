@@ -29,6 +29,8 @@ SPOOL_REMOVED = "spool_removed"
 """The segment's file was deleted or cut short before its records were sent."""
 SPOOL_UNREADABLE = "spool_unreadable"
 """A part could not be read for long and is kept aside; another process's counts as one record."""
+LOSSES_UNREADABLE = "losses_unreadable"
+"""The file that counts the losses of a segment is damaged: there were some."""
 SPOOL_UNWRITABLE = "spool_unwritable"
 """The spool directory cannot be written, and the memory that stands in for it was full."""
 
@@ -96,7 +98,8 @@ class Counts:
             if new := dropped - self._saved:
                 # A sync that delivers the segment of an offline process adds its own.
                 losses = load_losses(paths.lost) + new
-                replace_private(paths.lost, json.dumps(losses).encode(), durable=False)
+                # Durable: an empty file would take the earlier losses with it.
+                replace_private(paths.lost, json.dumps(losses).encode(), durable=True)
                 self._saved = dropped
         except OSError as error:
             _guard.warn(
@@ -110,8 +113,10 @@ class Counts:
 
 
 def load_losses(path: Path) -> Counter[str]:
-    """The losses by reason in a file; none if it cannot be read."""
+    """The losses by reason in a file; none if there is no file, or it cannot be opened."""
     try:
         return Counter({str(key): int(n) for key, n in json.loads(path.read_bytes()).items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except OSError:
         return Counter()
+    except (ValueError, TypeError, AttributeError):
+        return Counter({LOSSES_UNREADABLE: 1})

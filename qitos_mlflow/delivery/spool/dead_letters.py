@@ -19,7 +19,7 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import ASIDE_FULL, Counts, reason_of
-from qitos_mlflow.delivery.spool.paths import Paths, Quota, open_private, write_all
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, open_private, sync_directory, write_all
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,17 @@ def bury(dead: Sequence[DeadLetter], path: Path, quota: Quota, stats: Counts) ->
     if not kept:
         return
     try:
-        descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            write_all(descriptor, b"".join(kept))
+            torn = b""
+            if os.fstat(descriptor).st_size:
+                os.lseek(descriptor, -1, os.SEEK_END)
+                torn = b"" if os.read(descriptor, 1) == line_format.LF else line_format.LF
+            write_all(descriptor, torn + b"".join(kept))
+            os.fsync(descriptor)  # Once the records are acknowledged, this is the only copy.
         finally:
             os.close(descriptor)
+        sync_directory(path.parent)
     except OSError as error:
         _guard.warn(
             "delivery.aside",

@@ -17,7 +17,7 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import disown_in_child
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
-from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
+from qitos_mlflow.delivery.spool.paths import is_at, open_private, sync_directory, write_all
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,21 +37,26 @@ class DiskPart(_Part):
     """A part in a file: one that `create` has made, or that another process has written."""
 
     path: Path
+    _fsync: bool = False
     _descriptor: int | None = None
     _size: int = 0
 
     @classmethod
-    def create(cls, base: int, path: Path, head: bytes) -> DiskPart:
+    def create(cls, base: int, path: Path, head: bytes, *, fsync: bool = False) -> DiskPart:
         """A new file beginning with `head`, open for appending.
+
+        With `fsync`, what is appended is on the disk when `append` returns.
 
         Raises:
             OSError: it cannot be created; nothing is left behind.
         """
-        part = cls(base=base, path=path)
+        part = cls(base=base, path=path, _fsync=fsync)
         part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         disown_in_child(part)
         try:
             write_all(part._descriptor, head)
+            if fsync:
+                sync_directory(path.parent)
         except OSError:
             part.remove()
             raise
@@ -75,6 +80,8 @@ class DiskPart(_Part):
                 return 0
             while written < len(data):
                 written += os.write(self._descriptor, data[written:])
+            if self._fsync:  # If it fails, the lines can be read all the same.
+                os.fsync(self._descriptor)
         except OSError as error:
             self.failure = reason_of(error)
         ends = [end for end in accumulate(map(len, lines)) if end <= written]

@@ -24,6 +24,7 @@ import re
 import secrets
 import socket
 import stat
+import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -129,19 +130,38 @@ def _age(stem: str) -> int:
         return 0
 
 
-def make_directory(directory: Path) -> None:
+def make_directory(directory: Path, *, fsync: bool = False) -> None:
     """Create `directory` for its owner only; an existing one keeps its permissions.
+
+    With `fsync`, it and the parents that are made are on the disk.
 
     Raises:
         OSError: it cannot be created, or `check_owner` refuses it.
     """
+    made = [path for path in (directory, *directory.parents) if fsync and not path.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir(mode=_PRIVATE_DIRECTORY)
     except FileExistsError:
         check_owner(directory)
+    else:
+        directory.chmod(_PRIVATE_DIRECTORY)  # The umask may have taken even the owner's rights.
+    for path in made:
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring to the disk which files `directory` has: what was created, renamed and deleted."""
+    if sys.platform == "win32":  # It has no such call.
         return
-    directory.chmod(_PRIVATE_DIRECTORY)  # The umask may have taken even the owner's rights.
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems.
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_owner(directory: Path) -> None:

@@ -18,7 +18,7 @@ from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, bury
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, Quota, replace_private
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, replace_private, sync_directory
 
 BATCH_BYTES = 4 * 1024 * 1024
 """No further record is read once those of a chunk have this size together (bytes)."""
@@ -71,12 +71,13 @@ def load_ack(paths: Paths) -> Ack:
         OSError: there is one, and the process has no descriptor or memory left to read it with.
     """
     try:
-        line = line_format.decode(paths.ack.read_bytes().rstrip(line_format.LF))
+        lines, _ = line_format.decode_all(paths.ack.read_bytes().rstrip(line_format.LF))
     except OSError as error:
         if error.errno in EXHAUSTED and paths.ack.exists():
             raise
         return NO_ACK
-    if line is None or line.kind != line_format.ACK:
+    line = next((line for line in lines if line.kind == line_format.ACK), None)
+    if line is None:
         return NO_ACK
     position, _, state = line.payload.partition(b" ")
     return Ack(int(position, 16), state or None, line.time_ns)
@@ -178,9 +179,12 @@ class SegmentReader:
     def bury(self, dead: Sequence[DeadLetter]) -> None:
         """Keep what can never be delivered, as far as there is room for it."""
         bury(dead, self._paths.dead, self._aside, self._stats)
+        self._stats.save_losses(self._paths)
 
     def acknowledge(self, chunk: Chunk, state: bytes | None, dead: Sequence[DeadLetter]) -> None:
         """Note that every record up to the chunk's end was accepted or is a dead letter."""
+        if chunk.lost:
+            self._stats.drop(SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED, chunk.lost)
         self.bury([*dead, *chunk.damaged])
         if chunk.unreadable is not None and isinstance(chunk.part, DiskPart):
             _keep_for_a_person(chunk.part, chunk.unreadable)
@@ -193,7 +197,10 @@ class SegmentReader:
         )
         stored = False
         try:
-            replace_private(self._paths.ack, line, durable=last_copy)
+            # Twice, so that damage to one line does not cost the state.
+            replace_private(self._paths.ack, line * 2 if last_copy else line, durable=last_copy)
+            if any(isinstance(part, DiskPart) for part in done):
+                sync_directory(self._paths.directory)
             stored = True
         except OSError as error:
             _guard.warn(
@@ -208,9 +215,6 @@ class SegmentReader:
             chunk.part.acknowledged += settled
         # The server may refuse many items of one record.
         self._stats.add(delivered=max(0, len(chunk.records) - len(dead)))
-        if chunk.lost:
-            self._stats.drop(SPOOL_UNREADABLE if chunk.unreadable else SPOOL_REMOVED, chunk.lost)
-        self._stats.save_losses(self._paths)
         for part in done:
             if isinstance(part, DiskPart):
                 if not stored:

@@ -18,8 +18,11 @@ from qitos_mlflow.delivery.spool.counts import Counts, load_losses
 from qitos_mlflow.delivery.spool.dead_letters import load_dead_letters
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths
+from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths, sync_directory
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
+
+HEAD_LINES = 4
+"""What a part begins with: two lines, each twice. Once each in version 0.1.0."""
 
 
 class Head(NamedTuple):
@@ -96,10 +99,10 @@ def read_head(paths: Paths) -> Head:
     for now in (False, True) if paths.parts() else ():
         for _, path in paths.parts(now=now):
             with suppress(OSError), path.open("rb") as file:
-                lines = (file.readline().rstrip(line_format.LF) for _ in range(2))
-                first, second = map(line_format.decode, lines)
-                kinds = (line_format.FILE, line_format.CALLER)
-                if first and second and (first.kind, second.kind) == kinds:
+                raw = (file.readline().rstrip(line_format.LF) for _ in range(HEAD_LINES))
+                found = {line.kind: line for one in raw for line in line_format.decode_all(one)[0]}
+                first, second = map(found.get, (line_format.FILE, line_format.CALLER))
+                if first and second:
                     about = json.loads(first.payload)
                     machine, pid = str(about.get("host", "")), int(about.get("pid", 0))
                     offline = bool(about.get("offline"))
@@ -182,7 +185,10 @@ def purge(paths: Paths) -> bool:
 def _delete(paths: Paths, lock: FileLock, *, aside: bool) -> None:
     try:
         # Parts come first: without them an acknowledgement does no harm, but not the other way.
+        behind_others = any(base for base, _ in paths.parts(now=True))
         for path in paths.files(now=True):
+            if path == paths.ack and behind_others:  # Not after a power cut either.
+                sync_directory(paths.directory)
             if path not in (paths.own, paths.ship) and (
                 aside or not path.name.endswith(ASIDE_SUFFIXES)
             ):

@@ -21,7 +21,7 @@ from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_FULL, SPOOL_REMOVED, reason_of
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, Quota, make_directory, new_stem
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, make_directory, new_stem, sync_directory
 
 MEMORY_PART_BYTES = 1024 * 1024
 """As `part_bytes` of a part in memory, which is freed as a whole (bytes)."""
@@ -44,6 +44,7 @@ class SegmentWriter:
         cap_bytes: what the whole directory may take, other processes' segments included.
         memory_bytes: what parts in memory may take together, beside records to be kept; 0: no
             parts in memory.
+        fsync: what is appended to the disk survives a power cut.
     """
 
     part_bytes = 16 * 1024 * 1024
@@ -57,17 +58,20 @@ class SegmentWriter:
         offline: bool,
         cap_bytes: int,
         memory_bytes: int,
+        fsync: bool = False,
     ) -> None:
         self.end = 0
         """Position behind the last record appended; all before it can be read."""
         self.paths = Paths(directory, new_stem())
         self._header = header
         self._offline = offline
+        self._fsync = fsync
         self._memory_bytes = memory_bytes
         self._quota = Quota(directory, cap_bytes)
         self._own = FileLock(self.paths.own)
         self._sending = FileLock(self.paths.ship)
         self._parts: list[Part] = []
+        self._tries_again = False
         self._disk_failure = ""
         self._disk_retry_at = 0.0
 
@@ -78,6 +82,7 @@ class SegmentWriter:
         `time_ns` is the wall clock's time now.
         """
         losses: list[tuple[bytes, str]] = []
+        self._tries_again = not self._memory_bytes  # Or one failure that passes costs records.
         lines = [line_format.encode(line_format.RECORD, data, time_ns) for data, _ in records]
         now = time.monotonic()
         done = 0
@@ -115,6 +120,9 @@ class SegmentWriter:
                 if isinstance(part, DiskPart):
                     part.remove() if delete else part.seal()
             if delete:
+                # As in `segments._delete`.
+                if any(isinstance(part, DiskPart) and part.base for part in self._parts):
+                    sync_directory(self.paths.directory)
                 self.paths.ack.unlink(missing_ok=True)
         finally:
             self._sending.release(remove=delete)
@@ -128,13 +136,15 @@ class SegmentWriter:
         last = self._parts[-1] if self._parts else None
         # Starts and ends of traces may exceed the cap: try the disk for this one.
         over = keep and self._disk_failure == SPOOL_FULL
-        if over or now >= self._disk_retry_at:
+        while over or now >= self._disk_retry_at:
+            over = False
             try:
                 on_disk = self._on_disk(last, keep, line, time_ns)
                 if on_disk is not None:
                     self._disk_failure, self._disk_retry_at = "", 0.0
                     return on_disk
                 self._fail(SPOOL_FULL)
+                break
             except OSError as error:
                 self._fail(reason_of(error), error)
         memory = [part for part in list(self._parts) if isinstance(part, MemoryPart)]
@@ -161,20 +171,24 @@ class SegmentWriter:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
         head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
         head += line_format.encode(line_format.CALLER, self._header(), time_ns)
+        head += head  # So that damage to one line does not hide where the records are to go.
         if not self._quota.has_room(len(head) + len(line), _share(keep)):
             return None
-        make_directory(self.paths.directory)
+        make_directory(self.paths.directory, fsync=self._fsync)
         # Locks first: a part without an owner looks like that of a dead process.
         for lock in (self._own,) if self._offline else (self._own, self._sending):
             if not lock.acquire_patiently():
                 raise OSError(f"{lock.path} is locked by another process")
-        part = DiskPart.create(self.end, self.paths.part(self.end), head)
+        part = DiskPart.create(self.end, self.paths.part(self.end), head, fsync=self._fsync)
         self._quota.take(len(head), _share(keep))
         self._add(part)
         return part
 
     def _fail(self, failure: str, error: OSError | None = None) -> None:
         """Go on in memory until the disk is tried again; without one, a smaller record may fit."""
+        if self._tries_again and failure != SPOOL_FULL:
+            self._tries_again = False
+            return
         if failure != self._disk_failure:
             _guard.warn(
                 f"delivery.{self.paths.directory}",
