@@ -90,7 +90,8 @@ MODULE_LINES = 350
 MEDIAN_LINES = 130
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 15_500
+PACKAGE_LINES = 16_850
+"""15,500 before tenants, credentials, forks and the exit of local stores had code of their own."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -80,7 +81,7 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    delivery = Sync(ways, patience_s, server_of)
+    delivery = Sync(ways, patience_s, server_of, paths)
     delivery.run([segment for segment in look_at(paths) if segment.paths.parts()])
     delivery.show()
     if delivery.left:
@@ -111,6 +112,7 @@ class Sync:
         ways: how `delivery.take` opens sinks.
         patience_s: how long a server may fail before its segments are left.
         server_of: where a segment with this header goes, and whether credentials are for there.
+        paths: as they were given, for the command that is shown.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Sync:
         ways: dict[str, Any],
         patience_s: float,
         server_of: Callable[[dict[str, Any]], tuple[str | None, bool]],
+        paths: Sequence[Path] = (),
     ) -> None:
         from qitos_mlflow.delivery import Counts
 
@@ -130,6 +133,7 @@ class Sync:
         self._ways = ways
         self._patience_s = patience_s
         self._server_of = server_of
+        self._paths = paths
         self._given_up: dict[tuple[str, str | None], str] = {}
         """Servers, and experiments of a server, that are not tried again, each with the line."""
 
@@ -231,7 +235,8 @@ class Sync:
             complain(line)
         if self.left:
             complain(
-                f"{plural(self.left, 'segment')} not delivered; run `qitos-mlflow sync` again later"
+                f"{plural(self.left, 'segment')} not delivered; run it again later: "
+                + shlex.join(["qitos-mlflow", "sync", *map(str, self._paths)])
             )
 
 

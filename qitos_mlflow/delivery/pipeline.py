@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from qitos_mlflow import _guard
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue
 from qitos_mlflow.delivery.leftovers import Leftovers
@@ -101,15 +100,6 @@ class Pipeline(Spooled):
         None leaves that segment alone.
         """
         return None
-
-    def complete_header(self) -> None:
-        """Spooling thread, before the first record of a segment is written. May set `header`."""
-
-    def completed_header(self) -> bytes:
-        """The header of a segment that begins now."""
-        with _guard.shield("delivery.header"):
-            self.complete_header()
-        return self.header
 
     def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` for delivery; False when it is refused, which is counted.
@@ -248,7 +238,7 @@ class Pipeline(Spooled):
     def _make_threads(self) -> SpoolingThread:
         segment = SegmentWriter(
             self._directory,
-            self.completed_header,
+            self.header,
             offline=self._offline,
             cap_bytes=self._spool_bytes,
             memory_bytes=0 if self._offline else self._queue_bytes,

@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Callable, Hashable
 from functools import cached_property, partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 import orjson
 
 from qitos_mlflow._after_import import imported
-from qitos_mlflow.delivery import importing
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.access import (
@@ -79,12 +77,16 @@ class Destination(NamedTuple):
         return cls(uri, cwd, headers, tuple(os.environ.get(name) for name in _USER))
 
 
-def segment_header(to: Destination, settings: Settings | None = None) -> bytes:
+def segment_header(
+    to: Destination, settings: Settings | None = None, *, asked: bool = True
+) -> bytes:
     """What a spool segment says of itself, as JSON: where its records go, and nothing else.
 
     Credentials are left out; the process that delivers the segment later supplies them as MLflow
     does. How a trace is logged is in its own start: `run_settings`. Only traces that the first
     version of the spool's format recorded have none, and need the header to have `settings`.
+    Plugins of MLflow that tell tenants apart cannot be `asked` before its client has made a call:
+    that would take an import. Then the process that delivers asks them.
 
     Raises:
         QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
@@ -101,7 +103,9 @@ def segment_header(to: Destination, settings: Settings | None = None) -> bytes:
     if settings is not None:
         header |= run_settings(settings)
     headers = None if to.headers is None else dict(to.headers)
-    return _in_utf8(json.dumps({**redact(header), "headers": headers}, ensure_ascii=False))
+    return _in_utf8(
+        json.dumps({**redact(header), "headers": headers, "asked": asked}, ensure_ascii=False)
+    )
 
 
 def run_settings(settings: Settings) -> RunSettings:
@@ -131,21 +135,8 @@ class MlflowPipeline(RecordPipeline):
 
     def __init__(self, to: Destination, key: Hashable, settings: Settings) -> None:
         self._to = to
-        self._is_complete = not is_http(to.uri) or imported(REGISTRY) is not None
-        super().__init__(segment_header(to), key, settings, local=is_local(to.uri))
-
-    def complete_header(self) -> None:
-        """Spooling thread. Add what MLflow's plugins say, who cannot be asked without mlflow."""
-        if self._is_complete:
-            return
-        self._is_complete = True
-        if has_plugins():
-            self.header = segment_header(self._to._replace(headers=None))  # If the next line fails.
-            with importing():
-                import_module(REGISTRY)
-            if (found := routing_headers()) is not None:
-                headers = {**found, **dict(self._to.headers or ())}
-                self.header = segment_header(self._to._replace(headers=tuple(headers.items())))
+        asked = not is_http(to.uri) or imported(REGISTRY) is not None
+        super().__init__(segment_header(to, asked=asked), key, settings, local=is_local(to.uri))
 
     @cached_property
     def command_prefix(self) -> str:
@@ -182,8 +173,10 @@ def _place(header: bytes) -> tuple[Any, ...]:
     head = orjson.loads(header)
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
-    headers = head.get("headers", {})  # None is like no other one's.
-    return uri, None if uri else head.get("cwd"), object() if headers is None else headers
+    headers = head.get("headers", {})
+    if headers is None or not (head.get("asked", True) or not has_plugins()):
+        headers = object()  # It is not known, so it is like no other one's.
+    return uri, None if uri else head.get("cwd"), headers
 
 
 def _in_utf8(text: str) -> bytes:

@@ -127,15 +127,16 @@ def _wait_while_it_gets_on(pipeline: RecordPipeline, began_s: float) -> bool:
             seen, seen_s = progress, time.monotonic() if progress is not None else 0.0
         until = min(seen_s + pipeline.exit_timeout_s, began_s + pipeline.local_exit_timeout_s)
         left_s = until - time.monotonic()
-        if left_s <= 0 or pipeline.flush(min(left_s, LOOK_EVERY_S)):
-            return left_s > 0
+        if left_s <= 0 or pipeline.hopeless or pipeline.flush(min(left_s, LOOK_EVERY_S)):
+            return left_s > 0 and not pipeline.hopeless
         if not said and time.monotonic() > began_s + SAY_AFTER_S:
             said = True
             more_s = began_s + pipeline.local_exit_timeout_s - time.monotonic()
             with contextlib.suppress(OSError):
                 say(
                     f"waiting up to {more_s:.0f} s more for the local store, while it makes "
-                    "progress; Ctrl-C leaves the rest to: qitos-mlflow sync"
+                    "progress; Ctrl-C leaves the rest to: qitos-mlflow sync "
+                    f"{shlex.quote(str(pipeline.paths.directory))}"
                 )
 
 

@@ -292,6 +292,7 @@ def test_an_agent_that_knows_nothing_of_it_is_logged(tmp_path: Path, cli: Run) -
     assert runs_in(store, "e") == []  # It is made now, not within a deadline.
     options = ("--tracking-uri", store, "--experiment-name", "e", "--run-name", "r")
     tag = ("--tag", "env=dev=1")
-    got = cli("run", *options, *tag, "agent.py", QITOS_MLFLOW_EXIT_TIMEOUT_S="90")
+    wait = {"QITOS_MLFLOW_EXIT_TIMEOUT_S": "90", "QITOS_MLFLOW_LOCAL_EXIT_TIMEOUT_S": "0"}
+    got = cli("run", *options, *tag, "agent.py", **wait)
     assert (got.stdout, got.stderr, got.returncode) == ("yes\n", "", 0)
     assert [(run.name, run.tags["env"]) for run in runs_in(store, "e")] == [("r", "dev=1")]

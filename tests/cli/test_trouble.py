@@ -189,7 +189,7 @@ def test_one_refused_experiment_does_not_stop_the_others(
     assert shown.out == "2 records delivered, 1 segment finished\n"
     assert shown.err.splitlines() == [
         f"qitos-mlflow: {server} refused the data of experiment 'locked': HTTP 403: not yours",
-        "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
+        "qitos-mlflow: 2 segments not delivered; run it again later: qitos-mlflow sync",
     ]
 
 
@@ -268,7 +268,7 @@ def test_ctrl_c_does_not_wait_for_a_server(
     shown = capsys.readouterr()
     assert shown.out == "0 records delivered, 0 segments finished\n"
     assert shown.err.splitlines() == [
-        "qitos-mlflow: 2 segments not delivered; run `qitos-mlflow sync` again later",
+        "qitos-mlflow: 2 segments not delivered; run it again later: qitos-mlflow sync",
     ]
 
 

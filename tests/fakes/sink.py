@@ -175,7 +175,7 @@ def left_behind(
 ) -> Paths:
     """A segment as a killed process leaves it."""
     segment = SegmentWriter(
-        directory, lambda: header, offline=offline, cap_bytes=1024 * MIB, memory_bytes=0
+        directory, header, offline=offline, cap_bytes=1024 * MIB, memory_bytes=0
     )
     segment.part_bytes = part_bytes
     for record in records:

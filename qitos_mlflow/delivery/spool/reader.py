@@ -204,7 +204,7 @@ class SegmentReader:
             stored = True
         except OSError as error:
             _guard.warn(
-                "delivery.ack",
+                f"delivery.{self._paths.directory}",  # Once for all that fails there.
                 "%s cannot be written (%s); after a crash, records are sent a second time",
                 self._paths.ack,
                 error,

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qitos_mlflow import _guard
@@ -39,7 +39,7 @@ class SegmentWriter:
 
     Args:
         directory: the spool; created when missing.
-        header: returns the caller's, which is repeated at the beginning of every part. May block.
+        header: the caller's, repeated at the beginning of every part.
         offline: this process does not send the segment: other processes may, at any time.
         cap_bytes: what the whole directory may take, other processes' segments included.
         memory_bytes: what parts in memory may take together, beside records to be kept; 0: no
@@ -53,7 +53,7 @@ class SegmentWriter:
     def __init__(
         self,
         directory: Path,
-        header: Callable[[], bytes],
+        header: bytes,
         *,
         offline: bool,
         cap_bytes: int,
@@ -170,7 +170,7 @@ class SegmentWriter:
             return last if self._quota.has_room(len(line), _share(keep)) else None
         about = {"host": socket.gethostname(), "pid": os.getpid(), "offline": self._offline}
         head = line_format.encode(line_format.FILE, json.dumps(about).encode(), time_ns)
-        head += line_format.encode(line_format.CALLER, self._header(), time_ns)
+        head += line_format.encode(line_format.CALLER, self._header, time_ns)
         head += head  # So that damage to one line does not hide where the records are to go.
         if not self._quota.has_room(len(head) + len(line), _share(keep)):
             return None

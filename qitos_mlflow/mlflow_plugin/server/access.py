@@ -60,12 +60,15 @@ class Access(NamedTuple):
     signs: bool = False
 
 
-def read_access(uri: str, routing: Mapping[str, str] | None, *, trusted: bool) -> Access:
+def read_access(
+    uri: str, routing: Mapping[str, str] | None, *, asked: bool = True, trusted: bool
+) -> Access:
     """How to reach the server at `uri` now. May import mlflow and block on the disk or a plugin.
 
     Args:
         uri: may hold user and password, which come before all others.
         routing: headers that say whose data it is; None: those of this process.
+        asked: those of MLflow's plugins are among them.
         trusted: credentials are configured for this server. Without, it gets none.
 
     Raises:
@@ -79,7 +82,7 @@ def read_access(uri: str, routing: Mapping[str, str] | None, *, trusted: bool) -
     if not trusted:
         return Access(known, lambda request: request, verify, None)  # Nor those of ~/.netrc.
     headers, plugin = _of_plugins(uri)
-    if routing is not None:  # What else the plugins say now is not said of these records.
+    if routing is not None and asked:  # What else the plugins say now is not said of these records.
         headers = {key: text for key, text in headers.items() if _is_secret(key, text)}
     certificate = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     authorise = _authorise(_authorization(uri), plugin)
@@ -166,15 +169,16 @@ def _asks_mlflow() -> bool:
 @cache
 def has_plugins() -> bool:
     """Whether other packages add headers to MLflow's requests. Reads the installed packages."""
-    from importlib_metadata import entry_points
+    with importing():
+        from importlib_metadata import entry_points
 
-    return any(not entry.value.startswith("mlflow.") for entry in entry_points(group=PLUGINS))
+        return any(not entry.value.startswith("mlflow.") for entry in entry_points(group=PLUGINS))
 
 
 def routing_headers() -> dict[str, str] | None:
     """The headers by which a server tells tenants apart, as they are now on this thread.
 
-    MLflow's workspace; and if mlflow is imported, what plugins add to its requests, without
+    MLflow's workspace; and if its client has loaded plugins, what these add to its requests, without
     credentials. None: a plugin has failed, so it is not known. Never raises and imports nothing.
     """
     found: dict[str, Any] = {}

@@ -42,6 +42,12 @@ class WatchedAdapter(HTTPAdapter):
     def get_connection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
         return _watched(super().get_connection(*args, **options))
 
+    def close(self) -> None:
+        """Close connections also while the interpreter ends: urllib3 no longer does then."""
+        for pool in list(self.poolmanager.pools._container.values()):
+            pool.close()
+        super().close()
+
 
 def _watched(pool: Any) -> Any:
     kind = pool.ConnectionCls

@@ -91,17 +91,24 @@ class SessionRequester(requests.Session):
     Args:
         uri: of the server.
         routing: headers that say whose data it is; None: those of this process, as they are now.
+        asked: those of MLflow's plugins are among them.
         trusted: credentials of this process are meant for this server.
     """
 
     def __init__(
-        self, uri: str, routing: Mapping[str, str] | None = None, *, trusted: bool = True
+        self,
+        uri: str,
+        routing: Mapping[str, str] | None = None,
+        *,
+        asked: bool = True,
+        trusted: bool = True,
     ) -> None:
         super().__init__()
         for scheme in ("http://", "https://"):
             self.mount(scheme, WatchedAdapter())
         self._uri = uri
         self._routing = routing
+        self._asked = asked
         self._trusted = trusted
         self._access: Access | None = None
         self._renew_at = 0.0
@@ -109,7 +116,9 @@ class SessionRequester(requests.Session):
     def __call__(self, request: Request) -> requests.Response:
         """Send `request`."""
         if self._access is None or time.monotonic() >= self._renew_at:
-            self._access = read_access(self._uri, self._routing, trusted=self._trusted)
+            self._access = read_access(
+                self._uri, self._routing, asked=self._asked, trusted=self._trusted
+            )
             self._renew_at = time.monotonic() + RENEW_S
         data: bytes | io.BytesIO | None = request.body
         connect_s = min(CONNECT_TIMEOUT_S, request.timeout_s)

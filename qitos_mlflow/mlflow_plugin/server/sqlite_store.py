@@ -35,6 +35,7 @@ def prepare_sqlite(uri: str) -> None:
     Raises:
         RetryLater: another process creates it, and has got nowhere for `STUCK_S`.
     """
+    from mlflow.tracking._tracking_service.registry import _building_store_lock
     from sqlalchemy.engine import make_url
 
     if not re.match(r"sqlite(\+pysqlite)?:///", uri):
@@ -46,15 +47,18 @@ def prepare_sqlite(uri: str) -> None:
     place = target.with_name(f"{NEW}{getattr(os, 'getuid', int)()}-{target.name}")
     while not target.exists():
         with _alone(place) as alone:
-            if alone and not target.exists():
-                _make(uri, place / "new.db", target)
+            if alone:
+                # Alembic has globals: MLflow of this process must not migrate meanwhile.
+                with _building_store_lock:
+                    if not target.exists():
+                        _make(uri, place / "new.db", target)
+                shutil.rmtree(place, ignore_errors=True)
         if not alone:
             if (now := _changed_ns(place)) != seen:
                 seen, until = now, time.monotonic() + STUCK_S
             elif time.monotonic() > until:
                 raise RetryLater(f"another process creates it, and does not get on: see {place}")
             progressed()
-    shutil.rmtree(place, ignore_errors=True)
     for left in target.parent.glob(f"{NEW}*"):  # By a process that died.
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > LEFT_S:

@@ -64,7 +64,11 @@ class MlflowSink:
         uri = tracking_uri or fields.get("tracking_uri")
         with uninstrumented():
             self._transport = transport or open_transport(
-                uri, fields.get("cwd"), fields.get("headers"), trusted=trusted
+                uri,
+                fields.get("cwd"),
+                fields.get("headers"),
+                asked=fields.get("asked", True),
+                trusted=trusted,
             )
         self.patience = self._transport.patience
         self._settings = settings_in(fields)
@@ -222,6 +226,7 @@ def open_transport(
     cwd: str | None = None,
     routing: Mapping[str, str] | None = None,
     *,
+    asked: bool = True,
     trusted: bool = True,
 ) -> Transport:
     """The transport for `uri`; None means MLflow's default as of the directory `cwd`.
@@ -232,10 +237,11 @@ def open_transport(
         uri: of a server or a store.
         cwd: what a relative path is relative to.
         routing: headers that say whose data it is; None: those of this process.
+        asked: those of MLflow's plugins are among them.
         trusted: this process's credentials are configured for that server.
     """
     if uri is not None and is_http(uri):
-        requester = SessionRequester(uri, routing, trusted=trusted)
+        requester = SessionRequester(uri, routing, asked=asked, trusted=trusted)
         return RestTransport(uri, requester, trusted=trusted)
     try:
         from qitos_mlflow.mlflow_plugin.server import mlflow_client

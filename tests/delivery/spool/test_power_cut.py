@@ -46,6 +46,8 @@ class Server:
 class FoldingSink:
     """A `Sink` that remembers each record it has folded."""
 
+    patience = 1.0
+
     def __init__(self, server: Server) -> None:
         self._server = server
         self._folded: list[bytes] = []

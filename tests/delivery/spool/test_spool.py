@@ -47,7 +47,7 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 def make_segment(directory: Path, **changes: int) -> SegmentWriter:
     options = {"cap_bytes": 1024 * MIB, "memory_bytes": MIB, **changes}
     part_bytes = options.pop("part_bytes", SegmentWriter.part_bytes)
-    segment = SegmentWriter(directory, lambda: b'{"to":"x"}', offline=False, **options)
+    segment = SegmentWriter(directory, b'{"to":"x"}', offline=False, **options)
     segment.part_bytes = part_bytes
     return segment
 

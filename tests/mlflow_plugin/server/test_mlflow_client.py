@@ -215,7 +215,8 @@ def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
         (ModuleNotFoundError("No module named 'boto3'"), Refused),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RetryLater),
         (CloudError("no connection"), Poisoned),
-        (OSError("no libjvm"), Poisoned),
+        (OSError("no libjvm"), RetryLater),
+        (CloudError("ReadTimeoutError"), RetryLater),
         (MlflowException("no such thing"), Poisoned),
     ],
 )
