@@ -179,7 +179,8 @@ def routing_headers() -> dict[str, str] | None:
     """The headers by which a server tells tenants apart, as they are now on this thread.
 
     MLflow's workspace; and if its client has loaded plugins, what these add to its requests,
-    without credentials. None: a plugin has failed, so it is not known. Never raises and imports nothing.
+    without credentials. None: a plugin has failed, so it is not known. Never raises and imports
+    nothing.
     """
     found: dict[str, Any] = {}
     context: Any = imported("mlflow.utils.workspace_context")
