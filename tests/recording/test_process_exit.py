@@ -362,7 +362,8 @@ def test_complaints_of_commands_go_to_stderr_or_nowhere(tmp_path: Path) -> None:
         timeout=90,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode in (1, 2)  # The first versions of click 8 cannot do better than 1.
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("offline", [True, False])
