@@ -123,7 +123,7 @@ class Proxy:
             fault: replaces the one that was set.
             only: a part of the path; other requests pass. `Refuse` concerns all.
             times: so many requests meet it, those after them pass.
-            every: each so manieth request meets it.
+            every: only each n-th request meets it; 2 is every second one.
         """
         self._run(self._set(fault, only, times, every))
 

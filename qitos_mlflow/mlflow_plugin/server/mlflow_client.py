@@ -1,6 +1,6 @@
 """MLflow through MLflow itself: local stores, and http for what only its client can do.
 
-The only module of the library that imports mlflow (besides the command line). It is imported on the
+Besides the command line, only this module and `sqlite_store` import mlflow. This happens on the
 sending thread, and only if the destination needs it. All calls go through clients bound to the
 destination's URI, so MLflow's process-wide state is neither read nor changed.
 """
