@@ -87,10 +87,10 @@ LEAVES = ("errors", "_guard", "_usage", "_inheritance", "_stop_reasons", "_after
 """Modules that every package may import."""
 
 MODULE_LINES = 350
-MEDIAN_LINES = 130
+MEDIAN_LINES = 140
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 16_850
+PACKAGE_LINES = 17_000
 """15,500 before tenants, credentials, forks and the exit of local stores had code of their own."""
 
 

@@ -18,6 +18,7 @@ processes left. docs/spool.md says what survives what.
 from __future__ import annotations
 
 from qitos_mlflow.delivery.fork import importing as importing
+from qitos_mlflow.delivery.fork import let_forks_happen as let_forks_happen
 from qitos_mlflow.delivery.leftovers import Delivery as Delivery
 from qitos_mlflow.delivery.leftovers import Outcome as Outcome
 from qitos_mlflow.delivery.leftovers import follow as follow

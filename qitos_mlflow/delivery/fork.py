@@ -13,26 +13,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FORK_WAIT_S = 10.0
-"""Longest time a fork waits for all imports together (seconds). `import mlflow` and the creation of
-a local store take five; a sink for a server, 0.2."""
+"""Longest time a fork waits for all imports together (seconds). `import mlflow` takes one to two; a
+sink for a server, 0.2."""
 
 _beginning = threading.RLock()
 """Held while an import begins, and by a fork: none begins in the midst of it."""
 _under_way: set[threading.RLock] = set()
 """A lock for each import, held until its end."""
 _forking = threading.local()
+_importing = threading.local()
+"""The locks that this thread holds."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Hold forks up while a sink is opened, or imports much later on; no other import waits."""
     with (mine := threading.RLock()):
+        outer = getattr(_importing, "locks", ())
         try:
+            _importing.locks = *outer, mine
             with _beginning:
                 _under_way.add(mine)
             yield
         finally:
             _under_way.discard(mine)
+            _importing.locks = outer
+
+
+def let_forks_happen() -> None:
+    """Amid `importing`, but where no import is under way: a fork that waits happens now."""
+    mine = getattr(_importing, "locks", ())
+    for lock in mine:
+        lock.release()
+    with _beginning:  # The fork holds it until it has happened.
+        for lock in mine:
+            lock.acquire()
 
 
 def _before() -> None:

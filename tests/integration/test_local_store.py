@@ -7,6 +7,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,14 +20,22 @@ from tests.integration.logged import AGENT, ROOT, runs_of
 
 RUN = 'agent.run("sum", render=False, trace=False)\n'
 
+MLFLOW = """
+import mlflow
+found = mlflow.MlflowClient(f"sqlite:///{os.getcwd()}/mlflow.db").search_experiments()
+print(len(found), "experiment")
+"""
+
 MIGRATIONS = """
 # A shell that starts the tests in the background has them ignore SIGINT, and so this process.
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 import os, sys, time
 from alembic.runtime.migration import HeadMaintainer
 
-def noted(self, step, update=HeadMaintainer.update_to_step, done=[]):
-    update(self, step)
+update_to_step = HeadMaintainer.update_to_step
+
+def noted(self, step, done=[]):
+    update_to_step(self, step)
     done.append(step)
     with open("migrations", "a") as file:
         print(step.to_revisions_no_deps[0], file=file, flush=True)
@@ -50,11 +60,14 @@ def start() -> Iterator[Start]:
     """Starts ``QITOS_TRACE_PLUGINS=mlflow python script.py`` in the test's directory."""
     started = []
 
-    def begin(pause_s: float = 0.15, kill_after: int = 0, **environ: str) -> subprocess.Popen[str]:
+    def begin(
+        pause_s: float = 0.15, kill_after: int = 0, script: str = AGENT + RUN, **environ: str
+    ) -> subprocess.Popen[str]:
         slow = MIGRATIONS.replace("PAUSE_S", f"{pause_s}").replace("KILL_AFTER", f"{kill_after}")
-        Path("script.py").write_text(slow + AGENT + RUN)
+        path = Path(f"script{len(started)}.py")
+        path.write_text(slow + script)
         process = subprocess.Popen(
-            [sys.executable, "script.py"],
+            [sys.executable, path],
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
@@ -87,7 +100,14 @@ def ours(process: subprocess.Popen[str]) -> list[str]:
 
 def migrations() -> list[str]:
     """The revisions that were made here, by whatever process."""
-    return Path("migrations").read_text().split()
+    return Path("migrations").read_text().split() if Path("migrations").exists() else []
+
+
+def await_migrations(number: int, *processes: subprocess.Popen[str]) -> None:
+    """Wait until so many were made."""
+    while len(migrations()) < number:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
 
 
 def names() -> list[str]:
@@ -154,6 +174,77 @@ def test_two_first_starts_at_once_make_one_store(start: Start) -> None:
     made = migrations()
     assert len(made) == len(set(made))
     assert names() == ["FINISHED"] * 2
+
+
+@pytest.mark.timeout(400)
+def test_a_store_that_mlflow_creates_at_the_same_time_is_waited_for(start: Start) -> None:
+    """MLflow makes its tables in place; what it has made so far is no store to open."""
+    mlflows = start(script=MLFLOW)
+    await_migrations(10, mlflows)
+    assert ours(start(pause_s=0)) == []
+    assert mlflows.communicate(timeout=170)[0] == "1 experiment\n"
+    assert names() == ["FINISHED"]
+
+
+@pytest.mark.timeout(400)
+def test_mlflow_that_begins_meanwhile_and_is_faster_wins(start: Start, tmp_path: Path) -> None:
+    """Our half is thrown away once MLflow's is finished."""
+    agent = start(pause_s=0.5)
+    await_migrations(3, agent)
+    mlflows = start(pause_s=0, script=MLFLOW)
+    assert mlflows.communicate(timeout=170)[0] == "1 experiment\n"
+    assert ours(agent) == []
+    assert names() == ["FINISHED"]
+    assert not list(tmp_path.glob(".mlflow-new-*"))
+
+
+@pytest.mark.timeout(400)
+def test_mlflow_of_the_same_process_creates_it(start: Start) -> None:
+    """A thread of the program is creating the store as the agent begins."""
+    script = f"""
+import threading
+def first():
+{textwrap.indent(MLFLOW, "    ")}
+thread = threading.Thread(target=first)
+thread.start()
+while not os.path.exists("migrations"):
+    time.sleep(0.02)
+{AGENT}{RUN}
+thread.join()
+"""
+    process = start(script=script, pause_s=0.05)
+    assert ours(process) == []
+    assert names() == ["FINISHED"]
+    made = migrations()
+    assert len(made) == len(set(made))
+
+
+FORKS = """
+done = []
+while len(done) < 5:
+    seen = len(open("migrations").readlines()) if os.path.exists("migrations") else 0
+    if seen > len(done):
+        child = os.fork()
+        if child == 0:
+            HeadMaintainer.update_to_step = update_to_step
+            import mlflow
+            other = mlflow.MlflowClient(f"sqlite:///{os.getpid()}.db") if len(done) == 4 else None
+            os._exit(other is not None and len(other.search_experiments()) != 1)
+        done.append((child, os.path.exists("mlflow.db")))
+print([os.waitpid(child, 0)[1] or finished for child, finished in done], flush=True)
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_does_not_wait_for_the_store(start: Start) -> None:
+    """Forks happen between two migrations, and the children can create stores of their own."""
+    process = start(script=AGENT + RUN + FORKS)
+    said, _ = process.communicate(timeout=170)
+    assert said == "[False, False, False, False, False]\n"
+    assert names() == ["FINISHED"]
+    made = migrations()
+    assert len(made) == len(set(made))
 
 
 @pytest.mark.timeout(400)

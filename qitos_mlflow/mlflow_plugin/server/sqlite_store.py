@@ -13,14 +13,18 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow._inheritance import disown_in_child
+from qitos_mlflow.delivery import RetryLater, let_forks_happen
 from qitos_mlflow.delivery.sink import progressed
 
 NEW = ".mlflow-new-"
 """Begins the names of directories in which stores are created."""
 STUCK_S = 10.0
 """How long a process waits for another one that creates the store, without progress (seconds)."""
+LOOK_S = 0.1
+"""How often it looks (seconds)."""
 LEFT_S = 3600.0
 """What a dead process left of a new store is removed after this long without a change (seconds)."""
 
@@ -31,11 +35,11 @@ def prepare_sqlite(uri: str) -> None:
     MLflow creates one by dozens of migrations. A process that ends among them, or a second one
     that begins meanwhile, leaves a store that cannot be opened again. So the migrations run on a
     file beside it, which then takes its place. If the process ends before, the next one goes on.
+    What MLflow itself creates meanwhile is waited for.
 
     Raises:
         RetryLater: another process creates it, and has got nowhere for `STUCK_S`.
     """
-    from mlflow.tracking._tracking_service.registry import _building_store_lock
     from sqlalchemy.engine import make_url
 
     if not re.match(r"sqlite(\+pysqlite)?:///", uri):
@@ -43,33 +47,86 @@ def prepare_sqlite(uri: str) -> None:
     database = make_url(uri).database or ":memory:"  # Unquoted, from SQLAlchemy 2.1 on.
     if database.startswith("file:") or ":memory:" in database:
         return
-    target, seen, until = Path(database), 0, 0.0
+    target = Path(database)
     place = target.with_name(f"{NEW}{getattr(os, 'getuid', int)()}-{target.name}")
+    others = _Others(place)
     while not target.exists():
         with _alone(place) as alone:
             if alone:
-                # Alembic has globals: MLflow of this process must not migrate meanwhile.
-                with _building_store_lock:
+                with _AloneHere():
                     if not target.exists():
                         _make(uri, place / "new.db", target)
                 shutil.rmtree(place, ignore_errors=True)
-        if not alone:
-            if (now := _changed_ns(place)) != seen:
-                seen, until = now, time.monotonic() + STUCK_S
-            elif time.monotonic() > until:
-                raise RetryLater(f"another process creates it, and does not get on: see {place}")
-            progressed()
+        if not alone and not others.get_on():
+            raise RetryLater(f"another process creates it, and does not get on: see {place}")
+    others = _Others(target)
+    while others.are_at_it() and not _is_finished(target) and others.get_on():
+        time.sleep(LOOK_S)
     for left in target.parent.glob(f"{NEW}*"):  # By a process that died.
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > LEFT_S:
                 shutil.rmtree(left)
 
 
-def _changed_ns(place: Path) -> int:
+class _Others:
+    """Other processes that create a store at `place`: a file of sqlite's, or a directory of one."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._seen = 0
+        self._until = 0.0
+
+    def are_at_it(self) -> bool:
+        """Whether it has changed lately."""
+        return time.time() - self._changed_ns() / 1e9 < STUCK_S
+
+    def get_on(self) -> bool:
+        """Whether it has changed in the last `STUCK_S`, as seen by the calls of this."""
+        let_forks_happen()
+        progressed()
+        if (now := self._changed_ns()) != self._seen:
+            self._seen, self._until = now, time.monotonic() + STUCK_S
+        return time.monotonic() < self._until
+
+    def _changed_ns(self) -> int:
+        try:
+            # Each of sqlite's transactions writes the file, and creates one in the directory.
+            return self._place.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+
+def _is_finished(target: Path) -> bool:
+    """Whether a store has all of MLflow's migrations."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
     try:
-        return place.stat().st_mtime_ns  # Each of sqlite's transactions creates a file in it.
-    except FileNotFoundError:
-        return 0
+        with contextlib.closing(sqlite3.connect(target, timeout=LOOK_S)) as store:
+            found = store.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.Error:  # No such table yet, or MLflow writes it.
+        return False
+    return found == [(_get_latest_schema_revision(),)]
+
+
+class _AloneHere:
+    """Keeps MLflow of this process from migrating, because Alembic has globals."""
+
+    def __init__(self) -> None:
+        from mlflow.tracking._tracking_service.registry import _building_store_lock
+
+        self._lock: Any = _building_store_lock
+
+    def __enter__(self) -> None:
+        while not self._lock.acquire(timeout=LOOK_S):
+            let_forks_happen()
+        disown_in_child(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def disown(self) -> None:
+        """Have the child open stores of its own: the thread that holds the lock is not there."""
+        self._lock._at_fork_reinit()
 
 
 @contextlib.contextmanager
@@ -102,10 +159,12 @@ def _make(uri: str, made: Path, target: Path) -> None:
     event.listen(engine, "connect", lambda one, _: setattr(one, "isolation_level", None))
     event.listen(engine, "begin", lambda one: one.exec_driver_sql("BEGIN"))
     event.listen(engine, "after_cursor_execute", lambda *_: progressed())
+    event.listen(engine, "commit", lambda _: let_forks_happen())
     try:
         begun = inspect(engine).has_table("alembic_version")
         (utils._upgrade_db if begun else utils._initialize_tables)(engine)
         engine.dispose()
+        let_forks_happen()
         store = _get_sqlalchemy_store(url.render_as_string(), None)
         store.search_experiments(max_results=1)
         store.engine.dispose()
