@@ -14,7 +14,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from qitos_mlflow.recording.to_json import text_of
+from qitos_mlflow.recording.to_json import SlowTexts, text_of
 from qitos_mlflow.redaction.trim import cut
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
@@ -41,7 +41,7 @@ def describe(error: BaseException, content: bool) -> dict[str, Any]:
     ]
     return {
         "type": type(error).__qualname__,
-        "message": text_of(error),
+        "message": text_of(error, SlowTexts()),
         "frames": frames[-MAX_FRAMES:],
     }
 

@@ -25,9 +25,11 @@ from datetime import date, datetime, time
 from enum import Enum
 from itertools import islice
 from pathlib import PurePath
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
+from weakref import ref
 
 import orjson
 
@@ -35,6 +37,11 @@ from qitos_mlflow.redaction.trim import CUT_HERE, cut
 
 MAX_REPR = 2_000
 """Longest `repr` kept of an unknown object (characters)."""
+
+SLOW_REPR_S, SLOW_CLASS_S, MAX_SLOW = 0.001, 0.1, 100
+"""A `repr` that takes longer than the first runs once in a trace. Other objects of its class, such
+as the copies that QitOS makes of a state, are its name when slow ones took the second in all. A
+trace remembers so many objects and classes."""
 
 MAX_ARRAY = 1_000
 """Largest array that is written out (elements); a larger one becomes its shape and type."""
@@ -60,9 +67,9 @@ _STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 some by now: another thread may have put them there."""
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """`record` as JSON. Agent's thread; never raises, and leaves `record` as it is."""
-    own, budget = record.copy(), _Budget(MAX_ITEMS, MAX_CONTAINERS)
+def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
+    """`record` as JSON; `slow` is its trace's. Agent's thread; never raises, never changes it."""
+    own, budget = record.copy(), _Budget(slow or SlowTexts())
     try:
         _own(own, MAX_LEVELS, budget)
         return orjson.dumps(own, option=_STRICT)
@@ -71,23 +78,50 @@ def encode(record: dict[str, Any]) -> bytes:
         return orjson.dumps(_accepted(own, MAX_SLOW_LEVELS, budget))
 
 
-def text_of(value: Any) -> str:
+class SlowTexts:
+    """What the slow `repr`s of one trace gave, and how long they took; any thread."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, tuple[ref[Any], str]] = {}  # By id, which another object may get.
+        self.spent_s: dict[str, float] = {}  # By the class's name.
+
+    def add(self, value: Any, text: str, took_s: float) -> None:
+        """Remember the text for as long as its object lives."""
+        if len(self.texts) + len(self.spent_s) >= MAX_SLOW:
+            self.texts.clear()
+            self.spent_s.clear()
+        name = type(value).__qualname__
+        self.spent_s[name] = self.spent_s.get(name, 0) + took_s
+        with suppress(TypeError):  # Its class has slots: nothing says how long it lives.
+            self.texts[id(value)] = ref(value), text
+
+
+def text_of(value: Any, slow: SlowTexts) -> str:
     """The message of an exception, the `repr` of anything else; at most `MAX_REPR` characters."""
+    held, kind = slow.texts.get(id(value)), type(value)
+    if held is not None and held[0]() is value:
+        return held[1]
+    if slow.spent_s.get(kind.__qualname__, 0) > SLOW_CLASS_S:
+        return f"<{kind.__qualname__}, slow repr>"
+    began_s = perf_counter()
     try:
-        as_text = str if issubclass(type(value), BaseException) else repr
+        as_text = str if issubclass(kind, BaseException) else repr
         text = str.__str__(as_text(value))
     except Exception:  # noqa: BLE001 - the class's own __repr__
-        return f"<{type(value).__qualname__} without a repr>"
-    return text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
+        text = f"<{kind.__qualname__} without a repr>"
+    text = text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
+    if (took_s := perf_counter() - began_s) > SLOW_REPR_S:
+        slow.add(value, text, took_s)
+    return text
 
 
 class _Budget:
     """How much more one record may hold, and the texts that its objects have become so far."""
 
-    __slots__ = ("containers", "items", "texts")
+    __slots__ = ("containers", "items", "slow", "texts")
 
-    def __init__(self, items: int, containers: int) -> None:
-        self.items, self.containers = items, containers
+    def __init__(self, slow: SlowTexts) -> None:
+        self.items, self.containers, self.slow = MAX_ITEMS, MAX_CONTAINERS, slow
         # By id, with the object: it stays alive, so that no other one gets its id.
         self.texts: dict[int, tuple[Any, str]] = {}
 
@@ -182,14 +216,14 @@ def _accepted(value: Any, levels: int, budget: _Budget) -> Any:
             budget.containers -= given - budget.items
             return _accepted(known, levels - 1, budget)
     except Exception:  # noqa: BLE001 - the class's own code
-        return _accepted(text_of(value), 0, budget)
+        return _accepted(text_of(value, budget.slow), 0, budget)
     return f"<{kind.__qualname__}, cut>"
 
 
 def _name(key: Any, levels: int, budget: _Budget) -> str:
     """`key` as a text: what is not text becomes its JSON, bytes their `repr`."""
     if issubclass(type(key), bytes):
-        return text_of(key)  # As a value only the length is kept; here it is the name.
+        return text_of(key, budget.slow)  # As a value only the length is kept; here it is the name.
     key = _accepted(key, levels, budget)
     return key if type(key) is str else orjson.dumps(key).decode()
 
@@ -243,10 +277,10 @@ def _simpler(value: Any, budget: _Budget) -> Any:
         if _may_fetch(kind):
             return f"<{kind.__qualname__}>"
         if hasattr(kind, "shape"):
-            return _array(value)
+            return _array(value, budget)
     except Exception:  # noqa: BLE001 - the class's own code
         pass
-    return text_of(value)
+    return text_of(value, budget.slow)
 
 
 def _may_fetch(kind: type) -> bool:
@@ -293,7 +327,7 @@ def _first(values: Collection[Any], budget: _Budget) -> list[Any]:
     return items
 
 
-def _array(value: Any) -> Any:
+def _array(value: Any, budget: _Budget) -> Any:
     """A numpy number or array, or a similar object (a tensor, a data frame), as JSON or text."""
     shape = tuple(value.shape)
     if math.prod(shape) > MAX_ARRAY:
@@ -306,4 +340,4 @@ def _array(value: Any) -> Any:
         plain = value.tolist()
         if type(plain) in (bool, int, float, str, list):  # Some types give back themselves.
             return plain
-    return text_of(value)
+    return text_of(value, budget.slow)

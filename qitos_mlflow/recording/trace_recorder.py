@@ -2,7 +2,7 @@
 
 Receives the host's Trace and Span objects from a plugin's hooks. Hands bytes to the pipeline of
 their destination. Nothing here waits. Nothing grows with the trace but one number for each open
-span.
+span, and up to a bound the texts of objects whose `repr` is slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from qitos_mlflow._guard import report
 from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.pipelines import RecordPipeline
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import SlowTexts, encode
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import content_allowed
 from qitos_mlflow.tracing.redaction import redacted_metadata
@@ -61,6 +61,7 @@ class TraceRecorder:
         self._ended_s = float("inf")
         self._spans = count()  # Steps as a whole, whichever threads end spans.
         self._late = 0
+        self._slow = SlowTexts()
         self._steps: dict[str, int | None] = {}
         # The bridge's traces are one agent's run, whose span is the root of the tree.
         self._awaits_root = "agent_name" in (trace.metadata or {})
@@ -92,7 +93,7 @@ class TraceRecorder:
             **self._settings,
             **more,
         }
-        self.pipeline.offer(encode(record), keep=True, urgent=True)
+        self.pipeline.offer(encode(record, self._slow), keep=True, urgent=True)
 
     def start_span(self, span: Any) -> None:
         """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
@@ -112,7 +113,7 @@ class TraceRecorder:
                 "data": {"name": getattr(span.data, "name", None)},
                 **self._settings,
             }
-            self.pipeline.offer(encode(record), keep=True)
+            self.pipeline.offer(encode(record, self._slow), keep=True)
 
     def end_span(self, span: Any) -> None:
         """Record a span.
@@ -136,7 +137,7 @@ class TraceRecorder:
             record |= {"trace_id": self.id, "step": step}
             if self._late:
                 record |= {"late": self._late, **self._settings}
-            payload = encode(record)
+            payload = encode(record, self._slow)
         except Exception:
             self._lose_span("snapshot_failed")
             raise
@@ -166,7 +167,7 @@ class TraceRecorder:
             if added := self.tags():
                 end["added"] = {"tags": dict(added)}
             for file in snapshot.files_of_run(self.id, end["metadata"]) if self._files else ():
-                if not self.pipeline.offer(encode(file)):
+                if not self.pipeline.offer(encode(file, self._slow)):
                     self._note_loss("artifact", "queue_full")
 
         self._end(TraceRecorder.status({}, failure), {}, complete)
@@ -203,7 +204,7 @@ class TraceRecorder:
             report("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
-            self.pipeline.offer(encode(end), keep=True, urgent=True)
+            self.pipeline.offer(encode(end, self._slow), keep=True, urgent=True)
             self._ended_s = time.monotonic()
 
     def _note_loss(self, kind: str, reason: str) -> None:

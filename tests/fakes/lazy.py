@@ -106,3 +106,44 @@ class RemotePath(Watched):
 
     def __fspath__(self) -> str:
         return str(self._ask("path"))
+
+
+class Patience:
+    """A clock that only the `repr` of slow objects moves."""
+
+    def __init__(self, takes_s: float) -> None:
+        self.takes_s, self.now_s, self.asked = takes_s, 0.0, 0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def ask(self) -> str:
+        self.now_s += self.takes_s
+        self.asked += 1
+        return f"<slow {self.asked}>"
+
+
+class SlowSlots:
+    """Its `repr` takes as long as `patience` says. Cannot be weakly referenced."""
+
+    __slots__ = ("patience",)
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.patience)
+
+    def __repr__(self) -> str:
+        return self.patience.ask()
+
+
+class Slow(SlowSlots):
+    """Can be weakly referenced."""
+
+
+class SlowAndRaises(Slow):
+    """Has no `repr` in the end."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError(self.patience.ask())

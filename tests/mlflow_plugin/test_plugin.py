@@ -27,12 +27,21 @@ from qitos.engine.critic import Critic
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, OpenTrace, Origin, entry_point
-from qitos_mlflow.recording import recorder
+from qitos_mlflow.recording import recorder, to_json
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.bridge.agents import ScriptAgent, State, act, toolbox
-from tests.fakes.lazy import Cursor, Report, Rows, Watched
+from tests.fakes.lazy import (
+    Cursor,
+    Patience,
+    Report,
+    Rows,
+    Slow,
+    SlowAndRaises,
+    SlowSlots,
+    Watched,
+)
 
 Spooled = Callable[[], list[dict[str, Any]]]
 Lost = Callable[[], dict[str, int]]
@@ -250,6 +259,55 @@ def test_only_one_that_gets_the_trace_replaces_another(
     assert len({record["trace_id"] for record in found}) == 3
 
 
+class Unchecked(State):
+    def validate(self) -> None:
+        """Any result will do."""
+
+
+class Keeper(ScriptAgent):
+    """Keeps an object in its state."""
+
+    def __init__(self, *script: Any, sees: Any, **options: Any) -> None:
+        super().__init__(*script, **options)
+        self.sees = sees
+
+    def init_state(self, task: str, **kwargs: Any) -> State:
+        return Unchecked(task=task, max_steps=3)
+
+    def reduce(self, state: Any, observation: Any, decision: Any) -> Any:
+        state.seen = [self.sees]
+        return state
+
+
+@pytest.mark.parametrize("kind", [Slow, SlowSlots, SlowAndRaises])
+def test_a_real_agent_waits_once_for_a_slow_repr(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Callable[[Patience], Any],
+) -> None:
+    """The slow `repr` of a tool's result runs once in each trace, whatever else has the result."""
+    monkeypatch.setattr(to_json, "perf_counter", patience := Patience(1.0), raising=False)
+    value = kind(patience)
+
+    def run() -> int:
+        asked, tools = patience.asked, toolbox(look=lambda: value)
+        agent = Keeper(act("look"), Decision.final(value), tools=tools, sees=value)
+        agent.run("look", return_state=True, trace=False, render=False)
+        return patience.asked - asked
+
+    without = run()
+    attach()
+    assert [run() - without for _ in range(2)] == [1, 1]
+    found = records()
+    tools = [record for record in found if record.get("type") == "tool"]
+    ends = [record for record in found if record["kind"] == "trace_end"]
+    if kind is Slow:
+        texts = [tool["data"]["output_content"] for tool in tools]
+        assert texts == [end["metadata"]["final_result"] for end in ends]
+        assert texts == ["<slow 1>", "<slow 2>"]
+
+
 @pytest.mark.parametrize("kind", [Rows, Cursor, Report])
 def test_a_real_agent_asks_nothing_more(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled, kind: type[Watched]
@@ -262,18 +320,6 @@ def test_a_real_agent_asks_nothing_more(
     def run() -> Counter[str]:
         value = kind()
 
-        class Unchecked(State):
-            def validate(self) -> None:
-                """Any result will do."""
-
-        class Keeper(ScriptAgent):
-            def init_state(self, task: str, **kwargs: Any) -> State:
-                return Unchecked(task=task, max_steps=3)
-
-            def reduce(self, state: Any, observation: Any, decision: Any) -> Any:
-                state.seen = [value]
-                return state
-
         class Judge(Critic):
             def evaluate(self, state: Any, decision: Any, results: Any) -> Any:
                 return {"action": "continue", "reason": "fine", "details": {"saw": value}}
@@ -282,6 +328,7 @@ def test_a_real_agent_asks_nothing_more(
             act("look", at=value),
             Decision.final(value),
             tools=toolbox(look=lambda at: {"status": at, "rows": at}),
+            sees=value,
         )
         result = agent.run("look", return_state=True, critics=[Judge()], trace=False, render=False)
         assert result.state.final_result is value

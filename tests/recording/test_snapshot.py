@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import uuid
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow import tracing
-from qitos_mlflow.recording import snapshot
+from qitos_mlflow.recording import snapshot, to_json
 from qitos_mlflow.recording.snapshot import describe, span_record
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import MAX_SLOW, SLOW_CLASS_S, SLOW_REPR_S, SlowTexts, encode
 from qitos_mlflow.tracing import SpanType, create_trace
-from tests.fakes.lazy import Cursor, LazyUser, RemotePath, Report, Rows, Table, Watched
+from tests.fakes.lazy import (
+    Cursor,
+    LazyUser,
+    Patience,
+    RemotePath,
+    Report,
+    Rows,
+    Slow,
+    SlowAndRaises,
+    SlowSlots,
+    Table,
+    Watched,
+)
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1_000_000
@@ -345,6 +358,50 @@ def test_a_plain_object_is_asked_once(kind: type[Watched], beside: int) -> None:
     assert (value.asked, other.asked) == ({"repr": 1}, {"repr": 1})
     text = "<QuerySet [1, 2]>"
     assert (read["value"], read["held"], read["other"]) == (text, [text, {"a": [text]}], text)
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> Patience:
+    """The clock of slow objects."""
+    patience = Patience(SLOW_REPR_S * 2)
+    monkeypatch.setattr(to_json, "perf_counter", patience)
+    return patience
+
+
+def texts_of(slow: SlowTexts, *values: Any) -> list[Any]:
+    """What `values`, each in a record of its own, are in these records of one trace."""
+    return [orjson.loads(encode({"value": value}, slow))["value"] for value in values]
+
+
+@pytest.mark.parametrize("kind", [Slow, SlowSlots])
+def test_the_copies_of_an_object_share_an_allowance(
+    patience: Patience, kind: type[SlowSlots]
+) -> None:
+    """Of a class whose `repr` is slow, new objects are a few words when its time is used up."""
+    patience.takes_s, slow = SLOW_CLASS_S * 0.4, SlowTexts()
+    texts = texts_of(slow, *(kind(patience) for _ in range(5)))
+    assert texts == ["<slow 1>", "<slow 2>", "<slow 3>", *2 * [f"<{kind.__name__}, slow repr>"]]
+    assert texts_of(slow, SlowAndRaises(patience)) == ["<SlowAndRaises without a repr>"]
+    assert texts_of(SlowTexts(), kind(patience)) == ["<slow 5>"]  # Another trace.
+
+
+def test_a_quick_repr_is_asked_in_each_record(patience: Patience) -> None:
+    """What an object that changes says stays true."""
+    patience.takes_s = SLOW_REPR_S / 2
+    assert texts_of(SlowTexts(), *3 * [Slow(patience)]) == ["<slow 1>", "<slow 2>", "<slow 3>"]
+
+
+def test_a_slow_text_goes_with_its_object(patience: Patience) -> None:
+    """A trace keeps no object alive, few texts, and takes no later object for an earlier one."""
+    slow, value, other = SlowTexts(), Slow(patience), Slow(patience)
+    assert texts_of(slow, value, value) == 2 * ["<slow 1>"]
+    slow.texts[id(other)] = slow.texts[id(value)]  # As if it had got the other one's place.
+    gone = weakref.ref(value)
+    del value
+    assert gone() is None
+    assert texts_of(slow, other, other) == 2 * ["<slow 2>"]
+    texts_of(slow, *(type(f"Slow{number}", (Slow,), {})(patience) for number in range(MAX_SLOW)))
+    assert len(slow.texts) + len(slow.spent_s) <= MAX_SLOW + 2
 
 
 def test_objects_that_come_and_go_are_not_mixed_up() -> None:
