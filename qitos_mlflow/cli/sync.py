@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -62,6 +63,8 @@ def sync(
     this user's spool.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
+    if any(action == "error" for action, *_ in warnings.filters):  # Of PYTHONWARNINGS.
+        warnings.simplefilter("default")  # MLflow's own must not keep a store from being opened.
     from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings

@@ -218,6 +218,15 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     assert [(run.name, run.status) for run in runs_in(store, experiment)] == [("bare", "FINISHED")]
 
 
+def test_sync_delivers_where_warnings_are_errors(tmp_path: Path, experiment: str, cli: Run) -> None:
+    """MLflow and its database library give some; the user's variable is for the user's programs."""
+    store = f"sqlite:///{tmp_path}/new.db"
+    write_segment(tmp_path, store, *trace(experiment))
+    done = cli("sync", PYTHONWARNINGS="error")
+    assert done.returncode == 0, done.stderr
+    assert [run.status for run in runs_in(store, experiment)] == ["FINISHED"]
+
+
 def test_sync_in_a_terminal_without_utf8(
     tmp_path: Path, cli: Run, store: str, experiment: str
 ) -> None:

@@ -6,9 +6,11 @@ Nothing is sent over them: the connection, the request under way and TLS go on i
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InsecureRequestWarning
 
 from qitos_mlflow._inheritance import check, disown_in_child
 
@@ -33,6 +35,14 @@ class _Watched:
             os.close(descriptor)
 
 
+class _Tolerant:
+    """Mixed into a pool of urllib3's, whose warning at each request the program may have raised."""
+
+    def _validate_conn(self, connection: Any) -> None:
+        with suppress(InsecureRequestWarning):
+            super()._validate_conn(connection)  # type: ignore[misc]
+
+
 class WatchedAdapter(HTTPAdapter):
     """What `requests` connects with. Versions before 2.32 call `get_connection`."""
 
@@ -53,4 +63,5 @@ def _watched(pool: Any) -> Any:
     kind = pool.ConnectionCls
     if not issubclass(kind, _Watched):
         pool.ConnectionCls = type(kind.__name__, (_Watched, kind), {})
+        pool.__class__ = type(type(pool).__name__, (_Tolerant, type(pool)), {})
     return pool

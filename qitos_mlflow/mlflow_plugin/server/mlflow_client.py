@@ -56,6 +56,8 @@ _inherited: list[Any] = []
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 """Errors of a place for artifacts that is not on this machine: the server's own disk."""
 
+OF_THIS_PROCESS = (OSError, MemoryError, Warning)
+"""Exceptions that say nothing of the record. A program may have warnings raised."""
 
 AWAY = ("Connect", "Timeout", "Unavailable", "ServiceRequestError", "TransportError")
 """Words in the errors of clouds that do not answer."""
@@ -118,9 +120,9 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
             if isinstance(error, ImportError) or number in UNWRITABLE:
                 where = without_credentials(artifact_uri)
                 raise Refused("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
-            # A cloud that does not answer says nothing; what else it says may pass.
-            away = isinstance(error, OSError) or any(word in reason for word in AWAY)
-            raise (RetryLater if away else Poisoned)(reason) from error
+            if any(word in reason for word in AWAY):  # A cloud that does not answer says nothing.
+                raise RetryLater(reason) from error
+            raise
 
 
 @contextlib.contextmanager
@@ -142,10 +144,12 @@ def _failures(workspace: str | None = None) -> Iterator[None]:
             yield
         progressed()
     except MlflowException as error:
+        if isinstance(error.__cause__, OF_THIS_PROCESS):
+            raise RetryLater(f"{type(error.__cause__).__name__}: {readable(error)}") from error
         raise failure(str(error.error_code), str(error)) from error
     except NotImplementedError as error:
         raise Refused("NOT_IMPLEMENTED", readable(error)) from error
-    except OSError as error:
+    except OF_THIS_PROCESS as error:
         raise RetryLater(f"{type(error).__name__}: {readable(error)}") from error
     except (RetryLater, Poisoned, Refused):
         raise
@@ -197,9 +201,11 @@ class StoreTransport(Transport):
             raise
         except Exception as error:  # A store that is misnamed, or not there yet.
             text = str(error).replace(uri, self.address)
-            reason = readable(text, ALL_CHARS)
+            reason = f"{type(error).__name__}: {readable(text, ALL_CHARS)}"
+            if isinstance(error, Warning):
+                reason = f"warnings are errors in this process, and MLflow gives one: {reason}"
             raise (Hopeless if _stays(error) else RetryLater)(
-                f"{self.address} cannot be opened: {type(error).__name__}: {reason}"
+                f"{self.address} cannot be opened: {reason}"
             ) from error
         disown_in_child(self)
 

@@ -20,6 +20,7 @@ import trustme
 from mlflow.tracking.request_header import registry
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from urllib3.exceptions import InsecureRequestWarning
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import Hopeless, RetryLater
@@ -225,6 +226,19 @@ def test_mlflows_variables_for_tls_come_before_those_of_requests(
     with SessionRequester(tls_server.uri) as send, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert send(QUESTION).ok
+
+
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_a_server_that_need_not_be_verified_gets_requests(
+    tls_server: RecordingServer, monkeypatch: pytest.MonkeyPatch, action: Any
+) -> None:
+    """Also in a program that has urllib3's warning raised; in others it is still given."""
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    with SessionRequester(tls_server.uri) as send, warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter(action)
+        assert [send(QUESTION).ok for _ in range(2)] == [True, True]  # On a new connection, an old.
+    warned = {one.category for one in given}
+    assert warned == (set() if action == "error" else {InsecureRequestWarning})
 
 
 def test_a_clients_certificate_is_sent(

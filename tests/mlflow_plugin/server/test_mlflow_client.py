@@ -16,11 +16,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
-from qitos_mlflow.delivery import RetryLater, fork
+from qitos_mlflow.delivery import Hopeless, RetryLater, fork
 from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.server import mlflow_client
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
     StoreTransport,
     default_tracking_uri,
@@ -198,6 +200,38 @@ def test_a_database_that_fails_is_not_refusing(
         store.log_batch("run", RunData(), 1.0)
 
 
+@pytest.mark.parametrize("raised", [UserWarning("deprecated"), MemoryError(), OSError(28, "full")])
+def test_what_this_process_raises_is_no_failure_of_the_store(
+    store: StoreTransport, raised: Exception
+) -> None:
+    """A warning that the program has raised passes through MLflow as an internal error."""
+
+    def fail(*args: object) -> None:
+        raise raised
+
+    engine = store._tracing.store.engine
+    event.listen(engine, "before_cursor_execute", fail)
+    try:
+        with pytest.raises(RetryLater, match=type(raised).__name__):
+            store.log_batch("run", RunData(tags=[("a", "b")]), 1.0)
+    finally:
+        event.remove(engine, "before_cursor_execute", fail)
+
+
+def test_a_warning_that_keeps_a_store_closed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the program has warnings raised, the reason says so; the next attempt may succeed."""
+
+    def warn(uri: str) -> None:
+        raise DeprecationWarning("a loader")  # As `warnings.warn` does then.
+
+    monkeypatch.setattr(mlflow_client, "prepare_sqlite", warn)
+    with pytest.raises(RetryLater, match="warnings are errors in this process") as later:
+        StoreTransport(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not isinstance(later.value, Hopeless)
+
+
 def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
     store: StoreTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +250,7 @@ def test_what_was_logged_is_stored_also_where_the_user_logs_asynchronously(
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RetryLater),
         (CloudError("no connection"), Poisoned),
         (OSError("no libjvm"), RetryLater),
+        (DeprecationWarning("an old call"), RetryLater),
         (CloudError("ReadTimeoutError"), RetryLater),
         (MlflowException("no such thing"), Poisoned),
     ],
