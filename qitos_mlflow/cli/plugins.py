@@ -20,7 +20,8 @@ from qitos_mlflow.cli._spool import DEFAULT_STORE
 def plugins(as_json: bool) -> None:
     """List the trace plugins that are installed, and whether they load.
 
-    Exits with 1 if a plugin that is selected does not load.
+    Exits with 1 if a plugin that is selected does not load, or if QITOS_TRACE_PLUGINS has a name,
+    also after "no:", that no installed plugin has.
     """
     found = survey()
     if as_json:
@@ -29,6 +30,9 @@ def plugins(as_json: bool) -> None:
         _show(found)
     if failed := [one["name"] for one in found["plugins"] if one["state"] == "failed"]:
         complain(f"not loaded, see the error above: {', '.join(failed)}")
+    if found["unknown"]:
+        complain(f"not installed: {', '.join(found['unknown'])}")
+    if failed or found["unknown"]:
         raise SystemExit(1)
 
 
@@ -40,15 +44,17 @@ def survey() -> dict[str, Any]:
     startup_line = {"active": startup_line_is_active()}
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
     from qitos_mlflow.plugins.loader import GROUP, load
-    from qitos_mlflow.plugins.selection import VARIABLE
+    from qitos_mlflow.plugins.selection import VARIABLE, Selection
 
+    found = load(PluginTraceProcessor())
     return {
         "group": GROUP,
         "variable": {"name": VARIABLE, "value": os.environ.get(VARIABLE)},
         "startup_line": startup_line,
         "destination": destination(),
         "host": host(),
-        "plugins": [asdict(plugin) for plugin in load(PluginTraceProcessor())],
+        "plugins": [asdict(plugin) for plugin in found],
+        "unknown": Selection.from_environ().unknown((one.name, one.distribution) for one in found),
     }
 
 

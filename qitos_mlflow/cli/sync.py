@@ -65,6 +65,8 @@ def sync(
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
     if any(action == "error" for action, *_ in warnings.filters):  # Of PYTHONWARNINGS.
         warnings.simplefilter("default")  # MLflow's own must not keep a store from being opened.
+    from qitos_mlflow.delivery import Counts
+    from qitos_mlflow.delivery.spool.segments import claim
     from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
     from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
     from qitos_mlflow.settings import Settings
@@ -84,8 +86,12 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    delivery = Sync(ways, patience_s, server_of, paths)
-    delivery.run([segment for segment in look_at(paths) if segment.paths.parts()])
+    delivery, segments = Sync(ways, patience_s, server_of, paths), look_at(paths)
+    delivery.run([segment for segment in segments if segment.paths.parts()])
+    for segment in segments:  # Of those without records, the deletion may have been cut short.
+        with suppress(OSError):
+            if not segment.paths.parts() and (taken := claim(segment.paths, Counts())):
+                taken.release()
     delivery.show()
     if delivery.left:
         raise SystemExit(1)

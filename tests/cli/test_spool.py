@@ -18,6 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.delivery.spool.locks import FileLock
+from qitos_mlflow.delivery.spool.paths import Paths, new_stem
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from tests.cli.conftest import Run, environment, runs_in
 from tests.fakes.sink import make_pipeline
@@ -216,6 +218,27 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     assert server["reachable"] is False
     assert cli("sync", "--tracking-uri", store).returncode == 0
     assert [(run.name, run.status) for run in runs_in(store, experiment)] == [("bare", "FINISHED")]
+
+
+@pytest.mark.parametrize("left", [(".ack", ".own", ".ship"), (".ack",), (".ack.tmp", ".own")])
+def test_sync_ends_a_deletion_that_was_cut_short(tmp_path: Path, left: tuple[str, ...]) -> None:
+    """What is left of a delivered segment goes; not what is kept aside, nor of a living process."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    dead, alive = Paths(spool, new_stem()), Paths(spool, new_stem())
+    for suffix in (*left, ".dead"):
+        for paths in (dead, alive):
+            (spool / f"{paths.stem}{suffix}").touch()
+    owner = FileLock(alive.own)
+    assert owner.acquire()
+    try:
+        done = CliRunner().invoke(main, ["sync"])
+        assert (done.exit_code, done.output) == (0, "0 records delivered, 0 segments finished\n")
+        kept = {path.name for path in spool.iterdir()}
+        assert {name for name in kept if name.startswith(dead.stem)} == {dead.dead.name}
+        assert kept >= {alive.own.name, *(f"{alive.stem}{suffix}" for suffix in left)}
+    finally:
+        owner.release()
 
 
 def test_sync_delivers_where_warnings_are_errors(tmp_path: Path, experiment: str, cli: Run) -> None:
