@@ -12,6 +12,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_MODEL_CATALOG_URI"] = ""  # No look at the internet for model prices.
 os.environ["QITOS_TRACE_PLUGINS"] = "none"
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,18 @@ from qitos_mlflow import _guard
 
 if TYPE_CHECKING:
     from tests.integration.server import MlflowServer
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Spare each test 40 ms.
+
+    Beside pytest-xdist, pytest-rerunfailures asks its first process over TCP how often a test has
+    failed, in two small packets: the second one waits until the first one is acknowledged.
+    """
+    database = getattr(config, "failures_db", None)
+    if hasattr(database, "sock"):
+        database.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 @pytest.fixture(autouse=True)
