@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import signal
@@ -21,7 +22,7 @@ from qitos_mlflow.cli import main
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.paths import Paths, new_stem
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
-from tests.cli.conftest import Run, environment, runs_in
+from tests.cli.conftest import Done, Run, environment, runs_in
 from tests.fakes.sink import make_pipeline
 from tests.waiting import eventually
 
@@ -52,6 +53,25 @@ agent.run(task="Ask.", trace=False, render=False)
 def experiment(request: pytest.FixtureRequest) -> str:
     """The experiment of this test."""
     return str(request.node.name)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `qitos-mlflow args…` as `cli` does, without the seconds that another process takes.
+
+    Those are for importing mlflow, as all deliveries to a local store do.
+    """
+
+    def run(*args: str, **environ: str) -> Done:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "stdin", io.StringIO())
+            for name, value in {"COLUMNS": "200", **environ}.items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            main(args)
+        return Done(args, ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 Agent = subprocess.Popen[str]
@@ -148,37 +168,37 @@ def test_what_an_offline_agent_left_is_shown_and_delivered(
 
 
 def test_a_run_whose_process_was_killed_is_closed(
-    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+    start: Callable[..., Agent], call: Run, store: str, experiment: str
 ) -> None:
     """After kill -9 in mid-run, sync delivers what there is and ends the run as KILLED."""
     agent = start()
     eventually(lambda: status()["waiting"] > 0)
     agent.kill()
     agent.communicate()
-    assert cli("sync").returncode == 0
+    assert call("sync").returncode == 0
     (run,) = runs_in(store, experiment)
     assert (run.name, run.status) == ("asker", "KILLED")
     assert status()["segments"] == []
 
 
 def test_sync_beside_a_living_agent_does_no_harm(
-    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+    start: Callable[..., Agent], call: Run, store: str, experiment: str
 ) -> None:
     """A living offline agent is delivered so far, goes on undisturbed, and ends as one run."""
     agent = start()
     eventually(lambda: status()["waiting"] > 0)
     assert status()["segments"][0]["owner"] == "alive"
-    assert cli("sync").returncode == 0
+    assert call("sync").returncode == 0
     (run,) = runs_in(store, experiment)
     assert run.status == "RUNNING"
     finish(agent)
-    assert cli("sync").returncode == 0
+    assert call("sync").returncode == 0
     (run,) = runs_in(store, experiment)
     assert (run.status, run.metrics["total_steps"]) == ("FINISHED", 2)
 
 
 def test_several_syncs_at_once_do_no_harm(
-    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+    start: Callable[..., Agent], store: str, experiment: str
 ) -> None:
     """Three syncs at once end well, and each run is there once."""
     for agent in [start(), start()]:
@@ -202,11 +222,11 @@ def test_several_syncs_at_once_do_no_harm(
 
 
 def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
-    tmp_path: Path, cli: Run, store: str, experiment: str
+    tmp_path: Path, call: Run, store: str, experiment: str
 ) -> None:
     """Sync gives up on a dead server, says so and keeps all; --tracking-uri delivers elsewhere."""
     write_segment(tmp_path, NOWHERE, *trace(experiment))
-    done = cli("sync", "--patience", "0")
+    done = call("sync", "--patience", "0")
     assert done.returncode == 1
     assert f"qitos-mlflow: {NOWHERE} is unreachable: " in done.stderr
     assert (
@@ -216,7 +236,7 @@ def test_a_server_that_is_away_is_named_and_another_one_may_be_given(
     assert "Traceback" not in done.stderr
     (server,) = (s for s in status()["servers"] if s["uri"] == NOWHERE)
     assert server["reachable"] is False
-    assert cli("sync", "--tracking-uri", store).returncode == 0
+    assert call("sync", "--tracking-uri", store).returncode == 0
     assert [(run.name, run.status) for run in runs_in(store, experiment)] == [("bare", "FINISHED")]
 
 
@@ -261,72 +281,72 @@ def test_sync_in_a_terminal_without_utf8(
 
 
 @pytest.mark.parametrize("patience", ["soon", "-1"])
-def test_patience_is_a_number_of_seconds(cli: Run, patience: str) -> None:
+def test_patience_is_a_number_of_seconds(call: Run, patience: str) -> None:
     """Anything else is refused."""
-    done = cli("sync", "--patience", patience)
+    done = call("sync", "--patience", patience)
     assert done.returncode == 2
     assert "--patience" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["spool", "elsewhere", "with a blank", "it's"])
 def test_the_command_that_status_names_delivers_what_it_shows(
-    tmp_path: Path, cli: Run, store: str, experiment: str, name: str
+    tmp_path: Path, call: Run, store: str, experiment: str, name: str
 ) -> None:
     """Pasted into a shell, it delivers the records of the directories that status was given."""
     (tmp_path / name).mkdir(exist_ok=True)
     part = write_segment(tmp_path, store, *trace(experiment))
     for file in part.parent.glob(f"{part.name.split('.')[0]}*"):
         file.rename(tmp_path / name / file.name)
-    shown = cli("status", str(tmp_path / name)).stdout
+    shown = call("status", str(tmp_path / name)).stdout
     [line] = [line for line in shown.splitlines() if line.startswith("Deliver the records of ")]
     program, *args = shlex.split(line.partition(": ")[2])
     assert program == "qitos-mlflow"
     assert args == (["sync"] if name == "spool" else ["sync", str(tmp_path / name)])
-    assert cli(*args).stdout.startswith("2 records delivered")
+    assert call(*args).stdout.startswith("2 records delivered")
 
 
 def test_losses_and_dead_letters_are_counted_by_reason(
-    tmp_path: Path, cli: Run, store: str, experiment: str
+    tmp_path: Path, call: Run, store: str, experiment: str
 ) -> None:
     """Dropped records and records that the server refuses for good are counted by reason."""
     dropped = {"queue_full": 3, "spool_full": 1}
     write_segment(tmp_path, store, *trace(experiment, dropped=dropped, recorded=4), b"no record")
     assert status()["lost"] == dropped
-    assert "3 lost: queue_full" in cli("status").stdout
-    done = cli("sync")
+    assert "3 lost: queue_full" in call("status").stdout
+    done = call("sync")
     assert done.returncode == 0
     assert "1 record refused by the server or damaged" in done.stdout
     (reason,) = status()["dead_letters"]
     assert reason.startswith("not a record")
-    assert f"1 refused or damaged: {reason}" in cli("status").stdout
+    assert f"1 refused or damaged: {reason}" in call("status").stdout
 
 
 def test_losses_of_a_dead_process_are_shown(
-    tmp_path: Path, cli: Run, store: str, experiment: str
+    tmp_path: Path, call: Run, store: str, experiment: str
 ) -> None:
     """Losses outlive the segment they are of, each counted once, until they are purged."""
     part = write_segment(tmp_path, store, *trace(experiment, dropped={"disk_full": 2}, recorded=2))
     lost = {"disk_full": 2, "closed": 1}
     part.with_name(part.name.split(".")[0] + ".lost").write_text(json.dumps(lost))
     assert status()["lost"] == lost
-    assert cli("sync").returncode == 0
+    assert call("sync").returncode == 0
     assert status()["lost"] == lost
-    assert cli("spool", "purge", "--yes").returncode == 0
+    assert call("spool", "purge", "--yes").returncode == 0
     assert status()["segments"] == []
     assert list(part.parent.iterdir()) == []
 
 
 def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
-    tmp_path: Path, cli: Run, store: str, experiment: str
+    tmp_path: Path, call: Run, store: str, experiment: str
 ) -> None:
     """Without a header sync asks for the destination; given one, it delivers."""
     part = write_segment(tmp_path, store, *trace(experiment))
     part.write_bytes(part.read_bytes().replace(b"tracking_uri", b"Eracking_uri"))
     assert status()["segments"][0]["destination"] == "unknown"
-    done = cli("sync")
+    done = call("sync")
     assert done.returncode == 1
     assert f"qitos-mlflow sync --tracking-uri URI {part}" in done.stderr
-    done = cli(
+    done = call(
         *("sync", "--tracking-uri", store, str(part)), QITOS_MLFLOW_EXPERIMENT_NAME=experiment
     )
     assert done.returncode == 0, done.stderr
@@ -334,7 +354,7 @@ def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
 
 
 def test_follow_delivers_what_comes_until_a_signal_ends_it(
-    start: Callable[..., Agent], cli: Run, store: str, experiment: str
+    start: Callable[..., Agent], store: str, experiment: str
 ) -> None:
     """As a sidecar, sync delivers agents that start later; SIGTERM ends it with exit code 0."""
     sidecar = subprocess.Popen(
@@ -356,24 +376,24 @@ def test_follow_delivers_what_comes_until_a_signal_ends_it(
 
 
 def test_purge_asks_and_spares_the_living(
-    tmp_path: Path, start: Callable[..., Agent], cli: Run, store: str, experiment: str
+    tmp_path: Path, start: Callable[..., Agent], call: Run, store: str, experiment: str
 ) -> None:
     """Purge deletes nothing unasked, and nothing of a process that lives."""
     part = write_segment(tmp_path, store, *trace(experiment))
     start()
     eventually(lambda: len(status()["segments"]) == 2)
-    done = cli("spool", "purge")  # Its stdin is at its end.
+    done = call("spool", "purge")  # Its stdin is at its end.
     assert done.returncode == 1
     assert "1 segment with 2 records not delivered yet" in done.stdout
     assert part.exists()
-    done = cli("spool", "purge", "--yes")
+    done = call("spool", "purge", "--yes")
     assert done.returncode == 0
     assert done.stdout.endswith("1 segment deleted; 1 segment in use\n")
     assert not part.exists()
     assert [s["owner"] for s in status()["segments"]] == ["alive"]
 
 
-def test_a_server_that_answers_is_shown_with_its_version(cli: Run) -> None:
+def test_a_server_that_answers_is_shown_with_its_version(call: Run) -> None:
     """Status asks the configured server for its version."""
 
     class Version(BaseHTTPRequestHandler):
@@ -390,7 +410,7 @@ def test_a_server_that_answers_is_shown_with_its_version(cli: Run) -> None:
         thread.start()
         try:
             uri = f"http://127.0.0.1:{server.server_port}"
-            shown = cli("status", MLFLOW_TRACKING_URI=uri).stdout
+            shown = call("status", MLFLOW_TRACKING_URI=uri).stdout
         finally:
             server.shutdown()
             thread.join()
@@ -398,16 +418,16 @@ def test_a_server_that_answers_is_shown_with_its_version(cli: Run) -> None:
 
 
 @pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])
-def test_a_path_that_is_no_spool_is_named(cli: Run, command: tuple[str, ...]) -> None:
+def test_a_path_that_is_no_spool_is_named(call: Run, command: tuple[str, ...]) -> None:
     """A wrong path exits with 2 and says which directory would be meant."""
-    done = cli(*command, "no-such-thing")
+    done = call(*command, "no-such-thing")
     assert done.returncode == 2
     assert "'no-such-thing' is neither a spool directory nor a file in one" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_where_there_is_no_spool_there_is_nothing_to_do(cli: Run) -> None:
+def test_where_there_is_no_spool_there_is_nothing_to_do(call: Run) -> None:
     """Without a spool all three commands say so and succeed."""
-    assert cli("sync").stdout.strip() == "0 records delivered, 0 segments finished"
-    assert cli("status").stdout.startswith("0 records in 0 segments wait in ")
-    assert cli("spool", "purge").stdout == "Nothing to delete\n"
+    assert call("sync").stdout.strip() == "0 records delivered, 0 segments finished"
+    assert call("status").stdout.startswith("0 records in 0 segments wait in ")
+    assert call("spool", "purge").stdout == "Nothing to delete\n"
