@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 import qitos_mlflow
 from tests.integration.logged import LoggedRun, runs_of
+from tests.integration.made_store import make_store
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -64,4 +65,6 @@ def cli() -> Run:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A local store shared by the tests of a module, each of which has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    make_store(database)
+    return f"sqlite:///{database}"

@@ -13,6 +13,7 @@ from qitos_mlflow.cli._demo_agent import TASKS, DemoTask, run_task
 from tests.cli.conftest import Done, Run, run_cli, runs_in
 from tests.cli.test_demo_agent import STOPS
 from tests.integration.logged import LoggedRun
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
 EXPERIMENT = "desk"
@@ -31,7 +32,9 @@ def actions(demo: DemoTask) -> int:
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where the demo of this module's tests logs to: a local store, and a real server."""
     if request.param == "local":
-        return f"sqlite:///{tmp_path_factory.mktemp('store')}/demo.db"
+        database = tmp_path_factory.mktemp("store") / "demo.db"
+        make_store(database)
+        return f"sqlite:///{database}"
     server: MlflowServer = request.getfixturevalue("shared_server")
     return server.ensure_running().uri
 

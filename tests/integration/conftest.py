@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.integration.agents import Agent
+from tests.integration.made_store import make_store
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
 from tests.integration.stored import StoredRun, never_rerun, stored_runs, stray_traces
@@ -67,7 +68,8 @@ def proxy(mlflow_server: MlflowServer) -> Iterator[Proxy]:
 
 @pytest.fixture
 def local_store(tmp_path: Path) -> str:
-    """Tracking URI of a local sqlite store of the test's own, not yet created."""
+    """Tracking URI of a local sqlite store of the test's own, without an experiment."""
+    make_store(tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from tests.integration.made_store import make_store
+
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
@@ -71,6 +73,8 @@ class MlflowServer:
         """
         assert not self.running, "already running"
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.database.exists():
+            make_store(self.database)
         command = [
             *(sys.executable, "-m", "mlflow", "server"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),

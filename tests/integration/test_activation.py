@@ -22,6 +22,7 @@ from tests.integration.logged import (
     run_script,
     runs_of,
 )
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
 RUN = """
@@ -112,6 +113,7 @@ def test_installed_without_a_destination(tmp_path: Path) -> None:
 
 def test_asked_for_by_name_it_logs_to_the_local_store(tmp_path: Path) -> None:
     """`QITOS_TRACE_PLUGINS=mlflow` and nothing else: the run is in MLflow's default store."""
+    make_store(tmp_path / "mlflow.db")
     run_script(AGENT, RUN, QITOS_TRACE_PLUGINS="MLflow ")
     run = only_run(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), "qitos")
     assert (run.name, run.status, run.metrics["total_tokens"]) == ("asker", "FINISHED", 30)

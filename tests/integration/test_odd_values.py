@@ -18,6 +18,7 @@ from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.integration.logged import LoggedRun, logged, only_run
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -319,6 +320,7 @@ VALUES = st.recursive(
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowTraceProcessor, str]]:
     """A processor that logs to a local store, and the store's URI."""
     directory: Path = tmp_path_factory.mktemp("odd-values")
+    make_store(directory / "mlflow.db")
     uri = f"sqlite:///{directory / 'mlflow.db'}"
     with logged(uri, spool_dir=directory / "spool", log_artifacts=False) as processor:
         yield processor, uri

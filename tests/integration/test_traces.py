@@ -37,6 +37,7 @@ from tests.cli.test_demo_agent import STOPS
 from tests.fakes.recorder import Node, Recorder
 from tests.integration.agents import Agent
 from tests.integration.logged import logged, only_run, run_script
+from tests.integration.made_store import make_store
 from tests.integration.proxy import Proxy
 from tests.integration.server import MlflowServer
 from tests.waiting import eventually
@@ -83,9 +84,9 @@ def _own_prices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def local_database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A local store, with its tables."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('local')}/mlflow.db"
-    MlflowClient(uri).search_experiments()
-    return uri
+    database = tmp_path_factory.mktemp("local") / "mlflow.db"
+    make_store(database)
+    return f"sqlite:///{database}"
 
 
 @pytest.fixture(params=["server", "local"])

@@ -27,6 +27,7 @@ from qitos_mlflow.mlflow_plugin.sink.operations import COST_TRIES, PAUSE_S
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
+from tests.integration.made_store import make_store
 from tests.mlflow_plugin.records import Records
 
 TIMEOUT_S = 10.0
@@ -111,6 +112,7 @@ def test_a_run_may_be_named_by_mlflows_tag(
     run = server.runs["run-0"]
     assert (run["name"], run["tags"]["env"]) == (wanted, "dev")
     assert "mlflow.runName" not in run["tags"]
+    make_store(tmp_path / "runs.db")
     store = open_transport(f"sqlite:///{tmp_path}/runs.db")
     assert deliver(MlflowSink(header(**{**SETTINGS, **settings}), store), *a_trace()) == []
 
