@@ -86,7 +86,7 @@ def sync(
     if follow:
         _follow(paths[0] if paths else default_directory(), ways)
         return
-    delivery, segments = Sync(ways, patience_s, server_of, paths), look_at(paths)
+    delivery, segments = Sync(ways, patience_s, server_of, paths), _found(paths)
     delivery.run([segment for segment in segments if segment.paths.parts()])
     for segment in segments:  # Of those without records, the deletion may have been cut short.
         with suppress(OSError):
@@ -95,6 +95,19 @@ def sync(
     delivery.show()
     if delivery.left:
         raise SystemExit(1)
+
+
+def _found(paths: Sequence[Path]) -> list[SegmentInfo]:
+    """The segments at `paths`; last, new ones of the files among their dead letters."""
+    from qitos_mlflow.delivery import inspect_segment, send_again
+
+    found = look_at(paths)
+    for segment in found.copy():
+        try:
+            found += map(inspect_segment, filter(None, [send_again(segment.paths)]))
+        except OSError as error:
+            complain(f"files of {segment.paths.stem} are not sent again: {reason_of(error)}")
+    return found
 
 
 def _server_of(given: str | None, header: dict[str, Any]) -> tuple[str | None, bool]:
@@ -218,11 +231,10 @@ class Sync:
                     break
                 if circuit.hopeless:
                     break
-                if circuit.delay_s:  # A server may ask for minutes.
-                    time.sleep(min(circuit.delay_s, patience_left_s))
-                else:
-                    moved()
-                    outcome = delivery.step()
+                # A server may ask for minutes. The last attempt is made when patience ends.
+                time.sleep(max(0.0, min(circuit.delay_s, patience_left_s)))
+                moved()
+                outcome = delivery.step()
         return outcome
 
     def show(self) -> None:

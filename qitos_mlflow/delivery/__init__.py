@@ -37,4 +37,5 @@ from qitos_mlflow.delivery.spool.paths import find_segments as find_segments
 from qitos_mlflow.delivery.spool.segments import SegmentInfo as SegmentInfo
 from qitos_mlflow.delivery.spool.segments import inspect_segment as inspect_segment
 from qitos_mlflow.delivery.spool.segments import purge as purge
+from qitos_mlflow.delivery.spool.segments import send_again as send_again
 from qitos_mlflow.delivery.spool.segments import waiting_records as waiting_records

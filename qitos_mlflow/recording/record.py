@@ -173,6 +173,8 @@ class RunFile(_Record, total=False):
     """Where it goes, below the run's artifacts."""
     content: Any
     """A text as it is; anything else is written as JSON."""
+    settings: RunSettings
+    """The same as in `trace_start`; only on files that are sent again."""
 
 
 Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile

@@ -85,6 +85,47 @@ def test_a_flush_is_not_true_while_trees_are_missing(
     assert len(finished(mlflow_server, experiment_name)) == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PAGE,
+        HTML_PAGE,
+        Status(403, body=b"<html>Blocked</html>", content_type="text/html"),
+        Status(500, body=b"<html>Internal Server Error</html>", content_type="text/html"),
+        Status(503, body=b"disabled: --no-serve-artifacts", content_type="text/plain"),
+    ],
+    ids=["404", "405", "403", "500", "503"],
+)
+def test_a_gateway_that_takes_no_files_holds_up_no_run(
+    mlflow_server: MlflowServer,
+    proxy: Proxy,
+    experiment_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Status,
+) -> None:
+    """The rest of each run arrives, no flush is true, and `sync` delivers the files later."""
+    monkeypatch.setattr(operations, "SIGHTINGS_S", 1.0)
+    proxy.set(answer, only="mlflow-artifacts")
+    with logged(proxy.uri, experiment_name=experiment_name) as processor:
+        for number in range(2):
+            agent().run(task=f"task {number}", return_state=True)
+            assert not processor.force_flush(FLUSH_S)
+    runs = finished(mlflow_server, experiment_name)
+    assert len(runs) == 2
+    for run in runs:
+        assert run.tags["qitos.values.dropped"].startswith("artifact_put_off=")
+        assert mlflow_server.client.list_artifacts(run.id) == []
+    refused = CliRunner().invoke(main, ["sync"])
+    assert refused.exit_code == 0, refused.output
+    assert "NO_ARTIFACTS" in CliRunner().invoke(main, ["status"]).output
+    proxy.set(None)
+    done = CliRunner().invoke(main, ["sync"])
+    assert done.exit_code == 0, done.output
+    for run in finished(mlflow_server, experiment_name):
+        assert mlflow_server.client.list_artifacts(run.id)
+    assert "NO_ARTIFACTS" not in CliRunner().invoke(main, ["status"]).output
+
+
 @pytest.mark.parametrize("most", [8_000, 20_000])
 def test_a_proxys_limit_costs_long_fields_only(
     mlflow_server: MlflowServer, proxy: Proxy, experiment_name: str, most: int

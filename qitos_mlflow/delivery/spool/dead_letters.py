@@ -24,10 +24,12 @@ from qitos_mlflow.delivery.spool.paths import Paths, Quota, open_private, sync_d
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A record that can never be delivered, or a part of one, and why."""
+    """A record that cannot be delivered, or a part of one, and why."""
 
     record: bytes
     reason: str
+    header: bytes = b""
+    """A segment's header, if the record may be sent again (see `segments.send_again`)."""
 
 
 def bury(dead: Sequence[DeadLetter], path: Path, quota: Quota, stats: Counts) -> None:
@@ -89,4 +91,6 @@ def _json_line(letter: DeadLetter) -> bytes:
         content["record"] = letter.record.decode()
     except UnicodeDecodeError:
         content["record_base64"] = base64.b64encode(letter.record).decode()
+    if letter.header:
+        content["header"] = letter.header.decode()
     return json.dumps(content).encode() + line_format.LF

@@ -7,6 +7,8 @@ dead one left. Safe beside running agents: locks alone decide which process may 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ from qitos_mlflow.delivery.spool.counts import Counts, load_losses
 from qitos_mlflow.delivery.spool.dead_letters import load_dead_letters
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths, sync_directory
+from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths, replace_private, sync_directory
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 HEAD_LINES = 4
 """What a part begins with: two lines, each twice. Once each in version 0.1.0."""
@@ -167,6 +170,49 @@ def claim(paths: Paths, stats: Counts) -> Claim | None:
     else:
         taken.finish()
     return None
+
+
+def send_again(paths: Paths) -> Paths | None:
+    """Move the dead letters that may be sent again to a new segment, and return it, if there are.
+
+    Does nothing while a process uses the segment.
+
+    Raises:
+        OSError: the spool cannot be read or written.
+    """
+    lock = FileLock(paths.ship)
+    if not paths.dead.exists() or is_held(paths.own) or not lock.acquire():
+        return None
+    header, records, stays = b"", [], b""
+    try:
+        for line in paths.dead.read_bytes().splitlines(keepends=True):
+            try:
+                letter = json.loads(line)
+                header = letter["header"].encode()
+                records.append((letter["record"].encode(), True))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                stays += line
+        if not records:
+            return None
+        new = SegmentWriter(
+            paths.directory,
+            header,
+            offline=False,
+            cap_bytes=sys.maxsize,
+            memory_bytes=0,
+            fsync=True,
+        )
+        losses = new.append(records, time.time_ns())
+        new.close(delete=False)
+        if losses:
+            raise OSError(f"the spool cannot be written: {losses[0][1]}")
+        if stays:
+            replace_private(paths.dead, stays, durable=True)
+        else:
+            paths.dead.unlink()
+        return new.paths
+    finally:
+        lock.release(remove=True)
 
 
 def purge(paths: Paths) -> bool:

@@ -39,6 +39,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_dir
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     Poisoned,
+    PutOff,
     Refused,
     Transport,
     failure,
@@ -101,7 +102,7 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
     """Write `data` to `path` below `artifact_uri`, with whatever repository MLflow has for it.
 
     Raises the failures of `Transport`. If this process can never write to the place, the file is
-    refused, because everything after it would wait for ever.
+    put off, because everything after it would wait for ever.
     """
     folder, _, name = path.rpartition("/")
     with _temporary_directory() as directory, _failures():
@@ -119,7 +120,7 @@ def write_artifact(artifact_uri: str, path: str, data: bytes, tracking_uri: str)
             number = getattr(error, "errno", None)
             if isinstance(error, ImportError) or number in UNWRITABLE:
                 where = without_credentials(artifact_uri)
-                raise Refused("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
+                raise PutOff("NO_ARTIFACTS", f"cannot write to {where}: {reason}") from error
             if any(word in reason for word in AWAY):  # A cloud that does not answer says nothing.
                 raise RetryLater(reason) from error
             raise

@@ -15,7 +15,7 @@ import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
-from qitos_mlflow.delivery import Hopeless, RetryLater, importing
+from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
@@ -31,6 +31,7 @@ from qitos_mlflow.mlflow_plugin.server.http import (
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
     NotThere,
+    PutOff,
     Refused,
     Transport,
     part,
@@ -122,9 +123,10 @@ class RestTransport(Transport):
         parts = urlsplit(run.artifact_uri)
         if parts.scheme != "mlflow-artifacts" and not self._trusted:
             # MLflow would use this process's credentials for whatever place the server names.
-            raise Hopeless(
+            raise PutOff(
+                "NO_ARTIFACTS",
                 f"files go to {without_credentials(run.artifact_uri)}, with credentials of this "
-                f"process: if you trust the server, set MLFLOW_TRACKING_URI={self.address}"
+                f"process: if you trust the server, set MLFLOW_TRACKING_URI={self.address}",
             )
         if parts.scheme != "mlflow-artifacts":
             with importing():  # mlflow.

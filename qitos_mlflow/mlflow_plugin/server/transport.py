@@ -57,6 +57,10 @@ class TooLarge(Refused):
     """Something on the way to the server does not take as much at once."""
 
 
+class PutOff(Refused):
+    """A file cannot be stored, for a reason that is not the file: `sync` sends it again."""
+
+
 class Poisoned(QitosMlflowError):
     """The server failed on this call (MLflow's INTERNAL_ERROR). The call may be the reason."""
 

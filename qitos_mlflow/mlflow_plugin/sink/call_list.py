@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.shorter import shorter
-from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, TooLarge
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, PutOff, Refused, TooLarge
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -181,7 +181,12 @@ class CallList:
             call.items, call.cut = [cut], True
         else:
             self._calls.popleft()
-            self._dead.extend(DeadLetter(_letter(call.trace, item), reason) for item in call.items)
+            again = isinstance(failure, PutOff)
+            if call.send == self._operations.write_artifact:
+                call.trace.facts.lost["artifact_put_off" if again else "artifact_refused"] += 1
+            letters = [_letter(call.trace, item, again=again) for item in call.items]
+            header = self._operations.header if again else b""
+            self._dead.extend(DeadLetter(letter, reason, header) for letter in letters)
 
     def _create_bare(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Create the run without its tags, if these may be the reason; they follow one by one."""
@@ -210,14 +215,19 @@ class CallList:
         self._dead.extend(DeadLetter(record, reason) for record in trace.waiting.records)
 
 
-def _letter(trace: TraceState, item: Any) -> bytes:
-    """The dead letter of one item: enough to log it by hand."""
-    if isinstance(item, Span):
+def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
+    """The dead letter of one item: enough to log it by hand. A file's record, to send it again."""
+    about: dict[str, Any] = {"trace_id": trace.facts.trace_id}
+    about["run_id"] = trace.run and trace.run.run_id
+    if again:
+        about |= {"kind": "artifact", "path": item[0], "content": item[1]}
+        about["settings"] = trace.facts.settings
+    elif isinstance(item, Span):
         from google.protobuf.json_format import MessageToDict
 
         trace.count_refused(item)
-        item = MessageToDict(item)
-    return orjson.dumps(
-        {"trace_id": trace.facts.trace_id, "run_id": trace.run and trace.run.run_id, "item": item},
-        default=lambda content: content.decode("utf-8", "replace"),  # Of a file.
-    )
+        about["item"] = MessageToDict(item)
+    else:
+        about["item"] = item
+    # Of a file.
+    return orjson.dumps(about, default=lambda content: content.decode("utf-8", "replace"))

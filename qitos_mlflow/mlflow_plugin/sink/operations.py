@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -30,6 +31,7 @@ from qitos_mlflow.mlflow_plugin.server.http import REQUEST_TIMEOUT_S
 from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
     Poisoned,
+    PutOff,
     Refused,
     Transport,
     Unanswered,
@@ -47,11 +49,16 @@ LATE_S = 10.0
 """How long after its timeout a creation is waited for before another one is made (seconds)."""
 
 SIGHTINGS = 4
-"""A server has no traces if its endpoints for them were not there so often in a row, ..."""
+"""A server has no traces, or takes no files, if that has failed so often in a row, ..."""
 SIGHTINGS_S = 15.0
 """... over at least this time (seconds). A router that is being changed says the same."""
 LOOK_AGAIN_S = 300.0
-"""Then they are tried again after this time (seconds)."""
+"""Traces are tried again after this time (seconds), ..."""
+FILES_PAUSE = 10.0
+"""... files after so many times as long as the last one took to fail: all else goes on."""
+
+LATE_LOSSES = ("too_large", "artifact_put_off", "artifact_refused")
+"""Reasons for which `CallList` counts losses, after a trace's end has listed those before."""
 
 MARGIN_MS = 60_000
 """How much earlier than its trace a span may begin, if the clock was set meanwhile."""
@@ -67,24 +74,33 @@ PAUSE_S = 60.0
 """How long no cost is asked for then (seconds)."""
 
 
+@dataclass
+class Part:
+    """What a server may lack although it is well otherwise: traces, or a place for files."""
+
+    failures: int = 0  # In a row, ...
+    since: float = 0.0  # ... the first one at this time (monotonic clock).
+    missing_until: float = 0.0  # Not tried before this time (monotonic clock), ...
+    reason: str = ""  # ... for this reason.
+
+
 class Operations:
     """The calls of one sink. Used by one thread.
 
     Args:
         transport: carries them.
         announce: called with each trace's id and run as the run is created.
-
+        header: the segment's, for files that are put off.
     """
 
-    def __init__(self, transport: Transport, announce: Announce) -> None:
+    def __init__(self, transport: Transport, announce: Announce, header: bytes = b"") -> None:
         self._transport = transport
         self._announce = announce
+        self.header = header
         self._experiments: dict[str, tuple[str, float]] = {}
         self._failed_at = 0.0
-        self._sightings = (0, 0.0)  # How often traces' endpoints were not there, and since when.
-        self._no_traces_until = 0.0
-        self._cost_failures = 0
-        self._asks_cost_at = 0.0
+        self._traces, self._files = Part(), Part()
+        self._cost_failures, self._asks_cost_at = 0, 0.0
 
     @property
     def request_timeout_s(self) -> float:
@@ -94,7 +110,7 @@ class Operations:
     @property
     def stores_traces(self) -> bool:
         """Whether the server can store traces, as far as is known."""
-        return time.monotonic() >= self._no_traces_until
+        return time.monotonic() >= self._traces.missing_until
 
     def failed(self) -> None:
         """A call failed: the server may have another database once it succeeds."""
@@ -271,27 +287,42 @@ class Operations:
                     raise
                 self._go_without_traces(refusal)
             except NotThere as missing:
-                times, since = self._sightings
-                self._sightings = times + 1, since if times else time.monotonic()
-                lasts = time.monotonic() - self._sightings[1] >= SIGHTINGS_S
-                if times + 1 < SIGHTINGS or not (lasts and self.server_is_well(trace, what[-1])):
+                if not self._lacks(self._traces, missing, trace, what[-1]):
                     raise
                 self._go_without_traces(missing)
             else:
-                self._sightings = 0, 0.0
+                self._traces.failures = 0
                 return
         trace.untraced = True
 
+    def _lacks(self, part: Part, failure: Exception, trace: TraceState, timeout_s: float) -> bool:
+        """Count a failure; True if there were enough of them while the server is well otherwise."""
+        now, part.reason = time.monotonic(), str(failure)
+        part.since = part.since if part.failures else now
+        part.failures += 1
+        enough = part.failures >= SIGHTINGS and now - part.since >= SIGHTINGS_S
+        return enough and self.server_is_well(trace, timeout_s)
+
     def _go_without_traces(self, failure: Exception) -> None:
-        self._no_traces_until = time.monotonic() + LOOK_AGAIN_S
+        self._traces.missing_until = time.monotonic() + LOOK_AGAIN_S
         text = "%s cannot store traces (%.200s): runs are logged, span trees are not"
         server = self._transport.address
         warn(f"sink.no_traces {server}", text, server, failure)
 
     def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        """Write files of the run."""
-        for path, content in items:
-            self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
+        """Write a file of the run; put it off if files fail while the server is well otherwise."""
+        [(path, content)], files, began = items, self._files, time.monotonic()
+        if began >= files.missing_until:
+            try:
+                self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
+                files.failures = 0
+                return
+            except (RetryLater, Poisoned) as failure:
+                took_s = time.monotonic() - began
+                if not self._lacks(files, failure, trace, timeout_s):
+                    raise
+                files.missing_until = time.monotonic() + FILES_PAUSE * took_s
+        raise PutOff("NO_ARTIFACTS", files.reason)
 
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Complete the run's ledger and end it."""
@@ -299,7 +330,7 @@ class Operations:
         if facts.log_traces and trace.untraced:
             trace.lost_spans.pop("no_traces", None)
             trace.lost_spans["no_traces"] = trace.totals.spans - sum(trace.lost_spans.values())
-        if trace.lost_spans or facts.lost["too_large"]:
+        if trace.lost_spans or any(facts.lost[reason] for reason in LATE_LOSSES):
             ledger = RunData(tags=trace.totals.ledger(trace.lost_spans))
             self._transport.log_batch(run.run_id, ledger, timeout_s)
         # Attempts to create the run that went unanswered may have taken effect later: all are

@@ -72,7 +72,7 @@ class MlflowSink:
             )
         self.patience = self._transport.patience
         self._settings = settings_in(fields)
-        self._operations = Operations(self._transport, announce)
+        self._operations = Operations(self._transport, announce, header)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
         self._refused: dict[str, str] = {}
@@ -179,8 +179,6 @@ class MlflowSink:
         calls = [Call(trace, operations.create_run, ["run"]) for trace in traces if not trace.run]
         for trace in traces:
             calls += [Call(trace, operations.log, items) for items in _batches(trace.waiting)]
-            files = trace.waiting.artifacts
-            calls += [Call(trace, operations.write_artifact, [file]) for file in files]
         # One after the other, so that one request may carry them. Infos follow (see `span_tree`).
         calls += [
             Call(trace, operations.write_spans, distinct(trace.waiting.spans))
@@ -193,6 +191,12 @@ class MlflowSink:
             if known and trace.tree is not None and trace.tree.changed:
                 calls.append(Call(trace, operations.write_info, [trace.tree.info()]))
                 trace.tree.info_made()
+        # Where they go may fail for long while all else works.
+        calls += [
+            Call(trace, operations.write_artifact, [file])
+            for trace in traces
+            for file in trace.waiting.artifacts
+        ]
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [Call(trace, operations.end_run, ["end"]) for trace in traces if trace.facts.ended]
         for trace_id, trace in touched.items():

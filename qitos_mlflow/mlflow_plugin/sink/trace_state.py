@@ -17,7 +17,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, settings_in
 from qitos_mlflow.recording.record import Record
 
 
@@ -107,6 +107,7 @@ class TraceState:
             else:
                 file = orjson.dumps(content, option=orjson.OPT_INDENT_2)
             self.waiting.artifacts.append((record["path"], file))
+            self.facts.settings = settings_in(record.get("settings")) or self.facts.settings
         else:
             self._fold(record)
 

@@ -34,6 +34,8 @@ from qitos_mlflow.delivery.spool.segments import (
     claim,
     inspect_segment,
     purge,
+    read_head,
+    send_again,
     waiting_records,
 )
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
@@ -346,6 +348,46 @@ def test_what_is_kept_aside_has_a_bound_of_its_own(
     crash(segment)
     assert purge(segment.paths)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dead_letter_with_a_header_is_sent_again(tmp_path: Path) -> None:
+    """It moves to a segment of its own, once nothing uses its own one; all others stay."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"1", b"2", b"3"])
+    reader = own_reader(segment)
+    chunk = reader.read(end=segment.end, sealed=True, max_records=9)
+    again = [DeadLetter(b"a file", "no", b"header"), DeadLetter(b"another", "no", b"header")]
+    reader.acknowledge(chunk, b"s", [DeadLetter(b"no more", "refused"), *again])
+    assert send_again(segment.paths) is None
+    crash(segment)
+    new = send_again(segment.paths)
+    assert new is not None
+    assert list(waiting_records(new)) == [b"a file", b"another"]
+    head = read_head(new)
+    assert (head.caller, head.offline) == (b"header", False)
+    assert inspect_segment(new).owner_alive is False
+    assert inspect_segment(segment.paths).dead_letters == {"refused": 1}
+    assert send_again(segment.paths) is None
+
+
+def test_a_dead_letter_that_cannot_be_moved_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full costs none of them."""
+    segment = make_segment(tmp_path)
+    append(segment, [b"1"])
+    own_reader(segment).bury([DeadLetter(b"a file", "no", b"header")])
+    crash(segment)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DiskPart, "create", full)
+    with pytest.raises(OSError, match="disk_full"):
+        send_again(segment.paths)
+    monkeypatch.undo()
+    assert inspect_segment(segment.paths).dead_letters == {"no": 1}
+    assert send_again(segment.paths) is not None
 
 
 def test_losses_are_saved_once(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mlflow.utils.rest_utils import http_request
 from urllib3.exceptions import InsecureRequestWarning
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery import Hopeless, RetryLater
+from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server import access, http
@@ -36,6 +36,7 @@ from qitos_mlflow.mlflow_plugin.server.access import (
 )
 from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.transport import PutOff
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from tests.fakes.clock import Clock
 from tests.fakes.https import RecordingServer, recording_server
@@ -293,7 +294,7 @@ def test_files_go_nowhere_that_an_untrusted_server_names(server: RecordingServer
     """MLflow would use all the credentials that the process has; the reason names the next step."""
     run = RunRef("r", "0", "n", f"{server.uri}/elsewhere", 0)
     transport = RestTransport("http://named-by-a-segment", trusted=False)
-    with pytest.raises(Hopeless, match="MLFLOW_TRACKING_URI=http://named-by-a-segment"):
+    with pytest.raises(PutOff, match="MLFLOW_TRACKING_URI=http://named-by-a-segment"):
         transport.write_artifact(run, "a.txt", b"a", 1.0)
     assert server.heads == []
 

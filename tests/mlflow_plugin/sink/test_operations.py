@@ -10,7 +10,7 @@ import orjson
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun
 from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
@@ -154,6 +154,138 @@ def test_traces_are_tried_again_later(
     prepare(sink, *a_trace("three"))
     assert sink.send(TIMEOUT_S) == []
     assert len(server.spans) == 2
+
+
+# -- a way to the server that takes no files ----------------------------------------------------
+
+FILE_FAILURES = [
+    NotThere("HTTP 405"),
+    RetryLater("HTTP 403 from a gateway"),
+    Unanswered("ReadTimeout"),
+    Poisoned("INTERNAL_ERROR: AccessDenied"),
+]
+
+
+def a_file(trace_id: str) -> dict[str, Any]:
+    return {"kind": "artifact", "trace_id": trace_id, "path": "a.txt", "content": "of the run"}
+
+
+def with_a_file(trace_id: str) -> list[dict[str, Any]]:
+    start, span, end = a_trace(trace_id)
+    start["settings"] = {"experiment_name": "another"}
+    return [start, span, a_file(trace_id), end]
+
+
+@pytest.mark.parametrize("failure", FILE_FAILURES, ids=lambda failure: type(failure).__name__)
+def test_files_that_nothing_takes_hold_up_nothing_else(
+    server: FakeTransport, clock: Clock, failure: Exception
+) -> None:
+    """It takes several failures over some time; then the file is put off, and sent again later."""
+    sink = a_sink(server)
+    prepare(sink, *with_a_file("one"))
+    server.fail = lambda call, _: failure if call == "write_artifact" else None
+    dead: list[DeadLetter] = []
+    tries = 0
+    while not dead and tries < 20:
+        with contextlib.suppress(RetryLater):
+            dead = sink.send(TIMEOUT_S)
+        tries += 1
+        clock.now += SIGHTINGS_S / 3
+    assert tries == SIGHTINGS
+    prepare(sink, *with_a_file("two"))
+    dead += sink.send(TIMEOUT_S)
+    assert len(server.spans) == 4
+    for run in server.runs.values():
+        assert run["status"] == "FINISHED"
+        assert run["tags"]["qitos.values.dropped"] == "artifact_put_off=1"
+    assert server.artifacts == {}
+    server.fail = lambda call, _: None
+    before = dict(server.runs)
+    for letter in dead:
+        assert letter.reason == f"NO_ARTIFACTS: {failure}"
+        again = MlflowSink(letter.header, server, resumed=True)
+        again.prepare([letter.record])
+        assert again.send(TIMEOUT_S) == []
+    assert server.artifacts == {"a.txt": b"of the run"}
+    assert server.calls.count("create_run") == 2
+    assert server.runs == before
+
+
+def test_files_are_tried_again_soon(server: FakeTransport, clock: Clock) -> None:
+    """A try that was short is not long ago: what works again costs no file."""
+    sink = a_sink(server)
+    prepare(sink, *with_a_file("one"))
+    server.fail = lambda call, _: NotThere("HTTP 404") if call == "write_artifact" else None
+    with pytest.raises(RetryLater):
+        sink.send(TIMEOUT_S)
+    for _ in range(SIGHTINGS):
+        clock.now += SIGHTINGS_S
+        with contextlib.suppress(RetryLater):
+            sink.send(TIMEOUT_S)
+    server.fail = lambda call, _: None
+    clock.now += 0.1
+    prepare(sink, *with_a_file("two"))
+    assert sink.send(TIMEOUT_S) == []
+    assert list(server.artifacts) == ["a.txt"]
+    prepare(sink, *with_a_file("three"))
+    server.fail = lambda call, _: NotThere("HTTP 404") if call == "write_artifact" else None
+    with pytest.raises(RetryLater):  # It is all to be seen anew.
+        sink.send(TIMEOUT_S)
+
+
+def test_files_that_take_long_to_fail_get_a_part_of_the_time(
+    server: FakeTransport, clock: Clock
+) -> None:
+    """Else a server that does not answer would hold up each run for as long as a request lasts."""
+    sink = a_sink(server)
+
+    def unanswered(call: str, _: Any) -> Exception | None:
+        if call != "write_artifact":
+            return None
+        clock.now += 5.0
+        return Unanswered("ReadTimeout")
+
+    server.fail = unanswered
+    prepare(sink, *with_a_file("0"))
+    for _ in range(SIGHTINGS):
+        with contextlib.suppress(RetryLater):
+            sink.send(TIMEOUT_S)
+    before = server.calls.count("write_artifact")
+    for number in range(1, 30):
+        prepare(sink, *with_a_file(str(number)))
+        assert len(sink.send(TIMEOUT_S)) == 1
+        clock.now += 5.0
+    assert server.calls.count("write_artifact") - before < 5
+
+
+@pytest.mark.parametrize("out_of_order", [True, False])
+def test_an_outage_puts_off_no_file(
+    server: FakeTransport, clock: Clock, out_of_order: bool
+) -> None:
+    """Nor do a few failures over a short time."""
+    sink = a_sink(server)
+    prepare(sink, *with_a_file("one"))
+    tries = attempts(sink, clock, SIGHTINGS_S if out_of_order else SIGHTINGS_S / 10)
+    server.fail = lambda call, _: NotThere("404") if call == "write_artifact" else None
+    next(tries)
+    if out_of_order:
+        server.fail = lambda call, _: NotThere("404")
+    assert not any(next(tries) for _ in range(8))
+    server.fail = lambda call, _: None
+    assert next(tries)
+    assert server.artifacts == {"a.txt": b"of the run"}
+    assert "qitos.values.dropped" not in server.runs["run-0"]["tags"]
+
+
+def test_a_file_that_the_server_refuses_is_counted(server: FakeTransport, clock: Clock) -> None:
+    """By its own reason, and it is not sent again."""
+    sink = a_sink(server)
+    prepare(sink, *with_a_file("one"))
+    server.fail = lambda call, _: TooLarge("HTTP 413", "") if call == "write_artifact" else None
+    [letter] = sink.send(TIMEOUT_S)
+    assert letter.header == b""
+    tags = server.runs["run-0"]["tags"]
+    assert tags["qitos.values.dropped"] == "artifact_refused=1"
 
 
 # -- creations ---------------------------------------------------------------------------------
