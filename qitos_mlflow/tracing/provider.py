@@ -144,7 +144,9 @@ def _redacted_span(span: Span) -> Span:
 
 def _redacted_trace(trace: Trace) -> Trace:
     metadata = redacted_metadata(trace.metadata)
-    copy = Trace(trace.trace_id, trace.name, trace.group_id, metadata, mode=trace.mode)
+    through = trace._processor  # From it a processor knows which others get the trace.
+    copy = Trace(trace.trace_id, trace.name, trace.group_id, metadata, through, mode=trace.mode)
+    copy._unstarted, copy._unended = [], []  # Entering and leaving a copy does nothing.
     copy._spans = [_redacted_span(span) for span in trace.spans]
     if trace.error is not None:
         copy.error = redacted_exception(trace.error)

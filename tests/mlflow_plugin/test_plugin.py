@@ -259,6 +259,35 @@ def test_only_one_that_gets_the_trace_replaces_another(
     assert len({record["trace_id"] for record in found}) == 3
 
 
+@pytest.mark.parametrize("mode", tracing.TracingMode)
+@pytest.mark.parametrize("there", [[0], [0, 1], [1, 0]])
+@pytest.mark.parametrize("globally", [[], [0], [0, 1]])
+def test_a_trace_without_data_has_the_processors_it_was_made_with(
+    spool: Path, mode: tracing.TracingMode, there: list[int], globally: list[int]
+) -> None:
+    """One of equal processors logs a trace of a provider of one's own, whatever the global one has.
+
+    In this mode they get a copy of the trace.
+    """
+    equal = [MlflowTraceProcessor(offline=True) for _ in range(2)]
+    tracing.set_trace_processors([equal[number] for number in globally])
+    try:
+        provider = tracing.TracingProvider([equal[number] for number in there], mode)
+        with provider.create_trace("of its own") as trace:
+            step(trace, tracing.StepSpanData(0))
+    finally:
+        tracing.set_trace_processors([])
+        for processor in equal:
+            processor.shutdown()
+    found = [
+        orjson.loads(record) for one in find_segments(spool) for record in waiting_records(one)
+    ]
+    disabled = mode is tracing.TracingMode.DISABLED
+    assert [record["kind"] for record in found] == (
+        [] if disabled else ["trace_start", "span", "trace_end"]
+    )
+
+
 class Unchecked(State):
     def validate(self) -> None:
         """Any result will do."""
