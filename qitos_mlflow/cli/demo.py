@@ -63,7 +63,7 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
         delivered = _flush(processor)
     finally:
         remove_trace_processor(processor)
-        processor.shutdown()
+        processor.mlflow_plugin.recorder.close(0.0)  # What time can do, `_flush` has waited for.
     if not delivered:
         if why := processor.mlflow_plugin.recorder.hopeless:
             complain(why)

@@ -154,7 +154,7 @@ def _show(found: dict[str, Any]) -> None:
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
-        click.echo(f"These records are kept in {kept}; only NO_ARTIFACTS is sent again")
+        click.echo(f"These records are kept in {kept}; they are not sent again (NO_ARTIFACTS is)")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")

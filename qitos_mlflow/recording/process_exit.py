@@ -101,7 +101,7 @@ def _end_all(pipelines: list[RecordPipeline]) -> None:
         waits = pipeline.local_exit_timeout_s and not _interrupted
         if waits and _guarded(_wait_while_it_gets_on, pipeline, _began_s):
             left_s = pipeline.exit_timeout_s  # To end what the records leave open.
-        if not _guarded(pipeline.close, 0.0 if _interrupted else left_s):
+        if not _guarded(pipeline.close, 0.0 if _interrupted or pipeline.hopeless else left_s):
             left.append(pipeline)
     _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
     for act in at_last:

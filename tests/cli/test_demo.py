@@ -13,7 +13,11 @@ from qitos_mlflow.cli._demo_agent import TASKS, DemoTask, run_task
 from tests.cli.conftest import Done, Run, run_cli, runs_in
 from tests.cli.test_demo_agent import STOPS
 from tests.integration.logged import LoggedRun
+<<<<<<< HEAD
 from tests.integration.made_store import make_store
+=======
+from tests.integration.proxy import Latency, Proxy
+>>>>>>> 99571b7 (A slow server is no dead one for the demo either, and a store of another version ends it at once)
 from tests.integration.server import MlflowServer
 
 EXPERIMENT = "desk"
@@ -128,3 +132,15 @@ def test_without_its_server_the_demo_ends_with_the_next_step(cli: Run) -> None:
     assert "qitos-mlflow: not all runs were delivered in time; the rest is kept" in done.stderr
     assert "qitos-mlflow sync" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_slow_server_is_waited_for(shared_server: MlflowServer, cli: Run) -> None:
+    """Each call that is answered is progress, however long all of them take."""
+    proxy = Proxy(shared_server.ensure_running().port)
+    proxy.set(Latency(400))
+    try:
+        options = ("--tracking-uri", proxy.uri, "--experiment-name", "slow")
+        done = cli("demo", *options, QITOS_MLFLOW_FLUSH_TIMEOUT_S="3")
+    finally:
+        proxy.close()
+    assert done.returncode == 0, done.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from mlflow import environment_variables
+from mlflow import MlflowClient, environment_variables
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._server import ask
@@ -200,6 +202,8 @@ def test_one_refused_experiment_does_not_stop_the_others(
         ("sqlite:////proc/nowhere/mlflow.db", "No such file or directory"),
         ("postgresql+missing://host/db", "Can't load plugin: sqlalchemy.dialects"),
         ("file://{tmp_path}/runs", "to opt out of this exception."),
+        ("sqlite:///{tmp_path}/empty.later", "Can't locate revision identified by 'ffffffffffff'"),
+        ("sqlite:///{tmp_path}/store.later", "consult your database's documentation"),
     ],
 )
 def test_a_store_that_can_never_be_opened_ends_it_at_once(
@@ -212,14 +216,37 @@ def test_a_store_that_can_never_be_opened_ends_it_at_once(
         (tmp_path / "runs" / "0").mkdir(parents=True)
         (tmp_path / "runs" / "0" / "meta.yaml").touch()
     uri = uri.format(tmp_path=tmp_path)
+    if uri.endswith("store.later"):
+        MlflowClient(f"sqlite:///{tmp_path}/mine.db").search_experiments()
+        (tmp_path / "mine.db").rename(tmp_path / "store.later")
+    if uri.endswith("later"):
+        of_a_later_mlflow(tmp_path / uri.rpartition("/")[2])
+    monkeypatch.setattr(backoff, "FIRST_DELAY_S", 1e9)  # A second attempt would never come.
     for _ in range(2):
         write_segment(tmp_path, uri, *trace("qitos"))
-    monkeypatch.setattr(backoff, "FIRST_DELAY_S", 1e9)  # A second attempt would never come.
     done = invoke("sync", "--patience", "1e8")
     assert done.exit_code == 1
     text = " ".join(done.output.split())
     assert text.count("cannot be opened") == 1
     assert reason in text
+
+
+def of_a_later_mlflow(path: Path) -> None:
+    """Have a sqlite store, or an empty file, name a revision that this MLflow does not know."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num TEXT)")
+        database.execute("DELETE FROM alembic_version")
+        database.execute("INSERT INTO alembic_version VALUES ('ffffffffffff')")
+        database.commit()
+
+
+def test_the_demo_ends_at_once_as_well(tmp_path: Path, cli: Run) -> None:
+    """A store of a later MLflow: its flush would never be over."""
+    of_a_later_mlflow(tmp_path / "store.db")
+    store = f"sqlite:///{tmp_path}/store.db"
+    done = cli("demo", "--tracking-uri", store, QITOS_MLFLOW_FLUSH_TIMEOUT_S="3600")
+    assert done.returncode == 1
+    assert "Can't locate revision identified by 'ffffffffffff'" in done.stderr
 
 
 class Halting(Unwilling):

@@ -272,6 +272,7 @@ class ClosedPipe(io.StringIO):
 class LeftSomething:
     """A pipeline that could not deliver all it had."""
 
+    hopeless = None
     exit_timeout_s = local_exit_timeout_s = 0.0
     traces = ()
     unsaved = 1

@@ -169,13 +169,18 @@ def _in(workspace: str | None) -> contextlib.AbstractContextManager[object]:
 
 def _stays(error: Exception) -> bool:
     """Whether time alone does not mend what keeps a store from being opened."""
+    from alembic.util import CommandError
     from sqlalchemy.exc import ArgumentError
 
-    if isinstance(error, MlflowException):
-        return bool(error.error_code == "INVALID_PARAMETER_VALUE")  # No such store.
+    if isinstance(error, MlflowException):  # No such store, or one of another version's.
+        return error.error_code == "INVALID_PARAMETER_VALUE" or "database schema" in str(error)
     number = getattr(error, "errno", None)
     unopened = "unable to open database file" in str(error)
-    return isinstance(error, (ImportError, ArgumentError)) or number in UNWRITABLE or unopened
+    return (
+        isinstance(error, (ImportError, ArgumentError, CommandError))
+        or number in UNWRITABLE
+        or unopened
+    )
 
 
 class StoreTransport(Transport):

@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
@@ -162,6 +163,7 @@ class RestTransport(Transport):
             # Perhaps one of several routers: it has carried nothing out, another one may.
         if failure is not None:
             raise failure
+        progressed()
         return response.content
 
 

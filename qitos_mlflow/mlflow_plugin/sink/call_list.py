@@ -24,6 +24,8 @@ from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 FAIR_SHARE = 0.1
 """Share of the given time. With less left no further call begins, lest it fail for that alone."""
+SPARE = 2.0
+"""Nor with less than so many times what the slowest call before has taken."""
 
 FAILING_TRIES = 4
 """A call that fails is tried as it is at least this often, ..."""
@@ -100,10 +102,10 @@ class CallList:
             OutOfTime: some calls were made, and `timeout_s` is over.
         """
         deadline = time.monotonic() + timeout_s
-        answered = False
+        answered, least_s = False, FAIR_SHARE * timeout_s
         while self._calls:
             left = deadline - time.monotonic()
-            if answered and left < FAIR_SHARE * timeout_s:
+            if answered and left < least_s:
                 raise OutOfTime
             if left <= 0:
                 raise RetryLater("out of time", 0.0)
@@ -113,6 +115,7 @@ class CallList:
                 later.got_on = answered
                 raise
             answered = True
+            least_s = max(least_s, SPARE * (left - (deadline - time.monotonic())))
         return self._dead
 
     def _make(self, call: Call, timeout_s: float) -> None:
