@@ -148,7 +148,10 @@ def _show(found: dict[str, Any]) -> None:
         Console().print(rows)
     count = f"{plural(found['waiting'], 'record')} in {plural(len(segments), 'segment')}"
     click.echo(f"{count} wait in {', '.join(found['directories'])}")
-    for title, counts in (("refused or damaged", found["dead_letters"]), ("lost", found["lost"])):
+    for title, counts in (
+        ("refused, put off or damaged", found["dead_letters"]),
+        ("lost", found["lost"]),
+    ):
         for reason, number in counts.items():
             click.echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
     if found["dead_letters"]:

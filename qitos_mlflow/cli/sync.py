@@ -249,8 +249,8 @@ class Sync:
         )
         if counts.dead_letters:
             click.echo(
-                f"{plural(counts.dead_letters, 'record')} refused by the server or damaged; "
-                "the reasons: qitos-mlflow status"
+                f"{plural(counts.dead_letters, 'record')} refused by the server, put off or "
+                "damaged; the reasons: qitos-mlflow status"
             )
         for line in self.problems:
             complain(line)

@@ -27,7 +27,7 @@ _importing = threading.local()
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Hold forks up while a sink is opened, or imports much later on; no other import waits."""
+    """Delay forks while the block opens a sink or imports a large module. Other imports go on."""
     with (mine := threading.RLock()):
         outer = getattr(_importing, "locks", ())
         try:
@@ -41,7 +41,7 @@ def importing() -> Iterator[None]:
 
 
 def let_forks_happen() -> None:
-    """Amid `importing`, but where no import is under way: a fork that waits happens now."""
+    """Let a fork that waits happen now. Called inside `importing`, where no import is under way."""
     mine = getattr(_importing, "locks", ())
     for lock in mine:
         lock.release()

@@ -174,7 +174,7 @@ def _place(header: bytes) -> tuple[Any, ...]:
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
     headers = head.get("headers", {})
-    if headers is None or not (head.get("asked", True) or not has_plugins()):
+    if headers is None or (not head.get("asked", True) and has_plugins()):
         headers = object()  # It is not known, so it is like no other one's.
     return uri, None if uri else head.get("cwd"), headers
 

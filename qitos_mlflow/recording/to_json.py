@@ -10,8 +10,8 @@ such code raises. So it receives nothing but dicts, lists, texts and numbers, an
 that holds others our own copy. A dict of texts and numbers, as most chat messages are, needs no
 copy: orjson calls no code for it, and no other thread runs meanwhile.
 
-A query set asks its database for its `repr`, its length, its truth. Of what may be such an object
-only the type is asked for: `_may_fetch`.
+A query set runs a database query for its `repr`, length or truth value. Of an object that may be
+one, only the type is looked at (`_may_fetch`).
 """
 
 from __future__ import annotations
@@ -284,10 +284,10 @@ def _simpler(value: Any, budget: _Budget) -> Any:
 
 
 def _may_fetch(kind: type) -> bool:
-    """Whether to look at objects of `kind` may fetch or compute what they stand for.
+    """Whether looking at an object of `kind` may fetch or compute what it stands for.
 
-    So may what can be iterated over, counted or indexed, and what a table or an array can be made
-    of, unless it is Python's own or of one of `HOLD_DATA`.
+    True for classes that can be iterated, counted or indexed, or turned into a table or an array,
+    unless they are Python's own or from a package in `HOLD_DATA`.
     """
     looks = ("__iter__", "__len__", "__getitem__", "__array__", "__dataframe__", "shape")
     if not any(hasattr(kind, look) for look in looks):

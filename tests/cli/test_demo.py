@@ -13,11 +13,8 @@ from qitos_mlflow.cli._demo_agent import TASKS, DemoTask, run_task
 from tests.cli.conftest import Done, Run, run_cli, runs_in
 from tests.cli.test_demo_agent import STOPS
 from tests.integration.logged import LoggedRun
-<<<<<<< HEAD
 from tests.integration.made_store import make_store
-=======
 from tests.integration.proxy import Latency, Proxy
->>>>>>> 99571b7 (A slow server is no dead one for the demo either, and a store of another version ends it at once)
 from tests.integration.server import MlflowServer
 
 EXPERIMENT = "desk"

@@ -315,10 +315,10 @@ def test_losses_and_dead_letters_are_counted_by_reason(
     assert "3 lost: queue_full" in call("status").stdout
     done = call("sync")
     assert done.returncode == 0
-    assert "1 record refused by the server or damaged" in done.stdout
+    assert "1 record refused by the server, put off or damaged" in done.stdout
     (reason,) = status()["dead_letters"]
     assert reason.startswith("not a record")
-    assert f"1 refused or damaged: {reason}" in call("status").stdout
+    assert f"1 refused, put off or damaged: {reason}" in call("status").stdout
 
 
 def test_losses_of_a_dead_process_are_shown(

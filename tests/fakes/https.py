@@ -15,6 +15,7 @@ class RecordingServer(ThreadingHTTPServer):
     """Answers each request with `status` and `body`.
 
     Attributes:
+        moved: to where the requests of a path are redirected.
         heads: the headers of each request.
         paths: its path.
     """
@@ -25,6 +26,7 @@ class RecordingServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.status = 200
         self.body = MLFLOW
+        self.moved: dict[str, str] = {}
         self.heads: list[dict[str, str]] = []
         self.paths: list[str] = []
         if tls is not None:
@@ -40,7 +42,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.heads.append({key.lower(): text for key, text in self.headers.items()})
         self.server.paths.append(self.path)
-        self.send_response(self.server.status)
+        moved = self.server.moved.get(self.path)
+        self.send_response(307 if moved else self.server.status)
+        if moved:
+            self.send_header("Location", moved)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()

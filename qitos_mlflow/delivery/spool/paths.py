@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ASIDE_SUFFIXES = (".dead", ".bad", ".lost", ".lost.tmp")
+ASIDE_SUFFIXES = (".dead", ".dead.tmp", ".bad", ".lost", ".lost.tmp")
 """Files that stay when their segment is delivered."""
 SCAN_S = 2.0
 """The sizes of the whole directory are read at most this often (seconds)."""
@@ -39,7 +39,7 @@ SCAN_S = 2.0
 _PRIVATE_FILE = 0o600
 _PRIVATE_DIRECTORY = 0o700
 _NAME = re.compile(
-    r"([\w-]+)\.(?:[0-9a-f]{16}\.(?:seg|bad)|ack|ack\.tmp|own|ship|dead|bad|lost|lost\.tmp)"
+    r"([\w-]+)\.(?:[0-9a-f]{16}\.(?:seg|bad)|own|ship|bad|(?:ack|dead|lost)(?:\.tmp)?)"
 )
 
 

@@ -173,7 +173,7 @@ def claim(paths: Paths, stats: Counts) -> Claim | None:
 
 
 def send_again(paths: Paths) -> Paths | None:
-    """Move the dead letters that may be sent again to a new segment, and return it, if there are.
+    """Move the dead letters that may be sent again to a new segment; None if there are none.
 
     Does nothing while a process uses the segment.
 
@@ -183,7 +183,7 @@ def send_again(paths: Paths) -> Paths | None:
     lock = FileLock(paths.ship)
     if not paths.dead.exists() or is_held(paths.own) or not lock.acquire():
         return None
-    header, records, stays = b"", [], b""
+    header, records, stays = b"", [], []
     try:
         for line in paths.dead.read_bytes().splitlines(keepends=True):
             try:
@@ -191,7 +191,7 @@ def send_again(paths: Paths) -> Paths | None:
                 header = letter["header"].encode()
                 records.append((letter["record"].encode(), True))
             except (ValueError, KeyError, TypeError, AttributeError):
-                stays += line
+                stays.append(line)
         if not records:
             return None
         new = SegmentWriter(
@@ -203,11 +203,11 @@ def send_again(paths: Paths) -> Paths | None:
             fsync=True,
         )
         losses = new.append(records, time.time_ns())
-        new.close(delete=False)
+        new.close(delete=bool(losses))
         if losses:
             raise OSError(f"the spool cannot be written: {losses[0][1]}")
         if stays:
-            replace_private(paths.dead, stays, durable=True)
+            replace_private(paths.dead, b"".join(stays), durable=True)
         else:
             paths.dead.unlink()
         return new.paths

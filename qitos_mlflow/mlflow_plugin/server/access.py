@@ -1,9 +1,9 @@
 """How MLflow's client would reach a server now: routing headers, credentials, certificates.
 
-Comes from MLflow's environment variables, its credentials file and its plugins, as its
-documentation of authentication has it. Routing headers decide whose data a server takes ours for,
-so they are stored with the records. Credentials are never stored: the process that delivers brings
-its own, and only for the server that they are configured for.
+Reads MLflow's environment variables, its credentials file and its plugins, as its documentation of
+authentication describes. Routing headers tell the server which tenant records belong to, so they
+are stored with the records. Credentials are never stored: the process that delivers uses its own,
+and only for the server that they are configured for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import configparser
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +32,9 @@ REGISTRY = "mlflow.tracking.request_header.registry"
 
 
 RENEW_S = 60.0
-"""Credentials are read again this often (seconds), and after each answer that minds them."""
-SLOW_S = 0.005
-"""A plugin that takes longer is not asked again for `RENEW_S` (seconds)."""
-MOST_TENANTS = 32
-"""A header with more values than this is one of each request, and not of a tenant."""
+"""Credentials are read again this often (seconds), and after each 401, 403 or 407."""
+SLOW_S = 0.1
+"""A plugin that takes longer is named in a warning (seconds)."""
 SECRET_WORDS = frozenset({"key", "signature", "token", "secret"})
 TENANT_WORDS = frozenset({"tenant", "user", "org", "organization", "team", "workspace", "project"})
 
@@ -68,7 +66,7 @@ def read_access(
     Args:
         uri: may hold user and password, which come before all others.
         routing: headers that say whose data it is; None: those of this process.
-        asked: those of MLflow's plugins are among them.
+        asked: MLflow's plugins could be asked when `routing` was recorded; if not, they are now.
         trusted: credentials are configured for this server. Without, it gets none.
 
     Raises:
@@ -82,8 +80,10 @@ def read_access(
     if not trusted:
         return Access(known, lambda request: request, verify, None)  # Nor those of ~/.netrc.
     headers, plugin = _of_plugins(uri)
-    if routing is not None and asked:  # What else the plugins say now is not said of these records.
-        headers = {key: text for key, text in headers.items() if _is_secret(key, text)}
+    if routing is not None and asked:  # Its other headers describe this process.
+        headers = {
+            key: text for key, text in headers.items() if key in _changing or _is_secret(key, text)
+        }
     certificate = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     authorise = _authorise(_authorization(uri), plugin)
     return Access({**headers, **known}, authorise, verify, certificate, plugin is not None)
@@ -179,56 +179,59 @@ def routing_headers() -> dict[str, str] | None:
     """The headers by which a server tells tenants apart, as they are now on this thread.
 
     MLflow's workspace; and if its client has loaded plugins, what these add to its requests,
-    without credentials. None: a plugin has failed, so it is not known. Never raises and imports
-    nothing.
+    without credentials and without what is another one each time. None: a plugin has failed, so it
+    is not known. Takes as long as the plugins do. Never raises and imports nothing.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     context: Any = imported("mlflow.utils.workspace_context")
     workspace = (context and context.get_request_workspace()) or ""
     if workspace := workspace or os.environ.get("MLFLOW_WORKSPACE", "").strip():
         found[WORKSPACE] = workspace
     registry: Any = imported(REGISTRY)
+    providers = [
+        one
+        for one in getattr(registry, "_request_header_provider_registry", ())
+        if not type(one).__module__.startswith("mlflow.")
+    ]
     try:
-        for provider in getattr(registry, "_request_header_provider_registry", ()):
-            if not type(provider).__module__.startswith("mlflow."):
-                found.update(_answer_of(provider))
+        said = _said_by(providers)
+        if new := said.items() - _tenants:
+            again = _said_by(providers)
+            changed = {key for key, text in new if again.get(key) != text}
+            _changing.update(key for key in changed if _last_word(key) not in TENANT_WORDS)
+            _tenants.update(pair for pair in new if pair[0] not in _changing)
     except Exception as error:  # noqa: BLE001 - a plugin of the user's
         report("server.routing_headers", error)
         return None
+    return {**found, **{key: text for key, text in said.items() if key not in _changing}}
+
+
+_tenants: set[tuple[str, str]] = set()
+"""Headers of plugins that were twice the same."""
+_changing: set[str] = set()
+"""The names of others, such as a request's id: they say nothing of whose data it is."""
+
+
+def _said_by(providers: Sequence[Any]) -> dict[str, str]:
+    """The headers of plugins, without credentials."""
+    found: dict[str, Any] = {}
+    for provider in providers:
+        began = time.monotonic()
+        found.update(provider.request_headers() if provider.in_context() else {})
+        if (took_s := time.monotonic() - began) > SLOW_S:
+            name = type(provider).__qualname__
+            text = "MLflow's plugin %s took %.1f s: the start of each trace waits for it"
+            warn(f"server.slow {name}", text, name, took_s)
     texts = {str(key): str(text) for key, text in found.items()}
-    return {key: text for key, text in texts.items() if _routes(key, text)}
-
-
-_slow: dict[Any, tuple[float, Mapping[str, Any]]] = {}
-"""Plugins that have taken long, each with its last answer and until when it holds."""
-_seen: dict[str, set[str]] = {}
-"""The values that each header has had."""
-
-
-def _answer_of(provider: Any) -> Mapping[str, Any]:
-    """The headers of a plugin. It is called on the agent's thread: one that is slow, seldom."""
-    began = time.monotonic()
-    until, answer = _slow.get(provider, (0.0, {}))
-    if began < until:
-        return answer
-    answer = provider.request_headers() if provider.in_context() else {}
-    if (now := time.monotonic()) - began > SLOW_S:
-        _slow[provider] = now + RENEW_S, answer
-    return answer
-
-
-def _routes(name: str, text: str) -> bool:
-    """Whether a header says whose data it is: no credential, and not another one each time."""
-    if _is_secret(name, text):
-        return False
-    seen = _seen.setdefault(name, set())
-    if len(seen) < MOST_TENANTS:
-        seen.add(text)
-    return name == WORKSPACE or len(seen) < MOST_TENANTS
+    return {key: text for key, text in texts.items() if not _is_secret(key, text)}
 
 
 def _is_secret(name: str, text: str) -> bool:
     """Whether a header holds a credential. One that ends in a tenant's word names a tenant."""
-    last = name.lower().replace("_", "-").rpartition("-")[2]
+    last = _last_word(name)
     named = last in SECRET_WORDS or (last not in TENANT_WORDS and names_credential(name))
     return named or redact_text(text) != text
+
+
+def _last_word(name: str) -> str:
+    return name.lower().replace("_", "-").rpartition("-")[2]

@@ -16,7 +16,7 @@ from qitos_mlflow._inheritance import check, disown_in_child
 
 
 class _Watched:
-    """Mixed into a class of urllib3's. What is not connected yet, the child cannot close."""
+    """Mixed into a urllib3 connection. While it connects, a child cannot close it."""
 
     sock: Any
 
@@ -36,7 +36,7 @@ class _Watched:
 
 
 class _Tolerant:
-    """Mixed into a pool of urllib3's, whose warning at each request the program may have raised."""
+    """Mixed into a urllib3 pool. Its warning of unverified requests may be raised as an error."""
 
     def _validate_conn(self, connection: Any) -> None:
         with suppress(InsecureRequestWarning):
@@ -54,8 +54,9 @@ class WatchedAdapter(HTTPAdapter):
 
     def close(self) -> None:
         """Close connections also while the interpreter ends: urllib3 no longer does then."""
-        for pool in list(self.poolmanager.pools._container.values()):
-            pool.close()
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for pool in list(manager.pools._container.values()):
+                pool.close()
         super().close()
 
 

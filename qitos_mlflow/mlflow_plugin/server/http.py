@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 
-# Not used here: requests imports it with its first request, and a process that forks amid that
-# leaves a child whose own first request hangs. A fork waits while a sink is opened, not later.
+# Not used here. requests imports it at its first request; a fork during that import leaves a child
+# whose own first request hangs. This import happens while a sink is opened, when forks wait.
 import netrc  # noqa: F401
 import os
 import sys
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import orjson
 import requests
@@ -72,6 +72,7 @@ class Request(NamedTuple):
         timeout_s: longest wait for a connection, and for each piece of the answer (seconds).
         body: what is sent; None for nothing.
         headers: those of this request alone.
+        answer: the field of MLflow's answer; "": it has none.
     """
 
     method: str
@@ -79,6 +80,7 @@ class Request(NamedTuple):
     timeout_s: float
     body: bytes | None = None
     headers: Mapping[str, str] = {"Content-Type": "application/json"}
+    answer: str = ""
 
 
 Requester = Callable[[Request], requests.Response]
@@ -91,7 +93,7 @@ class SessionRequester(requests.Session):
     Args:
         uri: of the server.
         routing: headers that say whose data it is; None: those of this process, as they are now.
-        asked: those of MLflow's plugins are among them.
+        asked: MLflow's plugins could be asked when `routing` was recorded; if not, they are now.
         trusted: credentials of this process are meant for this server.
     """
 
@@ -141,9 +143,18 @@ class SessionRequester(requests.Session):
             self._access = None  # A token may have been renewed.
         return response
 
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Follow the server only to itself: records and credentials are for no other one."""
+        target = super().get_redirect_target(resp)
+        leaves: Any = self.should_strip_auth
+        return None if target and leaves(resp.url, urljoin(resp.url, target)) else target
+
+    def rebuild_auth(self, prepared_request: object, response: object) -> None:
+        """Add nothing after a redirect, such as what ``~/.netrc`` has, and take nothing away."""
+
 
 def patience() -> float:
-    """How much longer than `REQUEST_TIMEOUT_S` the user's own setting lets MLflow's client wait."""
+    """MLFLOW_HTTP_REQUEST_TIMEOUT as a multiple of `REQUEST_TIMEOUT_S`; at least 1."""
     try:
         set_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", ""))
     except ValueError:
@@ -203,9 +214,7 @@ def verdict(request: Request, response: requests.Response, server: str) -> Excep
     code, answer = f"HTTP {status}", json_object(body)
     foreign = f"{code} from {server}, which is not MLflow's answer"
     if status < 300:
-        # MLflow answers spans with protobuf, of no bytes, and artifacts with ``{}`` or nothing.
-        whole = not body or answer is not None or PROTOBUF in headers.get("Content-Type", "")
-        return None if whole else RetryLater(foreign)
+        return None if _is_mlflows(request, headers, body, answer) else RetryLater(foreign)
     if status < 400:
         return RetryLater(f"{code}: {_moved(headers.get('Location'))}")
     if status in OVERLOADED:
@@ -228,6 +237,20 @@ def verdict(request: Request, response: requests.Response, server: str) -> Excep
         if status == 501:
             return Refused("NOT_IMPLEMENTED", words)
     return NotThere(foreign) if status in NOT_THERE else RetryLater(foreign)
+
+
+def _is_mlflows(
+    request: Request, headers: Mapping[str, str], body: bytes, answer: dict[str, Any] | None
+) -> bool:
+    """Whether an answer to `request` that says "carried out" has MLflow's form.
+
+    Another program may say so of anything, such as a page for a time of maintenance.
+    """
+    if request.path == SPANS and PROTOBUF in headers.get("Content-Type", ""):
+        return True
+    if request.method == "PUT" and not body:  # Of artifacts.
+        return True
+    return answer is not None and (not answer or request.answer in answer)
 
 
 def _text(response: requests.Response) -> str:

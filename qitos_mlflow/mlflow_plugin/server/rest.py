@@ -55,9 +55,8 @@ class RestTransport(Transport):
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
         try:
-            found: Mapping[str, Any] = part(
-                self._json(Request("GET", path, timeout_s)), "experiment"
-            )
+            question = Request("GET", path, timeout_s, answer="experiment")
+            found: Mapping[str, Any] = part(self._json(question), "experiment")
         except Refused as refusal:
             if refusal.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -65,8 +64,8 @@ class RestTransport(Transport):
         return found
 
     def _create_experiment(self, name: str, timeout_s: float) -> str:
-        made = self._post("/api/2.0/mlflow/experiments/create", {"name": name}, timeout_s)
-        return str(part(made, "experiment_id"))
+        path, field = "/api/2.0/mlflow/experiments/create", "experiment_id"
+        return str(part(self._post(path, {"name": name}, timeout_s, field), field))
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         body = {
@@ -75,7 +74,7 @@ class RestTransport(Transport):
             "run_name": run.name,
             "tags": _pairs(run.tags),
         }
-        answer = self._post("/api/2.0/mlflow/runs/create", body, timeout_s)
+        answer = self._post("/api/2.0/mlflow/runs/create", body, timeout_s, "run")
         return run_ref(part(part(answer, "run"), "info"))
 
     def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
@@ -85,7 +84,7 @@ class RestTransport(Transport):
             "order_by": ["attributes.start_time ASC"],
             "max_results": MAX_FOUND,
         }
-        answer = self._post("/api/2.0/mlflow/runs/search", body, timeout_s)
+        answer = self._post("/api/2.0/mlflow/runs/search", body, timeout_s, "runs")
         return [run_ref(part(run, "info")) for run in answer.get("runs") or []]
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
@@ -102,10 +101,10 @@ class RestTransport(Transport):
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         body = {"run_id": run_id, "status": status, "end_time": end_ms}
-        self._post("/api/2.0/mlflow/runs/update", body, timeout_s)
+        self._post("/api/2.0/mlflow/runs/update", body, timeout_s, "run_info")
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s)
+        self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s, "trace")
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         message = ExportTraceServiceRequest(
@@ -113,23 +112,26 @@ class RestTransport(Transport):
         )
         headers = {"Content-Type": PROTOBUF, "x-mlflow-experiment-id": experiment_id}
         body = message.SerializeToString()
-        self._send(Request("POST", SPANS, timeout_s, body, headers))
+        # Servers before 3.8 answer in JSON.
+        self._send(Request("POST", SPANS, timeout_s, body, headers, "partialSuccess"))
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         body = {**question, "view_type": "SPANS", "aggregations": [{"aggregation_type": "SUM"}]}
-        points = self._post("/api/3.0/mlflow/traces/metrics", body, timeout_s).get("data_points")
+        path, field = "/api/3.0/mlflow/traces/metrics", "data_points"
+        points = self._post(path, body, timeout_s, field).get(field)
         return float(points[0]["values"]["SUM"]) if points else None
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         parts = urlsplit(run.artifact_uri)
-        if parts.scheme != "mlflow-artifacts" and not self._trusted:
-            # MLflow would use this process's credentials for whatever place the server names.
-            raise PutOff(
-                "NO_ARTIFACTS",
-                f"files go to {without_credentials(run.artifact_uri)}, with credentials of this "
-                f"process: if you trust the server, set MLFLOW_TRACKING_URI={self.address}",
-            )
-        if parts.scheme != "mlflow-artifacts":
+        if parts.scheme != "mlflow-artifacts" or parts.netloc:  # Not on this server.
+            if not self._trusted:
+                # MLflow would use this process's credentials for whatever place the server names.
+                where = without_credentials(run.artifact_uri)
+                raise PutOff(
+                    "NO_ARTIFACTS",
+                    f"files go to {where}, with credentials of this process: if you trust the "
+                    f"server, set MLFLOW_TRACKING_URI={self.address}",
+                )
             with importing():  # mlflow.
                 from qitos_mlflow.mlflow_plugin.server.mlflow_client import write_artifact
 
@@ -143,8 +145,10 @@ class RestTransport(Transport):
         if isinstance(self._requester, SessionRequester):
             self._requester.close()
 
-    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        return self._json(Request("POST", path, timeout_s, orjson.dumps(body)))
+    def _post(
+        self, path: str, body: dict[str, Any], timeout_s: float, answer: str = ""
+    ) -> dict[str, Any]:
+        return self._json(Request("POST", path, timeout_s, orjson.dumps(body), answer=answer))
 
     def _json(self, request: Request) -> dict[str, Any]:
         """Send `request` as `_send` does; returns the JSON object that is answered."""

@@ -25,6 +25,8 @@ STUCK_S = 10.0
 """How long a process waits for another one that creates the store, without progress (seconds)."""
 LOOK_S = 0.1
 """How often it looks (seconds)."""
+MOST_S = 120.0
+"""Longest wait for this MLflow's last migration: the store may be in use by an older one."""
 LEFT_S = 3600.0
 """What a dead process left of a new store is removed after this long without a change (seconds)."""
 
@@ -57,10 +59,12 @@ def prepare_sqlite(uri: str) -> None:
                     if not target.exists():
                         _make(uri, place / "new.db", target)
                 shutil.rmtree(place, ignore_errors=True)
-        if not alone and not others.get_on():
-            raise RetryLater(f"another process creates it, and does not get on: see {place}")
-    others = _Others(target)
-    while others.are_at_it() and not _is_finished(target) and others.get_on():
+        if not alone and not others.make_progress():
+            raise RetryLater(f"another process is creating it but makes no progress: see {place}")
+    others, until = _Others(target), time.monotonic() + MOST_S
+    while others.recently_active() and not _is_finished(target):
+        if time.monotonic() > until or not others.make_progress():
+            break
         time.sleep(LOOK_S)
     for left in target.parent.glob(f"{NEW}*"):  # By a process that died.
         with contextlib.suppress(OSError):
@@ -76,12 +80,12 @@ class _Others:
         self._seen = 0
         self._until = 0.0
 
-    def are_at_it(self) -> bool:
-        """Whether it has changed lately."""
+    def recently_active(self) -> bool:
+        """Whether it has changed within `STUCK_S`."""
         return time.time() - self._changed_ns() / 1e9 < STUCK_S
 
-    def get_on(self) -> bool:
-        """Whether it has changed in the last `STUCK_S`, as seen by the calls of this."""
+    def make_progress(self) -> bool:
+        """Whether it has changed within `STUCK_S`, counted from the call that saw the change."""
         let_forks_happen()
         progressed()
         if (now := self._changed_ns()) != self._seen:

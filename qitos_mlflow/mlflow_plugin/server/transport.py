@@ -121,9 +121,11 @@ class Transport(ABC):
             try:
                 return self._create_experiment(name, timeout_s)
             except Refused as refusal:
-                if refusal.code == "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
-                    return self.experiment_id(name, timeout_s)
-                raise
+                if refusal.code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self._experiment(name, timeout_s)  # Another process was faster.
+        if found is None:
+            raise RetryLater(f"experiment {name!r} exists, but the server does not show it")
         experiment_id = str(part(found, "experiment_id"))
         if found.get("lifecycle_stage") == "deleted":
             restore = f"`mlflow experiments restore --experiment-id {experiment_id}`"

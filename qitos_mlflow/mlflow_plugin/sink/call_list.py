@@ -203,7 +203,9 @@ class CallList:
         # Those of the start are among the calls that follow.
         start = call.trace.facts.start_tags
         tags = [("tag", tag) for tag in call.trace.creation_tags() if tag[0] not in start]
-        self._calls[0] = Call(call.trace, self._operations.log, tags)
+        self._calls.popleft()
+        if tags:
+            self._calls.appendleft(Call(call.trace, self._operations.log, tags))
 
     def _halve(self, call: Call) -> None:
         """Put two calls in its place, each with half of the items."""

@@ -1,8 +1,8 @@
 """What the sink's calls do on a `Transport`: find or create runs, log, write spans and infos.
 
-Receives `TraceState`s and what is to be written of them; raises what the transport raises. To make
-a call twice has the same effect as to make it once. A trace's run is created first; if that is
-refused, none of its other calls is made.
+Receives `TraceState`s and what is to be written of them; raises what the transport raises. Making
+a call twice has the same effect as making it once. A trace's run is created first. If the server
+refuses the run, no other call of the trace is made.
 
 What a trace cost is asked of the server once, at its end. The server prices each span as it comes,
 and stops adding up a trace's cost once it has the trace's info, which a trace needs from its start
@@ -161,7 +161,7 @@ class Operations:
         trace.settle()
 
     def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
-        """Whether the server answers a simple question from its database."""
+        """Whether the server finds the experiment in its database, or creates it there."""
         try:
             self._transport.experiment_id(trace.facts.experiment_name, timeout_s)
         except Refused:
@@ -175,7 +175,7 @@ class Operations:
         self._log(trace, RunData(tags=[("qitos.trace_id", trace.facts.trace_id)]), timeout_s)
 
     def confirm_run(self, trace: TraceState, timeout_s: float) -> None:
-        """The same, if the server was not known to have the run a moment ago."""
+        """Call `check_run`, unless the server was seen to have the run within `FRESH_S`."""
         if not self._is_fresh(trace.confirmed_at):
             self.check_run(trace, timeout_s)
 

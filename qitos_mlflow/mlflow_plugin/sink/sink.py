@@ -241,7 +241,7 @@ def open_transport(
         uri: of a server or a store.
         cwd: what a relative path is relative to.
         routing: headers that say whose data it is; None: those of this process.
-        asked: those of MLflow's plugins are among them.
+        asked: MLflow's plugins could be asked when `routing` was recorded; if not, they are now.
         trusted: this process's credentials are configured for that server.
     """
     if uri is not None and is_http(uri):

@@ -142,17 +142,17 @@ class TraceState:
         if self.run is not None:
             self.elsewhere = Elsewhere(uri, self.run.run_id, self.totals.spans)
         self.run, self.attempts, self.has_info = None, 1, False
-        self.lost_spans = {}
+        self.lost_spans, self.untraced = {}, self.tree is None
         self.totals.params = []  # The end of a trace has them all again.
         if self.tree is not None:
             self.tree.begun = self.tree.root_closed = False
 
     def creation_tags(self) -> list[tuple[str, str]]:
-        """Tags that a new run is created with."""
-        tags = [("mlflow.source.type", "LOCAL"), *self.facts.start_tags.items()]
+        """Tags that a new run is created with; the user's come before ours."""
+        tags = {"mlflow.source.type": "LOCAL", **self.facts.start_tags}
         if self.elsewhere is not None:
-            tags.append(("qitos.partial", f"begun on {self.elsewhere.uri}"))
-        return tags
+            tags["qitos.partial"] = f"begun on {self.elsewhere.uri}"
+        return list(tags.items())
 
     def settle(self) -> None:
         """Take account of where the run is, now that it is known."""

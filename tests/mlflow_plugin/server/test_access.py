@@ -25,10 +25,9 @@ from urllib3.exceptions import InsecureRequestWarning
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
-from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server import access, http
 from qitos_mlflow.mlflow_plugin.server.access import (
-    MOST_TENANTS,
     RENEW_S,
     WORKSPACE,
     read_access,
@@ -37,7 +36,7 @@ from qitos_mlflow.mlflow_plugin.server.access import (
 from qitos_mlflow.mlflow_plugin.server.http import Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import PutOff
-from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
 from tests.fakes.clock import Clock
 from tests.fakes.https import RecordingServer, recording_server
 from tests.mlflow_plugin.records import Records
@@ -284,10 +283,30 @@ def test_not_even_those_of_netrc(
     """Its ``default`` is for any server, also for one that a segment names."""
     (home / ".netrc").write_text(f"default login u password {SECRET}\n")
     (home / ".netrc").chmod(0o600)
+    server.moved["/version"] = "/elsewhere"
     for trusted in (False, True):
         with SessionRequester(server.uri, {}, trusted=trusted) as send:
             send(QUESTION)
-    assert ["authorization" in head for head in server.heads] == [False, True]
+    assert server.paths == ["/version", "/elsewhere"] * 2
+    assert ["authorization" in head for head in server.heads] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_nothing_follows_a_redirect_to_another_server(
+    server: RecordingServer, home: Path, monkeypatch: pytest.MonkeyPatch, *, trusted: bool
+) -> None:
+    """Neither records nor credentials are for that one; the reason names it."""
+    (home / ".netrc").write_text(f"default login u password {SECRET}\n")
+    (home / ".netrc").chmod(0o600)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
+    with recording_server() as other:
+        path = "/api/2.0/mlflow/runs/log-batch"
+        server.moved[path] = f"{other.uri}{path}"
+        transport = open_transport(server.uri, None, {"X-Tenant": "acme"}, trusted=trusted)
+        with pytest.raises(RetryLater, match=f"HTTP 307: the server moved to {other.uri}"):
+            transport.log_batch("r", RunData(), 5.0)
+        transport.close()
+        assert other.paths == []
 
 
 def test_files_go_nowhere_that_an_untrusted_server_names(server: RecordingServer) -> None:
@@ -317,8 +336,8 @@ class Provider:
 @pytest.fixture
 def provide(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provider], None]:
     """Have MLflow know one plugin."""
-    monkeypatch.setattr(access, "_seen", {})
-    monkeypatch.setattr(access, "_slow", {})
+    monkeypatch.setattr(access, "_tenants", set())
+    monkeypatch.setattr(access, "_changing", set())
     monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
 
     def provide(provider: Provider) -> None:
@@ -355,33 +374,50 @@ def test_a_header_routes_or_is_a_secret(
     assert header == dict(to.headers)
 
 
-def test_a_slow_plugin_is_not_asked_at_each_start(
-    provide: Callable[[Provider], None], monkeypatch: pytest.MonkeyPatch
+def test_a_slow_plugin_is_asked_at_each_start(
+    provide: Callable[[Provider], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It would hold the agent; its last answer holds for a while."""
-    clock = Clock()
+    """An answer of another moment could be another tenant's. A warning names the plugin."""
+    clock, tenants = Clock(), iter(("a", "a", "b", "b", "a"))
     monkeypatch.setattr(access, "time", clock)
 
     def slow() -> str:
         clock.now += 1.0
-        return "acme"
+        return next(tenants)
 
-    provide(provider := Provider(X_Tenant=slow))
-    for _ in range(5):
-        assert routing_headers() == {"X-Tenant": "acme"}
-    assert provider.asked == 1
-    clock.now += RENEW_S
-    routing_headers()
-    assert provider.asked == 2
+    provide(Provider(X_Tenant=slow))
+    assert [routing_headers() for _ in range(3)] == [{"X-Tenant": one} for one in "aba"]
+    assert "Provider took 1.0 s: the start of each trace waits for it" in caplog.text
 
 
-def test_a_header_that_always_changes_is_no_tenant(provide: Callable[[Provider], None]) -> None:
+@pytest.mark.parametrize("name", ["X_Tenant", "X_Acme_Department", "Host"])
+def test_any_number_of_tenants_is_told_apart(
+    provide: Callable[[Provider], None], name: str
+) -> None:
+    """Each has a destination of its own, also the thousandth."""
+    tenant = "0"
+    provide(Provider(**{name: lambda: tenant}))
+    found = []
+    for tenant in map(str, range(1000)):  # noqa: B007 - the plugin has it.
+        found.append(Destination.of("http://host"))
+    headers = [(name.replace("_", "-"), f"{number}") for number in range(1000)]
+    assert [to.headers for to in found] == [(header,) for header in headers]
+
+
+def test_a_header_that_always_changes_is_no_tenant(
+    provide: Callable[[Provider], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as the id of a request: each trace would have a destination of its own."""
     numbers = count()
     provide(Provider(X_Request_Id=lambda: next(numbers), X_Tenant=lambda: "acme"))
     found = [Destination.of("http://host") for _ in range(100)]
-    assert len(set(found)) <= MOST_TENANTS
-    assert found[-1].headers == (("X-Tenant", "acme"),)
+    assert {to.headers for to in found} == {(("X-Tenant", "acme"),)}
+    monkeypatch.setattr(access, "has_plugins", lambda: True)
+    # A request has it nevertheless, as one of MLflow's own client has.
+    sent = read_access("http://host", dict(found[0].headers or ()), trusted=True).headers
+    assert {*sent} >= {"X-Tenant", "X-Request-Id"}
 
 
 def test_a_plugin_that_fails_leaves_the_tenant_unknown(
@@ -443,7 +479,7 @@ if {before!r}:
 transport = open_transport(
     sys.argv[1], None, header["headers"], asked=header["asked"], trusted=bool({trusted}))
 from qitos_mlflow.mlflow_plugin.server.http import Request
-transport._send(Request("POST", "/x", 5.0, b"12345" * 20_000))
+transport._send(Request("POST", "/x", 5.0, b"12345" * 20_000, answer="experiment"))
 print(pipeline.open_leftovers(pipeline.header) is not None, json.dumps(header["headers"]))
 """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import orjson
 import pytest
@@ -17,6 +18,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
     SMALL_BYTES,
+    Request,
     SessionRequester,
     json_object,
 )
@@ -207,28 +209,83 @@ def test_a_database_that_fails_is_not_refusing(message: str) -> None:
     assert isinstance(outcome(FakeRequester(400, body)), Refused)
 
 
-def write(server: FakeRequester) -> None:
-    """Write a span and a file, whose answers say nothing."""
+def write(server: FakeRequester, what: str = "span") -> None:
+    """Write a span or a file, whose answers say nothing."""
     transport = RestTransport("http://host", server)
-    transport.write_spans("0", [Span(name="a")], 1.0)
-    transport.write_artifact(RUN, "a.txt", b"a", 1.0)
+    if what == "span":
+        transport.write_spans("0", [Span(name="a")], 1.0)
+    else:
+        transport.write_artifact(RUN, "a.txt", b"a", 1.0)
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"),
+    ("what", "body", "kind"),
     [
-        (b"", PROTOBUF),  # /v1/traces of 3.12 and 3.17.
-        (b"", ""),  # Artifacts of 3.17.
-        (b"{}", "application/json"),  # Artifacts of 3.12.
-        (b"\n\x00", PROTOBUF),
+        ("span", b"", PROTOBUF),  # From 3.8 on.
+        ("span", b"\n\x00", PROTOBUF),
+        ("span", b'{"partialSuccess":null}', "application/json"),  # 3.4 to 3.7.
+        ("file", b"", ""),  # Of 3.17.
+        ("file", b"{}", "application/json"),  # Of 3.12.
     ],
 )
-def test_what_mlflow_answers_to_spans_and_files(body: bytes, kind: str) -> None:
+def test_what_mlflow_answers_to_spans_and_files(what: str, body: bytes, kind: str) -> None:
     """MLflow's own answers are successes, also behind a redirect that keeps the request."""
     server = FakeRequester(200, body, **{"Content-Type": kind})
-    write(server)
+    write(server, what)
     server.hops = (308, 307)
-    write(server)
+    write(server, what)
+
+
+MAINTENANCE = b'{"status":"maintenance"}'
+
+CALLS: dict[str, Callable[[RestTransport], Any]] = {
+    "experiment": lambda to: to.experiment_id("name", 1.0),
+    "run": lambda to: to.create_run(NewRun("0", "name", 0, []), 1.0),
+    "found": lambda to: to.find_runs("0", "a", 1.0),
+    "batch": lambda to: to.log_batch("a", RunData(tags=[("a", "b")]), 1.0),
+    "end": lambda to: to.end_run("a", "FINISHED", 0, 1.0),
+    "delete": lambda to: to.delete_run("a", 1.0),
+    "info": lambda to: to.write_trace({}, 1.0),
+    "span": lambda to: write_a_span(to),
+    "file": lambda to: to.write_artifact(RUN, "a.txt", b"a", 1.0),
+    "cost": lambda to: to.sum_spans({}, 1.0),
+}
+
+
+def write_a_span(to: RestTransport) -> None:
+    to.write_spans("0", [Span(name="a")], 1.0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("body", [MAINTENANCE, b"OK", b'{"status":"ok","code":0}'])
+def test_another_programs_success_is_no_answer(
+    call: Callable[[RestTransport], Any], body: bytes
+) -> None:
+    """Whatever it says, MLflow has stored nothing."""
+    server = FakeRequester(200, body, **{"Content-Type": "application/json"})
+    with pytest.raises(RetryLater):
+        call(RestTransport("http://host", server))
+
+
+def test_an_experiment_that_exists_and_is_not_shown_is_asked_for_again_later() -> None:
+    """Such as of a replica that lags, or without the permission to see it."""
+    asked: list[Request] = []
+
+    def server(request: Request) -> requests.Response:
+        asked.append(request)
+        code = "RESOURCE_DOES_NOT_EXIST" if request.body is None else "RESOURCE_ALREADY_EXISTS"
+        body = orjson.dumps({"error_code": code, "message": "name"})
+        return FakeRequester(400, body)(request)
+
+    with pytest.raises(RetryLater, match="'name' exists, but the server does not show it"):
+        RestTransport("http://host", server).experiment_id("name", 1.0)
+    assert len(asked) == 3
+
+
+def test_spans_need_more_than_an_empty_success() -> None:
+    """MLflow names the form of its answer to them."""
+    with pytest.raises(RetryLater):
+        write(FakeRequester(200, b"", **{"Content-Type": "text/plain"}), "span")
 
 
 @pytest.mark.parametrize("path", ["write_spans", "write_artifact"])
