@@ -15,6 +15,7 @@ from tests.integration.logged import run_script, runs_of
 from tests.integration.proxy import Latency, Proxy
 from tests.integration.server import MlflowServer
 from tests.integration.stored import StoredRun, assert_exactly_once, never_rerun
+from tests.integration.stored import runs_of as of_agent
 
 Runs = Callable[[], list[StoredRun]]
 Start = Callable[..., Agent]
@@ -75,27 +76,29 @@ def test_a_daemon_has_its_files_to_itself(
         assert {run.status for run in stored} == {"FINISHED"}
 
 
+FORKS: list[dict[str, Any]] = [
+    {"fork_at": "next", "child_exits": True},
+    {"fork_at": "mid"},
+    {"fork_at": "mid", "child_traces": 0, "child_exits": True},
+]
+"""The child works on and exits; it is forked in a tool, to work or for nothing."""
+
+
 @pytest.mark.parametrize("latency_ms", [0, 150])
-@pytest.mark.parametrize(
-    "child",
-    [
-        pytest.param({"fork_at": "next", "child_exits": True}, id="exits"),
-        pytest.param({"fork_at": "mid"}, id="in-a-tool"),
-        pytest.param({"fork_at": "mid", "child_traces": 0, "child_exits": True}, id="for-nothing"),
-    ],
-)
-def test_fork_under_gevent(
-    child: dict[str, Any], latency_ms: int, proxy: Proxy, logging_agent: Start, runs: Runs
-) -> None:
+def test_fork_under_gevent(latency_ms: int, proxy: Proxy, logging_agent: Start, runs: Runs) -> None:
     """Greenlets of the parent, amid its requests and records, send nothing from the child."""
     if latency_ms:
         proxy.set(Latency(latency_ms))
     options = {"exit_timeout_s": 60.0, "flush_timeout_s": 60.0}
-    config = {"traces": 3, "steps": 4, "tool_sleep_s": 0.05, "gevent": True, **child}
-    report = logging_agent(options, **config).finish()
-    assert report.returncode == 0, report.stderr
-    assert report.points["joined"]["status"] == 0
-    assert_exactly_once(report, runs())
-    assert len(runs()) == 3 + child.get("child_traces", 1)
-    lines = report.stderr.splitlines()
-    assert [line for line in lines if "qitos-mlflow: " in line or "<Greenlet" in line] == []
+    config = {"traces": 3, "steps": 4, "tool_sleep_s": 0.05, "gevent": True}
+    agents = [logging_agent(options, **config, **fork) for fork in FORKS]
+    for agent, fork in zip(agents, FORKS, strict=True):
+        report = agent.finish()
+        assert report.returncode == 0, report.stderr
+        assert report.points["joined"]["status"] == 0
+        mine = of_agent(report, runs())
+        assert_exactly_once(report, mine)
+        assert len(mine) == 3 + fork.get("child_traces", 1)
+        lines = report.stderr.splitlines()
+        assert [line for line in lines if "qitos-mlflow: " in line or "<Greenlet" in line] == []
+    assert len(runs()) == 3 * 3 + 2

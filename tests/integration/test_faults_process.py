@@ -11,6 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,45 +133,47 @@ def test_sigterm_ends_the_process_as_ever(logging_agent: Start, control: Agent, 
             assert (run.status, run.tags["qitos.killed"]) == ("KILLED", "the process died")
 
 
+FORKS: list[dict[str, Any]] = [
+    {"fork_at": "next", "child_exits": True},
+    {"fork_at": "next"},
+    {"fork_at": "mid"},
+    {"fork_at": "mid", "child_traces": 0},
+]
+"""The child works on and exits, or flushes; it is forked in a tool, to work or for nothing."""
+
+
 @pytest.mark.parametrize("reachable", [True, False])
-@pytest.mark.parametrize(
-    "child",
-    [
-        pytest.param({"fork_at": "next", "child_exits": True}, id="exits"),
-        pytest.param({"fork_at": "next"}, id="flushes"),
-        pytest.param({"fork_at": "mid"}, id="in-a-tool"),
-        pytest.param({"fork_at": "mid", "child_traces": 0}, id="in-a-tool-for-nothing"),
-    ],
-)
 def test_fork(
-    child: dict[str, Any],
-    reachable: bool,
-    proxy: Proxy,
-    logging_agent: Start,
-    control: Agent,
-    runs: Runs,
+    reachable: bool, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
 ) -> None:
     """Parent and child each deliver their own, the child also when it leaves by `os._exit`."""
     timeout_s = 30.0 if reachable else 1.0
     options = {"exit_timeout_s": timeout_s, "flush_timeout_s": timeout_s}
-    agent = logging_agent(options, traces=2, steps=3, gates=["start"], **child)
-    agent.wait_for("start")
+    agents = [logging_agent(options, traces=2, steps=3, gates=["start"], **fork) for fork in FORKS]
+    for agent in agents:
+        agent.wait_for("start")
     if not reachable:
         proxy.set(Refuse())
-    agent.go()
-    report = agent.finish()
-    assert report.points["joined"]["status"] == 0
-    assert_not_held(report, control.finish())
-    assert_ended_in_time(report, control.finish(), timeout_s)
-    assert_ended_in_time(ended(report, "child", "joined"), control.finish(), timeout_s)
-    if reachable:
-        assert report.stderr == ""
-    else:
-        agent.wait_for_error(RETRYING)
+    for agent in agents:
+        agent.go()
+    reports = [agent.finish() for agent in agents]
+    for report, agent in zip(reports, agents, strict=True):
+        assert report.points["joined"]["status"] == 0
+        assert_not_held(report, control.finish())
+        assert_ended_in_time(report, control.finish(), timeout_s)
+        assert_ended_in_time(ended(report, "child", "joined"), control.finish(), timeout_s)
+        if reachable:
+            assert report.stderr == ""
+        else:
+            agent.wait_for_error(RETRYING)
+    if not reachable:
         proxy.set(None)
         execute("qitos-mlflow sync")
-    assert_exactly_once(report, runs())
-    assert len(runs()) == 2 + child.get("child_traces", 1)
+    for report, fork in zip(reports, FORKS, strict=True):
+        mine = runs_of(report, runs())
+        assert_exactly_once(report, mine)
+        assert len(mine) == 2 + fork.get("child_traces", 1)
+    assert len(runs()) == 2 * 4 + 3
 
 
 @pytest.mark.parametrize(
@@ -231,22 +234,29 @@ def test_a_first_record_while_the_interpreter_ends(
     assert len(run.points["step/number"]) == 2
 
 
-@pytest.mark.parametrize("fault", [Refuse(), Hang()])
 def test_work_pending_at_exit(
-    fault: Fault, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
+    mlflow_server: MlflowServer, logging_agent: Start, control: Agent, runs: Runs
 ) -> None:
     """With the server away, the process ends at its default deadline and says what it leaves."""
-    agent = logging_agent(gates=["done"], traces=3)
-    agent.wait_for("start")
-    proxy.set(fault)
-    agent.wait_for("done")
-    agent.go()
-    report = agent.finish()
-    assert_not_held(report, control.finish())
-    assert_ended_in_time(report, control.finish(), 5.0)
-    proxy.set(None)
-    execute(leftover(report)[2])
-    assert_exactly_once(report, runs())
+    with closing(Proxy(mlflow_server.port)) as refusing, closing(Proxy(mlflow_server.port)) as mute:
+        faults: dict[Proxy, Fault] = {refusing: Refuse(), mute: Hang()}
+        agents = [
+            logging_agent({"tracking_uri": proxy.uri}, gates=["done"], traces=3) for proxy in faults
+        ]
+        for agent, (proxy, fault) in zip(agents, faults.items(), strict=True):
+            agent.wait_for("start")
+            proxy.set(fault)
+        for agent in agents:
+            agent.wait_for("done")
+            agent.go()
+        reports = [agent.finish() for agent in agents]
+        for proxy in faults:
+            proxy.set(None)
+        for report in reports:
+            assert_not_held(report, control.finish())
+            assert_ended_in_time(report, control.finish(), 5.0)
+            execute(leftover(report)[2])
+            assert_exactly_once(report, runs_of(report, runs()))
 
 
 @pytest.mark.parametrize("fault", [Refuse(), Hang()])
