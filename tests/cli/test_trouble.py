@@ -37,7 +37,7 @@ processor = MlflowTraceProcessor(tracking_uri=sys.argv[1], exit_timeout_s=0.2)
 add_trace_processor(processor)
 with create_trace("x") as trace:
     trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
-processor.force_flush(4.0)
+processor.force_flush(1.0)
 """
 
 

@@ -181,10 +181,10 @@ def test_sync_to_another_server(
 
 
 def test_the_rest_of_a_run_goes_to_another_server(
-    mlflow_server: MlflowServer,
     proxy: Proxy,
     logging_agent: Start,
     runs: Runs,
+    local_store: str,
     experiment_name: str,
     tmp_path: Path,
 ) -> None:
@@ -198,15 +198,10 @@ def test_the_rest_of_a_run_goes_to_another_server(
     proxy.set(Refuse())
     agent.go()
     report = agent.finish()
-    second = MlflowServer(tmp_path / "second")
-    second.start()
-    try:
-        said = execute(f"qitos-mlflow sync --tracking-uri {second.uri}")
-    finally:
-        second.kill()
+    said = execute(f"qitos-mlflow sync --tracking-uri {local_store}")
     assert "refused" not in said
     [first] = runs()
-    [run] = stored_runs(second.database, experiment_name)
+    [run] = stored_runs(tmp_path / "mlflow.db", experiment_name)
     assert (first.status, run.status) == ("RUNNING", "FINISHED")
     assert run.trace_id == first.trace_id
     assert run.tags["qitos.partial"] == f"begun on {proxy.uri}"
@@ -217,7 +212,7 @@ def test_the_rest_of_a_run_goes_to_another_server(
     assert dropped == f"elsewhere={recorded - delivered}"
     assert len(run.spans) == delivered
     assert len({*first.spans, *run.spans}) == recorded
-    assert stray_traces(second.database, experiment_name) == []
+    assert stray_traces(tmp_path / "mlflow.db", experiment_name) == []
 
 
 def test_a_damaged_line_is_a_counted_loss(

@@ -164,11 +164,11 @@ def test_a_guards_own_words_are_shown(proxy: Proxy, status: int, words: str) -> 
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Half a second for each answer, in place of ten; and what MLflow's variable says."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, str | None], None]:
+    """So long for each answer, in place of ten seconds; and what MLflow's variable says."""
 
-    def set_up(mlflows_timeout: str | None) -> None:
-        monkeypatch.setattr(operations, "REQUEST_TIMEOUT_S", 0.5)
+    def set_up(timeout_s: float, mlflows_timeout: str | None) -> None:
+        monkeypatch.setattr(operations, "REQUEST_TIMEOUT_S", timeout_s)
         if mlflows_timeout is not None:
             monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", mlflows_timeout)
 
@@ -179,11 +179,11 @@ def test_a_slow_server_is_not_a_dead_one(
     mlflow_server: MlflowServer,
     proxy: Proxy,
     experiment_name: str,
-    impatient: Callable[[str | None], None],
+    impatient: Callable[[float, str | None], None],
 ) -> None:
     """If MLflow's client may wait eight times longer, so may we. Else no answer is in time."""
-    impatient("80")
-    proxy.set(Latency(1000))
+    impatient(0.2, "80")
+    proxy.set(Latency(300))
     with logged(proxy.uri, experiment_name=experiment_name) as processor:
         agent().run(task="task", return_state=True)
         assert processor.force_flush(FLUSH_S)
@@ -194,10 +194,10 @@ def test_a_slow_creation_leaves_no_second_run(
     mlflow_server: MlflowServer,
     proxy: Proxy,
     experiment_name: str,
-    impatient: Callable[[str | None], None],
+    impatient: Callable[[float, str | None], None],
 ) -> None:
     """What the server has carried out after all is found and used."""
-    impatient(None)
+    impatient(0.5, None)
     proxy.set(Latency(1500), only="runs/create")
     with logged(proxy.uri, experiment_name=experiment_name) as processor:
         for number in range(3):
