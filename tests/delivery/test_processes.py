@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,9 @@ def test_a_killed_process_loses_its_last_records_only(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_200_kills(tmp_path: Path) -> None:
     """200 times, and for 95 of 100 what was recorded more than 50 ms before the kill is there."""
-    lost_s = sorted(kill_once(tmp_path / str(n), random.uniform(0, 0.3)) for n in range(200))
-    assert lost_s[190] <= 0.05
+    with ThreadPoolExecutor(2) as pool:  # While one starts, the other one is killed.
+        kills = pool.map(lambda n: kill_once(tmp_path / str(n), random.uniform(0, 0.3)), range(200))
+    assert sorted(kills)[190] <= 0.05
 
 
 @posix

@@ -1,8 +1,7 @@
 """For hours, in minutes: hundreds of kills, thousands of traces, outages longer than any timeout.
 
-Run with ``-m soak``; CI does. What each shows in short is in test_faults*.py. Their order matters:
-with two workers of pytest-xdist, one starts with the first half of all soak tests, the other with
-the rest. So the two tests of four processes run at the same time, each with its own server.
+Run with ``-m soak``; CI does. What each shows in short is in test_faults*.py. conftest.py sees to it
+that two workers of pytest-xdist begin with the two tests of four processes, the longest ones.
 """
 
 from __future__ import annotations
