@@ -1,7 +1,7 @@
 """For hours, in minutes: hundreds of kills, thousands of traces, outages longer than any timeout.
 
-Run with ``-m soak``; CI does. What each shows in short is in test_faults*.py. conftest.py sees to it
-that two workers of pytest-xdist begin with the two tests of four processes, the longest ones.
+Run with ``-m soak``; CI does. What each shows in short is in test_faults*.py. With two workers of
+pytest-xdist both begin with a test of four processes, the longest ones: conftest.py sees to that.
 """
 
 from __future__ import annotations
