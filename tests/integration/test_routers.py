@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
-from qitos_mlflow.mlflow_plugin.sink import operations
+from qitos_mlflow.mlflow_plugin.sink import call_list, operations
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.integration.logged import LoggedRun, logged, runs_of
 from tests.integration.proxy import Latency, Proxy, Status
@@ -124,6 +124,38 @@ def test_a_gateway_that_takes_no_files_holds_up_no_run(
     for run in finished(mlflow_server, experiment_name):
         assert mlflow_server.client.list_artifacts(run.id)
     assert "NO_ARTIFACTS" not in CliRunner().invoke(main, ["status"]).output
+
+
+INTERNAL = Status(500, body=b'{"error_code": "INTERNAL_ERROR", "message": "no table"}')
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer", "times"),
+    [  # So often until it is known that no item is to blame.
+        ("v1/traces", Status(422, body=b'{"detail": "Cannot store OpenTelemetry spans"}'), 14),
+        ("api/3.0/mlflow/traces", INTERNAL, 6),
+        ("runs/update", INTERNAL, 6),
+    ],
+)
+def test_a_server_that_fails_on_one_kind_blames_no_record(
+    mlflow_server: MlflowServer,
+    proxy: Proxy,
+    experiment_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    endpoint: str,
+    answer: Status,
+    times: int,
+) -> None:
+    """All of that kind waits until the server is well."""
+    monkeypatch.setattr(call_list, "FAILING_S", 0.1)
+    proxy.set(answer, only=endpoint)
+    with logged(proxy.uri, experiment_name=experiment_name) as processor:
+        for number in range(2):
+            agent().run(task=f"task {number}", return_state=True)
+        proxy.wait_for(lambda seen: sum(bool(one.fault) for one in seen) >= times)
+        proxy.set(None)
+        assert processor.force_flush(FLUSH_S)
+    assert len(finished(mlflow_server, experiment_name)) == 2
 
 
 @pytest.mark.parametrize("most", [8_000, 20_000])

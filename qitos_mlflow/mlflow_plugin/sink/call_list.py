@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -20,7 +20,7 @@ from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.shorter import shorter
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, PutOff, Refused, TooLarge
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
-from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 
 FAIR_SHARE = 0.1
 """Share of the given time. With less left no further call begins, lest it fail for that alone."""
@@ -32,9 +32,10 @@ FAILING_TRIES = 4
 FAILING_S = 20.0
 """... and at least for this time (seconds), which is shorter than `qitos-mlflow sync` waits.
 
-Then, if the call makes the server itself fail and the server is well otherwise, it is treated as
-refused. (A server without its database fails on every call.) If the call is not answered, it is
-made in halves: it may be too large for its time, or a firewall may block one item of it.
+Then, if the call makes the server itself fail and the server is well otherwise, it is made in
+halves until the item to blame is found. (A server without its database fails on every call.) If the
+call is not answered, it is made in halves, too: it may be too large for its time, or a firewall may
+block one item of it.
 """
 
 
@@ -82,16 +83,23 @@ class CallList:
         operations: asked about the run and the server when a call fails.
         calls: to be made, in order.
         dead: dead letters from before.
+        accepted: that of the list before.
     """
 
     def __init__(
-        self, operations: Operations, calls: Iterable[Call] = (), dead: Iterable[DeadLetter] = ()
+        self,
+        operations: Operations,
+        calls: Iterable[Call] = (),
+        dead: Iterable[DeadLetter] = (),
+        accepted: Mapping[Any, tuple[TraceState, Any]] | None = None,
     ) -> None:
         self._operations = operations
         self._calls = deque(calls)
         self._dead = list(dead)
         self.refused: dict[str, str] = {}
         """The ids of traces whose run the server refuses, each with the reason."""
+        self.accepted = dict(accepted or {})
+        """For each kind of item one that the server has taken, with its trace."""
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Make the remaining calls; returns what was refused for good.
@@ -141,7 +149,7 @@ class CallList:
                 self._halve(call)
             raise
         else:
-            self._calls.popleft()
+            self._made(self._calls.popleft())
 
     def _make_together(self, calls: Sequence[Call], timeout_s: float) -> None:
         """Write spans of several traces in one request; if that fails, each trace is on its own."""
@@ -158,7 +166,7 @@ class CallList:
                 raise
         else:
             for _ in calls:
-                self._calls.popleft()
+                self._made(self._calls.popleft())
 
     def _give_up(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Leave the call out: one of several items, or the whole trace if its run is refused."""
@@ -182,6 +190,8 @@ class CallList:
         elif isinstance(failure, TooLarge) and (cut := shorter(call.items[0])) is not None:
             call.trace.facts.lost["too_large"] += not call.cut
             call.items, call.cut = [cut], True
+        elif isinstance(failure, Poisoned) and not self._is_to_blame(call, timeout_s):
+            raise RetryLater(f"the server may fail on all others, too: {failure}") from failure
         else:
             self._calls.popleft()
             again = isinstance(failure, PutOff)
@@ -190,6 +200,46 @@ class CallList:
             letters = [_letter(call.trace, item, again=again) for item in call.items]
             header = self._operations.header if again else b""
             self._dead.extend(DeadLetter(letter, reason, header) for letter in letters)
+
+    def _is_to_blame(self, call: Call, timeout_s: float) -> bool:
+        """Whether the server takes another item of the kind, and then still fails on this one.
+
+        Without another one nobody can say: it waits.
+        """
+        kind = self._kind(call, call.items[0])
+        others = [self.accepted[kind]] if kind in self.accepted else []
+        for other in self._calls:
+            if other is not call:
+                others += [(other.trace, one) for key, one in self._shown(other) if key == kind]
+        if not others:
+            return False
+        # A different one each time, for it may be bad itself.
+        trace, item = others[call.failures[Poisoned][0] % len(others)]
+        try:
+            call.send(trace, [item], timeout_s)
+        except (Poisoned, Refused):
+            return False
+        try:
+            call.send(call.trace, call.items, timeout_s)
+        except (Poisoned, Refused):
+            return True
+        return False
+
+    def _kind(self, call: Call, item: Any) -> tuple[Any, Any]:
+        """A server may take tags and no metrics, runs and no spans."""
+        return call.send, item[0] if call.send == self._operations.log else None
+
+    def _shown(self, call: Call) -> list[tuple[Any, Any]]:
+        """The items that the server has taken if the call succeeds, each with its kind."""
+        if call.send == self._operations.write_info and not call.trace.facts.ended:
+            return []  # It may have been given up without a word.
+        return [(self._kind(call, item), item) for item in call.items]
+
+    def _made(self, call: Call) -> None:
+        """Keep an item of each kind, but no file. To send it again changes nothing."""
+        if call.send != self._operations.write_artifact:
+            trace = replace(call.trace, waiting=Waiting())
+            self.accepted.update((kind, (trace, item)) for kind, item in self._shown(call))
 
     def _create_bare(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Create the run without its tags, if these may be the reason; they follow one by one."""

@@ -202,7 +202,7 @@ class MlflowSink:
         for trace_id, trace in touched.items():
             if trace.facts.ended or not trace.facts.started:
                 del self._traces[trace_id]
-        self._prepared = CallList(operations, calls, dead)
+        self._prepared = CallList(operations, calls, dead, self._prepared.accepted)
 
 
 def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:

@@ -439,6 +439,98 @@ def test_a_run_is_created_although_a_tag_breaks_the_server(
     assert run["tags"]["good"] == "yes"
 
 
+def fails_on(kind: str, of: str = "") -> Any:
+    """A server that fails on one kind of what is written; of that, on what has this text in it."""
+
+    def fail(call: str, what: Any) -> Exception | None:
+        logged = call == "log_batch" and kind in {type(item).__name__ for item in what}
+        return Poisoned("500") if (logged or call == kind) and of in repr(what) else None
+
+    return fail
+
+
+KINDS = ["Metric", "write_spans", "write_trace", "end_run"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["later", "at first"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_fails_alike_blames_no_item(
+    server: FakeTransport, clock: Clock, kind: str, known: bool
+) -> None:
+    """A server that fails on all of a kind, and takes all else, is out of order: it passes."""
+    sink = a_sink(server)
+    if known:
+        prepare(sink, *a_trace("before"))
+        assert sink.send(TIMEOUT_S) == []
+    prepare(sink, *a_trace("one"), *a_trace("two"))
+    tries = attempts(sink, clock, FAILING_S)
+    server.fail = fails_on(kind)
+    assert not any(next(tries) for _ in range(40))
+    server.fail = lambda *_: None
+    assert any(next(tries) for _ in range(3))
+    straight = FakeTransport()
+    whole = a_sink(straight)
+    for trace_id in ["before"] * known + ["one", "two"]:
+        prepare(whole, *a_trace(trace_id))
+        assert whole.send(TIMEOUT_S) == []
+    assert server.runs == straight.runs
+    assert server.spans.keys() == straight.spans.keys()
+    assert server.traces.keys() == straight.traces.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whenever_a_server_gets_well_it_blames_no_item(
+    server: FakeTransport, clock: Clock, kind: str
+) -> None:
+    """Also if it takes another item right after it failed on one."""
+    sink = a_sink(server)
+    prepare(sink, *a_trace("before"))
+    assert sink.send(TIMEOUT_S) == []
+    for times in range(1, 30):
+        left = [Poisoned("500")] * times
+
+        def fail(call: str, what: Any, left: list[Poisoned] = left) -> Exception | None:
+            return left.pop() if left and fails_on(kind)(call, what) else None
+
+        server.fail = fail
+        prepare(sink, *a_trace(f"after {times}"))
+        tries = attempts(sink, clock, FAILING_S)
+        assert any(next(tries) for _ in range(40))
+        assert not left
+        assert server.runs[f"run-{times}"]["status"] == "FINISHED"
+        assert server.values(f"run-{times}") == server.values("run-0")
+
+
+@pytest.mark.parametrize(("kind", "text"), [("Metric", "0.875"), ("write_spans", "bad")])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("place", ["first", "last", "around", "alone"])
+def test_items_that_break_the_server_hold_up_nothing(
+    server: FakeTransport, clock: Clock, kind: str, text: str, count: int, place: str
+) -> None:
+    """It takes others of their kind: of the same batch, or one that it has taken before."""
+    sink = a_sink(server)
+    make = Records("trace-1")
+    good = [make.span("critic", critic_name="good", score=0.5) for _ in range(5)]
+    bad = [make.span("critic", critic_name="bad", score=0.875) for _ in range(count)]
+    prepare(sink, make.start("trace-1"), *(good if place == "alone" else []))
+    assert sink.send(TIMEOUT_S) == []
+    server.fail = fails_on(kind, text)
+    around = bad + good + bad[:1]
+    around[-1] = {**around[-1], "span_id": "last", "start_ns": around[-2]["start_ns"] + 1}
+    spans = {"first": bad + good, "last": good + bad, "around": around, "alone": bad}[place]
+    prepare(sink, *spans)
+    dead: list[DeadLetter] = []
+    for _ in range(20):
+        with contextlib.suppress(RetryLater):
+            dead = sink.send(TIMEOUT_S)
+            break
+        clock.now += FAILING_S
+    assert len(dead) == count + (place == "around")
+    assert all(text.encode() in letter.record for letter in dead)
+    assert len(server.spans) == 1 + 5 + len(dead) * (kind == "Metric")
+    assert server.values()["critic/score"].count(0.5) == 5
+
+
 @pytest.mark.parametrize("traces", [["one"], ["one", "two"]])
 def test_spans_go_to_no_strangers_experiment(
     server: FakeTransport, clock: Clock, traces: list[str]
