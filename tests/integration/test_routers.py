@@ -175,6 +175,20 @@ def test_a_proxys_limit_costs_long_fields_only(
     assert run.tags["qitos.spans.recorded"] == run.tags["qitos.spans.delivered"]
 
 
+@pytest.mark.parametrize("endpoint", ["runs/create", "runs/log-batch", "runs/update"])
+def test_a_small_request_that_is_called_too_large_is_made_again(
+    mlflow_server: MlflowServer, proxy: Proxy, experiment_name: str, endpoint: str
+) -> None:
+    """It costs no run its end, whatever a proxy says once."""
+    proxy.set(Status(413, body=b"<html>Too Large</html>"), only=endpoint, times=2)
+    with logged(proxy.uri, experiment_name=experiment_name) as processor:
+        agent().run(task="task", return_state=True)
+        assert processor.force_flush(FLUSH_S)
+    [run] = finished(mlflow_server, experiment_name)
+    assert "qitos.values.dropped" not in run.tags
+    assert proxy.wait_for(lambda seen: sum(bool(one.fault) for one in seen) == 2)
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [

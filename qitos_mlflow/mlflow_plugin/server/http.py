@@ -51,6 +51,8 @@ OVERLOADED = frozenset({408, 425, 429, 502, 503, 504})
 UNAUTHORISED = frozenset({401, 403, 407})
 TOO_LARGE = 413
 """A proxy may say so of this request alone; it may accept smaller ones."""
+NEVER_TOO_LARGE = 4096
+"""No limit is meant to keep out a body of up to this size (bytes): the proxy is out of order."""
 SPANS = "/v1/traces"
 """The one endpoint that MLflow answers in FastAPI's form: ``detail``, without an error code."""
 NOT_THERE = frozenset({404, 405, 501})
@@ -226,7 +228,8 @@ def verdict(request: Request, response: requests.Response, server: str) -> Excep
         advice = "check MLFLOW_TRACKING_USERNAME/PASSWORD or _TOKEN"
         return RetryLater(f"{code} from {server}: {words or 'no reason given'}; {advice}")
     if status == TOO_LARGE and request.body is not None:
-        return TooLarge(code, words)
+        large = TooLarge(code, words)
+        return large if len(request.body) > NEVER_TOO_LARGE else RetryLater(str(large))
     if isinstance(mlflows := answer.get("error_code"), str):
         return failure(mlflows, message)
     if "detail" in answer and request.path == SPANS:

@@ -16,6 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
+    NEVER_TOO_LARGE,
     PROTOBUF,
     SMALL_BYTES,
     Request,
@@ -119,9 +120,29 @@ def test_a_gateways_failure_is_not_mlflows(answer: tuple[int, bytes]) -> None:
 @pytest.mark.parametrize("status", [413, 414, 431])
 def test_a_proxy_may_find_a_request_too_large(status: int) -> None:
     """It may take smaller ones. What has no body, or too long a head, is not about records."""
-    assert isinstance(outcome(FakeRequester(status, PAGE)), TooLarge) is (status == 413)
+    server = RestTransport("http://host", FakeRequester(status, PAGE))
+    with pytest.raises((RetryLater, TooLarge)) as raised:
+        server.log_batch("r", RunData(tags=[("note", "x" * NEVER_TOO_LARGE)]), 1.0)
+    assert isinstance(raised.value, TooLarge) is (status == 413)
     with pytest.raises(RetryLater):
-        RestTransport("http://host", FakeRequester(status, PAGE)).experiment_id("name", 1.0)
+        server.experiment_id("name", 1.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda server: server.create_run(NewRun("0", "n", 0, [("k", "v")]), 1.0),
+        lambda server: server.log_batch("r", RunData(tags=[("k", "v")]), 1.0),
+        lambda server: server.write_spans("0", [Span()], 1.0),
+        lambda server: server.write_artifact(RUN, "answer.txt", b"42", 1.0),
+        lambda server: server.end_run("r", "FINISHED", 0, 1.0),
+    ],
+    ids=["runs/create", "runs/log-batch", "spans", "file", "runs/update"],
+)
+def test_a_small_request_is_not_too_large(call: Callable[[RestTransport], object]) -> None:
+    """Whatever a proxy says: there is nothing to make smaller."""
+    with pytest.raises(RetryLater, match="HTTP 413: no room"):
+        call(RestTransport("http://host", FakeRequester(413, b"no room")))
 
 
 @pytest.mark.parametrize(

@@ -661,7 +661,7 @@ def test_a_span_of_many_numbers_has_a_note_in_their_place(
 
 
 def test_what_has_no_large_part_is_a_dead_letter(server: FakeTransport, clock: Clock) -> None:
-    """A proxy that takes next to nothing costs what it does not take, and no more."""
+    """What is too large and cannot be cut costs itself, and no more."""
     server.fail = lambda call, _: TooLarge("HTTP 413", "") if call == "write_spans" else None
     sink = a_sink(server)
     prepare(sink, *a_trace())
