@@ -162,10 +162,8 @@ def _show(found: dict[str, Any]) -> None:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
     dead = [one for one in segments if one["waiting"] and one["owner"] == "dead"]
-    if dead:  # Without a path, `sync` delivers what is in this user's spool.
-        elsewhere = sorted({one["directory"] for one in dead})
-        paths = [] if elsewhere == [str(default_directory())] else elsewhere
-        command = shlex.join(["qitos-mlflow", "sync", *paths])
+    if dead:  # With the path: another environment, such as another HOME, has another default.
+        command = shlex.join(["qitos-mlflow", "sync", *sorted({one["directory"] for one in dead})])
         click.echo(f"Deliver the records of dead processes: {command}")
     for segment in segments:
         if segment["error"]:

@@ -117,12 +117,14 @@ def _server_of(given: str | None, header: dict[str, Any]) -> tuple[str | None, b
     the command line names the same server.
     """
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri
+    from qitos_mlflow.mlflow_plugin.server.tracking_uri import names_place
     from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import Settings
 
     recorded = header.get("tracking_uri")
     configured = given or tracking_uri(Settings.resolve())
-    if configured and (given or without_credentials(configured) == recorded):
+    same = configured and without_credentials(configured) == recorded and names_place(recorded)
+    if given or same:
         return configured, True
     return recorded, False
 
@@ -212,13 +214,13 @@ class Sync:
             return self._given_up.setdefault((to, None), str(problem))
         answer = ask(uri, trusted=trusted)
         if answer.reachable is False:
-            return self._given_up.setdefault((to, None), f"{to} is unreachable: {answer.detail}")
+            return self._given_up.setdefault((to, None), f"{to} does not work: {answer.detail}")
         if experiment is None:
-            return f"{name} refused by {to}: {problem}"
+            return f"{name} is not taken by {to}: {problem}"
         # The server may accept other experiments.
         if not trusted and str(problem).startswith(("HTTP 401", "HTTP 403")):
             problem = f"{problem}. No credentials were sent: they go to MLFLOW_TRACKING_URI only"
-        line = f"{to} refused the data of experiment {experiment!r}: {problem}"
+        line = f"{to} does not take the data of experiment {experiment!r}: {problem}"
         return self._given_up.setdefault((to, experiment), line)
 
     def _send(self, delivery: Delivery, moved: Callable[[], None]) -> Outcome | None:
@@ -256,7 +258,7 @@ class Sync:
             complain(line)
         if self.left:
             complain(
-                f"{plural(self.left, 'segment')} not delivered; run it again later: "
+                f"{plural(self.left, 'segment')} not delivered; then run it again: "
                 + shlex.join(["qitos-mlflow", "sync", *map(str, self._paths)])
             )
 

@@ -33,6 +33,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     absolute,
     is_http,
     is_local,
+    names_place,
     working_directory,
 )
 from qitos_mlflow.recording.pipelines import RecordPipeline
@@ -92,20 +93,17 @@ def segment_header(
         QitosMlflowError: the destination is a place that JSON, and so the spool, cannot name.
     """
     cwd = working_directory() if to.cwd is None else to.cwd
-    place = without_credentials(cwd if to.uri is None else to.uri)
+    place = cwd if to.uri is None else without_credentials(to.uri)
     if _in_utf8(place).decode() != place:
         raise QitosMlflowError(
             f"cannot log to {place!a}, whose name is not UTF-8: work in another directory, or "
             "set MLFLOW_TRACKING_URI to a server or an absolute path"
         )
-    uri = None if to.uri is None else without_credentials(to.uri)
-    header: dict[str, Any] = {"tracking_uri": uri, "cwd": cwd}
+    header: dict[str, Any] = {"tracking_uri": None if to.uri is None else place, "cwd": cwd}
     if settings is not None:
-        header |= run_settings(settings)
-    headers = None if to.headers is None else dict(to.headers)
-    return _in_utf8(
-        json.dumps({**redact(header), "headers": headers, "asked": asked}, ensure_ascii=False)
-    )
+        header |= redact(run_settings(settings))
+    header["headers"] = None if to.headers is None else dict(to.headers)
+    return _in_utf8(json.dumps({**header, "asked": asked}, ensure_ascii=False))
 
 
 def run_settings(settings: Settings) -> RunSettings:
@@ -174,7 +172,8 @@ def _place(header: bytes) -> tuple[Any, ...]:
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
     headers = head.get("headers", {})
-    if headers is None or (not head.get("asked", True) and has_plugins()):
+    known = headers is not None and (head.get("asked", True) or not has_plugins())
+    if not (known and names_place(uri)):
         headers = object()  # It is not known, so it is like no other one's.
     return uri, None if uri else head.get("cwd"), headers
 

@@ -44,6 +44,8 @@ _USER_INFO = re.compile(
     # Without the two slashes the URI is not valid, but it has a password all the same.
     r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
 )
+_ON_DISK = re.compile(r"(?:sqlite(?:\+\w+)?|file):[^?]*|(?:[/\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
+"""A path on this machine, up to the query if it is in a URI."""
 
 
 def redact_text(text: str) -> str:
@@ -142,6 +144,10 @@ def redact_json(text: str) -> str:
 def without_credentials(uri: str) -> str:
     """`uri`, of a server or store, without user and password, and without secrets in its query.
 
-    Fit for disk and screen. Takes any text, also one that is no valid URI.
+    Fit for disk and screen. Takes any text, also one that is no valid URI. A path on this machine
+    stays as it is: it says where the data is, whatever it is called (``token=1/mlflow.db``).
     """
-    return redact_text(_USER_INFO.sub(lambda found: found["scheme"] or "", uri))
+    known = _USER_INFO.sub(lambda found: found["scheme"] or "", uri)
+    path = _ON_DISK.match(known)
+    end = path.end() if path else 0
+    return known[:end] + redact_text(known[end:])

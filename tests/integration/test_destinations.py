@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 from click.testing import CliRunner
+from mlflow import MlflowClient
 
 from qitos_mlflow.cli import main
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
@@ -20,6 +21,7 @@ from tests.fakes.https import RecordingServer, recording_server
 from tests.integration.agents import Agent
 from tests.integration.faults import execute, leftover
 from tests.integration.logged import AGENT, logged, run_script, runs_of
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 from tests.waiting import eventually
 
@@ -310,3 +312,58 @@ def test_the_command_that_is_shown_delivers(
         execute(f"{command} --patience 0")
     assert another.heads[0]["authorization"] == f"Bearer {SECRET}"
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
+
+
+# -- places on disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "uri"),
+    [
+        ("token=abcdef123456", None),
+        ("password=x y", "sqlite:///{}/mlflow.db"),
+        ("auth=[a, b],secret=ü d", None),
+        ("auth=[a, b],secret=ü d", "sqlite:///{}/mlflow.db"),
+    ],
+)
+def test_a_directory_that_is_called_like_a_credential(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, uri: str | None
+) -> None:
+    """Runs go to its store, from the process and by the command that is shown, and nowhere else."""
+    directory = tmp_path / "a" / name
+    directory.mkdir(parents=True)
+    monkeypatch.chdir(directory)
+    if uri is not None:  # Else the process makes it.
+        make_store(directory / "mlflow.db")
+    options = {
+        "QITOS_TRACE_PLUGINS": "mlflow",
+        "MLFLOW_TRACKING_URI": uri and uri.format(directory),
+        "QITOS_MLFLOW_SPOOL_DIR": str(directory / "spool"),
+    }
+    run_script(AGENT, 'agent.run("sum", render=False, trace=False)', **options)
+    offline = run_script(
+        AGENT, 'agent.run("sum", render=False)', QITOS_MLFLOW_OFFLINE="1", **options
+    )
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    assert len(runs_of(client, "qitos")) == 1
+    monkeypatch.chdir(tmp_path)
+    execute(offline.stderr.rpartition("deliver with: ")[2])
+    assert [run.status for run in runs_of(client, "qitos")] == ["FINISHED"] * 2
+    # MLflow makes a directory ``token%3D…`` beside it if it creates a store, and leaves it empty.
+    assert [*tmp_path.rglob("mlflow.db")] == [directory / "mlflow.db"]
+
+
+def test_a_tenant_whose_secret_is_in_the_path_gets_its_own_or_nothing(
+    run_agent: Start, another: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the secret, the address may be another tenant's: it has to be named."""
+    uri = f"{another.uri}/token={SECRET}"
+    run_agent(options={"tracking_uri": uri, "offline": True}).finish()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{another.uri}/token=of-another-tenant")
+    done = CliRunner().invoke(main, ["sync", "--patience", "0"])
+    assert "--tracking-uri" in done.output
+    assert another.heads == []
+    done = CliRunner().invoke(main, ["sync", "--patience", "0", "--tracking-uri", uri])
+    assert another.heads
+    assert SECRET not in done.output

@@ -10,7 +10,12 @@ import orjson
 import pytest
 
 from qitos_mlflow.errors import QitosMlflowError, SettingsError
-from qitos_mlflow.mlflow_plugin.destination import Destination, run_settings, segment_header
+from qitos_mlflow.mlflow_plugin.destination import (
+    Destination,
+    MlflowPipeline,
+    run_settings,
+    segment_header,
+)
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.redaction.redact import without_credentials
 from qitos_mlflow.settings import Settings
@@ -51,6 +56,51 @@ def test_credentials_are_left_out(uri: str, shown: str) -> None:
 def test_all_else_stays(uri: str) -> None:
     """It is where the records are delivered to."""
     assert without_credentials(uri) == uri
+
+
+@pytest.mark.parametrize("name", ["token=abcdef123456", "password=x y", "auth=[a, b],key=c@d"])
+@pytest.mark.parametrize(
+    "form", ["sqlite:///{}/m.db", "sqlite+pysqlite:///{}/m.db?timeout=9", "file://{}", "{}", None]
+)
+def test_a_place_on_disk_is_recorded_as_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str | None
+) -> None:
+    """A directory's name is no credential: without it the records go to another one."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    uri = None if form is None else form.format(tmp_path / name)
+    header = orjson.loads(segment_header(Destination.of(uri)))
+    assert (header["tracking_uri"], header["cwd"]) == (uri, str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("uri", "recorded"),
+    [
+        ("sqlite+pysqlcipher://:{}@/m/token=1.db", "sqlite+pysqlcipher:///m/token=1.db"),
+        ("sqlite:////m/token=1.db?password={}", "sqlite:////m/token=1.db?password=[redacted]"),
+    ],
+)
+def test_a_credential_of_a_local_store_is_left_out(uri: str, recorded: str) -> None:
+    """User info and query are no place, on disk as in the network."""
+    header = orjson.loads(segment_header(Destination.of(uri.format(SECRET))))
+    assert header["tracking_uri"] == recorded
+
+
+@pytest.mark.parametrize(
+    ("uri", "another", "same"),
+    [
+        ("http://u:{}@host", "http://u:new@host", True),
+        ("postgresql://host/db?password={}", "postgresql://host/db?password=new", True),
+        ("http://host/token={}", "http://host/token=new", False),
+        ("sqlite:////token={}/m.db", "sqlite:////token=new/m.db", False),
+    ],
+)
+def test_leftovers_of_another_place_are_left_alone(uri: str, another: str, same: bool) -> None:
+    """Another password opens the same place; another path is another one."""
+    settings = Settings.resolve()
+    pipeline = MlflowPipeline(Destination.of(another), another, settings)
+    header = segment_header(Destination.of(uri.format(SECRET)))
+    assert (pipeline.open_leftovers(header) is not None) is same
 
 
 @pytest.mark.parametrize(

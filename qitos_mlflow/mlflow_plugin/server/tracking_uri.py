@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
+from qitos_mlflow.redaction.redact import MARKER
+
 
 def working_directory() -> str:
     """The current directory; the root if it has been removed."""
@@ -47,8 +49,13 @@ def is_local(uri: str | None) -> bool:
     A database server, Databricks, and stores of other packages may hang as an http server may.
     """
     scheme, mark, _ = (uri or "").partition(":")
-    named = mark and len(scheme) > 1  # One letter is a drive of Windows.
+    named = mark and len(scheme) > 1 and "/" not in scheme  # One letter is a drive of Windows.
     return scheme.split("+")[0] in ("sqlite", "file") if named else uri not in ("databricks", "uc")
+
+
+def names_place(recorded: str | None) -> bool:
+    """False for a URI without a secret that was in its path: two tenants may look the same."""
+    return is_local(recorded) or MARKER not in str(recorded).partition("?")[0]
 
 
 def is_http(uri: str | None) -> bool:

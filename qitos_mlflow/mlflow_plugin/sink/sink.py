@@ -17,20 +17,26 @@ from typing import Any
 import orjson
 
 from qitos_mlflow._guard import report
-from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
 from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
 from qitos_mlflow.mlflow_plugin.server.http import SessionRequester, uninstrumented
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
+    absolute,
+    is_http,
+    is_local,
+    working_directory,
+)
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
+from qitos_mlflow.redaction.redact import MARKER
 
 STATE_VERSION = 3
 """Form of the state in acknowledgements; 0.1.0 wrote the first one, without a version."""
@@ -244,6 +250,8 @@ def open_transport(
         asked: MLflow's plugins could be asked when `routing` was recorded; if not, they are now.
         trusted: this process's credentials are configured for that server.
     """
+    if uri is not None and MARKER in uri and not is_local(uri):  # This names another place.
+        raise Hopeless("the URI had a secret, which is not stored; give it with --tracking-uri")
     if uri is not None and is_http(uri):
         requester = SessionRequester(uri, routing, asked=asked, trusted=trusted)
         return RestTransport(uri, requester, trusted=trusted)

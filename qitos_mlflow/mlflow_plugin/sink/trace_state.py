@@ -19,6 +19,7 @@ from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, settings_in
 from qitos_mlflow.recording.record import Record
+from qitos_mlflow.redaction.redact import redact_text
 
 
 @dataclass
@@ -151,7 +152,7 @@ class TraceState:
         """Tags that a new run is created with; the user's come before ours."""
         tags = {"mlflow.source.type": "LOCAL", **self.facts.start_tags}
         if self.elsewhere is not None:
-            tags["qitos.partial"] = f"begun on {self.elsewhere.uri}"
+            tags["qitos.partial"] = redact_text(f"begun on {self.elsewhere.uri}")
         return list(tags.items())
 
     def settle(self) -> None:
