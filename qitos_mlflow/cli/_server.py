@@ -17,9 +17,9 @@ class Answer(NamedTuple):
 
 
 def ask(uri: str | None, *, trusted: bool) -> Answer:
-    """Ask the server at `uri` for its version, else its health. Blocks up to 2 * `TIMEOUT_S`.
+    """Ask the server at `uri` for its version and an experiment, else its health.
 
-    Only a `trusted` server gets credentials.
+    Blocks up to 2 * `TIMEOUT_S`. Only a `trusted` server gets credentials.
     """
     from qitos_mlflow.cli._spool import DEFAULT_STORE
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
@@ -48,13 +48,18 @@ def ask(uri: str | None, *, trusted: bool) -> Answer:
     )
 
     try:
-        with closing(SessionRequester(uri, {}, trusted=trusted)) as send:
+        with closing(SessionRequester(uri, trusted=trusted)) as send:
             question = Request("GET", "/version", TIMEOUT_S)
+            path = "/api/2.0/mlflow/experiments/search?max_results=1"
+            experiments = Request("GET", path, TIMEOUT_S, answer="experiments")
             version = send(question)
             if version.status_code in UNAUTHORISED:
                 return Answer(shown, True, str(verdict(question, version, shown)))
             if version.ok and len(version.text) < 40:  # A longer text is a web page.
-                return Answer(shown, True, f"MLflow {version.text.strip()}")
+                # What records need may be refused all the same.
+                problem = verdict(experiments, send(experiments), shown)
+                but = f", but: {problem}" if problem else ""
+                return Answer(shown, True, f"MLflow {version.text.strip()}{but}")
             health = send(Request("GET", "/health", TIMEOUT_S))
     except RetryLater as error:  # Of a plugin of MLflow's.
         return Answer(shown, False, error.reason)

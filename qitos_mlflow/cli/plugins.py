@@ -113,15 +113,22 @@ def _show(found: dict[str, Any]) -> None:
         qitos = f"{host['version'] or 'of an unknown version'}, qitos.tracing: {whose}"
     if found["startup_line"]["active"]:
         startup = "active in this Python"
+    elif value is not None and value.strip().lower() in ("", "none"):
+        startup = f"not active, because {found['variable']['name']} loads nothing"
     else:
         startup = "not active in this Python; use: qitos-mlflow run, or import qitos_mlflow.auto"
+    if ("mlflow", "blocked") in ((one["name"], one["state"]) for one in found["plugins"]):
+        nowhere = f"none, because {found['variable']['name']} leaves the mlflow plugin out"
+    else:
+        nowhere = (
+            "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
+            "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store"
+        )
     facts = {
         "qitos": qitos,
         "start-up line": startup,
         found["variable"]["name"]: "not set" if value is None else repr(value),
-        "destination": found["destination"]
-        or "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI, or "
-        "QITOS_TRACE_PLUGINS=mlflow for MLflow's local store",
+        "destination": found["destination"] or nowhere,
     }
     for label, text in facts.items():
         console.print(f"[bold]{label}[/bold]  {escape(text)}", soft_wrap=True, highlight=False)

@@ -122,6 +122,11 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "delivering": segment.delivering,
         "waiting": segment.waiting,
         "dead_letters": sum(segment.dead_letters.values()),
+        "put_off": sum(
+            number
+            for reason, number in segment.dead_letters.items()
+            if reason.startswith("NO_ARTIFACTS")
+        ),
         "lost": dict(segment.losses),
         "bytes": segment.size_bytes,
         "last_record_ns": segment.last_time_ns,
@@ -157,11 +162,11 @@ def _show(found: dict[str, Any]) -> None:
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
-        click.echo(f"These records are kept in {kept}; they are not sent again (NO_ARTIFACTS is)")
+        click.echo(f"These records are kept in {kept}; only files that were put off are sent again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")
-    dead = [one for one in segments if one["waiting"] and one["owner"] == "dead"]
+    dead = [s for s in segments if (s["waiting"] or s["put_off"]) and s["owner"] == "dead"]
     if dead:  # With the path: another environment, such as another HOME, has another default.
         command = shlex.join(["qitos-mlflow", "sync", *sorted({one["directory"] for one in dead})])
         click.echo(f"Deliver the records of dead processes: {command}")

@@ -93,7 +93,7 @@ def sync(
             if not segment.paths.parts() and (taken := claim(segment.paths, Counts())):
                 taken.release()
     delivery.show()
-    if delivery.left:
+    if delivery.left or delivery.counts.put_off:
         raise SystemExit(1)
 
 
@@ -249,16 +249,18 @@ class Sync:
             f"{plural(counts.delivered, 'record')} delivered, {plural(done, 'segment')} finished"
             + (f", {busy} being delivered by other processes" if busy else "")
         )
-        if counts.dead_letters:
+        if refused := counts.dead_letters - counts.put_off:
             click.echo(
-                f"{plural(counts.dead_letters, 'record')} refused by the server, put off or "
-                "damaged; the reasons: qitos-mlflow status"
+                f"{plural(refused, 'record')} refused by the server or damaged; "
+                "the reasons: qitos-mlflow status"
             )
         for line in self.problems:
             complain(line)
-        if self.left:
+        left = [plural(self.left, "segment")] if self.left else []
+        left += [plural(counts.put_off, "file")] if counts.put_off else []
+        if left:
             complain(
-                f"{plural(self.left, 'segment')} not delivered; then run it again: "
+                f"{' and '.join(left)} not delivered; run it again later: "
                 + shlex.join(["qitos-mlflow", "sync", *map(str, self._paths)])
             )
 

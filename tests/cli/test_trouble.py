@@ -190,7 +190,8 @@ def test_one_refused_experiment_does_not_stop_the_others(
     shown = capsys.readouterr()
     assert shown.out == "2 records delivered, 1 segment finished\n"
     assert shown.err.splitlines() == [
-        f"qitos-mlflow: {server} refused the data of experiment 'locked': HTTP 403: not yours",
+        f"qitos-mlflow: {server} does not take the data of experiment 'locked': "
+        "HTTP 403: not yours",
         "qitos-mlflow: 2 segments not delivered; run it again later: qitos-mlflow sync",
     ]
 

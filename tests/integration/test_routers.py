@@ -115,9 +115,12 @@ def test_a_gateway_that_takes_no_files_holds_up_no_run(
     for run in runs:
         assert run.tags["qitos.values.dropped"].startswith("artifact_put_off=")
         assert mlflow_server.client.list_artifacts(run.id) == []
-    refused = CliRunner().invoke(main, ["sync"])
-    assert refused.exit_code == 0, refused.output
-    assert "NO_ARTIFACTS" in CliRunner().invoke(main, ["status"]).output
+    again = CliRunner().invoke(main, ["sync"])
+    assert again.exit_code == 1, again.output
+    assert "files not delivered; run it again later: qitos-mlflow sync" in again.output
+    shown = CliRunner().invoke(main, ["status"]).output
+    assert "NO_ARTIFACTS" in shown
+    assert "Deliver the records of dead processes: qitos-mlflow sync " in shown
     proxy.set(None)
     done = CliRunner().invoke(main, ["sync"])
     assert done.exit_code == 0, done.output

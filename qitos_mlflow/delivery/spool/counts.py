@@ -56,6 +56,8 @@ class Counts:
         """Accepted by the server and acknowledged."""
         self.dead_letters = 0
         """Refused by the server for good or damaged on disk, and kept in the dead-letter file."""
+        self.put_off = 0
+        """Of these, files that `sync` sends again."""
         self._total = total
         # Reentrant: a signal handler may offer a record while this thread counts one.
         self._lock = threading.RLock()
@@ -69,14 +71,19 @@ class Counts:
         with self._lock:
             return dict(self._dropped)
 
-    def add(self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0) -> None:
+    def add(
+        self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0, put_off: int = 0
+    ) -> None:
         """Count records that were not lost."""
         with self._lock:
             self.recorded += recorded
             self.delivered += delivered
             self.dead_letters += dead_letters
+            self.put_off += put_off
         if self._total is not None:
-            self._total.add(recorded=recorded, delivered=delivered, dead_letters=dead_letters)
+            self._total.add(
+                recorded=recorded, delivered=delivered, dead_letters=dead_letters, put_off=put_off
+            )
 
     def drop(self, reason: str, records: int = 1) -> None:
         """Count records lost for `reason`."""

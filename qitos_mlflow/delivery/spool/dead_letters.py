@@ -43,7 +43,12 @@ def bury(dead: Sequence[DeadLetter], path: Path, quota: Quota, stats: Counts) ->
         dead[0].reason,
         path,
     )
-    kept = [line for line in map(_json_line, dead) if quota.take(len(line))]
+    kept, put_off = [], 0
+    for letter in dead:
+        line = _json_line(letter)
+        if quota.take(len(line)):
+            kept.append(line)
+            put_off += bool(letter.header)
     if len(kept) < len(dead):
         stats.drop(ASIDE_FULL, len(dead) - len(kept))
     if not kept:
@@ -69,7 +74,7 @@ def bury(dead: Sequence[DeadLetter], path: Path, quota: Quota, stats: Counts) ->
         )
         stats.drop(reason_of(error), len(kept))
     else:
-        stats.add(dead_letters=len(kept))
+        stats.add(dead_letters=len(kept), put_off=put_off)
 
 
 def load_dead_letters(paths: Paths) -> Counter[str]:
