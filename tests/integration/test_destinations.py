@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.fakes.https import RecordingServer, recording_server
 from tests.integration.agents import Agent
@@ -231,6 +235,91 @@ def test_a_server_that_comes_back_empty(tmp_path: Path) -> None:
         }
     finally:
         server.kill()
+
+
+def a_strangers(directory: Path) -> Path:
+    """A store whose first experiment, with the id that ours has in a new store, is a stranger's."""
+    database = directory / "stranger.db"
+    make_store(database)
+    MlflowClient(f"sqlite:///{database}").create_experiment("a stranger's")
+    return database
+
+
+def stored(database: Path) -> list[tuple[str, str]]:
+    """Experiment and status of each run in a store, as is on the disk now."""
+    return ask(database, "SELECT e.name, status FROM runs JOIN experiments e USING (experiment_id)")
+
+
+def ask(database: Path, question: str) -> list[Any]:
+    """The rows of an answer."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute(question).fetchall()
+
+
+@pytest.mark.parametrize("fate", ["deleted", "deleted with its directory", "replaced"])
+def test_a_local_store_that_is_another_one_now(tmp_path: Path, fate: str) -> None:
+    """In a notebook that goes on, later runs go to the new store, in their own experiment."""
+    database = tmp_path / "store" / "m.db"
+    database.parent.mkdir()
+    make_store(database)
+    with logged(f"sqlite:///{database}", experiment_name="ours") as processor:
+        agent = ModelAgent(Model(answer(ADD), answer(FINAL)), toolbox())
+        agent.run(task="task", return_state=True)
+        assert processor.force_flush(FLUSH_S)
+        assert stored(database) == [("ours", "FINISHED")]
+        if fate == "replaced":
+            a_strangers(tmp_path).replace(database)
+        elif fate == "deleted":
+            database.unlink()
+        else:
+            shutil.rmtree(database.parent)
+            database.parent.mkdir()
+        for _ in range(2):
+            agent.run(task="task", return_state=True)
+            assert processor.force_flush(FLUSH_S)
+    assert stored(database) == [("ours", "FINISHED")] * 2
+
+
+def test_a_run_whose_store_is_replaced_is_in_no_other_one(run_agent: Start, tmp_path: Path) -> None:
+    """The new store refuses what is left of it, and takes the next run of the process."""
+    database, strangers = tmp_path / "m.db", a_strangers(tmp_path)
+    make_store(database)
+    options = {"tracking_uri": f"sqlite:///{database}", "experiment_name": "ours"}
+    agent = run_agent(options=options, traces=2, gates=["mid"])
+    agent.wait_for("mid")
+    eventually(lambda: stored(database) == [("ours", "RUNNING")])
+    strangers.replace(database)
+    agent.go()
+    agent.finish()
+    assert stored(database) == [("ours", "FINISHED")]
+    question = "SELECT e.name FROM trace_info JOIN experiments e USING (experiment_id)"
+    assert ask(database, question) == [("ours",)]
+    found = json.loads(execute("qitos-mlflow status --json"))
+    assert found["waiting"] == 0
+    assert any("RESOURCE_DOES_NOT_EXIST" in reason for reason in found["dead_letters"])
+
+
+def test_a_store_that_is_deleted_while_sync_delivers(
+    run_agent: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs that it has not created yet go to the new store, and it ends in order."""
+    database = tmp_path / "m.db"
+    make_store(database)
+    options = {"tracking_uri": f"sqlite:///{database}", "offline": True}
+    run_agent(options=options, traces=3).finish()
+    create_run = StoreTransport.create_run
+
+    def create_and_delete(self: StoreTransport, *args: Any) -> Any:
+        made = create_run(self, *args)
+        monkeypatch.setattr(StoreTransport, "create_run", create_run)
+        database.unlink()
+        return made
+
+    spool = os.environ["QITOS_MLFLOW_SPOOL_DIR"]
+    monkeypatch.setattr(StoreTransport, "create_run", create_and_delete)
+    done = CliRunner().invoke(main, ["sync", spool])
+    assert done.exit_code == 0, done.output
+    assert [status for _, status in stored(database)] == ["FINISHED"] * 2
 
 
 # -- credentials ---------------------------------------------------------------------------------

@@ -25,16 +25,16 @@ from mlflow.protos.service_pb2 import TraceInfoV3
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
-from mlflow.tracking._tracking_service.utils import get_default_host_creds
+from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store, get_default_host_creds
 from mlflow.tracking.request_auth.registry import fetch_auth
 from mlflow.tracking.request_header.registry import resolve_request_headers
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
 from qitos_mlflow._inheritance import check, disown_in_child
-from qitos_mlflow.delivery import Hopeless, RetryLater
+from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server.sqlite_store import prepare_sqlite
+from qitos_mlflow.mlflow_plugin.server.sqlite_store import database_file, prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
     MAX_FOUND,
@@ -183,6 +183,23 @@ def _stays(error: Exception) -> bool:
     )
 
 
+def _file_of(uri: str) -> tuple[int, int] | None:
+    """Which file a sqlite store is in now; None if there is none, or if it is another store.
+
+    Raises:
+        RetryLater: its directory was deleted, which is not ours to bring back.
+    """
+    path = database_file(uri)
+    if path is None:
+        return None
+    try:
+        path.parent.stat()
+        found = path.stat() if path.exists() else None
+    except OSError as error:
+        raise RetryLater(readable(error)) from error
+    return (found.st_dev, found.st_ino) if found else None
+
+
 class StoreTransport(Transport):
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
@@ -195,25 +212,55 @@ class StoreTransport(Transport):
     def __init__(self, uri: str, workspace: str | None = None) -> None:
         super().__init__(uri)
         self._workspace = workspace
+        self._file: tuple[int, int] | None = None
+        self._open()
+        disown_in_child(self)
+
+    def _open(self, *, again: bool = False) -> None:
         try:
-            prepare_sqlite(uri)
-            self._mlflow: Any = MlflowClient(tracking_uri=uri)
-            self._tracing: Any = TracingClient(uri)
+            prepare_sqlite(self.uri)
+            file = _file_of(self.uri)
+            self._mlflow: Any = MlflowClient(tracking_uri=self.uri)
+            self._tracing: Any = TracingClient(self.uri)
+            if again:  # MLflow has one engine for each URI, and looks at a database only once.
+                self._tracing.store.engine.dispose()
+                _get_sqlalchemy_store(self.uri, None)
             # A store imports most of what it needs at its first use. That happens here, because
             # forks wait until the sink is open: a fork amid an import leaves a broken child.
             with contextlib.suppress(Refused), _failures(self._workspace):
                 self._mlflow.search_experiments(max_results=1)
+            self._file = file
         except RetryLater:
             raise
         except Exception as error:  # A store that is misnamed, or not there yet.
-            text = str(error).replace(uri, self.address)
+            text = str(error).replace(self.uri, self.address)
             reason = f"{type(error).__name__}: {readable(text, ALL_CHARS)}"
             if isinstance(error, Warning):
                 reason = f"warnings are errors in this process, and MLflow gives one: {reason}"
             raise (Hopeless if _stays(error) else RetryLater)(
                 f"{self.address} cannot be opened: {reason}"
             ) from error
-        disown_in_child(self)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """Turn MLflow's exceptions into ours; open the database anew if it is another one now."""
+        if self._has_another_file():
+            with importing():  # Migrations are modules.
+                self._open(again=True)
+            # What is known of the old one, such as an experiment's id, may be a stranger's in the
+            # new one. After a failure the sink asks for it again.
+            raise RetryLater(f"{self.address} was deleted or replaced; it is open again")
+        try:
+            with _failures(self._workspace):
+                yield
+        except Hopeless as error:
+            self._tracing.store.engine.dispose()  # SQLite's connections stay read-only.
+            if self._has_another_file():
+                raise RetryLater(error.reason) from error
+            raise
+
+    def _has_another_file(self) -> bool:
+        return self._file is not None and _file_of(self.uri) != self._file
 
     def disown(self) -> None:
         """Have the child open the database anew. SQLite must not use or close what it inherits."""
@@ -223,16 +270,16 @@ class StoreTransport(Transport):
             engine.pool = engine.pool.recreate()
 
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
-        with _failures(self._workspace):
+        with self._call():
             found = self._mlflow.get_experiment_by_name(name)
         return None if found is None else dict(found)
 
     def _create_experiment(self, name: str, timeout_s: float) -> str:
-        with _failures(self._workspace):
+        with self._call():
             return str(self._mlflow.create_experiment(name))
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
-        with _failures(self._workspace):
+        with self._call():
             made = self._mlflow.create_run(
                 run.experiment_id, start_time=run.start_ms, tags=dict(run.tags), run_name=run.name
             )
@@ -240,18 +287,18 @@ class StoreTransport(Transport):
 
     def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
         order = ["attributes.start_time ASC"]
-        with _failures(self._workspace):
+        with self._call():
             runs = self._mlflow.search_runs(
                 [experiment_id], tagged, order_by=order, max_results=MAX_FOUND
             )
             return [run_ref(dict(run.info)) for run in runs]
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
-        with _failures(self._workspace):
+        with self._call():
             self._mlflow.delete_run(run_id)
 
     def log_batch(self, run_id: str, data: RunData, timeout_s: float) -> None:
-        with _failures(self._workspace):
+        with self._call():
             self._mlflow.log_batch(
                 run_id,
                 [entities.Metric(m.key, m.value, m.timestamp_ms, m.step) for m in data.metrics],
@@ -261,22 +308,22 @@ class StoreTransport(Transport):
             )
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        with _failures(self._workspace):
+        with self._call():
             self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        with _failures(self._workspace):
+        with self._call():
             self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         for _, of_trace in groupby(spans, lambda span: span.trace_id):
-            with _failures(self._workspace):
+            with self._call():
                 converted = [entities.Span.from_otel_proto(span) for span in of_trace]
                 self._tracing.log_spans(experiment_id, converted)
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         total = MetricAggregation(AggregationType.SUM)
-        with _failures(self._workspace):
+        with self._call():
             points = self._tracing.store.query_trace_metrics(
                 view_type=MetricViewType.SPANS, aggregations=[total], **question
             )

@@ -31,6 +31,16 @@ LEFT_S = 3600.0
 """What a dead process left of a new store is removed after this long without a change (seconds)."""
 
 
+def database_file(uri: str) -> Path | None:
+    """The file of a sqlite store; None for another store, and for one in memory."""
+    from sqlalchemy.engine import make_url
+
+    if not re.match(r"sqlite(\+pysqlite)?:///", uri):
+        return None
+    database = make_url(uri).database or ":memory:"  # Unquoted, from SQLAlchemy 2.1 on.
+    return None if database.startswith("file:") or ":memory:" in database else Path(database)
+
+
 def prepare_sqlite(uri: str) -> None:
     """Create the database of a sqlite store in one step, if there is none.
 
@@ -42,14 +52,9 @@ def prepare_sqlite(uri: str) -> None:
     Raises:
         RetryLater: another process creates it, and has got nowhere for `STUCK_S`.
     """
-    from sqlalchemy.engine import make_url
-
-    if not re.match(r"sqlite(\+pysqlite)?:///", uri):
+    target = database_file(uri)
+    if target is None:
         return
-    database = make_url(uri).database or ":memory:"  # Unquoted, from SQLAlchemy 2.1 on.
-    if database.startswith("file:") or ":memory:" in database:
-        return
-    target = Path(database)
     place = target.with_name(f"{NEW}{getattr(os, 'getuid', int)()}-{target.name}")
     others = _Others(place)
     while not target.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -164,6 +165,59 @@ def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     os.utime(tmp_path / names[0], (1, 1))
     StoreTransport(f"sqlite:///{tmp_path}/m.db")
     assert {path.name for path in tmp_path.iterdir()} == {"m.db", names[1]}
+
+
+def test_a_deleted_store_is_made_again_while_forks_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that finds it gone fails, so that all that is known of it is asked for again."""
+    store = StoreTransport(f"sqlite:///{tmp_path}/m.db")
+    store.experiment_id("ours", 1.0)
+    (tmp_path / "m.db").unlink()
+    forks_wait: list[bool] = []
+    prepare = mlflow_client.prepare_sqlite
+
+    def watched(uri: str) -> None:
+        forks_wait.append(bool(fork._under_way))  # Migrations are imported.
+        prepare(uri)
+
+    monkeypatch.setattr(mlflow_client, "prepare_sqlite", watched)
+    with pytest.raises(RetryLater, match="deleted or replaced") as later:
+        store.experiment_id("ours", 1.0)
+    assert not isinstance(later.value, Hopeless)
+    assert forks_wait == [True]
+    made = store.experiment_id("ours", 1.0)
+    store.create_run(NewRun(made, "n", 1, []), 1.0)
+    with contextlib.closing(sqlite3.connect(tmp_path / "m.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+
+
+def test_a_deleted_directory_is_not_brought_back(tmp_path: Path) -> None:
+    """Its records wait for as long as it is gone."""
+    directory = tmp_path / "of a test"
+    store = StoreTransport(f"sqlite:///{directory}/m.db")
+    shutil.rmtree(directory)
+    with pytest.raises(RetryLater, match="No such file or directory"):
+        store.experiment_id("ours", 1.0)
+    assert not directory.exists()
+    directory.mkdir()
+    with pytest.raises(RetryLater, match="deleted or replaced"):
+        store.experiment_id("ours", 1.0)
+    store.experiment_id("ours", 1.0)
+
+
+def test_a_store_that_is_replaced_by_an_older_one_is_not_written(tmp_path: Path) -> None:
+    """MLflow refuses its schema when it opens it, and so do we in mid-life."""
+    store = StoreTransport(f"sqlite:///{tmp_path}/m.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
+        with contextlib.closing(sqlite3.connect(tmp_path / "m.db")) as newest:
+            newest.backup(connection)
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        connection.commit()
+    (tmp_path / "old.db").replace(tmp_path / "m.db")
+    for _ in range(2):
+        with pytest.raises(RetryLater, match=r"cannot be opened.*out-of-date"):
+            store.experiment_id("ours", 1.0)
 
 
 class CloudError(Exception):
