@@ -67,9 +67,12 @@ def ask(uri: str | None, *, trusted: bool) -> Answer:
         kind = type(error).__name__
         return Answer(shown, False, f"{kind}: check the URI and MLflow's credential settings")
     except (OSError, HTTPError) as error:
-        cause: BaseException = error  # Such as "Connection refused", without the layers around it.
-        while cause.__context__ is not None:
-            cause = cause.__context__
-        text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-        return Answer(shown, False, text)
+        return Answer(shown, False, _cause_of(error))
     return Answer(shown, health.ok, f"HTTP {health.status_code}")
+
+
+def _cause_of(error: BaseException) -> str:
+    """Such as "Connection refused", without the layers around it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -130,6 +130,11 @@ def test_a_host_with_its_own_tracing_is_seen(
     [
         ({}, None, "not set, so the mlflow plugin logs nothing; set MLFLOW_TRACKING_URI"),
         (
+            {"QITOS_TRACE_PLUGINS": "none"},
+            None,
+            "none, because QITOS_TRACE_PLUGINS leaves the mlflow plugin out",
+        ),
+        (
             {"MLFLOW_TRACKING_URI": "http://user:secret@host:5000"},
             "http://host:5000",
             "destination  http://host:5000",
@@ -138,9 +143,14 @@ def test_a_host_with_its_own_tracing_is_seen(
     ],
 )
 def test_the_destination_of_runs_is_shown(
-    cli: Run, variables: dict[str, str], wanted: str | None, line: str
+    cli: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    wanted: str | None,
+    line: str,
 ) -> None:
     """Without a destination nothing is logged, and the command says so."""
+    monkeypatch.delenv("QITOS_TRACE_PLUGINS")
     assert json.loads(cli("plugins", "--json", **variables).stdout)["destination"] == wanted
     shown = cli("plugins", **variables).stdout
     assert line in shown

@@ -301,7 +301,7 @@ def test_the_command_that_status_names_delivers_what_it_shows(
     [line] = [line for line in shown.splitlines() if line.startswith("Deliver the records of ")]
     program, *args = shlex.split(line.partition(": ")[2])
     assert program == "qitos-mlflow"
-    assert args == (["sync"] if name == "spool" else ["sync", str(tmp_path / name)])
+    assert args == ["sync", str(tmp_path / name)]
     assert call(*args).stdout.startswith("2 records delivered")
 
 
