@@ -17,6 +17,8 @@ import pytest
 import requests
 from click.testing import CliRunner
 from mlflow import MlflowClient
+from mlflow.utils.file_utils import path_to_local_sqlite_uri
+from sqlalchemy.engine import make_url
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
@@ -423,8 +425,11 @@ def test_a_directory_that_is_called_like_a_credential(
     directory = tmp_path / "a" / name
     directory.mkdir(parents=True)
     monkeypatch.chdir(directory)
-    if uri is not None:  # Else the process makes it.
-        make_store(directory / "mlflow.db")
+    database = directory / "mlflow.db"
+    if uri is not None:
+        make_store(database)
+    else:  # The process makes it where MLflow would: with SQLAlchemy 2.0, in ``token%3D…`` beside.
+        database = Path(make_url(path_to_local_sqlite_uri(str(database))).database or "")
     options = {
         "QITOS_TRACE_PLUGINS": "mlflow",
         "MLFLOW_TRACKING_URI": uri and uri.format(directory),
@@ -434,13 +439,12 @@ def test_a_directory_that_is_called_like_a_credential(
     offline = run_script(
         AGENT, 'agent.run("sum", render=False)', QITOS_MLFLOW_OFFLINE="1", **options
     )
-    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{database}")
     assert len(runs_of(client, "qitos")) == 1
     monkeypatch.chdir(tmp_path)
     execute(offline.stderr.rpartition("deliver with: ")[2])
     assert [run.status for run in runs_of(client, "qitos")] == ["FINISHED"] * 2
-    # MLflow makes a directory ``token%3D…`` beside it if it creates a store, and leaves it empty.
-    assert [*tmp_path.rglob("mlflow.db")] == [directory / "mlflow.db"]
+    assert [*tmp_path.rglob("mlflow.db")] == [database]
 
 
 def test_a_tenant_whose_secret_is_in_the_path_gets_its_own_or_nothing(

@@ -284,5 +284,8 @@ def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
         about["item"] = MessageToDict(item)
     else:
         about["item"] = item
-    # Of a file.
-    return orjson.dumps(about, default=lambda content: content.decode("utf-8", "replace"))
+    return orjson.dumps(about, default=_file_text)
+
+
+def _file_text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")

@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,10 +164,10 @@ class Operations:
     def server_is_well(self, trace: TraceState, timeout_s: float) -> bool:
         """Whether the server finds the experiment in its database, or creates it there."""
         try:
-            self._transport.experiment_id(trace.facts.experiment_name, timeout_s)
-        except Refused:
-            pass  # It has looked the experiment up.
+            with suppress(Refused):  # It has looked the experiment up.
+                self._transport.experiment_id(trace.facts.experiment_name, timeout_s)
         except (Poisoned, RetryLater):
+            self.failed()
             return False
         return True
 
@@ -298,8 +299,7 @@ class Operations:
     def _lacks(self, part: Part, failure: Exception, trace: TraceState, timeout_s: float) -> bool:
         """Count a failure; True if there were enough of them while the server is well otherwise."""
         now, part.reason = time.monotonic(), str(failure)
-        part.since = part.since if part.failures else now
-        part.failures += 1
+        part.failures, part.since = part.failures + 1, part.since if part.failures else now
         enough = part.failures >= SIGHTINGS and now - part.since >= SIGHTINGS_S
         return enough and self.server_is_well(trace, timeout_s)
 
