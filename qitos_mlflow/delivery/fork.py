@@ -27,7 +27,7 @@ _importing = threading.local()
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Delay forks while the block opens a sink or imports a large module. Other imports go on."""
+    """Delay forks while the block must not be cut in two, such as an import. Other blocks go on."""
     with (mine := threading.RLock()):
         outer = getattr(_importing, "locks", ())
         try:

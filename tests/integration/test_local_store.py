@@ -190,7 +190,7 @@ def test_a_store_that_mlflow_creates_at_the_same_time_is_waited_for(start: Start
 @pytest.mark.timeout(400)
 def test_mlflow_that_begins_meanwhile_and_is_faster_wins(start: Start, tmp_path: Path) -> None:
     """Our half is thrown away once MLflow's is finished."""
-    agent = start(pause_s=0.5)
+    agent = start(pause_s=0.25)
     await_migrations(3, agent)
     mlflows = start(pause_s=0, script=MLFLOW)
     assert mlflows.communicate(timeout=170)[0] == "1 experiment\n"
@@ -228,6 +228,9 @@ while len(done) < 5:
         child = os.fork()
         if child == 0:
             HeadMaintainer.update_to_step = update_to_step
+            if len(done) == 0:
+                agent.run("sum", render=False, trace=False)
+                sys.exit(0)
             import mlflow
             other = mlflow.MlflowClient(f"sqlite:///{os.getpid()}.db") if len(done) == 4 else None
             os._exit(other is not None and len(other.search_experiments()) != 1)
@@ -239,13 +242,47 @@ print([os.waitpid(child, 0)[1] or finished for child, finished in done], flush=T
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_does_not_wait_for_the_store(start: Start) -> None:
-    """Forks happen between two migrations, and the children can create stores of their own."""
+    """Forks happen between two migrations; the children can create stores, and log to this one."""
     process = start(script=AGENT + RUN + FORKS)
-    said, _ = process.communicate(timeout=170)
+    said, errors = process.communicate(timeout=170)
     assert said == "[False, False, False, False, False]\n"
-    assert names() == ["FINISHED"]
+    assert "kept but not delivered" not in errors
+    assert names() == ["FINISHED"] * 2
     made = migrations()
     assert len(made) == len(set(made))
+
+
+SLOW_WRITES = """
+import threading
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+writes = threading.Event()
+
+@event.listens_for(Engine, "after_cursor_execute")
+def slow(connection, cursor, statement, *_):
+    if statement.startswith("INSERT INTO runs"):
+        writes.set()
+        time.sleep(0.5)
+"""
+
+FORK_AMID_A_WRITE = """
+writes.wait(60)
+child = os.fork()
+if child == 0:
+    agent.run("sum", render=False, trace=False)
+    sys.exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_that_is_forked_amid_a_write_logs_too(start: Start) -> None:
+    """SQLite in the child must not find its parent's lock among its own."""
+    make_store(Path("mlflow.db"))
+    process = start(script=SLOW_WRITES + AGENT + RUN + FORK_AMID_A_WRITE)
+    assert ours(process) == []
+    assert names() == ["FINISHED"] * 2
 
 
 @pytest.mark.timeout(400)

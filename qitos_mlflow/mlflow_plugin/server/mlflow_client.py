@@ -243,21 +243,25 @@ class StoreTransport(Transport):
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
-        """Turn MLflow's exceptions into ours; open the database anew if it is another one now."""
-        if self._has_another_file():
-            with importing():  # Migrations are modules.
-                self._open(again=True)
-            # What is known of the old one, such as an experiment's id, may be a stranger's in the
-            # new one. After a failure the sink asks for it again.
-            raise RetryLater(f"{self.address} was deleted or replaced; it is open again")
-        try:
-            with _failures(self._workspace):
-                yield
-        except Hopeless as error:
-            self._tracing.store.engine.dispose()  # SQLite's connections stay read-only.
+        """Turn MLflow's exceptions into ours; open the database anew if it is another one now.
+
+        A fork waits for the call: SQLite in the child would take the lock of a transaction that is
+        under way for one of its own, for ever.
+        """
+        with importing():
             if self._has_another_file():
-                raise RetryLater(error.reason) from error
-            raise
+                self._open(again=True)
+                # What is known of the old one, such as an experiment's id, may be a stranger's in
+                # the new one. After a failure the sink asks for it again.
+                raise RetryLater(f"{self.address} was deleted or replaced; it is open again")
+            try:
+                with _failures(self._workspace):
+                    yield
+            except Hopeless as error:
+                self._tracing.store.engine.dispose()  # SQLite's connections stay read-only.
+                if self._has_another_file():
+                    raise RetryLater(error.reason) from error
+                raise
 
     def _has_another_file(self) -> bool:
         return self._file is not None and _file_of(self.uri) != self._file

@@ -155,6 +155,12 @@ def _alone(place: Path) -> Iterator[bool]:
         yield alone
 
 
+def _begin(connection: Any) -> None:
+    # Not within a transaction: a forked child would take its lock for one of its own, for ever.
+    let_forks_happen()
+    connection.exec_driver_sql("BEGIN")
+
+
 def _make(uri: str, made: Path, target: Path) -> None:
     """Finish the database `made`, which an earlier process may have begun, and move it."""
     from mlflow.store.db import utils
@@ -166,9 +172,8 @@ def _make(uri: str, made: Path, target: Path) -> None:
     engine = create_engine(url)
     # Each migration as a whole or not at all, which sqlite can and Python's driver prevents.
     event.listen(engine, "connect", lambda one, _: setattr(one, "isolation_level", None))
-    event.listen(engine, "begin", lambda one: one.exec_driver_sql("BEGIN"))
+    event.listen(engine, "begin", _begin)
     event.listen(engine, "after_cursor_execute", lambda *_: progressed())
-    event.listen(engine, "commit", lambda _: let_forks_happen())
     try:
         begun = inspect(engine).has_table("alembic_version")
         (utils._upgrade_db if begun else utils._initialize_tables)(engine)
