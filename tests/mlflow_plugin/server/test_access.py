@@ -242,12 +242,13 @@ def test_a_server_that_need_not_be_verified_gets_requests(
 
 
 def test_a_clients_certificate_is_sent(
-    tls_server: RecordingServer,
-    authority: trustme.CA,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is a credential: a server that is not trusted gets none."""
+    """To a server that asks for one. It is a credential: one that is not trusted gets none."""
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.configure_trust(tls)
+    tls.verify_mode = ssl.CERT_REQUIRED
     ours, client = tmp_path / "ours.pem", tmp_path / "client.pem"
     authority.cert_pem.write_to_path(str(ours))
     authority.issue_cert("someone@example.org").private_key_and_cert_chain_pem.write_to_path(
@@ -255,10 +256,12 @@ def test_a_clients_certificate_is_sent(
     )
     monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(ours))
     monkeypatch.setenv("MLFLOW_TRACKING_CLIENT_CERT_PATH", str(client))
-    assert read_access(tls_server.uri, {}, trusted=True).certificate == str(client)
-    assert read_access(tls_server.uri, {}, trusted=False).certificate is None
-    with SessionRequester(tls_server.uri) as send:
-        assert send(QUESTION).ok
+    with recording_server(tls) as server:
+        with SessionRequester(server.uri) as send:
+            assert send(QUESTION).ok
+        with SessionRequester(server.uri, trusted=False) as send, pytest.raises(OSError):
+            send(QUESTION)
+        assert len(server.heads) == 1
 
 
 # -- whose data it is --------------------------------------------------------------------------
