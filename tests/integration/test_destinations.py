@@ -230,8 +230,7 @@ def test_a_server_that_comes_back_empty(tmp_path: Path) -> None:
             assert processor.force_flush(FLUSH_S)
         assert len(runs_of(server.client, "ours")) == 1
         assert runs_of(server.client, "a stranger's") == []
-        with sqlite3.connect(server.database) as database:
-            traces = database.execute("select experiment_id from trace_info").fetchall()
+        traces = ask(server.database, "SELECT experiment_id FROM trace_info")
         assert {str(experiment) for (experiment,) in traces} == {
             server.client.get_experiment_by_name("ours").experiment_id
         }
