@@ -1,7 +1,8 @@
-"""What a fork needs: no import under way when it happens.
+"""What a fork needs: no import, and no call of a local store, under way when it happens.
 
 A module that a thread is importing during a fork stays locked in the child for ever: the child's
-own import of mlflow would hang. So a fork waits for the imports that delivery knows of.
+own import of mlflow would hang. So does a file that SQLite has locked. A fork waits for the imports
+and the calls that are in a block of `importing`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FORK_WAIT_S = 10.0
-"""Longest time a fork waits for all imports together (seconds). `import mlflow` takes one to two; a
+"""Longest time a fork waits for all of them together (seconds). `import mlflow` takes one to two; a
 sink for a server, 0.2."""
 
 _beginning = threading.RLock()
-"""Held while an import begins, and by a fork: none begins in the midst of it."""
+"""Held while a block begins, and by a fork: none begins in the midst of it."""
 _under_way: set[threading.RLock] = set()
-"""A lock for each import, held until its end."""
+"""A lock for each block, held until its end."""
 _forking = threading.local()
 _importing = threading.local()
 """The locks that this thread holds."""

@@ -204,7 +204,7 @@ class CallList:
     def _is_to_blame(self, call: Call, timeout_s: float) -> bool:
         """Whether the server takes another item of the kind, and then still fails on this one.
 
-        Without another one nobody can say: it waits.
+        If there is no other one, the item waits.
         """
         kind = self._kind(call, call.items[0])
         others = [self.accepted[kind]] if kind in self.accepted else []
