@@ -36,7 +36,7 @@ class Circuit:
 
     def __init__(self) -> None:
         self._failures = 0
-        self._open_until = 0.0
+        self._opened_at = self._open_until = 0.0
         self._failing_since = 0.0
         self.online: bool | None = None
         """Whether the last attempt succeeded; None before the first one ended."""
@@ -44,8 +44,7 @@ class Circuit:
         """Why the last attempt failed; None after one that succeeded."""
         self.hopeless = False
         """Whether time alone will not help."""
-        self.asked = False
-        """Whether the server named the delay itself (Retry-After)."""
+        self._asked = False  # Whether the server named the delay itself (Retry-After).
 
     @property
     def failing_s(self) -> float:
@@ -56,6 +55,11 @@ class Circuit:
     def delay_s(self) -> float:
         """Seconds to wait before the next attempt; 0 when it may be made now."""
         return max(0.0, self._open_until - time.monotonic()) if self._failures else 0.0
+
+    def delay_apart_s(self, apart_s: float) -> float:
+        """`delay_s`, but no later than `apart_s` after the last attempt, if we chose the delay."""
+        sooner_s = self._opened_at + apart_s - time.monotonic()
+        return self.delay_s if self._asked else max(0.0, min(self.delay_s, sooner_s))
 
     def attempt(self, send: Callable[[float], T], timeout_s: float) -> T | None:
         """Call `send` with the seconds that it may take; None if it failed or is not done yet.
@@ -92,11 +96,12 @@ class Circuit:
     def _open(self, began: float, after_s: float | None) -> None:
         if not self._failures:
             self._failing_since = began
-        self.asked = after_s is not None
+        self._asked = after_s is not None
         if after_s is not None:
             least = min(max(after_s, 0.0), MAX_RETRY_AFTER_S)
             most = least + RETRY_AFTER_SPREAD_S
         else:
             least, most = 0.0, min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
-        self._open_until = time.monotonic() + random.uniform(least, most)  # noqa: S311 - no secret
+        self._opened_at = time.monotonic()
+        self._open_until = self._opened_at + random.uniform(least, most)  # noqa: S311 - no secret

@@ -197,10 +197,7 @@ class SendingThread(OwnThread):
         if self._hurry:
             return 0.0
         if self._circuit.online is False:
-            delay = self._circuit.delay_s
-            if self._waiters and not self._circuit.asked:
-                delay = min(delay, WAITED_FOR_DELAY_S)
-            return delay
+            return self._circuit.delay_apart_s(WAITED_FOR_DELAY_S if self._waiters else math.inf)
         if self._waiters or backlog >= BATCH_BYTES:
             return 0.0
         return self._due_at - time.monotonic()

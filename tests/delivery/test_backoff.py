@@ -68,11 +68,30 @@ def test_retry_after_is_honoured_and_capped(clock: Clock, monkeypatch: pytest.Mo
     circuit = Circuit()
     fail(circuit, 7.0)
     assert circuit.delay_s == 7.0
-    assert circuit.asked
     fail(circuit, 1e9)
     assert circuit.delay_s == backoff.MAX_RETRY_AFTER_S
     fail(circuit, -5.0)
     assert circuit.delay_s == 0.0
+
+
+def test_a_thread_that_waits_bounds_the_time_between_attempts(clock: Clock) -> None:
+    """Counted from the last attempt, not from each look at it; Retry-After is obeyed all the same.
+
+    Otherwise a flush or an exit outlasts its deadline while the server is back for long.
+    """
+    circuit = Circuit()
+    for _ in range(8):
+        fail(circuit)
+    assert circuit.delay_s == backoff.MAX_DELAY_S
+    assert circuit.delay_apart_s(1.0) == 1.0
+    clock.now += 0.75
+    assert circuit.delay_apart_s(1.0) == 0.25
+    clock.now += 0.75
+    assert circuit.delay_apart_s(1.0) == 0.0
+    assert circuit.delay_s == backoff.MAX_DELAY_S - 1.5
+    fail(circuit, 7.0)
+    clock.now += 2.0
+    assert circuit.delay_apart_s(1.0) == circuit.delay_s == 5.0 + backoff.RETRY_AFTER_SPREAD_S
 
 
 def test_a_success_closes_the_circuit(clock: Clock) -> None:

@@ -139,6 +139,24 @@ def test_a_flush_tries_at_once(make: Make, server: FakeServer) -> None:
     assert server.accepted == [b"one"]
 
 
+def test_a_flush_goes_on_trying(
+    make: Make, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage, too, when the next attempt would come long after the server is back."""
+    monkeypatch.setattr("qitos_mlflow.delivery.backoff.FIRST_DELAY_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.backoff.MAX_DELAY_S", 10 * LONG_S)
+    monkeypatch.setattr("qitos_mlflow.delivery.sending_thread.WAITED_FOR_DELAY_S", 0.01)
+    server.down = RetryLater("connection refused")
+    pipeline = make()
+    pipeline.offer(b"one")
+    with ThreadPoolExecutor() as pool:
+        flushed = pool.submit(pipeline.flush, LONG_S)
+        eventually(lambda: server.attempts >= 5)
+        server.down = None
+        assert flushed.result()
+    assert server.accepted == [b"one"]
+
+
 def test_a_batch_goes_on_where_it_stopped(make: Make, server: FakeServer) -> None:
     """A connection cut within a batch sends no record of it a second time."""
     server.breaks_after = 10

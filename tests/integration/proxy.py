@@ -232,6 +232,9 @@ class Proxy:
                     await client.write(_answer(fault))
                     self._note(request, fault.code)
                     return
+                if upstream is not None and upstream.has_left:
+                    upstream.close()  # A server closes connections that are idle for a while.
+                    upstream = None
                 if upstream is None:
                     upstream = await _Peer.connect(self.upstream_port)
                 await upstream.write(raw)
@@ -271,6 +274,11 @@ class _Peer:
     async def connect(cls, port: int | None) -> _Peer:
         assert port is not None, "this proxy has nothing to forward to"
         return cls(*await asyncio.open_connection("127.0.0.1", port, limit=MAX_HEAD_BYTES))
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has closed the connection."""
+        return self._reader.at_eof()
 
     async def read_head(self) -> bytes:
         """Start line and headers; empty when the peer has nothing more to say."""
