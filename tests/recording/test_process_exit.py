@@ -218,8 +218,10 @@ def test_many_files_are_named_by_their_directory(tmp_path: Path) -> None:
 DROPPED = """
 import gc, sys, time
 from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.recording import process_exit
 from qitos_mlflow.tracing import create_trace, set_trace_processors
 
+process_exit.COUNT_S = 60.0  # On a busy machine, too.
 for number in range(3):
     settings = dict(tracking_uri=sys.argv[1], exit_timeout_s=0.0, flush_timeout_s=0.0, **{options})
     processor = MlflowTraceProcessor("e", **settings)
@@ -239,7 +241,8 @@ def test_records_of_a_deleted_processor_are_named_all_the_same(offline: bool, cl
     """The line at the exit counts the records of processors that no longer exist."""
     code = DROPPED.format(options={"offline": offline}, close=close)
     said = run("http://127.0.0.1:9", code=code)[1]
-    assert "6 records of 3 traces are kept" in said.splitlines()[-1]
+    # Behind it there may be a line of the log, about an attempt that fails at that moment.
+    assert said.count("6 records of 3 traces are kept") == 1
 
 
 IN_MEMORY = """
