@@ -174,7 +174,12 @@ def _option(parse: Any, default: Any, help: str) -> Any:
 class Settings:
     """Every setting of one MLflow destination. Build it with `Settings.resolve`."""
 
-    experiment_name: str = _option(_text, "qitos", "MLflow experiment, created when missing")
+    experiment_name: str | None = _option(
+        _optional(_text),
+        None,
+        "MLflow experiment, created when missing; if not set, that of the parent run, else the one "
+        "that MLflow itself uses, else `qitos`",
+    )
     run_name: str | None = _option(
         _optional(_text), None, "MLflow run name; if not set, the trace's name, such as the agent's"
     )
@@ -182,6 +187,12 @@ class Settings:
         _optional(usable_uri),
         None,
         "tracking server or store; if not set, MLFLOW_TRACKING_URI, else MLflow's local store",
+    )
+    parent_run_id: str | None = _option(
+        _optional(_text),
+        None,
+        "MLflow's id of the run that each run is a child of; if not set, the run that is open "
+        "where the agent runs",
     )
     tags: Mapping[str, str] = _option(_tags, dict, "tags of every run; in the environment as JSON")
     auto_end_run: bool = _option(_flag, True, "end the run when the trace ends")
@@ -263,11 +274,8 @@ class Settings:
 
 
 def env_names(option: str) -> tuple[str, ...]:
-    """The environment variables of `option`; the first one that is set counts."""
-    if option in INSTEAD:
-        return ()
-    own = f"{PREFIX}{option.upper()}"
-    return (own, "MLFLOW_EXPERIMENT_NAME") if option == "experiment_name" else (own,)
+    """The environment variables of `option`."""
+    return () if option in INSTEAD else (f"{PREFIX}{option.upper()}",)
 
 
 def parsed(name: str, value: object, source: str) -> Any:

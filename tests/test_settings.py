@@ -49,7 +49,8 @@ def test_the_five_parameters_keep_names_order_and_defaults() -> None:
 def test_defaults() -> None:
     """By default everything is on, and waits are short."""
     settings = Settings()
-    assert (settings.experiment_name, settings.run_name, settings.tags) == ("qitos", None, {})
+    assert (settings.experiment_name, settings.run_name, settings.tags) == (None, None, {})
+    assert settings.parent_run_id is None
     assert (settings.tracking_uri, settings.auto_end_run, settings.offline) == (None, True, False)
     assert (settings.start_timeout_s, settings.flush_timeout_s, settings.exit_timeout_s) == (
         *(2.0, 10.0, 5.0),
@@ -61,8 +62,8 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "variables", "wanted"),
     [
-        (None, {}, "qitos"),
-        (None, {"MLFLOW_EXPERIMENT_NAME": "mlflow's"}, "mlflow's"),
+        (None, {}, None),
+        (None, {"MLFLOW_EXPERIMENT_NAME": "mlflow's"}, None),  # Looked up at each trace's start.
         (None, {"MLFLOW_EXPERIMENT_NAME": "mlflow's", "QITOS_MLFLOW_EXPERIMENT_NAME": "o"}, "o"),
         (
             "code",
@@ -70,13 +71,13 @@ def test_defaults() -> None:
             "code",
         ),
         ("qitos", {"MLFLOW_EXPERIMENT_NAME": "mlflow's"}, "qitos"),
-        (None, {"MLFLOW_EXPERIMENT_NAME": ""}, "qitos"),
+        (None, {"QITOS_MLFLOW_EXPERIMENT_NAME": ""}, None),
     ],
 )
 def test_the_argument_goes_before_the_environment(
     given: str | None,
     variables: dict[str, str],
-    wanted: str,
+    wanted: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A value given in code counts first, also one equal to the default; then the variables."""

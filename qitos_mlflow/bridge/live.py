@@ -44,10 +44,8 @@ class LiveTrace:
     In a process forked within it, it is closed: the parent process ends the trace.
     """
 
-    def __init__(self, name: str, group_id: str | None, metadata: dict[str, Any]) -> None:
-        self.trace: Any = tracing.get_tracing_provider().create_trace(
-            name, group_id=group_id, metadata=metadata
-        )
+    def __init__(self, name: str, metadata: dict[str, Any]) -> None:
+        self.trace: Any = tracing.get_tracing_provider().create_trace(name, metadata=metadata)
         self._ended = False
         self._forks = len(_forks)
         self._open: dict[str, Any] = {}

@@ -230,7 +230,7 @@ class AgentRun:
         if before is not None:
             metadata["linked_trace_id"] = before.run.live.trace.trace_id
             metadata["linked_span_id"] = before.span.span_id
-        return LiveTrace(metadata["agent_name"], metadata.get("benchmark_name"), metadata)
+        return LiveTrace(metadata["agent_name"], metadata)
 
     def _outlive(self) -> None:
         """Continue in a trace of its own: the trace it was part of has ended, with its spans."""

@@ -56,5 +56,5 @@ def tracking_uri(
 experiment_name = setting(
     "experiment_name",
     "MLflow experiment of the runs, created if missing",
-    "QITOS_MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_NAME, else qitos",
+    "QITOS_MLFLOW_EXPERIMENT_NAME, else what MLflow itself uses, else qitos",
 )

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -53,8 +54,8 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow logs each table it creates.
     tag = uuid.uuid4().hex
     processor = MlflowTraceProcessor(experiment_name, None, tracking_uri, {TAG: tag})
-    settings = processor.mlflow_plugin.settings
-    uri = destination.tracking_uri(settings)
+    recorder = processor.mlflow_plugin.recorder
+    uri = destination.tracking_uri(recorder.settings)
     add_trace_processor(processor)
     try:
         bar = Console(stderr=True)
@@ -63,16 +64,17 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
         delivered = _flush(processor)
     finally:
         remove_trace_processor(processor)
-        processor.mlflow_plugin.recorder.close(0.0)  # What time can do, `_flush` has waited for.
+        recorder.close(0.0)  # What time can do, `_flush` has waited for.
     if not delivered:
-        if why := processor.mlflow_plugin.recorder.hopeless:
+        if why := recorder.hopeless:
             complain(why)
         complain(
             "not all runs were delivered in time; the rest is kept in the spool. "
             "See what is left: qitos-mlflow status. Deliver it later: qitos-mlflow sync"
         )
         raise SystemExit(1)
-    logged = show_runs(uri, settings.experiment_name, tag)
+    found = (trace.run.ref for trace in recorder.traces)
+    logged = show_runs(uri, sorted({run.experiment_id for run in found if run}), tag)
     if logged < len(TASKS):
         complain(
             f"only {logged} of {len(TASKS)} runs are in MLflow. "
@@ -92,8 +94,8 @@ def _flush(processor: Any) -> bool:
     return True
 
 
-def show_runs(uri: str | None, experiment_name: str, tag: str) -> int:
-    """Print the runs with this tag as MLflow has them, and how to open their page.
+def show_runs(uri: str | None, experiments: Sequence[str], tag: str) -> int:
+    """Print the runs with this tag in these experiments, and how to open their pages.
 
     Imports mlflow and blocks on the server; raises what mlflow raises. Returns the number of runs.
     """
@@ -102,10 +104,12 @@ def show_runs(uri: str | None, experiment_name: str, tag: str) -> int:
     mlflow = import_module("mlflow")
     uri = uri or mlflow.get_tracking_uri()
     client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(experiment_name)
-    where = [] if experiment is None else [experiment.experiment_id]
-    runs = where and client.search_runs(
-        where, f"tags.`{TAG}` = '{tag}'", order_by=["attributes.start_time ASC"]
+    runs = (
+        []
+        if not experiments
+        else client.search_runs(
+            experiments, f"tags.`{TAG}` = '{tag}'", order_by=["attributes.start_time ASC"]
+        )
     )
     rows = table("run", "status", "stop reason", *(f">{heading}" for heading in METRICS))
     for run in runs:
@@ -117,7 +121,7 @@ def show_runs(uri: str | None, experiment_name: str, tag: str) -> int:
             *(f"{metrics[m]:.{n}f}" if m in metrics else "" for m, n in METRICS.values()),
         )
     Console().print(rows)
-    click.echo(page(uri) + "".join(f"/#/experiments/{number}" for number in where))
+    click.echo(page(uri) + "".join(f"/#/experiments/{number}" for number in experiments))
     return len(runs)
 
 

@@ -22,7 +22,9 @@ import orjson
 
 from qitos_mlflow._after_import import imported
 from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.mlflow_plugin.fluent.surroundings import Surroundings
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import DEFAULT_EXPERIMENT
 from qitos_mlflow.mlflow_plugin.server.access import (
     REGISTRY,
     has_credentials,
@@ -110,7 +112,7 @@ def run_settings(settings: Settings) -> RunSettings:
     """The field ``settings`` of a trace's start: how its run is logged, and by which process."""
     script = sys.argv[0] if sys.argv else ""
     found: RunSettings = {
-        "experiment_name": settings.experiment_name,
+        "experiment_name": settings.experiment_name or DEFAULT_EXPERIMENT,
         "run_name": settings.run_name,
         "tags": dict(settings.tags),
         "auto_end_run": settings.auto_end_run,
@@ -122,6 +124,21 @@ def run_settings(settings: Settings) -> RunSettings:
     # Names that the system has in another encoding are there for people to read.
     cleaned: RunSettings = json.loads(_in_utf8(json.dumps(found, ensure_ascii=False)))
     return cleaned
+
+
+def placed(found: RunSettings, settings: Settings, around: Surroundings) -> RunSettings:
+    """The settings of one trace's run: `found`, and what decides its experiment and its parent."""
+    place: RunSettings = {}
+    if around.inherited_run_id:
+        place["inherited_run_id"] = around.inherited_run_id
+    if settings.experiment_name is None:
+        if around.experiment_name:
+            place["experiment_name"] = around.experiment_name
+        if around.experiment_id:
+            place["experiment_id"] = around.experiment_id
+        if not around.of_parent and (run_id := around.parent_run_id or around.inherited_run_id):
+            place["experiment_of"] = run_id
+    return {**found, **place}
 
 
 class MlflowPipeline(RecordPipeline):

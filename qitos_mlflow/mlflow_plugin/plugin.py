@@ -22,6 +22,7 @@ from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
     Destination,
     MlflowPipeline,
+    placed,
     run_settings,
     tracking_uri,
 )
@@ -29,10 +30,10 @@ from qitos_mlflow.mlflow_plugin.fluent.active_run import (
     ActiveRun,
     let_go,
     mlflow_in_use,
-    parent_run_id,
 )
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
+from qitos_mlflow.mlflow_plugin.fluent.surroundings import is_sampled, surroundings, watch
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.plugins.selection import Selection
@@ -81,8 +82,10 @@ class OpenTrace(TraceRecorder):
         )
         host_id = str(trace.trace_id)
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
-        nests = settings.log_traces and self.id == host_id
-        self.autolog = AutologSpans(host_id, self.run, uri) if nests else None
+        self.autolog = None
+        if settings.log_traces and self.id == host_id:
+            sampled = run_settings["log_traces"]
+            self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
 
     @staticmethod
     def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
@@ -125,6 +128,7 @@ class MlflowPlugin:
         self.recorder: Recorder[OpenTrace] = Recorder(settings)
         self._when_idle: Callable[[], object] | None = None
         self._said: set[tuple[int, str]] = set()
+        watch()
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -154,11 +158,14 @@ class MlflowPlugin:
         pipeline = self.recorder.pipeline_to(to, partial(MlflowPipeline, to))
         if pipeline.closed:  # The process is ending.
             return
-        open_trace = OpenTrace(trace, pipeline, settings, self._run_settings, uri)
+        around = surroundings(uri, settings.parent_run_id)
+        logged_as = placed(self._run_settings, settings, around)
+        logged_as["log_traces"] = settings.log_traces and is_sampled(key)
+        open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri)
         self.recorder.add(key, open_trace)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
-        open_trace.start(trace, parent_run_id=parent_run_id(uri))
+        open_trace.start(trace, parent_run_id=around.parent_run_id)
         if waits:
             open_trace.run.wait(min(settings.start_timeout_s, before_alarm_s()))
         open_trace.active.follow()

@@ -36,7 +36,9 @@ class MlflowTraceProcessor(PluginTraceProcessor):
 
     Args:
         experiment_name: MLflow experiment, created when missing. When not given:
-            ``QITOS_MLFLOW_EXPERIMENT_NAME``, else ``MLFLOW_EXPERIMENT_NAME``, else ``"qitos"``.
+            ``QITOS_MLFLOW_EXPERIMENT_NAME``, else that of the parent run, else the one that MLflow
+            itself uses (`mlflow.set_experiment`, ``MLFLOW_EXPERIMENT_ID``,
+            ``MLFLOW_EXPERIMENT_NAME``), else ``"qitos"``.
         run_name: name of the runs; None: the trace's name, by default the agent's.
         tracking_uri: tracking server; None: MLflow's own default for the installed version
             (``MLFLOW_TRACKING_URI``, else its local store), asked for when a trace starts.

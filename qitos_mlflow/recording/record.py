@@ -29,7 +29,13 @@ class RunSettings(TypedDict, total=False):
     """How the run of one trace is logged, as it was configured when the trace started."""
 
     experiment_name: str
-    """Name of the experiment."""
+    """Name of the experiment, if none of the following says which it is."""
+    experiment_id: str
+    """MLflow's id of the experiment, if it is known by its id."""
+    experiment_of: str
+    """MLflow's id of the run whose experiment it is, if only that is known: the parent's."""
+    inherited_run_id: str
+    """MLflow's id of a run of another process: the parent, if it was open when the trace began."""
     run_name: str | None
     """Name of the run; null: the trace's name."""
     tags: dict[str, str]

@@ -88,7 +88,7 @@ def test_agents_in_a_process_forked_off_within_a_run(leave: str) -> None:
 
 def test_what_still_runs_when_its_trace_ends_is_no_success(recorder: Recorder) -> None:
     """Its span ends with its trace and says so; how it went on is not recorded."""
-    live = LiveTrace("a", None, {})
+    live = LiveTrace("a", {})
     span = live.start(tracing.ToolSpanData(tool_name="slow"), None)
     live.end(None)
     live.finish(span, "too late")
@@ -97,7 +97,7 @@ def test_what_still_runs_when_its_trace_ends_is_no_success(recorder: Recorder) -
 
 def test_a_signal_handler_may_run_an_agent_at_any_time(recorder: Recorder) -> None:
     """Also while the thread it interrupts holds the lock of the trace it is in."""
-    live = LiveTrace("a", None, {})
+    live = LiveTrace("a", {})
 
     def handler(*args: Any) -> None:
         live.finish(live.start(tracing.CustomSpanData(name="in the handler"), None))
@@ -140,7 +140,7 @@ def test_ctrl_c_as_a_run_begins(recorder: Recorder, moment: str) -> None:
 
 def test_ctrl_c_as_a_trace_ends(recorder: Recorder) -> None:
     """Where it arrives while what is left open is closed, the trace ends all the same."""
-    live = LiveTrace("a", None, {})
+    live = LiveTrace("a", {})
     live.start(tracing.CustomSpanData(name="left open"), None)
     interrupting = Interrupting("on_span_end")
     tracing.add_trace_processor(interrupting)
@@ -152,7 +152,7 @@ def test_ctrl_c_as_a_trace_ends(recorder: Recorder) -> None:
 
 def test_a_late_start_is_heard_of_by_nobody(recorder: Recorder) -> None:
     """A span that starts as its trace ends on another thread is no part of it, and does no harm."""
-    live = LiveTrace("a", None, {})
+    live = LiveTrace("a", {})
     live.end(None)
     span = live.start(tracing.ToolSpanData(tool_name="late"), None)
     span.data.output_content = "x"

@@ -57,7 +57,7 @@ def test_the_trace_says_what_ran_and_how_it_ended(recorder: Recorder) -> None:
 
 
 def test_a_task_brings_its_benchmark_and_budget(recorder: Recorder) -> None:
-    """Task id, benchmark, split, seed and step budget are metadata; the benchmark is the group."""
+    """Task id, benchmark, split, seed and step budget are metadata. It is no group of its own."""
     task = Task(
         id="gaia-17",
         objective="sum",
@@ -75,7 +75,7 @@ def test_a_task_brings_its_benchmark_and_budget(recorder: Recorder) -> None:
         "max_steps": 4,
     }
     assert {key: trace.metadata[key] for key in expected} == expected
-    assert trace.group_id == "gaia"
+    assert trace.group_id is None
     assert trace.metadata["qitos_run_id"].startswith("run_")
     assert "qitos_run_dir" not in trace.metadata
 

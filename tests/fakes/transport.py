@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun, NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
 from qitos_mlflow.redaction.redact import without_credentials
 
@@ -28,6 +28,8 @@ class FakeTransport:
         self.numbers = count()
         self.calls: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
+        self.users_runs: dict[str, FoundRun] = {}
+        self.experiments = {"7", "8"}
         self.spans: dict[str, Any] = {}
         self.traces: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
@@ -55,6 +57,14 @@ class FakeTransport:
     def experiment_id(self, name: str, timeout_s: float) -> str:
         return self._answer("experiment_id", name, lambda: "8" if name == "another" else "7")
 
+    def has_experiment(self, experiment_id: str, timeout_s: float) -> bool:
+        return self._answer(
+            "has_experiment", experiment_id, lambda: experiment_id in self.experiments
+        )
+
+    def find_run(self, run_id: str, timeout_s: float) -> FoundRun | None:
+        return self._answer("find_run", run_id, lambda: self.users_runs.get(run_id))
+
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
 
@@ -66,6 +76,7 @@ class FakeTransport:
                 "metrics": Counter(),
                 "params": {},
                 "status": "RUNNING",
+                "experiment_id": run.experiment_id,
             }
             return RunRef(run_id, run.experiment_id, run.name, "mlflow-artifacts:/7", run.start_ms)
 

@@ -21,6 +21,7 @@ from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
 from qitos_mlflow.redaction.redact import without_credentials
+from qitos_mlflow.settings import TRACKING_VARIABLE
 
 
 def mlflow_in_use() -> Any:
@@ -32,26 +33,13 @@ def mlflow_in_use() -> Any:
 
 
 def same_place(uri: str | None) -> bool:
-    """Whether calls without an explicit URI go where this trace goes."""
-    module: Any = sys.modules["mlflow"]
+    """Whether MLflow's calls without an explicit URI go, or would go, where this trace goes."""
+    module: Any = imported("mlflow")
+    # Without mlflow the variable is all there is; `mlflow.set_tracking_uri` sets it, too.
+    known = os.environ.get(TRACKING_VARIABLE) if module is None else module.get_tracking_uri()
     if uri is None:
-        return not module.is_tracking_uri_set()
-    here = absolute(str(module.get_tracking_uri()), working_directory())
-    return here.rstrip("/") == uri.rstrip("/")
-
-
-def parent_run_id(uri: str | None) -> str | None:
-    """Id of the caller's own active run on this thread, None if there is none.
-
-    The runs of other traces are siblings, not the caller's own: those of other tasks of this
-    thread that are open, and those left open (`auto_end_run=False`).
-    """
-    with shield("active_run.parent_run_id"):
-        if (fluent := mlflow_in_use()) is not None and same_place(uri):
-            for run in reversed(fluent._active_run_stack.get()):
-                if not is_ours(run):
-                    return str(run.info.run_id)
-    return None
+        return not (known if module is None else module.is_tracking_uri_set())
+    return bool(known) and absolute(str(known), working_directory()).rstrip("/") == uri.rstrip("/")
 
 
 def let_go() -> None:

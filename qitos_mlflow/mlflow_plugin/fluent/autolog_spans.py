@@ -38,14 +38,18 @@ class AutologSpans:
         qitos_trace_id: the trace.
         run: its run. While its server is out of reach, MLflow's spans stay traces of their own.
         uri: where the trace goes; None for MLflow's default. MLflow's spans must go there too.
+        sampled: the trace is logged. If not, neither are MLflow's spans within it.
     """
 
-    def __init__(self, qitos_trace_id: str, run: PendingRun, uri: str | None) -> None:
+    def __init__(
+        self, qitos_trace_id: str, run: PendingRun, uri: str | None, *, sampled: bool = True
+    ) -> None:
         self._qitos_trace_id = qitos_trace_id
         self._otel_trace_id = int.from_bytes(otel_trace_id(qitos_trace_id), "big")
         self._trace_id = trace_id(qitos_trace_id)
         self._run = run
         self._uri = uri
+        self._sampled = sampled
         self._attached: dict[str, Any] = {}
         self._contexts: Any = None  # MLflow's, once it is in use.
         self._over = False  # Or never begun: MLflow's spans go elsewhere.
@@ -62,7 +66,7 @@ class AutologSpans:
                 trace_id=self._otel_trace_id,
                 span_id=int.from_bytes(span_id(self._qitos_trace_id, str(span.span_id)), "big"),
                 is_remote=True,
-                trace_flags=otel.TraceFlags(otel.TraceFlags.SAMPLED),
+                trace_flags=otel.TraceFlags(self._sampled),
             )
             current = self._contexts.get_current()
             attached = _attached_class()(parent)
@@ -126,6 +130,8 @@ class AutologSpans:
                 self._over = True
                 return False
             self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
+        if not self._sampled:
+            return True
         if self._run.out_of_reach():
             return False
         if time.monotonic() >= self._known_until_s:

@@ -36,6 +36,14 @@ class NewRun:
 
 
 @dataclass(frozen=True)
+class FoundRun:
+    """What is asked of a run that another one may be part of; `end_ms` is None while it is open."""
+
+    experiment_id: str
+    end_ms: int | None
+
+
+@dataclass(frozen=True)
 class RunRef:
     """A run on the server, with the fields that MLflow's own `ActiveRun` shows.
 

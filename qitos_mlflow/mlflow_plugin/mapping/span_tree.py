@@ -167,12 +167,9 @@ class SpanTree:
         Until then the agent may be waiting for its run.
         """
         metadata, settings = mapping(record.get("metadata")), self.facts.settings
-        session = (
-            record.get("group_id") or metadata.get("benchmark_name") or metadata.get("task_id")
-        )
         user = metadata.get("user_id") or metadata.get("user") or settings.get("user")
         for key, value in (
-            ("mlflow.trace.session", session),
+            ("mlflow.trace.session", record.get("group_id")),
             ("mlflow.trace.user", user),
             ("mlflow.source.name", settings.get("source")),
         ):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
 from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd
 
@@ -35,10 +36,13 @@ _METADATA_TAGS = {
 }
 """Metadata that people search runs by, and its tags."""
 
+PARENT_TAG = "mlflow.parentRunId"
+"""Makes a run a child of another one."""
+
 _RECORD_TAGS = {
     "trace_id": "qitos.trace_id",
     "group_id": "qitos.group_id",
-    "parent_run_id": "mlflow.parentRunId",
+    "parent_run_id": PARENT_TAG,
 }
 
 _SETTINGS_TAGS = {"source": "mlflow.source.name", "user": "mlflow.user"}
@@ -61,6 +65,14 @@ def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {clean_key(name): value for name, value in found.items()}
 
 
+def without_ids(record: Any) -> None:
+    """Take from a record what names a run or an experiment of the server it was recorded for."""
+    for part in (record, mapping(record).get("settings")):
+        for key in ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id"):
+            if isinstance(part, dict):
+                part.pop(key, None)
+
+
 def error_text(error: Any) -> str:
     """An error as one line; empty for none."""
     if not isinstance(error, Mapping):
@@ -81,6 +93,7 @@ class TraceFacts:
         last_ns: the latest time in its records.
         ended_ns: when it ended, or its run is to end; None before.
         status: MLflow's run status in the end.
+        parent: the run that its own is a child of, if the server had to be asked; see `place`.
         cut_off: the end of its process ended it, not the trace itself.
         recorded: spans that ended in the agent, as its end says.
         dropped: of those, how many were lost before they reached the disk, by reason.
@@ -97,6 +110,7 @@ class TraceFacts:
     last_ns: int = 0
     ended_ns: int | None = None
     status: str = ""
+    parent: str = ""
     cut_off: bool = False
     recorded: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -111,6 +125,34 @@ class TraceFacts:
         """Name of the experiment, within MLflow's limit."""
         name = self.settings.get("experiment_name") or DEFAULT_EXPERIMENT
         return clean_text(name, limits.EXPERIMENT_CHARS)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment; empty if its name is what is known."""
+        return str(self.settings.get("experiment_id") or "")
+
+    @property
+    def run_to_ask(self) -> str:
+        """The run of which the server has to be asked before this one's place is known; or empty.
+
+        Its experiment is wanted, or whether it was open when the trace started.
+        """
+        return str(
+            self.settings.get("inherited_run_id") or self.settings.get("experiment_of") or ""
+        )
+
+    def place(self, found: FoundRun | None) -> None:
+        """Take in what the server says of `run_to_ask`; None: there is no such run."""
+        run_id = self.run_to_ask
+        inherited = self.settings.pop("inherited_run_id", None)
+        wanted = self.settings.pop("experiment_of", None)
+        if found is None:
+            return
+        if inherited and found.end_ms is not None and found.end_ms < self.start_ns // 1_000_000:
+            return  # A process of a pool outlives the run in which it was started.
+        self.parent = clean_text(run_id, limits.TAG_CHARS)
+        if wanted:
+            self.settings["experiment_id"] = found.experiment_id
 
     @property
     def run_name(self) -> str:
@@ -175,8 +217,11 @@ class TraceFacts:
         """Take the record's settings, if it has any, and the start's tags; configured ones win."""
         self.settings = settings_in(record.get("settings")) or self.settings
         configured = mapping(self.settings.get("tags"))
+        of_record = _picked(record, _RECORD_TAGS)
+        if self.run_to_ask:
+            of_record.pop(PARENT_TAG, None)
         tags = {
-            **_picked(record, _RECORD_TAGS),
+            **of_record,
             **_picked(self.settings, _SETTINGS_TAGS),
             **_picked(mapping(record.get("metadata")), _METADATA_TAGS),
             **{clean_key(key): text for key, text in configured.items()},

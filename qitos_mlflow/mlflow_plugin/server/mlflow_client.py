@@ -282,6 +282,14 @@ class StoreTransport(Transport):
         with self._call():
             return str(self._mlflow.create_experiment(name))
 
+    def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
+        with self._call():
+            return dict(self._mlflow.get_experiment(experiment_id))
+
+    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+        with self._call():
+            return dict(self._mlflow.get_run(run_id).info)
+
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         with self._call():
             made = self._mlflow.create_run(

@@ -55,17 +55,24 @@ class RestTransport(Transport):
     def _experiment(self, name: str, timeout_s: float) -> Mapping[str, Any] | None:
         path = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=" + quote(name, safe="")
         try:
-            question = Request("GET", path, timeout_s, answer="experiment")
-            found: Mapping[str, Any] = part(self._json(question), "experiment")
+            return self._get(path, timeout_s, "experiment")
         except Refused as refusal:
             if refusal.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return found
 
     def _create_experiment(self, name: str, timeout_s: float) -> str:
         path, field = "/api/2.0/mlflow/experiments/create", "experiment_id"
         return str(part(self._post(path, {"name": name}, timeout_s, field), field))
+
+    def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
+        path = "/api/2.0/mlflow/experiments/get?experiment_id=" + quote(experiment_id, safe="")
+        return self._get(path, timeout_s, "experiment")
+
+    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+        path = "/api/2.0/mlflow/runs/get?run_id=" + quote(run_id, safe="")
+        found: Mapping[str, Any] = part(self._get(path, timeout_s, "run"), "info")
+        return found
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         body = {
@@ -144,6 +151,12 @@ class RestTransport(Transport):
     def close(self) -> None:
         if isinstance(self._requester, SessionRequester):
             self._requester.close()
+
+    def _get(self, path: str, timeout_s: float, answer: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = part(
+            self._json(Request("GET", path, timeout_s, answer=answer)), answer
+        )
+        return found
 
     def _post(
         self, path: str, body: dict[str, Any], timeout_s: float, answer: str = ""

@@ -7,12 +7,12 @@ through mlflow. Every call is synchronous, used by one thread, and bounded by `t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.errors import QitosMlflowError
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun, NewRun, RunData, RunRef
 from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
 if TYPE_CHECKING:
@@ -142,6 +142,26 @@ class Transport(ABC):
     def _create_experiment(self, name: str, timeout_s: float) -> str:
         """Create an experiment; refused with ``RESOURCE_ALREADY_EXISTS`` if there is one."""
 
+    def has_experiment(self, experiment_id: str, timeout_s: float) -> bool:
+        """Whether there is an experiment with this id that takes runs."""
+        found = _unless_missing(lambda: self._experiment_with_id(experiment_id, timeout_s))
+        return found is not None and found.get("lifecycle_stage") != "deleted"
+
+    @abstractmethod
+    def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
+        """What MLflow says of an experiment."""
+
+    def find_run(self, run_id: str, timeout_s: float) -> FoundRun | None:
+        """A run by its id; None if there is none, or if it is deleted."""
+        info = _unless_missing(lambda: self._run_info(run_id, timeout_s))
+        if info is None or info.get("lifecycle_stage") == "deleted":
+            return None
+        return FoundRun(str(part(info, "experiment_id")), int(info.get("end_time") or 0) or None)
+
+    @abstractmethod
+    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+        """What MLflow says of a run."""
+
     @abstractmethod
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         """Create a run. Not idempotent: after a failure look for it with `find_runs` first."""
@@ -194,6 +214,16 @@ class Transport(ABC):
     def close(self) -> None:
         """Give up connections, if there are any."""
         return
+
+
+def _unless_missing(ask: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """What `ask` returns; None if MLflow says that there is none, or that the id is none."""
+    try:
+        return ask()
+    except Refused as refusal:
+        if refusal.code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def part(answer: Any, key: str) -> Any:

@@ -38,6 +38,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     Unanswered,
     equals,
 )
+from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 Announce = Callable[[str, RunRef], None]
@@ -98,7 +99,7 @@ class Operations:
         self._transport = transport
         self._announce = announce
         self.header = header
-        self._experiments: dict[str, tuple[str, float]] = {}
+        self._experiments = Experiments(transport)
         self._failed_at = 0.0
         self._traces, self._files = Part(), Part()
         self._cost_failures, self._asks_cost_at = 0, 0.0
@@ -117,8 +118,9 @@ class Operations:
         """A call failed: the server may have another database once it succeeds."""
         self._failed_at = time.monotonic()
 
-    def _is_fresh(self, at: float) -> bool:
-        return at > max(self._failed_at, time.monotonic() - FRESH_S)
+    @property
+    def _fresh_at(self) -> float:
+        return max(self._failed_at, time.monotonic() - FRESH_S)
 
     def create_run(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Find the trace's run, or create it if there is none; with tags, unless without items."""
@@ -126,20 +128,15 @@ class Operations:
             self._find_or_create(trace, timeout_s, bare=not items)
         except Refused as refusal:
             # The experiment may have been deleted, and another one made by its name.
-            known = self._experiments.pop(trace.facts.experiment_name, None)
-            if refusal.code == "NO_RUN" or known is None:
+            if refusal.code == "NO_RUN" or not self._experiments.forget(trace.facts):
                 raise
             self._find_or_create(trace, timeout_s, bare=not items)
         trace.confirmed_at = time.monotonic()
         self._announce(trace.facts.trace_id, _run_of(trace))
 
     def _find_or_create(self, trace: TraceState, timeout_s: float, *, bare: bool) -> None:
-        facts, name = trace.facts, trace.facts.experiment_name
-        experiment_id, known_at = self._experiments.get(name, ("", 0.0))
-        if not self._is_fresh(known_at):
-            self._experiments.pop(name, None)
-            experiment_id = self._transport.experiment_id(name, timeout_s)
-            self._experiments[name] = experiment_id, time.monotonic()
+        facts = trace.facts
+        experiment_id = self._experiments.of(facts, timeout_s, self._fresh_at)
         if trace.run is None and trace.attempts:
             found = self._transport.find_runs(experiment_id, facts.trace_id, timeout_s)
             trace.run = found[0] if found else None
@@ -165,7 +162,7 @@ class Operations:
         """Whether the server finds the experiment in its database, or creates it there."""
         try:
             with suppress(Refused):  # It has looked the experiment up.
-                self._transport.experiment_id(trace.facts.experiment_name, timeout_s)
+                self._experiments.ask(trace.facts, timeout_s)
         except (Poisoned, RetryLater):
             self.failed()
             return False
@@ -177,7 +174,7 @@ class Operations:
 
     def confirm_run(self, trace: TraceState, timeout_s: float) -> None:
         """Call `check_run`, unless the server was seen to have the run within `FRESH_S`."""
-        if not self._is_fresh(trace.confirmed_at):
+        if trace.confirmed_at <= self._fresh_at:
             self.check_run(trace, timeout_s)
 
     def _log(self, trace: TraceState, data: RunData, timeout_s: float) -> None:

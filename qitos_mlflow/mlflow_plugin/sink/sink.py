@@ -20,7 +20,7 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in, without_ids
 from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
 from qitos_mlflow.mlflow_plugin.server.http import SessionRequester, uninstrumented
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
@@ -36,7 +36,7 @@ from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
-from qitos_mlflow.redaction.redact import MARKER
+from qitos_mlflow.redaction.redact import MARKER, without_credentials
 
 STATE_VERSION = 3
 """Form of the state in acknowledgements; 0.1.0 wrote the first one, without a version."""
@@ -78,6 +78,9 @@ class MlflowSink:
             )
         self.patience = self._transport.patience
         self._settings = settings_in(fields)
+        recorded_for = fields.get("tracking_uri")
+        self._elsewhere = uri is not None and without_credentials(uri) != recorded_for
+        """It delivers to another server than the records were recorded for."""
         self._operations = Operations(self._transport, announce, header)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
@@ -119,6 +122,8 @@ class MlflowSink:
             try:
                 record: Record = orjson.loads(data)
                 trace_id, kind = record["trace_id"], record["kind"]
+                if self._elsewhere:
+                    without_ids(record)
                 if trace_id in self._refused:
                     dead.append(DeadLetter(data, self._refused[trace_id]))
                     if kind == "trace_end":

@@ -17,7 +17,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, settings_in
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TraceFacts, settings_in
 from qitos_mlflow.recording.record import Record
 from qitos_mlflow.redaction.redact import redact_text
 
@@ -151,6 +151,8 @@ class TraceState:
     def creation_tags(self) -> list[tuple[str, str]]:
         """Tags that a new run is created with; the user's come before ours."""
         tags = {"mlflow.source.type": "LOCAL", **self.facts.start_tags}
+        if self.facts.parent:
+            tags.setdefault(PARENT_TAG, self.facts.parent)
         if self.elsewhere is not None:
             tags["qitos.partial"] = redact_text(f"begun on {self.elsewhere.uri}")
         return list(tags.items())

@@ -16,7 +16,7 @@ import mlflow
 import pytest
 
 from qitos_mlflow.mlflow_plugin.fluent import pending_run
-from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, let_go, parent_run_id
+from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, let_go
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 
@@ -326,24 +326,6 @@ def test_a_signal_handler_may_ask_for_the_run_too(monkeypatch: pytest.MonkeyPatc
     pending.created(ref())
     assert run.info.run_id == ref().run_id
     assert inside[1] == ref().run_id
-
-
-def test_the_parent_is_what_is_active(pending: PendingRun) -> None:
-    """The caller's own run is the parent of a trace inside it; runs of other traces are not."""
-    assert parent_run_id(SERVER) is None
-    own = mlflow.ActiveRun(mlflow.entities.Run(infos()[0], None))
-    mlflow.tracking.fluent._active_run_stack.get().append(own)
-    assert parent_run_id(SERVER) == "below"
-    assert parent_run_id("http://elsewhere.test") is None
-    pending.created(ref())
-    run = ActiveRun(pending, SERVER)
-    run.follow()
-    assert parent_run_id(SERVER) == "below"
-    run.leave(open=True)
-    assert parent_run_id(SERVER) == "below"
-
-
-# -- the tracking URI ------------------------------------------------------------------------
 
 
 def test_the_uri_is_set_for_runs_that_go_on(

@@ -19,7 +19,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     TooLarge,
     Unanswered,
 )
-from qitos_mlflow.mlflow_plugin.sink import call_list, operations
+from qitos_mlflow.mlflow_plugin.sink import call_list, experiments, operations
 from qitos_mlflow.mlflow_plugin.sink.call_list import FAILING_S
 from qitos_mlflow.mlflow_plugin.sink.operations import (
     FRESH_S,
@@ -42,6 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(call_list, "time", clock)
     monkeypatch.setattr(operations, "time", clock)
+    monkeypatch.setattr(experiments, "time", clock)
     return clock
 
 

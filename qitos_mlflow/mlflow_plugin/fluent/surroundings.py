@@ -1,0 +1,202 @@
+"""What MLflow has around a trace that begins: the run it is part of, and MLflow's own experiment.
+
+Asked once for each trace, on the agent's thread, of this process only: nothing here connects to a
+server or imports mlflow. What only the server knows, the sink asks later: whether a run exists, in
+which experiment it is, and whether it was still open.
+
+MLflow keeps its stack of active runs per thread, and empties it in a forked child. So a thread
+remembers which thread has started it, and a process which run was open where it was started. For
+that, `watch` wraps the `start` of threads and of multiprocessing's processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+from qitos_mlflow._after_import import after_import
+from qitos_mlflow._guard import shield, warn
+from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import is_ours
+from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
+
+RUN_VARIABLE = "MLFLOW_RUN_ID"
+"""The run of a process that another one has started (`mlflow run` sets it)."""
+
+RATIO_VARIABLE = "MLFLOW_TRACE_SAMPLING_RATIO"
+
+STARTER = "_qitos_mlflow_starter"
+"""Attribute of a thread: a weak reference to the one that has started it."""
+
+INHERITED = "qitos_mlflow_run"
+"""Key in the configuration that multiprocessing hands from a process to those it starts."""
+
+_inherited: str | None = None
+"""The run that was open on the thread that forked this process."""
+
+
+class Surroundings(NamedTuple):
+    """What is known of a trace's place in MLflow as it begins.
+
+    Attributes:
+        parent_run_id: the run that its own run is a child of.
+        inherited_run_id: a run of another process, which is the parent if it is still open.
+        experiment_id: MLflow's id of an experiment: the parent's or MLflow's own one.
+        experiment_name: MLflow's own one, by its name.
+        of_parent: `experiment_id` is the parent's.
+    """
+
+    parent_run_id: str | None = None
+    inherited_run_id: str | None = None
+    experiment_id: str | None = None
+    experiment_name: str | None = None
+    of_parent: bool = False
+
+
+def surroundings(uri: str | None, parent_run_id: str | None = None) -> Surroundings:
+    """What is around a trace that begins on this thread and goes to `uri`. Never raises.
+
+    Args:
+        uri: None is MLflow's default.
+        parent_run_id: the parent that is configured; it comes before all others.
+    """
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
+    found = Surroundings(experiment_name=named or None)
+    with shield("surroundings"):
+        if not same_place(uri):  # Ids mean something else there.
+            return found._replace(parent_run_id=parent_run_id)
+        if parent_run_id is None:
+            run = _open_run()
+            if run is not None:
+                return found._replace(
+                    parent_run_id=str(run.run_id),
+                    experiment_id=str(run.experiment_id),
+                    of_parent=True,
+                )
+            parent_run_id = os.environ.get(RUN_VARIABLE) or None
+        fluent = mlflow_in_use()
+        own = getattr(fluent, "_active_experiment_id", None)
+        variable = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        return found._replace(
+            parent_run_id=parent_run_id,
+            inherited_run_id=None if parent_run_id else _inherited_run_id(),
+            experiment_id=str(own or variable or "") or None,
+        )
+    return found  # As far as it got.
+
+
+def is_sampled(qitos_trace_id: str) -> bool:
+    """Whether the tree of this trace is logged, by ``MLFLOW_TRACE_SAMPLING_RATIO``.
+
+    The same for all that log the trace: its last 56 bits decide, which are random in a UUID, too
+    (W3C Trace Context, level 2).
+    """
+    text = os.environ.get(RATIO_VARIABLE)
+    if not text:
+        return True
+    with contextlib.suppress(ValueError):
+        ratio = float(text)
+        if 0.0 <= ratio <= 1.0:
+            return int.from_bytes(otel_trace_id(qitos_trace_id)[9:], "big") < ratio * 2**56
+    warn(
+        "surroundings.ratio",
+        "%s=%r is not a number from 0 to 1, so all traces are logged",
+        RATIO_VARIABLE,
+        text,
+    )
+    return True
+
+
+def _open_run() -> Any:
+    """The info of the user's run that this thread works in; None if there is none.
+
+    It is open on this thread, or on the one that has started it, and so on; else it is the only
+    one that is open on any thread. Runs of other traces are siblings.
+    """
+    fluent = mlflow_in_use()
+    if fluent is None:
+        return None
+    stacks = fluent._active_run_stack
+    if (run := _top(stacks.get())) is not None:
+        return run
+    of_threads = stacks.get_all_thread_values()
+    thread = threading.current_thread()
+    # Not one that has ended: another thread may have its number.
+    while (starter := getattr(thread, STARTER, _nobody)()) is not None and starter.is_alive():
+        if (run := _top(of_threads.get(starter.ident))) is not None:
+            return run
+        thread = starter
+    here = {thread.ident for thread in threading.enumerate()}
+    tops = (_top(stack) for ident, stack in of_threads.items() if ident in here)
+    runs = {run.run_id: run for run in tops if run is not None}
+    return next(iter(runs.values())) if len(runs) == 1 else None
+
+
+def _top(stack: Any) -> Any:
+    """The info of the innermost run of the user on a stack of MLflow's."""
+    for run in reversed(stack or ()):
+        if not is_ours(run):
+            return run.info
+    return None
+
+
+def _nobody() -> None:
+    return None
+
+
+def _inherited_run_id() -> str | None:
+    processes: Any = sys.modules.get("multiprocessing.process")
+    started = getattr(processes and processes.current_process(), "_config", {}).get(INHERITED)
+    return started or _inherited
+
+
+def watch() -> None:
+    """Have threads and processes know where they were started. Once; any thread."""
+    _wrap_start(threading.Thread, _note_starter)
+    after_import(
+        "multiprocessing.process", lambda module: _wrap_start(module.BaseProcess, _note_run)
+    )
+
+
+def _wrap_start(owner: Any, note: Any) -> None:
+    start = owner.start
+    if hasattr(start, STARTER):
+        return
+
+    @functools.wraps(start)
+    def noting_start(self: Any) -> Any:
+        with shield("surroundings.start"):
+            note(self)
+        return start(self)
+
+    setattr(noting_start, STARTER, True)
+    owner.start = noting_start
+
+
+def _note_starter(thread: Any) -> None:
+    setattr(thread, STARTER, weakref.ref(threading.current_thread()))
+
+
+def _note_run(process: Any) -> None:
+    run = _open_run()
+    if run is not None:
+        process._config[INHERITED] = str(run.run_id)
+
+
+def _forked() -> None:
+    global _inherited
+    with shield("surroundings.fork"):
+        if (fluent := mlflow_in_use()) is not None:
+            # Before MLflow empties it, at its first use in this process.
+            stack = fluent._active_run_stack.get_all_thread_values().get(threading.get_ident())
+            if (run := _top(stack)) is not None:
+                _inherited = str(run.run_id)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,67 @@
+"""Which experiment the run of a trace goes to, and which run it is a child of, as the server knows.
+
+Receives `TraceFacts` from `Operations`; asks the server what only it knows, and says so in one line
+if a run or an experiment that was named does not exist: the run is logged all the same.
+"""
+
+from __future__ import annotations
+
+import time
+
+from qitos_mlflow._guard import warn
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts
+from qitos_mlflow.mlflow_plugin.server.transport import Transport
+
+
+class Experiments:
+    """The experiments of one server. Used by one thread."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._known: dict[tuple[str, str], tuple[str, float]] = {}
+
+    def of(self, facts: TraceFacts, timeout_s: float, fresh_at: float) -> str:
+        """MLflow's id of the trace's experiment, which is created if it is missing.
+
+        Args:
+            facts: learn from the server which run is the trace's parent.
+            timeout_s: longest wait for one answer (seconds).
+            fresh_at: what was known before this time is asked again (monotonic clock).
+        """
+        if run_id := facts.run_to_ask:
+            found = self._transport.find_run(run_id, timeout_s)
+            if found is None:
+                warn(
+                    f"experiments.parent {run_id}",
+                    "%s has no run %r, so it cannot be the parent of a QitOS run; check "
+                    "MLFLOW_RUN_ID and QITOS_MLFLOW_PARENT_RUN_ID",
+                    self._transport.address,
+                    run_id,
+                )
+            facts.place(found)
+        key = facts.experiment_id, facts.experiment_name
+        experiment_id, known_at = self._known.get(key, ("", 0.0))
+        if known_at <= fresh_at:
+            self._known.pop(key, None)
+            experiment_id = self.ask(facts, timeout_s)
+            self._known[key] = experiment_id, time.monotonic()
+        return experiment_id
+
+    def ask(self, facts: TraceFacts, timeout_s: float) -> str:
+        """As `of`, without its memory."""
+        if wanted := facts.experiment_id:
+            if self._transport.has_experiment(wanted, timeout_s):
+                return wanted
+            warn(
+                f"experiments.id {wanted}",
+                "%s has no experiment with the id %r, so runs go to the experiment %r; check "
+                "mlflow.set_experiment and MLFLOW_EXPERIMENT_ID",
+                self._transport.address,
+                wanted,
+                facts.experiment_name,
+            )
+        return self._transport.experiment_id(facts.experiment_name, timeout_s)
+
+    def forget(self, facts: TraceFacts) -> bool:
+        """Ask again for the trace's experiment; whether it was known."""
+        return self._known.pop((facts.experiment_id, facts.experiment_name), None) is not None
