@@ -84,7 +84,7 @@ def log(level: int, message: str, *args: object, error: BaseException | None = N
 def say(text: str) -> None:
     """Print a line on stderr, if there is one. Raises `OSError` if its reader has gone."""
     if has_stderr():
-        print(f"qitos-mlflow: {text}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"qitos-mlflow: {text}\n")  # At once: another thread may be logging.
 
 
 def has_stderr() -> bool:

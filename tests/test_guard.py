@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +32,11 @@ def test_a_warning_once_a_minute(
         _guard.warn("one", "at %s", now_s)
     _guard.warn("another", "too")
     assert [message[14:] for message in caplog.messages] == ["at 1000.0", "at 1061.0", "too"]
+
+
+def test_a_line_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a line of another thread's log comes to stand in the middle of it."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, closed=False))
+    _guard.say("what is left")
+    assert written == ["qitos-mlflow: what is left\n"]
