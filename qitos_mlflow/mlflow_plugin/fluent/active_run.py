@@ -36,9 +36,11 @@ def same_place(uri: str | None) -> bool:
     """Whether MLflow's calls without an explicit URI go, or would go, where this trace goes."""
     module: Any = imported("mlflow")
     # Without mlflow the variable is all there is; `mlflow.set_tracking_uri` sets it, too.
-    known = os.environ.get(TRACKING_VARIABLE) if module is None else module.get_tracking_uri()
+    known = os.environ.get(TRACKING_VARIABLE)
     if uri is None:
         return not (known if module is None else module.is_tracking_uri_set())
+    if module is not None:
+        known = str(module.get_tracking_uri())
     return bool(known) and absolute(str(known), working_directory()).rstrip("/") == uri.rstrip("/")
 
 
