@@ -74,7 +74,7 @@ def test_disabled_it_is_off_and_can_be_on_again() -> None:
     qitos_mlflow.autolog(disable=True)
     assert tracing.processors() == ()
     qitos_mlflow.autolog()
-    assert options() == [{"name": "qitos"}]
+    assert options() == [{"name": None}]
 
 
 def test_disabled_without_mlflow() -> None:
@@ -102,7 +102,7 @@ def test_replaced_by_set_trace_processors_it_comes_back() -> None:
     qitos_mlflow.autolog()
     tracing.set_trace_processors([])
     qitos_mlflow.autolog()
-    assert options() == [{"name": "qitos"}]
+    assert options() == [{"name": None}]
 
 
 def test_disabled_in_mid_trace_it_hears_the_end() -> None:
