@@ -26,6 +26,8 @@ pytestmark = pytest.mark.browser
 
 DESK, WEATHER = "desk questions", "weather"
 """The experiments."""
+EXPAND = "css=[col-id*='Run Name'] button:has(svg)"
+"""The box with a plus before a run with children."""
 FLUSH_S = 90.0
 WIDE = (1750, 640)
 HIGH = (1500, 1200)
@@ -251,3 +253,22 @@ def test_the_feedback(browser: Browser, shown: Shown, images: Path) -> None:
         wait_for_text=["Feedback (1)", "does not mention 70, almanac, 8849"],
     )
     assert "0.25" in text
+
+
+def test_agents_inside_a_run_are_nested_in_the_table(
+    browser: Browser, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The page of the parent's experiment shows the agents' runs below it."""
+    client = mlflow_server.client
+    experiment = client.create_experiment(experiment_name)
+    top = client.create_run(experiment, run_name="evening shift").info.run_id
+    with logged(mlflow_server.uri, parent_run_id=top) as processor:
+        for task in TASKS[:2]:
+            run_task(task)
+        assert processor.force_flush(FLUSH_S) is True
+    client.set_terminated(top)
+    page = Pages(mlflow_server.uri, experiment).runs
+    names = {run.info.run_name for run in client.search_runs([experiment])} - {"evening shift"}
+    text = browser.page_shot(page, wait_for_text=["evening shift"])
+    assert not [name for name in names if name in text]
+    browser.page_shot(page, click=[EXPAND], wait_for_text=["evening shift", *names])

@@ -259,3 +259,35 @@ def test_a_parent_that_does_not_exist_loses_nothing(
     assert PARENT not in run.tags
     [line] = [line for line in done.stderr.splitlines() if wrong in line]
     assert "MLFLOW_RUN_ID" in line
+
+
+# -- sampling --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "traces"), [("0", 0), ("1", 3)])
+def test_traces_are_sampled_and_runs_are_not(
+    ratio: str, traces: int, mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """Without its tree, an agent leaves no spans of MLflow's own either."""
+    script(
+        f"""
+        mlflow.set_experiment({name!r})
+
+        class Traced(ModelAgent):
+            @mlflow.trace
+            def decide(self, *args, **more):
+                return super().decide(*args, **more)
+
+        for n in range(3):
+            Traced(Model(FINAL)).run(f"task {{n}}", render=False, trace=False)
+        """,
+        mlflow_server,
+        MLFLOW_TRACE_SAMPLING_RATIO=ratio,
+    )
+    runs = runs_of(client, name)
+    assert tasks(runs) == {"0", "1", "2"}
+    assert {run.metrics["total_steps"] for run in runs} == {1}
+    found = client.search_traces(locations=[runs[0].experiment_id])
+    assert len(found) == traces
+    for trace in found:  # The spans of MLflow's tracer are in there.
+        assert "decide" in {span.name.rpartition(".")[2] for span in trace.data.spans}
