@@ -115,8 +115,9 @@ def is_sampled(qitos_trace_id: str) -> bool:
 def _open_run() -> Any:
     """The info of the user's run that this thread works in; None if there is none.
 
-    It is open on this thread, or on the one that has started it, and so on; else it is the only
-    one that is open on any thread. Runs of other traces are siblings.
+    It is open on this thread, or on the one that has started it, and so on. Else, unless this is
+    the main thread, it is the only one that is open on any thread. Runs of other traces are
+    siblings.
     """
     fluent = mlflow_in_use()
     if fluent is None:
@@ -131,6 +132,8 @@ def _open_run() -> Any:
         if (run := _top(of_threads.get(starter.ident))) is not None:
             return run
         thread = starter
+    if threading.current_thread() is threading.main_thread():
+        return None  # What another thread does is not around it.
     here = {thread.ident for thread in threading.enumerate()}
     tops = (_top(stack) for ident, stack in of_threads.items() if ident in here)
     runs = {run.run_id: run for run in tops if run is not None}

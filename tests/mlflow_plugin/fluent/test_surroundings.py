@@ -151,6 +151,8 @@ def test_the_only_open_run_is_everybodys() -> None:
         with Waiting(runs[0]), Waiting(runs[-1]):
             barrier.set()
             thread.join(WAIT_S)
+        with Waiting(runs[0]):
+            assert parent() is None  # The main thread is in nobody's pool.
     assert answers == ["one", None]
 
 
