@@ -1,10 +1,9 @@
 """MLflow as a trace plugin: hook calls in, records to `recording`; records back in, calls out.
 
     plugin                  the hooks, and which of several plugins logs a run
-    open_trace              one trace on the agent's thread
     processor               registering by hand
     destination             where runs go, how they are logged, what MLflow adds to a pipeline
-    fluent/                 MLflow's active run, and its own spans
+    fluent/                 MLflow's active run, its own spans, what is around a trace
     sink/, mapping/         records to calls; on the sending thread
     server/                 one call to MLflow
 
