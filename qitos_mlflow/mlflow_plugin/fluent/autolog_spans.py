@@ -31,6 +31,33 @@ FLUSH_MS = 30_000
 """How long MLflow's exporter may take for its last spans of a trace, in the background (ms)."""
 
 
+COST = "mlflow.llm.cost"
+"""Attribute of a span: the server does not price a span that has it."""
+
+FREE = {"input_cost": 0.0, "output_cost": 0.0, "total_cost": 0.0}
+
+
+class _Spans(dict[str, Any]):
+    """MLflow's spans of a trace. A model call that is also a QitOS span has its price there only.
+
+    Attributes:
+        calls: MLflow's spans below each QitOS span of a model call that is open, by its id.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Any]] = {}
+
+    def __setitem__(self, key: str, span: Any) -> None:
+        super().__setitem__(key, span)
+        above = span.parent_id
+        while above in self:
+            above = self[above].parent_id
+        if above in self.calls:
+            self.calls[above].append(span)
+            span.set_attribute(COST, FREE)
+
+
 class AutologSpans:
     """What MLflow's tracer sees of one trace. Any thread; no method raises.
 
@@ -52,6 +79,7 @@ class AutologSpans:
         self._sampled = sampled
         self._attached: dict[str, Any] = {}
         self._contexts: Any = None  # MLflow's, once it is in use.
+        self._spans = _Spans()
         self._over = False  # Or never begun: MLflow's spans go elsewhere.
         self._known_until_s = 0.0
 
@@ -64,7 +92,7 @@ class AutologSpans:
 
             parent = otel.SpanContext(
                 trace_id=self._otel_trace_id,
-                span_id=int.from_bytes(span_id(self._qitos_trace_id, str(span.span_id)), "big"),
+                span_id=int.from_bytes(self._id_of(span), "big"),
                 is_remote=True,
                 trace_flags=otel.TraceFlags(self._sampled),
             )
@@ -73,6 +101,8 @@ class AutologSpans:
             attached.outer = _going(otel.get_current_span(current))
             self._contexts.attach(otel.set_span_in_context(attached, current))
             self._attached[span.span_id] = attached
+            if span.data.type == "generation":
+                self._spans.calls[self._id_of(span).hex()] = []
             if self._over:  # Since the look above, on another thread.
                 attached.ended = True
         except Exception as error:  # noqa: BLE001
@@ -86,6 +116,11 @@ class AutologSpans:
         # It may be current on another thread or task than this one.
         attached.ended = True
         with shield("autolog_spans.leave"):
+            if span.data.type == "generation":
+                below = self._spans.calls.pop(self._id_of(span).hex(), ())
+                if not getattr(span.data, "token_usage", None):  # It has no price itself.
+                    for one in below:  # They have ended, but wait for MLflow's exporter.
+                        one._span._attributes._dict.pop(COST, None)
             from opentelemetry import trace as otel
 
             context = self._contexts.get_current()
@@ -102,6 +137,8 @@ class AutologSpans:
         self._attached.clear()
         tags: dict[str, str] = {}
         with shield("autolog_spans.end"):
+            if self._contexts is not None and self._sampled:
+                sys.modules["mlflow.tracing.fluent"]._set_last_active_trace_id(self._trace_id)
             if not self._known_until_s:
                 return tags
             with _manager().get_trace(self._trace_id) as trace:
@@ -119,6 +156,9 @@ class AutologSpans:
                 with suppress(RuntimeError):  # At the interpreter's exit, which forgets it all.
                     forget.start()
         return tags
+
+    def _id_of(self, span: Any) -> bytes:
+        return span_id(self._qitos_trace_id, str(span.span_id))
 
     def _is_possible(self) -> bool:
         if self._over:
@@ -148,9 +188,7 @@ class AutologSpans:
                 for key, span in list(trace.span_dict.items()):
                     if span.end_time_ns and span.end_time_ns < sent_ns:
                         del trace.span_dict[key]
-                if (traces := getattr(manager, "_traces", None)) is not None:
-                    traces.pop(self._trace_id, None)  # Not all its caches renew what is there.
-                    traces[self._trace_id] = trace
+                renew(manager, self._trace_id, trace)
                 return
         entities: Any = sys.modules["mlflow.entities"]
         ref = self._run.ref
@@ -164,6 +202,8 @@ class AutologSpans:
             tags={"mlflow.trace.spansLocation": "TRACKING_STORE"},
         )
         manager.register_trace(self._otel_trace_id, info, is_remote_trace=True)
+        with manager.get_trace(self._trace_id) as trace:
+            trace.span_dict = self._spans
 
     def _forget(self) -> None:
         with shield("autolog_spans.forget"):
@@ -199,6 +239,13 @@ def _going(span: Any) -> Any:
     while isinstance(span, _attached_class()) and span.ended:
         span = span.outer
     return span
+
+
+def renew(manager: Any, trace_id: str, trace: Any) -> None:
+    """Have MLflow's manager keep a trace for another hour; with its lock."""
+    if (traces := getattr(manager, "_traces", None)) is not None:
+        traces.pop(trace_id, None)  # Not all its caches renew what is there.
+        traces[trace_id] = trace
 
 
 def _manager() -> Any:

@@ -52,7 +52,7 @@ def _mlflow_goes_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def span(number: int) -> Any:
     """A QitOS span, as far as it matters here."""
-    return SimpleNamespace(span_id=f"span-{number}")
+    return SimpleNamespace(span_id=f"span-{number}", data=SimpleNamespace(type="tool"))
 
 
 def current() -> str | None:
@@ -131,6 +131,35 @@ def test_a_trace_without_mlflows_spans_is_forgotten_at_once(nesting: AutologSpan
     nesting.leave(span(1))
     assert nesting.end() == {}
     assert not known()
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": 1}, None])
+def test_a_call_that_is_a_qitos_span_has_its_price_there(
+    nesting: AutologSpans, usage: dict[str, int] | None
+) -> None:
+    """MLflow's spans of it are free, however deep, unless QitOS knows no tokens. Others are not."""
+    call = span(1)
+    call.data = SimpleNamespace(type="generation", token_usage=usage)
+    nesting.enter(call)
+    with mlflow.start_span("chain") as chain, mlflow.start_span("completion") as completion:
+        pass
+    nesting.leave(call)
+    nesting.enter(span(2))
+    with mlflow.start_span("a tool's own call") as other:
+        pass
+    nesting.leave(span(2))
+    prices = [one.attributes.get("mlflow.llm.cost") for one in (chain, completion, other)]
+    free = {"input_cost": 0.0, "output_cost": 0.0, "total_cost": 0.0}
+    assert prices == ([free, free, None] if usage else [None] * 3)
+
+
+def test_mlflow_knows_which_trace_was_last(nesting: AutologSpans) -> None:
+    """As it does after one of its own."""
+    nesting.enter(span(1))
+    nesting.leave(span(1))
+    nesting.end()
+    assert mlflow.get_last_active_trace_id() == trace_id(TRACE)
+    assert mlflow.get_last_active_trace_id(thread_local=True) == trace_id(TRACE)
 
 
 def test_a_span_that_ends_on_another_thread(nesting: AutologSpans) -> None:
