@@ -39,9 +39,9 @@ TABLE: dict[str, tuple[str, ...]] = {
         "settings",
     ),
     "mlflow_plugin.fluent": (
-        "mlflow_plugin.mapping.ids",
-        "mlflow_plugin.mapping.entities",
+        "mlflow_plugin.mapping",
         "mlflow_plugin.server.tracking_uri",
+        "recording.normalize",  # What MLflow's own tracer gets is redacted, too.
         "redaction.redact",
         "settings",
     ),

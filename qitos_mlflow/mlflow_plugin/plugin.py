@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import log
+from qitos_mlflow._guard import log, shield
 from qitos_mlflow._stop_reasons import ERROR_STOPS
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
@@ -30,10 +30,17 @@ from qitos_mlflow.mlflow_plugin.fluent.active_run import (
     ActiveRun,
     let_go,
     mlflow_in_use,
+    same_place,
 )
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
-from qitos_mlflow.mlflow_plugin.fluent.surroundings import is_sampled, surroundings, watch
+from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
+    is_sampled,
+    is_trial,
+    surroundings,
+    watch,
+)
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.plugins.selection import Selection
@@ -61,6 +68,7 @@ class OpenTrace(TraceRecorder):
     Attributes:
         run: its run, once there is one.
         active: that run as MLflow's active run.
+        tree: has its spans if they are part of a trace of MLflow's own tracer.
         autolog: makes MLflow's own spans children of its spans; None if that is another's task.
     """
 
@@ -71,6 +79,7 @@ class OpenTrace(TraceRecorder):
         settings: Settings,
         run_settings: RunSettings,
         uri: str | None,
+        parent_run_id: str | None = None,
     ) -> None:
         super().__init__(trace, pipeline, settings, run_settings)
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
@@ -82,10 +91,22 @@ class OpenTrace(TraceRecorder):
         )
         host_id = str(trace.trace_id)
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
+        self.tree: Any = None
         self.autolog = None
-        if settings.log_traces and self.id == host_id:
+        if not settings.log_traces or self.id != host_id:
+            return
+        if not self.run.out_of_reach() and mlflow_in_use() and same_place(uri):
+            with shield("plugin.tree"):
+                from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import tree_around
+
+                self.tree = tree_around(trace, self.run, settings.field_bytes, parent_run_id)
+        if self.tree is None:
             sampled = run_settings["log_traces"]
             self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
+        else:
+            self.autolog = self.tree
+            run_settings["log_traces"] = False
+            run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
 
     @staticmethod
     def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
@@ -111,7 +132,12 @@ class OpenTrace(TraceRecorder):
 
     def tags(self) -> Mapping[str, str]:
         """The tags that were set on the trace through MLflow."""
-        return {} if self.autolog is None else self.autolog.end()
+        return {} if self.autolog is None or self.tree is not None else self.autolog.end()
+
+    def recorded(self, payload: bytes) -> None:
+        """Show it in MLflow's own trace, if its spans are there."""
+        if self.tree is not None:
+            self.tree.fold(payload)
 
 
 class MlflowPlugin:
@@ -161,11 +187,12 @@ class MlflowPlugin:
         around = surroundings(uri, settings.parent_run_id)
         logged_as = placed(self._run_settings, settings, around)
         logged_as["log_traces"] = settings.log_traces and is_sampled(key)
-        open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri)
+        parent = around.parent_run_id
+        open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent)
         self.recorder.add(key, open_trace)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
-        open_trace.start(trace, parent_run_id=around.parent_run_id)
+        open_trace.start(trace, parent_run_id=parent)
         if waits:
             open_trace.run.wait(min(settings.start_timeout_s, before_alarm_s()))
         open_trace.active.follow()
@@ -188,9 +215,11 @@ class MlflowPlugin:
         open_trace = self.recorder.get(span.trace_id)
         if open_trace is None:
             return
-        if open_trace.autolog is not None:
-            open_trace.autolog.leave(span)
-        open_trace.end_span(span)
+        try:
+            open_trace.end_span(span)
+        finally:
+            if open_trace.autolog is not None:
+                open_trace.autolog.leave(span)
         open_trace.active.follow()
 
     @hookimpl
@@ -204,6 +233,8 @@ class MlflowPlugin:
         try:
             open_trace.end(trace)
         finally:  # Also after Ctrl-C.
+            if open_trace.tree is not None:
+                open_trace.tree.end()
             open_trace.active.leave(open=stays_open)
         self._call_if_idle()
 
@@ -235,6 +266,8 @@ class MlflowPlugin:
         does. A plugin that is only installed also needs a destination. The reason is what to log,
         once: level and message. `trace` is None if it is not made yet.
         """
+        if is_trial():
+            return logging.DEBUG, "mlflow.genai.evaluate tries its predict_fn: this is not logged"
         if equal := self._equal_later_ones(trace):
             # Of several, as where a notebook's cell ran again and again, the last but one says it.
             return logging.WARNING if equal == 1 else logging.DEBUG, (

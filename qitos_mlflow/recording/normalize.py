@@ -63,20 +63,32 @@ def normalize(
     if record["kind"] == "artifact":
         return orjson.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
-    _spell_out(record)
-    # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
-    if len(snapshot) > MAX_INLINED_CHARS:
-        record = note_large(record)
-    record = _redacted(record)
-    # Cut last: a cut could leave half a secret, which nothing recognises.
-    if len(snapshot) > field_bytes:
-        content = {name: value for name, value in record.items() if name not in UNCUT}
-        record |= trim_fields(content, field_bytes)
+    record = safe(record, len(snapshot), field_bytes)
     if added := _ask_plugins(record):
         for part, values in record.get("added", {}).items():
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
     return orjson.dumps(record)
+
+
+def safe(record: dict[str, Any], size: int, field_bytes: int) -> dict[str, Any]:
+    """The record with times as numbers, without credentials, and cut; a file has a way of its own.
+
+    Args:
+        record: as `to_json.encode` wrote it; it is changed.
+        size: of what it wrote (bytes).
+        field_bytes: largest size of one field (bytes).
+    """
+    _spell_out(record)
+    # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
+    if size > MAX_INLINED_CHARS:
+        record = note_large(record)
+    record = _redacted(record)
+    # Cut last: a cut could leave half a secret, which nothing recognises.
+    if size > field_bytes:
+        content = {name: value for name, value in record.items() if name not in UNCUT}
+        record |= trim_fields(content, field_bytes)
+    return record
 
 
 def _read_file(record: dict[str, Any]) -> bool:

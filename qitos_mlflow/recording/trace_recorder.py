@@ -93,7 +93,9 @@ class TraceRecorder:
             **self._settings,
             **more,
         }
-        self.pipeline.offer(encode(record, self._slow), keep=True, urgent=True)
+        payload = encode(record, self._slow)
+        self.pipeline.offer(payload, keep=True, urgent=True)
+        self.recorded(payload)
 
     def start_span(self, span: Any) -> None:
         """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
@@ -143,6 +145,10 @@ class TraceRecorder:
             raise
         if not self.pipeline.offer(payload):
             self._note_loss("span", "queue_full")
+        self.recorded(payload)
+
+    def recorded(self, payload: bytes) -> None:
+        """The start, a span or the end was recorded. Derive it to use it on the same thread."""
 
     @staticmethod
     def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
@@ -204,8 +210,10 @@ class TraceRecorder:
             report("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
-            self.pipeline.offer(encode(end, self._slow), keep=True, urgent=True)
+            payload = encode(end, self._slow)
+            self.pipeline.offer(payload, keep=True, urgent=True)
             self._ended_s = time.monotonic()
+            self.recorded(payload)
 
     def _note_loss(self, kind: str, reason: str) -> None:
         if self._ended_s == float("inf"):

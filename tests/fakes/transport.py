@@ -33,6 +33,7 @@ class FakeTransport:
         self.spans: dict[str, Any] = {}
         self.traces: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
+        self.links: set[tuple[str, str]] = set()
         self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
         self.fail_after: Callable[[str, Any], Exception | None] = lambda call, what: None
 
@@ -113,6 +114,9 @@ class FakeTransport:
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
+
+    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
+        self._answer("link_trace", trace_id, lambda: self.links.add((trace_id, run_id)))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Any], timeout_s: float) -> None:
         found = {span.span_id.hex(): span for span in spans}

@@ -635,11 +635,10 @@ BESIDE = """
     add_trace_processor(processor)
     provider = mlflow.tracing.provider.provider.get()
     replies = [act("Look.", ("look", {{"what": "it"}})), answer("Seen.", "so")]
-    with mlflow.start_span("application"):
-        agent = DeskAgent("beside", Model({model!r}, replies), [look])
-        agent.run(task="Look.", trace=False, render=False)
-        with mlflow.start_span("afterwards"):
-            pass
+    agent = DeskAgent("beside", Model({model!r}, replies), [look])
+    agent.run(task="Look.", trace=False, render=False)
+    with mlflow.start_span("afterwards"):
+        pass
     assert mlflow.get_current_active_span() is None
     assert processor.force_flush(90)
     assert mlflow.tracing.provider.provider.get() is provider or provider is None
@@ -670,7 +669,7 @@ def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
     prices = [span.llm_cost["total_cost"] for span in ours]
     assert trace.info.cost["total_cost"] == pytest.approx(sum(prices))
     (own,) = store.traces(f"{experiment_name} of its own")
-    assert [span.name for span in own.data.spans] == ["application", "afterwards"]
+    assert [span.name for span in own.data.spans] == ["afterwards"]
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -94,8 +94,10 @@ def is_sampled(qitos_trace_id: str) -> bool:
     """Whether the tree of this trace is logged, by ``MLFLOW_TRACE_SAMPLING_RATIO``.
 
     The same for all that log the trace: its last 56 bits decide, which are random in a UUID, too
-    (W3C Trace Context, level 2).
+    (W3C Trace Context, level 2). Inside a span that MLflow's own sampler has left out, it is not.
     """
+    if _is_left_out():
+        return False
     text = os.environ.get(RATIO_VARIABLE)
     if not text:
         return True
@@ -110,6 +112,23 @@ def is_sampled(qitos_trace_id: str) -> bool:
         text,
     )
     return True
+
+
+def _is_left_out() -> bool:
+    with shield("surroundings.sampled"):
+        provider: Any = sys.modules.get("mlflow.tracing.provider")
+        # Without a context of MLflow's own it may be a span of the program's own tracer.
+        if mlflow_in_use() and provider and provider.get_current_context() is not None:
+            around = provider.get_current_otel_span().get_span_context()
+            return bool(around.is_valid and not around.trace_flags.sampled)
+    return False
+
+
+def is_trial() -> bool:
+    """Whether `mlflow.genai.evaluate` tries its `predict_fn`, in a call that it does not trace."""
+    tracer = getattr(sys.modules.get("opentelemetry.trace"), "NoOpTracer", None)
+    # MLflow counts the spans of that call by a function in this one's place.
+    return "NoOpTracerPatcher" in getattr(getattr(tracer, "start_span", None), "__qualname__", "")
 
 
 def _open_run() -> Any:

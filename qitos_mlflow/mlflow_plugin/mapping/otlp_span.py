@@ -83,9 +83,22 @@ def build_span(
 
 def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | None) -> None:
     """OK; or ERROR with its text, and the exception as the event OpenTelemetry has for it."""
-    if error is None and not exception:
+    failure = failure_of(error, exception)
+    if failure is None:
         span.status.code = Status.STATUS_CODE_OK
         return
+    span.status.code = Status.STATUS_CODE_ERROR
+    span.status.message, attributes = failure
+    event = span.events.add(name="exception", time_unix_nano=span.end_time_unix_nano)
+    _add(event.attributes, attributes)
+
+
+def failure_of(
+    error: str | None, exception: Mapping[str, Any] | None
+) -> tuple[str, dict[str, str]] | None:
+    """The text of a span's status and the attributes of its exception event; None: it is OK."""
+    if error is None and not exception:
+        return None
     details = exception or {}
     kind, message = details.get("type"), details.get("message")
     if not kind:  # "ValueError: text", as the bridge writes errors
@@ -93,17 +106,11 @@ def set_status(span: Span, error: str | None, exception: Mapping[str, Any] | Non
         named = mark and head.isidentifier()
         kind, message = (head, tail) if named else ("Error", error or message)
     text = error or (f"{kind}: {message}" if message else str(kind))
-    span.status.code = Status.STATUS_CODE_ERROR
-    span.status.message = clean_text(text, limits.TAG_CHARS)
-    event = span.events.add(name="exception", time_unix_nano=span.end_time_unix_nano)
-    _add(
-        event.attributes,
-        {
-            "exception.type": kind,
-            "exception.message": message or "",
-            "exception.stacktrace": details.get("stacktrace") or "",
-        },
-    )
+    return clean_text(text, limits.TAG_CHARS), {
+        "exception.type": str(kind),
+        "exception.message": str(message or ""),
+        "exception.stacktrace": str(details.get("stacktrace") or ""),
+    }
 
 
 def distinct(spans: Iterable[Span]) -> list[Span]:

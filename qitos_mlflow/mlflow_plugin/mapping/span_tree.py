@@ -93,6 +93,17 @@ class SpanTree:
         """When the root started."""
         return self.facts.start_ns if self.root_start_ns is None else self.root_start_ns
 
+    @property
+    def root_attributes(self) -> dict[str, Any]:
+        """What the root shows of the trace, beside what an agent's span shows of itself."""
+        of_agent = self.root is not None or "qitos.agent" in self.facts.start_tags
+        found = {
+            "qitos.trace_id": self.facts.trace_id,
+            "mlflow.spanInputs": {"task": self.request} if self.request else None,
+            "mlflow.spanType": "AGENT" if of_agent else "CHAIN",
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
     # -- the info ----------------------------------------------------------------------------
 
     @property
@@ -247,13 +258,8 @@ class SpanTree:
 
     def _root_span(self, start_ns: Any, end_ns: Any, attributes: Mapping[str, Any]) -> Span:
         trace = self.facts.trace_id
-        of_agent = self.root is not None or "qitos.agent" in self.facts.start_tags
-        own = {
-            "qitos.trace_id": trace,
-            "mlflow.spanInputs": {"task": self.request} if self.request else None,
-            "mlflow.spanType": "AGENT" if of_agent else "CHAIN",
-        }
-        name, both = self.root_name or self.facts.name or "trace", {**own, **attributes}
+        name = self.root_name or self.facts.name or "trace"
+        both = {**self.root_attributes, **attributes}
         span = build_span(otel_trace_id(trace), self._root_id(), None, name, start_ns, end_ns, both)
         if self.link:
             other, linked = self.link

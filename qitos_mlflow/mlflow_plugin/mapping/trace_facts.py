@@ -39,6 +39,9 @@ _METADATA_TAGS = {
 PARENT_TAG = "mlflow.parentRunId"
 """Makes a run a child of another one."""
 
+TREE_TAG = "qitos.mlflow_trace_id"
+"""MLflow's id of the trace that has the spans, if MLflow's own tracer made it."""
+
 _RECORD_TAGS = {
     "trace_id": "qitos.trace_id",
     "group_id": "qitos.group_id",
@@ -71,6 +74,9 @@ def without_ids(record: Any) -> None:
         for key in ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id"):
             if isinstance(part, dict):
                 part.pop(key, None)
+    tags = mapping(mapping(mapping(record).get("settings")).get("tags"))
+    if isinstance(tags, dict):
+        tags.pop(TREE_TAG, None)
 
 
 def error_text(error: Any) -> str:

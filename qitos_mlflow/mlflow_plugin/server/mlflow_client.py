@@ -327,6 +327,10 @@ class StoreTransport(Transport):
         with self._call():
             self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
 
+    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
+        with self._call():
+            self._mlflow.link_traces_to_run([trace_id], run_id)
+
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         for _, of_trace in groupby(spans, lambda span: span.trace_id):
             with self._call():

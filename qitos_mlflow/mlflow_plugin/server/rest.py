@@ -113,6 +113,10 @@ class RestTransport(Transport):
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s, "trace")
 
+    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
+        body = {"trace_ids": [trace_id], "run_id": run_id}
+        self._post("/api/2.0/mlflow/traces/link-to-run", body, timeout_s)
+
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         message = ExportTraceServiceRequest(
             resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])]

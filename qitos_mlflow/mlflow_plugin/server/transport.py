@@ -195,6 +195,10 @@ class Transport(ABC):
         """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
     @abstractmethod
+    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
+        """Show a trace of MLflow's own tracer on the run's page, beside the run it may name."""
+
+    @abstractmethod
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, of any traces of the experiment; those of one trace in a row."""
 

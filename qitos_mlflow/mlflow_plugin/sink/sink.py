@@ -11,6 +11,7 @@ One sink serves traces of any experiment and settings: each `trace_start` brings
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,11 @@ from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import settings_in, without_ids
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
+    TREE_TAG,
+    settings_in,
+    without_ids,
+)
 from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
 from qitos_mlflow.mlflow_plugin.server.http import SessionRequester, uninstrumented
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
@@ -33,6 +38,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
+from qitos_mlflow.mlflow_plugin.sink.links import link_trace
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
@@ -87,6 +93,7 @@ class MlflowSink:
         self._refused: dict[str, str] = {}
         """Why the server refuses the run of a trace: each of its records is a dead letter."""
         self._prepared = CallList(self._operations)
+        self._link = partial(link_trace, self._transport)
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
@@ -202,6 +209,11 @@ class MlflowSink:
             if known and trace.tree is not None and trace.tree.changed:
                 calls.append(Call(trace, operations.write_info, [trace.tree.info()]))
                 trace.tree.info_made()
+        calls += [
+            Call(trace, self._link, [trace.facts.start_tags[TREE_TAG]])
+            for trace in traces
+            if trace.facts.ended and TREE_TAG in trace.facts.start_tags
+        ]
         # Where they go may fail for long while all else works.
         calls += [
             Call(trace, operations.write_artifact, [file])

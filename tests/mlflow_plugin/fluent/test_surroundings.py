@@ -20,6 +20,7 @@ from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
     INHERITED,
     Surroundings,
     is_sampled,
+    is_trial,
     surroundings,
     watch,
 )
@@ -227,6 +228,27 @@ def test_a_ratio_that_is_none_is_said(
     monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", text)
     assert is_sampled(str(uuid.uuid4()))
     assert f"MLFLOW_TRACE_SAMPLING_RATIO={text!r}" in caplog.text
+
+
+@mlflow.trace(sampling_ratio_override=0.0)
+def _left_out() -> bool:
+    return is_sampled(str(uuid.uuid4()))
+
+
+def test_what_mlflow_leaves_out_is_left_out() -> None:
+    """A trace inside a span that MLflow's own sampler has dropped is not logged, either."""
+    assert not _left_out()
+    assert is_sampled(str(uuid.uuid4()))
+
+
+def test_the_trial_of_an_evaluation_is_recognised() -> None:
+    """As long as it lasts, by what MLflow does for it."""
+    from mlflow.genai.utils.trace_utils import NoOpTracerPatcher
+
+    assert not is_trial()
+    with NoOpTracerPatcher():
+        assert is_trial()
+    assert not is_trial()
 
 
 def test_starting_threads_and_processes_stays_what_it_was() -> None:

@@ -1,0 +1,323 @@
+"""Makes the agent's spans the subtree of MLflow's own span that is current where a trace begins.
+
+Inside `@mlflow.trace`, `mlflow.start_span` or the call of `mlflow.genai.evaluate`, MLflow's tracer
+makes the tree and delivers it: so scorers, judges and `mlflow.get_trace` see the agent's spans in
+the trace that they know. What a span shows comes from its record, redacted and cut as what goes to
+the spool, through the same mapping. The run and its numbers go the usual way.
+
+If MLflow's tracer fails, spans are missing in its trace, and nothing else. Only imported if mlflow
+is in use; mlflow is never imported here.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+import time
+from typing import Any
+
+import orjson
+from opentelemetry import trace as otel
+
+from qitos_mlflow._guard import report, shield
+from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import RENEW_S, renew
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.mapping import span_attributes
+from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
+from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
+from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, feedback_of
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts
+from qitos_mlflow.recording.normalize import nanoseconds, safe
+from qitos_mlflow.redaction.redact import redact_text
+
+TRACE = "trace"
+"""Stands for the trace itself among the open spans, if it has a span of its own."""
+
+SOURCE_RUN = "mlflow.sourceRun"
+"""MLflow's metadata of a trace: the run that it belongs to."""
+
+MODEL, USAGE = "mlflow.llm.model", "mlflow.chat.tokenUsage"
+"""Attributes by which the server prices a span."""
+
+_forked_ns = 0
+"""When this process was forked: spans that are older belong to the parent."""
+
+
+def tree_around(
+    trace: Any, run: PendingRun, field_bytes: int, parent_run_id: str | None
+) -> MlflowTree | None:
+    """The tree that a trace which begins on this thread is part of; None if it has its own.
+
+    That is the one of MLflow's current span, if it is recorded. Inside `mlflow.genai.evaluate` it
+    is a new one if there is none: the evaluation looks for what MLflow's tracer has made. Never
+    raises.
+
+    Args:
+        trace: the host's.
+        run: its run.
+        field_bytes: largest size of one field of a record (bytes).
+        parent_run_id: the run that it is a child of, which MLflow's trace belongs to.
+    """
+    with shield("mlflow_tree.begin"):
+        above = sys.modules["mlflow"].get_current_active_span()
+        if above is not None:
+            with _manager().get_trace(above.trace_id) as known:
+                if known is None:  # Another tracer's span.
+                    return None
+            if not above._span.is_recording() or above.start_time_ns <= _forked_ns:
+                return None
+        elif not sys.modules["mlflow.tracing.utils"].maybe_get_request_id(is_evaluate=True):
+            return None
+        tree = MlflowTree(trace, above, run, field_bytes, parent_run_id)
+        return tree if tree.trace_id else None
+    return None
+
+
+class MlflowTree:
+    """The spans of one QitOS trace in MLflow's tracer. Any thread; no method but this one raises.
+
+    Args:
+        trace: the host's.
+        above: MLflow's span that they are below; None: they are a trace of their own.
+        run: the QitOS trace's.
+        field_bytes: largest size of one field of a record (bytes).
+        parent_run_id: the run's parent.
+
+    Attributes:
+        trace_id: MLflow's id of its trace; empty if MLflow made none.
+    """
+
+    def __init__(
+        self,
+        trace: Any,
+        above: Any,
+        run: PendingRun,
+        field_bytes: int,
+        parent_run_id: str | None = None,
+    ) -> None:
+        self._facts = TraceFacts(str(trace.trace_id))
+        self._tree = SpanTree(self._facts)
+        self._run = run
+        self._parent_run_id = parent_run_id
+        self._field_bytes = field_bytes
+        self._open: dict[str, Any] = {}
+        self._over = False
+        self._known_until_s = time.monotonic() + RENEW_S
+        self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
+        self._top = above
+        # A trace of the bridge is one agent's run, whose span is there in a moment.
+        self._root = "" if "agent_name" in (trace.metadata or {}) else TRACE
+        if above is None or self._root == TRACE:
+            self._top = self._start(str(trace.name or "trace"), above, time.time_ns())
+            if self._top is not None:
+                self._open[TRACE] = self._top
+                self._attach(self._top)
+        self.trace_id = "" if self._top is None else str(self._top.trace_id)
+
+    # -- spans, on their own threads -----------------------------------------------------------
+
+    def enter(self, span: Any) -> None:
+        """`span` has started on this thread: it is MLflow's current span until it ends."""
+        late = self._over
+        if late:
+            return
+        try:
+            if time.monotonic() >= self._known_until_s:
+                self._known_until_s = time.monotonic() + RENEW_S
+                self._renew()
+            above = self._open.get(span.parent_span_id, self._top)
+            current = sys.modules["mlflow"].get_current_active_span()
+            if current is not None and not hasattr(current._span, "qitos_outer"):
+                # The user's, such as in a tool that `@mlflow.trace` is around.
+                above = current if self._is_below(current, above) else above
+            name = getattr(span.data, "name", None) or span.data.type
+            live = self._start(str(name), above, nanoseconds(span.started_at))
+            if live is None:
+                return
+            self._open[span.span_id] = live
+            self._root = self._root or span.span_id
+            self._attach(live)
+            if self._over:  # Since the look above, on another thread.
+                self.end()
+        except Exception as error:  # noqa: BLE001
+            report("mlflow_tree.enter", error)
+
+    def leave(self, span: Any) -> None:
+        """`span` has ended: MLflow's current span is again the one before it."""
+        with shield("mlflow_tree.leave"):
+            live = self._open.pop(span.span_id, None)
+            if live is not None:  # Its record was lost, or could not be shown.
+                self._end(live)
+            self._detach()
+
+    def fold(self, payload: bytes) -> None:
+        """Take in a record of the trace: its start, a span or its end."""
+        with shield("mlflow_tree.fold"):
+            record: Any = safe(orjson.loads(payload), len(payload), self._field_bytes)
+            if record["kind"] == "span":
+                self._fold_span(record)
+                return
+            self._facts.fold(record)
+            spans = self._tree.fold(record)
+            if record["kind"] == "trace_end" and TRACE in self._open:
+                self._end_of_trace(record, spans[-1])
+            self._describe()
+
+    def end(self) -> dict[str, str]:
+        """The trace has ended: its open spans end, too, or MLflow would never send its trace."""
+        self._over = True
+        with shield("mlflow_tree.end"):
+            while self._open:  # The innermost first.
+                self._end(self._open.popitem()[1])
+            self._detach()
+        return {}
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _start(name: str, above: Any, start_ns: int | None) -> Any:
+        """A span of MLflow's tracer; None if it makes none."""
+        start = sys.modules["mlflow"].start_span_no_context
+        live = start(redact_text(name), parent_span=above, start_time_ns=start_ns)
+        return live if live._span.is_recording() else None
+
+    def _renew(self) -> None:
+        """Have MLflow keep its trace for another hour, unless the user has set a time limit."""
+        manager = _manager()
+        with manager.get_trace(self.trace_id) as trace:
+            if trace is not None and not getattr(manager._traces, "timeout", None):
+                renew(manager, self.trace_id, trace)
+
+    def _attach(self, live: Any) -> None:
+        """Make a span MLflow's current one on this thread."""
+        context = self._contexts.get_current()
+        live._span.qitos_outer = _going(otel.get_current_span(context))
+        self._contexts.attach(otel.set_span_in_context(live._span, context))
+
+    def _detach(self) -> None:
+        """Make the innermost span that has not ended MLflow's current one on this thread."""
+        context = self._contexts.get_current()
+        current = otel.get_current_span(context)
+        going = _going(current)
+        if going is not current:
+            self._contexts.attach(otel.set_span_in_context(going, context))
+
+    @staticmethod
+    def _show(live: Any, attributes: dict[str, Any]) -> None:
+        """Set attributes as MLflow keeps them: as JSON, which its own encoder takes long for."""
+        for key, value in attributes.items():
+            if value is not None:
+                live._span.set_attribute(key, orjson.dumps(value).decode())
+
+    def _end(self, live: Any, **how: Any) -> None:
+        # Inside an evaluation, MLflow sends each span at once. While its server does not answer,
+        # this one is left to its queue, as outside of an evaluation.
+        if self._run.out_of_reach():
+            contextvars.Context().run(live.end, **how)
+        else:
+            live.end(**how)
+
+    def _fold_span(self, record: Any) -> None:
+        live = self._open.get(record["span_id"])
+        if live is None:
+            return
+        found = span_attributes.of_span(record, self._tree.tools)
+        if record["span_id"] == self._root:
+            found = {**self._tree.root_attributes, **found}
+        if MODEL in found and USAGE in found and self._is_priced_below(live):
+            # Not the model: the server finds it in the inputs as well.
+            found["qitos.token_usage"] = found.pop(USAGE)
+        live._span.update_name(span_name(record))
+        self._show(live, found)
+        error = record.get("error")
+        text = None if error is None else str(error)
+        self._fail(live, failure_of(text, mapping(record.get("exception"))), record.get("end_ns"))
+        if kind_of(record).counts == "scores":
+            self._judge(live, feedback_of(record, self._facts.trace_id))
+        self._open.pop(record["span_id"], None)
+        self._end(live, end_time_ns=record.get("end_ns"))
+
+    def _judge(self, live: Any, feedback: dict[str, Any] | None) -> None:
+        """Add a critic's verdict to MLflow's trace."""
+        with _manager().get_trace(self.trace_id) as trace:
+            if feedback is not None and trace is not None:
+                feedback |= {"trace_id": self.trace_id, "span_id": live.span_id}
+                entities: Any = sys.modules["mlflow.entities"]
+                trace.info.assessments.append(entities.Assessment.from_dictionary(feedback))
+
+    def _fail(self, live: Any, failure: Any, end_ns: int | None) -> None:
+        if failure is not None:
+            entities: Any = sys.modules["mlflow.entities"]
+            text, attributes = failure
+            at = {} if end_ns is None else {"timestamp": end_ns}
+            live.add_event(entities.SpanEvent("exception", attributes=attributes, **at))
+            live.set_status(entities.SpanStatus(entities.SpanStatusCode.ERROR, text))
+
+    def _end_of_trace(self, record: Any, root: Any) -> None:
+        """End the span of the trace itself as `root`, the one that the tree would have, ends."""
+        live = self._open[TRACE]
+        live._span.update_name(self._facts.name or "trace")
+        result = mapping(record.get("metadata")).get("final_result")
+        self._show(live, {**self._tree.root_attributes, "mlflow.spanOutputs": result})
+        for event in root.events:
+            attributes = {one.key: one.value.string_value for one in event.attributes}
+            self._fail(live, (root.status.message, attributes), record["time_ns"])
+        self._open.pop(TRACE, None)
+        self._end(live, end_time_ns=record["time_ns"])
+
+    def _describe(self) -> None:
+        """Give MLflow's trace the tags of ours, and the run that it belongs to."""
+        ref = self._run.ref
+        run_id = self._parent_run_id or (None if ref is None else ref.run_id)
+        tags = {key: tag for key, tag in self._facts.trace_tags.items() if key != TREE_TAG}
+        with _manager().get_trace(self.trace_id) as trace:
+            if trace is None or trace.is_remote_trace:  # One begun elsewhere has its own.
+                return
+            trace.info.tags.update(tags)
+            metadata = trace.info.trace_metadata
+            for key, value in self._tree.metadata.items():
+                metadata.setdefault(key, value)
+            if run_id:  # MLflow takes any thread's newest run, which may be another agent's.
+                metadata[SOURCE_RUN] = run_id
+
+    def _is_priced_below(self, live: Any) -> bool:
+        """Whether MLflow has a span of this model call, which has a price then."""
+        with _manager().get_trace(self.trace_id) as trace:
+            for below in () if trace is None else reversed(trace.span_dict.values()):
+                if below is live:  # The others began before it.
+                    break
+                attributes = below._span.attributes
+                if MODEL in attributes and USAGE in attributes and self._is_below(below, live):
+                    return True
+        return False
+
+    def _is_below(self, span: Any, above: Any) -> bool:
+        """Whether a span of MLflow's is within the subtree of another one."""
+        with _manager().get_trace(self.trace_id) as trace:
+            spans = {} if trace is None else trace.span_dict
+            parent = span.parent_id
+            while parent in spans and parent != above.span_id:
+                parent = spans[parent].parent_id
+            return bool(parent == above.span_id)
+
+
+def _going(span: Any) -> Any:
+    """`span`; if it is one of ours that has ended, the span that was current outside of it."""
+    while not span.is_recording() and hasattr(span, "qitos_outer"):
+        span = span.qitos_outer
+    return span
+
+
+def _manager() -> Any:
+    return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()
+
+
+def _forked() -> None:
+    global _forked_ns
+    _forked_ns = time.time_ns()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
