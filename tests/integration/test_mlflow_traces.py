@@ -11,9 +11,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Span, Trace
 
+from qitos_mlflow.cli import main
 from tests.integration.logged import LoggedRun, run_script, runs_of
 from tests.integration.server import MlflowServer
 
@@ -304,6 +306,27 @@ def test_another_servers_trace_is_its_own(
         name,
     )
     assert tree(only(client, name))[""] == ["asker"]
+
+
+def test_offline_and_in_forks_it_is_its_own(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """Where MLflow's tracer could not deliver it, the agent's trace goes through the spool."""
+    forks = """
+        with mlflow.start_span("top"):
+            if (pid := os.fork()) == 0:
+                run("in a fork")
+                sys.exit()
+            assert os.waitpid(pid, 0)[1] == 0
+        """
+    script(forks, mlflow_server, name)
+    script('with mlflow.start_span("top"):\n    run("offline")', mlflow_server, name,
+           QITOS_MLFLOW_OFFLINE="1")  # fmt: skip
+    done = CliRunner().invoke(main, ["sync"])
+    assert done.exit_code == 0, done.output
+    roots = Counter(tree(trace)[""][0] for trace in traces_of(client, name))
+    assert roots == {"top": 2, "asker": 2}
+    assert {run.params["task"] for run in runs_of(client, name)} == {"in a fork", "offline"}
 
 
 @pytest.mark.parametrize("broken", ["start_span_no_context", "get_current_active_span"])

@@ -12,7 +12,6 @@ is in use; mlflow is never imported here.
 from __future__ import annotations
 
 import contextvars
-import os
 import sys
 import time
 from typing import Any
@@ -21,6 +20,7 @@ import orjson
 from opentelemetry import trace as otel
 
 from qitos_mlflow._guard import report, shield
+from qitos_mlflow.mlflow_plugin.fluent import surroundings
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import RENEW_S, renew
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
@@ -40,9 +40,6 @@ SOURCE_RUN = "mlflow.sourceRun"
 
 MODEL, USAGE = "mlflow.llm.model", "mlflow.chat.tokenUsage"
 """Attributes by which the server prices a span."""
-
-_forked_ns = 0
-"""When this process was forked: spans that are older belong to the parent."""
 
 
 def tree_around(
@@ -66,8 +63,8 @@ def tree_around(
             with _manager().get_trace(above.trace_id) as known:
                 if known is None:  # Another tracer's span.
                     return None
-            if not above._span.is_recording() or above.start_time_ns <= _forked_ns:
-                return None
+            if not above._span.is_recording() or above.start_time_ns <= surroundings.forked_ns:
+                return None  # It is over, or the parent process's.
         elif not sys.modules["mlflow.tracing.utils"].maybe_get_request_id(is_evaluate=True):
             return None
         tree = MlflowTree(trace, above, run, field_bytes, parent_run_id)
@@ -312,12 +309,3 @@ def _going(span: Any) -> Any:
 
 def _manager() -> Any:
     return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()
-
-
-def _forked() -> None:
-    global _forked_ns
-    _forked_ns = time.time_ns()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

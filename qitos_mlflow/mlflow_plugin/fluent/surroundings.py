@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 import threading
+import time
 import weakref
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ STARTER = "_qitos_mlflow_starter"
 
 INHERITED = "qitos_mlflow_run"
 """Key in the configuration that multiprocessing hands from a process to those it starts."""
+
+forked_ns = 0
+"""When this process was forked: MLflow's spans that are older are its parent's."""
 
 _inherited: str | None = None
 """The run that was open on the thread that forked this process."""
@@ -211,7 +215,8 @@ def _note_run(process: Any) -> None:
 
 
 def _forked() -> None:
-    global _inherited
+    global _inherited, forked_ns
+    forked_ns = time.time_ns()
     with shield("surroundings.fork"):
         if (fluent := mlflow_in_use()) is not None:
             # Before MLflow empties it, at its first use in this process.

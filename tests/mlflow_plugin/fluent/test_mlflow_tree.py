@@ -18,7 +18,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import maybe_get_request_id
 from opentelemetry.context import Context
 
-from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree
+from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree, surroundings
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import MlflowTree, tree_around
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
@@ -210,7 +210,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(
 def test_a_forked_process_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The span that is current in it is its parent's."""
     with mlflow.start_span("top") as top:
-        monkeypatch.setattr(mlflow_tree, "_forked_ns", top.start_time_ns + 1)
+        monkeypatch.setattr(surroundings, "forked_ns", top.start_time_ns + 1)
         assert tree_around(agents_trace(), PendingRun(), FIELD_BYTES, None) is None
 
 
