@@ -167,7 +167,10 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
         if (before is None or before.starts_trace) and not is_wanted():
             return None
         _fit()
-        return AgentRun(engine, args[0] if args else kwargs.get("task"), before)
+        task = args[0] if args else kwargs.get("task")
+        # A host that resumes a run gives its id as the task.
+        resumed = task if kwargs.get("_resume_state") is not None else None
+        return AgentRun(engine, task, before, resumed)
     except BaseException as error:
         place = here.get()
         if place is not None and place is not before and place.run.before is before:

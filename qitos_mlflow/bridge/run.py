@@ -49,7 +49,9 @@ class AgentRun:
     Used by the thread that runs the agent; tools on other threads use `live` only.
     """
 
-    def __init__(self, engine: Any, task: Any, before: Place | None) -> None:
+    def __init__(
+        self, engine: Any, task: Any, before: Place | None, resumed_from: Any = None
+    ) -> None:
         """Begin: a subtree at `before` if its trace has not ended, else a trace of its own.
 
         If that fails once the trace has begun, this run is the current place, for `end`.
@@ -74,6 +76,8 @@ class AgentRun:
         self._innermost: dict[str, Any] = {}  # By type: `find` in `stack` takes 0.6 µs.
         self._session_failure: dict[str, Any] | None = None
         self._metadata = extract.run_metadata(engine, task)
+        if isinstance(resumed_from, str):
+            self._metadata["resumed_from"] = resumed_from
         self._parent: Any = None
         """The span that the root is below; None: the trace is this run's own."""
         if before is None or before.starts_trace:

@@ -40,6 +40,13 @@ from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
     surroundings,
     watch,
 )
+from qitos_mlflow.mlflow_plugin.fluent.versions import (
+    active_model,
+    current_trace,
+    prompts_of,
+    watch_prompts,
+)
+from qitos_mlflow.mlflow_plugin.mapping.lineage import PROMPTS, prompts_tag
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
@@ -82,6 +89,7 @@ class OpenTrace(TraceRecorder):
         parent_run_id: str | None = None,
     ) -> None:
         super().__init__(trace, pipeline, settings, run_settings)
+        self._of_host = str(trace.trace_id), uri
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,
@@ -131,8 +139,10 @@ class OpenTrace(TraceRecorder):
             self.active.leave(open=False)
 
     def tags(self) -> Mapping[str, str]:
-        """The tags that were set on the trace through MLflow."""
-        return {} if self.autolog is None or self.tree is not None else self.autolog.end()
+        """The tags that were set on the trace through MLflow, and the prompts that were loaded."""
+        tags = {} if self.autolog is None or self.tree is not None else self.autolog.end()
+        prompts = prompts_of(*self._of_host)
+        return {**tags, PROMPTS: prompts_tag(prompts)} if prompts else tags
 
     def recorded(self, payload: bytes) -> None:
         """Show it in MLflow's own trace, if its spans are there."""
@@ -155,6 +165,7 @@ class MlflowPlugin:
         self._when_idle: Callable[[], object] | None = None
         self._said: set[tuple[int, str]] = set()
         watch()
+        watch_prompts()
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -186,10 +197,13 @@ class MlflowPlugin:
             return
         around = surroundings(uri, settings.parent_run_id)
         logged_as = placed(self._run_settings, settings, around)
+        if model_id := active_model(uri):
+            logged_as["model_id"] = model_id
         logged_as["log_traces"] = settings.log_traces and is_sampled(key)
         parent = around.parent_run_id
         open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent)
         self.recorder.add(key, open_trace)
+        current_trace.set(key)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
         open_trace.start(trace, parent_run_id=parent)
@@ -204,6 +218,7 @@ class MlflowPlugin:
         if open_trace is None:
             self.recorder.lose_span(span.trace_id)
             return
+        current_trace.set(span.trace_id)
         open_trace.start_span(span)
         open_trace.active.follow()
         if open_trace.autolog is not None:
@@ -236,6 +251,7 @@ class MlflowPlugin:
             if open_trace.tree is not None:
                 open_trace.tree.end()
             open_trace.active.leave(open=stays_open)
+            current_trace.set(None)
         self._call_if_idle()
 
     @hookimpl

@@ -18,6 +18,7 @@ import orjson
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.recording.code_version import CodeVersion
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.settings import Settings, temporary_name
 
@@ -122,6 +123,7 @@ class RecordPipeline(Pipeline):
     def _begin(self) -> None:
         super()._begin()
         self._losses: dict[str, Counter[tuple[str, str]]] = {}
+        self._code_version = CodeVersion()
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()
 
@@ -130,7 +132,11 @@ class RecordPipeline(Pipeline):
         return normalize(payload, self.field_bytes, self._complete)
 
     def _complete(self, record: dict[str, Any]) -> None:
-        """Write into a trace's end what was lost before it: spans by reason, the rest apart."""
+        """Write in what is known only now: the code's version; at a trace's end, its losses.
+
+        Spans are counted by reason, the rest apart.
+        """
+        self._code_version.complete(record, self.exit_timeout_s)
         if record["kind"] == "trace_end":
             with self._losses_lock:
                 losses = self._losses.pop(record["trace_id"], Counter())

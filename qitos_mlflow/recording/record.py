@@ -44,12 +44,27 @@ class RunSettings(TypedDict, total=False):
     """Whether the run ends with its trace."""
     log_traces: bool
     """Whether the tree of spans is logged."""
+    model_id: str
+    """MLflow's id of the active model (`mlflow.set_active_model`); missing if there is none."""
     user: str
     """The operating system's user."""
     source: str
     """Name of the script."""
     plugin_version: str
     """Version of the package that recorded it."""
+
+
+class Code(TypedDict, total=False):
+    """The version of the program's code, as far as git knows it."""
+
+    commit: str
+    """The commit's hash."""
+    branch: str | None
+    """Name of the branch; null: none is checked out."""
+    repository: str
+    """URL of the first remote, without credentials."""
+    dirty: bool | None
+    """Whether files of the commit are changed; null: not known."""
 
 
 class Failure(TypedDict, total=False):
@@ -81,6 +96,8 @@ class _Record(TypedDict, total=False):
     """QitOS's id of the trace."""
     added: Added
     """What plugins add; missing if they add nothing."""
+    code: Code
+    """The program's version, once in a trace: in its start, or as soon as it is known."""
 
 
 class TraceStart(_Record, total=False):

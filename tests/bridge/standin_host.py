@@ -43,6 +43,15 @@ def agent(*script: Any, name: str = "main", **tools: Any) -> Any:
     return Agent(name, Tools(add=add, **tools), *script)
 
 
+def test_a_resumed_run_names_the_one_before(recorder: Recorder) -> None:
+    """Such a host gives the id of the run that it resumes in the place of the task."""
+    Engine(agent(FINAL)).run("t")
+    Engine(agent(FINAL)).run("run_before", _resume_state={"step": 3}, _resume_step=3)
+    first, second = recorder.ended
+    assert "resumed_from" not in first.metadata
+    assert second.metadata["resumed_from"] == "run_before"
+
+
 def test_the_host_has_tracing_and_it_is_used(recorder: Recorder) -> None:
     """Spans are the host's own objects, from its provider; its current span is never ours."""
     from qitos.tracing import models

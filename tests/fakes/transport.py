@@ -32,6 +32,7 @@ class FakeTransport:
         self.experiments = {"7", "8"}
         self.spans: dict[str, Any] = {}
         self.traces: dict[str, dict[str, Any]] = {}
+        self.prompts: set[tuple[str, str, str]] = set()
         self.artifacts: dict[str, bytes] = {}
         self.links: set[tuple[str, str]] = set()
         self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
@@ -117,6 +118,13 @@ class FakeTransport:
 
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         self._answer("link_trace", trace_id, lambda: self.links.add((trace_id, run_id)))
+
+    def link_prompts(self, trace_id: str, prompts: Sequence[Any], timeout_s: float) -> None:
+        def link() -> None:
+            for prompt in prompts:
+                self.prompts.add((trace_id, prompt.name, prompt.version))
+
+        self._answer("link_prompts", prompts, link)
 
     def write_spans(self, experiment_id: str, spans: Sequence[Any], timeout_s: float) -> None:
         found = {span.span_id.hex(): span for span in spans}

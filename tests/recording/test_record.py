@@ -51,7 +51,8 @@ def test_the_docs_have_the_fields_of_the_record() -> None:
 
 def test_every_field_is_described() -> None:
     """A reader of the types finds the meaning and the unit of each field beside it."""
-    for kind in (*get_args(record.Record), record.RunSettings, record.Failure, record.Added):
+    parts = (record.RunSettings, record.Code, record.Failure, record.Added)
+    for kind in (*get_args(record.Record), *parts):
         assert all(fields(kind).values()), kind
 
 

@@ -44,6 +44,14 @@ class FoundRun:
 
 
 @dataclass(frozen=True)
+class PromptRef:
+    """A version of a prompt in MLflow's registry."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
 class RunRef:
     """A run on the server, with the fields that MLflow's own `ActiveRun` shows.
 

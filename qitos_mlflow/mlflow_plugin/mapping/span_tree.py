@@ -21,6 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from qitos_mlflow.mlflow_plugin.mapping import limits, span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, otel_trace_id, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
+from qitos_mlflow.mlflow_plugin.mapping.lineage import MODEL_ID
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import build_span, set_status
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TraceFacts, added, error_text
@@ -125,7 +126,8 @@ class SpanTree:
         Its assessments have ids of their own, so that each is on the server once. Totals are always
         explicit: the server stops adding up by itself once it has an info (see `sink.operations`).
         """
-        facts, metadata, tags = self.facts, dict(self.metadata), self.facts.trace_tags
+        facts, tags = self.facts, self.facts.trace_tags
+        metadata = {**self.metadata, **facts.code}
         if facts.started:
             tags["mlflow.traceName"] = clean_text(facts.name or "trace", limits.KEY_CHARS)
         info: dict[str, Any] = {
@@ -183,6 +185,7 @@ class SpanTree:
             ("mlflow.trace.session", record.get("group_id")),
             ("mlflow.trace.user", user),
             ("mlflow.source.name", settings.get("source")),
+            (MODEL_ID, settings.get("model_id")),
         ):
             if value:
                 self.metadata[key] = clean_text(value, limits.SESSION_CHARS)

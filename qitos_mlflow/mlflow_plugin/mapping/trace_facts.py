@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping import limits, lineage
 from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
 from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd
@@ -31,6 +31,7 @@ _METADATA_TAGS = {
     "task_id": "qitos.task_id",
     "benchmark_name": "qitos.benchmark",
     "linked_trace_id": "qitos.linked_trace_id",
+    "resumed_from": "qitos.resumed_from",
     "qitos.closed": "qitos.closed",
     "qitos.killed": "qitos.killed",
 }
@@ -71,7 +72,8 @@ def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
 def without_ids(record: Any) -> None:
     """Take from a record what names a run or an experiment of the server it was recorded for."""
     for part in (record, mapping(record).get("settings")):
-        for key in ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id"):
+        ids = ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id", "model_id")
+        for key in ids:
             if isinstance(part, dict):
                 part.pop(key, None)
     tags = mapping(mapping(mapping(record).get("settings")).get("tags"))
@@ -105,6 +107,7 @@ class TraceFacts:
         dropped: of those, how many were lost before they reached the disk, by reason.
         start_tags: tags of the run as of its start.
         later_tags: tags of the trace that came later.
+        code: the version of the code, as tags.
         lost: values of the run that were lost or trimmed, by reason.
     """
 
@@ -122,6 +125,7 @@ class TraceFacts:
     dropped: dict[str, int] = field(default_factory=dict)
     start_tags: dict[str, str] = field(default_factory=dict)
     later_tags: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
 
     # -- settings ----------------------------------------------------------------------------
@@ -191,7 +195,7 @@ class TraceFacts:
         return {
             key: clean_text(value, limits.TRACE_TAG_CHARS)
             for key, value in found.items()
-            if not key.startswith("mlflow.")
+            if not key.startswith("mlflow.") or key == lineage.PROMPTS
         }
 
     def fold(self, record: Record) -> list[tuple[str, str]]:
@@ -201,17 +205,22 @@ class TraceFacts:
         at_ns = fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns")
         self.last_ns = max(self.last_ns, clean_ns(at_ns))
         plugins = _texts(added(record, "tags"), self.lost)
+        code = _texts(lineage.code_tags(record), self.lost)
+        self.code |= code
         if record["kind"] == "trace_start":
             self.started = True
             self.name = str(record.get("name") or "")
             self.start_ns = clean_ns(record.get("time_ns"))
             self._take_settings(record, self.lost)
-            self.start_tags |= plugins
+            self.start_tags = {**code, **self.start_tags, **plugins}
             return list(self.start_tags.items())
         if not self.started:  # The run, if there is none already, is made of what there is.
             self._take_settings(record, None)
             self.start_tags["qitos.start_lost"] = "true"
-        own = self._fold_end(record) if record["kind"] == "trace_end" else {}
+        configured = mapping(self.settings.get("tags"))
+        own = {key: text for key, text in code.items() if key not in configured}
+        if record["kind"] == "trace_end":
+            own |= self._fold_end(record)
         for key, text in plugins.items():
             if key in self.later_tags or len(self.start_tags) + len(self.later_tags) < MAX_TAGS:
                 self.later_tags[key] = text

@@ -33,7 +33,7 @@ from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import database_file, prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
@@ -336,6 +336,10 @@ class StoreTransport(Transport):
             with self._call():
                 converted = [entities.Span.from_otel_proto(span) for span in of_trace]
                 self._tracing.log_spans(experiment_id, converted)
+
+    def link_prompts(self, trace_id: str, prompts: Sequence[PromptRef], timeout_s: float) -> None:
+        with self._call():
+            self._tracing.store.link_prompts_to_trace(trace_id, [*prompts])
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         total = MetricAggregation(AggregationType.SUM)

@@ -17,7 +17,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
     SPANS,
@@ -125,6 +125,11 @@ class RestTransport(Transport):
         body = message.SerializeToString()
         # Servers before 3.8 answer in JSON.
         self._send(Request("POST", SPANS, timeout_s, body, headers, "partialSuccess"))
+
+    def link_prompts(self, trace_id: str, prompts: Sequence[PromptRef], timeout_s: float) -> None:
+        versions = [{"name": prompt.name, "version": prompt.version} for prompt in prompts]
+        body = {"trace_id": trace_id, "prompt_versions": versions}
+        self._post("/api/2.0/mlflow/traces/link-prompts", body, timeout_s)
 
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         body = {**question, "view_type": "SPANS", "aggregations": [{"aggregation_type": "SUM"}]}

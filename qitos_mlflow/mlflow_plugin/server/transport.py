@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.errors import QitosMlflowError
-from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun, NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import (
+    FoundRun,
+    NewRun,
+    PromptRef,
+    RunData,
+    RunRef,
+)
 from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
 if TYPE_CHECKING:
@@ -201,6 +207,10 @@ class Transport(ABC):
     @abstractmethod
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         """Create or replace spans, of any traces of the experiment; those of one trace in a row."""
+
+    @abstractmethod
+    def link_prompts(self, trace_id: str, prompts: Sequence[PromptRef], timeout_s: float) -> None:
+        """Link a trace to prompts, so that it is found by them."""
 
     @abstractmethod
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:

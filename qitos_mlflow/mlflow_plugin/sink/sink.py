@@ -20,6 +20,7 @@ import orjson
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.lineage import prompts_in
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
     TREE_TAG,
@@ -38,6 +39,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
+from qitos_mlflow.mlflow_plugin.sink.linked_prompts import link_prompts
 from qitos_mlflow.mlflow_plugin.sink.links import link_trace
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
@@ -214,6 +216,10 @@ class MlflowSink:
             for trace in traces
             if trace.facts.ended and TREE_TAG in trace.facts.start_tags
         ]
+        for trace in traces:
+            prompts = prompts_in(trace.facts.trace_tags) if trace.facts.ended else []
+            if prompts and trace.tree is not None:
+                calls.append(Call(trace, partial(link_prompts, self._transport), prompts))
         # Where they go may fail for long while all else works.
         calls += [
             Call(trace, operations.write_artifact, [file])
