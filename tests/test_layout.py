@@ -62,6 +62,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mlflow_plugin.mapping": (
         "recording.record",
         "redaction.trim",  # What a file that was left out looks like.
+        "redaction.pictures",
     ),
     "recording": ("delivery", "redaction", "tracing", "settings"),
     "bridge": ("tracing",),

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     names_place,
     working_directory,
 )
-from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.recording.pipelines import MAX_PICTURE_BYTES, RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.redaction.redact import redact, without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
@@ -121,6 +122,8 @@ def run_settings(settings: Settings) -> RunSettings:
         "source": Path(script).name if script not in ("", "-c") else "python",
         "plugin_version": version("qitos-mlflow"),
     }
+    if not _max_picture_bytes():
+        found["attachments"] = False
     # Names that the system has in another encoding are there for people to read.
     cleaned: RunSettings = json.loads(_in_utf8(json.dumps(found, ensure_ascii=False)))
     return cleaned
@@ -141,6 +144,16 @@ def placed(found: RunSettings, settings: Settings, around: Surroundings) -> RunS
     return {**found, **place}
 
 
+def _max_picture_bytes() -> int:
+    """The largest picture that becomes an attachment, by MLflow's own variables; 0: none does."""
+    if os.environ.get("MLFLOW_TRACE_EXTRACT_ATTACHMENTS", "true").lower() in ("false", "0"):
+        return 0
+    with suppress(ValueError):
+        most = int(os.environ.get("MLFLOW_TRACE_MAX_ATTACHMENT_SIZE", ""))
+        return min(most, MAX_PICTURE_BYTES) if most > 0 else MAX_PICTURE_BYTES
+    return MAX_PICTURE_BYTES
+
+
 class MlflowPipeline(RecordPipeline):
     """The pipeline of traces that are logged at `to`.
 
@@ -150,6 +163,7 @@ class MlflowPipeline(RecordPipeline):
 
     def __init__(self, to: Destination, key: Hashable, settings: Settings) -> None:
         self._to = to
+        self.max_picture_bytes = _max_picture_bytes()
         asked = not is_http(to.uri) or imported(REGISTRY) is not None
         super().__init__(segment_header(to, asked=asked), key, settings, local=is_local(to.uri))
 

@@ -18,8 +18,11 @@ import orjson
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import report
+from qitos_mlflow.recording.picture_files import put_files
+from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.redaction.pictures import Pictures
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
@@ -48,6 +51,7 @@ def normalize(
     snapshot: bytes,
     field_bytes: int,
     complete: Callable[[dict[str, Any]], None] = lambda record: None,
+    pictures: TakenPictures | None = None,
 ) -> bytes | None:
     """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
@@ -55,6 +59,7 @@ def normalize(
         snapshot: one event as `to_json.encode` wrote it.
         field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
         complete: writes into the record what is known only now: what was lost before it.
+        pictures: takes pictures out; None: large ones become notes.
 
     Raises:
         OSError: a file of the run cannot be read.
@@ -63,25 +68,41 @@ def normalize(
     if record["kind"] == "artifact":
         return orjson.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
-    record = safe(record, len(snapshot), field_bytes)
+    taken: Pictures = {}
+
+    def take(found: dict[str, Any]) -> None:
+        if pictures is not None:
+            taken.update(pictures.take(found, all_sizes=len(snapshot) > field_bytes))
+
+    record = safe(record, len(snapshot), field_bytes, take)
     if added := _ask_plugins(record):
         for part, values in record.get("added", {}).items():
             added[part] = {**values, **added.get(part, {})}
         record |= trim_fields({"added": redact(added)}, field_bytes)
+    if pictures is not None:
+        pictures.keep(record, taken)
     return orjson.dumps(record)
 
 
-def safe(record: dict[str, Any], size: int, field_bytes: int) -> dict[str, Any]:
+def safe(
+    record: dict[str, Any],
+    size: int,
+    field_bytes: int,
+    take: Callable[[dict[str, Any]], object] = lambda record: None,
+) -> dict[str, Any]:
     """The record with times as numbers, without credentials, and cut; a file has a way of its own.
 
     Args:
         record: as `to_json.encode` wrote it; it is changed.
         size: of what it wrote (bytes).
         field_bytes: largest size of one field (bytes).
+        take: takes pictures out; those that are left and are large become notes.
     """
     _spell_out(record)
-    # Pictures first: as notes they cost no search for credentials, and no text is cut for them.
+    put_files(record)
+    # Pictures first: they cost no search for credentials then, and no text is cut for them.
     if size > MAX_INLINED_CHARS:
+        take(record)
         record = note_large(record)
     record = _redacted(record)
     # Cut last: a cut could leave half a secret, which nothing recognises.

@@ -20,7 +20,11 @@ from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.recording.code_version import CodeVersion
 from qitos_mlflow.recording.normalize import normalize
+from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.settings import Settings, temporary_name
+
+MAX_PICTURE_BYTES = 8 * 1024 * 1024
+"""A larger picture of a span is left out (bytes)."""
 
 
 class RecordPipeline(Pipeline):
@@ -32,6 +36,9 @@ class RecordPipeline(Pipeline):
         settings: the first user's. Spool, queue and offline mode follow from them.
         local: whether the destination is a store on this machine, which cannot hang like a server.
     """
+
+    max_picture_bytes = MAX_PICTURE_BYTES
+    """A larger picture is left out; 0: none is taken out of its record (bytes)."""
 
     def __init__(
         self, header: bytes, key: Hashable, settings: Settings, *, local: bool = False
@@ -124,12 +131,13 @@ class RecordPipeline(Pipeline):
         super()._begin()
         self._losses: dict[str, Counter[tuple[str, str]]] = {}
         self._code_version = CodeVersion()
+        self._pictures = TakenPictures(self.max_picture_bytes)
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()
 
     def normalize(self, payload: bytes) -> bytes | None:
         """Spooling thread. The record that goes to disk; see `normalize`."""
-        return normalize(payload, self.field_bytes, self._complete)
+        return normalize(payload, self.field_bytes, self._complete, self._pictures)
 
     def _complete(self, record: dict[str, Any]) -> None:
         """Write in what is known only now: the code's version; at a trace's end, its losses.
@@ -149,6 +157,7 @@ class RecordPipeline(Pipeline):
     def lost(self, record: bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
         fields = orjson.loads(record)
+        self._pictures.forget(fields)
         if fields["kind"] != "trace_end" and "late" not in fields:
             self.add_loss(fields["trace_id"], fields["kind"], reason)
 

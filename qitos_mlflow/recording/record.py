@@ -46,6 +46,8 @@ class RunSettings(TypedDict, total=False):
     """Whether the tree of spans is logged."""
     model_id: str
     """MLflow's id of the active model (`mlflow.set_active_model`); missing if there is none."""
+    attachments: bool
+    """Whether pictures become attachments; missing if they do."""
     user: str
     """The operating system's user."""
     source: str
@@ -160,6 +162,8 @@ class SpanEnd(_Record, total=False):
     """Fields [by span type](plugins.md#what-traces-and-spans-have)."""
     output: Any
     """The span's `output`; missing with content off."""
+    pictures: dict[str, str]
+    """Contents of pictures in base64, by the ids in `picture:<id>?…` texts; not seen by plugins."""
     late: int
     """Number of spans that have ended after their trace so far; missing on spans before its end."""
     settings: RunSettings
@@ -200,4 +204,14 @@ class RunFile(_Record, total=False):
     """The same as in `trace_start`; only on files that are sent again."""
 
 
-Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile
+class TracePictures(_Record, total=False):
+    """Pictures that are sent again."""
+
+    kind: Literal["pictures"]
+    pictures: dict[str, str]
+    """Their contents in base64, by their ids."""
+    settings: RunSettings
+    """The same as in `trace_start`."""
+
+
+Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile | TracePictures

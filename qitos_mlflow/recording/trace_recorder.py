@@ -16,6 +16,7 @@ from typing import Any
 
 from qitos_mlflow._guard import report
 from qitos_mlflow.recording import snapshot
+from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_files
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.to_json import SlowTexts, encode
 from qitos_mlflow.settings import Settings
@@ -62,6 +63,7 @@ class TraceRecorder:
         self._spans = count()  # Steps as a whole, whichever threads end spans.
         self._late = 0
         self._slow = SlowTexts()
+        self._pictures: Seen = {}
         self._steps: dict[str, int | None] = {}
         # The bridge's traces are one agent's run, whose span is the root of the tree.
         self._awaits_root = "agent_name" in (trace.metadata or {})
@@ -140,10 +142,13 @@ class TraceRecorder:
             if self._late:
                 record |= {"late": self._late, **self._settings}
             payload = encode(record, self._slow)
+            if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
+                payload = with_picture_files(payload, self._pictures, most)
         except Exception:
             self._lose_span("snapshot_failed")
             raise
         if not self.pipeline.offer(payload):
+            self._pictures.clear()  # Those of the record are read again.
             self._note_loss("span", "queue_full")
         self.recorded(payload)
 

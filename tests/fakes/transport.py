@@ -32,6 +32,7 @@ class FakeTransport:
         self.experiments = {"7", "8"}
         self.spans: dict[str, Any] = {}
         self.traces: dict[str, dict[str, Any]] = {}
+        self.attachments = True
         self.prompts: set[tuple[str, str, str]] = set()
         self.artifacts: dict[str, bytes] = {}
         self.links: set[tuple[str, str]] = set()
@@ -118,6 +119,12 @@ class FakeTransport:
 
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         self._answer("link_trace", trace_id, lambda: self.links.add((trace_id, run_id)))
+
+    def has_attachments(self, timeout_s: float) -> bool:
+        return self._answer("has_attachments", None, lambda: self.attachments)
+
+    def artifacts_of_trace(self, trace_id: str, timeout_s: float) -> str:
+        return self._answer("artifacts_of_trace", trace_id, lambda: f"mlflow-artifacts:/{trace_id}")
 
     def link_prompts(self, trace_id: str, prompts: Sequence[Any], timeout_s: float) -> None:
         def link() -> None:

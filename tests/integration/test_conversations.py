@@ -37,7 +37,7 @@ def call(server: MlflowServer, experiment_name: str, **data: Any) -> Span:
 def test_a_chat_with_many_screenshots(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """16 MB of pictures cost the chat not one character, and are not stored anywhere."""
+    """16 MB of pictures cost the chat not one character; each is stored once, as an attachment."""
     screenshots: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": DATA_URL}},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
@@ -51,11 +51,15 @@ def test_a_chat_with_many_screenshots(
     span = call(mlflow_server, experiment_name, input_content=messages, output_content="Done.")
     system, *asked, last = span.inputs["messages"]
     assert system == messages[0]
-    sizes = [len(DATA_URL), len(PICTURE)]
-    notes = "\n".join(f"[image/png, {size} characters]" for size in sizes)
-    assert [message["content"] for message in asked] == [f"Now?\n{notes}"] * 20
-    assert last["content"] == [small]
+    shown = {part["image_url"]["url"] for message in asked for part in message["content"][1:]}
+    assert len(shown) == 1
+    assert [message["content"][0]["text"] for message in asked] == ["Now?"] * 20
+    (other,) = [part["image_url"]["url"] for part in last["content"]]
+    assert {url.partition("://")[0] for url in (*shown, other)} == {"mlflow-attachment"}
     assert found_in([mlflow_server.directory, tmp_path], "A" * 33_000) == []
+    files = [path for path in mlflow_server.directory.rglob("attachments/*") if path.is_file()]
+    of_trace = [path for path in files if span.trace_id in str(path)]
+    assert sorted(path.stat().st_size for path in of_trace) == [8, len(PICTURE) * 3 // 4]
 
 
 def test_tools_come_with_their_schemas(mlflow_server: MlflowServer, experiment_name: str) -> None:

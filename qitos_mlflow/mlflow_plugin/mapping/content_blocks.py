@@ -9,8 +9,8 @@ names of one thing, what stands in brackets may be missing):
 - call: ``[call_id|id|action_id] name [arguments|args|input|parameters]``, also in an object
   ``function|custom``
 - result: ``[tool_use_id|call_id|tool_call_id|id] [name] content|output|response|result``
-- image: an address ``image_url|url|path``, or base64 ``data [media_type|mime_type|mimeType]``, also
-  in an object ``image_url|source``
+- image: an address ``image_url|url``, or base64 or an address ``data
+  [media_type|mime_type|mimeType]``, or a file ``path``; also in an object ``image_url|source``
 - audio: ``input_audio``, in the formats that MLflow's page plays
 
 Any other block is shown as JSON. Nothing is lost: `take` picks the fields that have a place in
@@ -25,6 +25,7 @@ from typing import Any
 import orjson
 
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
+from qitos_mlflow.redaction.pictures import type_of
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, is_note, note_large
 
 Fields = dict[str, Any]
@@ -39,7 +40,10 @@ _FORMS: dict[str, tuple[tuple[str | None, ...], tuple[str, ...]]] = {
         ("function_call_output", "custom_tool_call_output", "tool_result", "mcp_tool_result"),
         ("functionResponse", "function_response"),
     ),
-    "image": (("image", "image_url", "input_image"), ("inline_data", "inlineData")),
+    "image": (
+        ("image", "image_url", "input_image", "image_base64", "image_file"),
+        ("inline_data", "inlineData"),
+    ),
     "audio": (("input_audio",), ()),
     "thought": (("thinking", "reasoning"), ()),
     "text": ((None, "text", "input_text", "output_text", "summary_text", "refusal"), ()),
@@ -51,8 +55,8 @@ _IMPLIED = (*(kind for kinds, _ in _FORMS.values() for kind in kinds),
 _READ_BY_PAGE = ("type", "parts", "tool_calls", "reasoning", "audio")
 """Fields of a message that MLflow's page reads, and might break on."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
-_PICTURES = {"iVBOR": "image/png", "/9j/": "image/jpeg", "R0lG": "image/gif", "UklG": "image/webp"}
-"""How base64 of a picture begins."""
+_ADDRESSES = ("data:", "http://", "https://", "mlflow-attachment://")
+"""How the address of a picture begins that the page can show."""
 
 
 # -- fields --------------------------------------------------------------------------------------
@@ -188,19 +192,19 @@ def _part(block: Any) -> Fields:
 
 def _address(fields: Fields) -> str | None:
     """Take an image's address out of its fields; a data URL if it is inlined."""
-    address: str | None = take(fields, "image_url", "url", "path", kind=str)
+    address: str | None = take(fields, "image_url", "url", kind=str)
     data: str | None = None if address else take(fields, "data", kind=str)
     if data is None:
-        return address
+        return address or take(fields, "path", kind=str)
     media: str | None = take(fields, "media_type", "mime_type", "mimeType", kind=str)
     if _BASE64.fullmatch(data):
-        known = (kind for start, kind in _PICTURES.items() if data.startswith(start))
-        return f"data:{media or next(known, 'image/png')};base64,{data}"
-    return data if media is None or is_note(data) else f"{media}, {data}"
+        return f"data:{media or type_of(data) or 'image/png'};base64,{data}"
+    whole = media is None or is_note(data) or data.startswith(_ADDRESSES)
+    return data if whole else f"{media}, {data}"
 
 
 def _image(address: str) -> Fields:
     address = note_large(address, MAX_INLINED_CHARS)
-    if address.startswith(("data:", "http://", "https://")):
+    if address.startswith(_ADDRESSES):
         return {"type": "image_url", "image_url": {"url": address}}
     return {"type": "text", "text": address if is_note(address) else f"[image: {address}]"}

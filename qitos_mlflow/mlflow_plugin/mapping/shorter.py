@@ -39,8 +39,8 @@ def shorter(item: Any) -> Any | None:
 def _shorter_span(span: Span) -> Span | None:
     copy, most = Span(), span.ByteSize()
     copy.CopyFrom(span)
-    texts = [*_texts(one.value for one in copy.attributes)]
-    texts += _texts(one.value for event in copy.events for one in event.attributes)
+    texts = [*texts_in(one.value for one in copy.attributes)]
+    texts += texts_in(one.value for event in copy.events for one in event.attributes)
     while copy.ByteSize() > span.ByteSize() // 2:
         if (most := most // 2) < LEAST:
             return _without_largest(copy)
@@ -59,11 +59,12 @@ def _without_largest(span: Span) -> Span | None:
     return span
 
 
-def _texts(values: Iterable[AnyValue]) -> Iterator[AnyValue]:
+def texts_in(values: Iterable[AnyValue]) -> Iterator[AnyValue]:
+    """The texts among attributes and within them, to be changed in their place."""
     for value in values:
         if value.HasField("string_value"):
             yield value
         elif value.HasField("array_value"):
-            yield from _texts(value.array_value.values)
+            yield from texts_in(value.array_value.values)
         elif value.HasField("kvlist_value"):
-            yield from _texts(one.value for one in value.kvlist_value.values)
+            yield from texts_in(one.value for one in value.kvlist_value.values)

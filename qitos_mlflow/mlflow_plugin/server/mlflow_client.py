@@ -34,9 +34,10 @@ from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server.sqlite_store import database_file, prepare_sqlite
+from qitos_mlflow.mlflow_plugin.server.sqlite_store import file_of, prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
+    ARTIFACTS_TAG,
     MAX_FOUND,
     Poisoned,
     PutOff,
@@ -183,23 +184,6 @@ def _stays(error: Exception) -> bool:
     )
 
 
-def _file_of(uri: str) -> tuple[int, int] | None:
-    """Which file a sqlite store is in now; None if there is none, or if it is another store.
-
-    Raises:
-        RetryLater: its directory was deleted, which is not ours to bring back.
-    """
-    path = database_file(uri)
-    if path is None:
-        return None
-    try:
-        path.parent.stat()
-        found = path.stat() if path.exists() else None
-    except OSError as error:
-        raise RetryLater(readable(error)) from error
-    return (found.st_dev, found.st_ino) if found else None
-
-
 class StoreTransport(Transport):
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
@@ -219,7 +203,7 @@ class StoreTransport(Transport):
     def _open(self, *, again: bool = False) -> None:
         try:
             prepare_sqlite(self.uri)
-            file = _file_of(self.uri)
+            file = file_of(self.uri)
             self._mlflow: Any = MlflowClient(tracking_uri=self.uri)
             self._tracing: Any = TracingClient(self.uri)
             if again:  # MLflow has one engine for each URI, and looks at a database only once.
@@ -264,7 +248,7 @@ class StoreTransport(Transport):
                 raise
 
     def _has_another_file(self) -> bool:
-        return self._file is not None and _file_of(self.uri) != self._file
+        return self._file is not None and file_of(self.uri) != self._file
 
     def disown(self) -> None:
         """Have the child open the database anew. SQLite must not use or close what it inherits."""
@@ -348,6 +332,10 @@ class StoreTransport(Transport):
                 view_type=MetricViewType.SPANS, aggregations=[total], **question
             )
             return float(points[0].values["SUM"]) if points else None
+
+    def artifacts_of_trace(self, trace_id: str, timeout_s: float) -> str:
+        with self._call():
+            return str(self._tracing.get_trace_info(trace_id).tags[ARTIFACTS_TAG])
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         write_artifact(run.artifact_uri, path, data, self.uri)

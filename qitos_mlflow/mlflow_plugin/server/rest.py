@@ -7,6 +7,7 @@ auth plugins, request header plugins), `access` asks of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -30,6 +31,7 @@ from qitos_mlflow.mlflow_plugin.server.http import (
     verdict,
 )
 from qitos_mlflow.mlflow_plugin.server.transport import (
+    ARTIFACTS_TAG,
     MAX_FOUND,
     NotThere,
     PutOff,
@@ -156,6 +158,19 @@ class RestTransport(Transport):
         where = "/api/2.0/mlflow-artifacts/artifacts/" + quote(f"{parts.path.strip('/')}/{path}")
         headers = {"Content-Type": "application/octet-stream"}
         self._send(Request("PUT", where, timeout_s, data, headers))
+
+    def has_attachments(self, timeout_s: float) -> bool:
+        request = Request("GET", "/version", timeout_s)
+        response = answer_to(request, self._requester, self.address)
+        version = re.match(rb"(\d+)\.(\d+)\.", response.content)
+        if response.status_code != 200 or version is None:
+            return True  # A router keeps it to itself; servers of today have attachments.
+        return tuple(map(int, version.groups())) >= (3, 12)
+
+    def artifacts_of_trace(self, trace_id: str, timeout_s: float) -> str:
+        path = f"/api/3.0/mlflow/traces/{quote(trace_id, safe='')}"
+        info = part(self._get(path, timeout_s, "trace"), "trace_info")
+        return str(part(part(info, "tags"), ARTIFACTS_TAG))
 
     def close(self) -> None:
         if isinstance(self._requester, SessionRequester):

@@ -18,6 +18,7 @@ from typing import Any
 from qitos_mlflow._inheritance import disown_in_child
 from qitos_mlflow.delivery import RetryLater, let_forks_happen
 from qitos_mlflow.delivery.sink import progressed
+from qitos_mlflow.mlflow_plugin.server.transport import readable
 
 NEW = ".mlflow-new-"
 """Begins the names of directories in which stores are created."""
@@ -39,6 +40,23 @@ def database_file(uri: str) -> Path | None:
         return None
     database = make_url(uri).database or ":memory:"  # Unquoted, from SQLAlchemy 2.1 on.
     return None if database.startswith("file:") or ":memory:" in database else Path(database)
+
+
+def file_of(uri: str) -> tuple[int, int] | None:
+    """Which file a sqlite store is in now; None if there is none, or if it is another store.
+
+    Raises:
+        RetryLater: its directory was deleted, which is not ours to bring back.
+    """
+    path = database_file(uri)
+    if path is None:
+        return None
+    try:
+        path.parent.stat()
+        found = path.stat() if path.exists() else None
+    except OSError as error:
+        raise RetryLater(readable(error)) from error
+    return (found.st_dev, found.st_ino) if found else None
 
 
 def prepare_sqlite(uri: str) -> None:

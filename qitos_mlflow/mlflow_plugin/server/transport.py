@@ -43,6 +43,9 @@ DATABASE_WORDS = ("sqlalche", "QueuePool", "psycopg", "connection already closed
 FAILURE_CHARS = 300
 """Longest text about a failure that is kept (characters): one line of a log, no page of HTML."""
 
+ARTIFACTS_TAG = "mlflow.artifactLocation"
+"""Tag of a trace that says where its files are; the server sets it."""
+
 MAX_FOUND = 10
 """Most runs that `find_runs` returns. There is one, and one for each unanswered creation."""
 
@@ -224,6 +227,14 @@ class Transport(ABC):
     @abstractmethod
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         """Create or replace the run's artifact at `path`."""
+
+    def has_attachments(self, timeout_s: float) -> bool:
+        """Whether the server shows attachments of traces."""
+        return True
+
+    @abstractmethod
+    def artifacts_of_trace(self, trace_id: str, timeout_s: float) -> str:
+        """The URI below which files of a trace are."""
 
     def close(self) -> None:
         """Give up connections, if there are any."""

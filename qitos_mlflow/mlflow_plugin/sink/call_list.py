@@ -7,6 +7,7 @@ is split until only the offending item is left out and the rest is delivered.
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
+from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment
 from qitos_mlflow.mlflow_plugin.mapping.shorter import shorter
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, PutOff, Refused, TooLarge
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
@@ -274,7 +276,10 @@ def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
     """The dead letter of one item: enough to log it by hand. A file's record, to send it again."""
     about: dict[str, Any] = {"trace_id": trace.facts.trace_id}
     about["run_id"] = trace.run and trace.run.run_id
-    if again:
+    if isinstance(item, Attachment):
+        about |= {"kind": "pictures", "pictures": {item.id: b64encode(item.content).decode()}}
+        about["settings"] = trace.facts.settings
+    elif again:
         about |= {"kind": "artifact", "path": item[0], "content": item[1]}
         about["settings"] = trace.facts.settings
     elif isinstance(item, Span):

@@ -38,6 +38,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     Unanswered,
     equals,
 )
+from qitos_mlflow.mlflow_plugin.sink.attachments import Attachments
 from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -100,6 +101,7 @@ class Operations:
         self._announce = announce
         self.header = header
         self._experiments = Experiments(transport)
+        self._attachments = Attachments(transport)
         self._failed_at = 0.0
         self._traces, self._files = Part(), Part()
         self._cost_failures, self._asks_cost_at = 0, 0.0
@@ -194,6 +196,7 @@ class Operations:
         """
         self.confirm_run(trace, timeout_s)
         experiment_id = _run_of(trace).experiment_id
+        spans = self._attachments.fit(trace, spans, timeout_s)
         self._store(trace, self._transport.write_spans, experiment_id, spans, timeout_s)
 
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
@@ -308,10 +311,10 @@ class Operations:
 
     def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write a file of the run; put it off if files fail while the server is well otherwise."""
-        [(path, content)], files, began = items, self._files, time.monotonic()
+        [file], files, began = items, self._files, time.monotonic()
         if began >= files.missing_until:
             try:
-                self._transport.write_artifact(_run_of(trace), path, content, timeout_s)
+                self._attachments.write(trace, _run_of(trace), file, timeout_s)
                 files.failures = 0
                 return
             except (RetryLater, Poisoned) as failure:

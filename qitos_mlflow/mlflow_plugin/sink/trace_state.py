@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TraceFacts, settings_in
 from qitos_mlflow.recording.record import Record
 from qitos_mlflow.redaction.redact import redact_text
+
+MAX_PICTURES = 200
+"""Pictures of one trace that are remembered as sent; another one is sent again with each step."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Waiting(RunData):
     """What is to be sent of a trace, and the records that it comes from."""
 
     spans: list[Span] = field(default_factory=list)
-    artifacts: list[tuple[str, bytes]] = field(default_factory=list)
+    artifacts: list[Attachment | tuple[str, bytes]] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
 
 
@@ -56,6 +60,7 @@ class TraceState:
         lost_spans: how many spans are not on the server although delivery got to them, by reason.
         has_info: the server has an info of its tree.
         untraced: spans of it were left out because the server has no traces.
+        pictures: ids of the last ones that were listed to be sent.
         waiting: what is to be sent; this and what follows is no part of the JSON.
         look_until: no other run is created before this time, because the server may still create
             the one that it was asked for (monotonic clock).
@@ -71,6 +76,7 @@ class TraceState:
     lost_spans: dict[str, int] = field(default_factory=dict)
     has_info: bool = False
     untraced: bool = False
+    pictures: list[str] = field(default_factory=list)
     waiting: Waiting = field(default_factory=Waiting)
     look_until: float = 0.0
     confirmed_at: float = 0.0
@@ -101,6 +107,10 @@ class TraceState:
     def take(self, record: Record, data: bytes) -> None:
         """Fold in the next record; what it adds waits to be sent."""
         self.waiting.records.append(data)
+        if self.tree is not None and self.facts.settings.get("attachments", True):
+            made, pictures = attach(record, data)
+            record = cast("Record", made)
+            self.waiting.artifacts += [one for one in pictures if self._is_new(one)]
         if record["kind"] == "artifact":
             content = record["content"]
             if isinstance(content, str):
@@ -108,6 +118,7 @@ class TraceState:
             else:
                 file = orjson.dumps(content, option=orjson.OPT_INDENT_2)
             self.waiting.artifacts.append((record["path"], file))
+        if record["kind"] in ("artifact", "pictures"):
             self.facts.settings = settings_in(record.get("settings")) or self.facts.settings
         else:
             self._fold(record)
@@ -128,6 +139,12 @@ class TraceState:
             }
         )
 
+    def _is_new(self, picture: Attachment) -> bool:
+        if picture.id in self.pictures:
+            return False
+        self.pictures = [*self.pictures, picture.id][-MAX_PICTURES:]
+        return True
+
     def _fold(self, record: Record) -> None:
         self.waiting.tags += self.facts.fold(record)
         if not self.facts.log_traces:
@@ -143,7 +160,7 @@ class TraceState:
         if self.run is not None:
             self.elsewhere = Elsewhere(uri, self.run.run_id, self.totals.spans)
         self.run, self.attempts, self.has_info = None, 1, False
-        self.lost_spans, self.untraced = {}, self.tree is None
+        self.lost_spans, self.untraced, self.pictures = {}, self.tree is None, []
         self.totals.params = []  # The end of a trace has them all again.
         if self.tree is not None:
             self.tree.begun = self.tree.root_closed = False

@@ -1,0 +1,31 @@
+"""Real pictures, for tests."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from base64 import b64encode
+
+
+def png(shade: int, side: int = 8, *, compressed: bool = True) -> bytes:
+    """A grey PNG; not compressed, it has about `side` times `side` bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    rows = (b"\0" + bytes([shade]) * side) * side
+    data = zlib.compress(rows, 9 if compressed else 0)
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", data), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def base64(content: bytes) -> str:
+    """As texts have it."""
+    return b64encode(content).decode()
+
+
+def data_url(content: bytes) -> str:
+    """As an address."""
+    return f"data:image/png;base64,{base64(content)}"
