@@ -72,6 +72,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "delivery.spool": (),
     "settings": ("redaction.redact",),
     "redaction": (),
+    "comparison": (),
     "errors": (),
     "_guard": (),
     "_usage": (),

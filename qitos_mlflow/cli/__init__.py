@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from qitos_mlflow.cli._show import Group
+from qitos_mlflow.cli.compare import compare_command
 from qitos_mlflow.cli.demo import demo
 from qitos_mlflow.cli.plugins import plugins
 from qitos_mlflow.cli.run import run
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, plugins, run, spool, status, sync):
+for _command in (compare_command, demo, plugins, run, spool, status, sync):
     main.add_command(_command)

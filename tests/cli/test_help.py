@@ -46,7 +46,7 @@ def test_the_error_about_an_unknown_command_lists_the_commands(python: Run) -> N
     """A mistyped command exits with 2 and the list of commands."""
     got = python("-m", "qitos_mlflow.cli", "snyc")
     assert got.returncode == 2
-    assert "no command 'snyc'; the commands are: demo, plugins, run" in got.stderr
+    assert "no command 'snyc'; the commands are: compare, demo, plugins, run" in got.stderr
 
 
 @pytest.mark.parametrize("option", ["--tracking-uri", "--experiment-name"])
