@@ -1,7 +1,8 @@
 """QitOS agent runs in MLflow. Public names load on first use: importing this costs next to nothing.
 
 `MlflowTraceProcessor` logs traces when registered by hand; `autolog` turns logging on for every
-run; `Settings` holds what can be set. See README.md for the other ways in.
+run; `context` says who and what the agents in a block are for; `Settings` holds what can be set.
+See README.md for the other ways in.
 """
 
 # Where Python reads `qitos_mlflow.start` (3.15 and later) every process runs this file (see
@@ -12,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from qitos_mlflow.mlflow_plugin.fluent.context import context as context
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor as MlflowTraceProcessor
     from qitos_mlflow.settings import Settings as Settings
     from qitos_mlflow.wiring import autolog as autolog
@@ -22,9 +24,10 @@ _HOMES = {
     "MlflowTraceProcessor": "qitos_mlflow.mlflow_plugin.processor",
     "Settings": "qitos_mlflow.settings",
     "autolog": "qitos_mlflow.wiring",
+    "context": "qitos_mlflow.mlflow_plugin.fluent.context",
 }
 
-__all__ = ["MlflowTraceProcessor", "Settings", "__version__", "autolog"]
+__all__ = ["MlflowTraceProcessor", "Settings", "__version__", "autolog", "context"]
 
 
 def __getattr__(name: str) -> "Any":

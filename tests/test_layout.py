@@ -41,6 +41,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mlflow_plugin.fluent": (
         "mlflow_plugin.mapping",
         "mlflow_plugin.server.tracking_uri",
+        "mlflow_plugin.server.pages",
         "recording.normalize",  # What MLflow's own tracer gets is redacted, too.
         "redaction.redact",
         "settings",

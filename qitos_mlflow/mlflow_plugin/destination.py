@@ -28,10 +28,12 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import DEFAULT_EXPERIMENT
 from qitos_mlflow.mlflow_plugin.server.access import (
     REGISTRY,
+    WORKSPACE,
     has_credentials,
     has_plugins,
     routing_headers,
 )
+from qitos_mlflow.mlflow_plugin.server.pages import show_run
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     absolute,
     is_http,
@@ -79,6 +81,11 @@ class Destination(NamedTuple):
         known = routing_headers()
         headers = None if known is None else tuple(sorted(known.items()))
         return cls(uri, cwd, headers, tuple(os.environ.get(name) for name in _USER))
+
+    @property
+    def workspace(self) -> str | None:
+        """MLflow's workspace, if one is named."""
+        return dict(self.headers or ()).get(WORKSPACE)
 
 
 def segment_header(
@@ -195,6 +202,7 @@ class MlflowPipeline(RecordPipeline):
         trace = self.find(trace_id)
         if trace is not None:
             trace.run.created(ref)
+        show_run(self._to.uri, ref, self._to.workspace)
 
 
 def _place(header: bytes) -> tuple[Any, ...]:

@@ -33,6 +33,8 @@ from qitos_mlflow.mlflow_plugin.fluent.active_run import (
     same_place,
 )
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
+from qitos_mlflow.mlflow_plugin.fluent.carried import current
+from qitos_mlflow.mlflow_plugin.fluent.context import Begun, context
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
     is_sampled,
@@ -46,6 +48,7 @@ from qitos_mlflow.mlflow_plugin.fluent.versions import (
     prompts_of,
     watch_prompts,
 )
+from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.mapping.lineage import PROMPTS, prompts_tag
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
@@ -97,6 +100,7 @@ class OpenTrace(TraceRecorder):
             adopt_uri=not settings.auto_end_run,
             on_push=process_exit.end_first,
         )
+        self.run_settings = run_settings
         host_id = str(trace.trace_id)
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
         self.tree: Any = None
@@ -115,6 +119,17 @@ class OpenTrace(TraceRecorder):
             self.autolog = self.tree
             run_settings["log_traces"] = False
             run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
+
+    @property
+    def mlflow_trace_id(self) -> str | None:
+        """MLflow's id of the trace that has its spans; None if they are in none."""
+        if self.tree is not None:
+            return str(self.tree.trace_id)
+        return trace_id(self.id) if self.run_settings["log_traces"] else None
+
+    def begun(self, uri: str | None, workspace: str | None) -> Begun:
+        """What a `context` knows of it."""
+        return Begun(self.id, self.mlflow_trace_id, self.run, uri, workspace)
 
     @staticmethod
     def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
@@ -195,10 +210,13 @@ class MlflowPlugin:
         pipeline = self.recorder.pipeline_to(to, partial(MlflowPipeline, to))
         if pipeline.closed:  # The process is ending.
             return
-        around = surroundings(uri, settings.parent_run_id)
+        given: context | None = current.get()
+        around = surroundings(uri, (given and given.parent_run_id) or settings.parent_run_id)
         logged_as = placed(self._run_settings, settings, around)
         if model_id := active_model(uri):
             logged_as["model_id"] = model_id
+        if given is not None:
+            logged_as |= given.run_settings()
         logged_as["log_traces"] = settings.log_traces and is_sampled(key)
         parent = around.parent_run_id
         open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent)
@@ -206,7 +224,11 @@ class MlflowPlugin:
         current_trace.set(key)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
-        open_trace.start(trace, parent_run_id=parent)
+        more: dict[str, Any] = {"parent_run_id": parent}
+        if given is not None:
+            more |= given.start_fields()
+            given.begin(open_trace.begun(to.uri, to.workspace))
+        open_trace.start(trace, **more)
         if waits:
             open_trace.run.wait(min(settings.start_timeout_s, before_alarm_s()))
         open_trace.active.follow()

@@ -50,6 +50,10 @@ class RunSettings(TypedDict, total=False):
     """Whether pictures become attachments; missing if they do."""
     user: str
     """The operating system's user."""
+    user_id: str
+    """The user that the agent works for, as `qitos_mlflow.context` says."""
+    traceparent: str
+    """The W3C header of the request that the agent works for."""
     source: str
     """Name of the script."""
     plugin_version: str

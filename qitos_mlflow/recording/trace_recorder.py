@@ -82,14 +82,22 @@ class TraceRecorder:
         """Whether it has ended and no late span is expected any more."""
         return time.monotonic() - self._ended_s >= (LATE_SPAN_S if self._steps else 0.0)
 
-    def start(self, trace: Any, **more: Any) -> None:
-        """Record the start; `more` are the plugin's own fields."""
+    def start(
+        self, trace: Any, *, more_metadata: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Record the start.
+
+        Args:
+            trace: the host's.
+            more_metadata: added to the trace's own, which come first.
+            **more: the plugin's own fields.
+        """
         record = {
             "kind": "trace_start",
             "trace_id": self.id,
             "name": trace.name,
             "group_id": trace.group_id,
-            "metadata": self._metadata(trace),
+            "metadata": self._metadata(trace, more_metadata),
             "time_ns": time.time_ns(),
             "content": self.content,
             **self._settings,
@@ -228,6 +236,6 @@ class TraceRecorder:
         self._note_loss("span", reason)
         self.pipeline.stats.drop(reason)
 
-    def _metadata(self, trace: Any) -> dict[str, Any]:
-        metadata = dict(trace.metadata or {})
+    def _metadata(self, trace: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        metadata = {**(more or {}), **(trace.metadata or {})}
         return metadata if self.content else snapshot.structure_only(redacted_metadata(metadata))

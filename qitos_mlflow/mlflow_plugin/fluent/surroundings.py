@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.carried import into_thread
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import is_ours
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
 
@@ -206,6 +207,7 @@ def _wrap_start(owner: Any, note: Any) -> None:
 
 def _note_starter(thread: Any) -> None:
     setattr(thread, STARTER, weakref.ref(threading.current_thread()))
+    into_thread(thread)
 
 
 def _note_run(process: Any) -> None:

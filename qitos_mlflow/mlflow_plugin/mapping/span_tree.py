@@ -180,7 +180,9 @@ class SpanTree:
         Until then the agent may be waiting for its run.
         """
         metadata, settings = mapping(record.get("metadata")), self.facts.settings
-        user = metadata.get("user_id") or metadata.get("user") or settings.get("user")
+        users = (settings.get("user_id"), metadata.get("user_id"), metadata.get("user"))
+        user = next(filter(None, users), settings.get("user"))
+        caller = str(settings.get("traceparent") or "").split("-")
         for key, value in (
             ("mlflow.trace.session", record.get("group_id")),
             ("mlflow.trace.user", user),
@@ -194,6 +196,8 @@ class SpanTree:
             self.tools = [str(tool)[: limits.KEY_CHARS] for tool in tools[:MAX_TOOLS]]
         if linked:
             self.link = [str(linked), str(metadata.get("linked_span_id") or "")]
+        elif len(caller) > 2:
+            self.link = caller[1:3]
         if metadata.get("task") is not None:
             self.request = span_attributes.preview(metadata["task"])
 

@@ -49,7 +49,11 @@ _RECORD_TAGS = {
     "parent_run_id": PARENT_TAG,
 }
 
-_SETTINGS_TAGS = {"source": "mlflow.source.name", "user": "mlflow.user"}
+_SETTINGS_TAGS = {
+    "source": "mlflow.source.name",
+    "user": "mlflow.user",
+    "traceparent": "qitos.traceparent",
+}
 
 
 def settings_in(fields: Any) -> dict[str, Any]:
