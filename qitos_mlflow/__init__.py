@@ -1,8 +1,8 @@
 """QitOS agent runs in MLflow. Public names load on first use: importing this costs next to nothing.
 
 `MlflowTraceProcessor` logs traces when registered by hand; `autolog` turns logging on for every
-run; `context` says who and what the agents in a block are for; `Settings` holds what can be set.
-See README.md for the other ways in.
+run; `context` says who and what the agents in a block are for; `score` and `expect` say afterwards
+how a run was; `Settings` holds what can be set. See README.md for the other ways in.
 """
 
 # Where Python reads `qitos_mlflow.start` (3.15 and later) every process runs this file (see
@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from qitos_mlflow.mlflow_plugin.feedback import expect as expect
+    from qitos_mlflow.mlflow_plugin.feedback import score as score
     from qitos_mlflow.mlflow_plugin.fluent.context import context as context
     from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor as MlflowTraceProcessor
     from qitos_mlflow.settings import Settings as Settings
@@ -25,9 +27,19 @@ _HOMES = {
     "Settings": "qitos_mlflow.settings",
     "autolog": "qitos_mlflow.wiring",
     "context": "qitos_mlflow.mlflow_plugin.fluent.context",
+    "expect": "qitos_mlflow.mlflow_plugin.feedback",
+    "score": "qitos_mlflow.mlflow_plugin.feedback",
 }
 
-__all__ = ["MlflowTraceProcessor", "Settings", "__version__", "autolog", "context"]
+__all__ = [
+    "MlflowTraceProcessor",
+    "Settings",
+    "__version__",
+    "autolog",
+    "context",
+    "expect",
+    "score",
+]
 
 
 def __getattr__(name: str) -> "Any":

@@ -20,7 +20,7 @@ from typing import Any
 from qitos_mlflow import tracing
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import report, shield
-from qitos_mlflow.bridge import extract
+from qitos_mlflow.bridge import extract, results
 from qitos_mlflow.bridge.hook import attach, detach
 from qitos_mlflow.bridge.live import LiveTrace, is_wanted
 from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool, wrap
@@ -51,6 +51,8 @@ def run(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str, 
         result = wrapped(*args, **kwargs)
         detach(agent_run, engine)
         agent_run.end(result=result)
+        with shield("bridge.result"):
+            results.note(result, agent_run.qitos_run_id, agent_run.live.trace.trace_id)
     except BaseException as error:
         detach(agent_run, engine)  # Once more, if Ctrl-C came within it.
         # Does nothing if it was called above.

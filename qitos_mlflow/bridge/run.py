@@ -95,6 +95,11 @@ class AgentRun:
         self.open(data)
 
     @property
+    def qitos_run_id(self) -> Any:
+        """The host's id of the run; None if it is not known."""
+        return self._metadata.get("qitos_run_id")
+
+    @property
     def root(self) -> Any:
         """The AGENT span while it is open, then None."""
         return self.stack[0] if self.stack else None

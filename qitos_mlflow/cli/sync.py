@@ -257,7 +257,7 @@ class Sync:
         for line in self.problems:
             complain(line)
         left = [plural(self.left, "segment")] if self.left else []
-        left += [plural(counts.put_off, "file")] if counts.put_off else []
+        left += [plural(counts.put_off, "record")] if counts.put_off else []
         if left:
             complain(
                 f"{' and '.join(left)} not delivered; run it again later: "

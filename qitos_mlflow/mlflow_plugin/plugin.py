@@ -100,8 +100,8 @@ class OpenTrace(TraceRecorder):
             adopt_uri=not settings.auto_end_run,
             on_push=process_exit.end_first,
         )
-        self.run_settings = run_settings
-        host_id = str(trace.trace_id)
+        self.configured, self.run_settings = settings, run_settings
+        host_id = self.host_id = str(trace.trace_id)
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
         self.tree: Any = None
         self.autolog = None

@@ -90,8 +90,7 @@ class RecordPipeline(Pipeline):
     @property
     def traces(self) -> list[Any]:
         """The traces that are recorded to it, open ones and the last ended ones."""
-        found = [ref() for ref in _traces.valuerefs()]  # One call: others begin traces meanwhile.
-        return [trace for trace in found if trace is not None and trace.pipeline is self]
+        return [trace for trace in recorded_traces() if trace.pipeline is self]
 
     def add(self, trace: Any, trace_id: str) -> None:
         """Give a `TraceRecorder` that begins its id, and remember it for as long as it lives.
@@ -164,6 +163,13 @@ class RecordPipeline(Pipeline):
 
 unfinished: set[RecordPipeline] = set()
 """All pipelines that may have something to deliver when the process ends."""
+
+
+def recorded_traces() -> list[Any]:
+    """The traces of all pipelines, open ones and the last ended ones."""
+    found = [ref() for ref in _traces.valuerefs()]  # One call: others begin traces meanwhile.
+    return [trace for trace in found if trace is not None]
+
 
 _traces: weakref.WeakValueDictionary[tuple[Hashable, str], Any] = weakref.WeakValueDictionary()
 """The traces of all pipelines, by the destination's key and their id in the records."""

@@ -218,4 +218,29 @@ class TracePictures(_Record, total=False):
     """The same as in `trace_start`."""
 
 
-Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile | TracePictures
+class Assessment(_Record, total=False):
+    """What is said of a trace afterwards: a score, or what should have come of it."""
+
+    kind: Literal["assessment"]
+    type: Literal["feedback", "expectation"]
+    """`feedback` or `expectation`."""
+    name: str
+    """Name of the feedback or expectation, and of a score's metric."""
+    value: Any
+    """A number, a boolean, a text, or a list or object of them."""
+    rationale: str
+    """Why; missing if nothing was said, or with content off."""
+    source_type: str
+    """`HUMAN`, `LLM_JUDGE` or `CODE`."""
+    source_id: str
+    """Who says so."""
+    metadata: JsonObject
+    """More about it."""
+    time_ns: int
+    """When it was said (nanoseconds since the epoch)."""
+    settings: RunSettings
+    """The same as in `trace_start`; missing if `trace_id` is all that is known of the trace. Then
+    that may be MLflow's id, too."""
+
+
+Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile | TracePictures | Assessment

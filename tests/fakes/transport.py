@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun, NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server.transport import Refused
+from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.redaction.redact import without_credentials
 
 
@@ -34,6 +34,7 @@ class FakeTransport:
         self.traces: dict[str, dict[str, Any]] = {}
         self.attachments = True
         self.prompts: set[tuple[str, str, str]] = set()
+        self.assessments: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
         self.links: set[tuple[str, str]] = set()
         self.fail: Callable[[str, Any], Exception | None] = lambda call, what: None
@@ -115,7 +116,36 @@ class FakeTransport:
         self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        self._answer("write_trace", info, lambda: self.traces.update({info["trace_id"]: info}))
+        def write() -> None:
+            self.traces[info["trace_id"]] = info
+            for one in info.get("assessments") or ():
+                self.assessments[one["assessment_id"]] = one
+
+        self._answer("write_trace", info, write)
+
+    def trace_info(self, trace_id: str, timeout_s: float) -> Any:
+        def find() -> Any:
+            info = self.traces.get(trace_id)
+            there = [one for one in self.assessments.values() if one["trace_id"] == trace_id]
+            return None if info is None else {**info, "assessments": there}
+
+        return self._answer("trace_info", trace_id, find)
+
+    def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        def create() -> None:
+            if assessment["assessment_id"] in self.assessments:
+                raise Poisoned("INTERNAL_ERROR: a constraint violation")
+            self.assessments[assessment["assessment_id"]] = assessment
+
+        self._answer("create_assessment", assessment, create)
+
+    def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        own = assessment["assessment_id"]
+        self._answer(
+            "update_assessment",
+            assessment,
+            lambda: self.assessments.update({own: {**self.assessments[own], **assessment}}),
+        )
 
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         self._answer("link_trace", trace_id, lambda: self.links.add((trace_id, run_id)))

@@ -117,7 +117,7 @@ def test_a_gateway_that_takes_no_files_holds_up_no_run(
         assert mlflow_server.client.list_artifacts(run.id) == []
     again = CliRunner().invoke(main, ["sync"])
     assert again.exit_code == 1, again.output
-    assert "files not delivered; run it again later: qitos-mlflow sync" in again.output
+    assert "records not delivered; run it again later: qitos-mlflow sync" in again.output
     shown = CliRunner().invoke(main, ["status"]).output
     assert "NO_ARTIFACTS" in shown
     assert "Deliver the records of dead processes: qitos-mlflow sync " in shown

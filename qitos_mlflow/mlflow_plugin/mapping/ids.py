@@ -7,6 +7,7 @@ import re
 
 # Zeros are no id in OpenTelemetry.
 _HEX_32 = re.compile(r"(?!0+$)[0-9a-f]{32}")
+_MLFLOW_ID = re.compile(r"tr-[0-9a-f]{32}")
 _HEX_16 = re.compile(r"(?!0+$)[0-9a-f]{16}")
 
 
@@ -25,7 +26,9 @@ def otel_trace_id(qitos_id: str) -> bytes:
 
 
 def trace_id(qitos_id: str) -> str:
-    """MLflow's id of a QitOS trace."""
+    """MLflow's id of a QitOS trace; an id of MLflow's is returned as it is."""
+    if _MLFLOW_ID.fullmatch(qitos_id):
+        return qitos_id
     return f"tr-{otel_trace_id(qitos_id).hex()}"
 
 

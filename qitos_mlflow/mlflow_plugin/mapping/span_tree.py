@@ -133,7 +133,7 @@ class SpanTree:
         info: dict[str, Any] = {
             "trace_id": trace_id(facts.trace_id),
             "client_request_id": clean_text(facts.trace_id, limits.CLIENT_REQUEST_CHARS),
-            "request_time": _rfc3339(self.start_ns),
+            "request_time": rfc3339(self.start_ns),
             "state": _STATES.get(facts.status, "ERROR") if facts.ended else "IN_PROGRESS",
             "trace_metadata": metadata,
             "tags": tags,
@@ -149,6 +149,12 @@ class SpanTree:
         if self.assessments:
             info["assessments"] = list(self.assessments)
         return info
+
+    def assess(self, assessment: dict[str, Any]) -> None:
+        """Have the next info, at once, say this of the trace."""
+        same = assessment["assessment_id"]
+        kept = [one for one in self.assessments if one["assessment_id"] != same]
+        self.assessments, self.news, self.info_ns = [*kept, assessment], True, 0
 
     def info_made(self) -> None:
         """Take account of an info that says all there is to say now."""
@@ -310,7 +316,7 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     if value is None:
         return None
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
-    at = _rfc3339(limits.clean_ns(record.get("end_ns")))
+    at = rfc3339(limits.clean_ns(record.get("end_ns")))
     judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
     # If the bridge found no model, the verdict may still name one.
     by_model = judge or mapping(record.get("output")).get("judged_by_model") is True
@@ -337,7 +343,7 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     return feedback
 
 
-def _rfc3339(ns: int) -> str:
+def rfc3339(ns: int) -> str:
     """Nanoseconds since the epoch as the time text of protobuf's JSON form, to the microsecond."""
     moment = datetime.fromtimestamp(min(ns // 1_000_000_000, _LAST_S), timezone.utc)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{ns % 1_000_000_000 // 1_000:06d}Z"

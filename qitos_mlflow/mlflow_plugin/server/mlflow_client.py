@@ -16,11 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlflow
-from google.protobuf.json_format import ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict
 from mlflow import entities
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.assessments_pb2 import Assessment
 from mlflow.protos.service_pb2 import TraceInfoV3
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.tracing.client import TracingClient
@@ -28,14 +28,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store, get_default_host_creds
 from mlflow.tracking.request_auth.registry import fetch_auth
 from mlflow.tracking.request_header.registry import resolve_request_headers
-from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
 from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import file_of, prepare_sqlite
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
     MAX_FOUND,
@@ -66,20 +64,6 @@ AWAY = ("Connect", "Timeout", "Unavailable", "ServiceRequestError", "TransportEr
 
 ALL_CHARS = 2000
 """Longest text about a store that cannot be opened: MLflow explains what to do (characters)."""
-
-
-def default_tracking_uri(cwd: str) -> str:
-    """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
-    uri = str(mlflow.get_tracking_uri())
-    if mlflow.is_tracking_uri_set():  # Meanwhile, and perhaps to a relative path.
-        return absolute(uri, cwd)
-    if cwd == working_directory():
-        return uri
-    # MLflow can be asked for its own directory only: a folder with runs in it, else a database.
-    folder = Path(cwd, "mlruns")
-    if any(found.parent.name.isdigit() for found in folder.glob("*/meta.yaml")):
-        return folder.as_uri()
-    return str(path_to_local_sqlite_uri(str(Path(cwd, "mlflow.db"))))
 
 
 def plugin_access(uri: str) -> tuple[dict[str, str], Any]:
@@ -314,6 +298,21 @@ class StoreTransport(Transport):
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         with self._call():
             self._mlflow.link_traces_to_run([trace_id], run_id)
+
+    def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
+        with self._call():
+            proto = self._tracing.store.get_trace_info(trace_id).to_proto()
+            return MessageToDict(proto, preserving_proto_field_name=True)
+
+    def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        made = entities.Assessment.from_proto(ParseDict(assessment, Assessment()))
+        with self._call():
+            self._tracing.store.create_assessment(made)
+
+    def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        own = entities.Assessment.from_proto(ParseDict(assessment, Assessment()))
+        with self._call():
+            self._tracing.update_assessment(own.trace_id, own.assessment_id, own)
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         for _, of_trace in groupby(spans, lambda span: span.trace_id):

@@ -42,6 +42,9 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
 )
 from qitos_mlflow.redaction.redact import without_credentials
 
+CHANGES = ("feedback", "expectation", "rationale", "metadata")
+"""Parts of an assessment that can change."""
+
 
 class RestTransport(Transport):
     """`Transport` over http(s). Used by one thread."""
@@ -118,6 +121,22 @@ class RestTransport(Transport):
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         body = {"trace_ids": [trace_id], "run_id": run_id}
         self._post("/api/2.0/mlflow/traces/link-to-run", body, timeout_s)
+
+    def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
+        path = "/api/3.0/mlflow/traces/" + quote(trace_id, safe="")
+        found: Mapping[str, Any] = part(self._get(path, timeout_s, "trace"), "trace_info")
+        return found
+
+    def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        path = f"/api/3.0/mlflow/traces/{assessment['trace_id']}/assessments"
+        self._post(path, {"assessment": assessment}, timeout_s, "assessment")
+
+    def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        trace, own = assessment["trace_id"], quote(assessment["assessment_id"], safe="")
+        parts = [part for part in CHANGES if part in assessment]
+        body = orjson.dumps({"assessment": assessment, "update_mask": ",".join(parts)})
+        path = f"/api/3.0/mlflow/traces/{trace}/assessments/{own}"
+        self._json(Request("PATCH", path, timeout_s, body, answer="assessment"))
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         message = ExportTraceServiceRequest(

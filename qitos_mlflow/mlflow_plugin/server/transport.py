@@ -203,6 +203,22 @@ class Transport(ABC):
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
+    def trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any] | None:
+        """What MLflow says of a trace, with its assessments; None if there is none."""
+        return _unless_missing(lambda: self._trace_info(trace_id, timeout_s))
+
+    @abstractmethod
+    def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
+        """A trace's info, as MLflow's JSON."""
+
+    @abstractmethod
+    def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        """Create an assessment (MLflow's, as JSON) of the trace that it names."""
+
+    @abstractmethod
+    def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
+        """Change value, rationale and metadata of the assessment with this one's id."""
+
     @abstractmethod
     def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
         """Show a trace of MLflow's own tracer on the run's page, beside the run it may name."""

@@ -184,7 +184,7 @@ class CallList:
             except (Poisoned, TooLarge) as whole:
                 raise RetryLater(f"not even a small request: {whole}") from whole
             except Refused as whole:
-                self._bury(call.trace, str(whole))
+                self._bury(call.trace, whole)
                 return
             call.checked = True
         if len(call.items) > 1:
@@ -246,7 +246,7 @@ class CallList:
     def _create_bare(self, call: Call, failure: Exception, timeout_s: float) -> None:
         """Create the run without its tags, if these may be the reason; they follow one by one."""
         if isinstance(failure, Refused) and not isinstance(failure, TooLarge):
-            self._bury(call.trace, str(failure))  # In the server's own words.
+            self._bury(call.trace, failure)  # In the server's own words.
             return
         try:
             self._operations.create_run(call.trace, [], timeout_s)
@@ -266,14 +266,17 @@ class CallList:
         for half in (call.items[middle:], call.items[:middle]):
             self._calls.appendleft(replace(call, items=half))
 
-    def _bury(self, trace: TraceState, reason: str) -> None:
-        self.refused[trace.facts.trace_id] = reason
+    def _bury(self, trace: TraceState, failure: Refused) -> None:
+        reason = self.refused[trace.facts.trace_id] = str(failure)
+        header = self._operations.header if isinstance(failure, PutOff) else b""
         self._calls = deque(call for call in self._calls if call.trace is not trace)
-        self._dead.extend(DeadLetter(record, reason) for record in trace.waiting.records)
+        self._dead.extend(DeadLetter(record, reason, header) for record in trace.waiting.records)
 
 
 def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
-    """The dead letter of one item: enough to log it by hand. A file's record, to send it again."""
+    """The dead letter of one item: enough to log it by hand, or its record, to send it again."""
+    if isinstance(item, dict) and item.get("kind") == "assessment":
+        return orjson.dumps(item)
     about: dict[str, Any] = {"trace_id": trace.facts.trace_id}
     about["run_id"] = trace.run and trace.run.run_id
     if isinstance(item, Attachment):

@@ -197,7 +197,7 @@ class Operations:
         self.confirm_run(trace, timeout_s)
         experiment_id = _run_of(trace).experiment_id
         spans = self._attachments.fit(trace, spans, timeout_s)
-        self._store(trace, self._transport.write_spans, experiment_id, spans, timeout_s)
+        self.store(trace, self._transport.write_spans, experiment_id, spans, timeout_s)
 
     def write_info(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write what is known of the trace as a whole, with its cost once it has ended."""
@@ -210,7 +210,7 @@ class Operations:
         self.confirm_run(trace, timeout_s)
         if first or not facts.ended:
             try:
-                self._store(trace, self._transport.write_trace, info, timeout_s)
+                self.store(trace, self._transport.write_trace, info, timeout_s)
             except (Refused, Poisoned):
                 # Servers before 3.12 refuse an info that lacks what they know, such as tokens of
                 # MLflow's own spans. Another info follows if the trace goes on, with all but
@@ -224,7 +224,7 @@ class Operations:
             cost = self._cost_of(tree, run.experiment_id, timeout_s)
             if cost or not first:
                 info["trace_metadata"] |= cost
-                self._store(trace, self._transport.write_trace, info, timeout_s)
+                self.store(trace, self._transport.write_trace, info, timeout_s)
 
     def _cost_of(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
         """The metadata that says what a trace cost; empty if the server does not know.
@@ -278,7 +278,7 @@ class Operations:
         total = {"total_cost": sum(costs.values())}
         return {**dict.fromkeys(COSTS, 0.0), **costs, **total} if costs else {}
 
-    def _store(self, trace: TraceState, write: Callable[..., None], *what: Any) -> None:
+    def store(self, trace: TraceState, write: Callable[..., None], *what: Any) -> None:
         """Write spans or an info; go on with runs alone if a server or a store has no traces."""
         if self.stores_traces:
             try:

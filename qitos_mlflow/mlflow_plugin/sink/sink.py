@@ -37,6 +37,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     working_directory,
 )
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
+from qitos_mlflow.mlflow_plugin.sink.assessments import Assessments
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.linked_prompts import link_prompts
@@ -90,6 +91,7 @@ class MlflowSink:
         self._elsewhere = uri is not None and without_credentials(uri) != recorded_for
         """It delivers to another server than the records were recorded for."""
         self._operations = Operations(self._transport, announce, header)
+        self._assessments = Assessments(self._transport, self._operations)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
         self._refused: dict[str, str] = {}
@@ -194,7 +196,8 @@ class MlflowSink:
 
     def _list(self, touched: Mapping[str, TraceState], dead: list[DeadLetter]) -> None:
         """List the calls for what waits of these traces, and forget the traces that are over."""
-        traces, operations = touched.values(), self._operations
+        operations, scored = self._operations, self._assessments
+        traces = [trace for trace in touched.values() if not trace.unplaced]
         # First, because an agent may be waiting for its run.
         calls = [Call(trace, operations.create_run, ["run"]) for trace in traces if not trace.run]
         for trace in traces:
@@ -228,6 +231,12 @@ class MlflowSink:
         ]
         # Last, so that a run that has ended is complete, and knows what was refused of it.
         calls += [Call(trace, operations.end_run, ["end"]) for trace in traces if trace.facts.ended]
+        # After all else, because they may wait for what another process delivers.
+        for trace in touched.values():
+            if trace.unplaced:
+                calls.append(Call(trace, scored.find_run, ["run"]))
+                calls += [Call(trace, operations.log, items) for items in _batches(trace.waiting)]
+            calls += [Call(trace, scored.write, [one]) for one in trace.waiting.assessments]
         for trace_id, trace in touched.items():
             if trace.facts.ended or not trace.facts.started:
                 del self._traces[trace_id]
@@ -279,11 +288,11 @@ def open_transport(
         requester = SessionRequester(uri, routing, asked=asked, trusted=trusted)
         return RestTransport(uri, requester, trusted=trusted)
     try:
-        from qitos_mlflow.mlflow_plugin.server import mlflow_client
+        from qitos_mlflow.mlflow_plugin.server import mlflow_client, sqlite_store
     except RuntimeError as error:  # Of a user without a home (`Path.home` in mlflow).
         raise RetryLater(f"mlflow cannot be imported ({error}); set HOME") from error
 
     cwd = cwd or working_directory()
-    store = absolute(uri, cwd) if uri else mlflow_client.default_tracking_uri(cwd)
+    store = absolute(uri, cwd) if uri else sqlite_store.default_tracking_uri(cwd)
     workspace = None if routing is None else routing.get(WORKSPACE, "default")
     return mlflow_client.StoreTransport(store, workspace)

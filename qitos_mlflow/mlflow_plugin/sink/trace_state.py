@@ -14,12 +14,13 @@ import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric_of
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TraceFacts, settings_in
-from qitos_mlflow.recording.record import Record
+from qitos_mlflow.recording.record import Assessment, Record
 from qitos_mlflow.redaction.redact import redact_text
 
 MAX_PICTURES = 200
@@ -41,6 +42,7 @@ class Waiting(RunData):
 
     spans: list[Span] = field(default_factory=list)
     artifacts: list[Attachment | tuple[str, bytes]] = field(default_factory=list)
+    assessments: list[Assessment] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
 
 
@@ -120,8 +122,21 @@ class TraceState:
             self.waiting.artifacts.append((record["path"], file))
         if record["kind"] in ("artifact", "pictures"):
             self.facts.settings = settings_in(record.get("settings")) or self.facts.settings
+        elif record["kind"] == "assessment":
+            self._assess(record)
         else:
             self._fold(record)
+
+    def _assess(self, record: Assessment) -> None:
+        metric, facts = metric_of(record), self.facts
+        self.waiting.metrics += [metric] if metric else []
+        if facts.started and self.tree is not None:
+            self.tree.assess(assessment_of(record))
+            return
+        facts.settings = settings_in(record.get("settings")) or facts.settings
+        facts.last_ns = max(facts.last_ns, limits.clean_ns(record.get("time_ns")))
+        if facts.log_traces or metric is None:
+            self.waiting.assessments.append(record)
 
     def kill(self, last_time_ns: int, reason: str) -> None:
         """End the trace whose end will not come.
@@ -154,6 +169,11 @@ class TraceState:
         self.totals.fold(record, self.waiting)
 
     # -- the run -----------------------------------------------------------------------------
+
+    @property
+    def unplaced(self) -> bool:
+        """Whether nothing is known but an id: a score of a trace of another process."""
+        return bool(self.waiting.assessments) and not self.facts.settings
 
     def move(self, uri: str) -> None:
         """Forget what the server at `uri` has: the rest goes to another one."""

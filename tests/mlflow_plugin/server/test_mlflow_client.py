@@ -26,9 +26,9 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server import mlflow_client
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
     StoreTransport,
-    default_tracking_uri,
 )
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
+from qitos_mlflow.mlflow_plugin.server.sqlite_store import default_tracking_uri
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
 
 SECRET = "s3cr3t-of-a-user"

@@ -1,0 +1,229 @@
+"""`score` and `expect`: what they take, what they refuse, where records go. No server."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from qitos_mlflow import MlflowTraceProcessor, context, expect, score, tracing
+from qitos_mlflow.bridge import results
+from qitos_mlflow.delivery import find_segments, living, waiting_records
+from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
+from qitos_mlflow.tracing import create_trace
+
+Spooled = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Path]:
+    """The spool; taken away at the end, or the tests' own process would tell of what it keeps."""
+    directory = tmp_path / "spool"
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def attach() -> Iterator[Callable[..., MlflowTraceProcessor]]:
+    """Register a processor that writes to the spool only."""
+    attached: list[MlflowTraceProcessor] = []
+
+    def attach(**options: Any) -> MlflowTraceProcessor:
+        processor = MlflowTraceProcessor(offline=True, **options)
+        tracing.add_trace_processor(processor)
+        attached.append(processor)
+        return processor
+
+    yield attach
+    for processor in attached:
+        tracing.remove_trace_processor(processor)
+        processor.shutdown()
+
+
+@pytest.fixture
+def scores(attach: Callable[..., MlflowTraceProcessor], spool: Path) -> Spooled:
+    """Close the processors, and read the assessments that were recorded."""
+
+    def read() -> list[dict[str, Any]]:
+        for processor in tracing.processors():
+            processor.shutdown()
+        for pipeline in list(living.values()):  # Those that no processor uses.
+            pipeline.flush(10.0)
+        records = [
+            orjson.loads(record)
+            for segment in find_segments(spool)
+            for record in waiting_records(segment)
+        ]
+        return [record for record in records if record["kind"] == "assessment"]
+
+    return read
+
+
+@dataclass
+class Result:
+    """As the host's: it has no hash."""
+
+    state: Any = None
+
+
+def test_each_thing_names_its_trace(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """A Trace, both ids, a context, a result, MLflow's trace."""
+    attach(experiment_name="there")
+    with context() as request, create_trace("agent") as trace:
+        pass
+    result = Result()
+    results.note(result, "run", trace.trace_id)
+
+    class Entity:
+        info = type("Info", (), {"trace_id": trace_id(trace.trace_id)})
+
+    ways = (trace, trace.trace_id, trace_id(trace.trace_id), request, result, Entity())
+    for number, way in enumerate(ways):
+        score(way, "n", number)
+    found = scores()
+    assert [record["value"] for record in found] == list(range(len(ways)))
+    assert {record["trace_id"] for record in found} == {trace.trace_id}
+    assert {record["settings"]["experiment_name"] for record in found} == {"there"}
+
+
+def test_it_goes_wherever_the_trace_is_logged(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """Of two servers, to both; with the settings of each."""
+    attach(tracking_uri="http://one.test", experiment_name="one")
+    attach(tracking_uri="http://two.test", experiment_name="two")
+    with create_trace("agent") as trace:
+        pass
+    score(trace, "correct", True)
+    assert {record["settings"]["experiment_name"] for record in scores()} == {"one", "two"}
+
+
+def test_an_unknown_id_goes_where_this_process_logs(
+    attach: Callable[..., MlflowTraceProcessor], spool: Path, scores: Spooled
+) -> None:
+    """Or to the server that is given."""
+    attach(tracking_uri="http://one.test")
+    unknown = "tr-" + "7" * 32
+    score(unknown, "correct", True)
+    expect(unknown, "answer", None, tracking_uri="http://two.test")
+    found = scores()
+    assert [(record["trace_id"], "settings" in record) for record in found] == [
+        (unknown, False)
+    ] * 2
+    heads = b"".join(path.read_bytes() for path in spool.rglob("*") if path.is_file())
+    assert b"http://one.test" in heads
+    assert b"http://two.test" in heads
+
+
+def test_credentials_are_redacted(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """In reasons and values, as everywhere."""
+    attach()
+    with create_trace("agent") as trace:
+        pass
+    secret = "sk-proj-abcdefghijklmnopqrstuvwxyz0123456789abcd"
+    score(trace, "label", {"api_key": secret}, rationale=f"it said {secret}")
+    [record] = scores()
+    assert secret not in str(record)
+    assert record["rationale"].startswith("it said ")
+
+
+def test_a_score_of_a_trace_is_recorded_after_its_processor_is_shut_down(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """A notebook's last cell comes late."""
+    processor = attach()
+    with create_trace("agent") as trace:
+        pass
+    processor.shutdown()
+    score(trace, "correct", True)
+    MlflowTraceProcessor(offline=True).force_flush()
+    assert [record["value"] for record in scores()] == [True]
+
+
+class Number:
+    """As numpy's and torch's."""
+
+    def item(self) -> float:
+        return 0.5
+
+
+def test_numbers_of_arrays_are_numbers(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """A metric often is one."""
+    attach()
+    with create_trace("agent") as trace:
+        pass
+    score(trace, "f1", Number())
+    assert [record["value"] for record in scores()] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"name": ""}, TypeError, "name='' is no name"),
+        ({"value": float("nan")}, ValueError, "value=nan of 'n' is no number that MLflow takes"),
+        ({"value": None}, TypeError, "value of 'n' is None; give a number"),
+        ({"value": object()}, TypeError, "value of 'n' cannot be used"),
+        ({"value": [float("inf")]}, TypeError, "value of 'n' cannot be used"),
+        ({"rationale": 1}, TypeError, "rationale of 'n' is a int; give a text"),
+        ({"metadata": "a"}, TypeError, "metadata of 'n' is a str; give a dict"),
+        ({"source": 1}, TypeError, "source=1 is a int; give a name"),
+        ({"source_type": "JUDGE"}, ValueError, "source_type='JUDGE'; MLflow has HUMAN"),
+        ({"of": "the answer"}, TypeError, "'the answer' is no id of a trace; give an MLflow"),
+        ({"of": 7}, TypeError, r"no trace is known of 7 \(int\); give an MLflow"),
+        ({"of": Result()}, TypeError, r"no trace is known of Result.* \(Result\)"),
+        ({"of": context()}, ValueError, "0 traces have begun in this"),
+        ({"tracking_uri": "localhost:5000"}, ValueError, "did you mean http"),
+    ],
+)
+def test_what_is_wrong_is_named_at_once(
+    arguments: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """With what to give instead, and nothing is recorded."""
+    given = {"of": "tr-" + "0" * 32, "name": "n", "value": 1, **arguments}
+    with pytest.raises((error, ValueError), match=said) as raised:
+        score(given.pop("of"), given.pop("name"), given.pop("value"), **given)
+    assert "tracking_uri" in arguments or isinstance(raised.value, error)
+
+
+def test_a_context_of_several_traces_is_no_one() -> None:
+    """It is not guessed which."""
+    from qitos_mlflow.mlflow_plugin.fluent.context import Begun
+    from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+
+    with context() as request:
+        for number in (1, 2):
+            request.begin(Begun(str(number), None, PendingRun(), None, None))
+    with pytest.raises(ValueError, match=r"2 traces have begun .* give one of its trace_ids"):
+        score(request, "correct", True)
+
+
+def test_a_result_is_not_kept_alive() -> None:
+    """Nor is another object with its number taken for it."""
+    results._results.clear()
+    result = Result()
+    results.note(result, None, "t")
+    assert results.trace_of(result) == "t"
+    del result
+    gc.collect()
+    assert results._results == {}
+
+
+def test_what_is_remembered_of_runs_is_bounded() -> None:
+    """The latest ones; a text cannot be remembered."""
+    for number in range(results.MAX_RUNS + 5):
+        results.note("an answer", f"run {number}", f"t{number}")
+    assert len(results._runs) == results.MAX_RUNS
+    assert results.trace_of_run(f"run {number}") == f"t{number}"
+    assert results.trace_of("an answer") is None
