@@ -2,7 +2,7 @@
 
     plugin                  the hooks, and which of several plugins logs a run
     processor               registering by hand
-    feedback                scores of runs that have ended
+    feedback                scores of runs that have ended; evaluators: those of QitOS
     destination             where runs go, how they are logged, what MLflow adds to a pipeline
     fluent/                 MLflow's active run, its own spans, what is around a trace
     sink/, mapping/         records to calls; on the sending thread

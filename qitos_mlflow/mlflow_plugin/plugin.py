@@ -26,6 +26,7 @@ from qitos_mlflow.mlflow_plugin.destination import (
     run_settings,
     tracking_uri,
 )
+from qitos_mlflow.mlflow_plugin.evaluators import watch_evaluators
 from qitos_mlflow.mlflow_plugin.fluent.active_run import (
     ActiveRun,
     let_go,
@@ -180,6 +181,7 @@ class MlflowPlugin:
         self._when_idle: Callable[[], object] | None = None
         self._said: set[tuple[int, str]] = set()
         watch()
+        watch_evaluators()
         watch_prompts()
 
     # -- hooks -------------------------------------------------------------------------------

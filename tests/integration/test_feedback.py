@@ -346,6 +346,44 @@ def test_a_local_store_has_it_once(local_store: str, name: str) -> None:
     assert run.metrics["rating"] == 2
 
 
+def test_qitos_evaluations_are_logged_by_themselves(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """What a suite says of a run that this process has logged; its result is the host's."""
+    script(
+        mlflow_server.uri,
+        name,
+        """
+        from qitos.core.task import Task
+        from qitos.evaluate import (
+            EvaluationContext, EvaluationResult, EvaluationSuite, TrajectoryEvaluator,
+        )
+
+        class Exact(TrajectoryEvaluator):
+            name = "exact"
+            def evaluate(self, context):
+                return EvaluationResult("exact", True, 0.75, reasons=["the same", "text"])
+
+        result = run("task")
+        suite = EvaluationSuite([Exact()])
+        task = Task(id="t", objective="task")
+        verdict = suite.evaluate(EvaluationContext(task=task, run=result))
+        assert type(verdict).__name__ == "SuiteEvaluationResult" and verdict.success
+        suite.evaluate(EvaluationContext(task=task))  # Of no run of this process.
+        """,
+    )
+    run = only_run(client, name)
+    said = said_of(client, trace_of(client, run))
+    assert {key: one.value for key, one in said.items()} == {
+        "exact/success": True,
+        "exact/score": 0.75,
+        "evaluation/success": True,
+        "evaluation/score": 0.75,
+    }
+    assert said["exact/score"].rationale == "the same; text"
+    assert run.metrics["exact/score"] == 0.75
+
+
 def test_with_content_off_there_is_no_rationale(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
