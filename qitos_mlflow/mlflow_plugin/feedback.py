@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from qitos_mlflow import tracing
+from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge import results
 from qitos_mlflow.mlflow_plugin.destination import Destination, MlflowPipeline
 from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination_uri
@@ -117,16 +118,22 @@ def _say(
         "source_type": source_type,
         "source_id": source_id,
         "metadata": dict(metadata or {}),
-        "time_ns": _later(),
+        "time_ns": later_ns(),
     }
-    for settings, to, of_trace, content in _targets(of, uri):
-        more = {"rationale": rationale} if rationale and content else {}
-        # Kept by its pipeline: all of the process with this destination share it.
-        pipeline = Recorder[TraceRecorder](settings).pipeline_to(to, partial(MlflowPipeline, to))
-        pipeline.offer(encode({**record, **more, **of_trace}), keep=True, urgent=True)
+    targets = list(_targets(of, uri))
+    with shield("feedback.record"):
+        for settings, to, of_trace, content in targets:
+            more = {"rationale": rationale} if rationale and content else {}
+            offer(settings, to, {**record, **more, **of_trace})
 
 
-def _later() -> int:
+def offer(settings: Settings, to: Destination, record: dict[str, Any]) -> None:
+    """Hand a record to the pipeline that all of this process with that destination share."""
+    pipeline = Recorder[TraceRecorder](settings).pipeline_to(to, partial(MlflowPipeline, to))
+    pipeline.offer(encode(record), keep=True, urgent=True)
+
+
+def later_ns() -> int:
     """Now, but a millisecond after the last time at least: of two points MLflow shows the later."""
     global _last_ns
     _last_ns = max(time.time_ns(), _last_ns + 1_000_000)
@@ -152,11 +159,13 @@ def _targets(
         return
     if isinstance(of, str) and not known and _ID.fullmatch(of) is None:
         raise TypeError(f"{of!r:.100} is no id of a trace; give {WHAT}")
-    settings = _settings()
+    settings, mode = settings_here(), tracing.get_tracing_provider().mode
     if uri is not None:
         settings = replace(settings, tracking_uri=parsed("tracking_uri", uri, "argument"))
-    to = Destination.of(destination_uri(settings))
-    yield settings, to, {"trace_id": known[0].id if known else given}, settings.capture_content
+    if mode != tracing.TracingMode.DISABLED:
+        to = Destination.of(destination_uri(settings))
+        content = settings.capture_content and mode == tracing.TracingMode.ENABLED
+        yield settings, to, {"trace_id": known[0].id if known else given}, content
 
 
 def logged(given: str) -> list[Any]:
@@ -165,11 +174,14 @@ def logged(given: str) -> list[Any]:
         trace
         for trace in recorded_traces()
         if isinstance(trace.pipeline, MlflowPipeline)
-        and given in (trace.host_id, trace.id, trace_id(trace.id))
+        and (
+            given in (trace.host_id, trace.id)
+            or (given.startswith("tr-") and given == trace_id(trace.id))
+        )
     ]
 
 
-def _settings() -> Settings:
+def settings_here() -> Settings:
     """Those of the plugin that logs the agents of this process; without one, the environment's."""
     found: list[Any] = [
         getattr(processor, "plugins", {}).get("mlflow") for processor in tracing.processors()

@@ -230,6 +230,8 @@ class Assessment(_Record, total=False):
     """A number, a boolean, a text, or a list or object of them."""
     rationale: str
     """Why; missing if nothing was said, or with content off."""
+    run_id: str
+    """MLflow's id of the run that a number is about, instead of a trace."""
     source_type: str
     """`HUMAN`, `LLM_JUDGE` or `CODE`."""
     source_id: str

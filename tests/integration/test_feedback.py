@@ -384,6 +384,37 @@ def test_qitos_evaluations_are_logged_by_themselves(
     assert run.metrics["exact/score"] == 0.75
 
 
+def test_qitos_metrics_are_those_of_the_parent_run(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """What a registry computes over many runs, on the run that is open around it."""
+    script(
+        mlflow_server.uri,
+        name,
+        f"""
+        import mlflow
+        from qitos.metric import Metric, MetricInput, MetricRegistry, MetricReport
+
+        class Rate(Metric):
+            def compute(self, rows):
+                return MetricReport("rate", 0.5)
+
+        class Pass(Metric):
+            def compute(self, rows):
+                return MetricReport("pass", {{"1": 0.75, "2": 0.25, "note": "text"}})
+
+        registry = MetricRegistry([Rate()]).register(Pass())
+        mlflow.set_experiment({name!r})
+        with mlflow.start_run(run_name="benchmark"):
+            reports = registry.compute_all([MetricInput("t")])
+        assert [report.name for report in reports] == ["rate", "pass"]
+        registry.compute_all([MetricInput("t")])  # Outside of any run.
+        flush()
+        """,
+    )
+    assert only_run(client, name).metrics == {"rate": 0.5, "pass/1": 0.75, "pass/2": 0.25}
+
+
 def test_with_content_off_there_is_no_rationale(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:

@@ -123,6 +123,22 @@ def test_an_unknown_id_goes_where_this_process_logs(
     assert b"http://two.test" in heads
 
 
+def test_a_host_that_does_not_trace_records_nothing(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """And without content there is no rationale."""
+    attach()
+    provider = tracing.get_tracing_provider()
+    try:
+        for mode in (tracing.TracingMode.DISABLED, tracing.TracingMode.ENABLED_WITHOUT_DATA):
+            provider.set_mode(mode)
+            score("tr-" + "7" * 32, "correct", True, rationale="a secret plan")
+    finally:
+        provider.set_mode(tracing.TracingMode.ENABLED)
+    [record] = scores()
+    assert "rationale" not in record
+
+
 def test_credentials_are_redacted(
     attach: Callable[..., MlflowTraceProcessor], scores: Spooled
 ) -> None:

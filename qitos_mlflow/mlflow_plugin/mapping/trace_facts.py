@@ -75,9 +75,9 @@ def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 def without_ids(record: Any) -> None:
     """Take from a record what names a run or an experiment of the server it was recorded for."""
+    ids = ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id")
     for part in (record, mapping(record).get("settings")):
-        ids = ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id", "model_id")
-        for key in ids:
+        for key in (*ids, "run_id", "model_id"):
             if isinstance(part, dict):
                 part.pop(key, None)
     tags = mapping(mapping(mapping(record).get("settings")).get("tags"))

@@ -41,6 +41,13 @@ class Assessments:
 
     def find_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Find the run of a trace of which nothing but its id is known."""
+        if run_id := trace.waiting.assessments[0].get("run_id"):
+            found = self._transport.find_run(run_id, timeout_s)
+            if found is None:
+                raise Refused("NO_RUN", f"{self._transport.address} has no run {run_id}")
+            trace.facts.settings = {"experiment_id": found.experiment_id}
+            trace.run = RunRef(run_id, found.experiment_id, "", "", 0)
+            return
         self._operations.store(trace, self._find_run, trace, timeout_s)
         if trace.run is None:
             raise Refused("NO_TRACE", "the server has no traces, so the run is not known")
@@ -62,6 +69,8 @@ class Assessments:
     def write(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Create the assessment of a record, or change the one that is there."""
         [record] = items
+        if record.get("run_id"):
+            return  # The run's metric is all of it.
         if trace.facts.log_traces:
             self._operations.store(trace, self._write, trace, assessment_of(record), timeout_s)
         if metric_of(record) is None and not (

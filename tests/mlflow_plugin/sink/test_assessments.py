@@ -10,6 +10,7 @@ import pytest
 
 from qitos_mlflow.delivery import DeadLetter, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.assessments import OWN_ID, assessment_of, metric_of
+from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
 from qitos_mlflow.mlflow_plugin.sink import assessments
@@ -174,6 +175,16 @@ def test_a_trace_that_does_not_come_is_put_off(server: FakeTransport) -> None:
     assert all(f"has no trace {OURS}" in letter.reason for letter in dead)
     assert [orjson.loads(letter.record) for letter in dead] in ([ours, theirs], [theirs, ours])
     assert "create_experiment" not in server.calls
+
+
+def test_a_number_of_a_run(server: FakeTransport) -> None:
+    """It needs no trace. A run that is not there is a dead letter."""
+    server.users_runs["run-0"] = FoundRun("7", None)
+    of_run = {**by_id(name="pass", value=0.5), "trace_id": "run run-0", "run_id": "run-0"}
+    assert deliver(server, of_run) == []
+    assert (server.values()["pass"], server.assessments) == ([0.5], {})
+    [letter] = deliver(server, {**of_run, "trace_id": "run run-9", "run_id": "run-9"})
+    assert letter.reason == "NO_RUN: http://fake.test has no run run-9"
 
 
 def test_a_trace_of_no_run_is_a_dead_letter(server: FakeTransport) -> None:
