@@ -1,6 +1,7 @@
 """MLflow as a trace plugin: hook calls in, records to `recording`; records back in, calls out.
 
     plugin                  the hooks, and which of several plugins logs a run
+    open_trace              one trace on the agent's thread
     processor               registering by hand
     feedback                scores of runs that have ended; evaluators: those of QitOS
     destination             where runs go, how they are logged, what MLflow adds to a pipeline

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import IntEnum
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import log, shield
-from qitos_mlflow._stop_reasons import ERROR_STOPS
+from qitos_mlflow._guard import log
 from qitos_mlflow.errors import MissingMlflowError
 from qitos_mlflow.mlflow_plugin.destination import (
     Destination,
@@ -27,16 +26,10 @@ from qitos_mlflow.mlflow_plugin.destination import (
     tracking_uri,
 )
 from qitos_mlflow.mlflow_plugin.evaluators import watch_evaluators
-from qitos_mlflow.mlflow_plugin.fluent.active_run import (
-    ActiveRun,
-    let_go,
-    mlflow_in_use,
-    same_place,
-)
-from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
+from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
-from qitos_mlflow.mlflow_plugin.fluent.context import Begun, context
-from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
+from qitos_mlflow.mlflow_plugin.fluent.context import context
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
     is_sampled,
     is_trial,
@@ -46,20 +39,15 @@ from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
 from qitos_mlflow.mlflow_plugin.fluent.versions import (
     active_model,
     current_trace,
-    prompts_of,
     watch_prompts,
 )
-from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
-from qitos_mlflow.mlflow_plugin.mapping.lineage import PROMPTS, prompts_tag
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace as OpenTrace
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 from qitos_mlflow.plugins.hookspecs import hookimpl
 from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.recording import process_exit
-from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.recorder import Recorder
-from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
 process_exit.at_last.append(let_go)
@@ -71,99 +59,6 @@ class Origin(IntEnum):
     INSTALLED = 0
     AUTOLOG = 1
     BY_HAND = 2
-
-
-class OpenTrace(TraceRecorder):
-    """A trace that is recorded for MLflow.
-
-    Attributes:
-        run: its run, once there is one.
-        active: that run as MLflow's active run.
-        tree: has its spans if they are part of a trace of MLflow's own tracer.
-        autolog: makes MLflow's own spans children of its spans; None if that is another's task.
-    """
-
-    def __init__(
-        self,
-        trace: Any,
-        pipeline: RecordPipeline,
-        settings: Settings,
-        run_settings: RunSettings,
-        uri: str | None,
-        parent_run_id: str | None = None,
-    ) -> None:
-        super().__init__(trace, pipeline, settings, run_settings)
-        self._of_host = str(trace.trace_id), uri
-        self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
-        self.active = ActiveRun(
-            self.run,
-            uri,
-            adopt_uri=not settings.auto_end_run,
-            on_push=process_exit.end_first,
-        )
-        self.configured, self.run_settings = settings, run_settings
-        host_id = self.host_id = str(trace.trace_id)
-        # Of two processors that log one trace to one server, the first has MLflow's own spans.
-        self.tree: Any = None
-        self.autolog = None
-        if not settings.log_traces or self.id != host_id:
-            return
-        if not self.run.out_of_reach() and mlflow_in_use() and same_place(uri):
-            with shield("plugin.tree"):
-                from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import tree_around
-
-                self.tree = tree_around(trace, self.run, settings.field_bytes, parent_run_id)
-        if self.tree is None:
-            sampled = run_settings["log_traces"]
-            self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
-        else:
-            self.autolog = self.tree
-            run_settings["log_traces"] = False
-            run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
-
-    @property
-    def mlflow_trace_id(self) -> str | None:
-        """MLflow's id of the trace that has its spans; None if they are in none."""
-        if self.tree is not None:
-            return str(self.tree.trace_id)
-        return trace_id(self.id) if self.run_settings["log_traces"] else None
-
-    def begun(self, uri: str | None, workspace: str | None) -> Begun:
-        """What a `context` knows of it."""
-        return Begun(self.id, self.mlflow_trace_id, self.run, uri, workspace)
-
-    @staticmethod
-    def status(metadata: Mapping[str, Any], failure: BaseException | None) -> str:
-        """MLflow's run status for how the trace ended: FINISHED, FAILED or KILLED. Pure."""
-        # Any code writes the metadata: what is no text may not even be comparable.
-        status, reason = (
-            value if isinstance(value, str) else None
-            for value in (metadata.get("status"), metadata.get("stop_reason"))
-        )
-        if status == "interrupted":
-            return "KILLED"
-        if failure is not None:
-            return "FAILED" if isinstance(failure, Exception) else "KILLED"
-        if status == "error" or reason in ERROR_STOPS:
-            return "FAILED"
-        return "FINISHED"
-
-    def end_early(self, status: str, why: str) -> None:
-        """As in the base class; then the run can no longer be, or become, MLflow's active run."""
-        super().end_early(status, why)
-        if not self.run.left_open:
-            self.active.leave(open=False)
-
-    def tags(self) -> Mapping[str, str]:
-        """The tags that were set on the trace through MLflow, and the prompts that were loaded."""
-        tags = {} if self.autolog is None or self.tree is not None else self.autolog.end()
-        prompts = prompts_of(*self._of_host)
-        return {**tags, PROMPTS: prompts_tag(prompts)} if prompts else tags
-
-    def recorded(self, payload: bytes) -> None:
-        """Show it in MLflow's own trace, if its spans are there."""
-        if self.tree is not None:
-            self.tree.fold(payload)
 
 
 class MlflowPlugin:
