@@ -21,6 +21,7 @@ from qitos_mlflow.bridge import results
 from qitos_mlflow.mlflow_plugin.destination import Destination, MlflowPipeline
 from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination_uri
 from qitos_mlflow.mlflow_plugin.fluent.context import context
+from qitos_mlflow.mlflow_plugin.mapping.assessments import metric_of
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.recording.pipelines import recorded_traces
 from qitos_mlflow.recording.recorder import Recorder
@@ -110,7 +111,7 @@ def _say(
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata of {name!r} is a {type(metadata).__name__}; give a dict")
     source_type, source_id = _source(source, source_type)
-    record = {
+    record: Any = {
         "kind": "assessment",
         "type": kind,
         "name": name,
@@ -122,9 +123,15 @@ def _say(
     }
     targets = list(_targets(of, uri))
     with shield("feedback.record"):
-        for settings, to, of_trace, content in targets:
-            more = {"rationale": rationale} if rationale and content else {}
-            offer(settings, to, {**record, **more, **of_trace})
+        for trace, settings, to, of_trace, content in targets:
+            said: Any = {**record, **({"rationale": rationale} if rationale and content else {})}
+            said |= of_trace
+            # Until MLflow's own tracer sends its trace, nothing else can reach that.
+            if getattr(trace, "tree", None) and trace.tree.assess(encode(said)):
+                del said["mlflow_trace_id"]
+                if metric_of(said) is None:
+                    continue
+            offer(settings, to, said)
 
 
 def offer(settings: Settings, to: Destination, record: dict[str, Any]) -> None:
@@ -145,8 +152,8 @@ _last_ns = 0
 
 def _targets(
     of: Any, uri: str | None
-) -> Iterator[tuple[Settings, Destination, dict[str, Any], bool]]:
-    """Where it goes: settings, destination, fields that name the trace, whether content is logged.
+) -> Iterator[tuple[Any, Settings, Destination, dict[str, Any], bool]]:
+    """Where it goes: trace, settings, destination, fields that name the trace, content or not.
 
     Of a trace of this process: wherever that is logged.
     """
@@ -155,7 +162,9 @@ def _targets(
     if uri is None and known:
         for trace in known:
             of_trace = {"trace_id": trace.id, "settings": trace.run_settings}
-            yield trace.configured, trace.pipeline.key, of_trace, trace.content
+            if trace.tree is not None:
+                of_trace["mlflow_trace_id"] = trace.tree.trace_id
+            yield trace, trace.configured, trace.pipeline.key, of_trace, trace.content
         return
     if isinstance(of, str) and not known and _ID.fullmatch(of) is None:
         raise TypeError(f"{of!r:.100} is no id of a trace; give {WHAT}")
@@ -165,7 +174,7 @@ def _targets(
     if mode != tracing.TracingMode.DISABLED:
         to = Destination.of(destination_uri(settings))
         content = settings.capture_content and mode == tracing.TracingMode.ENABLED
-        yield settings, to, {"trace_id": known[0].id if known else given}, content
+        yield None, settings, to, {"trace_id": known[0].id if known else given}, content
 
 
 def logged(given: str) -> list[Any]:
@@ -176,7 +185,7 @@ def logged(given: str) -> list[Any]:
         if isinstance(trace.pipeline, MlflowPipeline)
         and (
             given in (trace.host_id, trace.id)
-            or (given.startswith("tr-") and given == trace_id(trace.id))
+            or (given.startswith("tr-") and given in (trace.mlflow_trace_id, trace_id(trace.id)))
         )
     ]
 

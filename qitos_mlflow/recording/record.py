@@ -230,6 +230,8 @@ class Assessment(_Record, total=False):
     """A number, a boolean, a text, or a list or object of them."""
     rationale: str
     """Why; missing if nothing was said, or with content off."""
+    mlflow_trace_id: str
+    """MLflow's id of the trace that has the spans; missing if it follows from `trace_id`."""
     run_id: str
     """MLflow's id of the run that a number is about, instead of a trace."""
     source_type: str

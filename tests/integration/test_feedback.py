@@ -415,6 +415,63 @@ def test_qitos_metrics_are_those_of_the_parent_run(
     assert only_run(client, name).metrics == {"rate": 0.5, "pass/1": 0.75, "pass/2": 0.25}
 
 
+def test_inside_mlflows_own_trace_it_is_on_that_one(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """While MLflow has it in memory, once it has sent it, and from another process."""
+    done = script(
+        mlflow_server.uri,
+        name,
+        f"""
+        import mlflow
+
+        mlflow.set_experiment({name!r})
+
+        @mlflow.trace
+        def handle():
+            with context(session="s", user="ann", tags={{"plan": "pro"}}) as request:
+                result = run("task")
+            score(result, "early", 1, rationale="first")
+            score(result, "early", 2)
+            score(request, "label", "good")
+            expect(result, "answer", [42])
+            return request, result
+
+        request, result = handle()
+        mlflow.flush_trace_async_logging()
+        score(result, "late", True)
+        score(request.trace_ids[0], "early", 3)
+        flush()
+        print(json.dumps([request.trace_ids, request.run_ids, request.url]))
+        """,
+    )
+    [trace_id], [run_id], url = json.loads(done.stdout.splitlines()[-1])
+    assert url.endswith(f"={trace_id}")
+    run_script(
+        f"import qitos_mlflow; qitos_mlflow.score({trace_id!r}, 'elsewhere', 4)",
+        MLFLOW_TRACKING_URI=mlflow_server.uri,
+    )
+    said = said_of(client, trace_id)
+    assert {key: one.value for key, one in said.items()} == {
+        "early": 3,
+        "label": "good",
+        "answer": [42],
+        "late": True,
+        "elsewhere": 4,
+    }
+    run = only_run(client, name)
+    assert run.id == run_id
+    assert {key: run.metrics[key] for key in ("early", "late", "elsewhere")} == {
+        "early": 3,
+        "late": 1,
+        "elsewhere": 4,
+    }
+    info = client.get_trace(trace_id).info
+    assert info.tags["plan"] == "pro"
+    assert info.trace_metadata["mlflow.trace.session"] == "s"
+    assert info.trace_metadata["mlflow.trace.user"] == "ann"
+
+
 def test_with_content_off_there_is_no_rationale(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:

@@ -24,6 +24,7 @@ from qitos_mlflow.mlflow_plugin.fluent import surroundings
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import RENEW_S, renew
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
+from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
@@ -161,6 +162,21 @@ class MlflowTree:
             if record["kind"] == "trace_end" and TRACE in self._open:
                 self._end_of_trace(record, spans[-1])
             self._describe()
+
+    def assess(self, payload: bytes) -> bool:
+        """Add what a record says of the trace; False if MLflow has sent the trace already."""
+        with shield("mlflow_tree.assess"):
+            record: Any = safe(orjson.loads(payload), len(payload), self._field_bytes)
+            said = assessment_of(record)
+            with _manager().get_trace(self.trace_id) as trace:
+                if trace is None or trace.is_remote_trace:
+                    return False
+                entities: Any = sys.modules["mlflow.entities"]
+                there, own = trace.info.assessments, said["assessment_id"]
+                there[:] = [one for one in there if one.assessment_id != own]
+                there.append(entities.Assessment.from_dictionary(said))
+                return True
+        return False
 
     def end(self) -> dict[str, str]:
         """The trace has ended: its open spans end, too, or MLflow would never send its trace."""

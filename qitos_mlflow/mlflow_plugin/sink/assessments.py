@@ -71,11 +71,11 @@ class Assessments:
         [record] = items
         if record.get("run_id"):
             return  # The run's metric is all of it.
-        if trace.facts.log_traces:
+        # The spans may be in a trace of MLflow's own tracer.
+        traced = trace.facts.log_traces or "mlflow_trace_id" in record
+        if traced:
             self._operations.store(trace, self._write, trace, assessment_of(record), timeout_s)
-        if metric_of(record) is None and not (
-            trace.facts.log_traces and self._operations.stores_traces
-        ):
+        if metric_of(record) is None and not (traced and self._operations.stores_traces):
             raise Refused("NO_TRACE", "only numbers can be logged of a run without a trace")
 
     def _write(self, trace: TraceState, wanted: dict[str, Any], timeout_s: float) -> None:

@@ -135,7 +135,7 @@ class TraceState:
             return
         facts.settings = settings_in(record.get("settings")) or facts.settings
         facts.last_ns = max(facts.last_ns, limits.clean_ns(record.get("time_ns")))
-        if facts.log_traces or metric is None:
+        if facts.log_traces or "mlflow_trace_id" in record or metric is None:
             self.waiting.assessments.append(record)
 
     def kill(self, last_time_ns: int, reason: str) -> None:
