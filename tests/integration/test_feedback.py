@@ -15,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import AssessmentSource
 
-from qitos_mlflow import score
+from qitos_mlflow import expect, score
 from tests.integration.logged import AGENT, Done, LoggedRun, logged, only_run, run_script, runs_of
+from tests.integration.proxy import Cut, Proxy, Refuse
 from tests.integration.server import MlflowServer
 
 RUN = """
@@ -264,6 +265,24 @@ def test_killed_while_it_delivers_it_arrives_once(
     run_script(SYNC, MLFLOW_TRACKING_URI=mlflow_server.uri)
     assert said_of(client, trace_id)["correct"].value is True
     assert only_run(client, name).points("correct") == [(0, 1.0)]
+
+
+@pytest.mark.parametrize("fault", [Refuse(), Cut()], ids=["refused", "cut"])
+def test_an_outage_loses_and_doubles_nothing(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str, proxy: Proxy, fault: Any
+) -> None:
+    """Also if the server has stored it, and the answer does not arrive."""
+    with logged(proxy.uri, experiment_name=name) as processor:
+        [trace_id] = ended_traces(processor)
+        proxy.set(fault)
+        score(trace_id, "quality", 1)
+        expect(trace_id, "answer", [1])
+        assert not processor.force_flush(2.0)
+        proxy.set(None)
+        assert processor.force_flush(60.0)
+    said = said_of(client, trace_id)
+    assert {key: one.value for key, one in said.items()} == {"quality": 1, "answer": [1]}
+    assert only_run(client, name).points("quality") == [(0, 1.0)]
 
 
 def test_a_trace_that_never_was_is_a_dead_letter(
