@@ -360,6 +360,23 @@ def test_disabled_tracing_is_no_evaluation(
     assert len(runs_of(client, name)) == 1
 
 
+def test_a_trace_imports_nothing_of_mlflow(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """MLflow imports itself bit by bit; the agent's thread is not where that is to happen."""
+    said = script(
+        """
+        before = set(sys.modules)
+        run("as ever")
+        more = {one for one in set(sys.modules) - before if one.split(".")[0] == "mlflow"}
+        print(json.dumps({"imported": sorted(more)}))
+        """,
+        mlflow_server,
+        name,
+    )
+    assert said == {"imported": []}
+
+
 # -- evaluations -------------------------------------------------------------------------------
 
 EVALUATE = """

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 from opentelemetry import trace as otel
 
+from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent import surroundings
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import RENEW_S, renew
@@ -66,7 +67,7 @@ def tree_around(
                     return None
             if not above._span.is_recording() or above.start_time_ns <= surroundings.forked_ns:
                 return None  # It is over, or the parent process's.
-        elif not sys.modules["mlflow.tracing.utils"].maybe_get_request_id(is_evaluate=True):
+        elif not _is_evaluated():
             return None
         tree = MlflowTree(trace, above, run, field_bytes, parent_run_id)
         return tree if tree.trace_id else None
@@ -314,6 +315,13 @@ class MlflowTree:
             while parent in spans and parent != above.span_id:
                 parent = spans[parent].parent_id
             return bool(parent == above.span_id)
+
+
+def _is_evaluated() -> bool:
+    """Whether `mlflow.genai.evaluate` calls what this thread does."""
+    if imported("mlflow.pyfunc.context") is None:  # MLflow would import it to look.
+        return False
+    return bool(sys.modules["mlflow.tracing.utils"].maybe_get_request_id(is_evaluate=True))
 
 
 def _going(span: Any) -> Any:
