@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun, NewRun, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import (
+    FoundRun,
+    NewRun,
+    RunData,
+    RunRef,
+    StoredRun,
+)
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.redaction.redact import without_credentials
 
@@ -81,6 +88,7 @@ class FakeTransport:
                 "params": {},
                 "status": "RUNNING",
                 "experiment_id": run.experiment_id,
+                "start_ms": run.start_ms,
             }
             return RunRef(run_id, run.experiment_id, run.name, "mlflow-artifacts:/7", run.start_ms)
 
@@ -95,6 +103,54 @@ class FakeTransport:
             ]
 
         return self._answer("find_runs", trace_id, find)
+
+    def stored_run(self, run_id: str, timeout_s: float) -> StoredRun | None:
+        found = self.runs.get(run_id)
+        return self._answer("stored_run", run_id, lambda: found and self._stored(run_id, found))
+
+    def search_runs(
+        self,
+        experiment_ids: Sequence[str],
+        wanted: str,
+        timeout_s: float,
+        *,
+        order: str = "ASC",
+        most: int = 10,
+        token: str = "",
+    ) -> tuple[list[StoredRun], str]:
+        tag, text = re.fullmatch("tags.`(.+)` = '(.+)'", wanted).groups()  # type: ignore[union-attr]
+
+        def search() -> tuple[list[StoredRun], str]:
+            found = [
+                self._stored(run_id, run)
+                for run_id, run in self.runs.items()
+                if run["tags"].get(tag) == text and run["experiment_id"] in experiment_ids
+            ]
+            begin = int(token or 0)
+            rest = str(begin + most) if len(found) > begin + most else ""
+            return found[begin : begin + most], rest
+
+        return self._answer("search_runs", wanted, search)
+
+    @staticmethod
+    def _stored(run_id: str, run: dict[str, Any]) -> StoredRun:
+        newest = sorted(run["metrics"], key=lambda point: (point.step, point.timestamp_ms))
+        return StoredRun(
+            RunRef(
+                run_id, run["experiment_id"], run["name"], "mlflow-artifacts:/7", run["start_ms"]
+            ),
+            run["status"],
+            run.get("end_ms"),
+            {point.key: point.value for point in newest},
+            run["tags"],
+        )
+
+    def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:
+        self._answer("log_dataset", dataset, lambda: self._run(run_id).update(dataset=dataset))
+
+    def link_traces(self, run_id: str, trace_ids: Sequence[str], timeout_s: float) -> None:
+        links = {(trace_id, run_id) for trace_id in trace_ids}
+        self._answer("link_traces", trace_ids, lambda: self.links.update(links))
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         self._answer("delete_run", run_id, lambda: self.runs.pop(run_id))
@@ -113,7 +169,9 @@ class FakeTransport:
         self._answer("log_batch", [*data.metrics, *data.params, *data.tags], log)
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
-        self._answer("end_run", status, lambda: self._run(run_id).update(status=status))
+        self._answer(
+            "end_run", status, lambda: self._run(run_id).update(status=status, end_ms=end_ms)
+        )
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         def write() -> None:
@@ -146,9 +204,6 @@ class FakeTransport:
             assessment,
             lambda: self.assessments.update({own: {**self.assessments[own], **assessment}}),
         )
-
-    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
-        self._answer("link_trace", trace_id, lambda: self.links.add((trace_id, run_id)))
 
     def has_attachments(self, timeout_s: float) -> bool:
         return self._answer("has_attachments", None, lambda: self.attachments)

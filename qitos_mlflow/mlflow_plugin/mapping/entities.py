@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -63,3 +63,14 @@ class RunRef:
     run_name: str
     artifact_uri: str
     start_ms: int
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run with its latest metrics and its tags as the server has them."""
+
+    ref: RunRef
+    status: str
+    end_ms: int | None
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]

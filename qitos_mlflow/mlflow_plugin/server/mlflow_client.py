@@ -36,7 +36,6 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunDa
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import file_of, prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
-    MAX_FOUND,
     Poisoned,
     PutOff,
     Refused,
@@ -254,9 +253,9 @@ class StoreTransport(Transport):
         with self._call():
             return dict(self._mlflow.get_experiment(experiment_id))
 
-    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+    def _run(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
         with self._call():
-            return dict(self._mlflow.get_run(run_id).info)
+            return _as_json(self._mlflow.get_run(run_id))
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         with self._call():
@@ -265,13 +264,12 @@ class StoreTransport(Transport):
             )
             return run_ref(dict(made.info))
 
-    def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
-        order = ["attributes.start_time ASC"]
+    def _search_runs(
+        self, wanted: str, page: Mapping[str, Any], timeout_s: float
+    ) -> Mapping[str, Any]:
         with self._call():
-            runs = self._mlflow.search_runs(
-                [experiment_id], tagged, order_by=order, max_results=MAX_FOUND
-            )
-            return [run_ref(dict(run.info)) for run in runs]
+            found = self._mlflow.search_runs(filter_string=wanted, **page)
+        return {"runs": [_as_json(run) for run in found], "next_page_token": found.token}
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         with self._call():
@@ -291,13 +289,19 @@ class StoreTransport(Transport):
         with self._call():
             self._mlflow.set_terminated(run_id, status=status, end_time=end_ms)
 
+    def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:
+        tags = [entities.InputTag("mlflow.data.context", "eval")]
+        with self._call():
+            found = entities.DatasetInput(entities.Dataset(**dataset), tags)
+            self._mlflow.log_inputs(run_id, [found])
+
+    def link_traces(self, run_id: str, trace_ids: Sequence[str], timeout_s: float) -> None:
+        with self._call():
+            self._tracing.store.link_traces_to_run(list(trace_ids), run_id)
+
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         with self._call():
             self._tracing.start_trace(entities.TraceInfo.from_proto(ParseDict(info, TraceInfoV3())))
-
-    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
-        with self._call():
-            self._mlflow.link_traces_to_run([trace_id], run_id)
 
     def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
         with self._call():
@@ -338,3 +342,8 @@ class StoreTransport(Transport):
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         write_artifact(run.artifact_uri, path, data, self.uri)
+
+
+def _as_json(run: Any) -> dict[str, Any]:
+    """A run as MLflow's servers write it."""
+    return dict(MessageToDict(run.to_proto(), preserving_proto_field_name=True))

@@ -32,7 +32,6 @@ from qitos_mlflow.mlflow_plugin.server.http import (
 )
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
-    MAX_FOUND,
     NotThere,
     PutOff,
     Refused,
@@ -74,10 +73,9 @@ class RestTransport(Transport):
         path = "/api/2.0/mlflow/experiments/get?experiment_id=" + quote(experiment_id, safe="")
         return self._get(path, timeout_s, "experiment")
 
-    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+    def _run(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
         path = "/api/2.0/mlflow/runs/get?run_id=" + quote(run_id, safe="")
-        found: Mapping[str, Any] = part(self._get(path, timeout_s, "run"), "info")
-        return found
+        return self._get(path, timeout_s, "run")
 
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         body = {
@@ -89,15 +87,11 @@ class RestTransport(Transport):
         answer = self._post("/api/2.0/mlflow/runs/create", body, timeout_s, "run")
         return run_ref(part(part(answer, "run"), "info"))
 
-    def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
-        body = {
-            "experiment_ids": [experiment_id],
-            "filter": tagged,
-            "order_by": ["attributes.start_time ASC"],
-            "max_results": MAX_FOUND,
-        }
-        answer = self._post("/api/2.0/mlflow/runs/search", body, timeout_s, "runs")
-        return [run_ref(part(run, "info")) for run in answer.get("runs") or []]
+    def _search_runs(
+        self, wanted: str, page: Mapping[str, Any], timeout_s: float
+    ) -> Mapping[str, Any]:
+        body = {"filter": wanted, **page}
+        return self._post("/api/2.0/mlflow/runs/search", body, timeout_s, "runs")
 
     def delete_run(self, run_id: str, timeout_s: float) -> None:
         self._post("/api/2.0/mlflow/runs/delete", {"run_id": run_id}, timeout_s)
@@ -115,12 +109,17 @@ class RestTransport(Transport):
         body = {"run_id": run_id, "status": status, "end_time": end_ms}
         self._post("/api/2.0/mlflow/runs/update", body, timeout_s, "run_info")
 
+    def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:
+        context = {"key": "mlflow.data.context", "value": "eval"}
+        body = {"run_id": run_id, "datasets": [{"dataset": dict(dataset), "tags": [context]}]}
+        self._post("/api/2.0/mlflow/runs/log-inputs", body, timeout_s)
+
+    def link_traces(self, run_id: str, trace_ids: Sequence[str], timeout_s: float) -> None:
+        body = {"run_id": run_id, "trace_ids": list(trace_ids)}
+        self._post("/api/2.0/mlflow/traces/link-to-run", body, timeout_s)
+
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
         self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s, "trace")
-
-    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
-        body = {"trace_ids": [trace_id], "run_id": run_id}
-        self._post("/api/2.0/mlflow/traces/link-to-run", body, timeout_s)
 
     def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
         path = "/api/3.0/mlflow/traces/" + quote(trace_id, safe="")

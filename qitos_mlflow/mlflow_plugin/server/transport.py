@@ -18,6 +18,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import (
     PromptRef,
     RunData,
     RunRef,
+    StoredRun,
 )
 from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
@@ -48,6 +49,9 @@ ARTIFACTS_TAG = "mlflow.artifactLocation"
 
 MAX_FOUND = 10
 """Most runs that `find_runs` returns. There is one, and one for each unanswered creation."""
+
+MAX_LINKED = 100
+"""Traces that MLflow links in one request."""
 
 
 class Refused(QitosMlflowError):
@@ -162,14 +166,19 @@ class Transport(ABC):
 
     def find_run(self, run_id: str, timeout_s: float) -> FoundRun | None:
         """A run by its id; None if there is none, or if it is deleted."""
-        info = _unless_missing(lambda: self._run_info(run_id, timeout_s))
-        if info is None or info.get("lifecycle_stage") == "deleted":
+        found = self.stored_run(run_id, timeout_s)
+        return None if found is None else FoundRun(found.ref.experiment_id, found.end_ms)
+
+    def stored_run(self, run_id: str, timeout_s: float) -> StoredRun | None:
+        """The same with what it holds."""
+        run = _unless_missing(lambda: self._run(run_id, timeout_s))
+        if run is None or part(run, "info").get("lifecycle_stage") == "deleted":
             return None
-        return FoundRun(str(part(info, "experiment_id")), int(info.get("end_time") or 0) or None)
+        return _stored(run)
 
     @abstractmethod
-    def _run_info(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
-        """What MLflow says of a run."""
+    def _run(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
+        """What MLflow says of a run, as JSON."""
 
     @abstractmethod
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
@@ -181,11 +190,37 @@ class Transport(ABC):
         Empty for an id with both kinds of quotes in it, which no filter of MLflow can hold.
         """
         tagged = equals("tags.`qitos.trace_id`", trace_id)
-        return [] if tagged is None else self._search_runs(experiment_id, tagged, timeout_s)
+        if tagged is None:
+            return []
+        return [run.ref for run in self.search_runs([experiment_id], tagged, timeout_s)[0]]
+
+    def search_runs(
+        self,
+        experiment_ids: Sequence[str],
+        wanted: str,
+        timeout_s: float,
+        *,
+        order: str = "ASC",
+        most: int = MAX_FOUND,
+        token: str = "",
+    ) -> tuple[list[StoredRun], str]:
+        """A page of runs by a filter of MLflow, by start time; and the token of the next page."""
+        page: dict[str, Any] = {
+            "experiment_ids": list(experiment_ids),
+            "order_by": [f"attributes.start_time {order}"],
+            "max_results": most,
+        }
+        if token:
+            page["page_token"] = token
+        answer = self._search_runs(wanted, page, timeout_s)
+        runs = [_stored(run) for run in answer.get("runs") or ()]
+        return runs, answer.get("next_page_token") or ""
 
     @abstractmethod
-    def _search_runs(self, experiment_id: str, tagged: str, timeout_s: float) -> list[RunRef]:
-        """The runs that a filter of MLflow finds, as `find_runs` returns them."""
+    def _search_runs(
+        self, wanted: str, page: Mapping[str, Any], timeout_s: float
+    ) -> Mapping[str, Any]:
+        """MLflow's answer to its SearchRuns, as JSON; `page` has the fields beside the filter."""
 
     @abstractmethod
     def delete_run(self, run_id: str, timeout_s: float) -> None:
@@ -200,8 +235,8 @@ class Transport(ABC):
         """Set the run's status and end time."""
 
     @abstractmethod
-    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
+    def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:
+        """Say which dataset a run evaluates on: name, digest, source_type and source."""
 
     def trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any] | None:
         """What MLflow says of a trace, with its assessments; None if there is none."""
@@ -220,8 +255,12 @@ class Transport(ABC):
         """Change value, rationale and metadata of the assessment with this one's id."""
 
     @abstractmethod
-    def link_trace(self, trace_id: str, run_id: str, timeout_s: float) -> None:
-        """Show a trace of MLflow's own tracer on the run's page, beside the run it may name."""
+    def link_traces(self, run_id: str, trace_ids: Sequence[str], timeout_s: float) -> None:
+        """Show traces with a run, beside the run that they are from; at most `MAX_LINKED`."""
+
+    @abstractmethod
+    def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
+        """Create or replace the trace described by `info` (MLflow's trace_info, as JSON)."""
 
     @abstractmethod
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
@@ -282,6 +321,21 @@ def run_ref(info: Any) -> RunRef:
         run_name=info.get("run_name", ""),
         artifact_uri=info.get("artifact_uri", ""),
         start_ms=int(info.get("start_time") or 0),
+    )
+
+
+def _stored(run: Any) -> StoredRun:
+    info, data = part(run, "info"), run.get("data") or {}
+    metrics, tags = (
+        {one["key"]: one.get("value", "") for one in data.get(name) or ()}
+        for name in ("metrics", "tags")
+    )
+    return StoredRun(
+        ref=run_ref(info),
+        status=str(info.get("status") or ""),
+        end_ms=int(info.get("end_time") or 0) or None,
+        metrics={key: float(value) for key, value in metrics.items()},
+        tags=tags,
     )
 
 

@@ -15,7 +15,7 @@ def link_trace(
     """Make the run's page show the trace with this id. Twice is as once."""
     assert trace.run is not None
     try:
-        transport.link_trace(items[0], trace.run.run_id, timeout_s)
+        transport.link_traces(trace.run.run_id, items, timeout_s)
     except Refused as refusal:
         if refusal.code != "NOT_IMPLEMENTED":  # A file store has no links.
             raise
