@@ -25,6 +25,27 @@ renamed, and none changes its type, its unit or its meaning: that would be anoth
 JsonObject = dict[str, Any]
 
 
+class InEvaluation(TypedDict, total=False):
+    """Which evaluation a run is part of."""
+
+    id: str
+    """The evaluation's id."""
+    name: str
+    """Its name: that of its run."""
+    experiment_name: str
+    """Name of its experiment, if none is known by its id."""
+    experiment_id: str
+    """MLflow's id of its experiment."""
+    run_id: str
+    """MLflow's id of its run; missing if it gets one of its own."""
+    output: str
+    """Where a runner of the host keeps its results."""
+    resumes: bool
+    """Whether it goes on with the last evaluation that has the same `output`."""
+    places: bool
+    """Whether the run goes to the evaluation's experiment."""
+
+
 class RunSettings(TypedDict, total=False):
     """How the run of one trace is logged, as it was configured when the trace started."""
 
@@ -58,6 +79,8 @@ class RunSettings(TypedDict, total=False):
     """Name of the script."""
     plugin_version: str
     """Version of the package that recorded it."""
+    evaluation: InEvaluation
+    """The evaluation that the run is a part of; missing outside of any."""
 
 
 class Code(TypedDict, total=False):
@@ -247,4 +270,61 @@ class Assessment(_Record, total=False):
     that may be MLflow's id, too."""
 
 
-Record = TraceStart | SpanStart | SpanEnd | TraceEnd | RunFile | TracePictures | Assessment
+class EvaluationStart(_Record, total=False):
+    """An evaluation starts, or is resumed. Its run is the parent of others."""
+
+    kind: Literal["evaluation_start"]
+    name: str
+    """Name of its run."""
+    metadata: JsonObject
+    """Params of its run."""
+    dataset: dict[str, str]
+    """`name`, `digest`, `source_type` and `source` of what it evaluates on."""
+    time_ns: int
+    """When it started (nanoseconds since the epoch)."""
+    settings: RunSettings
+    """How its run is logged; `evaluation` is this one."""
+
+
+class EvaluationResult(_Record, total=False):
+    """A task of an evaluation was judged. What it adds (`added`) goes to the run of its agent."""
+
+    kind: Literal["evaluation_result"]
+    name: str
+    """Name of the run, if it is `whole`."""
+    whole: bool
+    """Whether this is all of the run: no agent was logged."""
+    start_ns: int
+    """When the task was begun (nanoseconds since the epoch)."""
+    time_ns: int
+    """When it was judged (nanoseconds since the epoch)."""
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    """Status of the run, if it is `whole`."""
+    settings: RunSettings
+    """How the run is logged."""
+
+
+class EvaluationEnd(_Record, total=False):
+    """An evaluation has ended in one process."""
+
+    kind: Literal["evaluation_end"]
+    time_ns: int
+    """When it ended (nanoseconds since the epoch)."""
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    """How it ended."""
+    settings: RunSettings
+    """The same as in `evaluation_start`, in case that record is lost."""
+
+
+Record = (
+    TraceStart
+    | SpanStart
+    | SpanEnd
+    | TraceEnd
+    | RunFile
+    | TracePictures
+    | Assessment
+    | EvaluationStart
+    | EvaluationResult
+    | EvaluationEnd
+)

@@ -13,8 +13,9 @@ from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits, lineage
 from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
+from qitos_mlflow.mlflow_plugin.mapping.ids import digest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
-from qitos_mlflow.recording.record import Record, RunSettings, TraceEnd
+from qitos_mlflow.recording.record import Record, RunSettings
 
 DEFAULT_EXPERIMENT = "qitos"
 """Experiment of a trace whose start, and with it the settings, was lost."""
@@ -30,6 +31,7 @@ _METADATA_TAGS = {
     "agent_name": "qitos.agent",
     "task_id": "qitos.task_id",
     "benchmark_name": "qitos.benchmark",
+    "benchmark_split": "qitos.split",
     "linked_trace_id": "qitos.linked_trace_id",
     "resumed_from": "qitos.resumed_from",
     "qitos.closed": "qitos.closed",
@@ -42,6 +44,13 @@ PARENT_TAG = "mlflow.parentRunId"
 
 TREE_TAG = "qitos.mlflow_trace_id"
 """MLflow's id of the trace that has the spans, if MLflow's own tracer made it."""
+
+EVALUATION_TAG = "qitos.evaluation"
+"""Of an evaluation's run: the evaluation's id."""
+
+STARTS = ("trace_start", "evaluation_start")
+ENDS = ("trace_end", "evaluation_end")
+"""Kinds of records that begin and end a run. An evaluation's are kept like a trace's."""
 
 _RECORD_TAGS = {
     "trace_id": "qitos.trace_id",
@@ -76,11 +85,12 @@ def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
 def without_ids(record: Any) -> None:
     """Take from a record what names a run or an experiment of the server it was recorded for."""
     ids = ("parent_run_id", "inherited_run_id", "experiment_of", "experiment_id")
-    for part in (record, mapping(record).get("settings")):
+    settings = mapping(record).get("settings")
+    for part in (record, settings, mapping(settings).get("evaluation")):
         for key in (*ids, "run_id", "model_id"):
             if isinstance(part, dict):
                 part.pop(key, None)
-    tags = mapping(mapping(mapping(record).get("settings")).get("tags"))
+    tags = mapping(mapping(settings).get("tags"))
     if isinstance(tags, dict):
         tags.pop(TREE_TAG, None)
 
@@ -107,6 +117,7 @@ class TraceFacts:
         status: MLflow's run status in the end.
         parent: the run that its own is a child of, if the server had to be asked; see `place`.
         cut_off: the end of its process ended it, not the trace itself.
+        of_evaluation: it is no trace but an evaluation, whose run is the parent of others.
         recorded: spans that ended in the agent, as its end says.
         dropped: of those, how many were lost before they reached the disk, by reason.
         start_tags: tags of the run as of its start.
@@ -125,6 +136,7 @@ class TraceFacts:
     status: str = ""
     parent: str = ""
     cut_off: bool = False
+    of_evaluation: bool = False
     recorded: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     start_tags: dict[str, str] = field(default_factory=dict)
@@ -176,6 +188,20 @@ class TraceFacts:
         return clean_text(name, limits.RUN_NAME_CHARS)
 
     @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """The evaluation that it is a part of, as `Evaluation` in `recording.record`; or empty."""
+        return mapping(self.settings.get("evaluation"))
+
+    @property
+    def request_id(self) -> str:
+        """The same for each run of one task in one trial, whatever agent does it; or empty."""
+        found = {**self.start_tags, **self.later_tags}
+        if "qitos.task_id" not in found:
+            return ""
+        names = ("qitos.benchmark", "qitos.split", "qitos.task_id", "qitos.trial")
+        return digest("request", *(found.get(name, "") for name in names), size=16).hex()
+
+    @property
     def auto_end_run(self) -> bool:
         """Whether the run ends with its trace."""
         return bool(self.settings.get("auto_end_run", True))
@@ -196,7 +222,9 @@ class TraceFacts:
     def trace_tags(self) -> dict[str, str]:
         """Tags of the trace: those of the run but MLflow's own."""
         found = {**self.start_tags, **self.later_tags}
-        return {
+        # Pairs it with others in MLflow's comparison of evaluations.
+        pair = {"mlflow.eval.requestId": self.request_id} if self.request_id else {}
+        return pair | {
             key: clean_text(value, limits.TRACE_TAG_CHARS)
             for key, value in found.items()
             if not key.startswith("mlflow.") or key == lineage.PROMPTS
@@ -211,26 +239,29 @@ class TraceFacts:
         plugins = _texts(added(record, "tags"), self.lost)
         code = _texts(lineage.code_tags(record), self.lost)
         self.code |= code
-        if record["kind"] == "trace_start":
+        kind, whole = record["kind"], fields.get("whole") is True
+        self.of_evaluation = self.of_evaluation or kind in (STARTS[1], ENDS[1])
+        if kind in STARTS or whole:
             self.started = True
-            self.name = str(record.get("name") or "")
-            self.start_ns = clean_ns(record.get("time_ns"))
-            self._take_settings(record, self.lost)
+            self.name = str(fields.get("name") or "")
+            self.start_ns = clean_ns(fields.get("start_ns") or fields.get("time_ns"))
+            self._take_settings(fields, self.lost)
             self.start_tags = {**code, **self.start_tags, **plugins}
+        if kind in STARTS:
             return list(self.start_tags.items())
         if not self.started:  # The run, if there is none already, is made of what there is.
             self._take_settings(record, None)
             self.start_tags["qitos.start_lost"] = "true"
         configured = mapping(self.settings.get("tags"))
         own = {key: text for key, text in code.items() if key not in configured}
-        if record["kind"] == "trace_end":
-            own |= self._fold_end(record)
+        if kind in ENDS or whole:
+            own |= self._fold_end(fields)
         for key, text in plugins.items():
             if key in self.later_tags or len(self.start_tags) + len(self.later_tags) < MAX_TAGS:
                 self.later_tags[key] = text
         # A trace has its error's text in its root span.
         self.later_tags |= {key: text for key, text in own.items() if key != "qitos.error"}
-        return [*own.items(), *plugins.items()]
+        return [*(self.start_tags.items() if whole else ()), *own.items(), *plugins.items()]
 
     def _take_settings(self, record: Mapping[str, Any], lost: Counter[str] | None) -> None:
         """Take the record's settings, if it has any, and the start's tags; configured ones win."""
@@ -248,7 +279,7 @@ class TraceFacts:
         tags.pop(RUN_NAME_TAG, None)
         self.start_tags = _texts(tags, lost)
 
-    def _fold_end(self, record: TraceEnd) -> dict[str, str]:
+    def _fold_end(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Take in the end; returns its tags: stop reason, error, what was not known before."""
         metadata = mapping(record.get("metadata"))
         self.ended_ns = clean_ns(record.get("time_ns"))

@@ -10,6 +10,7 @@ One sink serves traces of any experiment and settings: each `trace_start` brings
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -23,6 +24,8 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.lineage import prompts_in
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
+    ENDS,
+    STARTS,
     TREE_TAG,
     settings_in,
     without_ids,
@@ -40,9 +43,10 @@ from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.assessments import Assessments
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
+from qitos_mlflow.mlflow_plugin.sink.evaluations import EvaluationOperations
 from qitos_mlflow.mlflow_plugin.sink.linked_prompts import link_prompts
 from qitos_mlflow.mlflow_plugin.sink.links import link_trace
-from qitos_mlflow.mlflow_plugin.sink.operations import Announce, Operations
+from qitos_mlflow.mlflow_plugin.sink.operations import Announce
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
 from qitos_mlflow.redaction.redact import MARKER, without_credentials
@@ -90,7 +94,7 @@ class MlflowSink:
         recorded_for = fields.get("tracking_uri")
         self._elsewhere = uri is not None and without_credentials(uri) != recorded_for
         """It delivers to another server than the records were recorded for."""
-        self._operations = Operations(self._transport, announce, header)
+        self._operations = EvaluationOperations(self._transport, announce, header)
         self._assessments = Assessments(self._transport, self._operations)
         self._resumed = resumed
         self._traces: dict[str, TraceState] = {}
@@ -98,6 +102,8 @@ class MlflowSink:
         """Why the server refuses the run of a trace: each of its records is a dead letter."""
         self._prepared = CallList(self._operations)
         self._link = partial(link_trace, self._transport)
+        self._last = False
+        """No more records will come."""
 
     # -- delivery.Sink -----------------------------------------------------------------------
 
@@ -121,6 +127,7 @@ class MlflowSink:
         self._traces = {trace.facts.trace_id: trace for trace in traces}
         if uri == self._transport.address:
             self._refused = refused
+            self._operations.restore(plain.get("parents"))
         else:
             for trace in traces:
                 trace.move(uri)
@@ -137,7 +144,7 @@ class MlflowSink:
                     without_ids(record)
                 if trace_id in self._refused:
                     dead.append(DeadLetter(data, self._refused[trace_id]))
-                    if kind == "trace_end":
+                    if kind in ENDS:
                         del self._refused[trace_id]
                     continue
                 if trace_id not in self._traces:
@@ -145,7 +152,7 @@ class MlflowSink:
                         trace_id,
                         self._settings,
                         tree=self._operations.stores_traces,
-                        late=kind != "trace_start",
+                        late=kind not in STARTS and not record.get("whole"),
                         resumed=self._resumed,
                     )
                 trace = self._traces[trace_id]
@@ -166,12 +173,16 @@ class MlflowSink:
         for trace in left.values():
             trace.kill(last_time_ns, "its end was lost" if closed else "the process died")
         self._list(left, [])
-        return bool(left)
+        self._last = True
+        return bool(left or self._operations.parents.due)
 
     def send(self, timeout_s: float) -> list[DeadLetter]:
         """Make the calls that are left; returns what the server refused of them."""
         with uninstrumented():
+            began = time.monotonic()
             dead = self._prepared.send(timeout_s)
+            left_s = timeout_s - (time.monotonic() - began)
+            self._operations.parents.refresh(left_s, final=self._last)
         for trace in self._traces.values():
             trace.waiting = Waiting()
         for trace_id, reason in self._prepared.refused.items():
@@ -186,7 +197,10 @@ class MlflowSink:
         """
         state = {"version": STATE_VERSION, "uri": self._transport.address}
         traces = [trace.to_json() for trace in self._traces.values()]
-        return orjson.dumps({**state, "traces": traces, "refused": self._refused})
+        parents = self._operations.parents.due
+        return orjson.dumps(
+            {**state, "traces": traces, "refused": self._refused, "parents": parents}
+        )
 
     def close(self) -> None:
         """Free connections."""
@@ -229,8 +243,11 @@ class MlflowSink:
             for trace in traces
             for file in trace.waiting.artifacts
         ]
+        calls += [Call(*parts) for parts in operations.listed(traces)]
         # Last, so that a run that has ended is complete, and knows what was refused of it.
-        calls += [Call(trace, operations.end_run, ["end"]) for trace in traces if trace.facts.ended]
+        over = [trace for trace in traces if trace.facts.ended]
+        over.sort(key=lambda trace: trace.facts.of_evaluation)
+        calls += [Call(trace, operations.end_run, ["end"]) for trace in over]
         # After all else, because they may wait for what another process delivers.
         for trace in touched.values():
             if trace.unplaced:

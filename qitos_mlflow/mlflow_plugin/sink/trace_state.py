@@ -17,6 +17,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric_of
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TraceFacts, settings_in
@@ -38,11 +39,16 @@ class Elsewhere:
 
 @dataclass
 class Waiting(RunData):
-    """What is to be sent of a trace, and the records that it comes from."""
+    """What is to be sent of a trace, and the records that it comes from.
+
+    `counts`: the run has ended, or was judged, so its parent's numbers change.
+    """
 
     spans: list[Span] = field(default_factory=list)
     artifacts: list[Attachment | tuple[str, bytes]] = field(default_factory=list)
     assessments: list[Assessment] = field(default_factory=list)
+    datasets: list[dict[str, str]] = field(default_factory=list)
+    counts: bool = False
     records: list[bytes] = field(default_factory=list)
 
 
@@ -152,6 +158,8 @@ class TraceState:
                 "status": "KILLED",
                 "metadata": {"qitos.killed": reason},
             }
+            if not self.facts.of_evaluation  # It may be resumed.
+            else {"kind": "evaluation_end", "time_ns": last_time_ns, "status": "KILLED"}
         )
 
     def _is_new(self, picture: Attachment) -> bool:
@@ -161,6 +169,9 @@ class TraceState:
         return True
 
     def _fold(self, record: Record) -> None:
+        self.waiting.counts |= record["kind"] in ("trace_end", "evaluation_result")
+        if dataset := record.get("dataset"):
+            self.waiting.datasets.append(dict(mapping(dataset)))
         self.waiting.tags += self.facts.fold(record)
         if not self.facts.log_traces:
             self.tree = None

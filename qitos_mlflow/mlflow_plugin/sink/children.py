@@ -1,0 +1,215 @@
+"""The numbers of a run that has others below it, computed from what the server has.
+
+All children count, whichever process has delivered them. So the numbers are right in the end,
+whichever process writes them last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+
+from qitos_mlflow._guard import report, warn
+from qitos_mlflow.delivery import OutOfTime, RetryLater
+from qitos_mlflow.mlflow_plugin.mapping.entities import (
+    Metric,
+    RunData,
+    RunRef,
+    StoredRun,
+)
+from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import Attempt, attempts, table, totals
+from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
+    PARENT_TAG,
+    TREE_TAG,
+)
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    MAX_LINKED,
+    Poisoned,
+    Refused,
+    Transport,
+)
+from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
+
+EVERY_S = 10.0
+"""Between two looks at the children of one parent (seconds), ..."""
+PAUSE = 20.0
+"""... or so many times what the last one took."""
+PAGE = 200
+"""Children read in one request."""
+LEAST_S = 0.05
+"""With less time left, no further page is read (seconds)."""
+
+EXPECTED_TAG = "qitos.evaluation.expected"
+"""How many attempts there are to be."""
+FILE_TRIES = 3
+"""Failures in a row after which the table is left out: all in it is on the server."""
+RESULTS = "evaluation_results.json"
+SHOWN = {"mlflow.loggedArtifacts": f'[{{"path": "{RESULTS}", "type": "table"}}]'}
+"""Has MLflow's pages show the file as a table."""
+
+
+@dataclass
+class Due:
+    """A parent whose children have changed.
+
+    Attributes:
+        experiments: where they are.
+        evaluation: the id of the evaluation that it is; empty for a run of the user's.
+        traces: MLflow's ids of traces that are to be shown with it.
+    """
+
+    experiments: list[str] = field(default_factory=list)
+    evaluation: str = ""
+    traces: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """A look at the children of a parent, as far as it has got: it may take several requests."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    token: str = ""
+    done: bool = False
+    runs: list[StoredRun] = field(default_factory=list)
+    file_failures: int = 0
+
+
+class Children(Experiments):
+    """`Experiments` that keeps the numbers of parents. Used by one thread."""
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self.due: dict[str, Due] = {}
+        """By the parent's run id; part of the sink's state."""
+        self._readings: dict[str, Reading] = {}
+        self._not_before: dict[str, float] = {}
+
+    def note(self, trace: TraceState) -> None:
+        """A run has ended, or was judged: its parent's numbers change."""
+        facts, run = trace.facts, trace.run
+        parent = facts.parent or facts.start_tags.get(PARENT_TAG)
+        if not parent or run is None or facts.of_evaluation:
+            return
+        due = self.due.setdefault(parent, Due())
+        self._readings.pop(parent, None)  # It may not have this run.
+        if run.experiment_id not in due.experiments:
+            due.experiments.append(run.experiment_id)
+        if facts.evaluation:
+            due.evaluation = str(facts.evaluation.get("id"))
+            shown = facts.start_tags.get(TREE_TAG) or trace_id(facts.trace_id)
+            there = trace.has_info or TREE_TAG in facts.start_tags
+            if there and shown not in due.traces:
+                due.traces.append(shown)
+
+    def refresh(self, timeout_s: float, *, final: bool) -> None:
+        """Write the numbers of the parents whose children have changed.
+
+        Args:
+            timeout_s: about how long this may take.
+            final: no more records come: however short ago the last time was, and with the table.
+
+        Raises:
+            RetryLater: only if it is `final`; call again.
+        """
+        deadline = time.monotonic() + timeout_s
+        for run_id in list(self.due):
+            if not final and time.monotonic() < self._not_before.get(run_id, 0.0):
+                continue
+            try:
+                self.bring(run_id, deadline, final=final)
+            except RetryLater:
+                if final:
+                    raise
+                return  # It stays due.
+            except Exception as error:  # noqa: BLE001 - numbers must not keep records waiting
+                report("children.refresh", error)
+                self.due.pop(run_id, None)
+
+    def bring(self, run_id: str, deadline: float, *, final: bool = False) -> None:
+        """Write the numbers of one parent."""
+        due = self.due[run_id]
+        reading = self._readings.setdefault(run_id, Reading())
+        try:
+            parent = self._transport.stored_run(run_id, left_s(deadline))
+            if due.evaluation and (final or parent is None):
+                parent = self.settled(parent, run_id, due, left_s(deadline))
+            if parent is not None:
+                while not reading.done:
+                    self.read(reading, parent.ref.run_id, due.experiments, left_s(deadline))
+                found = attempts(reading.runs)
+                self._write(parent, due, reading, found, deadline)
+                if final and due.evaluation:
+                    self._write_table(parent.ref, reading, found, deadline)
+        except (Refused, Poisoned) as failure:
+            text = "run %s does not get the numbers of the runs below it: %s"
+            warn(f"parents.{run_id}", text, run_id, failure)
+        took_s = time.monotonic() - reading.began_s
+        self._not_before[run_id] = time.monotonic() + max(EVERY_S, PAUSE * took_s)
+        self._readings = {key: one for key, one in self._readings.items() if one is not reading}
+        self.due = {key: one for key, one in self.due.items() if one is not due}
+
+    def read(
+        self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float
+    ) -> None:
+        """Read one more page of a run's children."""
+        of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
+        runs, reading.token = self._transport.search_runs(
+            experiments, of_parent, timeout_s, most=PAGE, token=reading.token
+        )
+        reading.runs += runs
+        reading.done = not reading.token
+
+    def _write(
+        self,
+        parent: StoredRun,
+        due: Due,
+        reading: Reading,
+        found: Sequence[Attempt],
+        deadline: float,
+    ) -> None:
+        run_id, text = parent.ref.run_id, parent.tags.get(EXPECTED_TAG, "")
+        numbers = totals(found, int(text) if text.isdecimal() else None)
+        points = [Metric(key, value, reading.at_ms, 0) for key, value in numbers.items()]
+        self._transport.log_batch(run_id, RunData(metrics=points), left_s(deadline))
+        while due.traces:
+            some = due.traces[:MAX_LINKED]
+            try:
+                self._transport.link_traces(run_id, some, left_s(deadline))
+            except (Refused, Poisoned) as failure:  # A store without traces.
+                warn("parents.link", "traces are not shown with their evaluation: %s", failure)
+            del due.traces[: len(some)]
+
+    def _write_table(
+        self, run: RunRef, reading: Reading, found: Sequence[Attempt], deadline: float
+    ) -> None:
+        content = orjson.dumps(table(found))
+        try:
+            self._transport.write_artifact(run, RESULTS, content, left_s(deadline))
+        except (RetryLater, Refused, Poisoned) as failure:
+            reading.file_failures += 1
+            if isinstance(failure, RetryLater) and reading.file_failures < FILE_TRIES:
+                raise
+            warn("parents.table", "the table of results is not written: %s", failure)
+        else:
+            shown = RunData(tags=list(SHOWN.items()))
+            self._transport.log_batch(run.run_id, shown, left_s(deadline))
+
+    def settled(
+        self, own: StoredRun | None, run_id: str, due: Due, timeout_s: float
+    ) -> StoredRun | None:
+        """The run that an evaluation's numbers go to. Derive it to know better."""
+        return own
+
+
+def left_s(deadline: float) -> float:
+    """How long until `deadline` (monotonic clock); raises `OutOfTime` if it is too short."""
+    left = deadline - time.monotonic()
+    if left < LEAST_S:
+        raise OutOfTime
+    return left
