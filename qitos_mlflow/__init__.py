@@ -1,8 +1,9 @@
 """QitOS agent runs in MLflow. Public names load on first use: importing this costs next to nothing.
 
 `MlflowTraceProcessor` logs traces when registered by hand; `autolog` turns logging on for every
-run; `context` says who and what the agents in a block are for; `score` and `expect` say afterwards
-how a run was; `Settings` holds what can be set. See README.md for the other ways in.
+run; `context` says who and what the agents in a block are for; `evaluation` puts the runs of many
+tasks together; `score` and `expect` say afterwards how a run was; `Settings` holds what can be set.
+See README.md for the other ways in.
 """
 
 # Where Python reads `qitos_mlflow.start` (3.15 and later) every process runs this file (see
@@ -13,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from qitos_mlflow.mlflow_plugin.evaluations import evaluation as evaluation
     from qitos_mlflow.mlflow_plugin.feedback import expect as expect
     from qitos_mlflow.mlflow_plugin.feedback import score as score
     from qitos_mlflow.mlflow_plugin.fluent.context import context as context
@@ -27,6 +29,7 @@ _HOMES = {
     "Settings": "qitos_mlflow.settings",
     "autolog": "qitos_mlflow.wiring",
     "context": "qitos_mlflow.mlflow_plugin.fluent.context",
+    "evaluation": "qitos_mlflow.mlflow_plugin.evaluations",
     "expect": "qitos_mlflow.mlflow_plugin.feedback",
     "score": "qitos_mlflow.mlflow_plugin.feedback",
 }
@@ -37,6 +40,7 @@ __all__ = [
     "__version__",
     "autolog",
     "context",
+    "evaluation",
     "expect",
     "score",
 ]

@@ -41,6 +41,9 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 PREFIX = "QITOS_MLFLOW_"
 """Begins the names of our variables."""
 
+EVALUATION_VARIABLE = f"{PREFIX}EVALUATION"
+"""The evaluation that a process is part of. No setting: see `mlflow_plugin.evaluations`."""
+
 INSTEAD = {
     "tracking_uri": f"use {TRACKING_VARIABLE}",
     "auto_end_run": "auto_end_run is given in code, to MlflowTraceProcessor or autolog",
@@ -299,6 +302,6 @@ def _warn_of_unknown() -> None:
     known = [name for option in fields(Settings) for name in env_names(option.name)]
     ours = ", ".join(sorted(name for name in known if name.startswith(PREFIX)))
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in (*known, EVALUATION_VARIABLE):
             advice = INSTEAD.get(name[len(PREFIX) :].lower(), f"the variables are: {ours}")
             warn(f"settings.{name}", "%s is set, but no such setting exists; %s", name, advice)

@@ -4,6 +4,7 @@
     open_trace              one trace on the agent's thread
     processor               registering by hand
     feedback                scores of runs that have ended; evaluators: those of QitOS
+    evaluations, benchmarks one run for many tasks: of the user's, and of the host's own runners
     destination             where runs go, how they are logged, what MLflow adds to a pipeline
     fluent/                 MLflow's active run, its own spans, what is around a trace
     sink/, mapping/         records to calls; on the sending thread

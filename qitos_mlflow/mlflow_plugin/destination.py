@@ -43,6 +43,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
 )
 from qitos_mlflow.recording.pipelines import MAX_PICTURE_BYTES, RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
+from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.redaction.redact import redact, without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE, Settings
 
@@ -203,6 +204,12 @@ class MlflowPipeline(RecordPipeline):
         if trace is not None:
             trace.run.created(ref)
         show_run(self._to.uri, ref, self._to.workspace)
+
+
+def pipeline_of(recorder: Recorder[Any]) -> tuple[Destination, RecordPipeline]:
+    """Where a plugin's records go right now, and the pipeline to there."""
+    to = Destination.of(tracking_uri(recorder.settings))
+    return to, recorder.pipeline_to(to, partial(MlflowPipeline, to))
 
 
 def _place(header: bytes) -> tuple[Any, ...]:

@@ -11,26 +11,23 @@ import logging
 import os
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import log
 from qitos_mlflow.errors import MissingMlflowError
-from qitos_mlflow.mlflow_plugin.destination import (
-    Destination,
-    MlflowPipeline,
-    placed,
-    run_settings,
-    tracking_uri,
-)
+from qitos_mlflow.mlflow_plugin.benchmarks import watch_benchmarks
+from qitos_mlflow.mlflow_plugin.destination import pipeline_of, placed, run_settings
+from qitos_mlflow.mlflow_plugin.evaluations import current as current_task
 from qitos_mlflow.mlflow_plugin.evaluators import watch_evaluators
 from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
 from qitos_mlflow.mlflow_plugin.fluent.context import context
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
+    Surroundings,
     is_sampled,
     is_trial,
     surroundings,
@@ -78,6 +75,7 @@ class MlflowPlugin:
         watch()
         watch_evaluators()
         watch_prompts()
+        watch_benchmarks()
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -102,13 +100,15 @@ class MlflowPlugin:
         if known is not None and not known.ended:
             return
         settings = self.settings
-        uri = tracking_uri(settings)
-        to = Destination.of(uri)
-        pipeline = self.recorder.pipeline_to(to, partial(MlflowPipeline, to))
+        to, pipeline = pipeline_of(self.recorder)
+        uri = to.uri
         if pipeline.closed:  # The process is ending.
             return
         given: context | None = current.get()
+        task = current_task()
         around = surroundings(uri, (given and given.parent_run_id) or settings.parent_run_id)
+        if task is not None:
+            around = Surroundings()  # The run of an evaluation is the parent of all in it.
         logged_as = placed(self._run_settings, settings, around)
         if model_id := active_model(uri):
             logged_as["model_id"] = model_id
@@ -119,6 +119,8 @@ class MlflowPlugin:
         open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent)
         self.recorder.add(key, open_trace)
         current_trace.set(key)
+        if task is not None:
+            task.began(self, open_trace, logged_as)
         # A server may be slow or gone, a local store is neither.
         waits = is_http(uri) and mlflow_in_use() and not open_trace.run.out_of_reach()
         more: dict[str, Any] = {"parent_run_id": parent}

@@ -63,6 +63,11 @@ class Pages:
         """The table of traces."""
         return f"{self._experiment}/traces"
 
+    @property
+    def evaluations(self) -> str:
+        """The table of evaluation runs."""
+        return f"{self._experiment}/evaluation-runs"
+
     def run(self, run_id: str, tab: str = "") -> str:
         """A run; tabs: model-metrics (charts), traces, artifacts."""
         return f"{self._experiment}/runs/{run_id}/{tab}".rstrip("/")

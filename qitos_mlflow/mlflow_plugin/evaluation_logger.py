@@ -1,0 +1,103 @@
+"""An evaluation as one plugin logs it: its records, and what its children say of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from qitos_mlflow.mlflow_plugin.destination import pipeline_of, placed, run_settings
+from qitos_mlflow.mlflow_plugin.fluent.surroundings import surroundings
+from qitos_mlflow.mlflow_plugin.mapping.ids import digest
+from qitos_mlflow.recording.record import InEvaluation, RunSettings
+from qitos_mlflow.recording.to_json import encode
+
+PLACES = ("experiment_name", "experiment_id")
+"""What the settings of a run say of its experiment."""
+
+REFERENCE = frozenset(InEvaluation.__annotations__)
+
+
+class Logger:
+    """An evaluation as one plugin logs it.
+
+    Attributes:
+        pipeline: where its records go.
+        settings: how its run is logged; `evaluation` among them is what its children say.
+        ended: its end is recorded. Until then the pipeline does not rest.
+    """
+
+    def __init__(self, plugin: Any, of: Any) -> None:
+        self.id = ""  # Given by the pipeline, which does not rest before this one has ended.
+        self.trace_id = f"evaluation {of.id}"
+        self.ended = not of.owner
+        self.plugin = plugin
+        to, self.pipeline = pipeline_of(plugin.recorder)
+        around = surroundings(to.uri, plugin.settings.parent_run_id)
+        settings: Any = placed(run_settings(plugin.settings), plugin.settings, around)
+        reference = {"id": of.id, "name": of.name, **of.place}
+        reference |= {k: settings[k] for k in PLACES if k in settings and k not in of.place}
+        if around.parent_run_id:
+            reference.setdefault("run_id", around.parent_run_id)
+        for name in ("inherited_run_id", "experiment_of"):
+            settings.pop(name, None)
+        self.settings: RunSettings = settings | {"evaluation": reference, "log_traces": False}
+        if of.owner:
+            self.pipeline.add(self, f"evaluation {uuid.uuid4().hex}")
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing more is to come from it."""
+        return self.ended
+
+    def end(self, status: str) -> None:
+        """Record its end, once."""
+        if not self.ended:
+            self.ended = True
+            fields = {"trace_id": self.trace_id, "settings": self.settings}
+            self.record(kind="evaluation_end", status=status, **fields)
+
+    def end_early(self, status: str, why: str) -> None:
+        """The same as the process ends, before the evaluation itself does."""
+        self.end(status)
+
+    def record(self, **fields: Any) -> None:
+        """Hand over a record. Never waits."""
+        self.pipeline.offer(encode({"time_ns": time.time_ns(), **fields}), keep=True, urgent=True)
+
+
+def dataset_of(
+    given: Any, benchmark: str | None, split: str | None, tasks: Any
+) -> dict[str, str] | None:
+    """An evaluation's dataset as MLflow keeps it; None if nothing is known of any."""
+    if given is None and benchmark is None:
+        return None
+    if isinstance(given, str):
+        given = {"name": given}
+    elif given is None:
+        given = {"name": f"{benchmark}:{split}" if split else benchmark}
+
+    def of(name: str) -> Any:
+        return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+
+    name, source = of("name"), of("source")
+    if not name:
+        raise ValueError(f"dataset={given!r:.100} cannot be used: give it a name")
+    ids = (
+        [str(getattr(task, "id", task)) for task in tasks]
+        if isinstance(tasks, (list, tuple))
+        else []
+    )
+    own = digest("dataset", str(name), str(split), *sorted(ids), size=4).hex()
+    as_json = getattr(source, "to_json", None)
+    kind = getattr(source, "_get_source_type", None)
+    return {
+        "name": str(name),
+        "digest": str(of("digest") or own)[:36],
+        "source_type": str(kind() if callable(kind) else "code"),
+        "source": str(as_json())
+        if callable(as_json)
+        else json.dumps({"source": str(source or "")}),
+    }
