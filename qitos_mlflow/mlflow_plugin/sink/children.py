@@ -70,12 +70,16 @@ class Due:
 
 @dataclass
 class Reading:
-    """A look at the children of a parent, as far as it has got: it may take several requests."""
+    """A look at the children of a parent, as far as it has got: it may take several requests.
+
+    `stale`: children have changed since it was begun.
+    """
 
     began_s: float = field(default_factory=time.monotonic)
     at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     token: str = ""
     done: bool = False
+    stale: bool = False
     runs: list[StoredRun] = field(default_factory=list)
     file_failures: int = 0
 
@@ -97,7 +101,8 @@ class Children(Experiments):
         if not parent or run is None or facts.of_evaluation:
             return
         due = self.due.setdefault(parent, Due())
-        self._readings.pop(parent, None)  # It may not have this run.
+        if reading := self._readings.get(parent):
+            reading.stale = True
         if run.experiment_id not in due.experiments:
             due.experiments.append(run.experiment_id)
         if facts.evaluation:
@@ -134,7 +139,9 @@ class Children(Experiments):
     def bring(self, run_id: str, deadline: float, *, final: bool = False) -> None:
         """Write the numbers of one parent."""
         due = self.due[run_id]
-        reading = self._readings.setdefault(run_id, Reading())
+        reading = self._readings.get(run_id)
+        if reading is None or (final and reading.stale):
+            reading = self._readings[run_id] = Reading()
         try:
             parent = self._transport.stored_run(run_id, left_s(deadline))
             if due.evaluation and (final or parent is None):
@@ -152,7 +159,8 @@ class Children(Experiments):
         took_s = time.monotonic() - reading.began_s
         self._not_before[run_id] = time.monotonic() + max(EVERY_S, PAUSE * took_s)
         self._readings = {key: one for key, one in self._readings.items() if one is not reading}
-        self.due = {key: one for key, one in self.due.items() if one is not due}
+        if not reading.stale:
+            self.due = {key: one for key, one in self.due.items() if one is not due}
 
     def read(
         self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float

@@ -225,6 +225,42 @@ def test_more_children_than_one_answer_holds(monkeypatch: pytest.MonkeyPatch) ->
     assert only_parent(server)[1]["status"] == "FINISHED"
 
 
+def test_a_look_that_takes_long_goes_on_while_children_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a large evaluation would have no numbers before its end."""
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.PAGE", 2)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.EVERY_S", 0.0)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.PAUSE", 0.0)
+    server, pages = FakeTransport(), []
+
+    def only_one_page(call: str, what: Any) -> Exception | None:
+        pages.append(call == "search_runs" and PARENT in what)
+        return RetryLater("slow") if pages[-1] and pages.count(True) % 2 == 0 else None
+
+    sink = deliver(server, start(), *[record for task in "abcdef" for record in child(task)])
+    server.fail = only_one_page
+    for task in "ghijklmn":
+        sink.prepare([orjson.dumps(record) for record in child(task)])
+        sink.send(TIMEOUT_S)
+    run_id, _ = only_parent(server)
+    assert latest(server, run_id)["n"] > 6
+    server.fail = lambda call, what: None
+    sink.prepare([orjson.dumps(end())])
+    sink.send(TIMEOUT_S)
+    assert latest(server, run_id)["n"] == 14
+
+
+def test_a_tree_of_mlflows_own_is_shown_with_the_evaluation() -> None:
+    """As for an agent inside of a span of MLflow's."""
+    server = FakeTransport()
+    records = child("a")
+    for record in records:
+        if "settings" in record:
+            record["settings"]["tags"]["qitos.mlflow_trace_id"] = "tr-1"
+            record["settings"]["log_traces"] = False
+    deliver(server, start(), *records, end())
+    assert ("tr-1", only_parent(server)[0]) in server.links
+
+
 def test_numbers_that_the_server_refuses_keep_nothing_waiting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
