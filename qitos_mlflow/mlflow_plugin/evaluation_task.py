@@ -7,6 +7,7 @@ import uuid
 from contextvars import ContextVar
 from typing import Any
 
+from qitos_mlflow import tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.mlflow_plugin.destination import run_settings
 from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
@@ -108,9 +109,11 @@ class Task:
     def _record(self, error: BaseException | None) -> None:
         if isinstance(error, Exception) and not self._metrics:
             self._metrics[f"{VERDICT}success"] = 0.0  # It failed beside the agent, or with it.
+        mode = tracing.get_tracing_provider().mode
         for plugin in list(self._of.loggers):
             content = {}
-            if self._prediction and plugin.settings.capture_content:
+            shown = mode == tracing.TracingMode.ENABLED and plugin.settings.capture_content
+            if self._prediction and shown:
                 content[PREDICTION_TAG] = self._prediction
             if plugin in self._traces:
                 trace, settings = self._traces[plugin]

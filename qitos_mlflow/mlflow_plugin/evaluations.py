@@ -214,6 +214,8 @@ class Evaluation:
                     self.place = {name: found[name] for name in REFERENCE & found.keys()}
             self.thread, self._pid, self.open = threading.current_thread(), os.getpid(), True
             _open.append(self)
+            if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
+                return
             for processor in tracing.processors():
                 plugins = getattr(processor, "plugins", {})
                 for plugin in plugins.values() if isinstance(plugins, dict) else ():

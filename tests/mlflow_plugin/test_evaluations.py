@@ -183,6 +183,24 @@ def test_a_task_without_an_agent(
     assert failed["status"] == "FAILED"
 
 
+@pytest.mark.parametrize("mode", ["DISABLED", "ENABLED_WITHOUT_DATA"])
+def test_tracing_modes_are_obeyed(
+    mode: str, attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """Nothing at all, or nothing of what the agent said."""
+    attach()
+    tracing.set_tracing_mode(tracing.TracingMode[mode])
+    try:
+        with evaluation("e") as sweep, sweep.task("a") as task:
+            agent()
+            task.result(True, prediction="secret")
+    finally:
+        tracing.set_tracing_mode(tracing.TracingMode.ENABLED)
+    found = records()
+    assert bool(found) == (mode != "DISABLED")
+    assert "secret" not in json.dumps(found)
+
+
 def test_threads_are_part_of_the_evaluation_in_which_they_were_started(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled
 ) -> None:
