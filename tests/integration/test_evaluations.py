@@ -301,6 +301,26 @@ def test_a_launcher_creates_the_run(
     assert (len(children), parent.data.metrics["eval/n"]) == (2, 2)
 
 
+MACHINE = """
+with evaluation("sweep", key="shared", tasks=15) as sweep:
+    [run(number, sweep) for number in range(int(sys.argv[1]), 15, 3)]
+"""
+
+
+def test_machines_that_begin_at_once_share_one_run(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """They know nothing of each other but the key."""
+    processes = [started(MACHINE, mlflow_server, name, str(number)) for number in range(3)]
+    for process in processes:
+        finished(process)
+    parent, children = family(client, name)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 15
+    found = numbers_of(parent)
+    assert (found["eval/n"], found["eval/not_run"], found["eval/success"]) == (15, 0, 10)
+
+
 def test_offline_and_in_a_local_store(local_store: str, name: str) -> None:
     """Nothing is lost: `sync` delivers all of it, in the end with the same numbers."""
     body = """
