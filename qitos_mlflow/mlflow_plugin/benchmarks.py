@@ -20,7 +20,7 @@ from typing import Any
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
-from qitos_mlflow.mlflow_plugin.evaluations import Evaluation, current
+from qitos_mlflow.mlflow_plugin.evaluations import Evaluation, current, has_begun
 
 CATEGORIES = ("category", "level", "Level", "difficulty", "domain", "env_name")
 """Where a task's metadata says what kind of task it is."""
@@ -117,7 +117,7 @@ def _run_job(original: Callable[..., Any], runner: Any, item: Any, *specs: Any) 
 
 
 def _run_experiment(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    if current() is not None:
+    if has_begun():
         return original(runner, *args, **kwargs)
     with _lock:
         _experiments[id(runner)] = {}
@@ -179,7 +179,7 @@ def _evaluation(
 ) -> Iterator[None]:
     """The evaluation of a call of the host's, unless it is part of one already."""
     made = None
-    if current() is None:
+    if not has_begun():
         with shield("benchmarks.evaluation"):
             spec, run_spec = given.get("experiment_spec"), given.get("run_spec")
             benchmark = given.get("benchmark") or getattr(spec, "benchmark_name", None)

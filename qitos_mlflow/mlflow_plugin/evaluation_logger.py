@@ -37,7 +37,7 @@ class Logger:
         to, self.pipeline = pipeline_of(plugin.recorder)
         around = surroundings(to.uri, plugin.settings.parent_run_id)
         settings: Any = placed(run_settings(plugin.settings), plugin.settings, around)
-        reference = {"id": of.id, "name": of.name, **of.place}
+        reference = {"name": of.name, **of.place, "id": of.id}
         reference |= {k: settings[k] for k in PLACES if k in settings and k not in of.place}
         if around.parent_run_id:
             reference.setdefault("run_id", around.parent_run_id)

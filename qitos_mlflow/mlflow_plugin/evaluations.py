@@ -103,6 +103,15 @@ def current() -> Task | Evaluation | None:
     return _of_variable(text) if text else None
 
 
+def has_begun() -> bool:
+    """Whether there is an evaluation here that is begun and ended elsewhere in the program.
+
+    A key in the variable alone begins none.
+    """
+    text = os.environ.get(EVALUATION_VARIABLE, "")
+    return current() is not None and bool(_open or _in_json(text))
+
+
 @lru_cache(maxsize=8)
 def _of_variable(text: str) -> Evaluation:
     """The evaluation of another process. A plain text is a key."""
@@ -117,6 +126,11 @@ def _of_variable(text: str) -> Evaluation:
     )
     made.owner, made.open = False, True
     return made
+
+
+def _id(text: str) -> str:
+    """`text` as an evaluation's id: MLflow's filters cannot hold both kinds of quotes."""
+    return text.replace('"', "'")
 
 
 def _in_json(text: str) -> dict[str, Any]:
@@ -152,8 +166,7 @@ class Evaluation:
         place: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.benchmark, self.split = name, benchmark, split
-        # MLflow's filters cannot hold a text with both kinds of quotes.
-        self.id = (key or uuid.uuid4().hex).replace('"', "'")
+        self.id = _id(key or uuid.uuid4().hex)
         self.open, self.owner = False, True
         self.place: dict[str, Any] = dict(place or {})
         self.thread: Any = None
@@ -177,7 +190,7 @@ class Evaluation:
         Raises:
             RuntimeError: the evaluation was not begun.
         """
-        if self.thread is None:
+        if self.thread is None and not self.open:
             raise RuntimeError(f"begin it first: with evaluation({self.name!r}) as run: …")
         return Task(self, str(task_id), int(trial), None if category is None else str(category))
 
@@ -195,12 +208,11 @@ class Evaluation:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         here.set(self._before)
-        if _said.pop(self, None) is not None:
-            os.environ[EVALUATION_VARIABLE] = list(_said.values())[-1]
-            if not os.environ[EVALUATION_VARIABLE]:
-                del os.environ[EVALUATION_VARIABLE]
-            if len(_said) == 1:
-                _said.clear()
+        with shield("evaluations.variable"):
+            if _said.pop(self, None) is not None:
+                *_, os.environ[EVALUATION_VARIABLE] = _said.values()
+                if len(_said) == 1 and not _said.pop(None):
+                    del os.environ[EVALUATION_VARIABLE]
         self.end(error)
 
     def begin(self) -> None:
@@ -209,10 +221,11 @@ class Evaluation:
             if not self._given_key and (text := os.environ.get(EVALUATION_VARIABLE)) and not _open:
                 found = _in_json(text)
                 if found.get("name", self.name) == self.name:
-                    self.id = str(found.get("id") or text)
+                    self.id = _id(str(found.get("id") or text))
                     self.owner = not found
                     self.place = {name: found[name] for name in REFERENCE & found.keys()}
             self.thread, self._pid, self.open = threading.current_thread(), os.getpid(), True
+            self.loggers = {}
             _open.append(self)
             if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
                 return

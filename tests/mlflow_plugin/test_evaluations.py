@@ -285,6 +285,7 @@ def test_a_process_finds_its_evaluation_in_the_environment(
     ids = {key: run["evaluation"]["id"] for key, run in children(found).items()}
     assert ids == {alone: outer.id, within: outer.id, beside: other.id}
     assert joined.id == outer.id
+    assert os.environ[EVALUATION_VARIABLE] == "our key"
     assert keyed.id == "our key"
     assert children(found)[alone]["tags"]["qitos.benchmark"] == "b"
     begun = [record["trace_id"] for record in of_kind("evaluation_start", found)]
@@ -520,6 +521,34 @@ def test_inside_of_an_evaluation_there_is_no_second_one(
     [result] = of_kind("evaluation_result", found)
     assert start["settings"]["evaluation"]["id"] == own.id
     assert result["settings"]["evaluation"]["id"] == own.id
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_runner_in_a_process_of_an_evaluation_adds_its_tasks(
+    begun: bool,
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It begins the one that a launcher of many processes names, not one that is going on."""
+    attach()
+    key = 'the launcher\'s "key"'
+    monkeypatch.setenv(EVALUATION_VARIABLE, json.dumps({"id": key, "name": "e"}) if begun else key)
+    module = host_module("qitos.recipes.benchmarks._shared", JOBS)
+    benchmarks._wrap_jobs(module)
+    module.execute_example_jobs(
+        jobs=[{"task_id": "t"}],
+        runner=lambda **_: {"success": True, "metadata": {"agent": agent()}},
+        output_path="out.jsonl",
+        run_spec=None,
+        experiment_spec=None,
+    )
+    found = records()
+    [run] = children(found).values()
+    assert run["evaluation"]["id"] == "the launcher's 'key'"
+    assert run["tags"]["qitos.task_id"] == "t"
+    assert len(of_kind("evaluation_start", found)) == int(not begun)
+    assert len(of_kind("evaluation_result", found)) == 1
 
 
 def test_an_error_of_the_hosts_runner_is_passed_on(
