@@ -317,6 +317,20 @@ def test_a_task_without_an_agent_has_a_run_of_its_own() -> None:
     assert server.spans == {}
 
 
+def test_what_a_run_cost_is_a_number_of_it() -> None:
+    """And so of its parent. Without a price there is none."""
+    server = FakeTransport()
+    server.cost = 0.25  # For input and output each.
+    [begun, _, over, judged], make = child("a"), Records("trace-a")
+    usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    deliver(server, start(), begun, make.span("generation", model="m", token_usage=usage), over)
+    deliver(server, judged, end())
+    run_id, _ = only_parent(server)
+    [own] = [key for key, run in server.runs.items() if PARENT in run["tags"]]
+    assert server.values(own)["total_cost"] == [0.5]
+    assert latest(server, run_id)["cost_total"] == 0.5
+
+
 def test_a_dataset_is_an_input_of_the_run() -> None:
     """Name and digest, as MLflow's evaluation page shows them."""
     server = FakeTransport()
