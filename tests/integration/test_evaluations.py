@@ -175,11 +175,13 @@ def test_a_sweep_that_is_killed_and_resumed(
 ) -> None:
     """One parent goes on, with each of 200 tasks done once, and its numbers to the digit."""
     process = started(body, mlflow_server, name)
-    while sum(map(judged, runs_in(client, name))) < TASKS // 2:
-        assert process.poll() is None
-        time.sleep(1)  # To read 100 runs is work for the server, too.
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        while sum(map(judged, runs_in(client, name))) < TASKS // 2:
+            assert process.poll() is None
+            time.sleep(1)  # To read 100 runs is work for the server, too.
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     sync = [sys.executable, "-m", "qitos_mlflow.cli", "sync", "--tracking-uri", mlflow_server.uri]
     subprocess.run(sync, check=True, capture_output=True, timeout=120)
 
