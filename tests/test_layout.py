@@ -94,7 +94,7 @@ MODULE_LINES = 350
 MEDIAN_LINES = 140
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 18_300
+PACKAGE_LINES = 22_600
 """15,500 before tenants, credentials, forks and the exit of local stores had code of their own."""
 
 
