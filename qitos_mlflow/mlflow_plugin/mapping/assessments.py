@@ -14,7 +14,6 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import rfc3339
 from qitos_mlflow.recording.record import Assessment
 
 OWN_ID = "qitos.assessment_id"
@@ -30,7 +29,7 @@ def assessment_of(record: Assessment) -> dict[str, Any]:
     source_id = clean_text(record.get("source_id") or "default", limits.KEY_CHARS)
     kind = "feedback" if feedback else "expectation"
     own = f"a-{digest(kind, of, name, source_type, source_id, size=16).hex()}"
-    at = rfc3339(limits.clean_ns(record.get("time_ns")))
+    at = limits.rfc3339(limits.clean_ns(record.get("time_ns")))
     found: dict[str, Any] = {
         "assessment_id": own,
         "assessment_name": name,

@@ -17,6 +17,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 BATCH_METRICS = 1000
@@ -52,6 +53,9 @@ SPAN_TYPE_CHARS = 500
 
 MAX_INT64 = 2**63 - 1
 """Steps, timestamps and times beyond this break the server or the column (run)."""
+
+_LAST_S = 253_402_300_799
+"""The end of the year 9999, which neither datetime nor protobuf can pass."""
 
 UNNAMED = "unnamed"
 """What an empty name becomes."""
@@ -155,6 +159,12 @@ def clean_ms(ns: Any) -> int:
 def clean_ns(ns: Any) -> int:
     """`ns` as whole nanoseconds within 0 and 64 bits; 0 for anything that is no number."""
     return max(0, clean_step(ns))
+
+
+def rfc3339(ns: int) -> str:
+    """Nanoseconds since the epoch as the time text of protobuf's JSON form, to the microsecond."""
+    moment = datetime.fromtimestamp(min(ns // 1_000_000_000, _LAST_S), timezone.utc)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ns % 1_000_000_000 // 1_000:06d}Z"
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

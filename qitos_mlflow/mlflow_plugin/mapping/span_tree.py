@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any
 
 import orjson
@@ -40,8 +39,6 @@ INFO_EVERY_NS = 5_000_000_000
 """How often a running trace's totals and feedback are sent; spans do not wait for it."""
 
 _STATES = {"FINISHED": "OK", "FAILED": "ERROR", "KILLED": "ERROR"}
-_LAST_S = 253_402_300_799
-"""The end of the year 9999, which neither datetime nor protobuf can pass."""
 
 
 @dataclass
@@ -133,7 +130,7 @@ class SpanTree:
         info: dict[str, Any] = {
             "trace_id": trace_id(facts.trace_id),
             "client_request_id": clean_text(facts.trace_id, limits.CLIENT_REQUEST_CHARS),
-            "request_time": rfc3339(self.start_ns),
+            "request_time": limits.rfc3339(self.start_ns),
             "state": _STATES.get(facts.status, "ERROR") if facts.ended else "IN_PROGRESS",
             "trace_metadata": metadata,
             "tags": tags,
@@ -316,7 +313,7 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     if value is None:
         return None
     name = clean_text(data.get("critic_name") or "critic", limits.KEY_CHARS)
-    at = rfc3339(limits.clean_ns(record.get("end_ns")))
+    at = limits.rfc3339(limits.clean_ns(record.get("end_ns")))
     judge = verdict.get("model") or mapping(verdict.get("details")).get("model")
     # If the bridge found no model, the verdict may still name one.
     by_model = judge or mapping(record.get("output")).get("judged_by_model") is True
@@ -341,9 +338,3 @@ def feedback_of(record: SpanEnd, qitos_trace_id: str) -> dict[str, Any] | None:
     if verdict.get("reason"):
         feedback["rationale"] = clean_text(verdict["reason"], limits.TAG_CHARS)
     return feedback
-
-
-def rfc3339(ns: int) -> str:
-    """Nanoseconds since the epoch as the time text of protobuf's JSON form, to the microsecond."""
-    moment = datetime.fromtimestamp(min(ns // 1_000_000_000, _LAST_S), timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{ns % 1_000_000_000 // 1_000:06d}Z"
