@@ -66,7 +66,7 @@ class OpenTrace(TraceRecorder):
             sampled = run_settings["log_traces"]
             self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
         else:
-            self.autolog = self.tree
+            self.autolog, self.shared = self.tree, True
             run_settings["log_traces"] = False
             run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
 

@@ -101,7 +101,7 @@ def qitos_record(record: dict[str, Any]) -> Mapping[str, Mapping[str, Any]] | No
 
     When: for each event that a recording plugin, such as the built-in one, stores; some tens of
     milliseconds after it. `record` is a copy for this plugin; docs/extending.md has its fields.
-    Thread: one in the background; one call at a time for each recording plugin.
+    Thread: one in the background; one call at a time.
     Blocking: for milliseconds. The agent does not wait, its records do; if too many wait, some
     are dropped.
     Return: None, or what to log with it: ``{"attributes": {name: value}, "metrics": {name: number},

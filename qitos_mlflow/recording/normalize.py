@@ -8,6 +8,8 @@ have and this package does not log itself: docs/extending.md.
 from __future__ import annotations
 
 import linecache
+import os
+import threading
 from calendar import timegm
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -46,6 +48,21 @@ MAX_FILE_BYTES = 16 * 1024 * 1024
 
 UNCUT = OURS | {"settings"}
 
+MAX_ANSWERS = 1_000
+"""Answers of plugins that the second thread has not asked for yet."""
+
+_answers: dict[tuple[Any, Any], dict[str, Any]] = {}
+_asking = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _asking
+    _asking = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 def normalize(
     snapshot: bytes,
@@ -75,10 +92,7 @@ def normalize(
             taken.update(pictures.take(found, all_sizes=len(snapshot) > field_bytes))
 
     record = safe(record, len(snapshot), field_bytes, take)
-    if added := _ask_plugins(record):
-        for part, values in record.get("added", {}).items():
-            added[part] = {**values, **added.get(part, {})}
-        record |= trim_fields({"added": redact(added)}, field_bytes)
+    record |= additions(record, field_bytes)
     if pictures is not None:
         pictures.keep(record, taken)
     return orjson.dumps(record)
@@ -110,6 +124,27 @@ def safe(
         content = {name: value for name, value in record.items() if name not in UNCUT}
         record |= trim_fields(content, field_bytes)
     return record
+
+
+def additions(record: dict[str, Any], field_bytes: int) -> dict[str, Any]:
+    """The field `added` of a redacted record with what plugins add, or nothing.
+
+    Two threads ask for one that is `shared`; the plugins are asked once.
+    """
+    key, shared = (record.get("trace_id"), record.get("span_id")), record.pop("shared", False)
+    with _asking:  # Plugins expect one call at a time.
+        found = _answers.pop(key, None) if shared else None
+        if found is None:
+            found = _ask_plugins(record)
+            if shared:
+                _answers[key] = found
+                while len(_answers) > MAX_ANSWERS:  # The other thread has lost its record.
+                    del _answers[next(iter(_answers))]
+    if not found:
+        return {}
+    own = record.get("added", {})
+    merged = {part: {**own.get(part, {}), **found.get(part, {})} for part in {**own, **found}}
+    return trim_fields({"added": redact(merged)}, field_bytes)
 
 
 def _read_file(record: dict[str, Any]) -> bool:

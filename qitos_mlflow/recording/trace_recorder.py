@@ -42,6 +42,7 @@ class TraceRecorder:
         id: of the trace in its records; see `RecordPipeline.add`.
         closed: its plugin takes no more spans.
         ended: its end is recorded: only late spans can follow.
+        shared: what `recorded` gets is used, too, with what plugins add.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TraceRecorder:
         self.pipeline = pipeline
         self.content = settings.capture_content and content_allowed(trace)
         self.closed = False
-        self.ended = False
+        self.ended = self.shared = False
         self._field_chars = settings.field_bytes
         self._files = self.content and settings.log_artifacts
         self._settings = {} if run_settings is None else {"settings": run_settings}
@@ -147,6 +148,8 @@ class TraceRecorder:
             # In characters: each is at least a byte, and `normalize` cuts to the byte.
             record = snapshot.span_record(span, self.content, self._field_chars)
             record |= {"trace_id": self.id, "step": step}
+            if self.shared:
+                record["shared"] = True
             if self._late:
                 record |= {"late": self._late, **self._settings}
             payload = encode(record, self._slow)

@@ -1,13 +1,17 @@
 """Inside MLflow's own spans: one tree, which `mlflow.genai.evaluate` and its scorers see, too.
 
-Each script runs in a process of its own, with the package installed and MLflow's tracer at work.
+The scripts run in processes of their own, with the package installed and MLflow's tracer at work.
+Each part of a script logs to an experiment of its own.
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from mlflow.entities import Span, Trace
 
 from qitos_mlflow.cli import main
 from tests.integration.logged import LoggedRun, run_script, runs_of
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
 PARENT = "mlflow.parentRunId"
@@ -24,9 +29,12 @@ TREE = "qitos.mlflow_trace_id"
 MODEL = "gpt-4o-mini"
 
 AGENTS = """
-import json, os, sys, threading
+import asyncio, contextlib, json, os, sys, threading
 import mlflow
+import pluggy
+import qitos_mlflow
 from qitos import Decision
+from qitos.engine.critic import Critic
 from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer
 from tests.bridge import agents
 from tests.bridge.agents import ScriptAgent, toolbox
@@ -64,45 +72,127 @@ def run(task, kind=Priced):
     model = kind(MODEL, [act("Add.", ("add", {"a": 1, "b": 2})), answer("Added.", "42")])
     agent = DeskAgent("asker", model, [add])
     return agent.run(task, render=False, trace=False)
+
+class Strict(Critic):
+    def evaluate(self, state, decision, results):
+        return {"action": "continue", "reason": "fine", "score": 0.5}
+
+def nested():
+    secret = agents.act("fail", why="sk-proj-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")
+    inner = ScriptAgent(secret, Decision.final("inner"), tools=toolbox())
+    inner.run("in", render=False, trace=False)
+    return "back"
+
+def go():
+    tools = toolbox(nested=nested)
+    outer = ScriptAgent(agents.act("nested"), agents.act("add", "add", a=1, b=2),
+                        Decision.final("out"), tools=tools)
+    outer.name = "outer"
+    outer.run("out", critics=[Strict()], render=False, trace=False)
+
+class ToolSizes:
+    "A plugin."
+    seen = []
+
+    @pluggy.HookimplMarker("qitos")
+    def qitos_record(self, record):
+        if record["kind"] != "span":
+            return None
+        self.seen.append(record["span_id"])
+        found = {"metrics": {"seen": len(self.seen)}}
+        if record["type"] == "tool":
+            found["attributes"] = {"tool": "by a plugin"}
+        return found
+
+@contextlib.contextmanager
+def by_hand(**options):
+    processor = qitos_mlflow.MlflowTraceProcessor(**options)
+    qitos_mlflow.tracing.add_trace_processor(processor)
+    try:
+        yield processor
+    finally:
+        processor.force_flush(0 if options.get("offline") else 60)
+        qitos_mlflow.tracing.remove_trace_processor(processor)
+
+@contextlib.contextmanager
+def broken(name):
+    def fails(*args, **kwargs):
+        raise ValueError("a tracer's")
+
+    works = getattr(mlflow, name)
+    setattr(mlflow, name, fails)
+    try:
+        yield
+    finally:
+        setattr(mlflow, name, works)
+
 """
 
 
-@pytest.fixture
-def client(mlflow_server: MlflowServer) -> MlflowClient:
-    """Reads back from the server."""
-    return mlflow_server.client
+@dataclass(frozen=True)
+class Said:
+    """What a script has logged, and what each of its parts returned."""
+
+    client: MlflowClient
+    name: str
+    parts: dict[str, Any]
+
+    def __getitem__(self, part: str) -> Any:
+        return self.parts[part]
+
+    def experiment_id(self, part: str) -> str:
+        """MLflow's id of the part's experiment."""
+        return str(self.client.get_experiment_by_name(f"{self.name} {part}").experiment_id)
+
+    def runs(self, part: str) -> list[LoggedRun]:
+        """The first one first."""
+        return runs_of(self.client, f"{self.name} {part}")
+
+    def traces(self, part: str) -> list[Trace]:
+        """The first one first."""
+        found = self.client.search_traces(
+            locations=[self.experiment_id(part)], max_results=100, order_by=["timestamp_ms ASC"]
+        )
+        return list(found)
+
+    def trace(self, part: str) -> Trace:
+        """The only one."""
+        [trace] = self.traces(part)
+        return trace
+
+    def cost(self, part: str) -> float:
+        """What the Overview page says that all calls cost: the sum over all spans."""
+        spans = [span for trace in self.traces(part) for span in trace.data.spans]
+        return sum((span.llm_cost or {}).get("total_cost", 0.0) for span in spans)
 
 
-@pytest.fixture
-def name() -> str:
-    """Of an experiment that no other test logs to."""
-    return f"mlflow traces {uuid.uuid4().hex[:12]}"
-
-
-def script(body: str, server: MlflowServer, name: str, **environ: str) -> dict[str, Any]:
-    """Run `body` in the experiment; returns what it prints as JSON at its end."""
-    begin = f"mlflow.set_experiment({name!r})"
+def run_parts(server: MlflowServer, parts: dict[str, str], begin: str = "") -> Said:
+    """Run function bodies one after another in one process, each in its experiment."""
+    name = f"mlflow traces {uuid.uuid4().hex[:12]}"
+    script = [AGENTS, begin, f"ELSEWHERE = '{name} elsewhere'", "said = {}"]
+    for part, body in parts.items():
+        script += [
+            f"def part_{part}():\n" + textwrap.indent(textwrap.dedent(body), "    "),
+            f"mlflow.set_experiment('{name} {part}')\nsaid['{part}'] = part_{part}()",
+        ]
+    script.append("print(json.dumps(said))")
     done = run_script(
-        AGENTS,
-        begin,
-        body,
+        *script,
         MLFLOW_TRACKING_URI=server.uri,
         MLFLOW_RUN_ID=None,
         MLFLOW_GENAI_EVAL_MAX_WORKERS="4",
-        **environ,
     )
-    lines = done.stdout.splitlines()
-    return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return Said(server.client, name, json.loads(done.stdout.splitlines()[-1]))
 
 
-def traces_of(client: MlflowClient, name: str) -> list[Trace]:
-    experiment = client.get_experiment_by_name(name)
-    return list(client.search_traces(locations=[experiment.experiment_id], max_results=100))
-
-
-def only(client: MlflowClient, name: str) -> Trace:
-    [trace] = traces_of(client, name)
-    return trace
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A directory for what the tests of this module share."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("traces")
+        patch.chdir(directory)
+        patch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(directory / "spool"))
+        yield directory
 
 
 def tree(trace: Trace) -> dict[str, list[str]]:
@@ -136,19 +226,27 @@ def in_order(trace: Trace, *, but: str = "") -> list[dict[str, Any]]:
     return [shown(span) for span in spans if span.name != but]
 
 
-def cost(client: MlflowClient, name: str) -> float:
-    """What the Overview page says that an experiment's calls cost: the sum over all spans."""
-    spans = [span for trace in traces_of(client, name) for span in trace.data.spans]
-    return sum((span.llm_cost or {}).get("total_cost", 0.0) for span in spans)
-
-
 # -- one tree ----------------------------------------------------------------------------------
 
-
-def test_a_traced_function(mlflow_server: MlflowServer, client: MlflowClient, name: str) -> None:
-    """The agent is its subtree, with all that an agent's own trace shows; run and trace link."""
-    said = script(
-        """
+IN_SPANS = {
+    "imports": """
+        before = set(sys.modules)
+        run("as ever")
+        more = {one for one in set(sys.modules) - before if one.split(".")[0] == "mlflow"}
+        return sorted(more)
+    """,
+    "own": """
+        run("how much?")
+        first = mlflow.get_last_active_trace_id(thread_local=True)
+        run("and then?")
+        return {"how much?": first, "and then?": mlflow.get_last_active_trace_id()}
+    """,
+    "disabled": """
+        mlflow.tracing.disable()
+        run("as ever")
+        mlflow.tracing.enable()
+    """,
+    "traced": """
         @mlflow.trace
         def handle(question):
             with mlflow.start_span("look up"):
@@ -158,88 +256,30 @@ def test_a_traced_function(mlflow_server: MlflowServer, client: MlflowClient, na
             return [found, inner.name]
 
         value = handle("how much?")
-        print(json.dumps({"last": mlflow.get_last_active_trace_id(), "value": value}))
-        """,
-        mlflow_server,
-        name,
-    )
-    trace = only(client, name)
-    assert said == {"last": trace.info.trace_id, "value": ["42", "handle"]}
-    found = tree(trace)
-    assert found[""] == ["handle"]
-    assert found["handle"] == ["look up", "asker"]
-    assert found["asker"] == ["step 0", "step 1"]
-    assert found["act"] == ["add"]
-    [run] = runs_of(client, name)
-    assert run.metrics["total_tokens"] == 2200
-    assert run.tags[TREE] == trace.info.trace_id
-    assert trace.info.trace_metadata["mlflow.sourceRun"] == run.id
-    assert trace.info.tags["qitos.trace_id"] == run.tags["qitos.trace_id"]
-    assert trace.info.tags["qitos.agent"] == "asker"
-    assert TREE not in trace.info.tags
-    linked = client.search_traces(locations=[run.experiment_id], run_id=run.id)
-    assert [one.info.trace_id for one in linked] == [trace.info.trace_id]
-    assert trace.info.token_usage["total_tokens"] == 2200
+        return {"last": mlflow.get_last_active_trace_id(), "value": value}
+    """,
+    "awaited": """
+        @mlflow.trace
+        async def handle(question):
+            return await asyncio.to_thread(run, question)
 
-    script('run("how much?")', mlflow_server, f"{name} own")
-    own = only(client, f"{name} own")
-    below = [one for one in in_order(trace) if one["name"] not in ("handle", "look up")]
-    assert below == in_order(own)
-    assert cost(client, name) == pytest.approx(cost(client, f"{name} own"))
-    assert cost(client, name) > 0
+        async def both():
+            return await asyncio.gather(handle("one"), handle("two"))
 
+        return asyncio.run(both())
+    """,
+    "generated": """
+        @mlflow.trace
+        def handle(question):
+            yield "soon"
+            yield run(question)
+            yield run(question)
 
-def test_what_goes_on_in_agents(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """Nested agents, two tools, errors and critics' verdicts are as in an agent's own trace."""
-    body = """
-        from qitos.engine.critic import Critic
-
-        class Strict(Critic):
-            def evaluate(self, state, decision, results):
-                return {"action": "continue", "reason": "fine", "score": 0.5}
-
-        def nested():
-            secret = agents.act("fail", why="sk-proj-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")
-            inner = ScriptAgent(secret, Decision.final("inner"), tools=toolbox())
-            inner.run("in", render=False, trace=False)
-            return "back"
-
-        def go():
-            tools = toolbox(nested=nested)
-            outer = ScriptAgent(agents.act("nested"), agents.act("add", "add", a=1, b=2),
-                                Decision.final("out"), tools=tools)
-            outer.name = "outer"
-            outer.run("out", critics=[Strict()], render=False, trace=False)
-        """
-    script(f"{body}\n        mlflow.trace(go)()\n", mlflow_server, name)
-    script(f"{body}\n        go()\n", mlflow_server, f"{name} own")
-    trace, own = only(client, name), only(client, f"{name} own")
-    assert tree(trace)["go"] == ["outer"]
-    assert tree(trace)["nested"] == ["script"]
-    ours = Counter(json.dumps(one, sort_keys=True) for one in in_order(own))
-    theirs = Counter(json.dumps(one, sort_keys=True) for one in in_order(trace, but="go"))
-    assert theirs == ours
-    [failed] = [span for span in trace.data.spans if span.name == "fail"]
-    assert failed.status.status_code.value == "ERROR"
-    assert not any("sk-proj-aaaa" in json.dumps(one) for one in in_order(trace))
-    verdicts = [(one.name, one.value, one.rationale) for one in trace.info.assessments]
-    assert verdicts == [(one.name, one.value, one.rationale) for one in own.info.assessments]
-    assert len(verdicts) == 3
-    [run] = runs_of(client, name)
-    [run_own] = runs_of(client, f"{name} own")
-    timed = ("latency", "duration")
-    numbers = {key: n for key, n in run.metrics.items() if not any(one in key for one in timed)}
-    assert numbers == {key: run_own.metrics[key] for key in numbers}
-
-
-def test_a_trace_of_the_users_own_code(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """A trace that is no agent's has a span of its own there, too, also when it fails."""
-    script(
-        """
+        return list(handle("how much?"))
+    """,
+    "nested": "return mlflow.trace(go)()",
+    "nested_own": "return go()",
+    "code": """
         from qitos.tracing import create_trace
 
         with mlflow.start_span("top"):
@@ -251,216 +291,287 @@ def test_a_trace_of_the_users_own_code(
                     raise KeyError("nothing")
             except KeyError:
                 pass
-        """,
-        mlflow_server,
-        name,
-    )
-    trace = only(client, name)
+    """,
+    "autologged": """
+        with mlflow.start_span("top"):
+            run("how much?", Autologged)
+    """,
+    "autologged_own": """
+        run("how much?", Autologged)
+    """,
+    "no_tokens": """
+        Autologged.knows_tokens = False
+        run("how much?", Autologged)
+    """,
+    "no_starts": """
+        with mlflow.start_span("top"), broken("start_span_no_context"):
+            return run("on and on")
+    """,
+    "no_current": """
+        with mlflow.start_span("top"), broken("get_current_active_span"):
+            return run("on and on")
+    """,
+    "by_hand": """
+        with mlflow.start_span("top"), by_hand(capture_content=False) as processor:
+            processor.register(ToolSizes(), "tool-sizes")
+            run("a private question")
+            processor.force_flush(60)
+        return ToolSizes.seen
+    """,
+    "elsewhere": """
+        with by_hand(tracking_uri=mlflow.get_tracking_uri(), experiment_name=ELSEWHERE):
+            mlflow.set_tracking_uri(f"sqlite:///{os.getcwd()}/other.db")
+            with mlflow.start_span("elsewhere"):
+                run("here")
+    """,
+}
+"""Bodies of functions, run one after another."""
+
+
+@pytest.fixture(scope="module")
+def in_spans(shared_server: MlflowServer, workspace: Any) -> Said:
+    """Agents inside MLflow's spans, and beside them, for comparison, agents of their own."""
+    make_store(workspace / "other.db")
+    return run_parts(shared_server.ensure_running(), IN_SPANS)
+
+
+def test_a_traced_function(in_spans: Said) -> None:
+    """The agent is its subtree, with all that an agent's own trace shows; run and trace link."""
+    trace = in_spans.trace("traced")
+    assert in_spans["traced"] == {"last": trace.info.trace_id, "value": ["42", "handle"]}
+    found = tree(trace)
+    assert found[""] == ["handle"]
+    assert found["handle"] == ["look up", "asker"]
+    assert found["asker"] == ["step 0", "step 1"]
+    assert found["act"] == ["add"]
+    [run] = in_spans.runs("traced")
+    assert run.metrics["total_tokens"] == 2200
+    assert run.tags[TREE] == trace.info.trace_id
+    assert trace.info.trace_metadata["mlflow.sourceRun"] == run.id
+    assert trace.info.tags["qitos.trace_id"] == run.tags["qitos.trace_id"]
+    assert trace.info.tags["qitos.agent"] == "asker"
+    assert TREE not in trace.info.tags
+    linked = in_spans.client.search_traces(locations=[run.experiment_id], run_id=run.id)
+    assert [one.info.trace_id for one in linked] == [trace.info.trace_id]
+    assert trace.info.token_usage["total_tokens"] == 2200
+
+    own, _ = in_spans.traces("own")
+    below = [one for one in in_order(trace) if one["name"] not in ("handle", "look up")]
+    assert below == in_order(own)
+    assert in_spans.cost("traced") == pytest.approx(in_spans.cost("own") / 2)
+    assert in_spans.cost("traced") > 0
+
+
+def test_traced_coroutines_and_generators(in_spans: Said) -> None:
+    """Each call is one tree, also if the agent runs on a thread that it waits for."""
+    assert in_spans["awaited"] == ["42", "42"]
+    for trace in in_spans.traces("awaited"):
+        found = tree(trace)
+        assert (found[""], found["handle"]) == (["handle"], ["asker"])
+        assert found["asker"] == ["step 0", "step 1"]
+    assert len(in_spans.runs("awaited")) == 2
+    assert in_spans["generated"] == ["soon", "42", "42"]
+    found = tree(in_spans.trace("generated"))
+    assert (found[""], found["handle"]) == (["handle"], ["asker", "asker"])
+
+
+def test_what_goes_on_in_agents(in_spans: Said) -> None:
+    """Nested agents, two tools, errors and critics' verdicts are as in an agent's own trace."""
+    trace, own = in_spans.trace("nested"), in_spans.trace("nested_own")
+    assert tree(trace)["go"] == ["outer"]
+    assert tree(trace)["nested"] == ["script"]
+    ours = Counter(json.dumps(one, sort_keys=True) for one in in_order(own))
+    theirs = Counter(json.dumps(one, sort_keys=True) for one in in_order(trace, but="go"))
+    assert theirs == ours
+    [failed] = [span for span in trace.data.spans if span.name == "fail"]
+    assert failed.status.status_code.value == "ERROR"
+    assert not any("sk-proj-aaaa" in json.dumps(one) for one in in_order(trace))
+    verdicts = [(one.name, one.value, one.rationale) for one in trace.info.assessments]
+    assert verdicts == [(one.name, one.value, one.rationale) for one in own.info.assessments]
+    assert len(verdicts) == 3
+    [run] = in_spans.runs("nested")
+    [run_own] = in_spans.runs("nested_own")
+    timed = ("latency", "duration")
+    numbers = {key: n for key, n in run.metrics.items() if not any(one in key for one in timed)}
+    assert numbers == {key: run_own.metrics[key] for key in numbers}
+
+
+def test_a_trace_of_the_users_own_code(in_spans: Said) -> None:
+    """A trace that is no agent's has a span of its own there, too, also when it fails."""
+    trace = in_spans.trace("code")
     assert tree(trace)["top"] == ["a batch", "a bad batch"]
     assert tree(trace)["a batch"] == ["asker"]
     [batch] = [span for span in trace.data.spans if span.name == "a batch"]
     assert (batch.span_type, batch.outputs) == ("CHAIN", "all done")
     [bad] = [span for span in trace.data.spans if span.name == "a bad batch"]
     assert bad.status.status_code.value == "ERROR"
-    assert {run.name: run.status for run in runs_of(client, name)} == {
+    assert {run.name: run.status for run in in_spans.runs("code")} == {
         "a batch": "FINISHED",
         "asker": "FINISHED",
         "a bad batch": "FAILED",
     }
 
 
-def test_without_content(mlflow_server: MlflowServer, client: MlflowClient, name: str) -> None:
-    """What is left out of an agent's own trace is left out of MLflow's: the tree stays."""
-    script(
-        """
-        with mlflow.start_span("top"):
-            run("a private question")
-        """,
-        mlflow_server,
-        name,
-        QITOS_MLFLOW_CAPTURE_CONTENT="0",
-    )
-    trace = only(client, name)
+def test_without_content_and_with_a_plugin(in_spans: Said) -> None:
+    """What an agent's own trace leaves out is left out here, and what plugins add is there."""
+    trace = in_spans.trace("by_hand")
     agents = [span for span in trace.data.spans if span.name != "top"]
     assert len(agents) > 5
     assert [span.inputs for span in agents] == [None] * len(agents)
     assert [span.outputs for span in agents] == [None] * len(agents)
     assert "private" not in json.dumps([span.to_dict() for span in agents])
     assert trace.info.token_usage["total_tokens"] == 2200
+    added = {span.name: span.attributes.get("tool") for span in agents}
+    assert added["add"] == "by a plugin"
+    assert set(added.values()) == {None, "by a plugin"}
+    seen = in_spans["by_hand"]
+    assert len(seen) == len(set(seen)) == len(agents), "plugins are asked once for each span"
+    [run] = in_spans.runs("by_hand")
+    assert run.metrics["seen"] == len(agents)
 
 
-def test_another_servers_trace_is_its_own(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str, tmp_path: Any
-) -> None:
+def test_another_servers_trace_is_its_own(in_spans: Said) -> None:
     """A span of MLflow that goes to another place has no part in the agent's trace."""
-    script(
-        f"""
-        import qitos_mlflow
-        uri = mlflow.get_tracking_uri()
-        qitos_mlflow.autolog(tracking_uri=uri, experiment_name={name!r})
-        mlflow.set_tracking_uri("sqlite:///{tmp_path}/other.db")
-        with mlflow.start_span("elsewhere"):
-            run("here")
-        """,
-        mlflow_server,
-        name,
-    )
-    assert tree(only(client, name))[""] == ["asker"]
+    assert tree(in_spans.trace("elsewhere"))[""] == ["asker"]
 
 
-def test_offline_and_in_forks_it_is_its_own(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
+def test_a_tracer_that_fails_harms_nothing(in_spans: Said) -> None:
+    """The agent goes on and the numbers are there."""
+    for part in ("no_starts", "no_current"):
+        assert in_spans[part] == "42"
+        [run] = in_spans.runs(part)
+        assert (run.status, run.metrics["total_tokens"]) == ("FINISHED", 2200)
+
+
+def test_disabled_tracing_is_no_evaluation(in_spans: Said) -> None:
+    """`mlflow.tracing.disable()` turns off MLflow's spans, not the agent's trace."""
+    assert tree(in_spans.trace("disabled"))[""] == ["asker"]
+    assert len(in_spans.runs("disabled")) == 1
+
+
+def test_a_trace_imports_nothing_of_mlflow(in_spans: Said) -> None:
+    """MLflow imports itself bit by bit; the agent's thread is not where that is to happen."""
+    assert in_spans["imports"] == []
+
+
+def test_the_last_trace_is_known(in_spans: Said) -> None:
+    """`mlflow.get_last_active_trace_id()` answers after an agent's run, on its thread."""
+    found = {one.info.request_preview: one.info.trace_id for one in in_spans.traces("own")}
+    assert found == in_spans["own"]
+
+
+def test_a_call_that_autologging_logs_is_priced_once(in_spans: Said) -> None:
+    """Its span is below the agent's, and one of both counts: MLflow's if ours has no tokens."""
+    once = in_spans.cost("traced")
+    assert once > 0
+    for part in ("autologged", "autologged_own", "no_tokens"):
+        trace = in_spans.trace(part)
+        assert tree(trace)[MODEL] == ["Completions"] * 2
+        assert in_spans.cost(part) == pytest.approx(once)
+        if part != "no_tokens":
+            assert trace.info.token_usage["total_tokens"] == 2200
+            assert trace.info.cost["total_cost"] == pytest.approx(once)
+
+
+def test_offline_and_in_forks_it_is_its_own(mlflow_server: MlflowServer) -> None:
     """Where MLflow's tracer could not deliver it, the agent's trace goes through the spool."""
-    forks = """
-        with mlflow.start_span("top"):
-            if (pid := os.fork()) == 0:
-                run("in a fork")
-                sys.exit()
-            assert os.waitpid(pid, 0)[1] == 0
-        """
-    script(forks, mlflow_server, name)
-    script('with mlflow.start_span("top"):\n    run("offline")', mlflow_server, name,
-           QITOS_MLFLOW_OFFLINE="1")  # fmt: skip
+    said = run_parts(
+        mlflow_server,
+        {
+            "forked": """
+                with mlflow.start_span("top"):
+                    if (pid := os.fork()) == 0:
+                        run("in a fork")
+                        sys.exit()
+                    assert os.waitpid(pid, 0)[1] == 0
+            """,
+            "offline": """
+                with by_hand(offline=True), mlflow.start_span("top"):
+                    run("offline")
+            """,
+        },
+    )
     done = CliRunner().invoke(main, ["sync"])
     assert done.exit_code == 0, done.output
-    roots = Counter(tree(trace)[""][0] for trace in traces_of(client, name))
-    assert roots == {"top": 2, "asker": 2}
-    assert {run.params["task"] for run in runs_of(client, name)} == {"in a fork", "offline"}
-
-
-@pytest.mark.parametrize("broken", ["start_span_no_context", "get_current_active_span"])
-def test_a_tracer_that_fails_harms_nothing(
-    broken: str, mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """The agent goes on and the numbers are there."""
-    said = script(
-        f"""
-        def fails(*args, **kwargs):
-            raise ValueError("a tracer's")
-
-        with mlflow.start_span("top"):
-            mlflow.{broken} = fails
-            print(json.dumps({{"value": run("on and on")}}))
-        """,
-        mlflow_server,
-        name,
-    )
-    assert said == {"value": "42"}
-    [run] = runs_of(client, name)
-    assert (run.status, run.metrics["total_tokens"]) == ("FINISHED", 2200)
-
-
-def test_disabled_tracing_is_no_evaluation(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """`mlflow.tracing.disable()` turns off MLflow's spans, not the agent's trace."""
-    script('mlflow.tracing.disable()\nrun("as ever")', mlflow_server, name)
-    assert tree(only(client, name))[""] == ["asker"]
-    assert len(runs_of(client, name)) == 1
-
-
-def test_a_trace_imports_nothing_of_mlflow(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """MLflow imports itself bit by bit; the agent's thread is not where that is to happen."""
-    said = script(
-        """
-        before = set(sys.modules)
-        run("as ever")
-        more = {one for one in set(sys.modules) - before if one.split(".")[0] == "mlflow"}
-        print(json.dumps({"imported": sorted(more)}))
-        """,
-        mlflow_server,
-        name,
-    )
-    assert said == {"imported": []}
+    for part in ("forked", "offline"):
+        roots = Counter(tree(trace)[""][0] for trace in said.traces(part))
+        assert roots == {"top": 1, "asker": 1}
+        assert len(said.runs(part)) == 1
 
 
 # -- evaluations -------------------------------------------------------------------------------
 
-EVALUATE = """
-        from mlflow.genai import evaluate, scorer
+SCORERS = """
+from mlflow.genai import evaluate, scorer
 
-        @scorer
-        def calls_add(trace):
-            return len(trace.search_spans(span_type="TOOL", name="add")) == 1
+@scorer
+def calls_add(trace):
+    calls = trace.search_spans(span_type="TOOL", name="add")
+    return len(calls) == len(trace.search_spans(name="step 0"))
 
-        @scorer
-        def as_expected(outputs, expectations):
-            return outputs == expectations["answer"]
+@scorer
+def as_expected(outputs, expectations):
+    return outputs == expectations["answer"]
 
-        def predict(question):
-            return run(question, Kind)
+def rows(count):
+    return [{"inputs": {"question": f"question {n}"}, "expectations": {"answer": "42"}}
+            for n in range(count)]
 
-        rows = [{"inputs": {"question": f"question {n}"}, "expectations": {"answer": "42"}}
-                for n in range(20)]
-        found = evaluate(data=rows, predict_fn=predict, scorers=[calls_add, as_expected])
-        print(json.dumps({"run": found.run_id, "metrics": found.metrics}))
+def scores(data, predict, scorers=(calls_add, as_expected)):
+    found = evaluate(data=data, predict_fn=predict, scorers=list(scorers))
+    return {"run": found.run_id, "metrics": found.metrics}
 """
 
+EVALUATIONS = {
+    "twenty": """
+        def predict(question):
+            return run(question)
 
-def evaluated(client: MlflowClient, name: str, said: dict[str, Any]) -> list[LoggedRun]:
-    """What every evaluation of 20 rows must have; returns the agents' runs."""
-    assert said["metrics"]["calls_add/mean"] == 1.0
-    assert said["metrics"]["as_expected/mean"] == 1.0
-    runs = runs_of(client, name)
-    assert len(runs) == 21
-    children = [run for run in runs if run.id != said["run"]]
-    assert {run.tags[PARENT] for run in children} == {said["run"]}
-    assert {run.status for run in runs} == {"FINISHED"}
-    assert {run.metrics["total_tokens"] for run in children} == {2200}
-    tasks = {run.params["task"] for run in children}
-    assert tasks == {f"question {n}" for n in range(20)}
-    traces = {trace.info.trace_id: trace for trace in traces_of(client, name)}
-    assert {run.tags[TREE] for run in children} == traces.keys()
-    assert len(traces) == 20
-    for trace in traces.values():
-        assert trace.info.trace_metadata["mlflow.sourceRun"] == said["run"]
-        assert trace.info.state.value == "OK"
-    for run in children:
-        [shown_there] = client.search_traces(locations=[run.experiment_id], run_id=run.id)
-        assert shown_there.info.trace_id == run.tags[TREE]
-        assert shown_there.info.tags["qitos.trace_id"] == run.tags["qitos.trace_id"]
-    return children
+        return scores(rows(20), predict)
+    """,
+    "twice": """
+        def predict(question):
+            run(question, Autologged)
+            return run(question, Autologged)
 
+        return scores(rows(4), predict)
+    """,
+    "untried": """
+        def predict(question):
+            run(question)
+            return run(question)
 
-def test_an_evaluation(mlflow_server: MlflowServer, client: MlflowClient, name: str) -> None:
-    """Scorers see the agents' tools; each row is a child run and one trace, the trial is none."""
-    said = script("Kind = Priced" + EVALUATE.replace("\n        ", "\n"), mlflow_server, name)
-    evaluated(client, name, said)
-    for trace in traces_of(client, name):
-        found = tree(trace)
-        assert found[""] == ["predict"]
-        assert found["predict"] == ["asker"]
-        assert found["asker"] == ["step 0", "step 1"]
+        os.environ["MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION"] = "true"
+        try:
+            return scores(rows(2), predict)
+        finally:
+            del os.environ["MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION"]
+    """,
+    "meanwhile": """
+        tried, done = threading.Event(), threading.Event()
 
+        def work():
+            tried.wait(60)
+            run("meanwhile")
+            done.set()
 
-def test_an_evaluation_with_autolog(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """MLflow leaves out the span of `predict_fn` if the trial made spans; still one trace each."""
-    said = script("Kind = Autologged" + EVALUATE.replace("\n        ", "\n"), mlflow_server, name)
-    evaluated(client, name, said)
-    for trace in traces_of(client, name):
-        found = tree(trace)
-        assert len(found[""]) == 1
-        assert found["asker"] == ["asker", "step 0", "step 1"]  # The trace's span and the agent's.
-        assert found[MODEL] == ["Completions"] * 2
+        def predict(question):
+            tried.set()
+            done.wait(60)
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(run(question)))
+            thread.start()
+            thread.join()
+            return answers[0]
 
-
-def test_an_evaluation_of_plain_agents_traces(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """`search_traces` finds them and `evaluate` scores them, without another run of an agent."""
-    said = script(
-        """
-        from mlflow.genai import evaluate, scorer
+        worker = threading.Thread(target=work)
+        worker.start()
+        return scores(rows(1), predict)
+    """,
+    "logged": """
+        from mlflow.genai.datasets import create_dataset
+        from mlflow.genai.scorers import ToolCallCorrectness
         from qitos_mlflow import tracing
-
-        @scorer
-        def calls_add(trace):
-            return len(trace.search_spans(span_type="TOOL", name="add")) == 1
 
         for number in range(3):
             run(f"question {number}")
@@ -468,70 +579,141 @@ def test_an_evaluation_of_plain_agents_traces(
         [processor.force_flush(60) for processor in tracing.processors()]
         traces = mlflow.search_traces()
         found = evaluate(data=traces, scorers=[calls_add])
-        same = mlflow.get_trace(last).info.request_preview
-        print(json.dumps({"run": found.run_id, "metrics": found.metrics, "last": same}))
-        """,
-        mlflow_server,
-        name,
-    )
+        trace = mlflow.get_trace(last)
+        judge = ToolCallCorrectness(should_exact_match=True)
+        expected = {"expected_tool_calls": [{"name": "add", "arguments": {"a": 1, "b": 2}}]}
+        data = create_dataset(name=f"made of {trace.info.trace_id}")
+        data.merge_records(traces)
+
+        def predict(task):
+            return run(task)
+
+        return {
+            "run": found.run_id,
+            "metrics": found.metrics,
+            "last": trace.info.request_preview,
+            "verdict": str(judge(trace=trace, expectations=expected).value),
+            "dataset": scores(data, predict, [calls_add]),
+        }
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def evaluations(shared_server: MlflowServer, workspace: Any) -> Said:
+    """Evaluations by `mlflow.genai.evaluate`, of agents and of what agents have logged."""
+    return run_parts(shared_server.ensure_running(), EVALUATIONS, SCORERS)
+
+
+def evaluated(said: Said, part: str, rows: int, runs_of_a_row: int = 1) -> list[LoggedRun]:
+    """What every evaluation must have; returns the agents' runs."""
+    assert said[part]["metrics"] == {"calls_add/mean": 1.0, "as_expected/mean": 1.0}
+    runs = said.runs(part)
+    children = [run for run in runs if run.id != said[part]["run"]]
+    assert len(children) == rows * runs_of_a_row == len(runs) - 1
+    assert {run.tags[PARENT] for run in children} == {said[part]["run"]}
+    assert {run.status for run in runs} == {"FINISHED"}
+    assert {run.metrics["total_tokens"] for run in children} == {2200}
+    assert {run.params["task"] for run in children} == {f"question {n}" for n in range(rows)}
+    return children
+
+
+def test_an_evaluation(evaluations: Said) -> None:
+    """Scorers see the agents' tools; each row is a child run and one trace, the trial is none."""
+    children = evaluated(evaluations, "twenty", 20)
+    traces = {trace.info.trace_id: trace for trace in evaluations.traces("twenty")}
+    assert {run.tags[TREE] for run in children} == traces.keys()
+    assert len(traces) == 20
+    for trace in traces.values():
+        assert trace.info.trace_metadata["mlflow.sourceRun"] == evaluations["twenty"]["run"]
+        assert trace.info.state.value == "OK"
+        found = tree(trace)
+        assert (found[""], found["predict"]) == (["predict"], ["asker"])
+        assert found["asker"] == ["step 0", "step 1"]
+    client = evaluations.client
+    for run in children:
+        [shown_there] = client.search_traces(locations=[run.experiment_id], run_id=run.id)
+        assert shown_there.info.trace_id == run.tags[TREE]
+        assert shown_there.info.tags["qitos.trace_id"] == run.tags["qitos.trace_id"]
+
+
+def test_two_agents_in_a_row_are_one_trace(evaluations: Said) -> None:
+    """Also if autologging makes spans in them, for which MLflow would make one trace each."""
+    evaluated(evaluations, "twice", 4, runs_of_a_row=2)
+    traces = evaluations.traces("twice")
+    assert len(traces) == 4
+    for trace in traces:
+        found = tree(trace)
+        assert (found[""], found["predict"]) == (["predict"], ["asker", "asker"])
+        assert found[MODEL] == ["Completions"] * 4
+
+
+def test_an_evaluation_without_a_trial(evaluations: Said) -> None:
+    """MLflow puts no span around a row: each agent is a trace, and none of them is deleted."""
+    children = evaluated(evaluations, "untried", 2, runs_of_a_row=2)
+    traces = {trace.info.trace_id: trace for trace in evaluations.traces("untried")}
+    assert {run.tags[TREE] for run in children} == traces.keys()
+    assert len(traces) == 4
+    assert {trace.info.tags["stop_reason"] for trace in traces.values()} == {"final"}
+
+
+def test_what_others_do_during_the_trial_is_logged(evaluations: Said) -> None:
+    """It is the calls of `predict_fn` that are tried, on whatever thread they start."""
+    assert evaluations["meanwhile"]["metrics"] == {"calls_add/mean": 1.0, "as_expected/mean": 1.0}
+    tasks = Counter(run.params.get("task") for run in evaluations.runs("meanwhile"))
+    assert tasks == {None: 1, "meanwhile": 1, "question 0": 1}
+
+
+def test_what_agents_have_logged_is_evaluated(evaluations: Said) -> None:
+    """By scorers on `search_traces`, by a judge's object, and as a dataset that is run again."""
+    said = evaluations["logged"]
     assert said["metrics"] == {"calls_add/mean": 1.0}
     assert said["last"] == "question 2"
-    assert len(runs_of(client, name)) == 4
-    traces = traces_of(client, name)
-    assert len(traces) == 3
-    assert [len(trace.info.assessments) for trace in traces] == [1] * 3
+    assert said["verdict"] == "yes"
+    assert said["dataset"]["metrics"] == {"calls_add/mean": 1.0}
+    tasks = Counter(run.params.get("task") for run in evaluations.runs("logged"))
+    assert tasks == {None: 2, **{f"question {n}": 2 for n in range(3)}}
+    traces = evaluations.traces("logged")
+    assert len(traces) == 6
+    assert [len(trace.info.assessments) for trace in traces] == [1] * 6
 
 
-# -- what MLflow's autologging adds ------------------------------------------------------------
+# -- a server that fails -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("around", [True, False])
-def test_a_call_is_priced_once(
-    around: bool, mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """The span of a call that autologging makes is below the agent's, and one of both counts."""
-    body = 'run("how much?", {kind})'
-    if around:
-        body = f'with mlflow.start_span("top"):\n    {body}'
-    script(body.format(kind="Priced"), mlflow_server, f"{name} plain")
-    script(body.format(kind="Autologged"), mlflow_server, name)
-
-    trace = only(client, name)
-    assert tree(trace)[MODEL] == ["Completions"] * 2
-    assert cost(client, f"{name} plain") > 0
-    assert cost(client, name) == pytest.approx(cost(client, f"{name} plain"))
-    assert trace.info.token_usage["total_tokens"] == 2200
-    assert trace.info.cost["total_cost"] == pytest.approx(cost(client, name))
-
-
-def test_the_price_is_autologs_if_the_agent_knows_no_tokens(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """A call whose tokens only MLflow's span has is not free."""
-    script(
-        """
-        Autologged.knows_tokens = False
-        run("how much?", Autologged)
-        """,
+def test_a_server_that_hangs_does_not_hold_the_agent(mlflow_server: MlflowServer) -> None:
+    """In the middle of an evaluation, where MLflow sends each span as it ends."""
+    said = run_parts(
         mlflow_server,
-        name,
-    )
-    assert cost(client, name) > 0
+        {
+            "hangs": """
+                from tests.integration.proxy import Hang, Proxy
 
+                proxy = Proxy(int(mlflow.get_tracking_uri().rsplit(":", 1)[1]))
+                mlflow.set_tracking_uri(proxy.uri)
+                tried = []
 
-def test_the_last_trace_is_known(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """`mlflow.get_last_active_trace_id()` answers after an agent's run, on its thread."""
-    said = script(
-        """
-        run("one")
-        first = mlflow.get_last_active_trace_id(thread_local=True)
-        run("two")
-        print(json.dumps({"one": first, "two": mlflow.get_last_active_trace_id()}))
-        """,
-        mlflow_server,
-        name,
+                def hang():
+                    if tried:
+                        proxy.set(Hang())
+                    return "hung"
+
+                def predict(question):
+                    model = Priced(MODEL, [act("Hang.", ("hang", {})),
+                                           *[act("Add.", ("add", {"a": 1, "b": 2}))] * 5,
+                                           answer("Added.", "42")])
+                    found = DeskAgent("asker", model, [add, hang]).run(
+                        question, max_steps=9, render=False, trace=False)
+                    # Nothing has ended it but this.
+                    proxy.set(None)
+                    tried.append(question)
+                    return found
+
+                return scores(rows(1), predict)
+            """
+        },
+        SCORERS,
     )
-    found = {one.info.request_preview: one.info.trace_id for one in traces_of(client, name)}
-    assert found == said
+    children = [run for run in said.runs("hangs") if run.id != said["hangs"]["run"]]
+    assert [run.metrics["total_steps"] for run in children] == [7]
+    assert said["hangs"]["metrics"]["as_expected/mean"] == 1.0

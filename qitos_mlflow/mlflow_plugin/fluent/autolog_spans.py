@@ -96,15 +96,13 @@ class AutologSpans:
                 is_remote=True,
                 trace_flags=otel.TraceFlags(self._sampled),
             )
-            current = self._contexts.get_current()
             attached = _attached_class()(parent)
-            attached.outer = _going(otel.get_current_span(current))
-            self._contexts.attach(otel.set_span_in_context(attached, current))
+            make_current(self._contexts, attached)
             self._attached[span.span_id] = attached
             if span.data.type == "generation":
                 self._spans.calls[self._id_of(span).hex()] = []
             if self._over:  # Since the look above, on another thread.
-                attached.ended = True
+                attached.qitos_ended = True
         except Exception as error:  # noqa: BLE001
             report("autolog_spans.enter", error)
 
@@ -114,26 +112,20 @@ class AutologSpans:
         if attached is None:
             return
         # It may be current on another thread or task than this one.
-        attached.ended = True
+        attached.qitos_ended = True
         with shield("autolog_spans.leave"):
             if span.data.type == "generation":
                 below = self._spans.calls.pop(self._id_of(span).hex(), ())
                 if not getattr(span.data, "token_usage", None):  # It has no price itself.
                     for one in below:  # They have ended, but wait for MLflow's exporter.
                         one._span._attributes._dict.pop(COST, None)
-            from opentelemetry import trace as otel
-
-            context = self._contexts.get_current()
-            current = otel.get_current_span(context)
-            going = _going(current)
-            if going is not current:
-                self._contexts.attach(otel.set_span_in_context(going, context))
+            leave_ended(self._contexts)
 
     def end(self) -> dict[str, str]:
         """The trace has ended. Returns the tags that were set on it through MLflow."""
         self._over = True
         for attached in list(self._attached.values()):
-            attached.ended = True
+            attached.qitos_ended = True
         self._attached.clear()
         tags: dict[str, str] = {}
         with shield("autolog_spans.end"):
@@ -141,14 +133,14 @@ class AutologSpans:
                 sys.modules["mlflow.tracing.fluent"]._set_last_active_trace_id(self._trace_id)
             if not self._known_until_s:
                 return tags
-            with _manager().get_trace(self._trace_id) as trace:
+            with trace_manager().get_trace(self._trace_id) as trace:
                 if trace is None:
                     return tags
                 given = dict(trace.info.tags)
                 spans = list(trace.span_dict.values())
             tags = {key: str(tag) for key, tag in given.items() if not key.startswith("mlflow.")}
             if not spans:
-                _manager().pop_trace(self._otel_trace_id)
+                trace_manager().pop_trace(self._otel_trace_id)
             elif all(span.end_time_ns for span in spans):
                 # Its exporter looks the spans up there, some seconds after they have ended.
                 name = "qitos-mlflow-autolog"
@@ -181,7 +173,7 @@ class AutologSpans:
 
     def _make_known(self) -> None:
         """Register the trace with MLflow, which drops spans of unknown traces."""
-        manager = _manager()
+        manager = trace_manager()
         with manager.get_trace(self._trace_id) as trace:  # With the manager's lock.
             if trace is not None:  # For another hour, without the spans that it has sent.
                 sent_ns = time.time_ns() - int(RENEW_S * 1e9)
@@ -210,7 +202,7 @@ class AutologSpans:
             provider = sys.modules["mlflow.tracing.provider"].provider.get()
             if hasattr(provider, "force_flush"):
                 provider.force_flush(FLUSH_MS)
-            _manager().pop_trace(self._otel_trace_id)
+            trace_manager().pop_trace(self._otel_trace_id)
 
 
 @lru_cache(maxsize=1)
@@ -225,19 +217,41 @@ def _attached_class() -> Any:
         belongs to a trace that it has forgotten.
         """
 
-        outer: Any = None
-        ended = False
+        qitos_outer: Any = None
+        qitos_ended = False
 
         def get_span_context(self) -> Any:
-            return self.outer.get_span_context() if self.ended else super().get_span_context()
+            if self.qitos_ended:
+                return self.qitos_outer.get_span_context()
+            return super().get_span_context()
 
     return AttachedSpan
 
 
+def make_current(contexts: Any, span: Any) -> None:
+    """Make one of our spans MLflow's current one on this thread, until `qitos_ended` is set."""
+    from opentelemetry import trace as otel
+
+    context = contexts.get_current()
+    span.qitos_outer, span.qitos_ended = _going(otel.get_current_span(context)), False
+    contexts.attach(otel.set_span_in_context(span, context))
+
+
+def leave_ended(contexts: Any) -> None:
+    """Make the innermost span that has not ended MLflow's current one on this thread."""
+    from opentelemetry import trace as otel
+
+    context = contexts.get_current()
+    current = otel.get_current_span(context)
+    going = _going(current)
+    if going is not current:
+        contexts.attach(otel.set_span_in_context(going, context))
+
+
 def _going(span: Any) -> Any:
     """`span`; if it is one of ours that has ended, the span that was current outside of it."""
-    while isinstance(span, _attached_class()) and span.ended:
-        span = span.outer
+    while getattr(span, "qitos_ended", False):
+        span = span.qitos_outer
     return span
 
 
@@ -248,5 +262,6 @@ def renew(manager: Any, trace_id: str, trace: Any) -> None:
         traces[trace_id] = trace
 
 
-def _manager() -> Any:
+def trace_manager() -> Any:
+    """What keeps the traces that MLflow's tracer is making."""
     return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()

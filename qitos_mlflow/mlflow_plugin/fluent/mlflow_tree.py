@@ -5,6 +5,9 @@ makes the tree and delivers it: so scorers, judges and `mlflow.get_trace` see th
 the trace that they know. What a span shows comes from its record, redacted and cut as what goes to
 the spool, through the same mapping. The run and its numbers go the usual way.
 
+The agent's thread begins the spans. A thread in the background shows and ends them: in an
+evaluation MLflow sends each span as it ends, and waits for its server.
+
 If MLflow's tracer fails, spans are missing in its trace, and nothing else. Only imported if mlflow
 is in use; mlflow is never imported here.
 """
@@ -17,25 +20,38 @@ import time
 from typing import Any
 
 import orjson
-from opentelemetry import trace as otel
 
 from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent import surroundings
-from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import RENEW_S, renew
-from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
+from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import (
+    RENEW_S,
+    leave_ended,
+    make_current,
+    renew,
+    trace_manager,
+)
+from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, feedback_of
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts
-from qitos_mlflow.recording.normalize import nanoseconds, safe
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts, added
+from qitos_mlflow.recording.normalize import additions, nanoseconds, safe
 from qitos_mlflow.redaction.redact import redact_text
 
 TRACE = "trace"
 """Stands for the trace itself among the open spans, if it has a span of its own."""
+
+STALL_S = 2.0
+"""As the trace ends, it waits for its spans to end, too, unless none does for this long (seconds).
+Longer than MLflow's server takes for one; as long as the trace's start may wait for its run."""
+
+MAX_WAITING = 2_000
+"""Records that wait to be shown, as where a server hangs. Spans of later ones show nothing."""
 
 SOURCE_RUN = "mlflow.sourceRun"
 """MLflow's metadata of a trace: the run that it belongs to."""
@@ -62,7 +78,7 @@ def tree_around(
     with shield("mlflow_tree.begin"):
         above = sys.modules["mlflow"].get_current_active_span()
         if above is not None:
-            with _manager().get_trace(above.trace_id) as known:
+            with trace_manager().get_trace(above.trace_id) as known:
                 if known is None:  # Another tracer's span.
                     return None
             if not above._span.is_recording() or above.start_time_ns <= surroundings.forked_ns:
@@ -99,12 +115,15 @@ class MlflowTree:
         self._facts = TraceFacts(str(trace.trace_id))
         self._tree = SpanTree(self._facts)
         self._run = run
-        self._parent_run_id = parent_run_id
+        # MLflow deletes all traces of an evaluation's run but one for each row.
+        self._parent_run_id = None if above is None else parent_run_id
         self._field_bytes = field_bytes
         self._open: dict[str, Any] = {}
         self._over = False
         self._known_until_s = time.monotonic() + RENEW_S
         self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
+        self._background = InBackground("mlflow-tree")
+        self._context = contextvars.copy_context()  # Says that this is an evaluation.
         self._top = above
         # A trace of the bridge is one agent's run, whose span is there in a moment.
         self._root = "" if "agent_name" in (trace.metadata or {}) else TRACE
@@ -112,7 +131,7 @@ class MlflowTree:
             self._top = self._start(str(trace.name or "trace"), above, time.time_ns())
             if self._top is not None:
                 self._open[TRACE] = self._top
-                self._attach(self._top)
+                make_current(self._contexts, self._top._span)
         self.trace_id = "" if self._top is None else str(self._top.trace_id)
 
     # -- spans, on their own threads -----------------------------------------------------------
@@ -137,56 +156,41 @@ class MlflowTree:
                 return
             self._open[span.span_id] = live
             self._root = self._root or span.span_id
-            self._attach(live)
+            make_current(self._contexts, live._span)
             if self._over:  # Since the look above, on another thread.
-                self.end()
+                self._close_all()
         except Exception as error:  # noqa: BLE001
             report("mlflow_tree.enter", error)
 
     def leave(self, span: Any) -> None:
         """`span` has ended: MLflow's current span is again the one before it."""
         with shield("mlflow_tree.leave"):
-            live = self._open.pop(span.span_id, None)
-            if live is not None:  # Its record was lost, or could not be shown.
-                self._end(live)
-            self._detach()
+            live = self._open.get(span.span_id)
+            if live is not None:
+                live._span.qitos_ended = True
+                self._background.do(self._close, span.span_id, time.time_ns())
+            leave_ended(self._contexts)
 
     def fold(self, payload: bytes) -> None:
-        """Take in a record of the trace: its start, a span or its end."""
-        with shield("mlflow_tree.fold"):
-            record: Any = safe(orjson.loads(payload), len(payload), self._field_bytes)
-            if record["kind"] == "span":
-                self._fold_span(record)
-                return
-            self._facts.fold(record)
-            spans = self._tree.fold(record)
-            if record["kind"] == "trace_end" and TRACE in self._open:
-                self._end_of_trace(record, spans[-1])
-            self._describe()
+        """Take in a record of the trace: its start, a span or its end. Shows it soon."""
+        if not self._over and self._background.waiting < MAX_WAITING:
+            self._background.do(self._fold, payload)
 
     def assess(self, payload: bytes) -> bool:
         """Add what a record says of the trace; False if MLflow has sent the trace already."""
         with shield("mlflow_tree.assess"):
-            record: Any = safe(orjson.loads(payload), len(payload), self._field_bytes)
-            said = assessment_of(record)
-            with _manager().get_trace(self.trace_id) as trace:
-                if trace is None or trace.is_remote_trace:
-                    return False
-                entities: Any = sys.modules["mlflow.entities"]
-                there, own = trace.info.assessments, said["assessment_id"]
-                there[:] = [one for one in there if one.assessment_id != own]
-                there.append(entities.Assessment.from_dictionary(said))
-                return True
+            return self._assess(assessment_of(self._safe(payload)))
         return False
 
-    def end(self) -> dict[str, str]:
+    def end(self) -> None:
         """The trace has ended: its open spans end, too, or MLflow would never send its trace."""
         self._over = True
         with shield("mlflow_tree.end"):
-            while self._open:  # The innermost first.
-                self._end(self._open.popitem()[1])
-            self._detach()
-        return {}
+            self._close_all()
+            try:
+                leave_ended(self._contexts)
+            finally:
+                self._background.wait(STALL_S, before_alarm_s())
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -199,24 +203,13 @@ class MlflowTree:
 
     def _renew(self) -> None:
         """Have MLflow keep its trace for another hour, unless the user has set a time limit."""
-        manager = _manager()
+        manager = trace_manager()
         with manager.get_trace(self.trace_id) as trace:
             if trace is not None and not getattr(manager._traces, "timeout", None):
                 renew(manager, self.trace_id, trace)
 
-    def _attach(self, live: Any) -> None:
-        """Make a span MLflow's current one on this thread."""
-        context = self._contexts.get_current()
-        live._span.qitos_outer = _going(otel.get_current_span(context))
-        self._contexts.attach(otel.set_span_in_context(live._span, context))
-
-    def _detach(self) -> None:
-        """Make the innermost span that has not ended MLflow's current one on this thread."""
-        context = self._contexts.get_current()
-        current = otel.get_current_span(context)
-        going = _going(current)
-        if going is not current:
-            self._contexts.attach(otel.set_span_in_context(going, context))
+    def _safe(self, payload: bytes) -> Any:
+        return safe(orjson.loads(payload), len(payload), self._field_bytes)
 
     @staticmethod
     def _show(live: Any, attributes: dict[str, Any]) -> None:
@@ -225,19 +218,43 @@ class MlflowTree:
             if value is not None:
                 live._span.set_attribute(key, orjson.dumps(value).decode())
 
-    def _end(self, live: Any, **how: Any) -> None:
-        # Inside an evaluation, MLflow sends each span at once. While its server does not answer,
-        # this one is left to its queue, as outside of an evaluation.
-        if self._run.out_of_reach():
-            contextvars.Context().run(live.end, **how)
-        else:
-            live.end(**how)
+    def _close_all(self) -> None:
+        """Have all open spans end, the innermost first."""
+        for key, live in reversed([*self._open.items()]):
+            live._span.qitos_ended = True
+            self._background.do(self._close, key, time.time_ns())
+
+    # -- parts, in the background ----------------------------------------------------------------
+
+    def _close(self, key: str, end_ns: int) -> None:
+        """Forget an open span. If its record was lost, or could not be shown, it ends here."""
+        live = self._open.pop(key, None)
+        if live is not None and live._span.is_recording():
+            self._end(live, end_ns)
+
+    def _end(self, live: Any, end_ns: int | None) -> None:
+        # Outside of an evaluation's context, MLflow leaves it to its queue: that is for a server
+        # which is known not to answer.
+        context = contextvars.Context() if self._run.out_of_reach() else self._context
+        context.run(live.end, end_time_ns=end_ns)
+
+    def _fold(self, payload: bytes) -> None:
+        record = self._safe(payload)
+        if record["kind"] == "span":
+            self._fold_span(record)
+            return
+        self._facts.fold(record)
+        spans = self._tree.fold(record)
+        self._describe()  # First: MLflow sends its trace as the root ends.
+        if record["kind"] == "trace_end" and TRACE in self._open:
+            self._end_of_trace(record, spans[-1])
 
     def _fold_span(self, record: Any) -> None:
         live = self._open.get(record["span_id"])
         if live is None:
             return
-        found = span_attributes.of_span(record, self._tree.tools)
+        record |= additions(record, self._field_bytes)
+        found = {**span_attributes.of_span(record, self._tree.tools), **added(record, "attributes")}
         if record["span_id"] == self._root:
             found = {**self._tree.root_attributes, **found}
         if MODEL in found and USAGE in found and self._is_priced_below(live):
@@ -249,17 +266,21 @@ class MlflowTree:
         text = None if error is None else str(error)
         self._fail(live, failure_of(text, mapping(record.get("exception"))), record.get("end_ns"))
         if kind_of(record).counts == "scores":
-            self._judge(live, feedback_of(record, self._facts.trace_id))
-        self._open.pop(record["span_id"], None)
-        self._end(live, end_time_ns=record.get("end_ns"))
+            feedback = feedback_of(record, self._facts.trace_id)
+            if feedback is not None:
+                self._assess({**feedback, "trace_id": self.trace_id, "span_id": live.span_id})
+        self._end(live, record.get("end_ns"))
 
-    def _judge(self, live: Any, feedback: dict[str, Any] | None) -> None:
-        """Add a critic's verdict to MLflow's trace."""
-        with _manager().get_trace(self.trace_id) as trace:
-            if feedback is not None and trace is not None:
-                feedback |= {"trace_id": self.trace_id, "span_id": live.span_id}
-                entities: Any = sys.modules["mlflow.entities"]
-                trace.info.assessments.append(entities.Assessment.from_dictionary(feedback))
+    def _assess(self, said: dict[str, Any]) -> bool:
+        """Say it in MLflow's trace; False if MLflow has sent that already."""
+        with trace_manager().get_trace(self.trace_id) as trace:
+            if trace is None or trace.is_remote_trace:
+                return False
+            entities: Any = sys.modules["mlflow.entities"]
+            there, own = trace.info.assessments, said["assessment_id"]
+            there[:] = [one for one in there if one.assessment_id != own]
+            there.append(entities.Assessment.from_dictionary(said))
+            return True
 
     def _fail(self, live: Any, failure: Any, end_ns: int | None) -> None:
         if failure is not None:
@@ -278,15 +299,14 @@ class MlflowTree:
         for event in root.events:
             attributes = {one.key: one.value.string_value for one in event.attributes}
             self._fail(live, (root.status.message, attributes), record["time_ns"])
-        self._open.pop(TRACE, None)
-        self._end(live, end_time_ns=record["time_ns"])
+        self._end(live, record["time_ns"])
 
     def _describe(self) -> None:
         """Give MLflow's trace the tags of ours, and the run that it belongs to."""
         ref = self._run.ref
         run_id = self._parent_run_id or (None if ref is None else ref.run_id)
         tags = {key: tag for key, tag in self._facts.trace_tags.items() if key != TREE_TAG}
-        with _manager().get_trace(self.trace_id) as trace:
+        with trace_manager().get_trace(self.trace_id) as trace:
             if trace is None or trace.is_remote_trace:  # One begun elsewhere has its own.
                 return
             trace.info.tags.update(tags)
@@ -298,7 +318,7 @@ class MlflowTree:
 
     def _is_priced_below(self, live: Any) -> bool:
         """Whether MLflow has a span of this model call, which has a price then."""
-        with _manager().get_trace(self.trace_id) as trace:
+        with trace_manager().get_trace(self.trace_id) as trace:
             for below in () if trace is None else reversed(trace.span_dict.values()):
                 if below is live:  # The others began before it.
                     break
@@ -309,7 +329,7 @@ class MlflowTree:
 
     def _is_below(self, span: Any, above: Any) -> bool:
         """Whether a span of MLflow's is within the subtree of another one."""
-        with _manager().get_trace(self.trace_id) as trace:
+        with trace_manager().get_trace(self.trace_id) as trace:
             spans = {} if trace is None else trace.span_dict
             parent = span.parent_id
             while parent in spans and parent != above.span_id:
@@ -322,14 +342,3 @@ def _is_evaluated() -> bool:
     if imported("mlflow.pyfunc.context") is None:  # MLflow would import it to look.
         return False
     return bool(sys.modules["mlflow.tracing.utils"].maybe_get_request_id(is_evaluate=True))
-
-
-def _going(span: Any) -> Any:
-    """`span`; if it is one of ours that has ended, the span that was current outside of it."""
-    while not span.is_recording() and hasattr(span, "qitos_outer"):
-        span = span.qitos_outer
-    return span
-
-
-def _manager() -> Any:
-    return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()

@@ -35,6 +35,9 @@ RATIO_VARIABLE = "MLFLOW_TRACE_SAMPLING_RATIO"
 STARTER = "_qitos_mlflow_starter"
 """Attribute of a thread: a weak reference to the one that has started it."""
 
+TRIAL = "_qitos_mlflow_trial"
+"""Attribute of a thread: the trial of an evaluation in which it was started."""
+
 INHERITED = "qitos_mlflow_run"
 """Key in the configuration that multiprocessing hands from a process to those it starts."""
 
@@ -130,10 +133,41 @@ def _is_left_out() -> bool:
 
 
 def is_trial() -> bool:
-    """Whether `mlflow.genai.evaluate` tries its `predict_fn`, in a call that it does not trace."""
+    """Whether `mlflow.genai.evaluate` is trying its `predict_fn` on this thread, without a trace.
+
+    Threads that are started by it count. MLflow looks whether that call makes spans. If it makes
+    none, MLflow puts one around each row; so it does if the call begins with an agent. Else each
+    agent of a row would be a trace, and MLflow would delete all but the last.
+    """
+    counting = _trial()
+    if counting is not None:
+        with shield("surroundings.trial"):
+            [counter] = (cell.cell_contents for cell in counting.__closure__)
+            if counter.count == 0:
+                counter.count = _Uncounted()
+    return counting is not None
+
+
+class _Uncounted(int):
+    """Zero, whatever is added."""
+
+    def __add__(self, other: int) -> _Uncounted:
+        return self
+
+
+def _trial() -> Any:
+    """What counts the spans of the trial that this thread is in; None: it is in none."""
     tracer = getattr(sys.modules.get("opentelemetry.trace"), "NoOpTracer", None)
     # MLflow counts the spans of that call by a function in this one's place.
-    return "NoOpTracerPatcher" in getattr(getattr(tracer, "start_span", None), "__qualname__", "")
+    counting = getattr(tracer, "start_span", None)
+    if "NoOpTracerPatcher" not in getattr(counting, "__qualname__", ""):
+        return None
+    if getattr(threading.current_thread(), TRIAL, None) is counting:
+        return counting
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != counting.__module__:
+        frame = frame.f_back
+    return None if frame is None else counting
 
 
 def _open_run() -> Any:
@@ -207,6 +241,8 @@ def _wrap_start(owner: Any, note: Any) -> None:
 
 def _note_starter(thread: Any) -> None:
     setattr(thread, STARTER, weakref.ref(threading.current_thread()))
+    if (counting := _trial()) is not None:
+        setattr(thread, TRIAL, counting)
     into_thread(thread)
 
 

@@ -18,7 +18,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import maybe_get_request_id
 from opentelemetry.context import Context
 
-from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree, surroundings
+from qitos_mlflow.mlflow_plugin.fluent import in_background, mlflow_tree, surroundings
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import MlflowTree, tree_around
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
@@ -74,6 +74,11 @@ def around(trace: Any, run: PendingRun | None = None, parent: str | None = None)
     return tree
 
 
+def settle(tree: MlflowTree) -> None:
+    """Wait until what the tree was given is shown."""
+    tree._background.wait(60.0, 60.0)
+
+
 def evaluating() -> Any:
     """As while `mlflow.genai.evaluate` calls its `predict_fn` for a row."""
     from mlflow.pyfunc.context import Context, set_prediction_context
@@ -107,6 +112,8 @@ def test_spans_are_current_while_they_go() -> None:
         tree.fold(record(span(1)))
         tree.leave(span(1))
         assert current() == "the user's"
+        settle(tree)
+        assert not tree._open
     assert current() is None
 
 
@@ -137,6 +144,7 @@ def test_all_spans_end_with_the_trace() -> None:
         for number in range(3):
             tree.enter(span(number))
         tree.leave(span(2))
+        settle(tree)
         assert spans(top.trace_id)["tool 2"].end_time_ns
         tree.end()
         tree.enter(span(4))  # Late.
@@ -184,6 +192,29 @@ def test_an_evaluation_without_a_span_gets_a_trace() -> None:
         assert current() is None
 
 
+@pytest.mark.parametrize(("first", "wrapped"), [("agent", True), ("span", False)])
+def test_an_evaluation_makes_a_span_around_rows_that_begin_with_an_agent(
+    first: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if autologging makes spans in the agent; what has a span of its own gets no other."""
+    from mlflow.genai.utils.trace_utils import convert_predict_fn
+
+    names: list[str] = []
+    monkeypatch.setattr(
+        MlflowV3SpanExporter, "export", lambda exporter, ended: names.extend(s.name for s in ended)
+    )
+
+    def predict(question: str) -> str:
+        if first == "span":
+            mlflow.start_span_no_context("own").end()
+        surroundings.is_trial()
+        with mlflow.start_span("autologged"):
+            return question
+
+    convert_predict_fn(predict, {"question": "why?"})({"question": "why?"})
+    assert ("predict" in names) is wrapped
+
+
 @pytest.mark.parametrize("stalls", [True, False])
 def test_a_server_that_does_not_answer_is_not_waited_for(
     stalls: bool, monkeypatch: pytest.MonkeyPatch
@@ -203,8 +234,70 @@ def test_a_server_that_does_not_answer_is_not_waited_for(
             live, "end", lambda **how: (asked.append(maybe_get_request_id(True)), end(**how))
         )
         tree.fold(record(span(1)))
+        settle(tree)
         assert asked == [None if stalls else "row 1"]
         tree.end()
+
+
+def test_the_agent_does_not_wait_for_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MLflow sends a span in an evaluation: the agent goes on, and its end waits, bounded."""
+    monkeypatch.setattr(mlflow_tree, "STALL_S", 0.1)
+    answers = threading.Event()
+    with evaluating(), mlflow.start_span("predict") as top:
+        tree = around(agents_trace())
+        tree.enter(span(0))
+        live = spans(top.trace_id)["tool 0"]
+        end = live.end
+        monkeypatch.setattr(live, "end", lambda **how: (answers.wait(60.0), end(**how)))
+        for number in range(1, 4):
+            tree.enter(span(number, 0))
+            tree.fold(record(span(number)))
+            tree.leave(span(number))
+        tree.fold(record(span(0)))
+        tree.leave(span(0))
+        tree.end()
+        assert current() == "predict"
+        assert not live.end_time_ns
+        answers.set()
+        settle(tree)
+        assert all(one.end_time_ns for one in spans(top.trace_id).values() if one is not top)
+
+
+def test_records_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond, a span ends without what it would show."""
+    monkeypatch.setattr(mlflow_tree, "MAX_WAITING", 3)
+    goes_on = threading.Event()
+    with mlflow.start_span("top") as top:
+        tree = around(agents_trace())
+        tree._background.do(goes_on.wait)
+        for number in range(9):
+            tree.enter(span(number))
+            tree.fold(record(span(number)))
+            tree.leave(span(number))
+        goes_on.set()
+        tree.end()
+        shown = [one for one in spans(top.trace_id).values() if one.attributes.get("qitos.span_id")]
+        assert 0 < len(shown) < 4
+        assert all(one.end_time_ns for one in spans(top.trace_id).values() if one is not top)
+
+
+def test_nothing_is_left_of_many_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither spans nor, of traces that are never ended, threads."""
+    monkeypatch.setattr(in_background, "LINGER_S", 0.01)
+    before = set(threading.enumerate())
+    with mlflow.start_span("top"):
+        for number in range(50):
+            tree = around(agents_trace())
+            tree.enter(span(1))
+            tree.fold(record(span(1)))
+            tree.leave(span(1))
+            if number % 2:
+                tree.end()
+                assert not tree._open
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "qitos-mlflow-mlflow-tree":
+            thread.join(60.0)
+            assert not thread.is_alive()
 
 
 def test_a_forked_process_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +340,16 @@ def test_a_failure_is_kept_from_the_agent(
         with monkeypatch.context() as broken:
             broken.setattr(mlflow_tree, "span_name", None)
             tree.fold(record(span(2)))
+            settle(tree)
         tree.leave(span(2))
+        settle(tree)
         monkeypatch.setattr(tree, "_contexts", None)
         tree.enter(span(3))
         tree.leave(span(3))
         tree.end()
         assert all(one.end_time_ns for one in spans(top.trace_id).values() if one is not top)
     assert {where for where, _ in swallowed} == {
-        "mlflow_tree.fold",
+        "mlflow-tree",
         "mlflow_tree.enter",
         "mlflow_tree.leave",
         "mlflow_tree.end",

@@ -242,12 +242,32 @@ def test_what_mlflow_leaves_out_is_left_out() -> None:
 
 
 def test_the_trial_of_an_evaluation_is_recognised() -> None:
-    """As long as it lasts, by what MLflow does for it."""
-    from mlflow.genai.utils.trace_utils import NoOpTracerPatcher
+    """On its thread and on those that it starts; what others do meanwhile is logged."""
+    from mlflow.genai.utils.trace_utils import convert_predict_fn
 
-    assert not is_trial()
-    with NoOpTracerPatcher():
-        assert is_trial()
+    asked: dict[str, bool] = {}
+    goes_on = threading.Event()
+
+    def elsewhere() -> None:
+        goes_on.wait(WAIT_S)
+        asked["elsewhere"] = is_trial()
+
+    def started() -> None:
+        asked["started"] = is_trial()
+
+    def predict(question: str) -> str:
+        asked["here"] = is_trial()
+        goes_on.set()
+        other.join(WAIT_S)
+        thread = threading.Thread(target=started)
+        thread.start()
+        thread.join(WAIT_S)
+        return question
+
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    convert_predict_fn(predict, {"question": "why?"})
+    assert asked == {"here": True, "elsewhere": False, "started": True}
     assert not is_trial()
 
 

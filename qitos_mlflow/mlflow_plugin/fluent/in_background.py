@@ -1,0 +1,86 @@
+"""Work that is done one piece after another by a thread of its own, which ends if there is none.
+
+So a trace that is never ended leaves no thread behind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from qitos_mlflow._guard import shield
+from qitos_mlflow._inheritance import OwnThread, check
+
+LINGER_S = 5.0
+"""How long the thread waits for more work (seconds)."""
+
+
+class InBackground:
+    """Does what it is given, in order. Any thread; a forked child's copy does nothing.
+
+    Args:
+        name: of the work, in the thread's name and in the log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pid = os.getpid()
+        self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        # Reentrant: a signal handler may offer work while this thread does.
+        self._lock = threading.RLock()
+        self._works = False
+        self._done = 0
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that have not begun."""
+        return self._work.qsize()
+
+    def do(self, work: Callable[..., object], *args: Any) -> None:
+        """Have it done, by this thread if no other can be started. Never waits for it else."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._work.put(partial(work, *args))
+            if self._works:
+                return
+            self._works = True
+        try:
+            _Worker(self._name, self._do_all).start()
+        except RuntimeError:  # At the interpreter's exit.
+            self._do_all(0.0)
+
+    def wait(self, stall_s: float, at_most_s: float) -> None:
+        """Until all is done that was given before; nothing was done for `stall_s`; `at_most_s`."""
+        over, done, until_s = threading.Event(), -1, time.monotonic() + at_most_s
+        self.do(over.set)
+        while os.getpid() == self._pid and done != self._done:
+            done = self._done
+            if over.wait(max(0.0, min(stall_s, until_s - time.monotonic()))):
+                return
+
+    def _do_all(self, linger_s: float | None = None) -> None:
+        while True:
+            try:
+                work = self._work.get(timeout=LINGER_S if linger_s is None else linger_s)
+            except Empty:
+                with self._lock:
+                    if self._work.empty():
+                        self._works = False
+                        return
+                continue
+            check()
+            with shield(self._name):
+                work()
+            self._done += 1
+
+
+class _Worker(OwnThread):
+    def __init__(self, name: str, work: Callable[[], object]) -> None:
+        super().__init__(f"qitos-mlflow-{name}")
+        self.work = work  # type: ignore[method-assign,assignment]
