@@ -367,7 +367,7 @@ def test_a_directory_that_cannot_be_read_is_named(
         ),
         (("status", ""), "a path is empty; leave it out for this user's spool"),
         (("spool", "prune"), "no command 'prune'; the commands are: purge"),
-        (("stats",), "no command 'stats'; the commands are: demo, "),
+        (("stats",), "no command 'stats'; the commands are: compare, demo, "),
     ],
 )
 def test_a_wrong_word_is_named_with_the_right_ones(args: tuple[str, ...], message: str) -> None:

@@ -50,7 +50,9 @@ def test_runs_are_those_of_version_0_1_0(delivered: MlflowClient, expected: dict
     run = run_of(delivered, expected["tags"]["qitos.trace_id"])
     assert (run.info.status, run.info.run_name) == (expected["status"], expected["name"])
     assert run.data.params.items() <= expected["params"].items()
-    assert run.data.metrics == pytest.approx(expected["metrics"])
+    metrics = dict(run.data.metrics)
+    metrics.pop("total_cost")  # Later versions say what a run cost.
+    assert metrics == pytest.approx(expected["metrics"])
     elsewhere = expected["status"] == "KILLED"  # Its first part is on a server that is gone.
     tags = {key: tag for key, tag in expected["tags"].items() if not key.startswith("qitos.spans")}
     assert tags.items() <= run.data.tags.items()
@@ -75,6 +77,7 @@ def test_traces_are_those_of_version_0_1_0(
     usage, cost = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
     assert json.loads(found.pop(usage)) == json.loads(known.pop(usage))
     assert json.loads(found.pop(cost)).keys() == json.loads(known.pop(cost)).keys()
+    known.pop("mlflow.trace.session")  # The task: later versions make no session of it.
     assert known.items() <= found.items()
     assert (trace.info.request_preview, trace.info.response_preview) == ("find it", "42")
     assert [[one.name, one.value] for one in trace.info.assessments] == wanted["assessments"]
