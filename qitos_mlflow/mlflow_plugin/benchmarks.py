@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
-from qitos_mlflow.mlflow_plugin.evaluations import Evaluation, current, has_begun
+from qitos_mlflow.mlflow_plugin.evaluations import current, evaluation, has_begun
 
 CATEGORIES = ("category", "level", "Level", "difficulty", "domain", "env_name")
 """Where a task's metadata says what kind of task it is."""
@@ -28,7 +29,7 @@ CATEGORIES = ("category", "level", "Level", "difficulty", "domain", "env_name")
 SCORES = ("reward", "score", "exact_match", "accuracy", "correct", "partial_score")
 """What a result's metadata may have beside its success."""
 
-_experiments: dict[int, dict[str, Evaluation]] = {}
+_experiments: dict[int, dict[str, evaluation]] = {}
 """The evaluations of each experiment that is going on, by what is swept."""
 _lock = threading.Lock()
 
@@ -139,103 +140,106 @@ def _run_single(
 ) -> Any:
     with _task(task_id, {}, of=_of_combination(runner, combo)) as one:
         produced = original(runner, combo, task_id, *rest)
-        # The host's success is never true: it looks for a stop reason that there is not.
-        _judge(one, produced, success=getattr(produced, "stop_reason", None) == "error")
+        _judge(one, produced, of_experiment=True)
         return produced
 
 
-def _of_combination(runner: Any, combo: Any) -> Evaluation | None:
+def _of_combination(runner: Any, combo: Any) -> evaluation | None:
     """The evaluation of what is swept, begun by the first task that needs it."""
     with shield("benchmarks.combination"), _lock:
-        evaluations = _experiments.get(id(runner))
-        if evaluations is None:
+        found = _experiments.get(id(runner))
+        if found is None:
             return None
         key = json.dumps(combo, sort_keys=True, default=str)
-        if key not in evaluations:
-            spec = getattr(runner, "experiment_spec", None)
-            title = getattr(spec, "name", None) or "experiment"
+        if key not in found:
             swept = ", ".join(f"{name}={value}" for name, value in combo.items())
-            output = os.path.abspath(getattr(runner, "output_dir", ""))  # noqa: PTH100
-            place = {"output": f"{output} {key}", "resumes": bool(getattr(runner, "resume", False))}
-            made = Evaluation(
-                f"{title} {swept}".strip(),
-                benchmark=getattr(spec, "benchmark_name", None),
-                split=getattr(spec, "benchmark_split", None),
-                params={**combo, **_specs(experiment_spec=spec)},
-                place=place,
+            output = f"{os.path.abspath(getattr(runner, 'output_dir', ''))} {key}"  # noqa: PTH100
+            spec = getattr(runner, "experiment_spec", None)
+            made = _made(
+                {"experiment_spec": spec},
+                f"{getattr(spec, 'name', None) or 'experiment'} {swept}".strip(),
+                params=combo,
+                output=output,
+                resumes=getattr(runner, "resume", False),
             )
             made.begin()
-            evaluations[key] = made
-        return evaluations[key]
+            found[key] = made
+        return found[key]
     return None
 
 
 # -- parts -----------------------------------------------------------------------------------
 
 
-@contextmanager
 def _evaluation(
     given: Mapping[str, Any], *, tasks: Any, output: str = "", resumes: object = False
-) -> Iterator[None]:
+) -> AbstractContextManager[Any]:
     """The evaluation of a call of the host's, unless it is part of one already."""
-    made = None
-    if not has_begun():
-        with shield("benchmarks.evaluation"):
-            spec, run_spec = given.get("experiment_spec"), given.get("run_spec")
-            benchmark = given.get("benchmark") or getattr(spec, "benchmark_name", None)
-            split = given.get("split") or getattr(spec, "benchmark_split", None)
-            made = Evaluation(
-                getattr(spec, "name", None) or benchmark or "benchmark",
-                benchmark=benchmark,
-                split=split,
-                tasks=tasks if isinstance(tasks, (list, tuple)) else None,
-                params=_specs(run_spec=run_spec, experiment_spec=spec),
-                place={"output": output, "resumes": bool(resumes)} if output else None,
-            )
-    if made is None:
-        yield
-        return
-    with made:
-        yield
+    with shield("benchmarks.evaluation"):
+        if not has_begun():
+            return _made(given, tasks=tasks, output=output, resumes=resumes)
+    return nullcontext()
 
 
-@contextmanager
+def _made(
+    given: Mapping[str, Any],
+    name: str = "",
+    *,
+    tasks: Any = None,
+    params: Mapping[str, Any] = {},
+    output: str,
+    resumes: object,
+) -> evaluation:
+    spec = given.get("experiment_spec")
+    benchmark = given.get("benchmark") or getattr(spec, "benchmark_name", None)
+    made = evaluation(
+        name or getattr(spec, "name", None) or benchmark or "benchmark",
+        benchmark=benchmark,
+        split=given.get("split") or getattr(spec, "benchmark_split", None),
+        tasks=tasks if isinstance(tasks, (list, tuple)) else None,
+        params={**params, **_specs(run_spec=given.get("run_spec"), experiment_spec=spec)},
+    )
+    if output:
+        made.place = {"output": output, "resumes": bool(resumes)}
+    return made
+
+
 def _task(
-    task_id: Any, metadata: Mapping[str, Any], trial: Any = 0, of: Evaluation | None = None
-) -> Iterator[Task | None]:
+    task_id: Any, metadata: Mapping[str, Any], trial: Any = 0, of: evaluation | None = None
+) -> AbstractContextManager[Task | None]:
     """A task of the evaluation that is going on; None if there is none."""
-    made = None
     with shield("benchmarks.task"):
-        evaluation = of or current()
-        if isinstance(evaluation, Evaluation) and task_id is not None:
+        around = of or current()
+        if isinstance(around, evaluation) and task_id is not None:
             category = next((metadata[key] for key in CATEGORIES if metadata.get(key)), None)
-            made = evaluation.task(task_id, trial=_number(trial), category=category)
-    if made is None:
-        yield None
-        return
-    with made:
-        yield made
+            number = int(trial) if str(trial).isdecimal() else 0
+            return around.task(task_id, trial=number, category=category)
+    return nullcontext()
 
 
-def _judge(task: Task | None, produced: Any, **instead: Any) -> None:
+def _judge(task: Task | None, produced: Any, *, of_experiment: bool = False) -> None:
+    """Take what a runner has returned as the verdict.
+
+    The `success` of an experiment is never true: the host looks for a stop reason that there is
+    not. Only its errors say something.
+    """
     if task is None:
         return
     with shield("benchmarks.judge"):
         row = produced if isinstance(produced, Mapping) else vars(produced)
         metadata = row.get("metadata") or {}
-        scores = {key: float(metadata[key]) for key in SCORES if _is_number(metadata.get(key))}
         success = row.get("success")
-        if "success" in instead and not success:
-            success = False if instead["success"] else None
+        if of_experiment and not success:
+            success = False if row.get("stop_reason") == "error" else None
         task.result(
             None if success is None else bool(success),
             prediction=row.get("prediction"),
             stop_reason=row.get("stop_reason"),
-            steps=row.get("steps"),
-            tokens=row.get("token_usage"),
-            cost=row.get("cost") or None,  # The host writes 0 if it does not know.
-            seconds=row.get("latency_seconds"),
-            **scores,
+            steps=_number(row.get("steps")),
+            tokens=_number(row.get("token_usage")),
+            cost=_number(row.get("cost")) or None,  # The host writes 0 if it does not know.
+            seconds=_number(row.get("latency_seconds")),
+            **{key: _number(metadata.get(key)) for key in SCORES},
         )
 
 
@@ -258,9 +262,6 @@ def _metadata(task: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
-
-
-def _number(value: Any) -> int:
-    return int(value) if str(value).isdecimal() else 0
+def _number(value: Any) -> float | None:
+    """`value` if it is a number: anything may be in what a runner returns."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

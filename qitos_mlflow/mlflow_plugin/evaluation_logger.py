@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from qitos_mlflow.mlflow_plugin.destination import pipeline_of, placed, run_settings
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import surroundings
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest
-from qitos_mlflow.recording.record import InEvaluation, RunSettings
+from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.to_json import encode
 
 PLACES = ("experiment_name", "experiment_id")
 """What the settings of a run say of its experiment."""
-
-REFERENCE = frozenset(InEvaluation.__annotations__)
 
 
 class Logger:
     """An evaluation as one plugin logs it.
 
     Attributes:
+        id: its name among the traces of the pipeline, which does not rest before it has ended.
         pipeline: where its records go.
         settings: how its run is logged; `evaluation` among them is what its children say.
-        ended: its end is recorded. Until then the pipeline does not rest.
+        ended: its end is recorded.
     """
 
     def __init__(self, plugin: Any, of: Any) -> None:
-        self.id = ""  # Given by the pipeline, which does not rest before this one has ended.
-        self.trace_id = f"evaluation {of.id}"
+        self.id = ""
         self.ended = not of.owner
-        self.plugin = plugin
         to, self.pipeline = pipeline_of(plugin.recorder)
-        around = surroundings(to.uri, plugin.settings.parent_run_id)
+        around = surroundings(to.uri, of.parent_run_id or plugin.settings.parent_run_id)
         settings: Any = placed(run_settings(plugin.settings), plugin.settings, around)
         reference = {"name": of.name, **of.place, "id": of.id}
         reference |= {k: settings[k] for k in PLACES if k in settings and k not in of.place}
@@ -44,20 +41,27 @@ class Logger:
         for name in ("inherited_run_id", "experiment_of"):
             settings.pop(name, None)
         self.settings: RunSettings = settings | {"evaluation": reference, "log_traces": False}
+        self._own = {"trace_id": f"evaluation {of.id}", "settings": self.settings}
         if of.owner:
-            self.pipeline.add(self, f"evaluation {uuid.uuid4().hex}")
+            self.pipeline.add(self, f"evaluation {uuid4().hex}")
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing more is to come from it."""
         return self.ended
 
+    def start(self, tags: Mapping[str, str], **fields: Any) -> None:
+        """Record its start."""
+        name = self.settings["evaluation"]["name"]
+        self.settings["tags"] = {**self.settings.get("tags", {}), **tags}
+        self.settings["run_name"] = name
+        self.record(kind="evaluation_start", name=name, **self._own, **fields)
+
     def end(self, status: str) -> None:
         """Record its end, once."""
         if not self.ended:
             self.ended = True
-            fields = {"trace_id": self.trace_id, "settings": self.settings}
-            self.record(kind="evaluation_end", status=status, **fields)
+            self.record(kind="evaluation_end", status=status, **self._own)
 
     def end_early(self, status: str, why: str) -> None:
         """The same as the process ends, before the evaluation itself does."""
@@ -85,19 +89,14 @@ def dataset_of(
     name, source = of("name"), of("source")
     if not name:
         raise ValueError(f"dataset={given!r:.100} cannot be used: give it a name")
-    ids = (
-        [str(getattr(task, "id", task)) for task in tasks]
-        if isinstance(tasks, (list, tuple))
-        else []
-    )
+    listed = tasks if isinstance(tasks, (list, tuple)) else ()
+    ids = [str(getattr(task, "id", task)) for task in listed]
     own = digest("dataset", str(name), str(split), *sorted(ids), size=4).hex()
-    as_json = getattr(source, "to_json", None)
-    kind = getattr(source, "_get_source_type", None)
+    as_json, kind = (getattr(source, one, None) for one in ("to_json", "_get_source_type"))
+    text = as_json() if callable(as_json) else json.dumps({"source": str(source or "")})
     return {
         "name": str(name),
         "digest": str(of("digest") or own)[:36],
         "source_type": str(kind() if callable(kind) else "code"),
-        "source": str(as_json())
-        if callable(as_json)
-        else json.dumps({"source": str(source or "")}),
+        "source": str(text),
     }

@@ -1,15 +1,17 @@
-"""One task of an evaluation, and what is going on at this place in the program."""
+"""One task of an evaluation: which runs are attempts at it, and how it was judged."""
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from contextvars import ContextVar
 from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.mlflow_plugin.destination import run_settings
+from qitos_mlflow.mlflow_plugin.feedback import say_of
+from qitos_mlflow.mlflow_plugin.fluent.carried import here
 from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
     ATTEMPT_TAG,
     CATEGORY_TAG,
@@ -22,16 +24,18 @@ from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
     VERDICT,
 )
 from qitos_mlflow.recording.record import RunSettings
+from qitos_mlflow.recording.to_json import SlowTexts, text_of
 
 PREDICTION_CHARS = 500
 """Longest answer in the table of results (characters)."""
 
-here: ContextVar[Any] = ContextVar("qitos_mlflow_evaluation", default=None)
-"""The innermost task or evaluation."""
-
 
 class Task:
-    """One task of an evaluation. Agents that run inside are one attempt at it."""
+    """One task of an evaluation. Agents that run inside are one attempt at it.
+
+    Attributes:
+        open: agents that start now are part of it.
+    """
 
     def __init__(self, of: Any, task_id: str, trial: int, category: str | None) -> None:
         self._of = of
@@ -40,9 +44,10 @@ class Task:
         if category is not None:
             self._tags[CATEGORY_TAG] = category
         self._traces: dict[Any, tuple[Any, RunSettings]] = {}
-        self._metrics: dict[str, Any] = {}
-        self._sums: dict[str, Any] = {}
-        self._said: dict[str, str] = {}
+        self._verdict: dict[str, Any] = {}
+        self._sums: dict[str, float] = {}
+        self._stop_reason: str | None = None
+        self._skipped: str | None = None
         self._prediction = ""
         self._before: Any = None
         self._start_ns = 0
@@ -72,19 +77,24 @@ class Task:
             cost: the agent's (USD).
             seconds: how long it took.
             **scores: other numbers, such as ``reward=0.5``.
+
+        Raises:
+            TypeError: one of them is no number; the text names it.
         """
-        judged = {"success": success, **scores}
-        self._metrics |= {f"{VERDICT}{k}": float(v) for k, v in judged.items() if v is not None}
+        judged = _numbers({"success": success, **scores})
+        if "success" in judged:
+            judged["success"] = judged["success"] > 0
+        self._verdict |= judged
         sums = {"steps": steps, "tokens": tokens, "cost": cost, "seconds": seconds}
-        self._sums |= {SUMS[k]: float(v) for k, v in sums.items() if v is not None}
+        self._sums |= {SUMS[name]: value for name, value in _numbers(sums).items()}
         if stop_reason is not None:
-            self._said[STOP_TAG] = str(getattr(stop_reason, "value", stop_reason))
+            self._stop_reason = _text(getattr(stop_reason, "value", stop_reason))
         if prediction is not None:
-            self._prediction = str(prediction)[:PREDICTION_CHARS]
+            self._prediction = _text(prediction)[:PREDICTION_CHARS]
 
     def skip(self, reason: str = "skipped") -> None:
         """Say that the task is not done: it counts neither as solved nor as failed."""
-        self._said[SKIPPED_TAG] = reason
+        self._skipped = _text(reason)
 
     def __enter__(self) -> Task:
         self._before, self._start_ns, self.open = here.get(), time.time_ns(), True
@@ -97,46 +107,69 @@ class Task:
         with shield("evaluations.result"):
             self._record(error)
 
-    def mark(self, plugin: Any, logged_as: RunSettings) -> None:
-        """As `Evaluation.mark`."""
-        self._of.mark(plugin, logged_as, self._tags)
+    def takes(self, plugin: Any, parent_run_id: str | None) -> bool:
+        """As the evaluation's."""
+        return bool(self._of.takes(plugin, parent_run_id))
 
     def began(self, plugin: Any, trace: Any, logged_as: RunSettings) -> None:
-        """As `Evaluation.began`."""
-        self.mark(plugin, logged_as)
+        """As the evaluation's. The trace that begins last is the one that is judged."""
+        self._of.began(plugin, trace, logged_as, self._tags)
         self._traces[plugin] = trace, logged_as
 
     def _record(self, error: BaseException | None) -> None:
-        if isinstance(error, Exception) and not self._metrics:
-            self._metrics[f"{VERDICT}success"] = 0.0  # It failed beside the agent, or with it.
+        failed = isinstance(error, Exception)
+        if failed and not self._verdict:
+            self._verdict["success"] = False  # It failed beside the agent, or with it.
         mode = tracing.get_tracing_provider().mode
         for plugin in list(self._of.loggers):
-            content = {}
+            tags = {} if self._skipped is None else {SKIPPED_TAG: self._skipped}
             shown = mode == tracing.TracingMode.ENABLED and plugin.settings.capture_content
             if self._prediction and shown:
-                content[PREDICTION_TAG] = self._prediction
-            if plugin in self._traces:
-                trace, settings = self._traces[plugin]
-                said = {key: text for key, text in self._said.items() if key != STOP_TAG}
-                added = {"metrics": dict(self._metrics), "tags": {**said, **content}}
-                if added["metrics"] or added["tags"]:
-                    fields = {"trace_id": trace.id, "added": added, "settings": settings}
-                    self._of.logger(plugin).record(kind="evaluation_result", **fields)
-            elif error is None or isinstance(error, Exception):
-                self._record_whole(plugin, content, error)
+                tags[PREDICTION_TAG] = self._prediction
+            logger = self._of.logger(plugin)
+            trace, settings = self._traces.get(plugin, (None, None))
+            if trace is not None:
+                for name, value in self._verdict.items():
+                    say_of(trace, f"{VERDICT}{name}", value, self._of.benchmark or self._of.name)
+                if tags:
+                    added = {"added": {"tags": tags}, "settings": settings}
+                    logger.record(kind="evaluation_result", trace_id=trace.id, **added)
+            elif error is None or failed:
+                self._record_whole(plugin, tags, "FAILED" if failed else "FINISHED")
 
-    def _record_whole(self, plugin: Any, content: dict[str, str], error: object) -> None:
-        logger = self._of.logger(plugin)
+    def _record_whole(self, plugin: Any, tags: dict[str, str], status: str) -> None:
+        """Record all that there is of a task without an agent: it gets a run of its own."""
         settings = run_settings(plugin.settings)
         settings["log_traces"] = False
-        self.mark(plugin, settings)
-        logger.record(
+        self._of.began(plugin, None, settings, self._tags)
+        if self._stop_reason is not None:
+            tags[STOP_TAG] = self._stop_reason
+        verdict = {f"{VERDICT}{name}": float(value) for name, value in self._verdict.items()}
+        self._of.logger(plugin).record(
             kind="evaluation_result",
             trace_id=f"task {self._tags[ATTEMPT_TAG]}",
             name=self._task_id,
             whole=True,
             start_ns=self._start_ns,
-            status="FINISHED" if error is None else "FAILED",
-            added={"metrics": {**self._metrics, **self._sums}, "tags": {**self._said, **content}},
+            status=status,
+            added={"metrics": {**verdict, **self._sums}, "tags": tags},
             settings=settings,
         )
+
+
+def _numbers(given: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise TypeError(f"{name}={value!r:.100} cannot be used: give a number")
+    return found
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else text_of(value, SlowTexts())

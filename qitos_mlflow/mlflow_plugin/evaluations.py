@@ -4,8 +4,8 @@ On the agent's thread these are records like those of a trace: how an evaluation
 and how each task was judged. A run of an agent names its evaluation by the evaluation's id, because
 the run of the evaluation may not exist yet; the sink finds or creates it (`sink.parents`).
 
-An evaluation holds for its thread, for threads that are started there, and if it is the only one
-for the whole process. Processes that are started meanwhile get it by the variable
+An evaluation holds for its thread, for what is started there (`fluent.carried`), and if it is the
+only one for the whole process. Processes that are started meanwhile get it by the variable
 ``QITOS_MLFLOW_EVALUATION``.
 """
 
@@ -13,38 +13,52 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import uuid
 from collections.abc import Mapping, Sized
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
+from uuid import uuid4
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import shield
-from qitos_mlflow.mlflow_plugin.evaluation_logger import REFERENCE, Logger, dataset_of
-from qitos_mlflow.mlflow_plugin.evaluation_task import Task, here
-from qitos_mlflow.mlflow_plugin.fluent.surroundings import STARTER
-from qitos_mlflow.recording.record import RunSettings
+from qitos_mlflow.mlflow_plugin.evaluation_logger import Logger, dataset_of
+from qitos_mlflow.mlflow_plugin.evaluation_task import Task
+from qitos_mlflow.mlflow_plugin.fluent.carried import current as current_context
+from qitos_mlflow.mlflow_plugin.fluent.carried import here
+from qitos_mlflow.mlflow_plugin.fluent.context import carry
+from qitos_mlflow.recording.record import InEvaluation, RunSettings
 from qitos_mlflow.settings import EVALUATION_VARIABLE
 
-_open: list[Evaluation] = []
+REFERENCE = frozenset(InEvaluation.__annotations__)
+
+_open: list[evaluation] = []
 """The evaluations that this process has begun, the innermost one last."""
-_said: dict[Evaluation | None, str] = {}
-"""What the variable was before, and for each evaluation since; several may overlap."""
+_outside = ""
+"""What the variable says outside of all of them."""
 
 
-def evaluation(
-    name: str,
-    *,
-    benchmark: str | None = None,
-    split: str | None = None,
-    dataset: Any = None,
-    params: Mapping[str, Any] | None = None,
-    tasks: Sized | int | None = None,
-    trials: int = 1,
-    key: str | None = None,
-) -> Evaluation:
-    """Have one MLflow run for a whole evaluation, with the runs of agents below it.
+def current() -> Task | evaluation | None:
+    """What a trace that starts on this thread is part of. Never raises; costs a microsecond."""
+    at = here.get()
+    if at is not None and at.open:
+        return at  # type: ignore[no-any-return]
+    if _open:
+        return _open[-1] if len(_open) == 1 else None
+    text = os.environ.get(EVALUATION_VARIABLE, "").strip()
+    return _of_variable(text) if text else None
+
+
+def has_begun() -> bool:
+    """Whether there is an evaluation here that is begun and ended elsewhere in the program.
+
+    A key in the variable alone begins none.
+    """
+    text = os.environ.get(EVALUATION_VARIABLE, "")
+    return current() is not None and bool(_open or _in_json(text))
+
+
+class evaluation:  # noqa: N801 - reads as a statement
+    """One MLflow run for a whole evaluation, with the runs of agents below it.
 
     A context manager: ``with evaluation("gaia") as run: …``. Nothing here waits for the server.
 
@@ -60,96 +74,16 @@ def evaluation(
         key: continues the evaluation that has this key, and begins it if there is none. Without
             one it is a new evaluation, unless this process is part of one already.
 
-    Raises:
-        TypeError, ValueError: an argument cannot be used; the text names it.
-    """
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"name={name!r} cannot be used: give a text such as 'gaia'")
-    if params is not None and not isinstance(params, Mapping):
-        raise TypeError(f"params={params!r:.100} cannot be used: give a mapping or None")
-    if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"trials={trials!r} cannot be used: give a number, at least 1")
-    if key is not None and (not isinstance(key, str) or not key.strip()):
-        raise ValueError(f"key={key!r} cannot be used: give a text or None")
-    if tasks is not None and not isinstance(tasks, (int, Sized)):
-        raise TypeError(f"tasks={tasks!r:.100} cannot be used: give a list, or how many they are")
-    return Evaluation(
-        name,
-        benchmark=benchmark,
-        split=split,
-        dataset=dataset,
-        params=params,
-        tasks=tasks,
-        trials=trials,
-        key=key,
-    )
-
-
-def current() -> Task | Evaluation | None:
-    """What a trace that starts on this thread is part of. Never raises; costs a microsecond."""
-    at = here.get()
-    if at is not None and at.open:
-        return at  # type: ignore[no-any-return]
-    if _open:
-        thread: Any = threading.current_thread()
-        while thread is not None:
-            for one in reversed(_open):
-                if one.thread is thread:
-                    return one
-            starter = getattr(thread, STARTER, None)
-            thread = starter and starter()
-        return _open[-1] if len(_open) == 1 else None
-    text = os.environ.get(EVALUATION_VARIABLE)
-    return _of_variable(text) if text else None
-
-
-def has_begun() -> bool:
-    """Whether there is an evaluation here that is begun and ended elsewhere in the program.
-
-    A key in the variable alone begins none.
-    """
-    text = os.environ.get(EVALUATION_VARIABLE, "")
-    return current() is not None and bool(_open or _in_json(text))
-
-
-@lru_cache(maxsize=8)
-def _of_variable(text: str) -> Evaluation:
-    """The evaluation of another process. A plain text is a key."""
-    found = _in_json(text)
-    key = str(found.get("id") or text)
-    made = Evaluation(
-        str(found.get("name") or key),
-        benchmark=found.get("benchmark"),
-        split=found.get("split"),
-        key=key,
-        place={name: found[name] for name in REFERENCE & found.keys()},
-    )
-    made.owner, made.open = False, True
-    return made
-
-
-def _id(text: str) -> str:
-    """`text` as an evaluation's id: MLflow's filters cannot hold both kinds of quotes."""
-    return text.replace('"', "'")
-
-
-def _in_json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-class Evaluation:
-    """What `evaluation` returns. Any thread.
-
     Attributes:
         id: names it on the server, in every process.
         open: agents that start now are part of it.
-        owner: this process begins and ends it; else it is another process's.
-        place: what another process says of where its run is.
-        thread: on which it was begun.
+        owner: this process begins and ends it; else another one does.
+        place: what another process, or a runner of the host, says of where its run is.
+        parent_run_id: the run that `qitos_mlflow.context` names around it.
+        loggers: the evaluation as each plugin logs it.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the text names it.
     """
 
     def __init__(
@@ -163,20 +97,30 @@ class Evaluation:
         tasks: Sized | int | None = None,
         trials: int = 1,
         key: str | None = None,
-        place: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"name={name!r} cannot be used: give a text such as 'gaia'")
+        if params is not None and not isinstance(params, Mapping):
+            raise TypeError(f"params={params!r:.100} cannot be used: give a mapping or None")
+        if not isinstance(trials, int) or trials < 1:
+            raise ValueError(f"trials={trials!r} cannot be used: give a number, at least 1")
+        if key is not None and (not isinstance(key, str) or not key.strip()):
+            raise ValueError(f"key={key!r} cannot be used: give a text or None")
+        if tasks is not None and not isinstance(tasks, (int, Sized)):
+            raise TypeError(f"tasks={tasks!r:.100} cannot be used: give a list or a number")
         self.name, self.benchmark, self.split = name, benchmark, split
-        self.id = _id(key or uuid.uuid4().hex)
+        self.id = _id(key or uuid4().hex)
         self.open, self.owner = False, True
-        self.place: dict[str, Any] = dict(place or {})
-        self.thread: Any = None
+        self.place: dict[str, Any] = {}
+        self.parent_run_id: str | None = None
+        self.loggers: dict[Any, Logger] = {}
         self._params = dict(params or {})
         number = len(tasks) if isinstance(tasks, Sized) else tasks
         self._expected = None if number is None else number * trials
         self._dataset = dataset_of(dataset, benchmark, split, tasks)
-        self._given_key = key is not None
-        self.loggers: dict[Any, Logger] = {}
-        self._before: Task | Evaluation | None = None
+        self._has_key = key is not None
+        self._text = ""
+        self._before: Task | evaluation | None = None
         self._pid = 0
 
     def task(self, task_id: object, *, trial: int = 0, category: object = None) -> Task:
@@ -190,43 +134,43 @@ class Evaluation:
         Raises:
             RuntimeError: the evaluation was not begun.
         """
-        if self.thread is None and not self.open:
+        if not self._pid and not self.open:
             raise RuntimeError(f"begin it first: with evaluation({self.name!r}) as run: …")
         return Task(self, str(task_id), int(trial), None if category is None else str(category))
 
-    def __enter__(self) -> Evaluation:
+    def __enter__(self) -> evaluation:
+        global _outside
         self.begin()
         self._before = here.get()
         here.set(self)
         with shield("evaluations.variable"):
+            if not any(one._text for one in _open):
+                _outside = os.environ.get(EVALUATION_VARIABLE, "")
+            said: dict[str, Any] = {"id": self.id, "name": self.name}
+            said |= {"benchmark": self.benchmark, "split": self.split}
             for logger in list(self.loggers.values())[:1]:
-                said: dict[str, Any] = {"benchmark": self.benchmark, "split": self.split}
                 said |= logger.settings["evaluation"]
-                _said.setdefault(None, os.environ.get(EVALUATION_VARIABLE, ""))
-                os.environ[EVALUATION_VARIABLE] = _said[self] = json.dumps(said)
+            self._text = json.dumps(said)
+            _tell_processes()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         here.set(self._before)
-        with shield("evaluations.variable"):
-            if _said.pop(self, None) is not None:
-                *_, os.environ[EVALUATION_VARIABLE] = _said.values()
-                if len(_said) == 1 and not _said.pop(None):
-                    del os.environ[EVALUATION_VARIABLE]
         self.end(error)
+        with shield("evaluations.variable"):
+            _tell_processes()
 
     def begin(self) -> None:
         """Record the start. Never raises, never waits."""
         with shield("evaluations.begin"):
-            if not self._given_key and (text := os.environ.get(EVALUATION_VARIABLE)) and not _open:
-                found = _in_json(text)
-                if found.get("name", self.name) == self.name:
-                    self.id = _id(str(found.get("id") or text))
-                    self.owner = not found
-                    self.place = {name: found[name] for name in REFERENCE & found.keys()}
-            self.thread, self._pid, self.open = threading.current_thread(), os.getpid(), True
+            carry()
+            if not self._has_key and not _open and (text := os.environ.get(EVALUATION_VARIABLE)):
+                self._join(text)
+            self._pid, self.open = os.getpid(), True
+            self.parent_run_id = getattr(current_context.get(), "parent_run_id", None)
             self.loggers = {}
             _open.append(self)
+            import_module("qitos")  # Registers what is installed, which logs the evaluation, too.
             if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
                 return
             for processor in tracing.processors():
@@ -234,6 +178,14 @@ class Evaluation:
                 for plugin in plugins.values() if isinstance(plugins, dict) else ():
                     if hasattr(plugin, "recorder") and plugin.qitos_wants_trace():
                         self.logger(plugin)
+
+    def _join(self, text: str) -> None:
+        """Be the evaluation that the variable names, unless that is one of another name."""
+        found = _in_json(text)
+        if found.get("name", self.name) == self.name:
+            self.id = _id(str(found.get("id") or text))
+            self.owner = not found
+            self.place = {name: found[name] for name in REFERENCE & found.keys()}
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the end. Never raises, never waits."""
@@ -259,31 +211,65 @@ class Evaluation:
             tags = {"mlflow.runType": "genai_evaluate", **self._tags}
             if self._expected is not None:
                 tags["qitos.evaluation.expected"] = str(self._expected)
-            made.settings["tags"] = {**made.settings.get("tags", {}), **tags}
-            made.settings["run_name"] = self.name
-            made.record(
-                kind="evaluation_start",
-                trace_id=made.trace_id,
-                name=self.name,
-                metadata=self._params,
-                dataset=self._dataset,
-                settings=made.settings,
-            )
+            made.start(tags, metadata=self._params, dataset=self._dataset)
         return made
+
+    def takes(self, plugin: Any, parent_run_id: str | None) -> bool:
+        """Whether agents are part of it if `qitos_mlflow.context` says that this is their parent.
+
+        The innermost of the two decides. Around the evaluation, the context names its run.
+        """
+        if parent_run_id is not None:
+            with shield("evaluations.takes"):
+                return parent_run_id == self.logger(plugin).settings["evaluation"].get("run_id")
+        return True
+
+    def began(
+        self, plugin: Any, trace: Any, logged_as: RunSettings, tags: Mapping[str, str] = {}
+    ) -> None:
+        """Have the run of a trace that is about to start be part of it."""
+        with shield("evaluations.began"):
+            reference = self.logger(plugin).settings["evaluation"]
+            places = plugin.settings.experiment_name is None
+            logged_as["evaluation"] = {**reference, "places": places}
+            logged_as["tags"] = {**logged_as.get("tags", {}), **self._tags, **tags}
 
     @property
     def _tags(self) -> dict[str, str]:
         found = {"qitos.benchmark": self.benchmark, "qitos.split": self.split}
         return {key: str(value) for key, value in found.items() if value}
 
-    def mark(self, plugin: Any, logged_as: RunSettings, tags: Mapping[str, str] = {}) -> None:
-        """Have a run be part of it: change how it is logged."""
-        with shield("evaluations.mark"):
-            reference = self.logger(plugin).settings["evaluation"]
-            places = plugin.settings.experiment_name is None
-            logged_as["evaluation"] = {**reference, "places": places}
-            logged_as["tags"] = {**logged_as.get("tags", {}), **self._tags, **tags}
 
-    def began(self, plugin: Any, trace: Any, logged_as: RunSettings) -> None:
-        """Have the run of a trace that is about to start be part of it."""
-        self.mark(plugin, logged_as)
+@lru_cache(maxsize=8)
+def _of_variable(text: str) -> evaluation:
+    """The evaluation of another process. A plain text is the key of one that is not begun."""
+    found = _in_json(text)
+    key = str(found.get("id") or "").strip() or text
+    name = str(found.get("name") or "").strip() or key
+    made = evaluation(name, benchmark=found.get("benchmark"), split=found.get("split"), key=key)
+    made.place = {name: found[name] for name in REFERENCE & found.keys()}
+    made.owner, made.open = False, True
+    return made
+
+
+def _tell_processes() -> None:
+    """Have processes that are started from now on know the innermost evaluation."""
+    texts = [one._text for one in _open if one._text]
+    text = texts[-1] if texts else _outside
+    if text:
+        os.environ[EVALUATION_VARIABLE] = text
+    else:
+        os.environ.pop(EVALUATION_VARIABLE, None)
+
+
+def _id(text: str) -> str:
+    """`text` as an evaluation's id: MLflow's filters cannot hold both kinds of quotes."""
+    return text.replace('"', "'")
+
+
+def _in_json(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

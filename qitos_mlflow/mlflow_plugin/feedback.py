@@ -23,6 +23,7 @@ from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination_u
 from qitos_mlflow.mlflow_plugin.fluent.context import context
 from qitos_mlflow.mlflow_plugin.mapping.assessments import metric_of
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
+from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
 from qitos_mlflow.recording.pipelines import recorded_traces
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.to_json import encode
@@ -110,28 +111,39 @@ def _say(
         raise TypeError(f"rationale of {name!r} is a {type(rationale).__name__}; give a text")
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata of {name!r} is a {type(metadata).__name__}; give a dict")
-    source_type, source_id = _source(source, source_type)
-    record: Any = {
-        "kind": "assessment",
-        "type": kind,
-        "name": name,
-        "value": _value(name, value, kind),
-        "source_type": source_type,
-        "source_id": source_id,
-        "metadata": dict(metadata or {}),
-        "time_ns": later_ns(),
-    }
+    record = _record(kind, name, _value(name, value, kind), *_source(source, source_type))
+    record["metadata"] = dict(metadata or {})
     targets = list(_targets(of, uri))
     with shield("feedback.record"):
         for trace, settings, to, of_trace, content in targets:
             said: Any = {**record, **({"rationale": rationale} if rationale and content else {})}
-            said |= of_trace
-            # Until MLflow's own tracer sends its trace, nothing else can reach that.
-            if getattr(trace, "tree", None) and trace.tree.assess(encode(said)):
-                del said["mlflow_trace_id"]
-                if metric_of(said) is None:
-                    continue
-            offer(settings, to, said)
+            _hand_over(trace, settings, to, said | of_trace)
+
+
+def say_of(trace: OpenTrace, name: str, value: Any, source: str) -> None:
+    """`score` for a trace that this process logs, wherever else it is logged, too."""
+    said = _record("feedback", name, value, "CODE", source) | _fields_of(trace)
+    _hand_over(trace, trace.configured, trace.pipeline.key, said)
+
+
+def _record(kind: str, name: str, value: Any, source_type: str, source: str) -> dict[str, Any]:
+    about = {"name": name, "value": value, "source_type": source_type, "source_id": source}
+    return {"kind": "assessment", "type": kind, **about, "time_ns": later_ns()}
+
+
+def _fields_of(trace: OpenTrace) -> dict[str, Any]:
+    """The fields that name a trace of this process."""
+    found: dict[str, Any] = {"trace_id": trace.id, "settings": trace.run_settings}
+    return found if trace.tree is None else {**found, "mlflow_trace_id": trace.tree.trace_id}
+
+
+def _hand_over(trace: Any, settings: Settings, to: Any, said: Any) -> None:
+    # Until MLflow's own tracer sends its trace, nothing else can reach that.
+    if getattr(trace, "tree", None) and trace.tree.assess(encode(said)):
+        del said["mlflow_trace_id"]
+        if metric_of(said) is None:
+            return
+    offer(settings, to, said)
 
 
 def offer(settings: Settings, to: Destination, record: dict[str, Any]) -> None:
@@ -161,10 +173,8 @@ def _targets(
     known = logged(given)
     if uri is None and known:
         for trace in known:
-            of_trace = {"trace_id": trace.id, "settings": trace.run_settings}
-            if trace.tree is not None:
-                of_trace["mlflow_trace_id"] = trace.tree.trace_id
-            yield trace, trace.configured, trace.pipeline.key, of_trace, trace.content
+            to: Any = trace.pipeline.key
+            yield trace, trace.configured, to, _fields_of(trace), trace.content
         return
     if isinstance(of, str) and not known and _ID.fullmatch(of) is None:
         raise TypeError(f"{of!r:.100} is no id of a trace; give {WHAT}")
@@ -177,12 +187,12 @@ def _targets(
         yield None, settings, to, {"trace_id": known[0].id if known else given}, content
 
 
-def logged(given: str) -> list[Any]:
+def logged(given: str) -> list[OpenTrace]:
     """The traces of this process with this id, QitOS's or MLflow's, wherever they are logged."""
     return [
         trace
         for trace in recorded_traces()
-        if isinstance(trace.pipeline, MlflowPipeline)
+        if isinstance(trace, OpenTrace)
         and (
             given in (trace.host_id, trace.id)
             or (given.startswith("tr-") and given in (trace.mlflow_trace_id, trace_id(trace.id)))

@@ -105,9 +105,11 @@ class MlflowPlugin:
         if pipeline.closed:  # The process is ending.
             return
         given: context | None = current.get()
+        asked = None if given is None else given.parent_run_id
         task = current_task()
-        around = surroundings(uri, (given and given.parent_run_id) or settings.parent_run_id)
-        if task is not None:
+        if task is None or not task.takes(self, asked):
+            task, around = None, surroundings(uri, asked or settings.parent_run_id)
+        else:
             around = Surroundings()  # The run of an evaluation is the parent of all in it.
         logged_as = placed(self._run_settings, settings, around)
         if model_id := active_model(uri):

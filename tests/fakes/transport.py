@@ -126,6 +126,7 @@ class FakeTransport:
                 for run_id, run in self.runs.items()
                 if run["tags"].get(tag) == text and run["experiment_id"] in experiment_ids
             ]
+            found.sort(key=lambda run: run.ref.start_ms, reverse=order == "DESC")
             begin = int(token or 0)
             rest = str(begin + most) if len(found) > begin + most else ""
             return found[begin : begin + most], rest

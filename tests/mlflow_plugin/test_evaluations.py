@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +22,7 @@ from qitos.benchmark.runner import build_experiment_spec
 from qitos.core.spec import RunSpec
 from qitos.core.task import Task
 
-from qitos_mlflow import MlflowTraceProcessor, evaluation, tracing
+from qitos_mlflow import MlflowTraceProcessor, context, evaluation, score, tracing
 from qitos_mlflow.delivery import find_segments, waiting_records
 from qitos_mlflow.mlflow_plugin import benchmarks
 from qitos_mlflow.settings import EVALUATION_VARIABLE, Settings
@@ -76,6 +77,14 @@ def of_kind(kind: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def children(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings of each trace's run, by the trace's id."""
     return {record["trace_id"]: record["settings"] for record in of_kind("trace_start", records)}
+
+
+def verdicts(records: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
+    """What is said of traces of agents, by the trace's id and the score's name."""
+    return {
+        (one["trace_id"], one["name"].removeprefix("verdict/")): one["value"]
+        for one in of_kind("assessment", records)
+    }
 
 
 def test_an_evaluation_begins_and_ends(
@@ -154,10 +163,11 @@ def test_a_task_and_its_verdict(
         "qitos.trial": "1",
         "qitos.category": "hard",
     }
+    assert verdicts(found) == {(last, "success"): False, (last, "reward"): 0.25}
+    [scored, _] = of_kind("assessment", found)
+    assert (scored["type"], scored["source_type"], scored["source_id"]) == ("feedback", "CODE", "b")
     [result] = of_kind("evaluation_result", found)
-    assert result["trace_id"] == last
-    assert result["added"]["metrics"] == {"verdict/success": 0.0, "verdict/reward": 0.25}
-    assert result["added"]["tags"] == {"qitos.prediction": "42"}
+    assert (result["trace_id"], result["added"]) == (last, {"tags": {"qitos.prediction": "42"}})
 
 
 def test_a_task_without_an_agent(
@@ -230,6 +240,76 @@ def test_threads_are_part_of_the_evaluation_in_which_they_were_started(
     assert {key: run["evaluation"]["id"] for key, run in children(records()).items()} == wanted
 
 
+def test_an_agent_in_a_thread_is_part_of_the_task_that_started_it(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """As with a time limit for each task: `pool.submit(agent.run).result(timeout)`."""
+    attach()
+    with evaluation("e") as sweep, ThreadPoolExecutor(1) as pool:
+        for task_id in "ab":
+            with sweep.task(task_id) as task:
+                pool.submit(agent).result()
+                thread = threading.Thread(target=agent)
+                thread.start()
+                thread.join()
+                task.result(True)
+    found = records()
+    tasks = [run["tags"]["qitos.task_id"] for run in children(found).values()]
+    assert tasks == ["a", "a", "b", "b"]
+    assert not of_kind("evaluation_result", found)  # No task is without an agent.
+    assert len(verdicts(found)) == 2
+
+
+def test_the_innermost_of_an_evaluation_and_a_context_names_the_parent(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """Inside, a context takes an agent out, such as a judge; around, it names the evaluation's."""
+    attach()
+    with context(parent_run_id="mine"), evaluation("e") as sweep, sweep.task("t"):
+        solver = agent()
+        with context(user="u"):
+            helper = agent()
+        with context(parent_run_id="another"):
+            judge = agent()
+    found = records()
+    runs = children(found)
+    assert runs[solver]["evaluation"]["run_id"] == runs[helper]["evaluation"]["run_id"] == "mine"
+    assert "evaluation" not in runs[judge]
+    parents = {one["trace_id"]: one["parent_run_id"] for one in of_kind("trace_start", found)}
+    assert parents[judge] == "another"
+
+
+def test_a_run_can_be_scored_while_an_evaluation_is_open(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """The evaluation itself is no trace."""
+    attach()
+    with evaluation("e"):
+        inside = agent()
+        score(inside, "style", 0.5)
+    assert verdicts(records()) == {(inside, "style"): 0.5}
+
+
+def test_an_evaluation_that_comes_before_qitos_is_logged(tmp_path: Path) -> None:
+    """A launcher that only starts processes may import nothing else."""
+    script = """
+import os
+from qitos_mlflow import evaluation
+with evaluation("e", params={"a": 1}):
+    print(os.environ["QITOS_MLFLOW_EVALUATION"])
+"""
+    environ = {key: value for key, value in os.environ.items() if key != "QITOS_TRACE_PLUGINS"}
+    environ |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "QITOS_MLFLOW_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    spool = Path(environ["QITOS_MLFLOW_SPOOL_DIR"])
+    found = [waiting_records(paths) for paths in find_segments(spool)]
+    kinds = [orjson.loads(record)["kind"] for segment in found for record in segment]
+    assert kinds == ["evaluation_start", "evaluation_end"]
+    assert json.loads(done.stdout)["name"] == "e"
+    shutil.rmtree(spool)
+
+
 def test_asyncio_tasks_are_part_of_their_own(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled
 ) -> None:
@@ -292,6 +372,42 @@ def test_a_process_finds_its_evaluation_in_the_environment(
     assert begun == [f"evaluation {one.id}" for one in (outer, other, keyed)]
 
 
+def test_overlapping_evaluations_leave_the_variable_as_it_was(
+    attach: Callable[..., MlflowTraceProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the first one ends first. Meanwhile it says the innermost that is open."""
+    attach()
+    monkeypatch.setenv(EVALUATION_VARIABLE, "key")
+
+    def said() -> Any:
+        text = os.environ[EVALUATION_VARIABLE]
+        return json.loads(text)["name"] if text.startswith("{") else text
+
+    first, second = evaluation("first"), evaluation("second")
+    seen = [said()]
+    for change in (first.__enter__, second.__enter__):
+        change()
+        seen.append(said())
+    for one in (first, second):
+        one.__exit__(None, None, None)
+        seen.append(said())
+    assert seen == ["key", "first", "second", "second", "key"]
+
+
+@pytest.mark.parametrize("text", [" ", '{"id": " "}', '{"name": 7, "run_id": []}', "[", "null"])
+def test_whatever_the_variable_says_agents_are_logged(
+    text: str,
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes from outside."""
+    attach()
+    monkeypatch.setenv(EVALUATION_VARIABLE, text)
+    inside = agent()
+    assert inside in children(records())
+
+
 def test_the_variable_is_no_unknown_setting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,6 +431,27 @@ def test_a_bad_argument_is_named(wrong: dict[str, Any]) -> None:
     """At once, with what to give instead."""
     with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}=.*cannot be used"):
         evaluation(**{"name": "e", **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"success": "yes"}, {"reward": float("nan")}, {"steps": [1]}])
+def test_a_verdict_that_is_no_number_is_named(wrong: dict[str, Any]) -> None:
+    """At once: not at the end of the sweep."""
+    with evaluation("e") as sweep, sweep.task("a") as task:
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*cannot be used"):
+            task.result(**wrong)
+        task.result(prediction=Unprintable())
+
+
+class Unprintable:
+    """A user's object."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def test_an_evaluation_that_was_not_begun_says_so() -> None:
@@ -384,10 +521,15 @@ def test_a_benchmark_of_the_host_is_an_evaluation(
     assert start["metadata"]["run_spec_fingerprint"] == spec.fingerprint()
     assert start["settings"]["tags"]["qitos.evaluation.expected"] == "3"
     results = of_kind("evaluation_result", found)
-    assert [one["added"]["metrics"]["verdict/success"] for one in results] == [0.0, 1.0, 1.0]
-    assert [one.get("whole") for one in results] == [None, None, True]
-    assert results[2]["added"]["metrics"]["total_steps"] == 2
-    tags = [run["tags"] for run in children(found).values() if "evaluation" in run]
+    assert [one.get("whole") for one in results] == [None, None, True]  # Answers, and a task.
+    assert (
+        results[2]["added"]["metrics"].items() >= {"verdict/success": 1, "total_steps": 2}.items()
+    )
+    runs = {key: run for key, run in children(found).items() if "evaluation" in run}
+    first, second = runs
+    solved = {(first, "success"): False, (second, "success"): True}
+    assert verdicts(found) == solved | {(one, "reward"): 0.5 for one in runs}
+    tags = [run["tags"] for run in runs.values()]
     assert [(tag["qitos.task_id"], tag.get("qitos.category")) for tag in tags] == [
         ("t0", None),
         ("t1", "1"),
@@ -491,9 +633,9 @@ def test_each_combination_of_an_experiment_is_an_evaluation(
     runs = children(found)
     by_id = {start["settings"]["evaluation"]["id"] for start in starts}
     assert {run["evaluation"]["id"] for run in runs.values()} == by_id
-    results = of_kind("evaluation_result", found)
-    assert {runs[one["trace_id"]]["tags"]["qitos.task_id"] for one in results} == {"bad"}
-    assert {one["added"]["metrics"]["verdict/success"] for one in results} == {0.0}
+    said = verdicts(found)
+    assert {runs[trace]["tags"]["qitos.task_id"] for trace, _ in said} == {"bad"}
+    assert set(said.values()) == {False}
 
 
 def test_inside_of_an_evaluation_there_is_no_second_one(
@@ -548,7 +690,7 @@ def test_a_runner_in_a_process_of_an_evaluation_adds_its_tasks(
     assert run["evaluation"]["id"] == "the launcher's 'key'"
     assert run["tags"]["qitos.task_id"] == "t"
     assert len(of_kind("evaluation_start", found)) == int(not begun)
-    assert len(of_kind("evaluation_result", found)) == 1
+    assert list(verdicts(found).values()) == [True]
 
 
 def test_an_error_of_the_hosts_runner_is_passed_on(

@@ -175,7 +175,7 @@ class context:  # noqa: N801 - reads as a statement
             raise RuntimeError(
                 "a qitos_mlflow.context is entered once; make another one for each block"
             )
-        _watch()
+        carry()
         outer = self._outer = current.get()
         if outer is not None:
             for name in ("session", "user", "run_name", "parent_run_id", "traceparent"):
@@ -221,8 +221,8 @@ class context:  # noqa: N801 - reads as a statement
 
 
 @functools.cache
-def _watch() -> None:
-    """Have threads and pools carry contexts. Once."""
+def carry() -> None:
+    """Have threads and pools carry contexts and evaluations. Once."""
     watch()
     after_import("concurrent.futures.thread", into_pools)
 

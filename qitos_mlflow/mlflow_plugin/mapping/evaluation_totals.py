@@ -7,6 +7,7 @@ again, as in a sweep that was resumed, the newest attempt that is over counts.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,12 +18,18 @@ from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key
 PREFIX = "eval/"
 """Begins the names of all metrics: a user's own run may have an ``n`` or a ``success_rate``."""
 
+STOP = "stop/"
+"""Follows in those that count attempts by stop reason."""
+
 VERDICT = "verdict/"
 """Begins the names of the metrics with which a benchmark judges a run."""
 
 TASK_TAG, TRIAL_TAG, ATTEMPT_TAG = "qitos.task_id", "qitos.trial", "qitos.attempt"
 CATEGORY_TAG, SKIPPED_TAG, STOP_TAG = "qitos.category", "qitos.skipped", "stop_reason"
 PREDICTION_TAG = "qitos.prediction"
+
+AGAIN = re.compile(r"~\d+$")
+"""Ends the id of a trace that two processors log to one server."""
 
 MOST_GROUPS = 50
 """Stop reasons, and categories, with numbers of their own."""
@@ -91,10 +98,14 @@ class Attempt:
 def attempts(runs: Iterable[StoredRun]) -> list[Attempt]:
     """The attempts that count, the oldest first."""
     together: dict[str, list[StoredRun]] = {}
+    traces = set()
     for run in sorted(runs, key=lambda run: (run.ref.start_ms, run.ref.run_id)):
-        if ATTEMPT_TAG not in run.tags and "qitos.linked_trace_id" in run.tags:
-            continue  # A background agent of another run.
-        together.setdefault(run.tags.get(ATTEMPT_TAG, run.ref.run_id), []).append(run)
+        # Not a run of the user's own, the second one that a trace has, or part of another run.
+        trace = AGAIN.sub("", run.tags.get("qitos.trace_id", ""))
+        background = ATTEMPT_TAG not in run.tags and "qitos.linked_trace_id" in run.tags
+        if trace and trace not in traces and not background:
+            together.setdefault(run.tags.get(ATTEMPT_TAG, run.ref.run_id), []).append(run)
+        traces.add(trace)
     counting: dict[tuple[str, ...], Attempt] = {}
     for attempt in map(Attempt, together.values()):
         before = counting.get(attempt.place)
@@ -119,7 +130,7 @@ def totals(found: Sequence[Attempt], expected: int | None = None) -> dict[str, f
         "unfinished": len(found) - len(over) - skipped,
     }
     if expected is not None:
-        numbers["not_run"] = max(0, expected - len(over) - skipped)
+        numbers["not_run"] = max(0, expected - len(found))
     numbers |= _success(over, "")
     numbers |= _pass_hats(over)
     for name, metric in SUMS.items():
@@ -129,7 +140,7 @@ def totals(found: Sequence[Attempt], expected: int | None = None) -> dict[str, f
             numbers[f"{name}_p95"] = values[math.ceil(0.95 * len(values)) - 1]
             numbers[f"{name}_total"] = math.fsum(values)
     stops = Counter(attempt.tags[STOP_TAG] for attempt in over if STOP_TAG in attempt.tags)
-    numbers |= {f"stop/{reason}": count for reason, count in stops.most_common(MOST_GROUPS)}
+    numbers |= {f"{STOP}{reason}": count for reason, count in stops.most_common(MOST_GROUPS)}
     categories = _grouped(over, lambda attempt: attempt.tags.get(CATEGORY_TAG, ""))
     for category, members in list(categories.items())[:MOST_GROUPS]:
         if category:

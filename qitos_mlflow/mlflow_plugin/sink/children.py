@@ -14,24 +14,18 @@ import orjson
 
 from qitos_mlflow._guard import report, warn
 from qitos_mlflow.delivery import OutOfTime, RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.entities import (
-    Metric,
-    RunData,
-    RunRef,
-    StoredRun,
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData, RunRef, StoredRun
+from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
+    PREFIX,
+    STOP,
+    Attempt,
+    attempts,
+    table,
+    totals,
 )
-from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import Attempt, attempts, table, totals
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
-    PARENT_TAG,
-    TREE_TAG,
-)
-from qitos_mlflow.mlflow_plugin.server.transport import (
-    MAX_LINKED,
-    Poisoned,
-    Refused,
-    Transport,
-)
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TREE_TAG
+from qitos_mlflow.mlflow_plugin.server.transport import MAX_LINKED, Poisoned, Refused, Transport
 from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -156,8 +150,9 @@ class Children(Experiments):
         except (Refused, Poisoned) as failure:
             text = "run %s does not get the numbers of the runs below it: %s"
             warn(f"parents.{run_id}", text, run_id, failure)
-        took_s = time.monotonic() - reading.began_s
-        self._not_before[run_id] = time.monotonic() + max(EVERY_S, PAUSE * took_s)
+        now = time.monotonic()
+        self._not_before = {key: at for key, at in self._not_before.items() if at > now}
+        self._not_before[run_id] = now + max(EVERY_S, PAUSE * (now - reading.began_s))
         self._readings = {key: one for key, one in self._readings.items() if one is not reading}
         if not reading.stale:
             self.due = {key: one for key, one in self.due.items() if one is not due}
@@ -182,7 +177,9 @@ class Children(Experiments):
         deadline: float,
     ) -> None:
         run_id, text = parent.ref.run_id, parent.tags.get(EXPECTED_TAG, "")
-        numbers = totals(found, int(text) if text.isdecimal() else None)
+        # Of a reason for which no attempt has stopped that still counts.
+        numbers = dict.fromkeys(filter(_is_stop, parent.metrics), 0.0)
+        numbers |= totals(found, int(text) if text.isdecimal() else None)
         points = [Metric(key, value, reading.at_ms, 0) for key, value in numbers.items()]
         self._transport.log_batch(run_id, RunData(metrics=points), left_s(deadline))
         while due.traces:
@@ -213,6 +210,10 @@ class Children(Experiments):
     ) -> StoredRun | None:
         """The run that an evaluation's numbers go to. Derive it to know better."""
         return own
+
+
+def _is_stop(key: str) -> bool:
+    return key.startswith(f"{PREFIX}{STOP}")
 
 
 def left_s(deadline: float) -> float:

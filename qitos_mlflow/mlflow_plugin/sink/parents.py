@@ -14,22 +14,9 @@ from typing import Any
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.entities import (
-    NewRun,
-    RunData,
-    RunRef,
-    StoredRun,
-)
-from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
-    EVALUATION_TAG,
-    PARENT_TAG,
-    TraceFacts,
-)
-from qitos_mlflow.mlflow_plugin.server.transport import (
-    Refused,
-    Transport,
-    equals,
-)
+from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef, StoredRun
+from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG, PARENT_TAG, TraceFacts
+from qitos_mlflow.mlflow_plugin.server.transport import Refused, Transport, equals
 from qitos_mlflow.mlflow_plugin.sink.children import Children, Due, Reading, left_s
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -67,7 +54,8 @@ class Parents(Children):
         if run is None or known_at <= fresh_at:
             run = self._given(facts.evaluation, timeout_s)
             run = run or self._find_or_create(facts, timeout_s, fresh_at)
-            self._evaluations[key] = run, time.monotonic()
+            fresh = {one: known for one, known in self._evaluations.items() if known[1] > fresh_at}
+            self._evaluations = {**fresh, key: (run, time.monotonic())}
         return run
 
     def _given(self, reference: Mapping[str, Any], timeout_s: float) -> RunRef | None:
@@ -93,9 +81,9 @@ class Parents(Children):
         place = {name: reference[name] for name in PLACES if name in reference}
         experiment_id = super().of(TraceFacts(key, place), timeout_s, fresh_at)
         if output and reference.get("resumes"):
-            last = self._tagged(OUTPUT_TAG, str(output), experiment_id, timeout_s)
+            last = self._tagged(OUTPUT_TAG, str(output), experiment_id, timeout_s, order="DESC")
             if last:
-                return last[-1].ref
+                return last[0].ref
         found = self._tagged(EVALUATION_TAG, key, experiment_id, timeout_s)
         if not found:
             tags = [(EVALUATION_TAG, key), ("mlflow.runType", "genai_evaluate")]
@@ -110,12 +98,16 @@ class Parents(Children):
                 raise RetryLater("the server does not show the evaluation's run yet")
         return self._merged([run.ref for run in found], timeout_s)
 
-    def _tagged(self, tag: str, text: str, experiment_id: str, timeout_s: float) -> list[StoredRun]:
+    def _tagged(
+        self, tag: str, text: str, experiment_id: str, timeout_s: float, order: str = "ASC"
+    ) -> list[StoredRun]:
+        """The runs that we have created with this tag, by start time."""
         wanted = equals(f"tags.`{tag}`", text)
         if wanted is None:
             raise Refused("INVALID_PARAMETER_VALUE", f"no filter can find the evaluation {text!r}")
-        found, _ = self._transport.search_runs([experiment_id], wanted, timeout_s)
-        return sorted(found, key=lambda run: (run.ref.start_ms, run.ref.run_id))
+        found, _ = self._transport.search_runs([experiment_id], wanted, timeout_s, order=order)
+        found.sort(key=lambda run: (run.ref.start_ms, run.ref.run_id), reverse=order == "DESC")
+        return found
 
     def _merged(self, found: Sequence[RunRef], timeout_s: float) -> RunRef:
         """The first of an evaluation's runs; the children of the others become its own."""
@@ -149,15 +141,15 @@ class Parents(Children):
     # -- an evaluation begins and ends -------------------------------------------------------
 
     def begin(self, trace: TraceState, timeout_s: float) -> None:
-        """Have the evaluation's run going, also if it was resumed."""
+        """Have the evaluation's run going, also if it was resumed. A run of the user's is."""
         facts, run = trace.facts, _run_of(trace)
+        if facts.evaluation.get("run_id") == run.run_id:
+            return  # No tag: runs with `EVALUATION_TAG` may be merged, which deletes all but one.
         at_ms = limits.clean_ms(facts.start_ns)
         stored = self._transport.stored_run(run.run_id, timeout_s)
-        tags = [(STARTED_TAG, str(max(at_ms, _started_ms(stored))))]
-        if facts.evaluation.get("run_id") == run.run_id:
-            tags.append((EVALUATION_TAG, str(facts.evaluation.get("id"))))
-        elif stored is not None and stored.end_ms is not None and stored.end_ms <= at_ms:
+        if stored is not None and stored.end_ms is not None and stored.end_ms <= at_ms:
             self._transport.end_run(run.run_id, "RUNNING", stored.end_ms, timeout_s)
+        tags = [(STARTED_TAG, str(max(at_ms, _started_ms(stored))))]
         self._transport.log_batch(run.run_id, RunData(tags=tags), timeout_s)
 
     def finish(self, trace: TraceState, timeout_s: float) -> None:

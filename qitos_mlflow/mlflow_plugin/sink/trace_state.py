@@ -17,6 +17,7 @@ from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric_of
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import VERDICT
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
@@ -135,7 +136,9 @@ class TraceState:
 
     def _assess(self, record: Assessment) -> None:
         metric, facts = metric_of(record), self.facts
-        self.waiting.metrics += [metric] if metric else []
+        if metric is not None:
+            self.waiting.metrics.append(metric)
+            self.waiting.counts |= metric.key.startswith(VERDICT)
         if facts.started and self.tree is not None:
             self.tree.assess(assessment_of(record))
             return

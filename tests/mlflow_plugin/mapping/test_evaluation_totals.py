@@ -26,6 +26,7 @@ def run(
     """A run that starts after the one before; ``__`` in a metric's name is a slash."""
     number = next(_ids)
     found: dict[str, Any] = {"qitos.task_id": task, "qitos.attempt": attempt}
+    found["qitos.trace_id"] = f"trace-{number}"
     found["qitos.trial"] = None if trial is None else str(trial)
     return StoredRun(
         RunRef(f"run-{number}", "1", "", "", number),
@@ -85,7 +86,8 @@ def test_skipped_failed_unfinished_and_not_run_are_kept_apart() -> None:
         expected=7,
     )
     kept = {key: found[key] for key in ("n", "failed", "skipped", "unfinished", "not_run")}
-    assert kept == {"n": 2, "failed": 1, "skipped": 1, "unfinished": 2, "not_run": 4}
+    assert kept == {"n": 2, "failed": 1, "skipped": 1, "unfinished": 2, "not_run": 2}
+    assert sum(kept.values()) - kept["failed"] == 7
     assert found["success_rate"] == 0.5
 
 
@@ -117,6 +119,15 @@ def test_a_background_agent_is_no_task() -> None:
     """It is part of the run that it is linked to."""
     background = run(None, None, tags={"qitos.linked_trace_id": "1"})
     assert numbers(run("a"), background)["n"] == 1
+
+
+def test_only_runs_of_agents_count_and_each_trace_once() -> None:
+    """Not a nested run of the user's own, nor the run of a second processor."""
+    mine = run(None, None, tags={"qitos.trace_id": ""}, success=0)
+    first = run("a", attempt="1", tags={"qitos.trace_id": "t"}, total_steps=2)
+    second = run("a", attempt="1", tags={"qitos.trace_id": "t~2"}, total_steps=2)
+    found = numbers(mine, first, second)
+    assert (found["n"], found["steps_total"]) == (1, 2)
 
 
 def test_how_likely_all_of_several_trials_succeed() -> None:

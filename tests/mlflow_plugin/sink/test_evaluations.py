@@ -37,9 +37,9 @@ def child(task: str, success: float | None = 1.0, **reference: Any) -> list[dict
     make = Records(f"trace-{task}")
     tags = {"qitos.task_id": task, "qitos.trial": "0", "qitos.attempt": f"attempt-{task}"}
     settings = {"evaluation": {**IN, **reference}, "tags": tags}
-    result = {"kind": "evaluation_result", "time_ns": START_NS + 2_000 * MS}
+    result = {"kind": "assessment", "type": "feedback", "name": "verdict/success"}
+    result |= {"value": bool(success), "time_ns": START_NS + 2_000 * MS}
     result |= {"trace_id": make.trace_id, "settings": settings}
-    result["added"] = {"metrics": {"verdict/success": success}}
     records = [make.start(settings=settings), make.span("step"), make.end(settings=settings)]
     return records if success is None else [*records, result]
 
@@ -84,6 +84,67 @@ def test_an_evaluation_is_one_run_with_its_children_below_it() -> None:
     assert {run for _, run in server.links} == {run_id}
     assert len(server.links) == 2
     assert orjson.loads(server.artifacts["evaluation_results.json"])["data"]
+    said = [one["feedback"]["value"] for one in server.assessments.values()]
+    assert said == [True, False]  # As columns of scores on MLflow's page.
+
+
+def test_a_verdict_that_comes_after_its_run_has_ended_counts() -> None:
+    """As if the server was away when the agent ended."""
+    server = FakeTransport()
+    *run, verdict = child("a", 0.0)
+    sink = deliver(server, start(), *run)
+    sink.prepare([orjson.dumps(verdict)])
+    sink.send(TIMEOUT_S)
+    sink.prepare([orjson.dumps(end())])
+    sink.send(TIMEOUT_S)
+    run_id, _ = only_parent(server)
+    assert (latest(server, run_id)["n"], latest(server, run_id)["success_rate"]) == (1, 0)
+    [said] = server.assessments.values()
+    assert said["feedback"]["value"] is False
+
+
+def test_no_run_of_the_users_is_ever_merged() -> None:
+    """Two of them had an evaluation with one key inside: what merging deletes is ours."""
+    server = FakeTransport()
+    for name in ("monday", "tuesday"):
+        own = server.create_run(NewRun("7", name, 5), TIMEOUT_S)
+        given = {"run_id": own.run_id}
+        deliver(server, start(**given), *child(name, **given), end(**given))
+    deliver(server, start(), *child("wednesday"), end())
+    found = {run["name"]: latest(server, key)["n"] for key, run in parents(server).items()}
+    assert found == {"monday": 1, "tuesday": 1, "sweep": 1}
+
+
+def test_a_stop_reason_that_no_longer_counts_is_none() -> None:
+    """The task was done again, and stopped for another reason."""
+    server = FakeTransport()
+    make, again = Records("trace-1"), Records("trace-2", START_NS + 3_000 * MS)
+    tags = {"qitos.task_id": "a", "qitos.trial": "0"}
+    stops = {}
+    for at_ms, one, stop in ((0, make, "max_steps"), (9_000, again, "final")):
+        settings = {"evaluation": IN, "tags": {**tags, "qitos.attempt": stop}}
+        over = one.end(metadata={"stop_reason": stop}, settings=settings)
+        deliver(server, start(at_ms), one.start(settings=settings), over, end(at_ms + 5_000))
+        stops = {k: v for k, v in latest(server, only_parent(server)[0]).items() if "stop/" in k}
+    assert stops == {"stop/max_steps": 0, "stop/final": 1}
+
+
+def test_what_is_remembered_of_parents_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that has a run, or an evaluation, around each request."""
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.EVERY_S", 0.0)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.PAUSE", 0.0)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.operations.FRESH_S", 0.0)
+    server = FakeTransport()
+    sink = MlflowSink(b"{}", server)
+    for number in range(20):
+        own = server.create_run(NewRun("7", "request", 5), TIMEOUT_S)
+        make = Records(f"trace-{number}")
+        records = [make.start(parent_run_id=own.run_id), make.end(), *child("a", id=str(number))]
+        sink.prepare([orjson.dumps(record) for record in records])
+        sink.send(TIMEOUT_S)
+    kept = vars(sink._operations.parents)
+    sizes = {name: len(value) for name, value in kept.items() if isinstance(value, dict)}
+    assert max(sizes.values()) < 5, sizes
 
 
 def test_a_child_that_comes_first_creates_the_evaluation() -> None:
@@ -156,8 +217,14 @@ def test_a_runner_that_resumes_finds_the_last_evaluation_by_its_output() -> None
     deliver(server, start(10_000, **again), *child("b", **again), end(20_000, **again))
     assert only_parent(server)[0] == first
     assert latest(server, first)["n"] == 2
-    deliver(server, start(30_000, id="3", output="out"))
-    assert len(parents(server)) == 2
+    for number in range(3, 15):  # More than one answer of the server holds.
+        at_ms = number * 10_000
+        deliver(server, start(at_ms, id=str(number), output="out"), end(at_ms, id=str(number)))
+    assert len(parents(server)) == 13
+    last = max(parents(server), key=lambda run_id: server.runs[run_id]["start_ms"])
+    deliver(server, start(200_000, id="20", output="out", resumes=True))
+    assert len(parents(server)) == 13
+    assert server.runs[last]["status"] == "RUNNING"
 
 
 def test_an_evaluation_in_a_run_of_the_users() -> None:
