@@ -106,6 +106,7 @@ agent = ModelAgent(Model(answer(ADD, usage=usage), answer(FINAL, usage=usage)))
 def run_script(
     *parts: str,
     options: Sequence[str] = (),
+    arguments: Sequence[str] = (),
     check: bool = True,
     **environ: str | None,
 ) -> Done:
@@ -116,6 +117,7 @@ def run_script(
     Args:
         parts: the script in pieces; indentation common to a piece is taken away.
         options: the interpreter's.
+        arguments: the script's.
         check: it must exit with 0.
         environ: variables on top of the test's own; None takes one out.
     """
@@ -129,7 +131,7 @@ def run_script(
     script = Path.cwd() / "script.py"
     script.write_text("\n".join(textwrap.dedent(part) for part in parts), "utf-8")
     done = subprocess.run(
-        [sys.executable, *options, script.name],
+        [sys.executable, *options, script.name, *arguments],
         env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
