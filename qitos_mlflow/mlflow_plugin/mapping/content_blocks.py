@@ -136,7 +136,9 @@ def read(block: Any) -> Fields:
         message = {"role": "tool", "tool_call_id": as_text(identity or ""), "content": content}
         return with_rest(message, rest)
     if form == "thought":
-        rest = {key: value for key, value in flat(block).items() if key != "thought"}
+        rest = flat(block)
+        if rest.get("thought") is True:
+            del rest["thought"]
         text = shown(take(rest, "thinking", "summary", "text", "reasoning", "content"))
         return with_rest({"role": "assistant", "content": None, "reasoning": text}, rest)
     return {"content": parts(block)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
@@ -493,6 +493,7 @@ def shown_by_the_page(message: dict[str, Any]) -> bool:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(_values, _values, st.dictionaries(_keys, _values, max_size=3))
+@example(None, {"text": None, "type": "thinking", "thought": "w000000"}, {})
 def test_nothing_of_any_shape_is_lost(content: Any, output: Any, summary: dict[str, Any]) -> None:
     """Each word of a model call is somewhere in its span, in messages that the page can show."""
     data = {"input_content": content, "output_content": output, "model_response": summary}
