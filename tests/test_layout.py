@@ -38,11 +38,13 @@ TABLE: dict[str, tuple[str, ...]] = {
         "redaction",
         "settings",
     ),
+    "comparison": ("mlflow_plugin.mapping",),
     "mlflow_plugin.fluent": (
         "mlflow_plugin.mapping",
         "mlflow_plugin.server.tracking_uri",
         "mlflow_plugin.server.pages",
-        "recording.normalize",  # What MLflow's own tracer gets is redacted, too.
+        "recording.normalize",  # What MLflow's own tracer gets is redacted, too, ...
+        "recording.pictures",  # ... and its pictures are apart.
         "redaction.redact",
         "settings",
     ),
@@ -73,7 +75,6 @@ TABLE: dict[str, tuple[str, ...]] = {
     "delivery.spool": (),
     "settings": ("redaction.redact",),
     "redaction": (),
-    "comparison": (),
     "errors": (),
     "_guard": (),
     "_usage": (),

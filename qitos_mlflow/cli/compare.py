@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qitos_mlflow.cli._options import tracking_uri
 from qitos_mlflow.cli._show import plural, table
-from qitos_mlflow.comparison.runs import Comparison, Run, compare
 from qitos_mlflow.errors import QitosMlflowError
+
+if TYPE_CHECKING:
+    from qitos_mlflow.comparison.runs import Comparison
+    from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
 
 PAGE = 1000
 """Runs that are asked for at once."""
 SHOWN = 10
 """Tasks that are listed for each reason; `--json` has all."""
+WIDTH = 120
+"""Of the table if it is not for a terminal (characters)."""
+
+OF_PARAMS = {
+    "task": "qitos.task_id",
+    "task_id": "qitos.task_id",
+    "benchmark_name": "qitos.benchmark",
+    "benchmark_split": "qitos.split",
+    "trial": "qitos.trial",
+}
+"""Params that say what a run's tags do not, and the tags; the last ones win."""
 
 
 @click.command("compare")
@@ -49,23 +65,35 @@ def compare_command(
         raise QitosMlflowError(
             "`compare` needs scipy; install it with: pip install 'qitos-mlflow[compare]'"
         )
-    from mlflow import MlflowClient
-
+    from qitos_mlflow.cli._server import ask
+    from qitos_mlflow.comparison.runs import compare
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as uri_of
     from qitos_mlflow.settings import Settings
 
-    client = MlflowClient(uri_of(Settings.resolve(tracking_uri=tracking_uri)))
-    found = [(name, _tasks(client, name)) for name in evaluations]
-    made = [compare(found[0], other, metrics) for other in found[1:]]
-    text = json.dumps([one.to_json() for one in made], indent=2)
-    shown = "\n\n".join(_shown(one) for one in made)
-    click.echo(text if as_json else shown)
-    if log is not None:
-        client.log_text(log, text, "comparison.json")
-        client.log_text(log, shown, "comparison.txt")
+    uri = uri_of(Settings.resolve(tracking_uri=tracking_uri))
+    if (answer := ask(uri, trusted=True)).reachable is False:
+        raise QitosMlflowError(f"{answer.uri}: {answer.detail}")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(uri)
+        found = [(name, _tasks(client, name)) for name in evaluations]
+        made = [compare(found[0], other, metrics) for other in found[1:]]
+        known = {name for one in made for name in one.metrics}
+        if missing := set(metrics) - known:
+            raise QitosMlflowError(f"no task has the metric {min(missing)!r} in two evaluations")
+        text = json.dumps([one.to_json() for one in made], indent=2, allow_nan=False)
+        shown = "\n\n".join(_shown(one) for one in made)
+        click.echo(text if as_json else shown)
+        if log is not None:
+            client.log_text(log, text, "comparison.json")
+            client.log_text(log, shown, "comparison.txt")
+    except MlflowException as error:
+        raise QitosMlflowError(str(error)) from error
 
 
-def _tasks(client: Any, evaluation: str) -> list[Run]:
+def _tasks(client: Any, evaluation: str) -> list[StoredRun]:
     """The runs of an evaluation's tasks.
 
     Raises:
@@ -73,32 +101,45 @@ def _tasks(client: Any, evaluation: str) -> list[Run]:
     """
     from mlflow.exceptions import MlflowException
 
-    wanted = f"tags.`mlflow.parentRunId` = '{evaluation}'"
-    try:
-        experiment_id = client.get_run(evaluation).info.experiment_id
-    except MlflowException:
+    from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG
+
+    def unless_missing(ask: Any) -> Any:
         try:
-            experiment = client.get_experiment_by_name(evaluation)
-            experiment_id = (experiment or client.get_experiment(evaluation)).experiment_id
+            return ask(evaluation)
         except MlflowException as error:
-            raise QitosMlflowError(f"no run and no experiment {evaluation!r}") from error
-        wanted = ""
-    runs = [run for run in _search(client, experiment_id, wanted) if run.said("qitos.trace_id")]
-    if not runs:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+
+    if run := unless_missing(client.get_run):
+        place, wanted = run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    elif experiment := (
+        client.get_experiment_by_name(evaluation) or unless_missing(client.get_experiment)
+    ):
+        place, wanted = experiment.experiment_id, ""
+    else:
+        raise QitosMlflowError(f"no run and no experiment {evaluation!r}")
+    page = client.search_runs([place], wanted, max_results=PAGE)
+    runs = [_stored(run) for run in page]
+    while page.token:
+        page = client.search_runs([place], wanted, max_results=PAGE, page_token=page.token)
+        runs += map(_stored, page)
+    # An evaluation's own run is no task of it.
+    found = [run for run in runs if "qitos.trace_id" in run.tags and EVALUATION_TAG not in run.tags]
+    if not found:
         raise QitosMlflowError(f"{evaluation!r} has no runs of agents to compare")
-    return runs
+    return found
 
 
-def _search(client: Any, experiment_id: str, wanted: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], wanted, max_results=PAGE, page_token=token)
-        for run in page:
-            info, data = run.info, run.data
-            yield Run(info.run_id, info.start_time, data.metrics, data.params, data.tags)
-        token = page.token
-        if not token:
-            return
+def _stored(run: Any) -> StoredRun:
+    from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef, StoredRun
+
+    info, params = run.info, run.data.params
+    tags = {tag: params[name] for name, tag in OF_PARAMS.items() if name in params}
+    ref = RunRef(
+        info.run_id, info.experiment_id, info.run_name, info.artifact_uri, info.start_time or 0
+    )
+    return StoredRun(ref, info.status, info.end_time, run.data.metrics, tags | run.data.tags)
 
 
 def _shown(comparison: Comparison) -> str:
@@ -108,26 +149,22 @@ def _shown(comparison: Comparison) -> str:
     heads = ("metric", ">pairs", ">first", ">second", ">difference", ">95 % interval", ">p", "test")
     made = table(*heads)
     for name, one in comparison.metrics.items():
-        interval = "" if one.low is None else f"{_number(one.low)} to {_number(one.high)}"
+        interval = "" if one.low is None else f"{one.low:.4g} to {one.high:.4g}"
+        numbers = (f"{one.first:.4g}", f"{one.second:.4g}", f"{one.mean:+.4g}")
         p = "" if one.p is None else f"{one.p:.3g}"
-        numbers = (*map(_number, (one.first, one.second)), f"{one.mean:+.4g}")
         made.add_row(name, str(one.n), *numbers, interval, p, one.test)
-    console = Console(width=120, highlight=False)
-    with console.capture() as captured:
-        console.print(made)
-    lines = [f"first:  {comparison.first}", f"second: {comparison.second}", "", captured.get()]
+    plain = StringIO()  # Not a terminal: the text is an artifact, too.
+    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    Console(file=plain, width=width).print(made if made.rows else "No task has a metric in both.")
+    lines = [f"first:  {comparison.first}", f"second: {comparison.second}", "", plain.getvalue()]
     for name, what in (
         ("won", "solved by the second only"),
         ("lost", "solved by the first only"),
-        ("only_first", "not in the second"),
-        ("only_second", "not in the first"),
+        ("only_first", "not finished in the second"),
+        ("only_second", "not finished in the first"),
     ):
         if tasks := getattr(comparison, name):
             more = "" if len(tasks) <= SHOWN else f", and {len(tasks) - SHOWN} more"
             some = ", ".join(map(str, tasks[:SHOWN]))
             lines.append(f"{plural(len(tasks), 'task')} {what}: {some}{more}")
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

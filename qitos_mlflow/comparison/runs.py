@@ -1,28 +1,39 @@
 """Two evaluations of the same tasks, paired by task and trial. Pure.
 
-Receives runs as plain values, hands on what differs between them.
+Receives runs as the server has them, hands on what differs between them. Which runs count, and
+what was solved, is the same as in an evaluation's own numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from itertools import count
 from typing import Any, NamedTuple
 
 from qitos_mlflow.comparison.statistics import Difference, difference
+from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
+from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
+    SUMS,
+    TASK_TAG,
+    TRIAL_TAG,
+    VERDICT,
+    Attempt,
+    attempts,
+)
 
 SUCCESS = "success"
 """The metric that says whether a task was solved: 0 or 1."""
 
-TOTALS = (SUCCESS, "reward", "score", "exact_match", "cost")
-"""Metrics that come first, and ..."""
 SERIES = ("generation/", "step/", "critic/score", "tool/", "model/", "system/")
-"""... those that say nothing of a task as a whole: their last value is that of its last step."""
+"""Metrics that say nothing of a task as a whole: their last value is that of its last step."""
+
+MOST = 1e100
+"""No larger number is compared. MLflow's stores keep an infinity as the largest number there is."""
 
 
 class Task(NamedTuple):
-    """What a run worked on; equal for runs that are compared."""
+    """What was worked on; equal for attempts that are compared."""
 
     benchmark: str
     split: str
@@ -35,22 +46,6 @@ class Task(NamedTuple):
         return text if self.trial == "0" else f"{text}#{self.trial}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of an agent, as MLflow has it; `start_ms` is milliseconds since the epoch."""
-
-    run_id: str
-    start_ms: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-    def said(self, *names: str) -> str:
-        """The first of these tags or params that there is; else empty."""
-        found = (source.get(name) for name in names for source in (self.tags, self.params))
-        return str(next(filter(None, found), ""))
-
-
 @dataclass
 class Comparison:
     """How the second evaluation differs from the first.
@@ -61,8 +56,8 @@ class Comparison:
         metrics: the differences, by metric.
         won: tasks that only the second solved.
         lost: tasks that only the first solved.
-        only_first: tasks that the second has not run.
-        only_second: tasks that the first has not run.
+        only_first: tasks that the second has not finished.
+        only_second: tasks that the first has not finished.
     """
 
     first: str
@@ -75,63 +70,69 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        lists = {
-            name: [task._asdict() for task in getattr(self, name)]
-            for name in ("won", "lost", "only_first", "only_second")
-        }
         metrics = {
-            name: {**found._asdict(), "difference": found.mean}
-            for name, found in self.metrics.items()
+            name: {**one._asdict(), "difference": one.mean} for name, one in self.metrics.items()
         }
-        return {"first": self.first, "second": self.second, "metrics": metrics, **lists}
+        tasks = {
+            name: [task._asdict() for task in found]
+            for name, found in vars(self).items()
+            if isinstance(found, list)
+        }
+        return {"first": self.first, "second": self.second, "metrics": metrics, **tasks}
 
 
 def compare(
-    first: tuple[str, Iterable[Run]],
-    second: tuple[str, Iterable[Run]],
+    first: tuple[str, Iterable[StoredRun]],
+    second: tuple[str, Iterable[StoredRun]],
     only: Sequence[str] = (),
 ) -> Comparison:
     """Compare two evaluations, each a name and its runs; `only` these metrics, if any are given."""
     left, right = by_task(first[1]), by_task(second[1])
-    both = [task for task in left if task in right]
     found = Comparison(first[0], second[0])
     found.only_first = [task for task in left if task not in right]
     found.only_second = [task for task in right if task not in left]
     values: dict[str, list[tuple[float, float]]] = {}
-    for task in both:
-        before, after = left[task].metrics, right[task].metrics
+    for task in (task for task in left if task in right):
+        before, after = _metrics(left[task]), _metrics(right[task])
         for name in before.keys() & after.keys():
-            if isfinite(before[name]) and isfinite(after[name]):
-                values.setdefault(name, []).append((before[name], after[name]))
-        solved = [metrics.get(SUCCESS) for metrics in (before, after)]
-        if solved == [0.0, 1.0]:
+            values.setdefault(name, []).append((before[name], after[name]))
+        flip = before.get(SUCCESS), after.get(SUCCESS)
+        if flip == (0.0, 1.0):
             found.won.append(task)
-        elif solved == [1.0, 0.0]:
+        elif flip == (1.0, 0.0):
             found.lost.append(task)
     wanted = only or sorted((name for name in values if not name.startswith(SERIES)), key=_place)
     found.metrics = {name: difference(values[name]) for name in wanted if name in values}
     return found
 
 
-def by_task(runs: Iterable[Run]) -> dict[Task, Run]:
-    """The runs by what they worked on, in the order in which they began.
+def by_task(runs: Iterable[StoredRun]) -> dict[Task, Attempt]:
+    """The attempts that are over, by what they worked on.
 
-    Of runs that name no trial, the n-th one of a task is its n-th trial.
+    Of those that name no trial, the n-th one of a task is its n-th trial.
     """
-    found: dict[Task, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.start_ms, run.run_id)):
-        benchmark = run.said("qitos.benchmark", "benchmark_name")
-        split = run.said("qitos.split", "benchmark_split")
-        name = run.said("qitos.task_id", "task_id", "task")
-        trial = run.said("qitos.trial", "trial")
-        if not name:
+    found: dict[Task, Attempt] = {}
+    for attempt in attempts(runs):
+        tags = attempt.tags
+        if not attempt.over or not tags.get(TASK_TAG):
             continue
-        number = 0
-        while (task := Task(benchmark, split, name, trial or str(number))) in found and not trial:
-            number += 1
-        found[task] = run  # Of a trial that ran again, the last one counts.
+        about = (tags.get("qitos.benchmark", ""), tags.get("qitos.split", ""), tags[TASK_TAG])
+        trials = [tags[TRIAL_TAG]] if TRIAL_TAG in tags else map(str, count())
+        found[next(one for trial in trials if (one := Task(*about, trial)) not in found)] = attempt
     return dict(sorted(found.items()))
 
 
-def _place(name: str) -> tuple[int, str]:
-    return (TOTALS.index(name) if name in TOTALS else len(TOTALS)), name
+def _metrics(attempt: Attempt) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for run in attempt.runs:
+        found |= run.metrics
+    found |= {name: attempt.sum(name) or 0.0 for name in SUMS.values() if name in found}
+    for name in (SUCCESS, VERDICT + SUCCESS):
+        found.pop(name, None)
+    if attempt.success is not None:
+        found[SUCCESS] = float(attempt.success)
+    return {name: value for name, value in found.items() if abs(value) < MOST}
+
+
+def _place(name: str) -> tuple[bool, bool, str]:
+    return name != SUCCESS, not name.startswith(VERDICT), name

@@ -11,11 +11,10 @@ from math import comb, sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from qitos_mlflow.errors import QitosMlflowError
+from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import Z
 
 LEVEL = 0.95
-Z = 1.959963984540054
-"""Quantile of the normal distribution for a two-sided interval at `LEVEL`."""
+"""Of the intervals; `Z` is for it, too."""
 MOST_EXACT = 100
 """Changes for which Wilcoxon's test is exact; it takes 0.2 s for so many."""
 
@@ -111,10 +110,6 @@ def wilcoxon(changes: Sequence[float]) -> float:
 
 
 def _scipy() -> Any:
-    try:
-        from scipy import stats  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise QitosMlflowError(
-            "comparing numbers needs scipy; install it with: pip install 'qitos-mlflow[compare]'"
-        ) from error
+    from scipy import stats  # type: ignore[import-untyped]
+
     return stats

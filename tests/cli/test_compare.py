@@ -8,13 +8,13 @@ from math import comb
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from qitos_mlflow.cli import compare as module
 from qitos_mlflow.cli import main
-from tests.cli.conftest import Run, run_cli
+from tests.cli.conftest import Run
 from tests.integration.logged import AGENT, run_script
 from tests.integration.server import MlflowServer
 
@@ -40,6 +40,7 @@ def evaluation(store: str, experiment_name: str) -> Evaluation:
                 [Param("benchmark_split", "test")],
                 [RunTag(*tag) for tag in tags.items()],
             )
+            client.set_terminated(run)
         return str(parent)
 
     return make
@@ -60,12 +61,18 @@ AFTER = {
 }
 
 
-def test_two_evaluations(cli: Run, store: str, evaluation: Evaluation) -> None:
+def compared(*args: str, **environ: str) -> Result:
+    """What `qitos-mlflow compare args…` says, run in this process."""
+    return CliRunner().invoke(main, ["compare", *args], env={"COLUMNS": "200", **environ})
+
+
+def test_two_evaluations(store: str, evaluation: Evaluation) -> None:
     """Nine tasks were won and one was lost; each task took fewer tokens."""
     first, second = evaluation("before", BEFORE), evaluation("after", AFTER)
-    done = cli("compare", "--tracking-uri", store, "--json", first, second)
-    assert done.returncode == 0, done.stderr
-    [found] = json.loads(done.stdout)
+    options = ("--tracking-uri", store, "--log", second)
+    done = compared(*options, "--json", first, second)
+    assert done.exit_code == 0, done.output
+    [found] = json.loads(done.output)
     assert [task["task"] for task in found["lost"]] == ["task-00"]
     assert [task["task"] for task in found["won"]] == [f"task-{n:02}" for n in range(5, 14)]
     success, tokens = found["metrics"]["success"], found["metrics"]["total_tokens"]
@@ -75,40 +82,56 @@ def test_two_evaluations(cli: Run, store: str, evaluation: Evaluation) -> None:
     assert tokens["low"] < -29.0 < tokens["high"] < 0.0
     assert tokens["p"] == pytest.approx(2 / 2**20), "all twenty went down"
 
-    shown = cli("compare", "--tracking-uri", store, first, second).stdout
+    shown = compared(*options, first, second).output
     table = [" ".join(line.split()) for line in shown.splitlines()]
     head = "metric pairs first second difference 95 % interval p test"
     assert head in table
     assert any(line.startswith("success 20 0.25 0.65 +0.4 ") for line in table)
     assert "1 task solved by the first only: gaia/test/task-00" in table
     assert any(line.startswith("9 tasks solved by the second only: gaia/test/") for line in table)
-
-
-def test_it_is_logged_on_a_run(store: str, evaluation: Evaluation) -> None:
-    """What was printed, and all of it as JSON."""
-    first, second = evaluation("before", BEFORE), evaluation("after", AFTER)
-    options = ("--tracking-uri", store, "--metric", "success", "--log", second)
-    done = run_cli("compare", *options, first, second, first)
-    assert done.returncode == 0, done.stderr
-    client = MlflowClient(store)
-    assert {one.path for one in client.list_artifacts(second)} == {
-        "comparison.json",
-        "comparison.txt",
+    logged = {
+        one.path: Path(MlflowClient(store).download_artifacts(second, one.path)).read_text("utf-8")
+        for one in MlflowClient(store).list_artifacts(second)
     }
-    made = json.loads(Path(client.download_artifacts(second, "comparison.json")).read_text("utf-8"))
-    assert [(one["first"], one["second"]) for one in made] == [(first, second), (first, first)]
-    assert [*made[0]["metrics"]] == ["success"]
-    text = Path(client.download_artifacts(second, "comparison.txt")).read_text("utf-8")
-    assert text.strip() == done.stdout.strip()
+    assert logged.keys() == {"comparison.json", "comparison.txt"}, "twice is as once"
+    assert json.loads(logged["comparison.json"]) == [found]
+    assert logged["comparison.txt"].strip() == shown.strip()
+
+    narrow = compared("--tracking-uri", store, first, second, COLUMNS="60").output
+    assert all(len(line) <= 60 for line in narrow.splitlines() if "task" not in line)
+
+
+def test_three_evaluations_some_without_a_common_task(store: str, evaluation: Evaluation) -> None:
+    """Each is compared with the first one. An infinity, which is logged for one task, is none."""
+    values = [float("inf"), float("-inf"), float("nan"), 1.0, 2.0]
+    first = evaluation("first", {"loss": [1.0] * 5})
+    second = evaluation("second", {"loss": values})
+    client = MlflowClient(store)
+    parent = client.create_run(client.get_run(first).info.experiment_id).info.run_id
+    tags = {PARENT: parent, "qitos.trace_id": "t", "qitos.task_id": "another"}
+    client.set_terminated(
+        client.create_run(client.get_run(first).info.experiment_id, tags=tags).info.run_id
+    )
+    done = compared("--tracking-uri", store, "--json", first, second, parent)
+    assert done.exit_code == 0, done.output
+    one, other = json.loads(done.output, parse_constant=pytest.fail)
+    assert (one["metrics"]["loss"]["n"], one["metrics"]["loss"]["second"]) == (2, 1.5)
+    assert (other["metrics"], len(other["only_first"])) == ({}, 5)
+    assert (
+        "No task has a metric in both." in compared("--tracking-uri", store, first, parent).output
+    )
 
 
 def test_agents_below_two_runs_and_whole_experiments(
     shared_server: MlflowServer, cli: Run, experiment_name: str
 ) -> None:
-    """Runs that agents have logged are paired by their task; tasks without a partner are named."""
+    """Runs that agents have logged are paired by their task; tasks without a partner are named.
+
+    Of an evaluation, it counts what the benchmark says: the agents themselves find all solved.
+    """
     server = shared_server.ensure_running()
     script = """
-        import mlflow
+        import mlflow, qitos_mlflow
         mlflow.set_experiment(NAME)
         made = []
         for tasks in (("a", "b", "c"), ("a", "b", "d")):
@@ -118,6 +141,13 @@ def test_agents_below_two_runs_and_whole_experiments(
             made.append(run.info.run_id)
         mlflow.set_experiment(f"{NAME} 2")
         ModelAgent(Model(FINAL)).run("a", render=False, trace=False)
+        mlflow.set_experiment(f"{NAME} 3")
+        for name, solved in (("one", "a"), ("two", "ab")):
+            with qitos_mlflow.evaluation(name, benchmark="gaia") as sweep:
+                for task in "abc":
+                    with sweep.task(task) as one:
+                        ModelAgent(Model(FINAL)).run(task, render=False, trace=False)
+                        one.result(success=task in solved)
         print(*made)
     """
     names = f"NAME = {experiment_name!r}"
@@ -135,25 +165,44 @@ def test_agents_below_two_runs_and_whole_experiments(
     assert made["metrics"]["total_steps"]["n"] == 1
     trials = [(task["task"], task["trial"]) for task in made["only_second"]]
     assert trials == [("a", "1"), ("b", "0"), ("b", "1"), ("c", "0"), ("d", "0")]
+    experiment = server.client.get_experiment_by_name(f"{experiment_name} 3").experiment_id
+    one, two = server.client.search_runs(
+        [experiment], "tags.`qitos.evaluation` LIKE '%'", order_by=["attributes.start_time"]
+    )
+    [made] = json.loads(compared(*uri, "--json", one.info.run_id, two.info.run_id).output)
+    success = made["metrics"]["success"]
+    assert (success["n"], success["first"], success["second"]) == (3, 1 / 3, 2 / 3)
+    assert [(task["benchmark"], task["task"]) for task in made["won"]] == [("gaia", "b")]
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("args", "said"),
     [
-        (("only one",), "give at least two evaluations"),
-        (("nowhere", "nowhere"), "no run and no experiment 'nowhere'"),
-        (("Default", "Default"), "'Default' has no runs of agents to compare"),
+        (["only one"], "give at least two evaluations"),
+        (["nowhere", "nowhere"], "no run and no experiment 'nowhere'"),
+        (["it's", "0"], 'no run and no experiment "it\'s"'),
+        (["Default", "Default"], "'Default' has no runs of agents to compare"),
+        (
+            ["{run}", "{run}", "--metric", "typo"],
+            "no task has the metric 'typo' in two evaluations",
+        ),
+        (["{run}", "{run}", "--log", "nowhere"], "Run with id=nowhere not found"),
+        (["--tracking-uri", "http://127.0.0.1:9", "a", "b"], "http://127.0.0.1:9: "),
     ],
 )
-def test_what_cannot_be_compared(store: str, names: tuple[str, ...], said: str) -> None:
-    done = run_cli("compare", "--tracking-uri", store, *names)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"qitos-mlflow: {said}"
+def test_what_cannot_be_compared(
+    args: list[str], said: str, store: str, evaluation: Evaluation
+) -> None:
+    """One line says why, and soon."""
+    run = evaluation("one", {"success": [1.0]})
+    done = compared("--tracking-uri", store, *(arg.format(run=run) for arg in args))
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1].startswith(f"qitos-mlflow: {said}")
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message has the command that installs it."""
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    done = CliRunner().invoke(main, ["compare", "a", "b"])
+    done = compared("a", "b")
     assert "pip install 'qitos-mlflow[compare]'" in done.output
     assert done.exit_code == 2

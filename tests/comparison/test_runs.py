@@ -5,37 +5,69 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qitos_mlflow.comparison.runs import Run, Task, by_task, compare
+import pytest
+
+from qitos_mlflow.comparison.runs import by_task, compare
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef, StoredRun
 
 
-def run(task: str, number: int = 0, *, tags: Any = None, **metrics: float) -> Run:
-    """A run on a task; `number` says when it began."""
-    about = {"qitos.task_id": task, "qitos.benchmark": "gaia", **(tags or {})}
-    return Run(f"{task}-{number}", number, metrics, {"benchmark_split": "test"}, about)
+def run(
+    task: str, number: int = 0, *, status: str = "FINISHED", tags: Any = None, **metrics: float
+) -> StoredRun:
+    """A run on a task; `number` says when it began, ``__`` in a metric's name is a slash."""
+    about = {"qitos.task_id": task, "qitos.benchmark": "gaia", "qitos.split": "test"}
+    ref = RunRef(f"{task}-{number}", "1", "", "", number)
+    found = {key.replace("__", "/"): value for key, value in metrics.items()}
+    return StoredRun(ref, status, None, found, {**about, **(tags or {})})
+
+
+def ids(runs: list[StoredRun]) -> dict[str, list[str]]:
+    """The ids of the runs that count, by task."""
+    return {str(task): [r.ref.run_id for r in one.runs] for task, one in by_task(runs).items()}
 
 
 def test_runs_are_paired_by_task_and_trial() -> None:
     """The n-th run of a task is its n-th trial, whatever the order in which the server has them."""
-    found = by_task([run("b", 5), run("a", 3), run("a", 1), run("a", 2), run("b", 4)])
-    assert {str(task): one.run_id for task, one in found.items()} == {
-        "gaia/test/a": "a-1", "gaia/test/a#1": "a-2", "gaia/test/a#2": "a-3",
-        "gaia/test/b": "b-4", "gaia/test/b#1": "b-5",
+    found = ids([run("b", 5), run("a", 3), run("a", 1), run("a", 2), run("b", 4)])
+    assert found == {
+        "gaia/test/a": ["a-1"], "gaia/test/a#1": ["a-2"], "gaia/test/a#2": ["a-3"],
+        "gaia/test/b": ["b-4"], "gaia/test/b#1": ["b-5"],
     }  # fmt: skip
 
 
-def test_a_named_trial_counts_and_the_last_run_of_it() -> None:
-    """A sweep that was resumed may have run a trial twice."""
-    trial = {"qitos.trial": "7"}
-    found = by_task([run("a", 1, tags=trial), run("a", 2, tags=trial)])
-    assert {task: one.run_id for task, one in found.items()} == {
-        Task("gaia", "test", "a", "7"): "a-2"
-    }
+def test_a_named_trial_counts_and_the_last_run_of_it_that_is_over() -> None:
+    """A sweep that was resumed may have run a trial twice, and another benchmark have its name."""
+    trial, other = {"qitos.trial": "7"}, {"qitos.trial": "7", "qitos.benchmark": "other"}
+    runs = [run("a", 1, tags=trial), run("a", 2, tags=trial), run("a", 4, tags=other)]
+    killed = run("a", 3, tags=trial, status="KILLED")
+    assert ids([*runs, killed]) == {"gaia/test/a#7": ["a-2"], "other/test/a#7": ["a-4"]}
 
 
-def test_a_task_without_an_id_is_its_text() -> None:
-    """A run without a task is not compared."""
-    found = by_task([Run("1", params={"task": "Say hello."}), Run("2")])
-    assert [str(task) for task in found] == ["Say hello."]
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        run("a", status="RUNNING"),
+        run("a", status="KILLED"),
+        run("a", tags={"qitos.skipped": "no data"}),
+        run("a", tags={"qitos.linked_trace_id": "of an agent"}),
+        run(""),
+    ],
+)
+def test_runs_that_do_not_count(left_out: StoredRun) -> None:
+    """As in an evaluation's own numbers: what is not over, was skipped, or is another run's."""
+    assert ids([left_out, run("b")]) == {"gaia/test/b": ["b-0"]}
+
+
+def test_the_verdict_of_the_benchmark_beats_the_agents_own_success() -> None:
+    """And the runs of one attempt are one task: what was used is added up."""
+    tags = {"qitos.attempt": "x", "qitos.trial": "0"}
+    agents = [run("a", n, tags=tags, success=1.0, total_tokens=n) for n in (1, 2)]
+    wrong = run("a", 3, tags=tags, verdict__success=0.0, verdict__reward=0.5)
+    right = run("a", 9, success=0.0, verdict__success=1.0, total_tokens=5.0)
+    found = compare(("A", [*agents, wrong]), ("B", [right]))
+    assert [task.task for task in found.won] == ["a"]
+    assert [*found.metrics] == ["success", "total_tokens"]
+    assert found.metrics["total_tokens"].first == 3.0
 
 
 def test_what_flipped_and_what_is_missing() -> None:
@@ -52,17 +84,22 @@ def test_what_flipped_and_what_is_missing() -> None:
 
 def test_the_metrics_of_both() -> None:
     """Success comes first; the last values of series and single tools are no totals."""
-    metrics = {"total_tokens": 5.0, "success": 1.0, "step/number": 3.0, "tool/add/calls": 2.0}
+    metrics = {"a": 5.0, "success": 1.0, "step/number": 3.0, "tool/add/calls": 2.0}
+    metrics |= {"verdict/reward": 0.5}
     first = [run("a", **metrics, only_here=1.0), run("b", **metrics)]
     found = compare(("A", first), ("B", [run("a", **metrics), run("b", **metrics)]))
-    assert [*found.metrics] == ["success", "total_tokens"]
+    assert [*found.metrics] == ["success", "verdict/reward", "a"]
     chosen = compare(("A", first), ("B", first), ["step/number", "unknown"])
     assert [*chosen.metrics] == ["step/number"]
 
 
 def test_values_that_are_no_numbers_are_left_out() -> None:
-    first = [run("a", loss=float("nan")), run("b", loss=1.0), run("c", loss=2.0)]
-    assert compare(("A", first), ("B", first)).metrics["loss"].n == 2
+    """Nor an infinity, which MLflow's stores keep as the largest number."""
+    values = (float("nan"), 1.0, 2.0, 1.7976931348623157e308, float("-inf"))
+    first = [run(str(number), loss=value) for number, value in enumerate(values)]
+    second = [run(str(number), loss=3.0) for number in range(len(values))]
+    loss = compare(("A", first), ("B", second)).metrics["loss"]
+    assert (loss.n, loss.mean) == (2, 1.5)
 
 
 def test_it_is_json() -> None:

@@ -25,6 +25,7 @@ VERDICT = "verdict/"
 """Begins the names of the metrics with which a benchmark judges a run."""
 
 TASK_TAG, TRIAL_TAG, ATTEMPT_TAG = "qitos.task_id", "qitos.trial", "qitos.attempt"
+PLACE_TAGS = ("qitos.benchmark", "qitos.split", TASK_TAG, TRIAL_TAG)
 CATEGORY_TAG, SKIPPED_TAG, STOP_TAG = "qitos.category", "qitos.skipped", "stop_reason"
 PREDICTION_TAG = "qitos.prediction"
 
@@ -71,8 +72,8 @@ class Attempt:
     def place(self) -> tuple[str, ...]:
         """The same for another attempt at the same task in the same trial."""
         if TRIAL_TAG in self.tags:
-            return self.tags.get(TASK_TAG, ""), self.tags[TRIAL_TAG]
-        return ("", "", self.runs[0].ref.run_id)
+            return tuple(self.tags.get(tag, "") for tag in PLACE_TAGS)
+        return (self.runs[0].ref.run_id,)
 
     @property
     def task(self) -> str:
