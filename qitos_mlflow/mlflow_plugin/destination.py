@@ -171,7 +171,8 @@ class MlflowPipeline(RecordPipeline):
 
     def __init__(self, to: Destination, key: Hashable, settings: Settings) -> None:
         self._to = to
-        self.max_picture_bytes = _max_picture_bytes()
+        # A picture must leave room in the queue for the spans.
+        self.max_picture_bytes = min(_max_picture_bytes(), settings.queue_bytes // 8)
         asked = not is_http(to.uri) or imported(REGISTRY) is not None
         super().__init__(segment_header(to, asked=asked), key, settings, local=is_local(to.uri))
 

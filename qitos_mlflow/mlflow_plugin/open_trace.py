@@ -11,7 +11,7 @@ from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_us
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.context import Begun
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
-from qitos_mlflow.mlflow_plugin.fluent.versions import prompts_of
+from qitos_mlflow.mlflow_plugin.fluent.versions import current_trace, prompts_of
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.mapping.lineage import PROMPTS, prompts_tag
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
@@ -26,6 +26,7 @@ class OpenTrace(TraceRecorder):
     """A trace that is recorded for MLflow.
 
     Attributes:
+        around: QitOS's id of the trace in which it began, if there is one.
         run: its run, once there is one.
         active: that run as MLflow's active run.
         tree: has its spans if they are part of a trace of MLflow's own tracer.
@@ -42,7 +43,8 @@ class OpenTrace(TraceRecorder):
         parent_run_id: str | None = None,
     ) -> None:
         super().__init__(trace, pipeline, settings, run_settings)
-        self._of_host = str(trace.trace_id), uri
+        self.around = current_trace.get()
+        self._prompts, self._uri = prompts_of(str(trace.trace_id)), uri
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,
@@ -55,19 +57,22 @@ class OpenTrace(TraceRecorder):
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
         self.tree: Any = None
         self.autolog = None
+        self.no_pictures = not run_settings["log_traces"]
         if not settings.log_traces or self.id != host_id:
             return
         if not self.run.out_of_reach() and mlflow_in_use() and same_place(uri):
             with shield("plugin.tree"):
                 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import tree_around
 
-                self.tree = tree_around(trace, self.run, settings.field_bytes, parent_run_id)
+                most = settings.field_bytes, parent_run_id, pipeline.max_picture_bytes
+                self.tree = tree_around(trace, self.run, *most)
         if self.tree is None:
             sampled = run_settings["log_traces"]
             self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
         else:
             self.autolog, self.shared = self.tree, True
             run_settings["log_traces"] = False
+            self.no_pictures = True
             run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
 
     @property
@@ -106,8 +111,10 @@ class OpenTrace(TraceRecorder):
     def tags(self) -> Mapping[str, str]:
         """The tags that were set on the trace through MLflow, and the prompts that were loaded."""
         tags = {} if self.autolog is None or self.tree is not None else self.autolog.end()
-        prompts = prompts_of(*self._of_host)
-        return {**tags, PROMPTS: prompts_tag(prompts)} if prompts else tags
+        with shield("open_trace.prompts"):
+            if self._prompts and same_place(self._uri):
+                tags = {**tags, PROMPTS: prompts_tag([*self._prompts])}
+        return tags
 
     def recorded(self, payload: bytes) -> None:
         """Show it in MLflow's own trace, if its spans are there."""

@@ -174,7 +174,7 @@ class MlflowPlugin:
             if open_trace.tree is not None:
                 open_trace.tree.end()
             open_trace.active.leave(open=stays_open)
-            current_trace.set(None)
+            current_trace.set(open_trace.around)
         self._call_if_idle()
 
     @hookimpl

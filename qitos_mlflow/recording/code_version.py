@@ -29,6 +29,9 @@ the first trace of a short process would have no version. It must not use up the
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 """Variables that name the repository whose hook has started the process."""
 
+_QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+"""It writes nothing, connects to nothing and asks for nothing."""
+
 
 class CodeVersion:
     """Adds the version to records of one pipeline. Used by one thread at a time."""
@@ -46,9 +49,10 @@ class CodeVersion:
         if trace_id not in self._without:
             return
         if kind == "trace_end":
-            until_s = lookup.began_s + min(WAIT_S, exit_timeout_s / 5)
-            lookup.known.wait(max(0.0, until_s - time.monotonic()))
-            check()
+            left_s = lookup.began_s + min(WAIT_S, exit_timeout_s / 5) - time.monotonic()
+            if left_s > 0 and not lookup.known.is_set():  # Its lock may be held since a fork.
+                lookup.known.wait(left_s)
+                check()
         if kind == "trace_end" or lookup.known.is_set():
             self._without.discard(trace_id)
             if lookup.code:
@@ -72,7 +76,7 @@ class _Lookup(OwnThread):
             self.known.set()
 
     def _look(self) -> None:
-        script = Path(sys.argv[0] if sys.argv else "").absolute()
+        script = Path(sys.argv[0] if sys.argv else "")
         places = [(str(script.parent), script.name)] if script.is_file() else []
         for directory, file in (*places, (".", "")):
             # Commands that run nothing that the repository names, so its owner does not matter.
@@ -105,7 +109,7 @@ class _Lookup(OwnThread):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 timeout=max(0.0, left_s),
-                env={**environ, "GIT_OPTIONAL_LOCKS": "0"},  # It writes nothing.
+                env={**environ, **_QUIET},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
                 check=True,
             )

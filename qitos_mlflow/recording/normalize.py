@@ -85,16 +85,9 @@ def normalize(
     if record["kind"] == "artifact":
         return orjson.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
-    taken: Pictures = {}
-
-    def take(found: dict[str, Any]) -> None:
-        if pictures is not None:
-            taken.update(pictures.take(found, all_sizes=len(snapshot) > field_bytes))
-
-    record = safe(record, len(snapshot), field_bytes, take)
+    pictures = None if record.pop("no_pictures", False) else pictures
+    record = safe(record, len(snapshot), field_bytes, pictures)
     record |= additions(record, field_bytes)
-    if pictures is not None:
-        pictures.keep(record, taken)
     return orjson.dumps(record)
 
 
@@ -102,7 +95,7 @@ def safe(
     record: dict[str, Any],
     size: int,
     field_bytes: int,
-    take: Callable[[dict[str, Any]], object] = lambda record: None,
+    pictures: TakenPictures | None = None,
 ) -> dict[str, Any]:
     """The record with times as numbers, without credentials, and cut; a file has a way of its own.
 
@@ -110,19 +103,23 @@ def safe(
         record: as `to_json.encode` wrote it; it is changed.
         size: of what it wrote (bytes).
         field_bytes: largest size of one field (bytes).
-        take: takes pictures out; those that are left and are large become notes.
+        pictures: as in `normalize`.
     """
     _spell_out(record)
     put_files(record)
     # Pictures first: they cost no search for credentials then, and no text is cut for them.
+    taken: Pictures = {}
     if size > MAX_INLINED_CHARS:
-        take(record)
+        if pictures is not None:
+            taken = pictures.take(record, 0 if size > field_bytes else MAX_INLINED_CHARS)
         record = note_large(record)
     record = _redacted(record)
     # Cut last: a cut could leave half a secret, which nothing recognises.
     if size > field_bytes:
         content = {name: value for name, value in record.items() if name not in UNCUT}
         record |= trim_fields(content, field_bytes)
+    if pictures is not None:
+        pictures.keep(record, taken)
     return record
 
 
@@ -135,7 +132,8 @@ def additions(record: dict[str, Any], field_bytes: int) -> dict[str, Any]:
     with _asking:  # Plugins expect one call at a time.
         found = _answers.pop(key, None) if shared else None
         if found is None:
-            found = _ask_plugins(record)
+            shown = {name: value for name, value in record.items() if name != "pictures"}
+            found = _ask_plugins(shown)
             if shared:
                 _answers[key] = found
                 while len(_answers) > MAX_ANSWERS:  # The other thread has lost its record.

@@ -2,15 +2,17 @@
 
 A desktop's screenshots are one file, written anew with each step. So the file is read on the
 agent's thread's time, but by another thread: a path may be on a network that is gone, and nothing
-can end a read there. The agent waits `WAIT_S` at most, and not at all while an earlier read hangs.
+can end a read there. The agent waits `WAIT_S` at most, and not at all for a while afterwards.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import stat
+import time
 from base64 import b64encode
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,15 +24,19 @@ from qitos_mlflow.redaction.pictures import reference, type_of
 WAIT_S = 0.2
 """Longest wait for the files of one span (seconds). One of 1 MB takes 2 ms; one that is the same as
 for the last span 0.1 ms."""
+PAUSE_S = 10.0
+"""After a wait in vain no file is read for so long (seconds), nor while that reading hangs."""
 MAX_FILES = 8
 """Files that are read for one span; the newest messages come last, and first here."""
 MAX_SEEN = 200
 """Files that a trace remembers as read."""
+SETTLED_NS = 100_000_000
+"""A file that has just been written may be written again within one tick of the file system's
+clock (nanoseconds). Then only its content shows it."""
 
 READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _TYPE = b"image_file"
 _PATH = re.compile(rb'"type":"image_file"[^{}\[\]]*?"path":("(?:[^"\\]|\\.)*")')
 
@@ -47,21 +53,22 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
     Args:
         payload: of a span in `READ_FOR`.
         seen: the trace's; changed.
-        max_bytes: a larger file is not read (bytes).
+        max_bytes: of all files together; one that has no room is not read (bytes).
     """
-    global _reading
+    global _late
     if _TYPE not in payload:
         return payload
     with shield("picture_files"):
         named = dict.fromkeys(orjson.loads(path) for path in reversed(_PATH.findall(payload)))
         paths = [path for path in [*named][:MAX_FILES] if "://" not in path]
-        if not paths or (_reading is not None and _reading.is_alive()):
+        if not paths or (_late is not None and _late.blocks()):
             return payload
-        _reading = reading = _Reading(paths, seen.copy(), max_bytes)
+        reading = _Reading(paths, seen.copy(), max_bytes)
         reading.start()
         reading.join(WAIT_S)
         if reading.is_alive():
-            warn("picture_files", "%s cannot be read in time; traces go without it", paths)
+            _late = reading
+            warn("picture_files", "a picture's file cannot be read in time; traces go without it")
         elif reading.found:
             if len(seen) < MAX_SEEN:
                 seen.update(reading.read)
@@ -82,38 +89,39 @@ class _Reading(OwnThread):
 
     def __init__(self, paths: list[str], seen: Seen, max_bytes: int) -> None:
         super().__init__("qitos-mlflow-picture-files")
-        self._paths, self._seen, self._max_bytes = paths, seen, max_bytes
+        self._paths, self._seen, self._left_bytes = paths, seen, max_bytes
+        self._began_s = time.monotonic()
         self.found: dict[str, dict[str, str]] = {}
         self.read: Seen = {}
 
+    def blocks(self) -> bool:
+        """Whether this reading, which was late, keeps others from being tried."""
+        return self.is_alive() or time.monotonic() < self._began_s + PAUSE_S
+
     def work(self) -> None:
         for path in self._paths:
-            try:
+            with suppress(OSError, ValueError):
                 self._read(path)
-            except (OSError, ValueError):
-                continue
 
     def _read(self, path: str) -> None:
+        now = Path(path).stat()
         # A FIFO would not open before something writes to it.
-        file = os.open(path, _FLAGS)
-        try:
-            now = os.fstat(file)
-            state = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-            if not stat.S_ISREG(now.st_mode) or now.st_size > self._max_bytes:
-                return
-            known = self._seen.get(path)
-            if known is not None and known[0] == state:
-                self.found[path] = {"data": known[1], "mime_type": ""}
-                return
-            with open(file, "rb", closefd=False) as content:
-                data = content.read(self._max_bytes)
-        finally:
-            os.close(file)
-        base64 = b64encode(data).decode()
-        if (media := type_of(base64)) is None:  # Whatever it is, it is no picture.
+        if not stat.S_ISREG(now.st_mode) or now.st_size > self._left_bytes:
             return
-        self.found[path] = {"data": base64, "mime_type": media}
-        self.read[path] = state, reference(data, media, len(base64))
+        state = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        known = self._seen.get(path)
+        if known is not None and known[0] == state:
+            self.found[path] = {"data": known[1]}
+            return
+        with Path(path).open("rb") as file:
+            data = file.read(now.st_size + 1)
+        base64 = b64encode(data).decode()
+        # Whatever it is otherwise, it is no picture, or not yet.
+        if len(data) == now.st_size and (media := type_of(base64)) is not None:
+            self._left_bytes -= len(data)
+            self.found[path] = {"data": base64, "mime_type": media}
+            if time.time_ns() - max(now.st_mtime_ns, now.st_ctime_ns) > SETTLED_NS:
+                self.read[path] = state, reference(data, media)
 
 
 def _with_contents(value: Any, files: dict[str, dict[str, str]]) -> Any:
@@ -126,4 +134,5 @@ def _with_contents(value: Any, files: dict[str, dict[str, str]]) -> Any:
     return {key: _with_contents(item, files) for key, item in value.items()}
 
 
-_reading: _Reading | None = None
+_late: _Reading | None = None
+"""The last one that the agent has waited for in vain."""

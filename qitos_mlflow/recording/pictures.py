@@ -1,4 +1,4 @@
-"""Pictures of one pipeline's spans, taken out of their records. Spooling thread.
+"""Pictures of spans, taken out of their records. Used by one thread.
 
 A model is sent all pictures of a conversation again with every step. Each is recorded once for each
 trace; the other records refer to it.
@@ -14,7 +14,7 @@ from qitos_mlflow.redaction.pictures import Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
 MAX_KNOWN = 10_000
-"""Pictures that are remembered; one that is forgotten is recorded once more."""
+"""Pictures of one trace that are remembered; after so many, each is recorded once more."""
 
 
 class TakenPictures:
@@ -26,18 +26,17 @@ class TakenPictures:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._known: dict[tuple[str, str], None] = {}
+        self._known: dict[str, set[str]] = {}
 
-    def take(self, record: dict[str, Any], *, all_sizes: bool) -> Pictures:
-        """Replace the record's pictures by references; returns their contents.
+    def take(self, record: dict[str, Any], least_chars: int = MAX_INLINED_CHARS) -> Pictures:
+        """Replace the pictures of a span's record by references; returns their contents.
 
         Args:
-            record: a span's; changed.
-            all_sizes: also those that may stay inlined.
+            record: it is changed.
+            least_chars: shorter ones stay inlined (characters).
         """
         found: Pictures = {}
         if self.max_bytes and record["kind"] == "span":
-            least_chars = 0 if all_sizes else MAX_INLINED_CHARS
             for part in ("data", "output"):
                 if part in record:
                     record[part] = take_pictures(record[part], least_chars, self.max_bytes, found)
@@ -50,19 +49,21 @@ class TakenPictures:
         """
         if not found:
             return
-        text, trace_id = orjson.dumps(record), record["trace_id"]
-        new = {
-            key: content
-            for key, content in found.items()
-            if (trace_id, key) not in self._known and key.encode() in text
-        }
-        if new:
+        text, known = orjson.dumps(record), self._known.setdefault(record["trace_id"], set())
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        new = {key: base64 for key, base64 in found.items() if key.encode() in text}
+        if new := {key: base64 for key, base64 in new.items() if key not in known}:
             record["pictures"] = new
-            self._known.update(dict.fromkeys((trace_id, key) for key in new))
-            while len(self._known) > MAX_KNOWN:
-                del self._known[next(iter(self._known))]
+            known.update(new)
+        if "late" in record:  # After the trace's end.
+            self.end(record["trace_id"])
 
     def forget(self, record: dict[str, Any]) -> None:
         """A record was lost: the next one that refers to its pictures has them again."""
-        for key in record.get("pictures", ()):
-            self._known.pop((record["trace_id"], key), None)
+        if known := self._known.get(record["trace_id"]):
+            known.difference_update(record.get("pictures", ()))
+
+    def end(self, trace_id: str) -> None:
+        """The trace has ended."""
+        self._known.pop(trace_id, None)

@@ -40,6 +40,7 @@ class TraceRecorder:
     Attributes:
         content: whether its records hold inputs and outputs.
         id: of the trace in its records; see `RecordPipeline.add`.
+        no_pictures: its spans are not shown, so the spool needs no pictures of them.
         closed: its plugin takes no more spans.
         ended: its end is recorded: only late spans can follow.
         shared: what `recorded` gets is used, too, with what plugins add.
@@ -55,6 +56,7 @@ class TraceRecorder:
         self.id: str
         self.pipeline = pipeline
         self.content = settings.capture_content and content_allowed(trace)
+        self.no_pictures = False
         self.closed = False
         self.ended = self.shared = False
         self._field_chars = settings.field_bytes
@@ -152,6 +154,8 @@ class TraceRecorder:
                 record["shared"] = True
             if self._late:
                 record |= {"late": self._late, **self._settings}
+            if self.no_pictures:
+                record["no_pictures"] = True
             payload = encode(record, self._slow)
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
                 payload = with_picture_files(payload, self._pictures, most)
@@ -208,6 +212,7 @@ class TraceRecorder:
             return
         self.ended = True
         self._handling = None  # Its traceback keeps the agent's local variables alive.
+        self._pictures.clear()
         end: dict[str, Any] = {
             "kind": "trace_end",
             "trace_id": self.id,

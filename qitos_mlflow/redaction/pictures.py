@@ -1,7 +1,7 @@
 """Pictures in records: each becomes a reference, and its content is kept apart, once. Pure.
 
-A reference is a text such as ``picture:<id>?type=image/png&size=3000&chars=4000``. The id follows
-from the content. `size` is in bytes; `chars` is the length of the text that it stands for.
+A reference is a text such as ``picture:<id>?type=image/png&size=3000``. The id follows from the
+content; `size` is in bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ Pictures = dict[str, str]
 """The contents of pictures in base64, by their ids."""
 
 REFERENCE = re.compile(
-    r"picture:(?P<id>[0-9a-f-]{36})\?type=(?P<type>image/[\w.+-]{1,64})"
-    r"&size=(?P<size>\d+)&chars=(?P<chars>\d+)",
+    r"picture:(?P<id>[0-9a-f-]{36})\?type=(?P<type>image/[\w.+-]{1,64})&size=(?P<size>\d+)",
     re.ASCII,
 )
 _DATA_URL = re.compile(r"data:(image/[\w.+-]{1,64});base64,", re.ASCII | re.IGNORECASE)
@@ -36,10 +35,10 @@ def type_of(base64: str) -> str | None:
     return next((kind for start, kind in PICTURE_TYPES.items() if base64.startswith(start)), None)
 
 
-def reference(content: bytes, media: str, chars: int) -> str:
-    """What stands for a picture; `chars` is the length of the text that it replaces."""
+def reference(content: bytes, media: str) -> str:
+    """What stands for a picture."""
     identity = UUID(bytes=blake2b(content, digest_size=16).digest())
-    return f"picture:{identity}?type={media.lower()}&size={len(content)}&chars={chars}"
+    return f"picture:{identity}?type={media.lower()}&size={len(content)}"
 
 
 def take_pictures(value: Any, least_chars: int, most_bytes: int, found: Pictures) -> Any:
@@ -63,7 +62,7 @@ def take_pictures(value: Any, least_chars: int, most_bytes: int, found: Pictures
             return text
         if not 0 < len(content) <= most_bytes:
             return text
-        made = reference(content, media, len(text))
+        made = reference(content, media)
         found[made[len("picture:") :][:36]] = base64
         return made
 

@@ -149,6 +149,47 @@ def test_a_file_that_is_overwritten_shows_each_step_its_own(
     assert shown[-1] == shown[-2]
 
 
+INSIDE = """
+import mlflow
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.recording.pipelines import RecordPipeline
+from qitos_mlflow.tracing import add_trace_processor, create_trace
+from tests.integration.test_pictures import LARGE, data_url, generation, png
+
+large = data_url(png(5, LARGE, compressed=False))
+spool, spooled = RecordPipeline.normalize, []
+RecordPipeline.normalize = lambda *args: spooled.append(spool(*args)) or spooled[-1]
+add_trace_processor(processor := MlflowTraceProcessor())
+mlflow.set_experiment({experiment!r})
+with mlflow.start_span("the user's"), create_trace("looks") as trace:
+    for _ in range(3):
+        blocks = [{{"type": "image_url", "image_url": {{"url": url}}}}
+                  for url in (large, data_url(png(6)))]
+        generation(trace, *blocks, {{"type": "image_file", "path": "screen.png"}})
+mlflow.flush_trace_async_logging()
+assert processor.force_flush(90.0)
+assert spooled and not [one for one in spooled if large[30:100].encode() in one]
+"""
+
+
+def test_inside_a_span_of_mlflow_they_are_in_its_trace(
+    tracking_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's tracer sends them, each once; the spool has none."""
+    pictures = [png(5, LARGE, compressed=False), png(6), png(8, LARGE, compressed=False)]
+    Path("screen.png").write_bytes(pictures[2])
+    run_script(
+        INSIDE.format(experiment=experiment_name),
+        MLFLOW_TRACKING_URI=tracking_uri,
+        _MLFLOW_SERVER_ARTIFACT_ROOT=str(tmp_path),
+    )
+    found = only_trace(MlflowClient(tracking_uri), experiment_name)
+    assert {span.name for span in found.data.spans} >= {"the user's", "m"}
+    seen = [addresses(span) for span in generations(found)]
+    assert seen == seen[:1] * 3
+    assert [opened(found, address, tracking_uri) for address in seen[0]] == pictures
+
+
 def test_a_conversation_sends_each_picture_once(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -127,6 +127,32 @@ def test_variables_of_a_hook_name_no_other_repository(
     assert found()["branch"] == "topic/one"
 
 
+def test_a_directory_that_is_gone(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program was started as `python agent.py`, in a directory that it has removed."""
+    monkeypatch.setattr(sys, "argv", ["agent.py"])
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert found() is None
+
+
+def test_git_asks_nobody_and_connects_to_nothing(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that has only a part of its files would get the others, with a password."""
+    commands, said = tmp_path / "commands", tmp_path / "said"
+    commands.mkdir()
+    (commands / "git").write_text(
+        f'#!/bin/sh\necho "$GIT_TERMINAL_PROMPT $GIT_NO_LAZY_FETCH" >> {said}\nexit 1\n'
+    )
+    (commands / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    assert found() is None
+    assert {*said.read_text().splitlines()} == {"0 1"}
+
+
 def test_no_repository_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is known, and nothing is reported."""
     monkeypatch.setattr(sys, "argv", ["-c"])
@@ -198,6 +224,24 @@ def test_a_trace_that_begins_later_has_it_from_its_start(repository: Path) -> No
     for record in later:
         version.complete(record, EXIT_S)
     assert ["code" in record for record in later] == ["code" not in first, True]
+
+
+def test_a_fork_while_the_answer_comes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the child its lock may be held for ever: a trace that began before does not wait."""
+    version = CodeVersion()
+    version.complete({"kind": "trace_start", "trace_id": "t"}, EXIT_S)
+    lookup = code_version._lookup
+    assert lookup is not None
+    assert lookup.known.wait(20)
+    version._without.add("t")
+    monkeypatch.setattr(code_version, "WAIT_S", 20.0)
+    end = {"kind": "trace_end", "trace_id": "t"}
+    with lookup.known._cond:  # type: ignore[attr-defined]
+        child = threading.Thread(target=version.complete, args=(end, EXIT_S), daemon=True)
+        child.start()
+        child.join(5)
+        assert not child.is_alive()
+    assert end["code"]
 
 
 def test_a_forked_child_asks_for_itself(

@@ -71,6 +71,22 @@ def test_small_ones_stay_unless_they_are_too_many(pipeline: RecordPipeline) -> N
     assert len(many["pictures"]) == 1
 
 
+def test_a_trace_that_has_ended_leaves_nothing(pipeline: RecordPipeline) -> None:
+    """Also if a span of it ends after it."""
+    for fields in ({}, {"kind": "trace_end"}, {"late": 1}):
+        record = recorded(pipeline, output=data_url(LARGE), **fields)
+    assert len(record["pictures"]) == 1
+    assert pipeline._pictures._known == {}
+
+
+def test_a_span_that_is_not_shown_needs_none(pipeline: RecordPipeline) -> None:
+    """Such as one that MLflow's own tracer shows; large pictures would fill the spool."""
+    small = data_url(png(1))
+    record = recorded(pipeline, output=[data_url(LARGE), small], no_pictures=True)
+    assert record["output"] == [f"[image/png, {len(data_url(LARGE))} characters]", small]
+    assert record.keys().isdisjoint({"pictures", "no_pictures"})
+
+
 @pytest.mark.parametrize("most", [0, 1000])
 def test_larger_ones_than_wanted_are_notes(pipeline: RecordPipeline, most: int) -> None:
     pipeline._pictures.max_bytes = most
@@ -123,6 +139,11 @@ def files_in(payload: bytes) -> Any:
     return orjson.loads(payload).get("picture_files")
 
 
+@pytest.fixture(autouse=True)
+def none_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_files, "_late", None)
+
+
 @pytest.fixture
 def screen(tmp_path: Path) -> Path:
     made = tmp_path / 'a "quoted" screen.png'
@@ -130,17 +151,64 @@ def screen(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_file_is_read_once_while_it_stays_the_same(screen: Path) -> None:
+def test_a_file_is_read_once_while_it_stays_the_same(
+    screen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trace's next records refer to it."""
+    monkeypatch.setattr(picture_files, "SETTLED_NS", -1)
     seen: Seen = {}
     payload = naming(screen, detail="high")
     first = files_in(with_picture_files(payload, seen, MAX_BYTES))
     assert first == {str(screen): {"data": base64(LARGE), "mime_type": "image/png"}}
     second = files_in(with_picture_files(payload, seen, MAX_BYTES))
-    assert second[str(screen)]["data"] == reference(LARGE, "image/png", len(base64(LARGE)))
+    assert second[str(screen)]["data"] == reference(LARGE, "image/png")
     screen.write_bytes(png(4))
     third = files_in(with_picture_files(payload, seen, MAX_BYTES))
     assert third[str(screen)]["data"] == base64(png(4))
+
+
+def test_a_file_that_was_just_written_is_read_again(screen: Path) -> None:
+    """By its size and times, it is the same as the next screenshot if that comes at once."""
+    seen: Seen = {}
+    for _ in range(2):
+        found = files_in(with_picture_files(naming(screen), seen, MAX_BYTES))
+        assert found[str(screen)]["data"] == base64(LARGE)
+
+
+def test_all_files_of_a_span_have_one_bound(tmp_path: Path) -> None:
+    """Many large ones would fill the queue, and cost spans."""
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(png(number, 400, compressed=False))
+    found = files_in(with_picture_files(naming(*paths), {}, 2 * len(LARGE) + 1000))
+    assert {*found} == {*map(str, paths[2:])}
+
+
+def test_agents_in_other_threads_read_at_the_same_time(
+    screen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reading that is going on, and is not late, keeps no other one from its picture."""
+    began, go_on, read = threading.Event(), threading.Event(), picture_files._Reading._read
+
+    def first_waits(self: Any, path: str) -> None:
+        if not began.is_set():
+            began.set()
+            assert go_on.wait(20)
+        read(self, path)
+
+    monkeypatch.setattr(picture_files._Reading, "_read", first_waits)
+    monkeypatch.setattr(picture_files, "WAIT_S", 20.0)
+    payload = naming(screen)
+    seen: list[Any] = []
+    other = threading.Thread(
+        target=lambda: seen.append(files_in(with_picture_files(payload, {}, MAX_BYTES)))
+    )
+    other.start()
+    assert began.wait(20)
+    assert files_in(with_picture_files(payload, {}, MAX_BYTES))
+    go_on.set()
+    other.join(20)
+    assert seen[0]
 
 
 def test_the_block_has_the_picture(pipeline: RecordPipeline, screen: Path) -> None:
@@ -182,7 +250,7 @@ def test_only_the_newest_files_are_read(tmp_path: Path) -> None:
 def test_a_read_that_hangs_holds_the_agent_once(
     screen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The agent goes on without the picture, and waits for no other one before that is over."""
+    """The agent goes on without the picture, and tries no other one for a while."""
     gone, began = threading.Event(), []
 
     def hang(self: Any, path: str) -> None:
@@ -196,8 +264,11 @@ def test_a_read_that_hangs_holds_the_agent_once(
         for _ in range(3):
             assert with_picture_files(payload, {}, MAX_BYTES) == payload
         gone.set()
-        assert picture_files._reading is not None
-        picture_files._reading.join(20)
+        assert picture_files._late is not None
+        picture_files._late.join(20)
+        assert with_picture_files(payload, {}, MAX_BYTES) == payload, "a slow disk costs a little"
     assert began == [str(screen)]
     assert "cannot be read in time" in caplog.text
+    assert screen.name not in caplog.text, "names of files may hold anything"
+    monkeypatch.setattr(picture_files, "PAUSE_S", 0.0)
     assert files_in(with_picture_files(payload, {}, MAX_BYTES))

@@ -35,12 +35,14 @@ from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of
+from qitos_mlflow.mlflow_plugin.mapping.attachments import attach
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, feedback_of
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts, added
 from qitos_mlflow.recording.normalize import additions, nanoseconds, safe
+from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.redaction.redact import redact_text
 
 TRACE = "trace"
@@ -61,19 +63,13 @@ MODEL, USAGE = "mlflow.llm.model", "mlflow.chat.tokenUsage"
 
 
 def tree_around(
-    trace: Any, run: PendingRun, field_bytes: int, parent_run_id: str | None
+    trace: Any, run: PendingRun, field_bytes: int, parent_run_id: str | None, picture_bytes: int = 0
 ) -> MlflowTree | None:
     """The tree that a trace which begins on this thread is part of; None if it has its own.
 
     That is the one of MLflow's current span, if it is recorded. Inside `mlflow.genai.evaluate` it
     is a new one if there is none: the evaluation looks for what MLflow's tracer has made. Never
-    raises.
-
-    Args:
-        trace: the host's.
-        run: its run.
-        field_bytes: largest size of one field of a record (bytes).
-        parent_run_id: the run that it is a child of, which MLflow's trace belongs to.
+    raises. The arguments are those of `MlflowTree`.
     """
     with shield("mlflow_tree.begin"):
         above = sys.modules["mlflow"].get_current_active_span()
@@ -85,7 +81,7 @@ def tree_around(
                 return None  # It is over, or the parent process's.
         elif not _is_evaluated():
             return None
-        tree = MlflowTree(trace, above, run, field_bytes, parent_run_id)
+        tree = MlflowTree(trace, above, run, field_bytes, parent_run_id, picture_bytes)
         return tree if tree.trace_id else None
     return None
 
@@ -98,7 +94,8 @@ class MlflowTree:
         above: MLflow's span that they are below; None: they are a trace of their own.
         run: the QitOS trace's.
         field_bytes: largest size of one field of a record (bytes).
-        parent_run_id: the run's parent.
+        parent_run_id: the run that its own is a child of, which MLflow's trace belongs to.
+        picture_bytes: largest size of a picture that is attached (bytes); 0: none is.
 
     Attributes:
         trace_id: MLflow's id of its trace; empty if MLflow made none.
@@ -110,7 +107,8 @@ class MlflowTree:
         above: Any,
         run: PendingRun,
         field_bytes: int,
-        parent_run_id: str | None = None,
+        parent_run_id: str | None,
+        picture_bytes: int,
     ) -> None:
         self._facts = TraceFacts(str(trace.trace_id))
         self._tree = SpanTree(self._facts)
@@ -118,6 +116,7 @@ class MlflowTree:
         # MLflow deletes all traces of an evaluation's run but one for each row.
         self._parent_run_id = None if above is None else parent_run_id
         self._field_bytes = field_bytes
+        self._pictures = TakenPictures(picture_bytes)
         self._open: dict[str, Any] = {}
         self._over = False
         self._known_until_s = time.monotonic() + RENEW_S
@@ -209,7 +208,7 @@ class MlflowTree:
                 renew(manager, self.trace_id, trace)
 
     def _safe(self, payload: bytes) -> Any:
-        return safe(orjson.loads(payload), len(payload), self._field_bytes)
+        return safe(orjson.loads(payload), len(payload), self._field_bytes, self._pictures)
 
     @staticmethod
     def _show(live: Any, attributes: dict[str, Any]) -> None:
@@ -241,7 +240,7 @@ class MlflowTree:
     def _fold(self, payload: bytes) -> None:
         record = self._safe(payload)
         if record["kind"] == "span":
-            self._fold_span(record)
+            self._fold_span(record, payload)
             return
         self._facts.fold(record)
         spans = self._tree.fold(record)
@@ -249,11 +248,16 @@ class MlflowTree:
         if record["kind"] == "trace_end" and TRACE in self._open:
             self._end_of_trace(record, spans[-1])
 
-    def _fold_span(self, record: Any) -> None:
+    def _fold_span(self, record: Any, payload: bytes) -> None:
         live = self._open.get(record["span_id"])
         if live is None:
             return
         record |= additions(record, self._field_bytes)
+        if self._pictures.max_bytes:
+            record, pictures = attach(record, payload, self.trace_id)
+            made = sys.modules["mlflow.tracing.attachments"].Attachment
+            for one in pictures:  # MLflow sends them with its trace, each once.
+                live._attachments[one.id] = made(content_type="", content_bytes=one.content)
         found = {**span_attributes.of_span(record, self._tree.tools), **added(record, "attributes")}
         if record["span_id"] == self._root:
             found = {**self._tree.root_attributes, **found}

@@ -128,7 +128,8 @@ def _is_left_out() -> bool:
         # Without a context of MLflow's own it may be a span of the program's own tracer.
         if mlflow_in_use() and provider and provider.get_current_context() is not None:
             around = provider.get_current_otel_span().get_span_context()
-            return bool(around.is_valid and not around.trace_flags.sampled)
+            # One that MLflow has made while its tracing is off has none.
+            return bool(around and around.is_valid and not around.trace_flags.sampled)
     return False
 
 

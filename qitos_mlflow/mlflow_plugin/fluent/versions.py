@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakValueDictionary
 
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield
@@ -21,8 +22,6 @@ MODEL_VARIABLES = ("MLFLOW_ACTIVE_MODEL_ID", "_MLFLOW_ACTIVE_MODEL_ID")
 
 MAX_PROMPTS = 100
 """Prompts that are kept of one trace."""
-MAX_TRACES = 1000
-"""Traces whose prompts are kept; those of older ones are forgotten."""
 
 WATCHED = "_qitos_mlflow_prompts"
 """Attribute of what replaces `MlflowClient.load_prompt`."""
@@ -30,8 +29,13 @@ WATCHED = "_qitos_mlflow_prompts"
 current_trace: ContextVar[str | None] = ContextVar("qitos_mlflow_trace", default=None)
 """QitOS's id of the trace in which this thread or task works."""
 
-_loaded: dict[str, dict[PromptRef, None]] = {}
-"""The prompts of each trace, in the order in which they were loaded."""
+
+class Prompts(dict[PromptRef, None]):
+    """The prompts of one trace, in the order in which they were loaded."""
+
+
+_loaded: WeakValueDictionary[str, Prompts] = WeakValueDictionary()
+"""Those of each trace for which they are asked."""
 
 
 def active_model(uri: str | None) -> str | None:
@@ -45,12 +49,9 @@ def active_model(uri: str | None) -> str | None:
     return None
 
 
-def prompts_of(qitos_trace_id: str, uri: str | None) -> list[PromptRef]:
-    """The prompts that were loaded in a trace, if they are where the trace goes."""
-    with shield("versions.prompts"):
-        if (found := _loaded.get(qitos_trace_id)) and same_place(uri):
-            return [*found]
-    return []
+def prompts_of(qitos_trace_id: str) -> Prompts:
+    """The prompts that are loaded in a trace, from now on and for as long as this is kept."""
+    return _loaded.setdefault(qitos_trace_id, Prompts())
 
 
 def watch_prompts() -> None:
@@ -78,11 +79,6 @@ def _wrap_client(module: Any) -> None:
 
 
 def _note(prompt: Any) -> None:
-    trace_id = current_trace.get()
-    if trace_id is None or prompt is None:
-        return
-    known = _loaded.setdefault(trace_id, {})
-    if len(known) < MAX_PROMPTS:
+    known = _loaded.get(current_trace.get() or "")
+    if known is not None and prompt is not None and len(known) < MAX_PROMPTS:
         known[PromptRef(str(prompt.name), str(prompt.version))] = None
-    if len(_loaded) > MAX_TRACES:
-        _loaded.pop(next(iter(_loaded)), None)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.redaction.pictures import REFERENCE, Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
@@ -38,12 +37,15 @@ class Attachment(NamedTuple):
         return f"attachments/{self.id}"
 
 
-def attach(record: Mapping[str, Any], data: bytes) -> tuple[dict[str, Any], list[Attachment]]:
+def attach(
+    record: Mapping[str, Any], data: bytes, trace_id: str
+) -> tuple[dict[str, Any], list[Attachment]]:
     """A span's record with addresses of attachments in the place of pictures, and these.
 
     Args:
         record: decoded; it stays as it is.
         data: the record's bytes.
+        trace_id: MLflow's id of the trace whose attachments they are.
     """
     made = dict(record)
     found: Pictures = {**made.pop("pictures", {})}
@@ -51,7 +53,7 @@ def attach(record: Mapping[str, Any], data: bytes) -> tuple[dict[str, Any], list
         for part in ("data", "output"):
             if part in made:
                 part_of = take_pictures(made[part], 0, MAX_BYTES, found)
-                made[part] = _addressed(part_of, trace_id(str(record["trace_id"])))
+                made[part] = _addressed(part_of, trace_id)
     contents = {key: _bytes(base64) for key, base64 in found.items()}
     return made, [Attachment(key, content) for key, content in contents.items() if content]
 

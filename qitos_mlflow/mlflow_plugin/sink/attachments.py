@@ -15,8 +15,6 @@ from qitos_mlflow.mlflow_plugin.mapping.shorter import texts_in
 from qitos_mlflow.mlflow_plugin.server.transport import Transport
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
-SCHEME = b"mlflow-attachment:"
-
 
 class Attachments:
     """The attachments of one server. Used by one thread."""
@@ -28,9 +26,8 @@ class Attachments:
 
     def fit(self, trace: TraceState, spans: Sequence[Span], timeout_s: float) -> Sequence[Span]:
         """The spans, without attachments if the server has none."""
-        for span in spans:
-            if SCHEME in span.SerializeToString() and not self._are_supported(timeout_s):
-                return [_without(span, trace) for span in spans]
+        if trace.pictures and not self._are_supported(timeout_s):
+            return [_without(span, trace) for span in spans]
         return spans
 
     def write(self, trace: TraceState, run: RunRef, file: Any, timeout_s: float) -> None:

@@ -18,6 +18,7 @@ from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import VERDICT
+from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.run_totals import RunTotals
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
@@ -117,7 +118,7 @@ class TraceState:
         """Fold in the next record; what it adds waits to be sent."""
         self.waiting.records.append(data)
         if self.tree is not None and self.facts.settings.get("attachments", True):
-            made, pictures = attach(record, data)
+            made, pictures = attach(record, data, trace_id(self.facts.trace_id))
             record = cast("Record", made)
             self.waiting.artifacts += [one for one in pictures if self._is_new(one)]
         if record["kind"] == "artifact":
