@@ -94,6 +94,8 @@ def step(wrapped: Wrapped, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
         result = wrapped(*args, **kwargs)
         detach(agent_run, engine)
         agent_run.session_stepped(None)
+        with shield("bridge.result"):
+            results.note(result, agent_run.qitos_run_id, agent_run.live.trace.trace_id)
         if extract.first(result, "stop"):
             _end_session(agent_run, extract.text_of(extract.first(result, "stop_reason")))
     except BaseException as error:

@@ -25,6 +25,7 @@ class Logger:
         id: its name among the traces of the pipeline, which does not rest before it has ended.
         pipeline: where its records go.
         settings: how its run is logged; `evaluation` among them is what its children say.
+        own: fields of its own records, by which they name it.
         ended: its end is recorded.
     """
 
@@ -41,7 +42,7 @@ class Logger:
         for name in ("inherited_run_id", "experiment_of"):
             settings.pop(name, None)
         self.settings: RunSettings = settings | {"evaluation": reference, "log_traces": False}
-        self._own = {"trace_id": f"evaluation {of.id}", "settings": self.settings}
+        self.own = {"trace_id": f"evaluation {of.id}", "settings": self.settings}
         if of.owner:
             self.pipeline.add(self, f"evaluation {uuid4().hex}")
 
@@ -55,13 +56,13 @@ class Logger:
         name = self.settings["evaluation"]["name"]
         self.settings["tags"] = {**self.settings.get("tags", {}), **tags}
         self.settings["run_name"] = name
-        self.record(kind="evaluation_start", name=name, **self._own, **fields)
+        self.record(kind="evaluation_start", name=name, **self.own, **fields)
 
     def end(self, status: str) -> None:
         """Record its end, once."""
         if not self.ended:
             self.ended = True
-            self.record(kind="evaluation_end", status=status, **self._own)
+            self.record(kind="evaluation_end", status=status, **self.own)
 
     def end_early(self, status: str, why: str) -> None:
         """The same as the process ends, before the evaluation itself does."""

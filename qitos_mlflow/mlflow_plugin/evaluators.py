@@ -1,14 +1,16 @@
 """QitOS's own evaluations (`qitos.evaluate`, `qitos.metric`), logged by themselves.
 
-What a suite says of a run becomes scores of its trace. What metrics say of many runs becomes
-metrics of the run that these are children of. Wrapped by what the host has. Runs that this process
-has not logged are passed over, and so are metrics outside of any run.
+What a suite or an evaluator of a benchmark says of a run becomes scores of its trace. What metrics
+say of many runs becomes metrics of the run that these are children of. Wrapped by what the host
+has. Runs that this process has not logged are passed over, and so are metrics outside of any run.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,41 +21,81 @@ from qitos_mlflow.bridge import results
 from qitos_mlflow.bridge.live import is_wanted
 from qitos_mlflow.bridge.patches import wrap
 from qitos_mlflow.mlflow_plugin.destination import Destination, tracking_uri
-from qitos_mlflow.mlflow_plugin.feedback import later_ns, logged, offer, score, settings_here
+from qitos_mlflow.mlflow_plugin.evaluations import current as current_evaluation
+from qitos_mlflow.mlflow_plugin.evaluations import evaluation
+from qitos_mlflow.mlflow_plugin.feedback import logged, offer, score, settings_here
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import surroundings
 
 MAX_RESULTS = 100
 """Evaluators of one suite, or numbers of one registry, that are logged."""
 
+_in_suite: ContextVar[bool] = ContextVar("qitos_mlflow_in_suite", default=False)
 
-@functools.cache
+
+@cache
 def watch_evaluators() -> None:
     """Log what evaluations say, from now on, or as soon as the host has them. Once."""
     after_import("qitos.evaluate.base", _wrap_suite)
+    after_import("qitos.kit.evaluate", _wrap_evaluators)
     after_import("qitos.metric.base", _wrap_registry)
 
 
 def _wrap_suite(module: ModuleType) -> None:
-    wrap(module.EvaluationSuite, "evaluate", _evaluate)
+    wrap(module.EvaluationSuite, "evaluate", _evaluate_all)
+
+
+def _wrap_evaluators(module: ModuleType) -> None:
+    for name in module.__all__:
+        wrap(getattr(module, name), "evaluate", _evaluate)
 
 
 def _wrap_registry(module: ModuleType) -> None:
     wrap(module.MetricRegistry, "compute_all", _compute_all)
 
 
-def _evaluate(
+def _evaluate_all(
     wrapped: Callable[..., Any], suite: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """``EvaluationSuite.evaluate``."""
-    verdict = wrapped(*args, **kwargs)
-    with shield("evaluators.evaluate"):
-        trace_id = _trace_of(args[0] if args else kwargs.get("context"))
-        if trace_id is not None and logged(trace_id):
-            for one in verdict.results[:MAX_RESULTS]:
-                _log(trace_id, str(one.name), one, "; ".join(map(str, one.reasons)))
-            _log(trace_id, "evaluation", verdict, None)
+    before = _in_suite.get()
+    _in_suite.set(True)
+    try:
+        verdict = wrapped(*args, **kwargs)
+    finally:
+        _in_suite.set(before)
+    with shield("evaluators.suite"):
+        evaluators = zip(suite.evaluators, verdict.results, strict=False)
+        _log(args, kwargs, [*islice(evaluators, MAX_RESULTS), (None, verdict)])
     return verdict
+
+
+def _evaluate(
+    wrapped: Callable[..., Any], evaluator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``evaluate`` of one of the host's evaluators, called by itself."""
+    verdict = wrapped(*args, **kwargs)
+    if not _in_suite.get():
+        with shield("evaluators.evaluator"):
+            _log(args, kwargs, [(evaluator, verdict)])
+    return verdict
+
+
+def _log(args: tuple[Any, ...], kwargs: dict[str, Any], verdicts: list[tuple[Any, Any]]) -> None:
+    trace_id = _trace_of(args[0] if args else kwargs.get("context"))
+    if trace_id is None or not logged(trace_id):
+        return
+    for evaluator, verdict in verdicts:
+        with shield("evaluators.verdict"):  # Such as NaN; the others are logged.
+            judge = getattr(evaluator, "llm", None) is not None
+            name = str(getattr(verdict, "name", "evaluation"))
+            more: Any = {
+                "source": name,
+                "source_type": "LLM_JUDGE" if judge else "CODE",
+                "rationale": "; ".join(map(str, getattr(verdict, "reasons", ()))) or None,
+            }
+            score(trace_id, f"{name}/success", bool(verdict.success), **more)
+            score(trace_id, f"{name}/score", float(verdict.score), **more)
 
 
 def _trace_of(context: Any) -> str | None:
@@ -66,11 +108,6 @@ def _trace_of(context: Any) -> str | None:
     return next(filter(None, known), None)
 
 
-def _log(trace_id: str, name: str, verdict: Any, rationale: str | None) -> None:
-    score(trace_id, f"{name}/success", bool(verdict.success), rationale=rationale, source=name)
-    score(trace_id, f"{name}/score", float(verdict.score), rationale=rationale, source=name)
-
-
 def _compute_all(
     wrapped: Callable[..., Any], registry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -78,16 +115,25 @@ def _compute_all(
     reports = wrapped(*args, **kwargs)
     with shield("evaluators.metrics"):
         if is_wanted():
-            given, settings = current.get(), settings_here()
-            to = Destination.of(tracking_uri(settings))
-            around = surroundings(to.uri, (given and given.parent_run_id) or settings.parent_run_id)
-            run_id = around.parent_run_id or around.inherited_run_id
-            for name, value in list(_numbers(reports))[: MAX_RESULTS if run_id else 0]:
-                # No trace has this id: the run is all that it is about.
-                about = {"trace_id": f"run {run_id}", "run_id": run_id, "type": "feedback"}
-                said = {"name": name, "value": value, "time_ns": later_ns()}
-                offer(settings, to, {"kind": "assessment", **about, **said})
+            numbers = dict(islice(_numbers(reports), MAX_RESULTS))
+            for record, run in _parents():
+                for name, value in numbers.items():
+                    record(kind="assessment", type="feedback", name=name, value=value, **run)
     return reports
+
+
+def _parents() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """The runs that an agent's run would be a child of: what records a number, and its fields."""
+    around = current_evaluation()
+    if isinstance(around, evaluation) and around.owner:
+        for logger in around.loggers.values():
+            yield logger.record, logger.own
+    elif (settings := settings_here()) is not None:
+        to, given = Destination.of(tracking_uri(settings)), current.get()
+        found = surroundings(to.uri, (given and given.parent_run_id) or settings.parent_run_id)
+        if run_id := found.parent_run_id or found.inherited_run_id:
+            # No trace has this id: the run is all that it is about.
+            yield partial(offer, settings, to), {"trace_id": f"run {run_id}", "run_id": run_id}
 
 
 def _numbers(reports: Any) -> Iterator[tuple[str, Any]]:

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import shield
+from qitos_mlflow._guard import in_words, shield, warn
 from qitos_mlflow.bridge import results
 from qitos_mlflow.mlflow_plugin.destination import Destination, MlflowPipeline
 from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination_uri
 from qitos_mlflow.mlflow_plugin.fluent.context import context
 from qitos_mlflow.mlflow_plugin.mapping.assessments import metric_of
-from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
+from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.recording.pipelines import recorded_traces
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
-from qitos_mlflow.settings import Settings, parsed
+from qitos_mlflow.settings import TRACKING_VARIABLE, Settings, parsed
 
 SOURCE_TYPES = ("HUMAN", "LLM_JUDGE", "CODE")
 """MLflow's kinds of sources."""
@@ -89,9 +92,19 @@ def expect(
     """Say what an agent's run should have come to: an expectation on its trace.
 
     Scorers of `mlflow.genai.evaluate` find it in ``expectations``. The arguments are those of
-    `score`; a value is also None.
+    `score`.
     """
     _say(of, "expectation", name, value, source, source_type, metadata, None, tracking_uri)
+
+
+class _Target(NamedTuple):
+    """Where a record goes: fields that name its trace, whether content is logged, MLflow's tree."""
+
+    settings: Settings
+    to: Destination
+    fields: dict[str, Any]
+    content: bool
+    tree: Any = None
 
 
 def _say(
@@ -106,53 +119,56 @@ def _say(
     uri: str | None,
 ) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise TypeError(f"name={name!r:.200} is no name; give a text, such as 'correctness'")
+        raise TypeError(f"{kind} needs a name; give a text, such as 'correctness'")
     if rationale is not None and not isinstance(rationale, str):
-        raise TypeError(f"rationale of {name!r} is a {type(rationale).__name__}; give a text")
+        raise TypeError(f"rationale of {name!r} is {_kind(rationale)}; give a text")
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata of {name!r} is a {type(metadata).__name__}; give a dict")
-    record = _record(kind, name, _value(name, value, kind), *_source(source, source_type))
-    record["metadata"] = dict(metadata or {})
-    targets = list(_targets(of, uri))
+        raise TypeError(f"metadata of {name!r} is {_kind(metadata)}; give a dict")
+    record = _record(kind, name, _value(name, value), *_source(source, source_type))
+    content = {"rationale": rationale, "metadata": dict(metadata or {})}
+    if uri is not None:
+        uri = parsed("tracking_uri", uri, "argument")
+    given = _id_of(of)
+    mode = tracing.get_tracing_provider().mode
+    if given is None or mode == tracing.TracingMode.DISABLED:
+        return
     with shield("feedback.record"):
-        for trace, settings, to, of_trace, content in targets:
-            said: Any = {**record, **({"rationale": rationale} if rationale and content else {})}
-            _hand_over(trace, settings, to, said | of_trace)
+        for target in _targets(given, uri):
+            if target.content and mode == tracing.TracingMode.ENABLED:
+                _hand_over(target, {**record, **{key: one for key, one in content.items() if one}})
+            elif kind == "feedback" or isinstance(value, (bool, int, float)):
+                _hand_over(target, record)
+            else:
+                warn("feedback.content", "content is not logged, so %r is not, either", name)
 
 
 def say_of(trace: OpenTrace, name: str, value: Any, source: str) -> None:
     """`score` for a trace that this process logs, wherever else it is logged, too."""
-    said = _record("feedback", name, value, "CODE", source) | _fields_of(trace)
-    _hand_over(trace, trace.configured, trace.pipeline.key, said)
+    _hand_over(_of_trace(trace), _record("feedback", name, value, "CODE", source))
 
 
 def _record(kind: str, name: str, value: Any, source_type: str, source: str) -> dict[str, Any]:
     about = {"name": name, "value": value, "source_type": source_type, "source_id": source}
-    return {"kind": "assessment", "type": kind, **about, "time_ns": later_ns()}
+    return {"kind": "assessment", "type": kind, **about, "time_ns": _later_ns()}
 
 
-def _fields_of(trace: OpenTrace) -> dict[str, Any]:
-    """The fields that name a trace of this process."""
-    found: dict[str, Any] = {"trace_id": trace.id, "settings": trace.run_settings}
-    return found if trace.tree is None else {**found, "mlflow_trace_id": trace.tree.trace_id}
-
-
-def _hand_over(trace: Any, settings: Settings, to: Any, said: Any) -> None:
+def _hand_over(target: _Target, record: dict[str, Any]) -> None:
+    said: Any = {**record, **target.fields}
     # Until MLflow's own tracer sends its trace, nothing else can reach that.
-    if getattr(trace, "tree", None) and trace.tree.assess(encode(said)):
+    if target.tree is not None and target.tree.assess(encode(said)):
         del said["mlflow_trace_id"]
         if metric_of(said) is None:
             return
-    offer(settings, to, said)
+    offer(target.settings, target.to, **said)
 
 
-def offer(settings: Settings, to: Destination, record: dict[str, Any]) -> None:
+def offer(settings: Settings, to: Destination, /, **record: Any) -> None:
     """Hand a record to the pipeline that all of this process with that destination share."""
     pipeline = Recorder[TraceRecorder](settings).pipeline_to(to, partial(MlflowPipeline, to))
-    pipeline.offer(encode(record), keep=True, urgent=True)
+    pipeline.offer(encode({"time_ns": _later_ns(), **record}), urgent=True)
 
 
-def later_ns() -> int:
+def _later_ns() -> int:
     """Now, but a millisecond after the last time at least: of two points MLflow shows the later."""
     global _last_ns
     _last_ns = max(time.time_ns(), _last_ns + 1_000_000)
@@ -162,74 +178,85 @@ def later_ns() -> int:
 _last_ns = 0
 
 
-def _targets(
-    of: Any, uri: str | None
-) -> Iterator[tuple[Any, Settings, Destination, dict[str, Any], bool]]:
-    """Where it goes: trace, settings, destination, fields that name the trace, content or not.
-
-    Of a trace of this process: wherever that is logged.
-    """
-    given = _id_of(of)
+def _targets(given: str, uri: str | None) -> list[_Target]:
+    """Wherever a trace of this process is logged; for others, where this process logs."""
     known = logged(given)
     if uri is None and known:
-        for trace in known:
-            to: Any = trace.pipeline.key
-            yield trace, trace.configured, to, _fields_of(trace), trace.content
-        return
-    if isinstance(of, str) and not known and _ID.fullmatch(of) is None:
-        raise TypeError(f"{of!r:.100} is no id of a trace; give {WHAT}")
-    settings, mode = settings_here(), tracing.get_tracing_provider().mode
+        return [_of_trace(trace) for trace in known]
+    settings = settings_here()
     if uri is not None:
-        settings = replace(settings, tracking_uri=parsed("tracking_uri", uri, "argument"))
-    if mode != tracing.TracingMode.DISABLED:
-        to = Destination.of(destination_uri(settings))
-        content = settings.capture_content and mode == tracing.TracingMode.ENABLED
-        yield None, settings, to, {"trace_id": known[0].id if known else given}, content
+        settings = replace(settings or Settings.resolve(), tracking_uri=uri)
+    if settings is None:
+        warn(
+            "feedback.nowhere",
+            "no destination is set, so what is said of trace %.100s is not logged: set "
+            "MLFLOW_TRACKING_URI, or give tracking_uri",
+            given,
+        )
+        return []
+    to, trace_id = Destination.of(destination_uri(settings)), known[0].id if known else given
+    return [_Target(settings, to, {"trace_id": trace_id}, settings.capture_content)]
+
+
+def _of_trace(trace: OpenTrace) -> _Target:
+    to: Any = trace.pipeline.key
+    fields: dict[str, Any] = {"trace_id": trace.id, "settings": trace.run_settings}
+    if trace.tree is not None:
+        fields["mlflow_trace_id"] = trace.tree.trace_id
+    return _Target(trace.configured, to, fields, trace.content, trace.tree)
 
 
 def logged(given: str) -> list[OpenTrace]:
     """The traces of this process with this id, QitOS's or MLflow's, wherever they are logged."""
-    return [
-        trace
-        for trace in recorded_traces()
-        if isinstance(trace, OpenTrace)
-        and (
-            given in (trace.host_id, trace.id)
-            or (given.startswith("tr-") and given in (trace.mlflow_trace_id, trace_id(trace.id)))
-        )
-    ]
+    return [trace for trace in recorded_traces() if given in getattr(trace, "ids", ())]
 
 
-def settings_here() -> Settings:
-    """Those of the plugin that logs the agents of this process; without one, the environment's."""
-    found: list[Any] = [
-        getattr(processor, "plugins", {}).get("mlflow") for processor in tracing.processors()
-    ]
-    takers = [plugin for plugin in reversed(found) if getattr(plugin, "takes", False)]
-    first = max(takers, key=lambda plugin: plugin.origin, default=None)
-    settings: Settings = Settings.resolve() if first is None else first.settings
-    return settings
+def settings_here() -> Settings | None:
+    """Those of the plugin that logs the agents of this process; without one, the environment's.
+
+    None if nothing is logged here.
+    """
+    found = [getattr(one, "plugins", {}).get("mlflow") for one in tracing.processors()]
+    takers: list[Any] = [plugin for plugin in reversed(found) if getattr(plugin, "takes", False)]
+    if takers:
+        first = max(takers, key=lambda plugin: plugin.origin)
+        return first.settings if first.qitos_wants_trace() else None
+    selection = Selection.from_environ()
+    loads = selection.rank("mlflow", "qitos-mlflow") is not None
+    goes = selection.asks_for("mlflow") or os.environ.get(TRACKING_VARIABLE)
+    return Settings.resolve() if loads and goes else None
 
 
-def _id_of(of: Any) -> str:
+def _id_of(of: Any) -> str | None:
+    """The id of a trace; None, with a line in the log, if the run was not logged."""
     if isinstance(of, str):
+        if _ID.fullmatch(of) is None and not logged(of):
+            raise TypeError(f"{of!r:.100} is no id of a trace; give {WHAT}")
         return of
+    found: Any = results.trace_of(of)
     if isinstance(of, context):
         ids = list(dict.fromkeys(one.qitos_trace_id for one in of.begun))
-        if len(ids) != 1:
+        if len(ids) > 1:
             raise ValueError(
                 f"{len(ids)} traces have begun in this qitos_mlflow.context; give one of its "
                 "trace_ids"
             )
-        return ids[0]
+        found = next(iter(ids), None)
     # A host's Trace has its id itself, one of MLflow's in its info.
-    places = (of, getattr(of, "info", None))
-    found = results.trace_of(of) or next(
-        filter(None, (getattr(place, "trace_id", None) for place in places)), None
-    )
-    if not isinstance(found, str):
-        raise TypeError(f"no trace is known of {of!r:.100} ({type(of).__name__}); give {WHAT}")
-    return found
+    for name in ("trace_id", "info.trace_id"):
+        with suppress(Exception):  # The user's own object.
+            found = found or attrgetter(name)(of)
+    if isinstance(found, str):
+        return found
+    if not isinstance(of, context) and type(of).__module__.partition(".")[0] != "qitos":
+        raise TypeError(f"no trace is known of {_kind(of)}; give {WHAT}")
+    warn("feedback.unlogged", "no trace of %s was logged, so no score of it is, either", _kind(of))
+    return None
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words: its `repr` may be huge, or fail."""
+    return f"an object of type {type(value).__name__}"
 
 
 def _source(source: Any, source_type: str) -> tuple[str, str]:
@@ -239,22 +266,22 @@ def _source(source: Any, source_type: str) -> tuple[str, str]:
     if source_type not in SOURCE_TYPES:
         raise ValueError(f"source_type={source_type!r:.100}; MLflow has {', '.join(SOURCE_TYPES)}")
     if source is not None and not isinstance(source, str):
-        raise TypeError(f"source={source!r:.100} is a {type(source).__name__}; give a name")
+        raise TypeError(f"source is {_kind(source)}; give a name")
     return source_type, source or "default"
 
 
-def _value(name: str, value: Any, kind: str) -> Any:
-    if not isinstance(value, (str, list, dict)) and callable(getattr(value, "item", None)):
-        value = value.item()  # A number of numpy's or torch's.
+def _value(name: str, value: Any) -> Any:
+    with suppress(Exception):  # A number of numpy's or torch's.
+        value = value if isinstance(value, (str, list, dict)) else value.item()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"value={value} of {name!r} is no number that MLflow takes")
-    if value is None and kind == "feedback":
-        raise TypeError(f"value of {name!r} is None; give a number, True or False, or a text")
     try:
+        if value is None:
+            raise TypeError("None")
         json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - a cycle, too many levels, the user's own object
         raise TypeError(
-            f"value of {name!r} cannot be used ({error}); give a number, True or False, a text, or "
-            "a list or dict of them"
+            f"value of {name!r} cannot be used ({in_words(error)}); give a number, True or False, "
+            "a text, or a list or dict of them"
         ) from None
     return value

@@ -29,6 +29,7 @@ class OpenTrace(TraceRecorder):
         around: QitOS's id of the trace in which it began, if there is one.
         run: its run, once there is one.
         active: that run as MLflow's active run.
+        ids: QitOS's and MLflow's, by which it may be named later.
         tree: has its spans if they are part of a trace of MLflow's own tracer.
         autolog: makes MLflow's own spans children of its spans; None if that is another's task.
     """
@@ -58,6 +59,7 @@ class OpenTrace(TraceRecorder):
         self.tree: Any = None
         self.autolog = None
         self.no_pictures = not run_settings["log_traces"]
+        self.ids = {host_id, self.id, trace_id(self.id)}
         if not settings.log_traces or self.id != host_id:
             return
         if not self.run.out_of_reach() and mlflow_in_use() and same_place(uri):
@@ -71,6 +73,7 @@ class OpenTrace(TraceRecorder):
             self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
         else:
             self.autolog, self.shared = self.tree, True
+            self.ids.add(self.tree.trace_id)
             run_settings["log_traces"] = False
             self.no_pictures = True
             run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}

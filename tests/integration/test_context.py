@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from tests.integration.logged import AGENT, LoggedRun, run_script, runs_of
 from tests.integration.server import MlflowServer
 
+STATUS = "import sys; sys.argv[1:] = ['status']; from qitos_mlflow.cli import main; main()"
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 RUN = """
@@ -173,39 +174,6 @@ def test_all_that_it_says_is_logged(
     assert len(odd.tags["long"]) <= 8000
 
 
-def test_it_survives_the_process(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """Recorded offline and killed; the ids that the handler gave out are those on the server."""
-    done = run_script(
-        *(AGENT, RUN),
-        textwrap.dedent(
-            """
-            import os, signal
-            with context(session="s", user="ann", tags={"n": 1}) as request:
-                run("task")
-            from qitos_mlflow import tracing
-            tracing.get_tracing_provider().force_flush()
-            print(json.dumps(request.trace_ids), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-            """
-        ),
-        check=False,
-        MLFLOW_TRACKING_URI=mlflow_server.uri,
-        QITOS_MLFLOW_EXPERIMENT_NAME=name,
-        QITOS_MLFLOW_OFFLINE="true",
-    )
-    [trace_id] = json.loads(done.stdout.splitlines()[-1])
-    assert runs_of(client, name) == []
-    run_script(
-        "import sys; sys.argv[1:] = ['sync']; from qitos_mlflow.cli import main; main()",
-        MLFLOW_TRACKING_URI=mlflow_server.uri,
-    )
-    assert of(traces_of(client, name)[trace_id]) == ("s", "ann")
-    [run] = runs_of(client, name)
-    assert (run.status, run.tags["n"]) == ("FINISHED", "1")
-
-
 def test_the_settings_of_content_are_obeyed(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
@@ -215,7 +183,9 @@ def test_the_settings_of_content_are_obeyed(
         name,
         """
         with context(user="ann", tags={"plan": "pro"}, metadata={"question": "a secret plan"}):
-            run("task")
+            result = run("task")
+        qitos_mlflow.score(result, "label", "good", rationale="it said: a secret plan")
+        qitos_mlflow.expect(result, "answer", "a secret plan")
         """,
         QITOS_MLFLOW_CAPTURE_CONTENT="false",
     )
@@ -223,25 +193,31 @@ def test_the_settings_of_content_are_obeyed(
     [trace] = traces_of(client, name).values()
     assert run.tags["plan"] == "pro"
     assert of(trace) == (None, "ann")
+    assert [one.value for one in trace.info.assessments] == ["good"]
     assert "secret plan" not in f"{run.params} {run.tags} {trace.to_json()}"
 
 
-def test_without_traces_the_page_is_the_runs(
+def test_without_traces_there_is_the_run(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """Then there is no trace to name."""
+    """Its page is shown, and a score that is a number is its metric. A text is kept aside."""
     [(trace_ids, run_ids, url)] = script(
         mlflow_server,
         name,
         """
         with context() as request:
-            run("task")
+            result = run("task")
         flush()
         say(request)
+        qitos_mlflow.score(result, "correct", True)
+        qitos_mlflow.score(result, "label", "good")
         """,
         QITOS_MLFLOW_LOG_TRACES="false",
     )
     [run] = runs_of(client, name)
+    assert run.metrics["correct"] == 1
+    assert "label" not in run.metrics
+    assert "only numbers can be logged" in run_script(STATUS).stdout
     assert (trace_ids, run_ids) == ([], [run.id])
     assert url.endswith(f"/#/experiments/{run.experiment_id}/runs/{run.id}")
 

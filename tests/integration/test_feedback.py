@@ -205,13 +205,16 @@ def test_another_process_scores_by_id(
 def test_offline_and_killed_it_arrives_once(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """Recorded with the run, or in a second process that knows the id only; delivered by sync."""
+    """Recorded with the run, or in a second process that knows the id only; delivered by sync.
+
+    So does what a context says, with the ids that it gave out.
+    """
     killed = script(
         mlflow_server.uri,
         name,
         """
         from qitos_mlflow import tracing
-        with context() as request:
+        with context(session="s", user="ann", tags={"n": 1}) as request:
             result = run("task")
         score(result, "correct", True)
         score(result, "correct", False)
@@ -233,6 +236,10 @@ def test_offline_and_killed_it_arrives_once(
     assert values == {"correct": False, "answer": "42", "rating": 5}
     run = only_run(client, name)
     assert (run.metrics["correct"], run.metrics["rating"], run.status) == (0, 5, "FINISHED")
+    assert run.tags["n"] == "1"
+    metadata = client.get_trace(trace_id).info.trace_metadata
+    assert metadata["mlflow.trace.session"] == "s"
+    assert metadata["mlflow.trace.user"] == "ann"
 
 
 def test_killed_while_it_delivers_it_arrives_once(
@@ -248,7 +255,7 @@ def test_killed_while_it_delivers_it_arrives_once(
         def killed(write):
             def write_and_die(*args):
                 write(*args)
-                print(args[2]["trace_id"], flush=True)
+                print(args[2][0]["trace_id"], flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             return write_and_die
 
@@ -322,26 +329,6 @@ def test_a_trace_that_never_was_is_a_dead_letter(
     assert said_of(client, missing)["correct"].value is True
 
 
-def test_without_a_trace_a_number_is_a_metric(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """A text has no place then: it is kept aside with the reason."""
-    done = script(
-        mlflow_server.uri,
-        name,
-        """
-        result = run("task")
-        score(result, "correct", True)
-        score(result, "label", "good")
-        """,
-        QITOS_MLFLOW_LOG_TRACES="false",
-    )
-    run = only_run(client, name)
-    assert run.metrics["correct"] == 1
-    assert "label" not in run.metrics
-    assert "only numbers can be logged" in done.stderr
-
-
 def test_a_local_store_has_it_once(local_store: str, name: str) -> None:
     """Also the second time, and with another value."""
     script(
@@ -368,51 +355,27 @@ def test_a_local_store_has_it_once(local_store: str, name: str) -> None:
 def test_qitos_evaluations_are_logged_by_themselves(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """What a suite says of a run that this process has logged; its result is the host's."""
+    """What suites and evaluators say of a run, benchmarks of a task, and metrics of many runs."""
     script(
         mlflow_server.uri,
         name,
-        """
+        f"""
+        import mlflow
         from qitos.core.task import Task
         from qitos.evaluate import (
             EvaluationContext, EvaluationResult, EvaluationSuite, TrajectoryEvaluator,
         )
+        from qitos.kit.evaluate import CyBenchEvaluator, ModelBasedEvaluator
+        from qitos.metric import Metric, MetricInput, MetricRegistry, MetricReport
 
         class Exact(TrajectoryEvaluator):
             name = "exact"
             def evaluate(self, context):
                 return EvaluationResult("exact", True, 0.75, reasons=["the same", "text"])
 
-        result = run("task")
-        suite = EvaluationSuite([Exact()])
-        task = Task(id="t", objective="task")
-        verdict = suite.evaluate(EvaluationContext(task=task, run=result))
-        assert type(verdict).__name__ == "SuiteEvaluationResult" and verdict.success
-        suite.evaluate(EvaluationContext(task=task))  # Of no run of this process.
-        """,
-    )
-    run = only_run(client, name)
-    said = said_of(client, trace_of(client, run))
-    assert {key: one.value for key, one in said.items()} == {
-        "exact/success": True,
-        "exact/score": 0.75,
-        "evaluation/success": True,
-        "evaluation/score": 0.75,
-    }
-    assert said["exact/score"].rationale == "the same; text"
-    assert run.metrics["exact/score"] == 0.75
-
-
-def test_qitos_metrics_are_those_of_the_parent_run(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """What a registry computes over many runs, on the run that is open around it."""
-    script(
-        mlflow_server.uri,
-        name,
-        f"""
-        import mlflow
-        from qitos.metric import Metric, MetricInput, MetricRegistry, MetricReport
+        class Broken(TrajectoryEvaluator):
+            def evaluate(self, context):
+                return EvaluationResult("broken", False, float("nan"))
 
         class Rate(Metric):
             def compute(self, rows):
@@ -423,7 +386,30 @@ def test_qitos_metrics_are_those_of_the_parent_run(
                 return MetricReport("pass", {{"1": 0.75, "2": 0.25, "note": "text"}})
 
         registry = MetricRegistry([Rate()]).register(Pass())
-        mlflow.set_experiment({name!r})
+        task = Task(id="t", objective="task")
+
+        # A suite, and evaluators by themselves.
+        result = run("task")
+        judge = ModelBasedEvaluator(llm=lambda messages: '{{"success": true, "reason": "good"}}')
+        verdict = EvaluationSuite([Exact(), Broken(), judge]).evaluate(
+            EvaluationContext(task=task, run=result)
+        )
+        assert type(verdict).__name__ == "SuiteEvaluationResult" and not verdict.success
+        EvaluationSuite([Exact()]).evaluate(EvaluationContext(task=task))  # Of no run.
+        flags = {{"predictions": ["a", "b"], "references": ["a", "c"]}}
+        assert not CyBenchEvaluator().evaluate(
+            EvaluationContext(task=task, run=result, extras=flags)
+        ).success
+
+        # A benchmark, with metrics of all its runs.
+        with qitos_mlflow.evaluation("gaia", benchmark="gaia") as evaluation:
+            with evaluation.task("t1") as one:
+                run("judged")
+                one.result(True, reward=0.5)
+            registry.compute_all([MetricInput("t")])
+
+        # Metrics by themselves.
+        mlflow.set_experiment({name + " metrics"!r})
         with mlflow.start_run(run_name="benchmark"):
             reports = registry.compute_all([MetricInput("t")])
         assert [report.name for report in reports] == ["rate", "pass"]
@@ -431,7 +417,29 @@ def test_qitos_metrics_are_those_of_the_parent_run(
         flush()
         """,
     )
-    assert only_run(client, name).metrics == {"rate": 0.5, "pass/1": 0.75, "pass/2": 0.25}
+    runs = {run.params.get("task") or run.name: run for run in runs_of(client, name)}
+    said = said_of(client, trace_of(client, runs["task"]))
+    assert {key: one.value for key, one in said.items()} == {
+        "exact/success": True,
+        "exact/score": 0.75,
+        "broken/success": False,
+        "model_based/success": True,
+        "model_based/score": 1.0,
+        "evaluation/success": False,
+        "cybench/success": False,
+        "cybench/score": 0.5,
+    }
+    assert said["exact/score"].rationale == "the same; text"
+    assert said["model_based/score"].source.source_type == "LLM_JUDGE"
+    assert runs["task"].points("exact/score") == [(0, 0.75)]
+    said = said_of(client, trace_of(client, runs["judged"]))
+    assert {key: (one.value, one.source.source_id) for key, one in said.items()} == {
+        "verdict/success": (True, "gaia"),
+        "verdict/reward": (0.5, "gaia"),
+    }
+    numbers = {"rate": 0.5, "pass/1": 0.75, "pass/2": 0.25}
+    assert numbers.items() <= runs["gaia"].metrics.items()
+    assert only_run(client, f"{name} metrics").metrics == numbers
 
 
 def test_inside_mlflows_own_trace_it_is_on_that_one(
@@ -489,19 +497,3 @@ def test_inside_mlflows_own_trace_it_is_on_that_one(
     assert info.tags["plan"] == "pro"
     assert info.trace_metadata["mlflow.trace.session"] == "s"
     assert info.trace_metadata["mlflow.trace.user"] == "ann"
-
-
-def test_with_content_off_there_is_no_rationale(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """It may quote what is not to be logged. Values are labels, and are logged."""
-    script(
-        mlflow_server.uri,
-        name,
-        """
-        score(run("task"), "label", "good", rationale="it said: a secret plan")
-        """,
-        QITOS_MLFLOW_CAPTURE_CONTENT="false",
-    )
-    said = said_of(client, trace_of(client, only_run(client, name)))
-    assert (said["label"].value, said["label"].rationale) == ("good", None)

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from qitos_mlflow import MlflowTraceProcessor, context, expect, score, tracing
+from qitos_mlflow import MlflowTraceProcessor, _guard, context, expect, score, tracing
 from qitos_mlflow.bridge import results
 from qitos_mlflow.delivery import find_segments, living, waiting_records
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
@@ -113,7 +113,7 @@ def test_an_unknown_id_goes_where_this_process_logs(
     attach(tracking_uri="http://one.test")
     unknown = "tr-" + "7" * 32
     score(unknown, "correct", True)
-    expect(unknown, "answer", None, tracking_uri="http://two.test")
+    expect(unknown, "answer", "42", tracking_uri="http://two.test")
     found = scores()
     assert [(record["trace_id"], "settings" in record) for record in found] == [
         (unknown, False)
@@ -123,20 +123,86 @@ def test_an_unknown_id_goes_where_this_process_logs(
     assert b"http://two.test" in heads
 
 
-def test_a_host_that_does_not_trace_records_nothing(
-    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
-) -> None:
-    """And without content there is no rationale."""
-    attach()
+@pytest.fixture
+def mode() -> Iterator[Callable[[Any], None]]:
+    """Sets the host's tracing mode until the test ends."""
     provider = tracing.get_tracing_provider()
-    try:
-        for mode in (tracing.TracingMode.DISABLED, tracing.TracingMode.ENABLED_WITHOUT_DATA):
-            provider.set_mode(mode)
-            score("tr-" + "7" * 32, "correct", True, rationale="a secret plan")
-    finally:
-        provider.set_mode(tracing.TracingMode.ENABLED)
-    [record] = scores()
-    assert "rationale" not in record
+    yield provider.set_mode
+    provider.set_mode(tracing.TracingMode.ENABLED)
+
+
+def test_a_host_that_does_not_trace_records_nothing(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled, mode: Callable[[Any], None]
+) -> None:
+    """Also of a trace that was recorded before."""
+    attach()
+    with create_trace("agent") as trace:
+        pass
+    mode(tracing.TracingMode.DISABLED)
+    for of in (trace, "tr-" + "7" * 32):
+        score(of, "correct", True)
+    assert scores() == []
+
+
+@pytest.mark.parametrize("by_mode", [True, False])
+def test_without_content_there_are_labels_and_numbers_only(
+    attach: Callable[..., MlflowTraceProcessor],
+    scores: Spooled,
+    mode: Callable[[Any], None],
+    by_mode: bool,
+) -> None:
+    """Reasons, metadata and expected texts may quote what is not to be logged."""
+    attach(capture_content=by_mode)
+    if by_mode:
+        mode(tracing.TracingMode.ENABLED_WITHOUT_DATA)
+    with create_trace("agent") as trace:
+        pass
+    for of in (trace, "tr-" + "7" * 32):
+        score(of, "label", "good", rationale="a secret plan", metadata={"asked": "a secret plan"})
+        expect(of, "answer", "a secret plan")
+        expect(of, "steps", 3)
+    found = scores()
+    assert [(record["name"], record["value"]) for record in found] == [
+        ("label", "good"),
+        ("steps", 3),
+    ] * 2
+    assert "secret" not in str(found)
+
+
+def test_what_was_not_logged_is_passed_over(
+    scores: Spooled, spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script runs on without a destination, and nothing is created on disk."""
+    from qitos.engine import EngineResult
+
+    _guard._last_logged.clear()
+    with context() as request:
+        pass
+    for of in (object.__new__(EngineResult), request, "tr-" + "7" * 32):
+        score(of, "correct", True)
+        expect(of, "answer", "42")
+    assert scores() == []
+    assert not spool.exists()
+    assert "no trace of an object of type EngineResult was logged" in caplog.text
+    assert "no destination is set" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"QITOS_TRACE_PLUGINS": "none", "MLFLOW_TRACKING_URI": "http://one.test"},
+        {"QITOS_TRACE_PLUGINS": "mlflow", "QITOS_MLFLOW_QUEUE_BYTES": "many"},
+    ],
+)
+def test_an_environment_that_logs_nothing_raises_nothing(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, scores: Spooled, swallowed: Any
+) -> None:
+    """It is not the caller's fault."""
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    score("tr-" + "7" * 32, "correct", True)
+    assert scores() == []
+    swallowed.clear()
 
 
 def test_credentials_are_redacted(
@@ -184,22 +250,45 @@ def test_numbers_of_arrays_are_numbers(
     assert [record["value"] for record in scores()] == [0.5]
 
 
+class Odd:
+    """A user's object of which nothing works."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __repr__(self) -> str:
+        raise RuntimeError("repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("eq")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({"name": ""}, TypeError, "name='' is no name"),
+        ({"name": ""}, TypeError, "feedback needs a name; give a text"),
+        ({"name": Odd()}, TypeError, "feedback needs a name"),
+        ({"value": Odd()}, TypeError, "value of 'n' cannot be used"),
+        ({"value": DEEP}, TypeError, "value of 'n' cannot be used"),
+        ({"of": Odd()}, TypeError, "no trace is known of an object of type Odd"),
         ({"value": float("nan")}, ValueError, "value=nan of 'n' is no number that MLflow takes"),
-        ({"value": None}, TypeError, "value of 'n' is None; give a number"),
+        ({"value": None}, TypeError, r"value of 'n' cannot be used \(TypeError: None\); give a"),
         ({"value": object()}, TypeError, "value of 'n' cannot be used"),
         ({"value": [float("inf")]}, TypeError, "value of 'n' cannot be used"),
-        ({"rationale": 1}, TypeError, "rationale of 'n' is a int; give a text"),
-        ({"metadata": "a"}, TypeError, "metadata of 'n' is a str; give a dict"),
-        ({"source": 1}, TypeError, "source=1 is a int; give a name"),
+        ({"rationale": 1}, TypeError, "rationale of 'n' is an object of type int; give a"),
+        ({"metadata": "a"}, TypeError, "metadata of 'n' is an object of type str; give a"),
+        ({"source": 1}, TypeError, "source is an object of type int; give a name"),
         ({"source_type": "JUDGE"}, ValueError, "source_type='JUDGE'; MLflow has HUMAN"),
         ({"of": "the answer"}, TypeError, "'the answer' is no id of a trace; give an MLflow"),
-        ({"of": 7}, TypeError, r"no trace is known of 7 \(int\); give an MLflow"),
-        ({"of": Result()}, TypeError, r"no trace is known of Result.* \(Result\)"),
-        ({"of": context()}, ValueError, "0 traces have begun in this"),
+        ({"of": 7}, TypeError, "no trace is known of an object of type int; give an MLflow"),
+        ({"of": Result()}, TypeError, "no trace is known of an object of type Result"),
         ({"tracking_uri": "localhost:5000"}, ValueError, "did you mean http"),
     ],
 )

@@ -3,12 +3,13 @@
 Tasks of asyncio and `asyncio.to_thread` copy it by themselves, as they do with each context
 variable. A plain thread and a task of a `ThreadPoolExecutor` begin without, so what starts them is
 wrapped. Outside of a `qitos_mlflow.context` and of an evaluation the wrappers read two variables
-and do no more.
+and do no more. A process begins without: a pool's is forked by its first task, and serves others.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,3 +90,12 @@ def _inside(
 ) -> Any:
     with _in(given):
         return fn(*args, **kwargs)
+
+
+def _forked() -> None:
+    for variable in CARRIED:
+        variable.set(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -6,12 +6,12 @@ here connects to a server.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextvars import Token
 from typing import Any, NamedTuple, TypeVar
 
 from qitos_mlflow._after_import import after_import
@@ -91,15 +91,6 @@ class context:  # noqa: N801 - reads as a statement
         parent_run_id: str | None = None,
         traceparent: str | Mapping[str, str] | None = None,
     ) -> None:
-        self._given: dict[str, Any] = {
-            "session": session,
-            "user": user,
-            "tags": tags,
-            "run_name": run_name,
-            "metadata": metadata,
-            "parent_run_id": parent_run_id,
-            "traceparent": traceparent,
-        }
         self.session = _name("session", session)
         self.user = _name("user", user)
         self.run_name = _name("run_name", run_name)
@@ -107,8 +98,8 @@ class context:  # noqa: N801 - reads as a statement
         self.tags = {key: str(value) for key, value in _mapping("tags", tags).items()}
         self.metadata = _mapping("metadata", metadata)
         self.traceparent = _traceparent(traceparent)
+        self._entered = False
         self._outer: context | None = None
-        self._token: Token[Any] | None = None
         self._begun: deque[Begun] = deque(maxlen=MAX_TRACES)
 
     # -- what has begun inside ---------------------------------------------------------------
@@ -171,10 +162,11 @@ class context:  # noqa: N801 - reads as a statement
     # -- as a block and a decorator ----------------------------------------------------------
 
     def __enter__(self) -> context:
-        if self._token is not None:
+        if self._entered:
             raise RuntimeError(
                 "a qitos_mlflow.context is entered once; make another one for each block"
             )
+        self._entered = True
         carry()
         outer = self._outer = current.get()
         if outer is not None:
@@ -183,18 +175,21 @@ class context:  # noqa: N801 - reads as a statement
                     setattr(self, name, getattr(outer, name))
             self.tags = {**outer.tags, **self.tags}
             self.metadata = {**outer.metadata, **self.metadata}
-        self._token = current.set(self)
+        current.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._token is not None
-        try:
-            current.reset(self._token)
-        except ValueError:  # Such as a generator that another thread has finished.
+        around = current.get()
+        # A generator may not have left a context inside, or be left after this one.
+        while around is not None and around is not self:
+            around = around._outer
+        if around is self:
+            current.set(self._outer)
+        else:
             warn(
                 "context.exit",
-                "a qitos_mlflow.context was left on another thread or task than it was entered on, "
-                "so agents may not have been inside; use it around what starts them",
+                "a qitos_mlflow.context was left on another thread, task or process than it was "
+                "entered on, so agents may not have been inside; use it around what starts them",
             )
 
     def __call__(self, function: Function) -> Function:
@@ -207,17 +202,22 @@ class context:  # noqa: N801 - reads as a statement
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with context(**self._given):
+            with self._another():
                 return function(*args, **kwargs)
 
         @functools.wraps(function)
         async def inside_async(*args: Any, **kwargs: Any) -> Any:
-            with context(**self._given):
+            with self._another():
                 return await function(*args, **kwargs)
 
         decorated: Any = inside_async if inspect.iscoroutinefunction(function) else inside
         found: Function = decorated
         return found
+
+    def _another(self) -> context:
+        made = copy.copy(self)
+        made._entered, made._begun = False, deque(maxlen=MAX_TRACES)
+        return made
 
 
 @functools.cache

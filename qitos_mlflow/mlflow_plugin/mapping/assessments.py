@@ -18,6 +18,8 @@ from qitos_mlflow.recording.record import Assessment
 
 OWN_ID = "qitos.assessment_id"
 """Metadata with the id that we give. Some stores give ids of their own."""
+SAID_AT = "qitos.said_at_ns"
+"""Metadata with the time when it was said (nanoseconds since the epoch): the latest one stays."""
 
 
 def assessment_of(record: Assessment) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def assessment_of(record: Assessment) -> dict[str, Any]:
     source_id = clean_text(record.get("source_id") or "default", limits.KEY_CHARS)
     kind = "feedback" if feedback else "expectation"
     own = f"a-{digest(kind, of, name, source_type, source_id, size=16).hex()}"
-    at = limits.rfc3339(limits.clean_ns(record.get("time_ns")))
+    said_ns = limits.clean_ns(record.get("time_ns"))
+    at = limits.rfc3339(said_ns)
     found: dict[str, Any] = {
         "assessment_id": own,
         "assessment_name": name,
@@ -39,6 +42,7 @@ def assessment_of(record: Assessment) -> dict[str, Any]:
         "last_update_time": at,
         "metadata": {
             OWN_ID: own,
+            SAID_AT: str(said_ns),
             **{
                 clean_text(key, limits.KEY_CHARS): clean_text(fact, limits.TAG_CHARS)
                 for key, fact in mapping(record.get("metadata")).items()

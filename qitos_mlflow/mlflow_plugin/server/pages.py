@@ -47,5 +47,5 @@ def show_run(uri: str | None, run: RunRef, workspace: str | None = None) -> None
     with shield("pages.show_run"):
         if has_stderr() and sys.stderr.isatty():
             page = run_page(uri, run.experiment_id, run.run_id, workspace)
-            print(f"🏃 View run {run.run_name} at: {page}", file=sys.stderr)  # noqa: T201
+            sys.stderr.write(f"🏃 View run {run.run_name} at: {page}\n")
     check()  # A terminal may wait.

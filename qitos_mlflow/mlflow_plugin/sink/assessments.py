@@ -11,6 +11,8 @@ How MLflow takes them (3.12 to 3.17, http and local stores):
 - A trace that is not there is ``RESOURCE_DOES_NOT_EXIST``.
 
 A trace that is open here gets them with its next info instead: servers merge those by their ids.
+
+What was said later stays, even if it is delivered earlier: by another process, or before `sync`.
 """
 
 from __future__ import annotations
@@ -19,17 +21,28 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.assessments import OWN_ID, assessment_of, metric_of
+from qitos_mlflow.delivery import OutOfTime
+from qitos_mlflow.mlflow_plugin.mapping.assessments import (
+    OWN_ID,
+    SAID_AT,
+    assessment_of,
+    metric_of,
+)
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.server.transport import PutOff, Refused, Transport
+from qitos_mlflow.mlflow_plugin.sink.children import left_s
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 WAIT_S = 5.0
 """How long after it was given a score waits for its trace, which another process may be delivering
 (seconds). Nothing that this process records later is delivered meanwhile."""
+LOOK_EVERY_S = 0.25
+"""Between two looks for it (seconds). It is no outage: the server answers."""
+PAUSE_S = 60.0
+"""After one that has waited in vain none waits for so long (seconds): a client that makes up ids
+must not delay the runs of agents."""
 
 
 class Assessments:
@@ -38,6 +51,7 @@ class Assessments:
     def __init__(self, transport: Transport, operations: Operations) -> None:
         self._transport = transport
         self._operations = operations
+        self._waits_from = 0.0  # By the monotonic clock.
 
     def find_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Find the run of a trace of which nothing but its id is known."""
@@ -67,38 +81,50 @@ class Assessments:
         trace.run = runs[0] if runs else RunRef(str(run_id), experiment_id, "", "", 0)
 
     def write(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
-        """Create the assessment of a record, or change the one that is there."""
-        [record] = items
-        if record.get("run_id"):
-            return  # The run's metric is all of it.
-        # The spans may be in a trace of MLflow's own tracer.
-        traced = trace.facts.log_traces or "mlflow_trace_id" in record
-        if traced:
-            self._operations.store(trace, self._write, trace, assessment_of(record), timeout_s)
-        if metric_of(record) is None and not (traced and self._operations.stores_traces):
+        """Create the assessments of records, or change those that are there."""
+        deadline, logs = time.monotonic() + timeout_s, trace.facts.log_traces
+        # The spans may be in a trace of MLflow's own tracer. Of a run, the metric is all.
+        traced = [
+            record
+            for record in items
+            if (logs or "mlflow_trace_id" in record) and not record.get("run_id")
+        ]
+        if traced and not trace.tells:
+            wanted = [assessment_of(record) for record in traced]
+            self._operations.store(trace, self._write, trace, wanted, deadline)
+        lost = not (traced and self._operations.stores_traces)
+        if lost and any(metric_of(record) is None for record in items):
             raise Refused("NO_TRACE", "only numbers can be logged of a run without a trace")
 
-    def _write(self, trace: TraceState, wanted: dict[str, Any], timeout_s: float) -> None:
-        own = wanted["assessment_id"]
-        for there in self._info(trace, wanted["trace_id"], timeout_s).get("assessments") or ():
-            if own in (there.get("assessment_id"), mapping(there.get("metadata")).get(OWN_ID)):
-                if not _says_the_same(there, wanted):
-                    changed = {**wanted, "assessment_id": there["assessment_id"]}
-                    self._transport.update_assessment(changed, timeout_s)
-                return
-        self._transport.create_assessment(wanted, timeout_s)
+    def _write(self, trace: TraceState, wanted: Sequence[dict[str, Any]], deadline: float) -> None:
+        info = self._info(trace, wanted[0]["trace_id"], left_s(deadline))
+        there = {_metadata(one).get(OWN_ID): one for one in info.get("assessments") or ()}
+        for one in wanted:
+            known = there.get(one["assessment_id"])
+            if known is None:
+                self._transport.create_assessment(one, left_s(deadline))
+            elif _said_at(known) < _said_at(one):
+                changed = {**one, "assessment_id": known["assessment_id"]}
+                self._transport.update_assessment(changed, left_s(deadline))
+            there[one["assessment_id"]] = one
 
     def _info(self, trace: TraceState, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
         info = self._transport.trace_info(trace_id, timeout_s)
         if info is None:
+            young = time.time_ns() - trace.facts.last_ns < WAIT_S * 1e9
+            if young and time.monotonic() >= self._waits_from:
+                time.sleep(min(LOOK_EVERY_S, timeout_s))
+                raise OutOfTime
+            self._waits_from = time.monotonic() + PAUSE_S
             reason = f"{self._transport.address} has no trace {trace_id}"
-            if time.time_ns() - trace.facts.last_ns < WAIT_S * 1e9:
-                raise RetryLater(reason)
             raise PutOff("NO_TRACE", f"{reason}; `qitos-mlflow sync` tries it again")
         return info
 
 
-def _says_the_same(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    parts = ("feedback", "expectation", "rationale")
-    same = all((there.get(part) or None) == (wanted.get(part) or None) for part in parts)
-    return same and wanted["metadata"].items() <= mapping(there.get("metadata")).items()
+def _metadata(assessment: Mapping[str, Any]) -> Mapping[str, Any]:
+    return mapping(assessment.get("metadata"))
+
+
+def _said_at(assessment: Mapping[str, Any]) -> int:
+    at = str(_metadata(assessment).get(SAID_AT))
+    return int(at) if at.isdecimal() else 0

@@ -253,7 +253,8 @@ class MlflowSink:
             if trace.unplaced:
                 calls.append(Call(trace, scored.find_run, ["run"]))
                 calls += [Call(trace, operations.log, items) for items in _batches(trace.waiting)]
-            calls += [Call(trace, scored.write, [one]) for one in trace.waiting.assessments]
+            if trace.waiting.assessments:
+                calls.append(Call(trace, scored.write, trace.waiting.assessments))
         for trace_id, trace in touched.items():
             if trace.facts.ended or not trace.facts.started:
                 del self._traces[trace_id]

@@ -140,13 +140,17 @@ class TraceState:
         if metric is not None:
             self.waiting.metrics.append(metric)
             self.waiting.counts |= metric.key.startswith(VERDICT)
-        if facts.started and self.tree is not None:
+        self.waiting.assessments.append(record)
+        if self.tree is not None and self.tells:
             self.tree.assess(assessment_of(record))
             return
         facts.settings = settings_in(record.get("settings")) or facts.settings
         facts.last_ns = max(facts.last_ns, limits.clean_ns(record.get("time_ns")))
-        if facts.log_traces or "mlflow_trace_id" in record or metric is None:
-            self.waiting.assessments.append(record)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the infos of its tree tell what is said of it."""
+        return self.facts.started and self.tree is not None
 
     def kill(self, last_time_ns: int, reason: str) -> None:
         """End the trace whose end will not come.

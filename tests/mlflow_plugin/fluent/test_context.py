@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import io
+import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -147,6 +149,13 @@ def test_requests_at_the_same_time_never_mix(pool: ThreadPoolExecutor) -> None:
 
     found = asyncio.run(serve())
     assert found == [{str(n)} for n in range(200)] + [{None}] * 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_a_forked_process_is_outside() -> None:
+    """A pool's first task forks its processes, which serve other requests after it."""
+    with context(user="ann"), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(here).result(WAIT_S) is None
 
 
 def test_our_own_threads_are_outside() -> None:
@@ -320,7 +329,28 @@ def test_leaving_it_elsewhere_is_said_and_harms_nothing(caplog: pytest.LogCaptur
     contextvars.copy_context().run(request.__enter__)
     request.__exit__(None, None, None)
     assert here() is None
-    assert "left on another thread or task" in caplog.text
+    assert "left on another thread, task" in caplog.text
+
+
+@pytest.mark.parametrize("begun_inside", [True, False])
+def test_a_generator_that_is_left_in_the_middle_leaves_nothing_behind(begun_inside: bool) -> None:
+    """Its context is not that of what the thread does next."""
+
+    def stream() -> Iterator[str | None]:
+        with context(user="ann"):
+            yield here()
+
+    items = stream()
+    if not begun_inside:
+        next(items)
+    with context(user="bob"):
+        if begun_inside:
+            next(items)
+        else:
+            items.close()
+    assert here() is None
+    items.close()
+    assert here() is None
 
 
 # -- the caller's trace ----------------------------------------------------------------------

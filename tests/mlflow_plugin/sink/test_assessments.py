@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from qitos_mlflow.delivery import DeadLetter, RetryLater
+from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.assessments import OWN_ID, assessment_of, metric_of
 from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
@@ -101,13 +101,27 @@ def test_the_last_one_of_a_name_and_source_counts(server: FakeTransport) -> None
     assert len(server.assessments) == 3
 
 
+def test_what_was_said_later_stays(server: FakeTransport) -> None:
+    """Also if it is delivered before what another process has said, as `sync` does it."""
+    assert deliver(server, said(value="later", time_ns=START_NS + 2)) == []
+    assert deliver(server, by_id(value="earlier", time_ns=START_NS + 1)) == []
+    assert values(server) == {"correct": "later"}
+
+
+def test_scores_of_one_trace_share_a_look_at_it(server: FakeTransport) -> None:
+    """A suite says many things at once."""
+    assert deliver(server, *(said(str(number), number) for number in range(10))) == []
+    assert server.calls.count("trace_info") == 1
+    assert len(server.assessments) == 10
+
+
 def test_a_store_that_gives_ids_of_its_own_has_it_once(server: FakeTransport) -> None:
     """Ours is in the metadata, too."""
     assert deliver(server, said()) == []
     [(own, one)] = server.assessments.items()
     server.assessments = {"theirs": {**one, "assessment_id": "theirs"}}
     assert one["metadata"][OWN_ID] == own
-    assert deliver(server, said(value=False)) == []
+    assert deliver(server, said(value=False, time_ns=START_NS + 1)) == []
     assert server.assessments.keys() == {"theirs"}
     assert values(server) == {"correct": False}
 
@@ -123,7 +137,7 @@ def test_two_processes_at_once(server: FakeTransport) -> None:
 
     server.fail = first
     sink = MlflowSink(HEADER, server)
-    sink.prepare([orjson.dumps(said())])
+    sink.prepare([orjson.dumps(said(time_ns=START_NS + 1))])
     with pytest.raises(RetryLater, match="constraint"):
         sink.send(TIMEOUT_S)
     assert sink.send(TIMEOUT_S) == []
@@ -157,7 +171,8 @@ def test_a_missing_trace_is_waited_for(server: FakeTransport) -> None:
     other = Records("trace-2")
     records = [by_id(time_ns=time.time_ns()), other.start(), other.end()]
     sink.prepare([orjson.dumps(record) for record in records])
-    with pytest.raises(RetryLater, match=f"has no trace {OURS}"):
+    # It is no outage: the agents of this process get their runs meanwhile.
+    with pytest.raises(OutOfTime):
         sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["FINISHED", "FINISHED"]
     server.traces[OURS] = info
@@ -226,6 +241,23 @@ def test_a_server_without_traces_has_the_numbers(server: FakeTransport) -> None:
     dead = deliver(server, said(), said("label", "good"), by_id())
     assert [orjson.loads(letter.record)["name"] for letter in dead] == ["label", "correct"]
     assert (server.assessments, server.values()["correct"]) == ({}, [1.0])
+
+
+def test_texts_of_an_open_trace_are_not_lost_without_traces() -> None:
+    """Its infos would have them, but such a server takes none."""
+    server, make = FakeTransport(), Records()
+
+    def refuse(call: str, what: Any) -> Exception | None:
+        traced = call in ("write_spans", "write_trace", "trace_info")
+        return Refused("NOT_IMPLEMENTED", "no traces") if traced else None
+
+    server.fail = refuse
+    start, step = make.start(settings=SETTINGS), make.span("step", step=0, step_number=0)
+    texts = said("label", "good"), said("answer", "42", type="expectation")
+    dead = deliver(server, start, step, said(), *texts)
+    assert [orjson.loads(letter.record)["name"] for letter in dead] == ["label", "answer"]
+    assert all("only numbers" in letter.reason for letter in dead)
+    assert server.values()["correct"] == [1.0]
 
 
 @pytest.mark.parametrize(
