@@ -11,6 +11,7 @@ from uuid import uuid4
 from qitos_mlflow.mlflow_plugin.destination import pipeline_of, placed, run_settings
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import surroundings
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest
+from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.to_json import encode
 
@@ -70,6 +71,7 @@ class Logger:
 
     def record(self, **fields: Any) -> None:
         """Hand over a record. Never waits."""
+        process_exit.register()  # A forked process may record nothing else.
         self.pipeline.offer(encode({"time_ns": time.time_ns(), **fields}), keep=True, urgent=True)
 
 

@@ -290,24 +290,59 @@ def test_a_run_can_be_scored_while_an_evaluation_is_open(
     assert verdicts(records()) == {(inside, "style"): 0.5}
 
 
+def spooled_by(script: str, tmp_path: Path) -> tuple[list[dict[str, Any]], str]:
+    """What a script of its own leaves in the spool, and what it prints."""
+    file = tmp_path / "script.py"
+    file.write_text("from qitos_mlflow import evaluation\n" + script, "utf-8")
+    environ = {key: value for key, value in os.environ.items() if key != "QITOS_TRACE_PLUGINS"}
+    environ |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "QITOS_MLFLOW_OFFLINE": "1"}
+    command = [sys.executable, file.name]
+    done = subprocess.run(
+        command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    spool = Path(environ["QITOS_MLFLOW_SPOOL_DIR"])
+    segments = [waiting_records(paths) for paths in find_segments(spool)]
+    found = [orjson.loads(record) for segment in segments for record in segment]
+    shutil.rmtree(spool)
+    return found, done.stdout
+
+
 def test_an_evaluation_that_comes_before_qitos_is_logged(tmp_path: Path) -> None:
     """A launcher that only starts processes may import nothing else."""
     script = """
 import os
-from qitos_mlflow import evaluation
 with evaluation("e", params={"a": 1}):
     print(os.environ["QITOS_MLFLOW_EVALUATION"])
 """
-    environ = {key: value for key, value in os.environ.items() if key != "QITOS_TRACE_PLUGINS"}
-    environ |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "QITOS_MLFLOW_OFFLINE": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-    spool = Path(environ["QITOS_MLFLOW_SPOOL_DIR"])
-    found = [waiting_records(paths) for paths in find_segments(spool)]
-    kinds = [orjson.loads(record)["kind"] for segment in found for record in segment]
-    assert kinds == ["evaluation_start", "evaluation_end"]
-    assert json.loads(done.stdout)["name"] == "e"
-    shutil.rmtree(spool)
+    found, said = spooled_by(script, tmp_path)
+    assert [record["kind"] for record in found] == ["evaluation_start", "evaluation_end"]
+    assert json.loads(said)["name"] == "e"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_verdicts_of_forked_processes_are_recorded(tmp_path: Path) -> None:
+    """Also if no agent runs in them."""
+    script = """
+import multiprocessing
+
+def work(task_id):
+    with sweep.task(task_id) as task:
+        task.result(True)
+
+with evaluation("e") as sweep:
+    forked = multiprocessing.get_context("fork")
+    processes = [forked.Process(target=work, args=(one,)) for one in "ab"]
+    [process.start() for process in processes]
+    [process.join() for process in processes]
+"""
+    found, _ = spooled_by(script, tmp_path)
+    results = of_kind("evaluation_result", found)
+    assert sorted(one["settings"]["tags"]["qitos.task_id"] for one in results) == ["a", "b"]
+    [start] = of_kind("evaluation_start", found)
+    assert {one["settings"]["evaluation"]["id"] for one in results} == {
+        start["settings"]["evaluation"]["id"]
+    }
+    assert len(of_kind("evaluation_end", found)) == 1
 
 
 def test_asyncio_tasks_are_part_of_their_own(
