@@ -8,13 +8,14 @@ raises is passed on. Inside of an evaluation of the user's there is no second on
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,32 +30,47 @@ CATEGORIES = ("category", "level", "Level", "difficulty", "domain", "env_name")
 SCORES = ("reward", "score", "exact_match", "accuracy", "correct", "partial_score")
 """What a result's metadata may have beside its success."""
 
+TRIALS = ("trial", "trial_id", "trial_index")
+"""Where a recipe's job says which trial it is."""
+
 _experiments: dict[int, dict[str, evaluation]] = {}
 """The evaluations of each experiment that is going on, by what is swept."""
 _lock = threading.Lock()
 
+Wrapper = Callable[[Callable[[], Any], dict[str, Any]], Any]
+"""Gets what calls the original, and the arguments by their names, which it may change."""
 
+
+@functools.cache
 def watch_benchmarks() -> None:
-    """Log the host's benchmarks and experiments as evaluations. Idempotent; any thread."""
-    after_import("qitos.benchmark.runner", _wrap_tasks)
-    after_import("qitos.benchmark.common", _wrap_tasks)
-    after_import("qitos.recipes.benchmarks._shared", _wrap_jobs)
-    after_import("qitos.experiment.runner", _wrap_experiments)
+    """Log the host's benchmarks and experiments as evaluations. Once; any thread."""
+    for name in WRAPPERS:
+        after_import(name, wrap_runners)
 
 
-def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Have `wrapper` called with the original and its arguments, wherever the host has it."""
-    original = getattr(owner, name, None)
-    if not callable(original) or hasattr(original, "_qitos_mlflow"):
-        return
-    if isinstance(owner, ModuleType) and original.__module__ != owner.__name__:
-        return  # Of another module, where it is wrapped.
+def wrap_runners(module: ModuleType) -> None:
+    """Put our wrappers around what this module of the host has of them. Idempotent."""
+    for path, wrapper in WRAPPERS[module.__name__].items():
+        owner_name, _, name = path.rpartition(".")
+        owner = getattr(module, owner_name, None) if owner_name else module
+        original = getattr(owner, name, None)
+        # Not one of another module, where it is wrapped.
+        if getattr(original, "__module__", None) == module.__name__ and not hasattr(original, OURS):
+            _replace(owner, name, original, wrapper)
+
+
+def _replace(owner: Any, name: str, original: Any, wrapper: Wrapper) -> None:
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return original(*args, **kwargs)  # Raises the same.
+        return wrapper(lambda: original(*bound.args, **bound.kwargs), bound.arguments)
 
-    wrapped._qitos_mlflow = True  # type: ignore[attr-defined]
+    setattr(wrapped, OURS, True)
     setattr(owner, name, wrapped)
     for module in list(sys.modules.values()):  # Those that have imported it by its name.
         if getattr(module, "__name__", "").startswith("qitos"):
@@ -63,85 +79,83 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
                     setattr(module, name, wrapped)
 
 
-def _wrap_tasks(module: ModuleType) -> None:
-    _replace(module, "run_benchmark_tasks", _run_tasks)
-
-
-def _wrap_jobs(module: ModuleType) -> None:
-    _replace(module, "execute_example_jobs", _run_jobs)
-    _replace(module, "_run_example_job", _run_job)
-
-
-def _wrap_experiments(module: ModuleType) -> None:
-    runner = getattr(module, "ExperimentRunner", None)
-    if hasattr(runner, "run") and hasattr(runner, "_run_single"):
-        _replace(runner, "run", _run_experiment)
-        _replace(runner, "_run_single", _run_single)
-
-
 # -- what the host calls ---------------------------------------------------------------------
 
 
-def _run_tasks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    runner = kwargs.get("runner")
+def _run_tasks(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+    runner = given.get("runner")
     if runner is None:  # Nothing is run.
-        return original(*args, **kwargs)
+        return call()
 
     @functools.wraps(runner)
-    def judged(*args: Any, **given: Any) -> Any:
-        task = given.get("task")
-        with _task(getattr(task, "id", None), _metadata(task)) as one:
-            produced = runner(*args, **given)
+    def judged(*args: Any, **kwargs: Any) -> Any:
+        with _task({"task": kwargs.get("task")}) as one:
+            produced = runner(*args, **kwargs)
             _judge(one, produced)
             return produced
 
-    with _evaluation(kwargs, tasks=kwargs.get("tasks")):
-        return original(*args, **{**kwargs, "runner": judged})
+    given["runner"] = judged
+    with _evaluation(given, "tasks"):
+        return call()
 
 
-def _run_jobs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if "jobs" in kwargs:
-        kwargs["jobs"] = list(kwargs["jobs"])  # As the host does.
-    output = os.path.abspath(os.path.expanduser(os.fspath(kwargs.get("output_path") or "")))  # noqa: PTH100, PTH111 - never raises
-    with _evaluation(kwargs, tasks=kwargs.get("jobs"), output=output, resumes=kwargs.get("resume")):
-        return original(*args, **kwargs)
+def _run_jobs(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+    given["jobs"] = list(given["jobs"])  # As the host does.
+    with _evaluation(given, "jobs"):
+        return call()
 
 
-def _run_job(original: Callable[..., Any], runner: Any, item: Any, *specs: Any) -> Any:
-    task = item.get("task")
-    task_id = item.get("task_id") or getattr(task, "id", None) or item.get("job_key")
-    trial = next((item[key] for key in ("trial", "trial_id", "trial_index") if key in item), 0)
-    with _task(task_id, {**_metadata(task), **item}, trial) as one:
-        produced = original(runner, item, *specs)
+def _run_job(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+    with _task(given.get("item")) as one:
+        produced = call()
         _judge(one, produced)
         return produced
 
 
-def _run_experiment(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_experiment(call: Callable[[], Any], given: dict[str, Any]) -> Any:
     if has_begun():
-        return original(runner, *args, **kwargs)
+        return call()
+    runner = id(given.get("self"))
     with _lock:
-        _experiments[id(runner)] = {}
+        _experiments.setdefault(runner, {})
     error: BaseException | None = None
     try:
-        return original(runner, *args, **kwargs)
+        return call()
     except BaseException as raised:
         error = raised
         raise
     finally:
         with _lock:
-            ended = _experiments.pop(id(runner))
+            ended = _experiments.pop(runner, {})
         for one in ended.values():
             one.end(error)
 
 
-def _run_single(
-    original: Callable[..., Any], runner: Any, combo: Any, task_id: Any, *rest: Any
-) -> Any:
-    with _task(task_id, {}, of=_of_combination(runner, combo)) as one:
-        produced = original(runner, combo, task_id, *rest)
+def _run_single(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+    with _task(given, of=_of_combination(given.get("self"), given.get("combo"))) as one:
+        produced = call()
         _judge(one, produced, of_experiment=True)
         return produced
+
+
+OURS = "_qitos_mlflow"
+"""Attribute of our wrappers."""
+
+WRAPPERS: dict[str, dict[str, Wrapper]] = {
+    "qitos.benchmark.runner": {"run_benchmark_tasks": _run_tasks},
+    "qitos.benchmark.common": {"run_benchmark_tasks": _run_tasks},
+    "qitos.recipes.benchmarks._shared": {
+        "execute_example_jobs": _run_jobs,
+        "_run_example_job": _run_job,
+    },
+    "qitos.experiment.runner": {
+        "ExperimentRunner.run": _run_experiment,
+        "ExperimentRunner._run_single": _run_single,
+    },
+}
+
+
+# -- parts -----------------------------------------------------------------------------------
 
 
 def _of_combination(runner: Any, combo: Any) -> evaluation | None:
@@ -152,66 +166,61 @@ def _of_combination(runner: Any, combo: Any) -> evaluation | None:
             return None
         key = json.dumps(combo, sort_keys=True, default=str)
         if key not in found:
-            swept = ", ".join(f"{name}={value}" for name, value in combo.items())
-            output = f"{os.path.abspath(getattr(runner, 'output_dir', ''))} {key}"  # noqa: PTH100
             spec = getattr(runner, "experiment_spec", None)
-            made = _made(
-                {"experiment_spec": spec},
-                f"{getattr(spec, 'name', None) or 'experiment'} {swept}".strip(),
-                params=combo,
-                output=output,
-                resumes=getattr(runner, "resume", False),
-            )
+            swept = ", ".join(f"{name}={value}" for name, value in combo.items())
+            name = f"{getattr(spec, 'name', None) or 'experiment'} {swept}".strip()
+            output = f"{Path(getattr(runner, 'output_dir', '')).absolute()} {key}"
+            made = _made({"experiment_spec": spec}, name, params=combo)
+            made.place = {"output": output, "resumes": bool(getattr(runner, "resume", False))}
             made.begin()
             found[key] = made
         return found[key]
     return None
 
 
-# -- parts -----------------------------------------------------------------------------------
-
-
-def _evaluation(
-    given: Mapping[str, Any], *, tasks: Any, output: str = "", resumes: object = False
-) -> AbstractContextManager[Any]:
+def _evaluation(given: Mapping[str, Any], tasks: str) -> AbstractContextManager[Any]:
     """The evaluation of a call of the host's, unless it is part of one already."""
     with shield("benchmarks.evaluation"):
         if not has_begun():
-            return _made(given, tasks=tasks, output=output, resumes=resumes)
+            listed = given.get(tasks)
+            made = _made(given, tasks=listed if isinstance(listed, (list, tuple)) else None)
+            if output := given.get("output_path"):
+                place = str(Path(output).expanduser().absolute())
+                made.place = {"output": place, "resumes": bool(given.get("resume"))}
+            return made
     return nullcontext()
 
 
 def _made(
-    given: Mapping[str, Any],
-    name: str = "",
-    *,
-    tasks: Any = None,
-    params: Mapping[str, Any] = {},
-    output: str,
-    resumes: object,
+    given: Mapping[str, Any], name: str = "", *, tasks: Any = None, params: Mapping[str, Any] = {}
 ) -> evaluation:
     spec = given.get("experiment_spec")
     benchmark = given.get("benchmark") or getattr(spec, "benchmark_name", None)
-    made = evaluation(
+    return evaluation(
         name or getattr(spec, "name", None) or benchmark or "benchmark",
         benchmark=benchmark,
         split=given.get("split") or getattr(spec, "benchmark_split", None),
-        tasks=tasks if isinstance(tasks, (list, tuple)) else None,
+        tasks=tasks,
         params={**params, **_specs(run_spec=given.get("run_spec"), experiment_spec=spec)},
     )
-    if output:
-        made.place = {"output": output, "resumes": bool(resumes)}
-    return made
 
 
-def _task(
-    task_id: Any, metadata: Mapping[str, Any], trial: Any = 0, of: evaluation | None = None
-) -> AbstractContextManager[Task | None]:
-    """A task of the evaluation that is going on; None if there is none."""
+def _task(given: Any, of: evaluation | None = None) -> AbstractContextManager[Task | None]:
+    """A task of the evaluation that is going on; None if there is none.
+
+    Args:
+        given: what the host says of it: the task, ids, number of the trial.
+        of: the evaluation, if it is not that of this thread.
+    """
     with shield("benchmarks.task"):
-        around = of or current()
+        around, task = of or current(), given.get("task")
+        metadata = getattr(task, "metadata", None)
+        known = {**(metadata if isinstance(metadata, Mapping) else {}), **given}
+        ids = given.get("task_id"), getattr(task, "id", None), given.get("job_key")
+        task_id = next((one for one in ids if one is not None), None)
+        trial = next((given[key] for key in TRIALS if key in given), 0)
         if isinstance(around, evaluation) and task_id is not None:
-            category = next((metadata[key] for key in CATEGORIES if metadata.get(key)), None)
+            category = next((known[key] for key in CATEGORIES if known.get(key)), None)
             number = int(trial) if str(trial).isdecimal() else 0
             return around.task(task_id, trial=number, category=category)
     return nullcontext()
@@ -255,11 +264,6 @@ def _specs(**specs: Any) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 - of the host's; the evaluation goes on without
             report("benchmarks.specs", error)
     return found
-
-
-def _metadata(task: Any) -> Mapping[str, Any]:
-    found = getattr(task, "metadata", None)
-    return found if isinstance(found, Mapping) else {}
 
 
 def _number(value: Any) -> float | None:

@@ -503,7 +503,7 @@ def wrapped() -> Iterator[None]:
     """The host's function as it was, in the end."""
     homes = [module for name, module in sys.modules.items() if name.startswith("qitos")]
     before = {m: m.run_benchmark_tasks for m in homes if hasattr(m, "run_benchmark_tasks")}
-    benchmarks.watch_benchmarks()
+    benchmarks.wrap_runners(sys.modules["qitos.benchmark.runner"])
     yield
     for module, original in before.items():
         module.run_benchmark_tasks = original
@@ -585,16 +585,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 def execute_example_jobs(
     *, jobs, runner, output_path, run_spec, experiment_spec, concurrency=1, resume=False
 ):
+    specs = {"run_spec": run_spec, "experiment_spec": experiment_spec}
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [
-            pool.submit(_run_example_job, runner, item, run_spec, experiment_spec) for item in jobs
+            pool.submit(_run_example_job, runner, item=item, **specs) for item in jobs
         ]
         return [future.result() for future in futures]
 
 def _run_example_job(runner, item, run_spec, experiment_spec):
     return runner(**item, run_spec=run_spec, experiment_spec=experiment_spec)
 """
-"""As in QitOS 0.6, without its files."""
+"""As in QitOS 0.6, without its files. Whether arguments have names does not matter."""
 
 
 def test_jobs_of_a_recipe_are_an_evaluation_that_resumes(
@@ -603,7 +604,7 @@ def test_jobs_of_a_recipe_are_an_evaluation_that_resumes(
     """Its output says which one; each job has its trial."""
     attach()
     module = host_module("qitos.recipes.benchmarks._shared", JOBS)
-    benchmarks._wrap_jobs(module)
+    benchmarks.wrap_runners(module)
     spec = SimpleNamespace(name="tau", benchmark_name="tau-bench", benchmark_split="test")
 
     def runner(**item: Any) -> dict[str, Any]:
@@ -659,7 +660,7 @@ def test_each_combination_of_an_experiment_is_an_evaluation(
     """With the swept values as params; the host's `success` says nothing, its errors do."""
     attach()
     module = host_module("qitos.experiment.runner", SWEEPS, work=agent)
-    benchmarks._wrap_experiments(module)
+    benchmarks.wrap_runners(module)
     assert len(module.ExperimentRunner().run(["good", "bad"])) == 4
     found = records()
     starts = of_kind("evaluation_start", found)
@@ -712,7 +713,7 @@ def test_a_runner_in_a_process_of_an_evaluation_adds_its_tasks(
     key = 'the launcher\'s "key"'
     monkeypatch.setenv(EVALUATION_VARIABLE, json.dumps({"id": key, "name": "e"}) if begun else key)
     module = host_module("qitos.recipes.benchmarks._shared", JOBS)
-    benchmarks._wrap_jobs(module)
+    benchmarks.wrap_runners(module)
     module.execute_example_jobs(
         jobs=[{"task_id": "t"}],
         runner=lambda **_: {"success": True, "metadata": {"agent": agent()}},

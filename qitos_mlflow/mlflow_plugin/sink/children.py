@@ -129,6 +129,7 @@ class Children(Experiments):
             except Exception as error:  # noqa: BLE001 - numbers must not keep records waiting
                 report("children.refresh", error)
                 self.due.pop(run_id, None)
+                self._readings.pop(run_id, None)
 
     def bring(self, run_id: str, deadline: float, *, final: bool = False) -> None:
         """Write the numbers of one parent."""
@@ -153,9 +154,9 @@ class Children(Experiments):
         now = time.monotonic()
         self._not_before = {key: at for key, at in self._not_before.items() if at > now}
         self._not_before[run_id] = now + max(EVERY_S, PAUSE * (now - reading.began_s))
-        self._readings = {key: one for key, one in self._readings.items() if one is not reading}
+        del self._readings[run_id]
         if not reading.stale:
-            self.due = {key: one for key, one in self.due.items() if one is not due}
+            del self.due[run_id]
 
     def read(
         self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float
