@@ -68,6 +68,15 @@ class Pages:
         """The table of evaluation runs."""
         return f"{self._experiment}/evaluation-runs"
 
+    @property
+    def overview(self) -> str:
+        """Numbers of all traces, such as their cost."""
+        return f"{self._experiment}/overview/usage"
+
+    def evaluated(self, run_id: str) -> str:
+        """The rows of an evaluation's run, with their scores."""
+        return f"{self.evaluations}/{run_id}/traces"
+
     def run(self, run_id: str, tab: str = "") -> str:
         """A run; tabs: model-metrics (charts), traces, artifacts."""
         return f"{self._experiment}/runs/{run_id}/{tab}".rstrip("/")

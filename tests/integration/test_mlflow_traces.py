@@ -7,11 +7,13 @@ Each part of a script logs to an experiment of its own.
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Span, Trace
 
 from qitos_mlflow.cli import main
+from tests.integration.browser import Browser, Pages
 from tests.integration.logged import LoggedRun, run_script, runs_of
 from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
@@ -27,6 +30,10 @@ from tests.integration.server import MlflowServer
 PARENT = "mlflow.parentRunId"
 TREE = "qitos.mlflow_trace_id"
 MODEL = "gpt-4o-mini"
+COST_OF_CALL = (1000 * 0.15 + 100 * 0.60) / 1e6
+"""Of the scripted model's tokens, at that model's prices (dollars)."""
+LARGE = (1750, 1300)
+"""Of a browser's window (pixels)."""
 
 AGENTS = """
 import asyncio, contextlib, json, os, sys, threading
@@ -134,6 +141,7 @@ class Said:
     """What a script has logged, and what each of its parts returned."""
 
     client: MlflowClient
+    uri: str
     name: str
     parts: dict[str, Any]
 
@@ -143,6 +151,10 @@ class Said:
     def experiment_id(self, part: str) -> str:
         """MLflow's id of the part's experiment."""
         return str(self.client.get_experiment_by_name(f"{self.name} {part}").experiment_id)
+
+    def pages(self, part: str) -> Pages:
+        """MLflow's pages about the part's experiment."""
+        return Pages(self.uri, self.experiment_id(part))
 
     def runs(self, part: str) -> list[LoggedRun]:
         """The first one first."""
@@ -182,7 +194,7 @@ def run_parts(server: MlflowServer, parts: dict[str, str], begin: str = "") -> S
         MLFLOW_RUN_ID=None,
         MLFLOW_GENAI_EVAL_MAX_WORKERS="4",
     )
-    return Said(server.client, name, json.loads(done.stdout.splitlines()[-1]))
+    return Said(server.client, server.uri, name, json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +546,7 @@ EVALUATIONS = {
             run(question, Autologged)
             return run(question, Autologged)
 
-        return scores(rows(4), predict)
+        return scores(rows(2), predict)
     """,
     "untried": """
         def predict(question):
@@ -639,9 +651,9 @@ def test_an_evaluation(evaluations: Said) -> None:
 
 def test_two_agents_in_a_row_are_one_trace(evaluations: Said) -> None:
     """Also if autologging makes spans in them, for which MLflow would make one trace each."""
-    evaluated(evaluations, "twice", 4, runs_of_a_row=2)
+    evaluated(evaluations, "twice", 2, runs_of_a_row=2)
     traces = evaluations.traces("twice")
-    assert len(traces) == 4
+    assert len(traces) == 2
     for trace in traces:
         found = tree(trace)
         assert (found[""], found["predict"]) == (["predict"], ["asker", "asker"])
@@ -676,6 +688,41 @@ def test_what_agents_have_logged_is_evaluated(evaluations: Said) -> None:
     traces = evaluations.traces("logged")
     assert len(traces) == 6
     assert [len(trace.info.assessments) for trace in traces] == [1] * 6
+
+
+@pytest.mark.browser
+def test_the_pages_of_an_evaluation(
+    mlflow_server: MlflowServer, browser: Browser, tmp_path: Path
+) -> None:
+    """A row for each trace with its scores, in it the agents' tree, and the cost of the calls."""
+    body = EVALUATIONS["twice"].replace("rows(2)", "rows(3)")
+    said = run_parts(mlflow_server, {"rows": body}, SCORERS)
+    pages = said.pages("rows")
+    page = pages.evaluated(said["rows"]["run"])
+    rows = [f'"question": "question {number}"' for number in range(3)]
+    scorers = ["calls_add", "as_expected"]
+    browser.page_shot(
+        page, tmp_path / "rows.png", wait_for_text=["3 of 3", *scorers, *rows], size=LARGE
+    )
+    trace = said.traces("rows")[0]
+    tool, _ = trace.search_spans(span_type="TOOL", name="add")
+    text = browser.page_shot(
+        f"{page}?selectedEvaluationId={trace.info.trace_id}",
+        tmp_path / "tree.png",
+        click=[f"css=[data-testid='timeline-tree-node-{tool.span_id}']"],
+        wait_for_text=["asker", "step 1", *scorers],
+        size=LARGE,
+    )
+    names = {"predict", "asker", "step 0", "decide", MODEL, "Completions", "act", "add"}
+    assert names <= set(text.split("\n"))
+    calls = 3 * 2 * 2
+    assert said.cost("rows") == pytest.approx(calls * COST_OF_CALL)
+    text = browser.page_shot(
+        pages.overview, tmp_path / "overview.png", wait_for_text=["Total Cost"], size=LARGE
+    )
+    [shown, *_] = re.findall(r"\$([\d.]+)\s+Total Cost", text)
+    assert float(shown) == pytest.approx(calls * COST_OF_CALL, rel=0.01)
+    assert browser.errors == []
 
 
 # -- a server that fails -----------------------------------------------------------------------
@@ -717,3 +764,26 @@ def test_a_server_that_hangs_does_not_hold_the_agent(mlflow_server: MlflowServer
     children = [run for run in said.runs("hangs") if run.id != said["hangs"]["run"]]
     assert [run.metrics["total_steps"] for run in children] == [7]
     assert said["hangs"]["metrics"]["as_expected/mean"] == 1.0
+
+
+def test_a_kill_loses_nothing_of_the_run(mlflow_server: MlflowServer, experiment_name: str) -> None:
+    """What MLflow has not sent is gone; the run's numbers are not."""
+    body = f"""
+        import signal
+
+        mlflow.set_experiment({experiment_name!r})
+
+        def die():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with mlflow.start_span("top"):
+            steps = [act("Add.", ("add", {{"a": 1, "b": 2}})), act("Die.", ("die", {{}}))]
+            model = Priced(MODEL, steps)
+            DeskAgent("asker", model, [add, die]).run("to the end", render=False, trace=False)
+    """
+    done = run_script(AGENTS, body, check=False, MLFLOW_TRACKING_URI=mlflow_server.uri)
+    assert done.returncode == -9, str(done)
+    synced = CliRunner().invoke(main, ["sync"])
+    assert synced.exit_code == 0, synced.output
+    [run] = runs_of(mlflow_server.client, experiment_name)
+    assert (run.status, run.metrics["total_tokens"]) == ("KILLED", 2200)

@@ -133,6 +133,7 @@ class AutologSpans:
                 sys.modules["mlflow.tracing.fluent"]._set_last_active_trace_id(self._trace_id)
             if not self._known_until_s:
                 return tags
+            self._spans = _Spans()  # A trace that has ended is remembered for long.
             with trace_manager().get_trace(self._trace_id) as trace:
                 if trace is None:
                     return tags

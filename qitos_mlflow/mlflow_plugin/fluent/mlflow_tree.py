@@ -186,6 +186,7 @@ class MlflowTree:
         self._over = True
         with shield("mlflow_tree.end"):
             self._close_all()
+            self._background.do(self._release)
             try:
                 leave_ended(self._contexts)
             finally:
@@ -230,6 +231,11 @@ class MlflowTree:
         live = self._open.pop(key, None)
         if live is not None and live._span.is_recording():
             self._end(live, end_ns)
+
+    def _release(self) -> None:
+        """Let go of what spans hold: a trace that has ended is remembered for long."""
+        self._top, self._context = None, contextvars.Context()
+        self._tree = SpanTree(self._facts)
 
     def _end(self, live: Any, end_ns: int | None) -> None:
         # Outside of an evaluation's context, MLflow leaves it to its queue: that is for a server

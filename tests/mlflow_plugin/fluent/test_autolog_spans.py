@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +268,22 @@ def ahead_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     traces: Any = TTLCache(maxsize=1000, ttl=3600, timer=clock.monotonic)
     monkeypatch.setattr(InMemoryTraceManager.get_instance(), "_traces", traces)
     return ahead_s
+
+
+def test_a_trace_that_has_ended_holds_no_spans(nesting: AutologSpans) -> None:
+    """The last thousand traces are remembered; what their spans show may be large."""
+    nesting.enter(span(1))
+    with mlflow.start_span("autologged") as inner:
+        held = weakref.ref(inner._span)
+    nesting.leave(span(1))
+    nesting.end()
+    for thread in threading.enumerate():
+        if thread.name == "qitos-mlflow-autolog":
+            thread.join()
+    InMemoryTraceManager.reset()
+    del inner
+    gc.collect()
+    assert held() is None
 
 
 def test_mlflow_never_forgets_a_trace_that_goes_on(

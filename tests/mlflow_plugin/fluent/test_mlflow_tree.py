@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -279,6 +281,22 @@ def test_records_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         shown = [one for one in spans(top.trace_id).values() if one.attributes.get("qitos.span_id")]
         assert 0 < len(shown) < 4
         assert all(one.end_time_ns for one in spans(top.trace_id).values() if one is not top)
+
+
+def test_a_trace_that_has_ended_holds_no_spans() -> None:
+    """The last thousand traces are remembered; what their spans show may be large."""
+    with mlflow.start_span("top") as top:
+        tree = around(agents_trace())
+        tree.enter(span(1))
+        tree.fold(record(span(1)))
+        tree.leave(span(1))
+        tree.end()
+        held = weakref.ref(top._span)
+    InMemoryTraceManager.reset()
+    del top
+    gc.collect()
+    assert held() is None
+    assert tree.trace_id
 
 
 def test_nothing_is_left_of_many_traces(monkeypatch: pytest.MonkeyPatch) -> None:
