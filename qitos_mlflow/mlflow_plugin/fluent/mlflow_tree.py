@@ -8,8 +8,7 @@ the spool, through the same mapping. The run and its numbers go the usual way.
 The agent's thread begins the spans. A thread in the background shows and ends them: in an
 evaluation MLflow sends each span as it ends, and waits for its server.
 
-If MLflow's tracer fails, spans are missing in its trace, and nothing else. Only imported if mlflow
-is in use; mlflow is never imported here.
+If MLflow's tracer fails, only its trace lacks spans. mlflow is in use before this is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import contextvars
 import sys
 import time
+from itertools import takewhile
 from typing import Any
 
 import orjson
@@ -49,8 +49,8 @@ TRACE = "trace"
 """Stands for the trace itself among the open spans, if it has a span of its own."""
 
 STALL_S = 2.0
-"""As the trace ends, it waits for its spans to end, too, unless none does for this long (seconds).
-Longer than MLflow's server takes for one; as long as the trace's start may wait for its run."""
+"""The end of a trace waits for its spans to end, unless none does for so long (seconds): as long as
+the start may wait for the run."""
 
 MAX_WAITING = 2_000
 """Records that wait to be shown, as where a server hangs. Spans of later ones show nothing."""
@@ -235,7 +235,6 @@ class MlflowTree:
     def _release(self) -> None:
         """Let go of what spans hold: a trace that has ended is remembered for long."""
         self._top, self._context = None, contextvars.Context()
-        self._tree = SpanTree(self._facts)
 
     def _end(self, live: Any, end_ns: int | None) -> None:
         # Outside of an evaluation's context, MLflow leaves it to its queue: that is for a server
@@ -273,13 +272,12 @@ class MlflowTree:
         live._span.update_name(span_name(record))
         self._show(live, found)
         error = record.get("error")
-        text = None if error is None else str(error)
-        self._fail(live, failure_of(text, mapping(record.get("exception"))), record.get("end_ns"))
-        if kind_of(record).counts == "scores":
-            feedback = feedback_of(record, self._facts.trace_id)
-            if feedback is not None:
-                self._assess({**feedback, "trace_id": self.trace_id, "span_id": live.span_id})
-        self._end(live, record.get("end_ns"))
+        text, end_ns = None if error is None else str(error), record.get("end_ns")
+        self._fail(live, failure_of(text, mapping(record.get("exception"))), end_ns)
+        scores = kind_of(record).counts == "scores"
+        if scores and (feedback := feedback_of(record, self._facts.trace_id)):
+            self._assess({**feedback, "trace_id": self.trace_id, "span_id": live.span_id})
+        self._end(live, end_ns)
 
     def _assess(self, said: dict[str, Any]) -> bool:
         """Say it in MLflow's trace; False if MLflow has sent that already."""
@@ -296,8 +294,8 @@ class MlflowTree:
         if failure is not None:
             entities: Any = sys.modules["mlflow.entities"]
             text, attributes = failure
-            at = {} if end_ns is None else {"timestamp": end_ns}
-            live.add_event(entities.SpanEvent("exception", attributes=attributes, **at))
+            at_ns = end_ns or time.time_ns()
+            live.add_event(entities.SpanEvent("exception", timestamp=at_ns, attributes=attributes))
             live.set_status(entities.SpanStatus(entities.SpanStatusCode.ERROR, text))
 
     def _end_of_trace(self, record: Any, root: Any) -> None:
@@ -329,13 +327,11 @@ class MlflowTree:
     def _is_priced_below(self, live: Any) -> bool:
         """Whether MLflow has a span of this model call, which has a price then."""
         with trace_manager().get_trace(self.trace_id) as trace:
-            for below in () if trace is None else reversed(trace.span_dict.values()):
-                if below is live:  # The others began before it.
-                    break
-                attributes = below._span.attributes
-                if MODEL in attributes and USAGE in attributes and self._is_below(below, live):
-                    return True
-        return False
+            spans = () if trace is None else reversed(trace.span_dict.values())
+            return any(
+                {MODEL, USAGE} <= one._span.attributes.keys() and self._is_below(one, live)
+                for one in takewhile(lambda one: one is not live, spans)  # Others began before it.
+            )
 
     def _is_below(self, span: Any, above: Any) -> bool:
         """Whether a span of MLflow's is within the subtree of another one."""
