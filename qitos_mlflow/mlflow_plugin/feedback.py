@@ -144,7 +144,7 @@ def _say(
 
 def say_of(trace: OpenTrace, name: str, value: Any, source: str) -> None:
     """`score` for a trace that this process logs, wherever else it is logged, too."""
-    _hand_over(_of_trace(trace), _record("feedback", name, value, "CODE", source))
+    _hand_over(_of_trace(trace), _record("feedback", name, value, "CODE", source), keep=True)
 
 
 def _record(kind: str, name: str, value: Any, source_type: str, source: str) -> dict[str, Any]:
@@ -152,20 +152,23 @@ def _record(kind: str, name: str, value: Any, source_type: str, source: str) -> 
     return {"kind": "assessment", "type": kind, **about, "time_ns": _later_ns()}
 
 
-def _hand_over(target: _Target, record: dict[str, Any]) -> None:
+def _hand_over(target: _Target, record: dict[str, Any], *, keep: bool = False) -> None:
     said: Any = {**record, **target.fields}
     # Until MLflow's own tracer sends its trace, nothing else can reach that.
     if target.tree is not None and target.tree.assess(encode(said)):
         del said["mlflow_trace_id"]
         if metric_of(said) is None:
             return
-    offer(target.settings, target.to, **said)
+    offer(target.settings, target.to, keep=keep, **said)
 
 
-def offer(settings: Settings, to: Destination, /, **record: Any) -> None:
-    """Hand a record to the pipeline that all of this process with that destination share."""
+def offer(settings: Settings, to: Destination, /, *, keep: bool = False, **record: Any) -> None:
+    """Hand a record to the pipeline that all of this process with that destination share.
+
+    `keep`: also if the queue is full.
+    """
     pipeline = Recorder[TraceRecorder](settings).pipeline_to(to, partial(MlflowPipeline, to))
-    pipeline.offer(encode({"time_ns": _later_ns(), **record}), urgent=True)
+    pipeline.offer(encode({"time_ns": _later_ns(), **record}), keep=keep, urgent=True)
 
 
 def _later_ns() -> int:

@@ -97,16 +97,19 @@ class Attempt:
 
 
 def attempts(runs: Iterable[StoredRun]) -> list[Attempt]:
-    """The attempts that count, the oldest first."""
+    """The attempts that count, the oldest first. Outside of tasks, only if there are none."""
+    ordered = sorted(runs, key=lambda run: (run.ref.start_ms, run.ref.run_id))
+    any_task = any(ATTEMPT_TAG in run.tags for run in ordered)
     together: dict[str, list[StoredRun]] = {}
-    traces = set()
-    for run in sorted(runs, key=lambda run: (run.ref.start_ms, run.ref.run_id)):
-        # Not a run of the user's own, the second one that a trace has, or part of another run.
-        trace = AGAIN.sub("", run.tags.get("qitos.trace_id", ""))
-        background = ATTEMPT_TAG not in run.tags and "qitos.linked_trace_id" in run.tags
-        if trace and trace not in traces and not background:
-            together.setdefault(run.tags.get(ATTEMPT_TAG, run.ref.run_id), []).append(run)
-        traces.add(trace)
+    traces = {""}
+    for run in ordered:
+        own, trace = run.tags.get(ATTEMPT_TAG), run.tags.get("qitos.trace_id", "")
+        if not trace and run.tags.get(TASK_TAG):
+            trace = run.ref.run_id  # A run of the user's own counts if it names a task.
+        beside = own is None and (any_task or "qitos.linked_trace_id" in run.tags)
+        if not beside and (trace := AGAIN.sub("", trace)) not in traces:
+            traces.add(trace)
+            together.setdefault(own or run.ref.run_id, []).append(run)
     counting: dict[tuple[str, ...], Attempt] = {}
     for attempt in map(Attempt, together.values()):
         before = counting.get(attempt.place)

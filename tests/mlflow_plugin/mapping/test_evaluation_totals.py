@@ -130,6 +130,12 @@ def test_only_runs_of_agents_count_and_each_trace_once() -> None:
     assert (found["n"], found["steps_total"]) == (1, 2)
 
 
+def test_beside_tasks_no_agent_counts() -> None:
+    """Such as a judge between them, or one in a process that a task has started."""
+    found = numbers(run("a", attempt="1", verdict__success=1), run(None, None, success=0))
+    assert (found["n"], found["success_rate"]) == (1, 1)
+
+
 def test_how_likely_all_of_several_trials_succeed() -> None:
     """pass^k as tau-bench has it: choose(c, k) / choose(n, k), the mean over the tasks."""
     good = [run("a", n, verdict__success=1) for n in range(4)]
