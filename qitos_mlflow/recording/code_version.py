@@ -7,6 +7,7 @@ MLflow, this looks at the repository of the script, else at that of the working 
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class _Lookup(OwnThread):
     def __init__(self) -> None:
         super().__init__("qitos-mlflow-code-version")
         self.code: dict[str, Any] = {}  # Replaced, never changed.
+        self.child: subprocess.Popen[bytes] | None = None
         self.known = threading.Event()
         self.began_s = time.monotonic()
 
@@ -103,21 +105,24 @@ class _Lookup(OwnThread):
         left_s = self.began_s + LOOKUP_S - time.monotonic()
         try:
             environ = {key: text for key, text in os.environ.items() if key not in _OF_A_HOOK}
-            done = subprocess.run(  # noqa: S603
+            with subprocess.Popen(  # noqa: S603
                 ["git", *arguments],  # noqa: S607 - the one that the user would run
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                timeout=max(0.0, left_s),
                 env={**environ, **_QUIET},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-                check=True,
-            )
-        except (OSError, RuntimeError, subprocess.SubprocessError):
+            ) as self.child:
+                try:
+                    said, _ = self.child.communicate(timeout=max(0.0, left_s))
+                except subprocess.TimeoutExpired:
+                    self.child.kill()
+                    return None
+                return said.decode("utf-8", "replace").strip() if not self.child.wait() else None
+        except (OSError, RuntimeError):
             return None
         finally:
             check()
-        return done.stdout.decode("utf-8", "replace").strip()
 
 
 _lookup: _Lookup | None = None
@@ -133,6 +138,15 @@ def _lookup_of_process() -> _Lookup:
             lookup.known.set()
         _lookup = lookup
     return _lookup
+
+
+def _end_git() -> None:
+    """The process ends: so does a git that still looks through files. Runs after all is sent."""
+    if _lookup is not None and not _lookup.known.is_set() and _lookup.child is not None:
+        _lookup.child.kill()
+
+
+atexit.register(_end_git)
 
 
 def _after_fork() -> None:

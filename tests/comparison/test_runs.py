@@ -16,6 +16,7 @@ def run(
 ) -> StoredRun:
     """A run on a task; `number` says when it began, ``__`` in a metric's name is a slash."""
     about = {"qitos.task_id": task, "qitos.benchmark": "gaia", "qitos.split": "test"}
+    about["qitos.trace_id"] = f"{task}-{number}-{tags}"
     ref = RunRef(f"{task}-{number}", "1", "", "", number)
     found = {key.replace("__", "/"): value for key, value in metrics.items()}
     return StoredRun(ref, status, None, found, {**about, **(tags or {})})

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from qitos_mlflow.recording import code_version
 from qitos_mlflow.recording.code_version import CodeVersion
+from tests.integration.logged import run_script
 
 EXIT_S = 100.0
 AUTHOR = ("-c", "user.name=A", "-c", "user.email=a@example.test")
@@ -193,6 +195,27 @@ def test_a_git_that_hangs_holds_no_record(
     assert lookup is not None
     assert lookup.known.wait(20)
     assert found(version) is None
+
+
+def test_a_git_that_hangs_ends_with_the_process(tmp_path: Path) -> None:
+    """Short scripts on a slow disk would leave one each."""
+    commands, pid = tmp_path / "commands", tmp_path / "pid"
+    commands.mkdir()
+    (commands / "git").write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 100\n")
+    (commands / "git").chmod(0o755)
+    script = """
+        import pathlib, time
+        from qitos_mlflow.recording import code_version
+        code_version._lookup_of_process()
+        while not (pathlib.Path("pid").exists() and pathlib.Path("pid").read_text().strip()):
+            time.sleep(0.01)
+    """
+    run_script(script, PATH=f"{commands}{os.pathsep}{os.environ['PATH']}")
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    until = time.monotonic() + 20
+    while state.exists() and ") Z " not in state.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_what_takes_too_long_is_left_out(
