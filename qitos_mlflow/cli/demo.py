@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -73,8 +72,8 @@ def demo(tracking_uri: str | None, experiment_name: str | None) -> None:
             "See what is left: qitos-mlflow status. Deliver it later: qitos-mlflow sync"
         )
         raise SystemExit(1)
-    found = (trace.run.ref for trace in recorder.traces)
-    logged = show_runs(uri, sorted({run.experiment_id for run in found if run}), tag)
+    found = {trace.run.ref.experiment_id for trace in recorder.traces if trace.run.ref}
+    logged = show_runs(uri, next(iter(found), None), tag)
     if logged < len(TASKS):
         complain(
             f"only {logged} of {len(TASKS)} runs are in MLflow. "
@@ -94,8 +93,8 @@ def _flush(processor: Any) -> bool:
     return True
 
 
-def show_runs(uri: str | None, experiments: Sequence[str], tag: str) -> int:
-    """Print the runs with this tag in these experiments, and how to open their pages.
+def show_runs(uri: str | None, experiment_id: str | None, tag: str) -> int:
+    """Print the runs with this tag in an experiment, if there is one, and how to open its page.
 
     Imports mlflow and blocks on the server; raises what mlflow raises. Returns the number of runs.
     """
@@ -104,12 +103,9 @@ def show_runs(uri: str | None, experiments: Sequence[str], tag: str) -> int:
     mlflow = import_module("mlflow")
     uri = uri or mlflow.get_tracking_uri()
     client = mlflow.MlflowClient(tracking_uri=uri)
-    runs = (
-        []
-        if not experiments
-        else client.search_runs(
-            experiments, f"tags.`{TAG}` = '{tag}'", order_by=["attributes.start_time ASC"]
-        )
+    where = [] if experiment_id is None else [experiment_id]
+    runs: Any = where and client.search_runs(
+        where, f"tags.`{TAG}` = '{tag}'", order_by=["attributes.start_time ASC"]
     )
     rows = table("run", "status", "stop reason", *(f">{heading}" for heading in METRICS))
     for run in runs:
@@ -121,7 +117,7 @@ def show_runs(uri: str | None, experiments: Sequence[str], tag: str) -> int:
             *(f"{metrics[m]:.{n}f}" if m in metrics else "" for m, n in METRICS.values()),
         )
     Console().print(rows)
-    click.echo(page(uri) + "".join(f"/#/experiments/{number}" for number in experiments))
+    click.echo(page(uri) + "".join(f"/#/experiments/{number}" for number in where))
     return len(runs)
 
 

@@ -139,16 +139,10 @@ def run_settings(settings: Settings) -> RunSettings:
 
 def placed(found: RunSettings, settings: Settings, around: Surroundings) -> RunSettings:
     """The settings of one trace's run: `found`, and what decides its experiment and its parent."""
-    place: RunSettings = {}
-    if around.inherited_run_id:
-        place["inherited_run_id"] = around.inherited_run_id
+    names = ["inherited_run_id"]
     if settings.experiment_name is None:
-        if around.experiment_name:
-            place["experiment_name"] = around.experiment_name
-        if around.experiment_id:
-            place["experiment_id"] = around.experiment_id
-        if not around.of_parent and (run_id := around.parent_run_id or around.inherited_run_id):
-            place["experiment_of"] = run_id
+        names += ["experiment_of", "experiment_id", "experiment_name"]
+    place: Any = {name: value for name in names if (value := getattr(around, name))}
     return {**found, **place}
 
 

@@ -25,7 +25,7 @@ from qitos_mlflow.mlflow_plugin.evaluation_logger import Logger, dataset_of
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
 from qitos_mlflow.mlflow_plugin.fluent.carried import current as current_context
 from qitos_mlflow.mlflow_plugin.fluent.carried import here
-from qitos_mlflow.mlflow_plugin.fluent.context import carry
+from qitos_mlflow.mlflow_plugin.fluent.surroundings import watch
 from qitos_mlflow.recording.record import InEvaluation, RunSettings
 from qitos_mlflow.settings import EVALUATION_VARIABLE
 
@@ -163,7 +163,7 @@ class evaluation:  # noqa: N801 - reads as a statement
     def begin(self) -> None:
         """Record the start. Never raises, never waits."""
         with shield("evaluations.begin"):
-            carry()
+            watch()
             if not self._has_key and not _open and (text := os.environ.get(EVALUATION_VARIABLE)):
                 self._join(text)
             self._pid, self.open = os.getpid(), True

@@ -9,7 +9,6 @@ from itertools import count
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import (
-    FoundRun,
     NewRun,
     RunData,
     RunRef,
@@ -35,7 +34,7 @@ class FakeTransport:
         self.numbers = count()
         self.calls: list[str] = []
         self.runs: dict[str, dict[str, Any]] = {}
-        self.users_runs: dict[str, FoundRun] = {}
+        self.users_runs: dict[str, StoredRun] = {}
         self.experiments = {"7", "8"}
         self.spans: dict[str, Any] = {}
         self.traces: dict[str, dict[str, Any]] = {}
@@ -73,9 +72,6 @@ class FakeTransport:
             "has_experiment", experiment_id, lambda: experiment_id in self.experiments
         )
 
-    def find_run(self, run_id: str, timeout_s: float) -> FoundRun | None:
-        return self._answer("find_run", run_id, lambda: self.users_runs.get(run_id))
-
     def create_run(self, run: NewRun, timeout_s: float) -> RunRef:
         prefix = "run-" if self.host == "fake.test" else f"{self.host}-"
 
@@ -105,8 +101,12 @@ class FakeTransport:
         return self._answer("find_runs", trace_id, find)
 
     def stored_run(self, run_id: str, timeout_s: float) -> StoredRun | None:
-        found = self.runs.get(run_id)
-        return self._answer("stored_run", run_id, lambda: found and self._stored(run_id, found))
+        def find() -> StoredRun | None:
+            if run_id in self.users_runs:
+                return self.users_runs[run_id]
+            return self._stored(run_id, self.runs[run_id]) if run_id in self.runs else None
+
+        return self._answer("stored_run", run_id, find)
 
     def search_runs(
         self,

@@ -252,17 +252,3 @@ def on_a_terminal(server: MlflowServer, name: str, **environ: str) -> str:
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-def test_a_script_without_a_context_pays_nothing() -> None:
-    """Pools are wrapped when the first context is entered."""
-    run_script(
-        """
-        import concurrent.futures, qitos_mlflow
-        before = concurrent.futures.ThreadPoolExecutor.submit
-        qitos_mlflow.context(user="ann")
-        assert concurrent.futures.ThreadPoolExecutor.submit is before
-        with qitos_mlflow.context(user="ann"):
-            assert concurrent.futures.ThreadPoolExecutor.submit is not before
-        """
-    )

@@ -5,9 +5,14 @@ Each script runs in a process of its own, with the package installed and nothing
 
 from __future__ import annotations
 
+import json
+import sys
 import textwrap
 import uuid
-from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -52,8 +57,12 @@ def script(body: str, server: MlflowServer, *, inside: str = "", **environ: str)
     return run_script(AGENT, RUN, guarded, MLFLOW_TRACKING_URI=server.uri, **environ).stderr
 
 
-def tasks(runs: list[LoggedRun]) -> set[str]:
-    return {run.params["task"].removeprefix("task ") for run in runs}
+def task(run: LoggedRun) -> str:
+    return run.params["task"].removeprefix("task ")
+
+
+def tasks(runs: Iterable[LoggedRun]) -> list[str]:
+    return sorted(task(run) for run in runs)
 
 
 def children(client: MlflowClient, name: str) -> list[LoggedRun]:
@@ -68,32 +77,18 @@ def children(client: MlflowClient, name: str) -> list[LoggedRun]:
 # -- the experiment --------------------------------------------------------------------------
 
 
-def test_the_experiment_that_was_set(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """`mlflow.set_experiment` is all there is to do; processes started then go there, too."""
-    program = f"{AGENT}\n{RUN}\nrun(2)"
-    script(
-        f"""
-        mlflow.set_experiment({name!r})
-        run(1)
-        subprocess.run([sys.executable, "-c", {program!r}], check=True)
-        """,
-        mlflow_server,
-    )
-    assert tasks(runs_of(client, name)) == {"1", "2"}
-
-
 def test_the_order_that_decides_the_experiment(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """As given, the parent's, what was set, what the variables say."""
+    """As given, the parent's, what was set, what the variables say; asked for each agent."""
     made = {part: client.create_experiment(f"{name} {part}") for part in ("set", "id", "parent")}
     script(
         f"""
         run("variable")
         mlflow.set_experiment({name + " set"!r})
         run("set")
+        program = {AGENT + RUN!r} + "run('process')"
+        subprocess.run([sys.executable, "-c", program], check=True)
         with mlflow.start_run(experiment_id={made["parent"]!r}, run_name="top"):
             run("parent")
             import qitos_mlflow
@@ -105,168 +100,220 @@ def test_the_order_that_decides_the_experiment(
         MLFLOW_EXPERIMENT_NAME=f"{name} named",
     )
     found = {
-        run.params["task"]: part
+        part: tasks(run for run in runs_of(client, f"{name} {part}") if run.params)
         for part in ("id", "set", "parent", "given")
-        for run in runs_of(client, f"{name} {part}")
-        if run.params
     }
     assert found == {
-        "task variable": "id",
-        "task set": "set",
-        "task parent": "parent",
-        "task given": "given",
+        "id": ["variable"],
+        "set": ["process", "set"],
+        "parent": ["parent"],
+        "given": ["given"],
     }
     [given] = runs_of(client, f"{name} given")
     [top] = [run for run in runs_of(client, f"{name} parent") if run.name == "top"]
     assert given.tags[PARENT] == top.id
 
 
-def test_a_variable_that_names_no_experiment_loses_nothing(
+def test_ids_that_do_not_exist_lose_nothing(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """One line names it, and the run goes where it would go without."""
-    said = script(
-        "run(1)", mlflow_server, MLFLOW_EXPERIMENT_ID="987654321", MLFLOW_EXPERIMENT_NAME=name
-    )
-    assert tasks(runs_of(client, name)) == {"1"}
-    [line] = [line for line in said.splitlines() if "987654321" in line]
-    assert "MLFLOW_EXPERIMENT_ID" in line
-    assert mlflow_server.uri in line
+    """A line names each of them, and the run is at top level, where it would go without."""
+    run_id, experiment_id = uuid.uuid4().hex, "987654321"
+    variables = {"MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_ID": experiment_id}
+    program = (AGENT, RUN, "run(1)")
+    where = {"MLFLOW_TRACKING_URI": mlflow_server.uri, "MLFLOW_EXPERIMENT_NAME": name}
+    said = run_script(*program, **where, **variables).stderr.splitlines()
+    [run] = runs_of(client, name)
+    assert PARENT not in run.tags
+    for variable, text in variables.items():
+        [line] = [line for line in said if text in line]
+        assert variable in line
+        assert mlflow_server.uri in line
 
 
 # -- the parent ------------------------------------------------------------------------------
 
-INSIDE = {
-    "this thread": "run(0); run(1)",
+WAYS = {
+    "this thread": "[run(task) for task in tasks]",
     "threads": """
-        threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+        threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         """,
-    "a pool": """
+    "pool": """
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(run, range(30)))
+            list(pool.map(run, tasks))
         """,
-    "tasks": """
+    "asyncio": """
         async def main():
-            await asyncio.gather(*(asyncio.to_thread(run, n) for n in range(4)))
+            await asyncio.gather(*(asyncio.to_thread(run, task) for task in tasks))
         asyncio.run(main())
         """,
     "joblib": """
         from joblib import Parallel, delayed
-        Parallel(n_jobs=2, prefer="threads")(delayed(run)(n) for n in range(4))
+        Parallel(n_jobs=2, prefer="threads")(delayed(run)(task) for task in tasks)
         """,
     "loky": """
         from joblib import Parallel, delayed
-        Parallel(n_jobs=2)(delayed(run)(n) for n in range(4))
+        Parallel(n_jobs=2)(delayed(run)(task) for task in tasks)
         """,
     "spawn": """
         with multiprocessing.get_context("spawn").Pool(2) as pool:
-            pool.map(run, range(4))
+            pool.map(run, tasks)
             pool.close()
             pool.join()
         """,
     "forkserver": """
         context = multiprocessing.get_context("forkserver")
         with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-            list(pool.map(run, range(4)))
+            list(pool.map(run, tasks))
         """,
     "fork": """
         with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-            list(pool.map(run, range(4)))
+            list(pool.map(run, tasks))
         """,
-    "a plain fork": """
-        if (pid := os.fork()) == 0:
-            run(0)
-            sys.exit()
-        assert os.waitpid(pid, 0)[1] == 0
+    "plain fork": """
+        def forked():  # In a process of a process, from a thread in which no run is open.
+            if (pid := os.fork()) == 0:
+                if (pid := os.fork()) == 0:
+                    [run(task) for task in tasks]
+                    os._exit(not all(one.force_flush(60) for one in tracing.processors()))
+                os._exit(os.waitpid(pid, 0)[1] != 0)
+            return os.waitpid(pid, 0)[1]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(forked).result() == 0
         """,
 }
+"""How agents are run for all of `tasks`."""
 
 
-@pytest.mark.parametrize("way", INSIDE)
 def test_what_runs_inside_a_run_is_its_child(
-    way: str, mlflow_server: MlflowServer, client: MlflowClient, name: str
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
     """On whichever thread and in whichever process it is started; in the parent's experiment."""
-    if "joblib" in INSIDE[way]:
-        pytest.importorskip("joblib")
+    without_joblib = find_spec("joblib") is None
+    expected = {
+        way: [f"{way} {number:02}" for number in range(30 if way == "pool" else 3)]
+        for way, code in WAYS.items()
+        if not (without_joblib and "joblib" in code)
+    }
+    inside = [
+        f"tasks = {tasks}\n{textwrap.dedent(WAYS[way]).strip()}\n"
+        for way, tasks in expected.items()
+    ]
     top = f"""
+        from qitos_mlflow import tracing
         mlflow.set_experiment({name!r})
         with mlflow.start_run(run_name="top"):
         """
-    script(top, mlflow_server, inside=INSIDE[way])
-    found = children(client, name)
-    expected = {"this thread": 2, "a pool": 30, "a plain fork": 1}.get(way, 4)
-    assert Counter(run.params["task"] for run in found) == Counter(
-        f"task {number}" for number in range(expected)
+    script(top, mlflow_server, inside="".join(inside))
+    assert tasks(children(client, name)) == sorted(chain(*expected.values()))
+
+
+def test_each_thread_has_the_run_that_is_open_around_it(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
+) -> None:
+    """Also in a pool that threads share, and in processes that they start."""
+    script(
+        f"""
+        mlflow.set_experiment({name!r})
+        shared, both = concurrent.futures.ThreadPoolExecutor(1), threading.Barrier(2)
+
+        def work(own):
+            with mlflow.start_run(run_name=own):
+                both.wait(60)
+                shared.submit(run, f"{{own}} shared").result()
+                with concurrent.futures.ProcessPoolExecutor(1) as pool:
+                    pool.submit(run, f"{{own}} process").result()
+                both.wait(60)
+
+        threads = [threading.Thread(target=work, args=(own,)) for own in ("one", "two")]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        """,
+        mlflow_server,
     )
+    runs = runs_of(client, name)
+    names = {run.id: run.name for run in runs if PARENT not in run.tags}
+    found = {task(run): names[run.tags[PARENT]] for run in runs if PARENT in run.tags}
+    assert found == {f"{own} {way}": own for own in ("one", "two") for way in ("shared", "process")}
 
 
 def test_a_pool_of_processes_that_outlives_a_run_is_not_its_child(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """Nor that of the next one, which cannot be known there: it is at top level."""
+    """Nor that of the next one, which cannot be known there: until the first one is continued."""
     script(
         f"""
         mlflow.set_experiment({name!r})
-        with concurrent.futures.ProcessPoolExecutor(1) as pool:
-            with mlflow.start_run(run_name="first"):
-                pool.submit(run, 1).result()
+
+        def in_thread(task):
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                return pool.submit(run, task).result()
+
+        fork = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(1, fork) as pool:
+            with mlflow.start_run(run_name="first") as first:
+                pool.submit(in_thread, "in first").result()
             with mlflow.start_run(run_name="second"):
-                pool.submit(run, 2).result()
+                pool.submit(in_thread, "in second").result()
+            with mlflow.start_run(run_id=first.info.run_id):
+                pool.submit(in_thread, "in first again").result()
         """,
         mlflow_server,
     )
-    runs = {
-        run.name if not run.params else run.params["task"]: run for run in runs_of(client, name)
-    }
-    assert runs["task 1"].tags[PARENT] == runs["first"].id
-    assert PARENT not in runs["task 2"].tags
+    runs = runs_of(client, name)
+    names = {run.id: run.name for run in runs}
+    found = {task(run): names.get(run.tags.get(PARENT, "")) for run in runs if run.params}
+    assert found == {"in first": "first", "in second": None, "in first again": "first"}
 
 
-@pytest.mark.parametrize("variable", ["MLFLOW_RUN_ID", "QITOS_MLFLOW_PARENT_RUN_ID"])
 def test_a_parent_of_another_process_or_machine(
-    variable: str, mlflow_server: MlflowServer, client: MlflowClient, name: str
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """Its id in the environment is enough, as `mlflow run` sets it; mlflow is not even imported."""
+    """Its id in the environment is enough; mlflow is not even imported."""
     top = client.create_run(client.create_experiment(name), run_name="top")
     run_script(
         AGENT,
         RUN,
         "import sys; run(1); run(2); assert 'mlflow' not in sys.modules",
         MLFLOW_TRACKING_URI=mlflow_server.uri,
-        **{variable: top.info.run_id},
+        QITOS_MLFLOW_PARENT_RUN_ID=top.info.run_id,
     )
     client.set_terminated(top.info.run_id)
-    assert tasks(children(client, name)) == {"1", "2"}
+    assert tasks(children(client, name)) == ["1", "2"]
 
 
-def test_a_parent_that_does_not_exist_loses_nothing(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
+def test_a_project_of_mlflow(
+    mlflow_server: MlflowServer, client: MlflowClient, name: str, tmp_path: Path
 ) -> None:
-    """One line names it, and the run is at top level, where it would go without."""
-    wrong = uuid.uuid4().hex
-    done = run_script(
-        AGENT,
-        RUN,
-        "run(1)",
+    """`mlflow run` makes a run for the program, whose agents are its children."""
+    project = tmp_path / "project"
+    project.mkdir()
+    entry = {"main": {"command": f"{sys.executable} program.py"}}
+    (project / "MLproject").write_text(json.dumps({"name": "top", "entry_points": entry}))
+    program = """
+        run("without a word of MLflow")
+        import mlflow
+        with mlflow.start_run():
+            run("inside")
+        """
+    (project / "program.py").write_text(AGENT + RUN + textwrap.dedent(program))
+    run_script(
+        f"""
+        import mlflow
+        mlflow.projects.run("project", experiment_name={name!r}, env_manager="local")
+        """,
         MLFLOW_TRACKING_URI=mlflow_server.uri,
-        MLFLOW_RUN_ID=wrong,
-        MLFLOW_EXPERIMENT_NAME=name,
     )
-    [run] = runs_of(client, name)
-    assert PARENT not in run.tags
-    [line] = [line for line in done.stderr.splitlines() if wrong in line]
-    assert "MLFLOW_RUN_ID" in line
+    assert tasks(children(client, name)) == ["inside", "without a word of MLflow"]
 
 
 # -- sampling --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ratio", "traces"), [("0", 0), ("1", 3)])
 def test_traces_are_sampled_and_runs_are_not(
-    ratio: str, traces: int, mlflow_server: MlflowServer, client: MlflowClient, name: str
+    mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
     """Without its tree, an agent leaves no spans of MLflow's own either."""
     script(
@@ -278,16 +325,18 @@ def test_traces_are_sampled_and_runs_are_not(
             def decide(self, *args, **more):
                 return super().decide(*args, **more)
 
-        for n in range(3):
-            Traced(Model(FINAL)).run(f"task {{n}}", render=False, trace=False)
+        for ratio in "01":
+            os.environ["MLFLOW_TRACE_SAMPLING_RATIO"] = ratio
+            for n in range(2):
+                Traced(Model(FINAL)).run(f"task {{ratio}}{{n}}", render=False, trace=False)
         """,
         mlflow_server,
-        MLFLOW_TRACE_SAMPLING_RATIO=ratio,
     )
     runs = runs_of(client, name)
-    assert tasks(runs) == {"0", "1", "2"}
+    assert tasks(runs) == ["00", "01", "10", "11"]
     assert {run.metrics["total_steps"] for run in runs} == {1}
     found = client.search_traces(locations=[runs[0].experiment_id])
-    assert len(found) == traces
+    logged = {run.tags["qitos.trace_id"] for run in runs if task(run)[0] == "1"}
+    assert {trace.info.tags["qitos.trace_id"] for trace in found} == logged
     for trace in found:  # The spans of MLflow's tracer are in there.
         assert "decide" in {span.name.rpartition(".")[2] for span in trace.data.spans}

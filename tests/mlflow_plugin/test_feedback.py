@@ -23,9 +23,15 @@ Spooled = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Path]:
-    """The spool; taken away at the end, or the tests' own process would tell of what it keeps."""
+    """The spool; taken away at the end, or the tests' own process would tell of what it keeps.
+
+    A score may have a pipeline that no processor uses. Offline, it would stay awake.
+    """
     directory = tmp_path / "spool"
     yield directory
+    for pipeline in list(living.values()):
+        if pipeline.paths.directory == directory:
+            pipeline.close(10.0)
     shutil.rmtree(directory, ignore_errors=True)
 
 

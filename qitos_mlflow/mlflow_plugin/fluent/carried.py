@@ -1,9 +1,9 @@
-"""What agents are started in, carried to threads and to the tasks of thread pools.
+"""Where threads and tasks of thread pools come from, and what is carried to them from there.
 
-Tasks of asyncio and `asyncio.to_thread` copy it by themselves, as they do with each context
-variable. A plain thread and a task of a `ThreadPoolExecutor` begin without, so what starts them is
-wrapped. Outside of a `qitos_mlflow.context` and of an evaluation the wrappers read two variables
-and do no more. A process begins without: a pool's is forked by its first task, and serves others.
+Tasks of asyncio and `asyncio.to_thread` copy what is carried by themselves, as they do with each
+context variable. A plain thread and a task of a `ThreadPoolExecutor` begin without, so what starts
+them is wrapped. A pool's thread serves many: it comes from where its task was submitted. A process
+begins without: a pool's is forked by its first task, and serves others.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,12 +31,32 @@ here: ContextVar[Any] = ContextVar("qitos_mlflow_evaluation", default=None)
 
 CARRIED = (current, here)
 
+STARTER = "_qitos_mlflow_starter"
+"""Attribute of a thread: a weak reference to the one that has started it, or its task."""
+
 WRAPPED = "_qitos_mlflow_carries"
 """Attribute of what is wrapped already."""
 
 
+def threads_around() -> Iterator[threading.Thread]:
+    """This thread, the one that has started it or its task, and so on."""
+    thread: threading.Thread | None = threading.current_thread()
+    seen: list[int | None] = []
+    while thread is not None and thread.ident not in seen:  # Pools may start each other's tasks.
+        yield thread
+        seen.append(thread.ident)
+        starter: threading.Thread | None = vars(thread).get(STARTER, _nobody)()
+        # Not one that has ended: another thread may have its number.
+        thread = starter if starter is not None and starter.is_alive() else None
+
+
+def _nobody() -> None:
+    return None
+
+
 def into_thread(thread: threading.Thread) -> None:
-    """Have a thread that is about to start begin in what the thread that starts it is in."""
+    """Have a thread that is about to start know this one, and begin in what this one is in."""
+    vars(thread)[STARTER] = weakref.ref(threading.current_thread())
     given = _given()
     if not given or isinstance(thread, OwnThread):
         return
@@ -53,7 +74,7 @@ def into_thread(thread: threading.Thread) -> None:
 
 
 def into_pools(module: ModuleType) -> None:
-    """Have tasks of thread pools begin in what they are submitted in. Once."""
+    """Have tasks of thread pools know the thread that submits them, and begin in what it is in."""
     pool: type[ThreadPoolExecutor] = module.ThreadPoolExecutor
     submit: Callable[..., Any] = pool.submit
     if hasattr(submit, WRAPPED):
@@ -62,10 +83,11 @@ def into_pools(module: ModuleType) -> None:
     @functools.wraps(submit)
     def carrying_submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         given = _given()
+        task = functools.partial(_inside, weakref.ref(threading.current_thread()), given, fn)
         if not given:
-            return submit(self, fn, *args, **kwargs)
+            return submit(self, task, *args, **kwargs)
         with _in(dict.fromkeys(given)):  # A worker that this starts goes on to serve others.
-            return submit(self, functools.partial(_inside, given, fn), *args, **kwargs)
+            return submit(self, task, *args, **kwargs)
 
     setattr(carrying_submit, WRAPPED, True)
     pool.submit = carrying_submit  # type: ignore[method-assign]
@@ -86,10 +108,22 @@ def _in(given: Mapping[ContextVar[Any], Any]) -> Iterator[None]:
 
 
 def _inside(
-    given: Mapping[ContextVar[Any], Any], fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+    starter: Callable[[], Any],
+    given: Mapping[ContextVar[Any], Any],
+    fn: Callable[..., Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    with _in(given):
-        return fn(*args, **kwargs)
+    thread = threading.current_thread()
+    before = vars(thread).get(STARTER, _nobody)
+    if starter() is not thread:  # Else it comes from where this thread does.
+        vars(thread)[STARTER] = starter
+    try:
+        with _in(given):
+            return fn(*args, **kwargs)
+    finally:
+        vars(thread)[STARTER] = before
 
 
 def _forked() -> None:

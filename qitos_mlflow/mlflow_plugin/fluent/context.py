@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import warn
-from qitos_mlflow.mlflow_plugin.fluent.carried import current, into_pools
+from qitos_mlflow.mlflow_plugin.fluent.carried import current
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import watch
 from qitos_mlflow.mlflow_plugin.server.pages import run_page, trace_page
@@ -167,7 +166,7 @@ class context:  # noqa: N801 - reads as a statement
                 "a qitos_mlflow.context is entered once; make another one for each block"
             )
         self._entered = True
-        carry()
+        watch()
         outer = self._outer = current.get()
         if outer is not None:
             for name in ("session", "user", "run_name", "parent_run_id", "traceparent"):
@@ -218,13 +217,6 @@ class context:  # noqa: N801 - reads as a statement
         made = copy.copy(self)
         made._entered, made._begun = False, deque(maxlen=MAX_TRACES)
         return made
-
-
-@functools.cache
-def carry() -> None:
-    """Have threads and pools carry contexts and evaluations. Once."""
-    watch()
-    after_import("concurrent.futures.thread", into_pools)
 
 
 def _name(argument: str, value: Any) -> str | None:

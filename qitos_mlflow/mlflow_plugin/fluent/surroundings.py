@@ -5,8 +5,8 @@ server or imports mlflow. What only the server knows, the sink asks later: wheth
 which experiment it is, and whether it was still open.
 
 MLflow keeps its stack of active runs per thread, and empties it in a forked child. So a thread
-remembers which thread has started it, and a process which run was open where it was started. For
-that, `watch` wraps the `start` of threads and of multiprocessing's processes.
+remembers where it comes from, and a process which run was open where it was started. For that,
+`watch` wraps what starts threads, tasks of thread pools and multiprocessing's processes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ import os
 import sys
 import threading
 import time
-import weakref
 from typing import Any, NamedTuple
 
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
-from qitos_mlflow.mlflow_plugin.fluent.carried import into_thread
+from qitos_mlflow.mlflow_plugin.fluent.carried import (
+    WRAPPED,
+    into_pools,
+    into_thread,
+    threads_around,
+)
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import is_ours
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id
 
-RUN_VARIABLE = "MLFLOW_RUN_ID"
-"""The run of a process that another one has started (`mlflow run` sets it)."""
-
 RATIO_VARIABLE = "MLFLOW_TRACE_SAMPLING_RATIO"
-
-STARTER = "_qitos_mlflow_starter"
-"""Attribute of a thread: a weak reference to the one that has started it."""
 
 TRIAL = "_qitos_mlflow_trial"
 """Attribute of a thread: the trial of an evaluation in which it was started."""
@@ -45,25 +43,32 @@ forked_ns = 0
 """When this process was forked: MLflow's spans that are older are its parent's."""
 
 _inherited: str | None = None
-"""The run that was open on the thread that forked this process."""
+"""The run that was open where this process was forked."""
+
+_of_parent: list[Any] = []
+"""The stacks of runs of the process that forked this one. MLflow empties each at its next use."""
+
+_forking = threading.local()
+"""Its `run` is what `_inherited` is to be in a process that this thread is about to fork."""
 
 
 class Surroundings(NamedTuple):
-    """What is known of a trace's place in MLflow as it begins.
+    """What is known of a trace's place in MLflow as it begins. All but the parent: `RunSettings`.
 
     Attributes:
         parent_run_id: the run that its own run is a child of.
         inherited_run_id: a run of another process, which is the parent if it is still open.
-        experiment_id: MLflow's id of an experiment: the parent's or MLflow's own one.
+        experiment_of: the run whose experiment is to be asked for: the parent or the inherited one.
+        experiment_id: MLflow's id of an experiment: that of a parent which is open here, or
+            MLflow's own one.
         experiment_name: MLflow's own one, by its name.
-        of_parent: `experiment_id` is the parent's.
     """
 
     parent_run_id: str | None = None
     inherited_run_id: str | None = None
+    experiment_of: str | None = None
     experiment_id: str | None = None
     experiment_name: str | None = None
-    of_parent: bool = False
 
 
 def surroundings(uri: str | None, parent_run_id: str | None = None) -> Surroundings:
@@ -73,29 +78,19 @@ def surroundings(uri: str | None, parent_run_id: str | None = None) -> Surroundi
         uri: None is MLflow's default.
         parent_run_id: the parent that is configured; it comes before all others.
     """
-    named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
-    found = Surroundings(experiment_name=named or None)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip() or None
+    parent, inherited, experiment_id = parent_run_id, None, None
     with shield("surroundings"):
-        if not same_place(uri):  # Ids mean something else there.
-            return found._replace(parent_run_id=parent_run_id)
-        if parent_run_id is None:
-            run = _open_run()
+        if same_place(uri):  # Elsewhere, ids mean something else.
+            run = None if parent else _open_run()
             if run is not None:
-                return found._replace(
-                    parent_run_id=str(run.run_id),
-                    experiment_id=str(run.experiment_id),
-                    of_parent=True,
-                )
-            parent_run_id = os.environ.get(RUN_VARIABLE) or None
-        fluent = mlflow_in_use()
-        own = getattr(fluent, "_active_experiment_id", None)
-        variable = os.environ.get("MLFLOW_EXPERIMENT_ID")
-        return found._replace(
-            parent_run_id=parent_run_id,
-            inherited_run_id=None if parent_run_id else _inherited_run_id(),
-            experiment_id=str(own or variable or "") or None,
-        )
-    return found  # As far as it got.
+                return Surroundings(run.run_id, None, None, run.experiment_id, name)
+            # `mlflow run` sets it for the process that it starts.
+            parent = parent or os.environ.get("MLFLOW_RUN_ID") or None
+            inherited = None if parent else _inherited_run_id()
+            own = getattr(mlflow_in_use(), "_active_experiment_id", None)
+            experiment_id = own or os.environ.get("MLFLOW_EXPERIMENT_ID") or None
+    return Surroundings(parent, inherited, parent or inherited, experiment_id, name)
 
 
 def is_sampled(qitos_trace_id: str) -> bool:
@@ -163,7 +158,7 @@ def _trial() -> Any:
     counting = getattr(tracer, "start_span", None)
     if "NoOpTracerPatcher" not in getattr(counting, "__qualname__", ""):
         return None
-    if getattr(threading.current_thread(), TRIAL, None) is counting:
+    if vars(threading.current_thread()).get(TRIAL) is counting:
         return counting
     frame: Any = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != counting.__module__:
@@ -174,60 +169,59 @@ def _trial() -> Any:
 def _open_run() -> Any:
     """The info of the user's run that this thread works in; None if there is none.
 
-    It is open on this thread, or on the one that has started it, and so on. Else, unless this is
-    the main thread, it is the only one that is open on any thread. Runs of other traces are
-    siblings.
+    It is open on this thread, or where the thread comes from. Else, unless this is the main thread,
+    it is the only one that is open on any thread. Runs of other traces are siblings.
     """
     fluent = mlflow_in_use()
     if fluent is None:
         return None
-    stacks = fluent._active_run_stack
-    if (run := _top(stacks.get())) is not None:
-        return run
-    of_threads = stacks.get_all_thread_values()
-    thread = threading.current_thread()
-    # Not one that has ended: another thread may have its number.
-    while (starter := getattr(thread, STARTER, _nobody)()) is not None and starter.is_alive():
-        if (run := _top(of_threads.get(starter.ident))) is not None:
+    stacks = fluent._active_run_stack.get_all_thread_values()
+    for thread in threads_around():
+        if (run := _top(stacks.get(thread.ident))) is not None:
             return run
-        thread = starter
     if threading.current_thread() is threading.main_thread():
         return None  # What another thread does is not around it.
-    here = {thread.ident for thread in threading.enumerate()}
-    tops = (_top(stack) for ident, stack in of_threads.items() if ident in here)
+    tops = (_top(stacks.get(thread.ident)) for thread in threading.enumerate())
     runs = {run.run_id: run for run in tops if run is not None}
     return next(iter(runs.values())) if len(runs) == 1 else None
 
 
 def _top(stack: Any) -> Any:
     """The info of the innermost run of the user on a stack of MLflow's."""
-    for run in reversed(stack or ()):
-        if not is_ours(run):
-            return run.info
-    return None
-
-
-def _nobody() -> None:
+    if stack and not any(stack is one for one in _of_parent):
+        for run in reversed(stack):
+            if not is_ours(run):
+                return run.info
     return None
 
 
 def _inherited_run_id() -> str | None:
+    """The run that was open where this process was started."""
     processes: Any = sys.modules.get("multiprocessing.process")
     started = getattr(processes and processes.current_process(), "_config", {}).get(INHERITED)
-    return started or _inherited
+    return _inherited or started
 
 
+def _run_id_for_child() -> str | None:
+    run = _open_run()
+    return _inherited_run_id() if run is None else str(run.run_id)
+
+
+@functools.cache
 def watch() -> None:
-    """Have threads and processes know where they were started. Once; any thread."""
-    _wrap_start(threading.Thread, _note_starter)
-    after_import(
-        "multiprocessing.process", lambda module: _wrap_start(module.BaseProcess, _note_run)
-    )
+    """Have threads, tasks and processes know where they come from. Once; any thread."""
+    _wrap_start(threading.Thread, _into_thread)
+    after_import("concurrent.futures.thread", into_pools)
+    after_import("multiprocessing.process", _wrap_processes)
+
+
+def _wrap_processes(module: Any) -> None:
+    _wrap_start(module.BaseProcess, _into_process)
 
 
 def _wrap_start(owner: Any, note: Any) -> None:
     start = owner.start
-    if hasattr(start, STARTER):
+    if hasattr(start, WRAPPED):
         return
 
     @functools.wraps(start)
@@ -236,33 +230,34 @@ def _wrap_start(owner: Any, note: Any) -> None:
             note(self)
         return start(self)
 
-    setattr(noting_start, STARTER, True)
+    setattr(noting_start, WRAPPED, True)
     owner.start = noting_start
 
 
-def _note_starter(thread: Any) -> None:
-    setattr(thread, STARTER, weakref.ref(threading.current_thread()))
+def _into_thread(thread: Any) -> None:
     if (counting := _trial()) is not None:
-        setattr(thread, TRIAL, counting)
+        vars(thread)[TRIAL] = counting
     into_thread(thread)
 
 
-def _note_run(process: Any) -> None:
-    run = _open_run()
-    if run is not None:
-        process._config[INHERITED] = str(run.run_id)
+def _into_process(process: Any) -> None:
+    if (run_id := _run_id_for_child()) is not None:
+        process._config[INHERITED] = run_id
+
+
+def _before_fork() -> None:
+    _forking.run = None
+    with shield("surroundings.fork"):
+        _forking.run = _run_id_for_child()
 
 
 def _forked() -> None:
-    global _inherited, forked_ns
-    forked_ns = time.time_ns()
+    global _inherited, _of_parent, forked_ns
+    forked_ns, _inherited = time.time_ns(), getattr(_forking, "run", None)
     with shield("surroundings.fork"):
         if (fluent := mlflow_in_use()) is not None:
-            # Before MLflow empties it, at its first use in this process.
-            stack = fluent._active_run_stack.get_all_thread_values().get(threading.get_ident())
-            if (run := _top(stack)) is not None:
-                _inherited = str(run.run_id)
+            _of_parent = [*fluent._active_run_stack.get_all_thread_values().values()]
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_before_fork, after_in_child=_forked)

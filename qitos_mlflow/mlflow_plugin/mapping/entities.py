@@ -36,14 +36,6 @@ class NewRun:
 
 
 @dataclass(frozen=True)
-class FoundRun:
-    """What is asked of a run that another one may be part of; `end_ms` is None while it is open."""
-
-    experiment_id: str
-    end_ms: int | None
-
-
-@dataclass(frozen=True)
 class PromptRef:
     """A version of a prompt in MLflow's registry."""
 

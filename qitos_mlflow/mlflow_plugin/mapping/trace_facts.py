@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits, lineage
-from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
+from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_key, clean_ns, clean_text, mapping
 from qitos_mlflow.recording.record import Record, RunSettings
@@ -167,18 +167,19 @@ class TraceFacts:
             self.settings.get("inherited_run_id") or self.settings.get("experiment_of") or ""
         )
 
-    def place(self, found: FoundRun | None) -> None:
+    def place(self, found: StoredRun | None) -> None:
         """Take in what the server says of `run_to_ask`; None: there is no such run."""
-        run_id = self.run_to_ask
         inherited = self.settings.pop("inherited_run_id", None)
         wanted = self.settings.pop("experiment_of", None)
         if found is None:
             return
-        if inherited and found.end_ms is not None and found.end_ms < self.start_ns // 1_000_000:
+        # A run that was continued still has the time at which it ended before.
+        ended_ms = None if found.status == "RUNNING" else found.end_ms
+        if inherited and ended_ms is not None and ended_ms < self.start_ns // 1_000_000:
             return  # A process of a pool outlives the run in which it was started.
-        self.parent = clean_text(run_id, limits.TAG_CHARS)
+        self.parent = found.ref.run_id
         if wanted:
-            self.settings["experiment_id"] = found.experiment_id
+            self.settings["experiment_id"] = found.ref.experiment_id
 
     @property
     def run_name(self) -> str:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import (
-    FoundRun,
     NewRun,
     PromptRef,
     RunData,
@@ -164,13 +163,8 @@ class Transport(ABC):
     def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
         """What MLflow says of an experiment."""
 
-    def find_run(self, run_id: str, timeout_s: float) -> FoundRun | None:
-        """A run by its id; None if there is none, or if it is deleted."""
-        found = self.stored_run(run_id, timeout_s)
-        return None if found is None else FoundRun(found.ref.experiment_id, found.end_ms)
-
     def stored_run(self, run_id: str, timeout_s: float) -> StoredRun | None:
-        """The same with what it holds."""
+        """A run by its id; None if there is none, or if it is deleted."""
         run = _unless_missing(lambda: self._run(run_id, timeout_s))
         if run is None or part(run, "info").get("lifecycle_stage") == "deleted":
             return None

@@ -56,11 +56,11 @@ class Assessments:
     def find_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """Find the run of a trace of which nothing but its id is known."""
         if run_id := trace.waiting.assessments[0].get("run_id"):
-            found = self._transport.find_run(run_id, timeout_s)
+            found = self._transport.stored_run(run_id, timeout_s)
             if found is None:
                 raise Refused("NO_RUN", f"{self._transport.address} has no run {run_id}")
-            trace.facts.settings = {"experiment_id": found.experiment_id}
-            trace.run = RunRef(run_id, found.experiment_id, "", "", 0)
+            trace.facts.settings = {"experiment_id": found.ref.experiment_id}
+            trace.run = found.ref
             return
         self._operations.store(trace, self._find_run, trace, timeout_s)
         if trace.run is None:

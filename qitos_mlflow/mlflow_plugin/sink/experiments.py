@@ -29,7 +29,7 @@ class Experiments:
             fresh_at: what was known before this time is asked again (monotonic clock).
         """
         if run_id := facts.run_to_ask:
-            found = self._transport.find_run(run_id, timeout_s)
+            found = self._transport.stored_run(run_id, timeout_s)
             if found is None:
                 warn(
                     f"experiments.parent {run_id}",
@@ -42,7 +42,7 @@ class Experiments:
         key = facts.experiment_id, facts.experiment_name
         experiment_id, known_at = self._known.get(key, ("", 0.0))
         if known_at <= fresh_at:
-            self._known.pop(key, None)
+            self._known = {one: at for one, at in self._known.items() if at[1] > fresh_at}
             experiment_id = self.ask(facts, timeout_s)
             self._known[key] = experiment_id, time.monotonic()
         return experiment_id

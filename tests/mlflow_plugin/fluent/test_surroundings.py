@@ -89,7 +89,7 @@ def test_the_parent_is_the_users_innermost_open_run() -> None:
     assert surroundings(SERVER) == Surroundings()
     with open_run("outer"), open_run("inner", "8"):
         found = surroundings(SERVER)
-        assert found == Surroundings("inner", None, "8", None, of_parent=True)
+        assert found == Surroundings("inner", experiment_id="8")
         assert surroundings("http://elsewhere.test") == Surroundings()
     assert parent() is None
 
@@ -130,6 +130,38 @@ def test_a_pool_works_in_the_run_that_is_open_now(make: Callable[[int], Any]) ->
             assert apply(parent) == "first"
         with open_run("second"):
             assert {apply(parent) for _ in range(4)} == {"second"}
+
+
+def test_a_task_of_a_shared_pool_works_in_the_run_in_which_it_was_submitted() -> None:
+    """Whichever thread has started the pool's threads; its own run comes first, as anywhere."""
+    with ThreadPoolExecutor(1) as pool, Waiting("another's"):
+
+        def submit(run_id: str) -> str | None:
+            with open_run(run_id):
+                return pool.submit(parent).result(WAIT_S)
+
+        def inner() -> str | None:
+            with open_run("inner"):
+                return parent()
+
+        with open_run("here"):
+            assert pool.submit(parent).result(WAIT_S) == "here"
+            assert on_a_thread(lambda: submit("there")) == "there"
+            assert pool.submit(inner).result(WAIT_S) == "inner"
+            assert pool.submit(on_a_thread, parent).result(WAIT_S) == "here"
+            # A task's task comes from where the task does.
+            assert pool.submit(lambda: pool.submit(parent)).result(WAIT_S).result(WAIT_S) == "here"
+        assert pool.submit(parent).result(WAIT_S) == "another's"
+
+
+def test_pools_that_start_each_others_tasks_come_from_nowhere() -> None:
+    """Looking where a thread comes from has an end."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+
+        def forth() -> Any:
+            return other.submit(lambda: one.submit(parent).result(WAIT_S))
+
+        assert one.submit(forth).result(WAIT_S).result(WAIT_S) is None
 
 
 def test_the_only_open_run_is_everybodys() -> None:
@@ -182,14 +214,15 @@ def test_the_order_of_what_names_a_parent(monkeypatch: pytest.MonkeyPatch) -> No
     from multiprocessing import process
 
     monkeypatch.setitem(process.current_process()._config, INHERITED, "inherited")  # type: ignore[attr-defined]
-    assert surroundings(SERVER) == Surroundings(inherited_run_id="inherited")
+    assert surroundings(SERVER) == Surroundings(None, "inherited", "inherited")
     monkeypatch.setenv("MLFLOW_RUN_ID", "variable")
-    assert surroundings(SERVER) == Surroundings("variable")
+    assert surroundings(SERVER) == Surroundings("variable", experiment_of="variable")
+    given = Surroundings("given", experiment_of="given")
     with open_run("open"):
         assert surroundings(SERVER).parent_run_id == "open"
-        assert surroundings(SERVER, "given") == Surroundings("given")
+        assert surroundings(SERVER, "given") == given
     assert surroundings("http://elsewhere.test") == Surroundings()
-    assert surroundings("http://elsewhere.test", "given") == Surroundings("given")
+    assert surroundings("http://elsewhere.test", "given") == given
 
 
 def test_mlflows_own_experiment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.assessments import OWN_ID, assessment_of, metric_of
-from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.server.transport import Refused
 from qitos_mlflow.mlflow_plugin.sink import assessments
@@ -194,7 +193,6 @@ def test_a_trace_that_does_not_come_is_put_off(server: FakeTransport) -> None:
 
 def test_a_number_of_a_run(server: FakeTransport) -> None:
     """It needs no trace. A run that is not there is a dead letter."""
-    server.users_runs["run-0"] = FoundRun("7", None)
     of_run = {**by_id(name="pass", value=0.5), "trace_id": "run run-0", "run_id": "run-0"}
     assert deliver(server, of_run) == []
     assert (server.values()["pass"], server.assessments) == ([0.5], {})

@@ -9,7 +9,7 @@ import pytest
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery import RetryLater
-from qitos_mlflow.mlflow_plugin.mapping.entities import FoundRun
+from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef, StoredRun
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
 from tests.fakes.transport import FakeTransport
 from tests.mlflow_plugin.records import MS, START_NS, Records
@@ -27,9 +27,13 @@ def _warnings_come(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> FakeTransport:
     server = FakeTransport()
     server.users_runs = {
-        "open": FoundRun("8", None),
-        "just ended": FoundRun("8", START_NS // MS),
-        "ended": FoundRun("8", START_NS // MS - 1),
+        run_id: StoredRun(RunRef(run_id, "8", "", "", 0), status, end_ms, {}, {})
+        for run_id, status, end_ms in (
+            ("open", "RUNNING", None),
+            ("continued", "RUNNING", START_NS // MS - 1),
+            ("just ended", "FINISHED", START_NS // MS),
+            ("ended", "FINISHED", START_NS // MS - 1),
+        )
     }
     return server
 
@@ -71,7 +75,7 @@ def test_a_parent_of_another_process_brings_its_experiment(
     """It is looked up once. Its experiment goes before MLflow's own; also without the start."""
     settings = {"experiment_of": "open", "experiment_id": "7"}
     assert logged(server, settings, start=start)["experiment_id"] == "8"
-    assert server.calls.count("find_run") == 1
+    assert server.calls[: server.calls.index("create_run")].count("stored_run") == 1
 
 
 def test_a_parent_that_does_not_exist(
@@ -88,12 +92,20 @@ def test_a_parent_that_does_not_exist(
 
 @pytest.mark.parametrize(
     ("run_id", "parent", "experiment"),
-    [("open", "open", "8"), ("just ended", "just ended", "8"), ("ended", None, "7")],
+    [
+        ("open", "open", "8"),
+        ("continued", "continued", "8"),
+        ("just ended", "just ended", "8"),
+        ("ended", None, "7"),
+    ],
 )
 def test_an_inherited_run_is_the_parent_while_it_is_open(
     run_id: str, parent: str | None, experiment: str, server: FakeTransport
 ) -> None:
-    """The processes of a pool outlive the run in which they were started."""
+    """The processes of a pool outlive the run in which they were started.
+
+    MLflow keeps the end of a run that is continued.
+    """
     run = logged(server, {"inherited_run_id": run_id, "experiment_of": run_id})
     assert (run["tags"].get(PARENT), run["experiment_id"]) == (parent, experiment)
 
@@ -112,7 +124,7 @@ def test_a_server_that_does_not_answer_decides_nothing(server: FakeTransport) ->
     sink = MlflowSink(b"{}", server)
     settings = {"experiment_name": "qitos", "experiment_of": "open"}
     sink.prepare([orjson.dumps(make.start(settings=settings, parent_run_id="open"))])
-    for call in ("find_run", "has_experiment"):
+    for call in ("stored_run", "has_experiment"):
         server.fail = lambda now, what, call=call: RetryLater("away") if now == call else None  # type: ignore[misc]
         with pytest.raises(RetryLater):
             sink.send(TIMEOUT_S)
@@ -134,7 +146,7 @@ def test_another_process_goes_on_in_the_same_place(server: FakeTransport) -> Non
     second.prepare([orjson.dumps(make.end(settings=settings))])
     assert second.send(TIMEOUT_S) == []
     assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
-    assert server.calls.count("find_run") == 1
+    assert server.calls.count("has_experiment") == 1
 
 
 def test_ids_of_one_server_mean_nothing_on_another(server: FakeTransport) -> None:
