@@ -76,7 +76,8 @@ class Assessments:
         facts.settings = {"experiment_id": experiment_id}
         # Of an agent inside an evaluation of MLflow's, the trace names the evaluation's run.
         runs = self._transport.find_runs(experiment_id, str(qitos_id or ""), timeout_s)
-        if not runs and not run_id:
+        if not runs and not run_id:  # Spans may come before the info that says it.
+            self._wait(trace, timeout_s)
             raise Refused("NO_RUN", "the trace belongs to no run on this server")
         trace.run = runs[0] if runs else RunRef(str(run_id), experiment_id, "", "", 0)
 
@@ -111,14 +112,18 @@ class Assessments:
     def _info(self, trace: TraceState, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
         info = self._transport.trace_info(trace_id, timeout_s)
         if info is None:
-            young = time.time_ns() - trace.facts.last_ns < WAIT_S * 1e9
-            if young and time.monotonic() >= self._waits_from:
-                time.sleep(min(LOOK_EVERY_S, timeout_s))
-                raise OutOfTime
-            self._waits_from = time.monotonic() + PAUSE_S
+            self._wait(trace, timeout_s)
             reason = f"{self._transport.address} has no trace {trace_id}"
             raise PutOff("NO_TRACE", f"{reason}; `qitos-mlflow sync` tries it again")
         return info
+
+    def _wait(self, trace: TraceState, timeout_s: float) -> None:
+        """Have the call made again in a moment, if it is worth waiting."""
+        young = time.time_ns() - trace.facts.last_ns < WAIT_S * 1e9
+        if young and time.monotonic() >= self._waits_from:
+            time.sleep(min(LOOK_EVERY_S, timeout_s))
+            raise OutOfTime
+        self._waits_from = time.monotonic() + PAUSE_S
 
 
 def _metadata(assessment: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -174,6 +174,9 @@ def test_a_missing_trace_is_waited_for(server: FakeTransport) -> None:
     with pytest.raises(OutOfTime):
         sink.send(TIMEOUT_S)
     assert [run["status"] for run in server.runs.values()] == ["FINISHED", "FINISHED"]
+    server.traces[OURS] = {**info, "trace_metadata": {}, "tags": {}}  # Its spans came first.
+    with pytest.raises(OutOfTime):
+        sink.send(TIMEOUT_S)
     server.traces[OURS] = info
     assert sink.send(TIMEOUT_S) == []
     assert values(server) == {"correct": True}
@@ -189,6 +192,16 @@ def test_a_trace_that_does_not_come_is_put_off(server: FakeTransport) -> None:
     assert all(f"has no trace {OURS}" in letter.reason for letter in dead)
     assert [orjson.loads(letter.record) for letter in dead] in ([ours, theirs], [theirs, ours])
     assert "create_experiment" not in server.calls
+
+
+def test_ids_that_were_made_up_delay_little(server: FakeTransport) -> None:
+    """After one that has waited in vain none waits: agents' runs are behind it."""
+    server.traces.clear()
+    sink = MlflowSink(HEADER, server)
+    waited = time.time_ns() - int((assessments.WAIT_S + 1) * 1e9)
+    for time_ns in (waited, time.time_ns()):
+        [letter] = deliver(server, by_id(time_ns=time_ns), sink=sink)
+        assert f"has no trace {OURS}" in letter.reason
 
 
 def test_a_number_of_a_run(server: FakeTransport) -> None:
