@@ -94,8 +94,9 @@ def _log(args: tuple[Any, ...], kwargs: dict[str, Any], verdicts: list[tuple[Any
                 "source_type": "LLM_JUDGE" if judge else "CODE",
                 "rationale": "; ".join(map(str, getattr(verdict, "reasons", ()))) or None,
             }
-            score(trace_id, f"{name}/success", bool(verdict.success), **more)
-            score(trace_id, f"{name}/score", float(verdict.score), **more)
+            # MLflow's pages leave out what is before the last slash of a name.
+            score(trace_id, f"{name}_success", bool(verdict.success), **more)
+            score(trace_id, f"{name}_score", float(verdict.score), **more)
 
 
 def _trace_of(context: Any) -> str | None:

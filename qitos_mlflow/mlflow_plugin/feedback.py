@@ -59,7 +59,8 @@ def score(
     """Score an agent's run: feedback on its trace, and a metric of its run if it is a number.
 
     A later score of the same name and source replaces the first one. Delivered like all that is
-    recorded: in the background, also after an outage or the end of this process.
+    recorded: in the background, also after an outage or the end of this process. Of a run that was
+    not logged nothing is, with one line in the log.
 
     Args:
         of: the run: an MLflow trace id, also of another process; QitOS's id of a trace; a Trace;
@@ -73,8 +74,8 @@ def score(
         tracking_uri: where the trace is; None: where this process logs.
 
     Raises:
-        TypeError: a value cannot be used, or `of` is nothing that has a trace.
-        ValueError: no or several traces belong to it.
+        TypeError: a value cannot be used, or `of` is nothing that could have a trace.
+        ValueError: several traces belong to it, or the number is not finite.
     """
     _say(of, "feedback", name, value, source, source_type, metadata, rationale, tracking_uri)
 

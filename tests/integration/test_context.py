@@ -10,13 +10,17 @@ import os
 import sys
 import textwrap
 import uuid
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from mlflow import MlflowClient
 
 from tests.integration.logged import AGENT, LoggedRun, run_script, runs_of
 from tests.integration.server import MlflowServer
+
+if TYPE_CHECKING:
+    from tests.integration.browser import Browser
 
 STATUS = "import sys; sys.argv[1:] = ['status']; from qitos_mlflow.cli import main; main()"
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -220,6 +224,28 @@ def test_without_traces_there_is_the_run(
     assert "only numbers can be logged" in run_script(STATUS).stdout
     assert (trace_ids, run_ids) == ([], [run.id])
     assert url.endswith(f"/#/experiments/{run.experiment_id}/runs/{run.id}")
+
+
+@pytest.mark.browser
+def test_the_page_that_it_names_shows_the_trace(
+    mlflow_server: MlflowServer, name: str, browser: Browser, tmp_path: Path
+) -> None:
+    """With what was said of it afterwards."""
+    [(_, _, url)] = script(
+        mlflow_server,
+        name,
+        """
+        with context(session="a chat") as request:
+            result = run("the question")
+        qitos_mlflow.score(result, "helpful", True, source="ann")
+        qitos_mlflow.expect(result, "wanted", "the answer")
+        flush()
+        say(request)
+        """,
+    )
+    texts = ["a chat", "the question", "Feedback (1)", "helpful", "Expectations (1)", "the answer"]
+    browser.page_shot(url, tmp_path / "trace.png", click=["Assess"], wait_for_text=texts)
+    assert browser.errors == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")

@@ -420,18 +420,18 @@ def test_qitos_evaluations_are_logged_by_themselves(
     runs = {run.params.get("task") or run.name: run for run in runs_of(client, name)}
     said = said_of(client, trace_of(client, runs["task"]))
     assert {key: one.value for key, one in said.items()} == {
-        "exact/success": True,
-        "exact/score": 0.75,
-        "broken/success": False,
-        "model_based/success": True,
-        "model_based/score": 1.0,
-        "evaluation/success": False,
-        "cybench/success": False,
-        "cybench/score": 0.5,
+        "exact_success": True,
+        "exact_score": 0.75,
+        "broken_success": False,
+        "model_based_success": True,
+        "model_based_score": 1.0,
+        "evaluation_success": False,
+        "cybench_success": False,
+        "cybench_score": 0.5,
     }
-    assert said["exact/score"].rationale == "the same; text"
-    assert said["model_based/score"].source.source_type == "LLM_JUDGE"
-    assert runs["task"].points("exact/score") == [(0, 0.75)]
+    assert said["exact_score"].rationale == "the same; text"
+    assert said["model_based_score"].source.source_type == "LLM_JUDGE"
+    assert runs["task"].points("exact_score") == [(0, 0.75)]
     said = said_of(client, trace_of(client, runs["judged"]))
     assert {key: (one.value, one.source.source_id) for key, one in said.items()} == {
         "verdict/success": (True, "gaia"),
