@@ -191,12 +191,7 @@ def _targets(given: str, uri: str | None) -> list[_Target]:
     if uri is not None:
         settings = replace(settings or Settings.resolve(), tracking_uri=uri)
     if settings is None:
-        warn(
-            "feedback.nowhere",
-            "no destination is set, so what is said of trace %.100s is not logged: set "
-            "MLFLOW_TRACKING_URI, or give tracking_uri",
-            given,
-        )
+        warn("feedback.nowhere", "not logged, as no destination is set: what is said of %s", given)
         return []
     to, trace_id = Destination.of(destination_uri(settings)), known[0].id if known else given
     return [_Target(settings, to, {"trace_id": trace_id}, settings.capture_content)]

@@ -190,7 +190,7 @@ def test_what_was_not_logged_is_passed_over(
     assert scores() == []
     assert not spool.exists()
     assert "no trace of an object of type EngineResult was logged" in caplog.text
-    assert "no destination is set" in caplog.text
+    assert "not logged, as no destination is set: what is said of tr-7777" in caplog.text
 
 
 @pytest.mark.parametrize(
