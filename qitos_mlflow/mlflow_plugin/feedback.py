@@ -191,7 +191,8 @@ def _targets(given: str, uri: str | None) -> list[_Target]:
     if uri is not None:
         settings = replace(settings or Settings.resolve(), tracking_uri=uri)
     if settings is None:
-        warn("feedback.nowhere", "not logged, as no destination is set: what is said of %s", given)
+        told = "%s is not scored: nothing is logged here; set MLFLOW_TRACKING_URI"
+        warn("feedback.nowhere", told, given)
         return []
     to, trace_id = Destination.of(destination_uri(settings)), known[0].id if known else given
     return [_Target(settings, to, {"trace_id": trace_id}, settings.capture_content)]
@@ -234,7 +235,8 @@ def _id_of(of: Any) -> str | None:
         return of
     found: Any = results.trace_of(of)
     if isinstance(of, context):
-        ids = list(dict.fromkeys(one.qitos_trace_id for one in of.begun))
+        # Inside one span of MLflow's own several agents are one trace.
+        ids = list(dict.fromkeys(one.trace_id or one.qitos_trace_id for one in of.begun))
         if len(ids) > 1:
             raise ValueError(
                 f"{len(ids)} traces have begun in this qitos_mlflow.context; give one of its "

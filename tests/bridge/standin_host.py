@@ -19,7 +19,7 @@ from qitos.kit.tool.agent.agent_tool import BackgroundAgent
 from qitos.kit.tool.fanout import fan_out
 
 from qitos_mlflow import bridge, tracing
-from qitos_mlflow.bridge import calls
+from qitos_mlflow.bridge import calls, results
 from qitos_mlflow.bridge.run import here
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on
@@ -288,6 +288,7 @@ def test_a_session_is_one_trace(recorder: Recorder) -> None:
         observation, stop = result.observation, result.stop
         assert engine.hooks == []
         assert here.get() is None
+        assert results.trace_of(result) == recorder.started[0].trace_id
     metadata = recorder.only().metadata
     assert recorder.tree() == [
         "agent",

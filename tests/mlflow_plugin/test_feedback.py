@@ -15,6 +15,9 @@ import pytest
 from qitos_mlflow import MlflowTraceProcessor, _guard, context, expect, score, tracing
 from qitos_mlflow.bridge import results
 from qitos_mlflow.delivery import find_segments, living, waiting_records
+from qitos_mlflow.mlflow_plugin import feedback
+from qitos_mlflow.mlflow_plugin.fluent.context import Begun
+from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.tracing import create_trace
 
@@ -190,7 +193,7 @@ def test_what_was_not_logged_is_passed_over(
     assert scores() == []
     assert not spool.exists()
     assert "no trace of an object of type EngineResult was logged" in caplog.text
-    assert "not logged, as no destination is set: what is said of tr-7777" in caplog.text
+    assert "7777 is not scored: nothing is logged here; set MLFLOW_TRACKING_URI" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,20 @@ def test_a_score_of_a_trace_is_recorded_after_its_processor_is_shut_down(
     score(trace, "correct", True)
     MlflowTraceProcessor(offline=True).force_flush()
     assert [record["value"] for record in scores()] == [True]
+
+
+def test_scores_are_bounded_like_all_that_waits(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """What the queue has no room for is counted."""
+    attach(queue_bytes=100_000)
+    with create_trace("agent") as trace:
+        pass
+    [known] = feedback.logged(trace.trace_id)
+    score(trace, "small", 1)
+    score(trace, "large", "x" * 200_000)
+    assert known.pipeline.stats.dropped == {"queue_full": 1}
+    assert [record["name"] for record in scores()] == ["small"]
 
 
 class Number:
@@ -310,14 +327,23 @@ def test_what_is_wrong_is_named_at_once(
 
 def test_a_context_of_several_traces_is_no_one() -> None:
     """It is not guessed which."""
-    from qitos_mlflow.mlflow_plugin.fluent.context import Begun
-    from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
-
     with context() as request:
         for number in (1, 2):
             request.begin(Begun(str(number), None, PendingRun(), None, None))
     with pytest.raises(ValueError, match=r"2 traces have begun .* give one of its trace_ids"):
         score(request, "correct", True)
+
+
+def test_agents_in_one_trace_of_mlflows_are_one(
+    attach: Callable[..., MlflowTraceProcessor], scores: Spooled
+) -> None:
+    """It is that trace which is scored."""
+    attach()
+    with context() as request:
+        for number in (1, 2):
+            request.begin(Begun(str(number), "tr-" + "7" * 32, PendingRun(), None, None))
+    score(request, "correct", True)
+    assert [record["trace_id"] for record in scores()] == ["tr-" + "7" * 32]
 
 
 def test_a_result_is_not_kept_alive() -> None:
