@@ -287,7 +287,10 @@ class EvaluationStart(_Record, total=False):
 
 
 class EvaluationResult(_Record, total=False):
-    """A task of an evaluation was judged. What it adds (`added`) goes to the run of its agent."""
+    """A task of an evaluation is over. What it adds (`added`) goes to the run of its agent.
+
+    How that was judged is in assessments.
+    """
 
     kind: Literal["evaluation_result"]
     name: str

@@ -35,7 +35,8 @@ class EvaluationOperations(Operations):
         self.parents.due = {run_id: Due(**one) for run_id, one in limits.mapping(due).items()}
 
     def listed(self, traces: Iterable[TraceState]) -> list[Listed]:
-        """The calls for what traces add to evaluations and parents."""
+        """The calls for what traces add to evaluations and parents. The last ones are made."""
+        self._costs.clear()  # Of runs whose end was refused.
         traces = list(traces)
         sets = [(trace, one) for trace in traces for one in trace.waiting.datasets]
         calls: list[Listed] = [(trace, self.log_dataset, [one]) for trace, one in sets]
@@ -77,4 +78,3 @@ class EvaluationOperations(Operations):
             point = Metric("total_cost", cost, at_ms, trace.totals.last_step)
             self._log(trace, RunData(metrics=[point]), timeout_s)
         super().end_run(trace, _items, timeout_s)
-        self._costs.pop(trace.facts.trace_id, None)

@@ -113,8 +113,12 @@ class Parents(Children):
         """The first of an evaluation's runs; the children of the others become its own."""
         first, *others = found
         for other in others:
-            self._adopt(first, other.run_id, timeout_s)
-            self._transport.delete_run(other.run_id, timeout_s)
+            try:
+                self._adopt(first, other.run_id, timeout_s)
+                self._transport.delete_run(other.run_id, timeout_s)
+            except Refused as refusal:  # To delete takes more rights than to edit.
+                text = "run %s is another one of evaluation %s and stays: %s"
+                warn(f"parents.merge {other.run_id}", text, other.run_id, first.run_id, refusal)
         return first
 
     def _adopt(self, parent: RunRef, other_id: str, timeout_s: float) -> None:

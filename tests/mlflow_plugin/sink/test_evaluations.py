@@ -135,14 +135,18 @@ def test_what_is_remembered_of_parents_does_not_grow(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.PAUSE", 0.0)
     monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.operations.FRESH_S", 0.0)
     server = FakeTransport()
+    server.cost = 0.25
+    server.fail = lambda call, what: Refused("NO", "no") if call == "end_run" else None
     sink = MlflowSink(b"{}", server)
     for number in range(20):
         own = server.create_run(NewRun("7", "request", 5), TIMEOUT_S)
         make = Records(f"trace-{number}")
-        records = [make.start(parent_run_id=own.run_id), make.end(), *child("a", id=str(number))]
+        priced = make.span("generation", model="m", token_usage={"prompt_tokens": 10})
+        records = [make.start(parent_run_id=own.run_id), priced, make.end()]
+        records += child("a", id=str(number))
         sink.prepare([orjson.dumps(record) for record in records])
         sink.send(TIMEOUT_S)
-    kept = vars(sink._operations.parents)
+    kept = {**vars(sink._operations), **vars(sink._operations.parents)}
     sizes = {name: len(value) for name, value in kept.items() if isinstance(value, dict)}
     assert max(sizes.values()) < 5, sizes
 
@@ -191,6 +195,21 @@ def test_late_duplicates_are_merged_into_the_oldest() -> None:
     assert run_id not in server.runs
     assert only_parent(server)[0] == older.run_id
     assert latest(server, older.run_id)["n"] == 2
+
+
+def test_duplicates_that_may_not_be_deleted_lose_their_children(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With MLflow's permission EDIT, for one: nothing that comes is refused for that."""
+    server = FakeTransport()
+    server.fail = lambda call, what: Refused("DENIED", "no") if call == "delete_run" else None
+    deliver(server, *child("a"))
+    [late] = parents(server)
+    older = server.create_run(NewRun("7", "sweep", 5, [("qitos.evaluation", "E")]), TIMEOUT_S)
+    deliver(server, start(), *child("b"), end())
+    assert set(parents(server)) == {late, older.run_id}
+    assert latest(server, older.run_id)["n"] == 2
+    assert f"run {late} is another one" in caplog.text
 
 
 def test_a_child_of_a_run_that_was_merged_away_is_adopted() -> None:
