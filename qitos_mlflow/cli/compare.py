@@ -26,14 +26,8 @@ SHOWN = 10
 WIDTH = 120
 """Of the table if it is not for a terminal (characters)."""
 
-OF_PARAMS = {
-    "task": "qitos.task_id",
-    "task_id": "qitos.task_id",
-    "benchmark_name": "qitos.benchmark",
-    "benchmark_split": "qitos.split",
-    "trial": "qitos.trial",
-}
-"""Params that say what a run's tags do not, and the tags; the last ones win."""
+OF_PARAMS = {"task": "qitos.task_id", "trial": "qitos.trial"}
+"""Params that say what the tags of a run may not."""
 
 
 @click.command("compare")

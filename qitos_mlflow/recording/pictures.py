@@ -47,23 +47,18 @@ class TakenPictures:
 
         What was redacted or cut is no longer there: its picture stays out, too.
         """
-        if not found:
-            return
-        text, known = orjson.dumps(record), self._known.setdefault(record["trace_id"], set())
-        if len(known) > MAX_KNOWN:
-            known.clear()
-        new = {key: base64 for key, base64 in found.items() if key.encode() in text}
-        if new := {key: base64 for key, base64 in new.items() if key not in known}:
-            record["pictures"] = new
-            known.update(new)
-        if "late" in record:  # After the trace's end.
-            self.end(record["trace_id"])
+        if found:
+            text, known = orjson.dumps(record), self._known.setdefault(record["trace_id"], set())
+            if len(known) > MAX_KNOWN:
+                known.clear()
+            new = {key: base64 for key, base64 in found.items() if key.encode() in text}
+            if new := {key: base64 for key, base64 in new.items() if key not in known}:
+                record["pictures"] = new
+                known.update(new)
+        if record["kind"] == "trace_end" or "late" in record:
+            self._known.pop(record["trace_id"], None)
 
     def forget(self, record: dict[str, Any]) -> None:
         """A record was lost: the next one that refers to its pictures has them again."""
         if known := self._known.get(record["trace_id"]):
             known.difference_update(record.get("pictures", ()))
-
-    def end(self, trace_id: str) -> None:
-        """The trace has ended."""
-        self._known.pop(trace_id, None)

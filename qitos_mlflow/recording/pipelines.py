@@ -145,7 +145,6 @@ class RecordPipeline(Pipeline):
         """
         self._code_version.complete(record, self.exit_timeout_s)
         if record["kind"] == "trace_end":
-            self._pictures.end(record["trace_id"])
             with self._losses_lock:
                 losses = self._losses.pop(record["trace_id"], Counter())
             for (kind, reason), number in losses.items():

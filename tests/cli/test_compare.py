@@ -33,11 +33,11 @@ def evaluation(store: str, experiment_name: str) -> Evaluation:
         for number in range(len(next(iter(metrics.values())))):
             tags = {PARENT: parent, "qitos.trace_id": f"{name}-{number}"}
             run = client.create_run(experiment_id, start_time=1000 + number).info.run_id
-            tags |= {"qitos.task_id": f"task-{number:02}", "qitos.benchmark": "gaia"}
+            tags |= {"qitos.benchmark": "gaia", "qitos.split": "test"}
             client.log_batch(
                 run,
                 [Metric(key, values[number], 1, 0) for key, values in metrics.items()],
-                [Param("benchmark_split", "test")],
+                [Param("task", f"task-{number:02}")],
                 [RunTag(*tag) for tag in tags.items()],
             )
             client.set_terminated(run)

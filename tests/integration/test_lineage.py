@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Trace
 
 from tests.integration.logged import AGENT, run_script, runs_of
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
 URL = "https://git.example.test/team/agent.git"
@@ -61,7 +62,10 @@ def traces_of(client: MlflowClient, experiment: str, filter_string: str = "") ->
 def test_the_code_is_named_as_mlflow_names_it(
     mlflow_server: MlflowServer, client: MlflowClient, name: str, checkout: str
 ) -> None:
-    """Run and trace have what MLflow gives its own run and trace, and whether files are changed."""
+    """Run and trace have what MLflow gives its own run and trace, and whether files are changed.
+
+    Tags that are given win.
+    """
     Path("kept.txt").write_text("changed")
     run_script(
         AGENT,
@@ -72,6 +76,10 @@ def test_the_code_is_named_as_mlflow_names_it(
             pass
         with mlflow.start_span("mlflow's"):
             pass
+        agent.run("t", render=False, trace=False)
+        import qitos_mlflow
+        tags = {{"mlflow.source.git.commit": "abc"}}
+        qitos_mlflow.autolog(experiment_name="{name} given", tags=tags)
         agent.run("t", render=False, trace=False)
         """,
         MLFLOW_TRACKING_URI=mlflow_server.uri,
@@ -88,6 +96,10 @@ def test_the_code_is_named_as_mlflow_names_it(
         of_mlflow = {key for key in theirs if key.startswith("mlflow.source.git")}
         assert "mlflow.source.git.commit" in of_mlflow
         assert all(theirs[key] == expected[key] for key in of_mlflow if "s3cr3t" not in theirs[key])
+    # A build that has no repository any more names its commit by a tag.
+    [given] = runs_of(client, f"{name} given")
+    assert given.tags["mlflow.source.git.commit"] == "abc"
+    assert given.tags["mlflow.source.git.branch"] == "topic"
 
 
 def test_it_is_that_of_the_process_that_recorded(
@@ -112,24 +124,6 @@ def test_it_is_that_of_the_process_that_recorded(
     assert run.tags["mlflow.source.git.commit"] == checkout, done.stderr
     [trace] = traces_of(client, name).values()
     assert trace.info.trace_metadata["mlflow.source.git.commit"] == checkout
-
-
-def test_tags_that_are_given_win(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str, checkout: str
-) -> None:
-    """A build that has no repository any more names its commit by a tag."""
-    run_script(
-        AGENT,
-        f"""
-        import qitos_mlflow
-        qitos_mlflow.autolog(experiment_name={name!r}, tags={{"mlflow.source.git.commit": "abc"}})
-        agent.run("t", render=False, trace=False)
-        """,
-        MLFLOW_TRACKING_URI=mlflow_server.uri,
-    )
-    [run] = runs_of(client, name)
-    assert run.tags["mlflow.source.git.commit"] == "abc"
-    assert run.tags["mlflow.source.git.branch"] == "topic"
 
 
 def test_the_active_model(mlflow_server: MlflowServer, client: MlflowClient, name: str) -> None:
@@ -203,7 +197,10 @@ def test_prompts_are_linked(
     store: str, mlflow_server: MlflowServer, name: str, tmp_path: Path
 ) -> None:
     """Those that a tool loads are named by run and trace, and the trace is found by them."""
-    uri = mlflow_server.uri if store == "server" else f"sqlite:///{tmp_path}/prompts.db"
+    uri = mlflow_server.uri
+    if store == "sqlite":
+        make_store(tmp_path / "prompts.db")
+        uri = f"sqlite:///{tmp_path}/prompts.db"
     client = MlflowClient(uri)
     prompt = f"prompt-{uuid.uuid4().hex[:8]}"
     run_script(

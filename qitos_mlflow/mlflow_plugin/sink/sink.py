@@ -44,8 +44,7 @@ from qitos_mlflow.mlflow_plugin.sink.assessments import Assessments
 from qitos_mlflow.mlflow_plugin.sink.call_list import Call, CallList
 from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.evaluations import EvaluationOperations
-from qitos_mlflow.mlflow_plugin.sink.linked_prompts import link_prompts
-from qitos_mlflow.mlflow_plugin.sink.links import link_trace
+from qitos_mlflow.mlflow_plugin.sink.links import link_prompts, link_trace
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
 from qitos_mlflow.recording.record import Record
