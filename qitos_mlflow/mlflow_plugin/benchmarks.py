@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from qitos_mlflow._after_import import after_import
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import shield
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
 from qitos_mlflow.mlflow_plugin.evaluations import current, evaluation, has_begun
 
@@ -256,13 +256,11 @@ def _specs(**specs: Any) -> dict[str, Any]:
     """The host's specifications as params, each with its fingerprint."""
     found: dict[str, Any] = {}
     for name, spec in specs.items():
-        try:
+        with shield("benchmarks.specs"):
             if hasattr(spec, "to_dict"):
                 found[name] = spec.to_dict()
                 if hasattr(spec, "fingerprint"):
                     found[f"{name}_fingerprint"] = spec.fingerprint()
-        except Exception as error:  # noqa: BLE001 - of the host's; the evaluation goes on without
-            report("benchmarks.specs", error)
     return found
 
 

@@ -69,8 +69,7 @@ class evaluation:  # noqa: N801 - reads as a statement
         dataset: its name, a mapping with ``name``, ``digest`` and ``source``, or an object with
             these attributes, such as MLflow's datasets.
         params: params of the run.
-        tasks: the tasks that are to be done, or their number: says how many were not.
-        trials: how often each of them is to be done.
+        tasks: the tasks that are to be done, or the number of attempts: says how many were not.
         key: continues the evaluation that has this key, and begins it if there is none. Without
             one it is a new evaluation, unless this process is part of one already.
 
@@ -95,15 +94,12 @@ class evaluation:  # noqa: N801 - reads as a statement
         dataset: Any = None,
         params: Mapping[str, Any] | None = None,
         tasks: Sized | int | None = None,
-        trials: int = 1,
         key: str | None = None,
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name={name!r} cannot be used: give a text such as 'gaia'")
         if params is not None and not isinstance(params, Mapping):
             raise TypeError(f"params={params!r:.100} cannot be used: give a mapping or None")
-        if not isinstance(trials, int) or trials < 1:
-            raise ValueError(f"trials={trials!r} cannot be used: give a number, at least 1")
         if key is not None and (not isinstance(key, str) or not key.strip()):
             raise ValueError(f"key={key!r} cannot be used: give a text or None")
         if tasks is not None and not isinstance(tasks, (int, Sized)):
@@ -115,8 +111,7 @@ class evaluation:  # noqa: N801 - reads as a statement
         self.parent_run_id: str | None = None
         self.loggers: dict[Any, Logger] = {}
         self._params = dict(params or {})
-        number = len(tasks) if isinstance(tasks, Sized) else tasks
-        self._expected = None if number is None else number * trials
+        self._expected = len(tasks) if isinstance(tasks, Sized) else tasks
         self._dataset = dataset_of(dataset, benchmark, split, tasks)
         self._has_key = key is not None
         self._text = ""

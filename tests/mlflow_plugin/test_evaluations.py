@@ -98,7 +98,6 @@ def test_an_evaluation_begins_and_ends(
         split="dev",
         params={"temperature": 0.5},
         tasks=["a", "b"],
-        trials=2,
     ):
         inside = agent()
     outside = agent()
@@ -107,7 +106,7 @@ def test_an_evaluation_begins_and_ends(
     assert start["trace_id"] == end["trace_id"]
     assert start["metadata"] == {"temperature": 0.5}
     assert start["dataset"]["name"] == "gaia:dev"
-    assert start["settings"]["tags"]["qitos.evaluation.expected"] == "4"
+    assert start["settings"]["tags"]["qitos.evaluation.expected"] == "2"
     assert end["status"] == "FINISHED"
     within = children(found)[inside]["evaluation"]
     assert start["trace_id"] == f"evaluation {within['id']}"
@@ -460,7 +459,7 @@ def test_without_a_processor_nothing_happens() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": ""}, {"params": [1]}, {"trials": 0}, {"tasks": 1.5}, {"key": " "}, {"dataset": {}}],
+    [{"name": ""}, {"params": [1]}, {"tasks": 1.5}, {"key": " "}, {"dataset": {}}],
 )
 def test_a_bad_argument_is_named(wrong: dict[str, Any]) -> None:
     """At once, with what to give instead."""

@@ -66,13 +66,12 @@ class Due:
 class Reading:
     """A look at the children of a parent, as far as it has got: it may take several requests.
 
-    `stale`: children have changed since it was begun.
+    `stale`: children have changed since it was begun. `token`: of the next page; None: no more.
     """
 
     began_s: float = field(default_factory=time.monotonic)
     at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    token: str = ""
-    done: bool = False
+    token: str | None = ""
     stale: bool = False
     runs: list[StoredRun] = field(default_factory=list)
     file_failures: int = 0
@@ -142,7 +141,7 @@ class Children(Experiments):
             if due.evaluation and (final or parent is None):
                 parent = self.settled(parent, run_id, due, left_s(deadline))
             if parent is not None:
-                while not reading.done:
+                while reading.token is not None:
                     self.read(reading, parent.ref.run_id, due.experiments, left_s(deadline))
                 found = attempts(reading.runs)
                 self._write(parent, due, reading, found, deadline)
@@ -163,11 +162,11 @@ class Children(Experiments):
     ) -> None:
         """Read one more page of a run's children."""
         of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
-        runs, reading.token = self._transport.search_runs(
-            experiments, of_parent, timeout_s, most=PAGE, token=reading.token
+        runs, token = self._transport.search_runs(
+            experiments, of_parent, timeout_s, most=PAGE, token=reading.token or ""
         )
         reading.runs += runs
-        reading.done = not reading.token
+        reading.token = token or None
 
     def _write(
         self,

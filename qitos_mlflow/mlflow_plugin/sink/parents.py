@@ -123,7 +123,7 @@ class Parents(Children):
 
     def _adopt(self, parent: RunRef, other_id: str, timeout_s: float) -> None:
         reading, tag = Reading(), RunData(tags=[(PARENT_TAG, parent.run_id)])
-        while not reading.done:
+        while reading.token is not None:
             self.read(reading, other_id, [parent.experiment_id], timeout_s)
         for child in reading.runs:
             self._transport.log_batch(child.ref.run_id, tag, timeout_s)
