@@ -259,6 +259,26 @@ def test_what_was_seen_survives_the_process(
     assert opened(found, addresses(span)[0], server.uri) == picture
 
 
+def test_without_content_there_are_none(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Neither inlined ones nor files leave the process, nor the names of files."""
+    file = tmp_path / "screen.png"
+    file.write_bytes(png(1, LARGE))
+    with logged(
+        mlflow_server.uri, experiment_name=experiment_name, capture_content=False
+    ) as processor:
+        with create_trace("looks") as trace:
+            picture = {"type": "image_url", "image_url": {"url": data_url(png(2))}}
+            generation(trace, picture, {"type": "image_file", "path": str(file)})
+        assert processor.force_flush(FLUSH_S) is True
+    found = only_trace(mlflow_server.client, experiment_name)
+    text = found.to_json()
+    assert not any(word in text for word in ("attachment", "picture", "screen.png", "base64"))
+    directories = [path for path in mlflow_server.directory.rglob("attachments") if path.is_dir()]
+    assert not [path for path in directories if found.info.trace_id in str(path)]
+
+
 def test_they_can_be_left_inlined(
     mlflow_server: MlflowServer, experiment_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

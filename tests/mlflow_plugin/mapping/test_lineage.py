@@ -52,6 +52,15 @@ def test_the_model_is_one_of_the_server_it_was_recorded_for() -> None:
     assert "mlflow.modelId" not in info_of(fold(start))["trace_metadata"]
 
 
+def test_a_resumed_run_names_the_one_before() -> None:
+    """QitOS's ids, of the run itself and of the one to look for its checkpoint in."""
+    ids = {"qitos_run_id": "run_2", "resumed_from": "run_1"}
+    state = fold(Records().start(metadata=ids))
+    expected = {"qitos.run_id": "run_2", "qitos.resumed_from": "run_1"}
+    assert expected.items() <= dict(state.waiting.tags).items()
+    assert expected.items() <= info_of(state)["tags"].items()
+
+
 def test_prompts_are_a_tag_of_run_and_trace() -> None:
     records, prompt = Records(), PromptRef("greeting", "3")
     tag = prompts_tag([prompt])
