@@ -32,7 +32,7 @@ class Experiments:
             found = self._transport.stored_run(run_id, timeout_s)
             if found is None:
                 warn(
-                    f"experiments.parent {run_id}",
+                    "experiments.parent",
                     "%s has no run %r, so it cannot be the parent of a QitOS run; check "
                     "MLFLOW_RUN_ID and QITOS_MLFLOW_PARENT_RUN_ID",
                     self._transport.address,
@@ -53,7 +53,7 @@ class Experiments:
             if self._transport.has_experiment(wanted, timeout_s):
                 return wanted
             warn(
-                f"experiments.id {wanted}",
+                "experiments.id",
                 "%s has no experiment with the id %r, so runs go to the experiment %r; check "
                 "mlflow.set_experiment and MLFLOW_EXPERIMENT_ID",
                 self._transport.address,

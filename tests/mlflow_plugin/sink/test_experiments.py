@@ -90,6 +90,13 @@ def test_a_parent_that_does_not_exist(
     assert "MLFLOW_RUN_ID" in line
 
 
+def test_a_wrong_id_for_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A minute: the log is not flooded, and nothing is kept of each."""
+    for number in range(20):
+        logged(FakeTransport(), {"experiment_of": f"gone {number}", "experiment_id": f"9{number}"})
+    assert len(caplog.messages) == len(_guard._last_logged) == 2
+
+
 @pytest.mark.parametrize(
     ("run_id", "parent", "experiment"),
     [
