@@ -25,6 +25,7 @@ class Logger:
     Attributes:
         id: its name among the traces of the pipeline, which does not rest before it has ended.
         pipeline: where its records go.
+        uri: the place that they are for.
         settings: how its run is logged; `evaluation` among them is what its children say.
         own: fields of its own records, by which they name it.
         ended: its end is recorded.
@@ -34,6 +35,7 @@ class Logger:
         self.id = ""
         self.ended = not of.owner
         to, self.pipeline = pipeline_of(plugin.recorder)
+        self.uri = to.uri
         around = surroundings(to.uri, of.parent_run_id or plugin.settings.parent_run_id)
         settings: Any = placed(run_settings(plugin.settings), plugin.settings, around)
         reference = {"name": of.name, **of.place, "id": of.id}

@@ -107,9 +107,9 @@ class Task:
         with shield("evaluations.result"):
             self._record(error)
 
-    def takes(self, plugin: Any, parent_run_id: str | None) -> bool:
+    def takes(self, *of_trace: Any) -> bool:
         """As the evaluation's."""
-        return bool(self._of.takes(plugin, parent_run_id))
+        return bool(self._of.takes(*of_trace))
 
     def began(self, plugin: Any, trace: Any, logged_as: RunSettings) -> None:
         """As the evaluation's. The trace that begins last is the one that is judged."""

@@ -209,15 +209,18 @@ class evaluation:  # noqa: N801 - reads as a statement
             made.start(tags, metadata=self._params, dataset=self._dataset)
         return made
 
-    def takes(self, plugin: Any, parent_run_id: str | None) -> bool:
-        """Whether agents are part of it if `qitos_mlflow.context` says that this is their parent.
+    def takes(self, plugin: Any, uri: str | None, parent_run_id: str | None) -> bool:
+        """Whether agents are part of it that are logged at `uri`.
 
-        The innermost of the two decides. Around the evaluation, the context names its run.
+        Not at another place than the evaluation, where its ids mean something else. Nor if
+        `qitos_mlflow.context` says another parent: the innermost of the two decides. Around the
+        evaluation, the context names its run.
         """
-        if parent_run_id is not None:
-            with shield("evaluations.takes"):
-                return parent_run_id == self.logger(plugin).settings["evaluation"].get("run_id")
-        return True
+        with shield("evaluations.takes"):
+            logger = self.logger(plugin)
+            own = logger.settings["evaluation"].get("run_id")
+            return uri == logger.uri and parent_run_id in (None, own)
+        return False
 
     def began(
         self, plugin: Any, trace: Any, logged_as: RunSettings, tags: Mapping[str, str] = {}

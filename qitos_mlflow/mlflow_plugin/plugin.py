@@ -107,7 +107,7 @@ class MlflowPlugin:
         given: context | None = current.get()
         asked = None if given is None else given.parent_run_id
         task = current_task()
-        if task is None or not task.takes(self, asked):
+        if task is None or not task.takes(self, uri, asked):
             task, around = None, surroundings(uri, asked or settings.parent_run_id)
         else:
             around = Surroundings()  # The run of an evaluation is the parent of all in it.

@@ -278,6 +278,22 @@ def test_the_innermost_of_an_evaluation_and_a_context_names_the_parent(
     assert parents[judge] == "another"
 
 
+def test_agents_that_are_logged_elsewhere_are_no_part(
+    attach: Callable[..., MlflowTraceProcessor],
+    records: Spooled,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On another server, the ids of the evaluation's experiment and run are others' ids."""
+    attach()
+    with evaluation("e"):
+        inside = agent()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another.test")
+        elsewhere = agent()
+    runs = children(records())
+    assert "evaluation" in runs[inside]
+    assert "evaluation" not in runs[elsewhere]
+
+
 def test_a_run_can_be_scored_while_an_evaluation_is_open(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled
 ) -> None:
