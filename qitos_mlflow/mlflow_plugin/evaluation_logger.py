@@ -24,6 +24,7 @@ class Logger:
 
     Attributes:
         id: its name among the traces of the pipeline, which does not rest before it has ended.
+        plugin: logs it.
         pipeline: where its records go.
         uri: the place that they are for.
         settings: how its run is logged; `evaluation` among them is what its children say.
@@ -34,6 +35,7 @@ class Logger:
     def __init__(self, plugin: Any, of: Any) -> None:
         self.id = ""
         self.ended = not of.owner
+        self.plugin = plugin
         to, self.pipeline = pipeline_of(plugin.recorder)
         self.uri = to.uri
         around = surroundings(to.uri, of.parent_run_id or plugin.settings.parent_run_id)

@@ -121,12 +121,12 @@ class Task:
         if failed and not self._verdict:
             self._verdict["success"] = False  # It failed beside the agent, or with it.
         mode = tracing.get_tracing_provider().mode
-        for plugin in list(self._of.loggers):
+        for logger in self._of.ready():
+            plugin = logger.plugin
             tags = {} if self._skipped is None else {SKIPPED_TAG: self._skipped}
             shown = mode == tracing.TracingMode.ENABLED and plugin.settings.capture_content
             if self._prediction and shown:
                 tags[PREDICTION_TAG] = self._prediction
-            logger = self._of.logger(plugin)
             trace, settings = self._traces.get(plugin, (None, None))
             if trace is not None:
                 for name, value in self._verdict.items():
@@ -135,17 +135,17 @@ class Task:
                     added = {"added": {"tags": tags}, "settings": settings}
                     logger.record(kind="evaluation_result", trace_id=trace.id, **added)
             elif error is None or failed:
-                self._record_whole(plugin, tags, "FAILED" if failed else "FINISHED")
+                self._record_whole(logger, tags, "FAILED" if failed else "FINISHED")
 
-    def _record_whole(self, plugin: Any, tags: dict[str, str], status: str) -> None:
+    def _record_whole(self, logger: Any, tags: dict[str, str], status: str) -> None:
         """Record all that there is of a task without an agent: it gets a run of its own."""
-        settings = run_settings(plugin.settings)
+        settings = run_settings(logger.plugin.settings)
         settings["log_traces"] = False
-        self._of.began(plugin, None, settings, self._tags)
+        self._of.began(logger.plugin, None, settings, self._tags)
         if self._stop_reason is not None:
             tags[STOP_TAG] = self._stop_reason
         verdict = {f"{VERDICT}{name}": float(value) for name, value in self._verdict.items()}
-        self._of.logger(plugin).record(
+        logger.record(
             kind="evaluation_result",
             trace_id=f"task {self._tags[ATTEMPT_TAG]}",
             name=self._task_id,

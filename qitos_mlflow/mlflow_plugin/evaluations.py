@@ -143,7 +143,7 @@ class evaluation:  # noqa: N801 - reads as a statement
                 _outside = os.environ.get(EVALUATION_VARIABLE, "")
             said: dict[str, Any] = {"id": self.id, "name": self.name}
             said |= {"benchmark": self.benchmark, "split": self.split}
-            for logger in list(self.loggers.values())[:1]:
+            for logger in self.ready()[:1]:
                 said |= logger.settings["evaluation"]
             self._text = json.dumps(said)
             _tell_processes()
@@ -166,13 +166,22 @@ class evaluation:  # noqa: N801 - reads as a statement
             self.loggers = {}
             _open.append(self)
             import_module("qitos")  # Registers what is installed, which logs the evaluation, too.
-            if tracing.get_tracing_provider().mode == tracing.TracingMode.DISABLED:
-                return
+            self.ready()
+
+    def ready(self) -> list[Logger]:
+        """The evaluation as each plugin logs it: all that take traces now, and those before."""
+        mode = tracing.get_tracing_provider().mode
+        if self.open and mode != tracing.TracingMode.DISABLED:
             for processor in tracing.processors():
                 plugins = getattr(processor, "plugins", {})
                 for plugin in plugins.values() if isinstance(plugins, dict) else ():
                     if hasattr(plugin, "recorder") and plugin.qitos_wants_trace():
                         self.logger(plugin)
+        return list(self.loggers.values())
+
+    def __reduce__(self) -> Any:
+        """In another process, it is what the variable says."""
+        return _of_variable, (self._text,)
 
     def _join(self, text: str) -> None:
         """Be the evaluation that the variable names, unless that is one of another name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -456,6 +457,21 @@ def test_whatever_the_variable_says_agents_are_logged(
     monkeypatch.setenv(EVALUATION_VARIABLE, text)
     inside = agent()
     assert inside in children(records())
+
+
+def test_a_process_pool_gets_its_evaluation_as_an_argument(
+    attach: Callable[..., MlflowTraceProcessor], records: Spooled
+) -> None:
+    """`pool.submit(work, sweep, task)`: its tasks are judged there, also without an agent."""
+    attach()
+    with evaluation("e", benchmark="b") as sweep:
+        copied = pickle.loads(pickle.dumps(sweep))
+        with copied.task("a") as task:
+            task.result(True)
+    found = records()
+    [result] = of_kind("evaluation_result", found)
+    assert result["settings"]["evaluation"]["id"] == sweep.id
+    assert len(of_kind("evaluation_start", found)) == len(of_kind("evaluation_end", found)) == 1
 
 
 def test_the_variable_is_no_unknown_setting(
