@@ -75,10 +75,10 @@ class Autologged(Priced):
             span.set_attribute("mlflow.llm.provider", "openai")
             return super().__call__(messages, **options)
 
-def run(task, kind=Priced):
+def run(task, kind=Priced, **options):
     model = kind(MODEL, [act("Add.", ("add", {"a": 1, "b": 2})), answer("Added.", "42")])
     agent = DeskAgent("asker", model, [add])
-    return agent.run(task, render=False, trace=False)
+    return agent.run(task, render=False, trace=False, **options)
 
 class Strict(Critic):
     def evaluate(self, state, decision, results):
@@ -536,8 +536,8 @@ def scores(data, predict, scorers=(calls_add, as_expected)):
 
 EVALUATIONS = {
     "twenty": """
-        def predict(question):
-            return run(question)
+        def predict(question):  # With a number of steps QitOS makes it a task, which has an id.
+            return run(question, max_steps=5)
 
         return scores(rows(20), predict)
     """,

@@ -20,12 +20,16 @@ from typing import Any
 
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
+    RENEW_S,
+    flush_spans,
+    leave_ended,
+    make_current,
+    renew,
+    trace_manager,
+)
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
-
-RENEW_S = 60.0
-"""How often an open trace is registered with MLflow, which forgets it after an hour (seconds). Far
-longer than the 5 s that MLflow's exporter, which looks spans up there, waits for more."""
 
 FLUSH_MS = 30_000
 """How long MLflow's exporter may take for its last spans of a trace, in the background (ms)."""
@@ -200,9 +204,7 @@ class AutologSpans:
 
     def _forget(self) -> None:
         with shield("autolog_spans.forget"):
-            provider = sys.modules["mlflow.tracing.provider"].provider.get()
-            if hasattr(provider, "force_flush"):
-                provider.force_flush(FLUSH_MS)
+            flush_spans(FLUSH_MS)
             trace_manager().pop_trace(self._otel_trace_id)
 
 
@@ -227,42 +229,3 @@ def _attached_class() -> Any:
             return super().get_span_context()
 
     return AttachedSpan
-
-
-def make_current(contexts: Any, span: Any) -> None:
-    """Make one of our spans MLflow's current one on this thread, until `qitos_ended` is set."""
-    from opentelemetry import trace as otel
-
-    context = contexts.get_current()
-    span.qitos_outer, span.qitos_ended = _going(otel.get_current_span(context)), False
-    contexts.attach(otel.set_span_in_context(span, context))
-
-
-def leave_ended(contexts: Any) -> None:
-    """Make the innermost span that has not ended MLflow's current one on this thread."""
-    from opentelemetry import trace as otel
-
-    context = contexts.get_current()
-    current = otel.get_current_span(context)
-    going = _going(current)
-    if going is not current:
-        contexts.attach(otel.set_span_in_context(going, context))
-
-
-def _going(span: Any) -> Any:
-    """`span`; if it is one of ours that has ended, the span that was current outside of it."""
-    while getattr(span, "qitos_ended", False):
-        span = span.qitos_outer
-    return span
-
-
-def renew(manager: Any, trace_id: str, trace: Any) -> None:
-    """Have MLflow's manager keep a trace for another hour; with its lock."""
-    if (traces := getattr(manager, "_traces", None)) is not None:
-        traces.pop(trace_id, None)  # Not all its caches renew what is there.
-        traces[trace_id] = trace
-
-
-def trace_manager() -> Any:
-    """What keeps the traces that MLflow's tracer is making."""
-    return sys.modules["mlflow.tracing.trace_manager"].InMemoryTraceManager.get_instance()

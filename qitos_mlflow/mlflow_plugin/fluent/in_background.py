@@ -51,33 +51,42 @@ class InBackground:
                 return
             self._works = True
         try:
-            _Worker(self._name, self._do_all).start()
+            self.start_another()
         except RuntimeError:  # At the interpreter's exit.
-            self._do_all(0.0)
+            self._works = False
+            while not self._work.empty():
+                self._do_next(0.0)
 
-    def wait(self, stall_s: float, at_most_s: float) -> None:
-        """Until all is done that was given before; nothing was done for `stall_s`; `at_most_s`."""
+    def wait(self, stall_s: float, at_most_s: float) -> bool:
+        """Whether all is done that was given before. Gives up if nothing is done for `stall_s`."""
         over, done, until_s = threading.Event(), -1, time.monotonic() + at_most_s
         self.do(over.set)
         while os.getpid() == self._pid and done != self._done:
             done = self._done
             if over.wait(max(0.0, min(stall_s, until_s - time.monotonic()))):
-                return
+                return True
+        return False
 
-    def _do_all(self, linger_s: float | None = None) -> None:
+    def start_another(self) -> None:
+        """Have another thread do what has not begun."""
+        _Worker(self._name, self._do_all).start()
+
+    def _do_all(self) -> None:
         while True:
             try:
-                work = self._work.get(timeout=LINGER_S if linger_s is None else linger_s)
+                self._do_next(LINGER_S)
             except Empty:
                 with self._lock:
                     if self._work.empty():
                         self._works = False
                         return
-                continue
-            check()
-            with shield(self._name):
-                work()
-            self._done += 1
+
+    def _do_next(self, wait_s: float) -> None:
+        work = self._work.get(timeout=wait_s)
+        check()
+        with shield(self._name):
+            work()
+        self._done += 1
 
 
 class _Worker(OwnThread):

@@ -24,14 +24,16 @@ import orjson
 from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent import surroundings
-from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import (
+from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
+from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
+    flush_spans,
+    is_below,
     leave_ended,
     make_current,
     renew,
     trace_manager,
 )
-from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of
@@ -54,9 +56,6 @@ the start may wait for the run."""
 
 MAX_WAITING = 2_000
 """Records that wait to be shown, as where a server hangs. Spans of later ones show nothing."""
-
-SOURCE_RUN = "mlflow.sourceRun"
-"""MLflow's metadata of a trace: the run that it belongs to."""
 
 MODEL, USAGE = "mlflow.llm.model", "mlflow.chat.tokenUsage"
 """Attributes by which the server prices a span."""
@@ -118,7 +117,7 @@ class MlflowTree:
         self._field_bytes = field_bytes
         self._pictures = TakenPictures(picture_bytes)
         self._open: dict[str, Any] = {}
-        self._over = False
+        self._over = self._stalled = self._in_queue = False
         self._known_until_s = time.monotonic() + RENEW_S
         self._contexts = sys.modules["mlflow.tracing.provider"].get_context_api()
         self._background = InBackground("mlflow-tree")
@@ -148,7 +147,9 @@ class MlflowTree:
             current = sys.modules["mlflow"].get_current_active_span()
             if current is not None and not hasattr(current._span, "qitos_outer"):
                 # The user's, such as in a tool that `@mlflow.trace` is around.
-                above = current if self._is_below(current, above) else above
+                with trace_manager().get_trace(self.trace_id) as known:
+                    spans = {} if known is None else known.span_dict
+                    above = current if is_below(spans, current, above) else above
             name = getattr(span.data, "name", None) or span.data.type
             live = self._start(str(name), above, nanoseconds(span.started_at))
             if live is None:
@@ -186,11 +187,17 @@ class MlflowTree:
         self._over = True
         with shield("mlflow_tree.end"):
             self._close_all()
-            self._background.do(self._release)
             try:
                 leave_ended(self._contexts)
             finally:
-                self._background.wait(STALL_S, before_alarm_s())
+                if not self._background.wait(STALL_S, before_alarm_s()):
+                    self._stalled = True
+                    self._background.start_another()
+                    self._background.wait(STALL_S, before_alarm_s())
+            if self._in_queue:  # The queue drops the spans of a trace whose root is sent.
+                flush_spans(int(STALL_S * 1000))
+            # A trace that has ended is remembered for long: it holds no spans.
+            self._top, self._context = None, contextvars.Context()
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -232,14 +239,12 @@ class MlflowTree:
         if live is not None and live._span.is_recording():
             self._end(live, end_ns)
 
-    def _release(self) -> None:
-        """Let go of what spans hold: a trace that has ended is remembered for long."""
-        self._top, self._context = None, contextvars.Context()
-
     def _end(self, live: Any, end_ns: int | None) -> None:
         # Outside of an evaluation's context, MLflow leaves it to its queue: that is for a server
-        # which is known not to answer.
-        context = contextvars.Context() if self._run.out_of_reach() else self._context
+        # which does not answer.
+        context = self._context
+        if self._stalled or self._run.out_of_reach():
+            context, self._in_queue = contextvars.Context(), True
         context.run(live.end, end_time_ns=end_ns)
 
     def _fold(self, payload: bytes) -> None:
@@ -313,34 +318,28 @@ class MlflowTree:
         """Give MLflow's trace the tags of ours, and the run that it belongs to."""
         ref = self._run.ref
         run_id = self._parent_run_id or (None if ref is None else ref.run_id)
-        tags = {key: tag for key, tag in self._facts.trace_tags.items() if key != TREE_TAG}
         with trace_manager().get_trace(self.trace_id) as trace:
             if trace is None or trace.is_remote_trace:  # One begun elsewhere has its own.
                 return
-            trace.info.tags.update(tags)
+            # An evaluation finds the trace of a row by its own request id.
+            kept = {TREE_TAG, *trace.info.tags.keys() & {"mlflow.eval.requestId"}}
+            tags = self._facts.trace_tags.items()
+            trace.info.tags.update({key: tag for key, tag in tags if key not in kept})
             metadata = trace.info.trace_metadata
             for key, value in self._tree.metadata.items():
                 metadata.setdefault(key, value)
             if run_id:  # MLflow takes any thread's newest run, which may be another agent's.
-                metadata[SOURCE_RUN] = run_id
+                metadata["mlflow.sourceRun"] = run_id
 
     def _is_priced_below(self, live: Any) -> bool:
         """Whether MLflow has a span of this model call, which has a price then."""
         with trace_manager().get_trace(self.trace_id) as trace:
-            spans = () if trace is None else reversed(trace.span_dict.values())
-            return any(
-                {MODEL, USAGE} <= one._span.attributes.keys() and self._is_below(one, live)
-                for one in takewhile(lambda one: one is not live, spans)  # Others began before it.
-            )
-
-    def _is_below(self, span: Any, above: Any) -> bool:
-        """Whether a span of MLflow's is within the subtree of another one."""
-        with trace_manager().get_trace(self.trace_id) as trace:
             spans = {} if trace is None else trace.span_dict
-            parent = span.parent_id
-            while parent in spans and parent != above.span_id:
-                parent = spans[parent].parent_id
-            return bool(parent == above.span_id)
+            return any(
+                {MODEL, USAGE} <= one._span.attributes.keys() and is_below(spans, one, live)
+                # Those before began before it.
+                for one in takewhile(lambda one: one is not live, reversed(spans.values()))
+            )
 
 
 def _is_evaluated() -> bool:
