@@ -1,9 +1,10 @@
 """What a model call costs the agent's thread inside a span of MLflow, beside MLflow's autologging.
 
 Ours is the span of a model call below a current span of `mlflow.start_span`: a QitOS span with its
-record, the redaction and the mapping. Theirs is what `mlflow.openai.autolog()` adds to a call of
-the OpenAI client with the same chat, which is answered from memory. MLflow's exporter does nothing.
-CPU time of the calling thread, in interleaved bursts with pauses; medians. Needs `openai<2.48`.
+record. Redaction and mapping are the work of a thread in the background, which is not measured.
+Theirs is what `mlflow.openai.autolog()` adds to a call of the OpenAI client with the same chat,
+which is answered from memory. MLflow's exporter does nothing. CPU time of the calling thread, in
+interleaved bursts with pauses; medians. Needs `openai<2.48`.
 
     python -m benchmarks.mlflow_spans [--payload BYTES] [--spans N]
 """

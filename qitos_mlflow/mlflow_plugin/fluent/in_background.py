@@ -35,6 +35,7 @@ class InBackground:
         self._lock = threading.RLock()
         self._works = False
         self._done = 0
+        self._linger_s = LINGER_S
 
     @property
     def waiting(self) -> int:
@@ -58,7 +59,11 @@ class InBackground:
                 self._do_next(0.0)
 
     def wait(self, stall_s: float, at_most_s: float) -> bool:
-        """Whether all is done that was given before. Gives up if nothing is done for `stall_s`."""
+        """Whether all is done that was given before. Gives up if nothing is done for `stall_s`.
+
+        The thread ends with that work, if no more comes.
+        """
+        self._linger_s = 0.0
         over, done, until_s = threading.Event(), -1, time.monotonic() + at_most_s
         self.do(over.set)
         while os.getpid() == self._pid and done != self._done:
@@ -74,7 +79,7 @@ class InBackground:
     def _do_all(self) -> None:
         while True:
             try:
-                self._do_next(LINGER_S)
+                self._do_next(self._linger_s)
             except Empty:
                 with self._lock:
                     if self._work.empty():

@@ -304,17 +304,20 @@ def test_a_trace_that_has_ended_holds_no_spans() -> None:
     assert tree.trace_id
 
 
-def test_nothing_is_left_of_many_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither spans nor, of traces that are never ended, threads."""
-    monkeypatch.setattr(in_background, "LINGER_S", 0.01)
+@pytest.mark.parametrize(("ends", "linger_s"), [(True, 1000.0), (False, 0.01)])
+def test_no_thread_is_left_of_many_traces(
+    ends: bool, linger_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that has ended at once; of one that never ends after a while."""
+    monkeypatch.setattr(in_background, "LINGER_S", linger_s)
     before = set(threading.enumerate())
     with mlflow.start_span("top"):
-        for number in range(50):
+        for _ in range(50):
             tree = around(agents_trace())
             tree.enter(span(1))
             tree.fold(record(span(1)))
             tree.leave(span(1))
-            if number % 2:
+            if ends:
                 tree.end()
                 assert not tree._open
     for thread in set(threading.enumerate()) - before:
