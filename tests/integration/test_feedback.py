@@ -302,6 +302,9 @@ def test_a_trace_that_never_was_is_a_dead_letter(
         mlflow_server.uri,
         name,
         f"""
+        from qitos_mlflow.mlflow_plugin.sink import assessments
+
+        assessments.WAIT_S = 0.5  # Sooner than in earnest.
         score({missing!r}, "correct", True)
         result = run("task")
         score(result, "correct", True)
