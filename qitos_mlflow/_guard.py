@@ -18,6 +18,8 @@ from qitos_mlflow._inheritance import check
 
 LOG_EVERY_S = 60.0
 """Shortest time between two warnings under the same key (seconds)."""
+MAX_KEYS = 1000
+"""Keys that are remembered; some are of a run. More of them, and all may be logged again."""
 
 _log = logging.getLogger("qitos_mlflow")
 _last_logged: dict[str, float] = {}
@@ -69,6 +71,8 @@ def warn(key: str, message: str, *args: object) -> None:
     last = _last_logged.get(key)
     if last is not None and now - last < LOG_EVERY_S:
         return
+    if len(_last_logged) >= MAX_KEYS:
+        _last_logged.clear()
     _last_logged[key] = now
     log(logging.WARNING, message, *args)
 

@@ -34,6 +34,15 @@ def test_a_warning_once_a_minute(
     assert [message[14:] for message in caplog.messages] == ["at 1000.0", "at 1061.0", "too"]
 
 
+def test_what_was_warned_of_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key may be of a run, and a process may log a million of them."""
+    monkeypatch.setattr(_guard, "_last_logged", {})
+    monkeypatch.setattr(_guard, "log", lambda *args: None)
+    for number in range(3 * _guard.MAX_KEYS):
+        _guard.warn(f"run {number}", "is deleted")
+    assert 0 < len(_guard._last_logged) <= _guard.MAX_KEYS
+
+
 def test_a_line_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a line of another thread's log comes to stand in the middle of it."""
     written: list[str] = []

@@ -67,7 +67,7 @@ class Parents(Children):
         if found is not None:
             return found.ref
         warn(
-            f"parents.given {run_id}",
+            "parents.given",
             "%s has no run %r, so the evaluation gets a run of its own; check MLFLOW_RUN_ID and "
             "QITOS_MLFLOW_PARENT_RUN_ID",
             self._transport.address,
