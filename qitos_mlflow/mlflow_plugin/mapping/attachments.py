@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import orjson
+
 from qitos_mlflow.redaction.pictures import REFERENCE, Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
@@ -80,16 +82,9 @@ def _bytes(base64: Any) -> bytes:
 
 
 def _addressed(value: Any, of_trace: str) -> Any:
-    if isinstance(value, str) and value.startswith("picture:"):
-        return REFERENCE.sub(
-            lambda found: (
-                f"mlflow-attachment://{found['id']}?content_type={quote(found['type'], safe='')}"
-                f"&trace_id={of_trace}&size={found['size']}"
-            ),
-            value,
-        )
-    if isinstance(value, list):
-        return [_addressed(item, of_trace) for item in value]
-    if isinstance(value, dict):
-        return {key: _addressed(item, of_trace) for key, item in value.items()}
-    return value
+    def address(found: re.Match[str]) -> str:
+        media = quote(found["type"], safe="")
+        address = f"mlflow-attachment://{found['id']}?content_type={media}"
+        return f"{address}&trace_id={of_trace}&size={found['size']}"
+
+    return orjson.loads(REFERENCE.sub(address, orjson.dumps(value).decode()))
