@@ -206,8 +206,8 @@ def test_a_git_that_hangs_ends_with_the_process(tmp_path: Path) -> None:
     script = """
         import pathlib, time
         from qitos_mlflow.recording import code_version
-        code_version._lookup_of_process()
-        while not (pathlib.Path("pid").exists() and pathlib.Path("pid").read_text().strip()):
+        lookup, pid = code_version._lookup_of_process(), pathlib.Path("pid")
+        while lookup.child is None or not (pid.exists() and pid.read_text().strip()):
             time.sleep(0.01)
     """
     run_script(script, PATH=f"{commands}{os.pathsep}{os.environ['PATH']}")
