@@ -171,10 +171,10 @@ class MlflowPlugin:
         try:
             open_trace.end(trace)
         finally:  # Also after Ctrl-C.
-            if open_trace.tree is not None:
-                open_trace.tree.end()
             open_trace.active.leave(open=stays_open)
             current_trace.set(open_trace.around)
+            if open_trace.tree is not None:  # Last: it waits.
+                open_trace.tree.end()
         self._call_if_idle()
 
     @hookimpl

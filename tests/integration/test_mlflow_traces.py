@@ -27,6 +27,9 @@ from tests.integration.logged import LoggedRun, run_script, runs_of
 from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
+pytestmark = pytest.mark.timeout(300)
+"""The first test that reads what a script has logged waits for the whole script."""
+
 PARENT = "mlflow.parentRunId"
 TREE = "qitos.mlflow_trace_id"
 MODEL = "gpt-4o-mini"
@@ -323,6 +326,21 @@ IN_SPANS = {
         with mlflow.start_span("top"), broken("get_current_active_span"):
             return run("on and on")
     """,
+    "interrupted": """
+        from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        wait, InBackground.wait = InBackground.wait, interrupted
+        try:
+            with mlflow.start_span("top"):
+                run("to the end")
+        except KeyboardInterrupt:
+            return mlflow.active_run() is None
+        finally:
+            InBackground.wait = wait
+    """,
     "by_hand": """
         with mlflow.start_span("top"), by_hand(capture_content=False) as processor:
             processor.register(ToolSizes(), "tool-sizes")
@@ -453,6 +471,13 @@ def test_a_tracer_that_fails_harms_nothing(in_spans: Said) -> None:
         assert in_spans[part] == "42"
         [run] = in_spans.runs(part)
         assert (run.status, run.metrics["total_tokens"]) == ("FINISHED", 2200)
+
+
+def test_ctrl_c_while_spans_are_sent_leaves_nothing_behind(in_spans: Said) -> None:
+    """The end of a trace may wait for that; then its run is no longer MLflow's active one."""
+    assert in_spans["interrupted"] is True
+    [run] = in_spans.runs("interrupted")
+    assert (run.status, run.metrics["total_tokens"]) == ("FINISHED", 2200)
 
 
 def test_disabled_tracing_is_no_evaluation(in_spans: Said) -> None:
