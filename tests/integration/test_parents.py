@@ -133,7 +133,7 @@ def test_ids_that_do_not_exist_lose_nothing(
 
 # -- the parent ------------------------------------------------------------------------------
 
-WAYS = {
+THREADS = {
     "this thread": "[run(task) for task in tasks]",
     "threads": """
         threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
@@ -153,6 +153,8 @@ WAYS = {
         from joblib import Parallel, delayed
         Parallel(n_jobs=2, prefer="threads")(delayed(run)(task) for task in tasks)
         """,
+}
+PROCESSES = {
     "loky": """
         from joblib import Parallel, delayed
         Parallel(n_jobs=2)(delayed(run)(task) for task in tasks)
@@ -187,18 +189,19 @@ WAYS = {
 """How agents are run for all of `tasks`."""
 
 
+@pytest.mark.parametrize("ways", [THREADS, PROCESSES], ids=["threads", "processes"])
 def test_what_runs_inside_a_run_is_its_child(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
+    ways: dict[str, str], mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
     """On whichever thread and in whichever process it is started; in the parent's experiment."""
     without_joblib = find_spec("joblib") is None
     expected = {
         way: [f"{way} {number:02}" for number in range(30 if way == "pool" else 3)]
-        for way, code in WAYS.items()
+        for way, code in ways.items()
         if not (without_joblib and "joblib" in code)
     }
     inside = [
-        f"tasks = {tasks}\n{textwrap.dedent(WAYS[way]).strip()}\n"
+        f"tasks = {tasks}\n{textwrap.dedent(ways[way]).strip()}\n"
         for way, tasks in expected.items()
     ]
     top = f"""
