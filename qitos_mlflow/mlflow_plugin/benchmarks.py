@@ -220,7 +220,9 @@ def _task(given: Any, of: evaluation | None = None) -> AbstractContextManager[Ta
         task_id = next((one for one in ids if one is not None), None)
         trial = next((given[key] for key in TRIALS if key in given), 0)
         if isinstance(around, evaluation) and task_id is not None:
-            category = next((known[key] for key in CATEGORIES if known.get(key)), None)
+            category = next(
+                (known[key] for key in CATEGORIES if known.get(key) not in (None, "")), None
+            )
             number = int(trial) if str(trial).isdecimal() else 0
             return around.task(task_id, trial=number, category=category)
     return nullcontext()

@@ -159,9 +159,10 @@ class evaluation:  # noqa: N801 - reads as a statement
         """Record the start. Never raises, never waits."""
         with shield("evaluations.begin"):
             watch()
-            if not self._has_key and not _open and (text := os.environ.get(EVALUATION_VARIABLE)):
-                self._join(text)
             self._pid, self.open = os.getpid(), True
+            inside = any(one._pid == self._pid for one in _open)  # Not in a fork's parent process.
+            if not self._has_key and not inside and (text := os.environ.get(EVALUATION_VARIABLE)):
+                self._join(text)
             self.parent_run_id = getattr(current_context.get(), "parent_run_id", None)
             self.loggers = {}
             _open.append(self)

@@ -336,14 +336,17 @@ with evaluation("e", params={"a": 1}):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_verdicts_of_forked_processes_are_recorded(tmp_path: Path) -> None:
-    """Also if no agent runs in them."""
-    script = """
+@pytest.mark.parametrize("opened", ["nullcontext(sweep)", 'evaluation("e")'])
+def test_verdicts_of_forked_processes_are_recorded(opened: str, tmp_path: Path) -> None:
+    """Also if no agent runs in them, and whether or not they open the evaluation again."""
+    script = f"""
 import multiprocessing
+from contextlib import nullcontext
 
 def work(task_id):
-    with sweep.task(task_id) as task:
-        task.result(True)
+    with {opened} as here:
+        with here.task(task_id) as task:
+            task.result(True)
 
 with evaluation("e") as sweep:
     forked = multiprocessing.get_context("fork")
