@@ -45,19 +45,25 @@ class CodeVersion:
         """Add the field `code` to the first record of the trace for which it is known."""
         kind, trace_id = record["kind"], record["trace_id"]
         lookup = _lookup_of_process()
-        if kind == "trace_start":
+        if kind == "trace_start" or (kind == "evaluation_start" and not _is_in_a_run(record)):
             self._without.add(trace_id)
         if trace_id not in self._without:
             return
-        if kind == "trace_end":
+        ends = kind in ("trace_end", "evaluation_end")
+        if ends:
             left_s = lookup.began_s + min(WAIT_S, exit_timeout_s / 5) - time.monotonic()
             if left_s > 0 and not lookup.known.is_set():  # Its lock may be held since a fork.
                 lookup.known.wait(left_s)
                 check()
-        if kind == "trace_end" or lookup.known.is_set():
+        if ends or lookup.known.is_set():
             self._without.discard(trace_id)
             if lookup.code:
                 record["code"] = lookup.code
+
+
+def _is_in_a_run(record: dict[str, Any]) -> bool:
+    """Whether an evaluation's run is one of the user's, which has its own version."""
+    return "run_id" in record["settings"]["evaluation"]
 
 
 class _Lookup(OwnThread):

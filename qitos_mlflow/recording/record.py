@@ -161,6 +161,8 @@ class SpanStart(_Record, total=False):
     """The span's type: `agent`."""
     data: JsonObject
     """`name` of the agent."""
+    start_ns: int
+    """When it started, in nanoseconds since the epoch."""
     settings: RunSettings
     """The same as in `trace_start`, in case that record is lost."""
 

@@ -126,6 +126,7 @@ class TraceRecorder:
                 "parent_id": span.parent_span_id,
                 "type": span.data.type,
                 "data": {"name": getattr(span.data, "name", None)},
+                "start_ns": time.time_ns(),
                 **self._settings,
             }
             self.pipeline.offer(encode(record, self._slow), keep=True)

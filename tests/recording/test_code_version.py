@@ -70,6 +70,21 @@ def test_a_clean_and_a_changed_checkout(repository: Path, monkeypatch: pytest.Mo
     assert found() == {**clean, "dirty": True}
 
 
+@pytest.mark.parametrize(("reference", "known"), [({"id": "E"}, True), ({"run_id": "r"}, False)])
+def test_an_evaluation_has_it_unless_its_run_is_the_users(
+    reference: dict[str, str], known: bool, repository: Path
+) -> None:
+    """What is compared says which code was evaluated."""
+    version, settings = CodeVersion(), {"evaluation": reference}
+    kinds = ("evaluation_start", "evaluation_end")
+    records: list[dict[str, Any]] = [
+        {"kind": kind, "trace_id": "evaluation E", "settings": settings} for kind in kinds
+    ]
+    for record in records:
+        version.complete(record, EXIT_S)
+    assert any("code" in record for record in records) is known
+
+
 def test_the_first_remote_without_credentials(repository: Path) -> None:
     """Its URL is that of the remote that is configured first, as MLflow's own."""
     git(repository, "remote", "add", "up", "https://me:s3cr3t@git.example.test/team/agent.git")

@@ -240,7 +240,8 @@ class RunTotals:
         facts, sums = self.facts, self.sums
         numbers: dict[str, Any] = {**dict.fromkeys(TOTALS, 0), **sums}
         if facts.started:
-            numbers["duration_s"] = max(0, (facts.ended_ns or 0) - facts.start_ns) / 1e9
+            began_ns = facts.began_ns or facts.start_ns
+            numbers["duration_s"] = max(0, (facts.ended_ns or 0) - began_ns) / 1e9
         if sums["total_tool_calls"]:
             of_tools = (key for key in sums if key.startswith("tool/") and key.endswith("/errors"))
             errors = sum(sums[key] for key in of_tools)

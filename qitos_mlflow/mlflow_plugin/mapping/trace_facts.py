@@ -112,6 +112,7 @@ class TraceFacts:
         name: the trace's name.
         started: its trace_start record has been seen.
         start_ns: when it started, or its first record if that was lost; nanoseconds.
+        began_ns: when the agent began: after its trace has waited for the run; 0 if not known.
         last_ns: the latest time in its records.
         ended_ns: when it ended, or its run is to end; None before.
         status: MLflow's run status in the end.
@@ -131,6 +132,7 @@ class TraceFacts:
     name: str = ""
     started: bool = False
     start_ns: int = 0
+    began_ns: int = 0
     last_ns: int = 0
     ended_ns: int | None = None
     status: str = ""
@@ -248,6 +250,8 @@ class TraceFacts:
             self.start_ns = clean_ns(fields.get("start_ns") or fields.get("time_ns"))
             self._take_settings(fields, self.lost)
             self.start_tags = {**code, **self.start_tags, **plugins}
+        elif kind == "span_start":
+            self.began_ns = clean_ns(fields.get("start_ns"))
         if kind in STARTS:
             return list(self.start_tags.items())
         if not self.started:  # The run, if there is none already, is made of what there is.

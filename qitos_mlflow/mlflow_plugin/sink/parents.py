@@ -24,6 +24,7 @@ STARTED_TAG = "qitos.evaluation.started"
 """When the evaluation was last begun or resumed (milliseconds since the epoch)."""
 OUTPUT_TAG = "qitos.evaluation.output"
 """Where a runner of the host keeps its results: the same if it resumes."""
+FIXED_TAGS = (("mlflow.runType", "genai_evaluate"), ("mlflow.source.type", "LOCAL"))
 PLACES = ("experiment_name", "experiment_id")
 """What an evaluation's reference says of its experiment."""
 
@@ -86,7 +87,7 @@ class Parents(Children):
                 return last[0].ref
         found = self._tagged(EVALUATION_TAG, key, experiment_id, timeout_s)
         if not found:
-            tags = [(EVALUATION_TAG, key), ("mlflow.runType", "genai_evaluate")]
+            tags = [(EVALUATION_TAG, key), *FIXED_TAGS]
             if output:
                 tags.append((OUTPUT_TAG, str(output)))
             name = limits.clean_text(reference.get("name") or key, limits.RUN_NAME_CHARS)

@@ -230,6 +230,14 @@ def test_every_loss_is_on_the_run() -> None:
         assert dict(data.waiting.tags).get("qitos.spans.dropped") == text
 
 
+def test_the_wait_for_the_run_is_no_time_of_the_agent() -> None:
+    """Otherwise a comparison of two runs would compare how fast the server was."""
+    make = Records()
+    began = {**make.announced(), "start_ns": START_NS + 700 * MS}
+    assert last(fold(make.start(), began, make.end(after_ms=1_000)))["duration_s"] == 0.3
+    assert last(fold(make.start(), make.announced(), make.end()))["duration_s"] == 1.0
+
+
 def test_a_killed_run_has_its_totals() -> None:
     """A trace whose process died is ended as KILLED, with what was known."""
     make = Records()

@@ -103,6 +103,15 @@ def test_a_verdict_that_comes_after_its_run_has_ended_counts() -> None:
     assert said["feedback"]["value"] is False
 
 
+def test_the_version_of_the_code_is_on_the_evaluations_run() -> None:
+    """It is the run that people compare."""
+    server = FakeTransport()
+    deliver(server, start(), {**end(), "code": {"commit": "c0ffee", "dirty": True}})
+    tags = only_parent(server)[1]["tags"]
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
+    assert tags["mlflow.source.type"] == "LOCAL"
+
+
 def test_no_run_of_the_users_is_ever_merged() -> None:
     """Two of them had an evaluation with one key inside: what merging deletes is ours."""
     server = FakeTransport()
