@@ -95,8 +95,9 @@ MODULE_LINES = 350
 MEDIAN_LINES = 140
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 22_600
-"""15,500 before tenants, credentials, forks and the exit of local stores had code of their own."""
+PACKAGE_LINES = 23_100
+"""15,500 before tenants, credentials, forks and the exit of local stores had code of their own;
+17,300 before evaluations, scores, contexts, comparisons, pictures and MLflow's own trees."""
 
 
 @dataclass(frozen=True)
