@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from qitos_mlflow.tracing import create_trace
 @pytest.fixture
 def processor(tmp_path: Path) -> Iterator[MlflowTraceProcessor]:
     """One that delivers nothing; all goes to MLflow's default place."""
-    made = MlflowTraceProcessor(offline=True, spool_dir=tmp_path)
+    made = MlflowTraceProcessor(offline=True, spool_dir=tmp_path / "spool")
     tracing.add_trace_processor(made)
     yield made
     tracing.remove_trace_processor(made)
     made.shutdown()
+    shutil.rmtree(tmp_path / "spool")
 
 
 def load(name: str) -> None:
