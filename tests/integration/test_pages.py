@@ -174,11 +174,11 @@ def test_the_traces_of_a_run(browser: Browser, shown: Shown, images: Path) -> No
 
 
 def test_the_table_of_traces(browser: Browser, shown: Shown, images: Path) -> None:
-    """Each trace says the task, the answer or why there is none, session, tokens and state."""
+    """Each trace says the task, the answer or why there is none, tokens and state."""
     text = browser.page_shot(
         shown.pages.traces,
         images / "traces-list.png",
-        wait_for_text=["How many honey bees", "desk-questions", "Error", "Reviewer"],
+        wait_for_text=["How many honey bees", "Error", "Reviewer"],
         size=WIDE,
     )
     for task in TASKS:
