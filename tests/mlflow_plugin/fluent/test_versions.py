@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -37,6 +38,7 @@ def test_prompts_go_with_their_traces(
 ) -> None:
     """However many traces there are; what is loaded outside of any is not kept at all."""
     monkeypatch.setattr(recorder, "ENDED_TRACES", 5)
+    monkeypatch.setattr(versions, "_loaded", WeakValueDictionary())  # Without other tests' traces.
     for number in range(50):
         with create_trace(f"trace {number}"):
             load("prompt")
