@@ -155,7 +155,7 @@ def started(
     body: str, server: MlflowServer, name: str, *done: str, **environ: str
 ) -> subprocess.Popen[str]:
     """A sweep in a process group of its own."""
-    script = Path.cwd() / "sweep.py"
+    script = Path.cwd() / f"sweep_{uuid.uuid4().hex[:8]}.py"  # Another one may be about to read it.
     script.write_text(textwrap.dedent(SWEEP + body), "utf-8")
     own = {key: value for key, value in os.environ.items() if key != "QITOS_TRACE_PLUGINS"}
     own |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": server.uri}

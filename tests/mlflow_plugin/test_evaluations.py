@@ -600,7 +600,7 @@ def test_a_benchmark_of_the_host_is_an_evaluation(
     assert verdicts(found) == solved | {(one, "reward"): 0.5 for one in runs}
     tags = [run["tags"] for run in runs.values()]
     assert [(tag["qitos.task_id"], tag.get("qitos.category")) for tag in tags] == [
-        ("t0", None),
+        ("t0", "0"),
         ("t1", "1"),
     ]
 

@@ -67,10 +67,12 @@ class Reading:
     """A look at the children of a parent, as far as it has got: it may take several requests.
 
     `stale`: children have changed since it was begun. `token`: of the next page; None: no more.
+    `at_ms`: when the first page was asked for: of several processes, the one that looked last has
+    seen all, and its numbers have the latest time.
     """
 
     began_s: float = field(default_factory=time.monotonic)
-    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    at_ms: int = 0
     token: str | None = ""
     stale: bool = False
     runs: list[StoredRun] = field(default_factory=list)
@@ -161,6 +163,8 @@ class Children(Experiments):
         self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float
     ) -> None:
         """Read one more page of a run's children."""
+        if not reading.token:  # Not before: children may have been adopted meanwhile.
+            reading.at_ms = time.time_ns() // 1_000_000
         of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
         runs, token = self._transport.search_runs(
             experiments, of_parent, timeout_s, most=PAGE, token=reading.token or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
@@ -234,6 +235,31 @@ def test_a_child_of_a_run_that_was_merged_away_is_adopted() -> None:
     assert sink.send(TIMEOUT_S) == []
     assert only_parent(server)[0] == kept.run_id
     assert latest(server, kept.run_id)["n"] == 2
+
+
+def test_numbers_are_as_old_as_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not older: a process that looked before the last child came would have the last word."""
+    server, log_batch, adopted_ms = FakeTransport(), FakeTransport.log_batch, 0
+
+    def slow(self: FakeTransport, run_id: str, data: RunData, timeout_s: float) -> None:
+        nonlocal adopted_ms
+        log_batch(self, run_id, data, timeout_s)
+        if data.tags == [(PARENT, kept.run_id)]:
+            adopted_ms = time.time_ns() // MS
+            while time.time_ns() // MS == adopted_ms:
+                pass
+
+    sink = deliver(server, *child("a"))
+    deleted = next(iter(parents(server)))
+    kept = server.create_run(NewRun("7", "sweep", 5, [("qitos.evaluation", "E")]), TIMEOUT_S)
+    server.delete_run(deleted, TIMEOUT_S)
+    monkeypatch.setattr(FakeTransport, "log_batch", slow)
+    sink.prepare([orjson.dumps(record) for record in child("b")])
+    assert sink.send(TIMEOUT_S) == []
+    assert sink.abandoned(START_NS)
+    assert sink.send(TIMEOUT_S) == []
+    points = server.runs[kept.run_id]["metrics"]
+    assert 0 < adopted_ms < min(point.timestamp_ms for point in points)
 
 
 def test_a_runner_that_resumes_finds_the_last_evaluation_by_its_output() -> None:
