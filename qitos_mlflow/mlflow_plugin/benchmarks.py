@@ -1,8 +1,8 @@
-"""Evaluations by themselves, for the host's own runners of benchmarks and experiments.
+"""Makes calls of the host's own runners of benchmarks and experiments evaluations.
 
-Wraps what this QitOS has of: `run_benchmark_tasks` (also behind ``qit bench run``), the jobs of
-recipes, `ExperimentRunner`. Each is called once, with what it was given, and what it returns or
-raises is passed on. Inside of an evaluation of the user's there is no second one.
+Wraps the runners that this QitOS has: `run_benchmark_tasks` (also behind ``qit bench run``), the
+jobs of recipes, `ExperimentRunner`. A wrapper calls the original once, with what it was given, and
+passes on what that returns or raises. Inside the user's own evaluation, it begins none.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def _task(given: Any, of: evaluation | None = None) -> AbstractContextManager[Ta
 def _judge(task: Task | None, produced: Any, *, of_experiment: bool = False) -> None:
     """Take what a runner has returned as the verdict.
 
-    The `success` of an experiment is never true: the host looks for a stop reason that there is
-    not. Only its errors say something.
+    The `success` of an experiment is never true: the host looks for a stop reason that does not
+    exist. So false says nothing, unless the task ended in an error.
     """
     if task is None:
         return

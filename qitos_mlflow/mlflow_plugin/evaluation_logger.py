@@ -23,12 +23,12 @@ class Logger:
     """An evaluation as one plugin logs it.
 
     Attributes:
-        id: its name among the traces of the pipeline, which does not rest before it has ended.
+        id: its name among the pipeline's traces; the pipeline does not rest before it has ended.
         plugin: logs it.
         pipeline: where its records go.
         uri: the place that they are for.
-        settings: how its run is logged; `evaluation` among them is what its children say.
-        own: fields of its own records, by which they name it.
+        settings: how its run is logged; by their item `evaluation` its children name it.
+        own: fields of each of its own records.
         ended: its end is recorded.
     """
 
@@ -70,7 +70,7 @@ class Logger:
             self.record(kind="evaluation_end", status=status, **self.own)
 
     def end_early(self, status: str, why: str) -> None:
-        """The same as the process ends, before the evaluation itself does."""
+        """Record the end if the process ends before the evaluation does."""
         self.end(status)
 
     def record(self, **fields: Any) -> None:

@@ -31,7 +31,7 @@ PREDICTION_CHARS = 500
 
 
 class Task:
-    """One task of an evaluation. Agents that run inside are one attempt at it.
+    """One task of an evaluation. The agents that run inside are together one attempt at it.
 
     Attributes:
         open: agents that start now are part of it.
@@ -65,17 +65,17 @@ class Task:
         seconds: float | None = None,
         **scores: float | None,
     ) -> None:
-        """How the benchmark judges the task; counts more than what the agent says itself.
+        """Record the benchmark's verdict; it counts more than what the agent says itself.
 
         Args:
             success: whether it was solved.
             prediction: the answer.
             stop_reason: why the agent stopped; this and the next four are only used if no agent
                 was logged.
-            steps: the agent's.
-            tokens: the agent's.
-            cost: the agent's (USD).
-            seconds: how long it took.
+            steps: how many the agent made.
+            tokens: how many the agent used.
+            cost: of the agent's tokens (USD).
+            seconds: how long the agent ran.
             **scores: other numbers, such as ``reward=0.5``.
 
         Raises:
@@ -108,11 +108,11 @@ class Task:
             self._record(error)
 
     def takes(self, *of_trace: Any) -> bool:
-        """As the evaluation's."""
+        """See `evaluation.takes`."""
         return bool(self._of.takes(*of_trace))
 
     def began(self, plugin: Any, trace: Any, logged_as: RunSettings) -> None:
-        """As the evaluation's. The trace that begins last is the one that is judged."""
+        """See `evaluation.began`. The trace that begins last is the one that is judged."""
         self._of.began(plugin, trace, logged_as, self._tags)
         self._traces[plugin] = trace, logged_as
 

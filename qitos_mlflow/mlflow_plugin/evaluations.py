@@ -4,9 +4,9 @@ On the agent's thread these are records like those of a trace: how an evaluation
 and how each task was judged. A run of an agent names its evaluation by the evaluation's id, because
 the run of the evaluation may not exist yet; the sink finds or creates it (`sink.parents`).
 
-An evaluation holds for its thread, for what is started there (`fluent.carried`), and if it is the
-only one for the whole process. Processes that are started meanwhile get it by the variable
-``QITOS_MLFLOW_EVALUATION``.
+An evaluation holds for its thread and for what is started there (`fluent.carried`). If it is the
+only one, it holds for the whole process. Processes that are started meanwhile get it by the
+variable ``QITOS_MLFLOW_EVALUATION``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REFERENCE = frozenset(InEvaluation.__annotations__)
 _open: list[evaluation] = []
 """The evaluations that this process has begun, the innermost one last."""
 _outside = ""
-"""What the variable says outside of all of them."""
+"""The value of the variable outside of all of them."""
 
 
 def current() -> Task | evaluation | None:
@@ -49,7 +49,7 @@ def current() -> Task | evaluation | None:
 
 
 def has_begun() -> bool:
-    """Whether there is an evaluation here that is begun and ended elsewhere in the program.
+    """Whether an evaluation has begun here, so that a runner of the host must not begin one.
 
     A key in the variable alone begins none.
     """
@@ -69,14 +69,14 @@ class evaluation:  # noqa: N801 - reads as a statement
         dataset: its name, a mapping with ``name``, ``digest`` and ``source``, or an object with
             these attributes, such as MLflow's datasets.
         params: params of the run.
-        tasks: the tasks that are to be done, or the number of attempts: says how many were not.
+        tasks: the tasks, or the number of attempts (tasks times trials); for ``eval/not_run``.
         key: continues the evaluation that has this key, and begins it if there is none. Without
-            one it is a new evaluation, unless this process is part of one already.
+            a key this is a new evaluation, unless this process is part of one already.
 
     Attributes:
         id: names it on the server, in every process.
         open: agents that start now are part of it.
-        owner: this process begins and ends it; else another one does.
+        owner: this process begins and ends it; else another process does.
         place: what another process, or a runner of the host, says of where its run is.
         parent_run_id: the run that `qitos_mlflow.context` names around it.
         loggers: the evaluation as each plugin logs it.
@@ -123,7 +123,7 @@ class evaluation:  # noqa: N801 - reads as a statement
 
         Args:
             task_id: names the task in the benchmark.
-            trial: which of several trials it is.
+            trial: which of several trials it is, from 0.
             category: such as the task's level; the numbers are split by it.
 
         Raises:
@@ -181,11 +181,11 @@ class evaluation:  # noqa: N801 - reads as a statement
         return list(self.loggers.values())
 
     def __reduce__(self) -> Any:
-        """In another process, it is what the variable says."""
+        """Pickled, it is the variable's text, from which another process makes it again."""
         return _of_variable, (self._text,)
 
     def _join(self, text: str) -> None:
-        """Be the evaluation that the variable names, unless that is one of another name."""
+        """Be the evaluation that the variable names, unless the two have different names."""
         found = _in_json(text)
         if found.get("name", self.name) == self.name:
             self.id = _id(str(found.get("id") or text))
@@ -220,11 +220,11 @@ class evaluation:  # noqa: N801 - reads as a statement
         return made
 
     def takes(self, plugin: Any, uri: str | None, parent_run_id: str | None) -> bool:
-        """Whether agents are part of it that are logged at `uri`.
+        """Whether an agent that is logged at `uri` is part of it.
 
-        Not at another place than the evaluation, where its ids mean something else. Nor if
-        `qitos_mlflow.context` says another parent: the innermost of the two decides. Around the
-        evaluation, the context names its run.
+        It is not if the evaluation is logged at another place: ids mean something else there. Nor
+        if a `qitos_mlflow.context` inside the evaluation names another parent. A context around the
+        evaluation names the evaluation's run.
         """
         with shield("evaluations.takes"):
             logger = self.logger(plugin)

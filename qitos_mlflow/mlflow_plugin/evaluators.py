@@ -1,8 +1,8 @@
 """QitOS's own evaluations (`qitos.evaluate`, `qitos.metric`), logged by themselves.
 
-What a suite or an evaluator of a benchmark says of a run becomes scores of its trace. What metrics
-say of many runs becomes metrics of the run that these are children of. Wrapped by what the host
-has. Runs that this process has not logged are passed over, and so are metrics outside of any run.
+What a suite or an evaluator of a benchmark says of a run becomes scores of the run's trace. What
+metrics say of many runs becomes metrics of their parent run. Wraps what the host has of these. Runs
+that this process has not logged are passed over, and so are metrics outside of any run.
 """
 
 from __future__ import annotations

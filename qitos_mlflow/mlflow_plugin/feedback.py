@@ -58,9 +58,9 @@ def score(
 ) -> None:
     """Score an agent's run: feedback on its trace, and a metric of its run if it is a number.
 
-    A later score of the same name and source replaces the first one. Delivered like all that is
-    recorded: in the background, also after an outage or the end of this process. Of a run that was
-    not logged nothing is, with one line in the log.
+    A later score of the same name and source replaces the first one. A score is delivered like all
+    that is recorded: in the background, also after an outage or the end of this process. If the run
+    was not logged, the score is not logged, either, and one line in the log says so.
 
     Args:
         of: the run: an MLflow trace id, also of another process; QitOS's id of a trace; a Trace;
@@ -75,7 +75,7 @@ def score(
 
     Raises:
         TypeError: a value cannot be used, or `of` is nothing that could have a trace.
-        ValueError: several traces belong to it, or the number is not finite.
+        ValueError: several traces belong to `of`, or the number is not finite.
     """
     _say(of, "feedback", name, value, source, source_type, metadata, rationale, tracking_uri)
 
@@ -90,7 +90,7 @@ def expect(
     metadata: Mapping[str, Any] | None = None,
     tracking_uri: str | None = None,
 ) -> None:
-    """Say what an agent's run should have come to: an expectation on its trace.
+    """Say what the result of an agent's run should have been: an expectation on its trace.
 
     Scorers of `mlflow.genai.evaluate` find it in ``expectations``. The arguments are those of
     `score`.
@@ -144,7 +144,7 @@ def _say(
 
 
 def say_of(trace: OpenTrace, name: str, value: Any, source: str) -> None:
-    """`score` for a trace that this process logs, wherever else it is logged, too."""
+    """`score` for this trace only, even if the agent is logged elsewhere, too."""
     _hand_over(_of_trace(trace), _record("feedback", name, value, "CODE", source), keep=True)
 
 
@@ -164,7 +164,7 @@ def _hand_over(target: _Target, record: dict[str, Any], *, keep: bool = False) -
 
 
 def offer(settings: Settings, to: Destination, /, *, keep: bool = False, **record: Any) -> None:
-    """Hand a record to the pipeline that all of this process with that destination share.
+    """Hand a record to the pipeline that this process has for the destination.
 
     `keep`: also if the queue is full.
     """

@@ -1,8 +1,8 @@
 """Picture files that a span's messages name by their path, read as the span ends.
 
-A desktop's screenshots are one file, written anew with each step. So the file is read on the
-agent's thread's time, but by another thread: a path may be on a network that is gone, and nothing
-can end a read there. The agent waits `WAIT_S` at most, and not at all for a while afterwards.
+A desktop's screenshots are one file, written anew with each step. So the agent's thread waits until
+the file is read. Another thread reads it: a path may be on a network that is gone, and nothing can
+end a read there. The agent waits `WAIT_S` at most, and after a wait in vain not at all for a while.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAIT_S = 0.2
 """Longest wait for the files of one span (seconds). One of 1 MB takes 2 ms; one that is the same as
 for the last span 0.1 ms."""
 PAUSE_S = 10.0
-"""After a wait in vain no file is read for so long (seconds), nor while that reading hangs."""
+"""After a wait in vain, no file is read for so long (seconds), nor while that reading hangs."""
 MAX_FILES = 8
 """Files that are read for one span; the newest messages come last, and first here."""
 MAX_SEEN = 200

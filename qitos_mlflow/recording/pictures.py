@@ -14,7 +14,7 @@ from qitos_mlflow.redaction.pictures import Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
 MAX_KNOWN = 10_000
-"""Pictures of one trace that are remembered; after so many, each is recorded once more."""
+"""Pictures of one trace that are remembered. After so many, all are recorded once more."""
 
 
 class TakenPictures:
@@ -43,9 +43,9 @@ class TakenPictures:
         return found
 
     def keep(self, record: dict[str, Any], found: Pictures) -> None:
-        """Add those to the record that it still refers to and that its trace does not have yet.
+        """Add to the record the pictures that it still refers to and its trace does not have yet.
 
-        What was redacted or cut is no longer there: its picture stays out, too.
+        If a reference was redacted or cut, its picture is left out, too.
         """
         if found:
             text, known = orjson.dumps(record), self._known.setdefault(record["trace_id"], set())

@@ -1,9 +1,9 @@
 """Where threads and tasks of thread pools come from, and what is carried to them from there.
 
 Tasks of asyncio and `asyncio.to_thread` copy what is carried by themselves, as they do with each
-context variable. A plain thread and a task of a `ThreadPoolExecutor` begin without, so what starts
-them is wrapped. A pool's thread serves many: it comes from where its task was submitted. A process
-begins without: a pool's is forked by its first task, and serves others.
+context variable. A plain thread and a task of a `ThreadPoolExecutor` do not, so what starts them is
+wrapped. A pool's thread serves many: it comes from where its task was submitted. Nothing is carried
+to a process: one of a pool is forked by the first task, and serves others, too.
 """
 
 from __future__ import annotations

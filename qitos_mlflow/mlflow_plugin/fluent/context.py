@@ -52,11 +52,11 @@ class Begun(NamedTuple):
 
 
 class context:  # noqa: N801 - reads as a statement
-    """Says who and what the agents are for that are started inside: a block, or a function.
+    """Says for whom and for what the agents work that are started in a block or a function.
 
-    It holds for all of them, in this thread and task and in those that are started inside, also in
-    thread pools. A process that is started inside has none. Inside another context, what is given
-    here adds to it, and comes first. Agents that are called by an agent belong to that one's trace.
+    It holds for this thread and task and for those that are started inside, also in thread pools. A
+    process that is started inside is outside of it. Inside another context, what is given here adds
+    to that, and comes first. Agents that are called by an agent belong to that agent's trace.
 
         with qitos_mlflow.context(session=chat_id, user=user_id, tags={"plan": "pro"}) as request:
             answer = agent.run(question)
@@ -72,8 +72,8 @@ class context:  # noqa: N801 - reads as a statement
         metadata: logged as the trace's own metadata is, as params. The trace's own come first.
         parent_run_id: MLflow's id of the run that each run is a child of.
         traceparent: the W3C header of the request that caused this, or all headers. The trace is
-            linked to the caller's, and the tag ``qitos.traceparent`` names it. One that is not
-            valid is ignored, with one line in the log.
+            linked to the caller's, and the tag ``qitos.traceparent`` has the header. A header that
+            is not valid is ignored, with one line in the log.
 
     Raises:
         TypeError: a value cannot be used; the text names it.

@@ -1,4 +1,4 @@
-"""Work that is done one piece after another by a thread of its own, which ends if there is none.
+"""A thread that does pieces of work in order, and ends if there are none for a while.
 
 So a trace that is never ended leaves no thread behind.
 """
@@ -43,7 +43,7 @@ class InBackground:
         return self._work.qsize()
 
     def do(self, work: Callable[..., object], *args: Any) -> None:
-        """Have it done, by this thread if no other can be started. Never waits for it else."""
+        """Have it done, without waiting; if no thread can be started, do all that waits here."""
         if os.getpid() != self._pid:
             return
         with self._lock:

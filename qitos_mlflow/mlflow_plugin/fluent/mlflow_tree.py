@@ -1,9 +1,9 @@
 """Makes the agent's spans the subtree of MLflow's own span that is current where a trace begins.
 
 Inside `@mlflow.trace`, `mlflow.start_span` or the call of `mlflow.genai.evaluate`, MLflow's tracer
-makes the tree and delivers it: so scorers, judges and `mlflow.get_trace` see the agent's spans in
-the trace that they know. What a span shows comes from its record, redacted and cut as what goes to
-the spool, through the same mapping. The run and its numbers go the usual way.
+makes the tree and delivers it. So scorers, judges and `mlflow.get_trace` see the agent's spans in
+the trace that they know. A span's content comes from its record: redacted, cut and mapped like what
+goes through the spool. The run and its numbers go the usual way.
 
 The agent's thread begins the spans. A thread in the background shows and ends them: in an
 evaluation MLflow sends each span as it ends, and waits for its server.
@@ -51,11 +51,11 @@ TRACE = "trace"
 """Stands for the trace itself among the open spans, if it has a span of its own."""
 
 STALL_S = 2.0
-"""The end of a trace waits for its spans to end, unless none does for so long (seconds): as long as
-the start may wait for the run."""
+"""The end of a trace waits for its spans to end. It gives up if none ends for so long (seconds), as
+long as the start may wait for the run."""
 
 MAX_WAITING = 2_000
-"""Records that wait to be shown, as where a server hangs. Spans of later ones show nothing."""
+"""Most records that wait, such as for a server that hangs. Spans of later records show nothing."""
 
 MODEL, USAGE = "mlflow.llm.model", "mlflow.chat.tokenUsage"
 """Attributes by which the server prices a span."""
@@ -66,9 +66,9 @@ def tree_around(
 ) -> MlflowTree | None:
     """The tree that a trace which begins on this thread is part of; None if it has its own.
 
-    That is the one of MLflow's current span, if it is recorded. Inside `mlflow.genai.evaluate` it
-    is a new one if there is none: the evaluation looks for what MLflow's tracer has made. Never
-    raises. The arguments are those of `MlflowTree`.
+    It is the tree of MLflow's current span, if that is recorded. If there is no current span inside
+    `mlflow.genai.evaluate`, it is a new tree, because the evaluation looks for what MLflow's tracer
+    has made. Never raises. The arguments are those of `MlflowTree`.
     """
     with shield("mlflow_tree.begin"):
         above = sys.modules["mlflow"].get_current_active_span()
@@ -86,14 +86,14 @@ def tree_around(
 
 
 class MlflowTree:
-    """The spans of one QitOS trace in MLflow's tracer. Any thread; no method but this one raises.
+    """The spans of one QitOS trace in MLflow's tracer. Any thread; only the constructor raises.
 
     Args:
         trace: the host's.
         above: MLflow's span that they are below; None: they are a trace of their own.
         run: the QitOS trace's.
         field_bytes: largest size of one field of a record (bytes).
-        parent_run_id: the run that its own is a child of, which MLflow's trace belongs to.
+        parent_run_id: the parent of `run`; MLflow's trace belongs to the parent.
         picture_bytes: largest size of a picture that is attached (bytes); 0: none is.
 
     Attributes:
@@ -177,7 +177,7 @@ class MlflowTree:
             self._background.do(self._fold, payload)
 
     def assess(self, payload: bytes) -> bool:
-        """Add what a record says of the trace; False if MLflow has sent the trace already."""
+        """Add the assessment in a record to the trace; False if MLflow has sent the trace."""
         with shield("mlflow_tree.assess"):
             return self._assess(assessment_of(self._safe(payload)))
         return False
@@ -285,7 +285,7 @@ class MlflowTree:
         self._end(live, end_ns)
 
     def _assess(self, said: dict[str, Any]) -> bool:
-        """Say it in MLflow's trace; False if MLflow has sent that already."""
+        """Add an assessment to MLflow's trace; False if MLflow has sent the trace."""
         with trace_manager().get_trace(self.trace_id) as trace:
             if trace is None or trace.is_remote_trace:
                 return False
@@ -332,7 +332,7 @@ class MlflowTree:
                 metadata["mlflow.sourceRun"] = run_id
 
     def _is_priced_below(self, live: Any) -> bool:
-        """Whether MLflow has a span of this model call, which has a price then."""
+        """Whether MLflow has a span of the same model call, which is the one that is priced."""
         with trace_manager().get_trace(self.trace_id) as trace:
             spans = {} if trace is None else trace.span_dict
             return any(

@@ -1,8 +1,8 @@
 """What MLflow has around a trace that begins: the run it is part of, and MLflow's own experiment.
 
-Asked once for each trace, on the agent's thread, of this process only: nothing here connects to a
-server or imports mlflow. What only the server knows, the sink asks later: whether a run exists, in
-which experiment it is, and whether it was still open.
+Looked up once for each trace, on the agent's thread, in this process only: nothing here connects to
+a server or imports mlflow. The sink later asks the server what only that knows: whether a run
+exists, in which experiment it is, and whether it was still open.
 
 MLflow keeps its stack of active runs per thread, and empties it in a forked child. So a thread
 remembers where it comes from, and a process which run was open where it was started. For that,
@@ -53,15 +53,18 @@ _forking = threading.local()
 
 
 class Surroundings(NamedTuple):
-    """What is known of a trace's place in MLflow as it begins. All but the parent: `RunSettings`.
+    """What is known of a trace's place in MLflow as it begins.
+
+    All fields but `parent_run_id` are fields of `RunSettings`, too.
 
     Attributes:
         parent_run_id: the run that its own run is a child of.
         inherited_run_id: a run of another process, which is the parent if it is still open.
-        experiment_of: the run whose experiment is to be asked for: the parent or the inherited one.
-        experiment_id: MLflow's id of an experiment: that of a parent which is open here, or
-            MLflow's own one.
-        experiment_name: MLflow's own one, by its name.
+        experiment_of: the run whose experiment the server is asked for: the parent or the inherited
+            run.
+        experiment_id: MLflow's id of an experiment: that of a parent which is open here, or of the
+            one that MLflow itself uses.
+        experiment_name: the name of the one that MLflow itself uses.
     """
 
     parent_run_id: str | None = None
@@ -96,8 +99,9 @@ def surroundings(uri: str | None, parent_run_id: str | None = None) -> Surroundi
 def is_sampled(qitos_trace_id: str) -> bool:
     """Whether the tree of this trace is logged, by ``MLFLOW_TRACE_SAMPLING_RATIO``.
 
-    The same for all that log the trace: its last 56 bits decide, which are random in a UUID, too
-    (W3C Trace Context, level 2). Inside a span that MLflow's own sampler has left out, it is not.
+    The answer is the same for all that log the trace: the last 56 bits of its id decide, which are
+    random in a UUID, too (W3C Trace Context, level 2). Inside a span that MLflow's own sampler has
+    left out, the tree is not logged.
     """
     if _is_left_out():
         return False
@@ -131,9 +135,9 @@ def _is_left_out() -> bool:
 def is_trial() -> bool:
     """Whether `mlflow.genai.evaluate` is trying its `predict_fn` on this thread, without a trace.
 
-    Threads that are started by it count. MLflow looks whether that call makes spans. If it makes
-    none, MLflow puts one around each row; so it does if the call begins with an agent. Else each
-    agent of a row would be a trace, and MLflow would delete all but the last.
+    Threads that the trial starts count. MLflow counts the spans of the trial. If there are none, it
+    puts one around each row. So a trial that begins with an agent is made to count none: otherwise
+    each agent of a row would be a trace, and MLflow would delete all but the last.
     """
     counting = _trial()
     if counting is not None:
@@ -152,7 +156,7 @@ class _Uncounted(int):
 
 
 def _trial() -> Any:
-    """What counts the spans of the trial that this thread is in; None: it is in none."""
+    """What counts the spans of the trial that this thread is in; None outside of a trial."""
     tracer = getattr(sys.modules.get("opentelemetry.trace"), "NoOpTracer", None)
     # MLflow counts the spans of that call by a function in this one's place.
     counting = getattr(tracer, "start_span", None)
@@ -169,8 +173,8 @@ def _trial() -> Any:
 def _open_run() -> Any:
     """The info of the user's run that this thread works in; None if there is none.
 
-    It is open on this thread, or where the thread comes from. Else, unless this is the main thread,
-    it is the only one that is open on any thread. Runs of other traces are siblings.
+    That is a run that is open on this thread, or where the thread comes from. Else, unless this is
+    the main thread, it is the only one that is open on any thread. Runs of traces never count.
     """
     fluent = mlflow_in_use()
     if fluent is None:

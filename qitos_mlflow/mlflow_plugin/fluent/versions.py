@@ -35,11 +35,11 @@ class Prompts(dict[PromptRef, None]):
 
 
 _loaded: WeakValueDictionary[str, Prompts] = WeakValueDictionary()
-"""Those of each trace for which they are asked."""
+"""The prompts of each trace that `prompts_of` was asked for, while its caller keeps them."""
 
 
 def active_model(uri: str | None) -> str | None:
-    """MLflow's id of the active model, if the trace that begins goes where the model is."""
+    """MLflow's id of the active model; None if there is none, or if `uri` is not its server."""
     with shield("versions.active_model"):
         if same_place(uri):
             if (fluent := mlflow_in_use()) is not None:

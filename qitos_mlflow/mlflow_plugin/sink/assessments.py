@@ -41,8 +41,8 @@ WAIT_S = 5.0
 LOOK_EVERY_S = 0.25
 """Between two looks for it (seconds). It is no outage: the server answers."""
 PAUSE_S = 60.0
-"""After one that has waited in vain none waits for so long (seconds): a client that makes up ids
-must not delay the runs of agents."""
+"""After a score that has waited in vain, none waits for so long (seconds): a client that makes up
+ids must not delay the runs of agents."""
 
 
 class Assessments:

@@ -30,7 +30,7 @@ from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 EVERY_S = 10.0
-"""Between two looks at the children of one parent (seconds), ..."""
+"""Least time between two looks at the children of one parent (seconds), ..."""
 PAUSE = 20.0
 """... or so many times what the last one took."""
 PAGE = 200
@@ -67,8 +67,8 @@ class Reading:
     """A look at the children of a parent, as far as it has got: it may take several requests.
 
     `stale`: children have changed since it was begun. `token`: of the next page; None: no more.
-    `at_ms`: when the first page was asked for: of several processes, the one that looked last has
-    seen all, and its numbers have the latest time.
+    `at_ms`: when the first page was asked for, which is the time of the numbers. Of several
+    processes, the one that looks last sees all children, and MLflow shows its numbers.
     """
 
     began_s: float = field(default_factory=time.monotonic)
@@ -112,10 +112,11 @@ class Children(Experiments):
 
         Args:
             timeout_s: about how long this may take.
-            final: no more records come: however short ago the last time was, and with the table.
+            final: no more records come. The numbers are written even if the last look was a short
+                time ago, and the table is, too.
 
         Raises:
-            RetryLater: only if it is `final`; call again.
+            RetryLater: only if `final`; call again.
         """
         deadline = time.monotonic() + timeout_s
         for run_id in list(self.due):
@@ -212,7 +213,7 @@ class Children(Experiments):
     def settled(
         self, own: StoredRun | None, run_id: str, due: Due, timeout_s: float
     ) -> StoredRun | None:
-        """The run that an evaluation's numbers go to. Derive it to know better."""
+        """The run that an evaluation's numbers go to. `Parents` overrides this."""
         return own
 
 

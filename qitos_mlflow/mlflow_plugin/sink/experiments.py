@@ -1,7 +1,7 @@
 """Which experiment the run of a trace goes to, and which run it is a child of, as the server knows.
 
-Receives `TraceFacts` from `Operations`; asks the server what only it knows, and says so in one line
-if a run or an experiment that was named does not exist: the run is logged all the same.
+Receives `TraceFacts` from `Operations`, and asks the server what only that knows. If a run or an
+experiment that was named does not exist, one warning says so, and the run is logged all the same.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Experiments:
         return experiment_id
 
     def ask(self, facts: TraceFacts, timeout_s: float) -> str:
-        """As `of`, without its memory."""
+        """Like `of`, but always asks the server."""
         if wanted := facts.experiment_id:
             if self._transport.has_experiment(wanted, timeout_s):
                 return wanted
@@ -63,5 +63,5 @@ class Experiments:
         return self._transport.experiment_id(facts.experiment_name, timeout_s)
 
     def forget(self, facts: TraceFacts) -> bool:
-        """Ask again for the trace's experiment; whether it was known."""
+        """Forget the trace's experiment, so that `of` asks again; whether it was known."""
         return self._known.pop((facts.experiment_id, facts.experiment_name), None) is not None

@@ -60,7 +60,7 @@ class Parents(Children):
         return run
 
     def _given(self, reference: Mapping[str, Any], timeout_s: float) -> RunRef | None:
-        """The run of the user's in which the evaluation was begun."""
+        """The user's own run in which the evaluation was begun; None if there is none."""
         run_id = str(reference.get("run_id") or "")
         if not run_id:
             return None
@@ -146,7 +146,7 @@ class Parents(Children):
     # -- an evaluation begins and ends -------------------------------------------------------
 
     def begin(self, trace: TraceState, timeout_s: float) -> None:
-        """Have the evaluation's run going, also if it was resumed. A run of the user's is."""
+        """Note the start, and have a resumed run be RUNNING. A run of the user's is left alone."""
         facts, run = trace.facts, _run_of(trace)
         if facts.evaluation.get("run_id") == run.run_id:
             return  # No tag: runs with `EVALUATION_TAG` may be merged, which deletes all but one.
