@@ -24,9 +24,8 @@ LOOKUP_S = 10.0
 """How long git may take (seconds). What is not known by then stays unknown."""
 
 WAIT_S = 1.0
-"""A trace's end waits for the lookup, on the spooling thread, until so long after it began (seconds):
-otherwise the first trace of a short process would have no version. The wait must not use up the
-exit deadline."""
+"""A trace's end waits, on the spooling thread, until so long after the lookup began (seconds). Else
+the first trace of a short process would have no version. It must not use up the exit deadline."""
 
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 """Variables that name the repository whose hook has started the process."""
