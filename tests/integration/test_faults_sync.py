@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -39,6 +40,10 @@ WAIT_S = 60.0
 def kill_in_mid_run(agent: Agent) -> Report:
     """SIGKILL in the middle of the agent's first run."""
     agent.wait_for("mid")
+    # What was recorded within the last moments may be lost: the start of the run is older.
+    segments = Path(os.environ["QITOS_MLFLOW_SPOOL_DIR"]).glob
+    written = partial(segments, f"*-{agent.pid}-*.seg")
+    eventually(lambda: [one for one in written() if b'"trace_start"' in one.read_bytes()])
     agent.signal(signal.SIGKILL)
     return agent.finish()
 
