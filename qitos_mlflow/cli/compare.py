@@ -1,4 +1,9 @@
-"""`qitos-mlflow compare`: two or more evaluations of the same tasks, with intervals and tests."""
+"""`qitos-mlflow compare`: two or more evaluations of the same tasks, with intervals and tests.
+
+Receives ids of runs or experiments, reads their children from the server, and prints what
+`comparison` computes of them; writes to the server only with ``--log``. Imports mlflow, because it
+reads whole runs from any kind of store, logs artifacts, and has no agent to slow down.
+"""
 
 from __future__ import annotations
 
