@@ -191,8 +191,8 @@ def _targets(given: str, uri: str | None) -> list[_Target]:
     if uri is not None:
         settings = replace(settings or Settings.resolve(), tracking_uri=uri)
     if settings is None:
-        told = "%s is not scored: nothing is logged here; set MLFLOW_TRACKING_URI"
-        warn("feedback.nowhere", told, given)
+        text = "%s is not scored: nothing is logged here; set MLFLOW_TRACKING_URI"
+        warn("feedback.nowhere", text, given)
         return []
     to, trace_id = Destination.of(destination_uri(settings)), known[0].id if known else given
     return [_Target(settings, to, {"trace_id": trace_id}, settings.capture_content)]

@@ -144,6 +144,7 @@ class FakeTransport:
             run.get("end_ms"),
             {point.key: point.value for point in newest},
             run["tags"],
+            {point.key: point.timestamp_ms for point in newest},
         )
 
     def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:

@@ -32,38 +32,6 @@ from qitos_mlflow.tracing import create_trace
 Spooled = Callable[[], list[dict[str, Any]]]
 
 
-@pytest.fixture
-def attach(tmp_path: Path) -> Iterator[Callable[..., MlflowTraceProcessor]]:
-    """Register a processor that writes to the spool only."""
-    attached: list[MlflowTraceProcessor] = []
-
-    def attach(**options: Any) -> MlflowTraceProcessor:
-        processor = MlflowTraceProcessor(offline=True, **options)
-        tracing.add_trace_processor(processor)
-        attached.append(processor)
-        return processor
-
-    yield attach
-    for processor in attached:
-        tracing.remove_trace_processor(processor)
-        processor.shutdown()
-    shutil.rmtree(tmp_path / "spool", ignore_errors=True)
-
-
-@pytest.fixture
-def records(attach: Callable[..., MlflowTraceProcessor], tmp_path: Path) -> Spooled:
-    """Close what `attach` made, and read everything that it has written."""
-
-    def read() -> list[dict[str, Any]]:
-        for processor in tracing.processors():
-            if isinstance(processor, MlflowTraceProcessor):
-                processor.shutdown()
-        found = [waiting_records(paths) for paths in find_segments(tmp_path / "spool")]
-        return [orjson.loads(record) for segment in found for record in segment]
-
-    return read
-
-
 def agent(name: str = "agent") -> str:
     """What runs in an evaluation; its trace's id."""
     with create_trace(name) as trace:

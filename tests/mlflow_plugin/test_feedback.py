@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from qitos_mlflow import MlflowTraceProcessor, _guard, context, expect, score, tracing
 from qitos_mlflow.bridge import results
-from qitos_mlflow.delivery import find_segments, living, waiting_records
 from qitos_mlflow.mlflow_plugin import feedback
 from qitos_mlflow.mlflow_plugin.fluent.context import Begun
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
@@ -25,53 +22,9 @@ Spooled = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Iterator[Path]:
-    """The spool; taken away at the end, or the tests' own process would tell of what it keeps.
-
-    A score may have a pipeline that no processor uses. Offline, it would stay awake.
-    """
-    directory = tmp_path / "spool"
-    yield directory
-    for pipeline in list(living.values()):
-        if pipeline.paths.directory == directory:
-            pipeline.close(10.0)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture
-def attach() -> Iterator[Callable[..., MlflowTraceProcessor]]:
-    """Register a processor that writes to the spool only."""
-    attached: list[MlflowTraceProcessor] = []
-
-    def attach(**options: Any) -> MlflowTraceProcessor:
-        processor = MlflowTraceProcessor(offline=True, **options)
-        tracing.add_trace_processor(processor)
-        attached.append(processor)
-        return processor
-
-    yield attach
-    for processor in attached:
-        tracing.remove_trace_processor(processor)
-        processor.shutdown()
-
-
-@pytest.fixture
-def scores(attach: Callable[..., MlflowTraceProcessor], spool: Path) -> Spooled:
+def scores(records: Spooled) -> Spooled:
     """Close the processors, and read the assessments that were recorded."""
-
-    def read() -> list[dict[str, Any]]:
-        for processor in tracing.processors():
-            processor.shutdown()
-        for pipeline in list(living.values()):  # Those that no processor uses.
-            pipeline.flush(10.0)
-        records = [
-            orjson.loads(record)
-            for segment in find_segments(spool)
-            for record in waiting_records(segment)
-        ]
-        return [record for record in records if record["kind"] == "assessment"]
-
-    return read
+    return lambda: [record for record in records() if record["kind"] == "assessment"]
 
 
 @dataclass

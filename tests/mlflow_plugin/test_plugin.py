@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -45,47 +44,6 @@ from tests.fakes.lazy import (
 
 Spooled = Callable[[], list[dict[str, Any]]]
 Lost = Callable[[], dict[str, int]]
-
-
-@pytest.fixture
-def spool(tmp_path: Path) -> Iterator[Path]:
-    """The spool; taken away at the end, or the tests' own process would tell of what it keeps."""
-    directory = tmp_path / "spool"
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture
-def attach(spool: Path) -> Iterator[Callable[..., MlflowTraceProcessor]]:
-    """Register a processor that writes to the spool only: ``attach(capture_content=False, …)``."""
-    attached: list[MlflowTraceProcessor] = []
-
-    def attach(**options: Any) -> MlflowTraceProcessor:
-        processor = MlflowTraceProcessor(offline=True, **options)
-        tracing.add_trace_processor(processor)
-        attached.append(processor)
-        return processor
-
-    yield attach
-    for processor in attached:
-        tracing.remove_trace_processor(processor)
-        processor.shutdown()
-
-
-@pytest.fixture
-def records(attach: Callable[..., MlflowTraceProcessor], spool: Path) -> Spooled:
-    """Close a processor that `attach` made, and read everything that it has written."""
-
-    def read() -> list[dict[str, Any]]:
-        for processor in tracing.processors():
-            processor.shutdown()
-        return [
-            orjson.loads(record)
-            for segment in find_segments(spool)
-            for record in waiting_records(segment)
-        ]
-
-    return read
 
 
 @pytest.fixture

@@ -59,10 +59,14 @@ class RunRef:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run with its latest metrics and its tags as the server has them."""
+    """A run with its latest metrics and its tags as the server has them.
+
+    `metric_times`: of each metric, in milliseconds since 1970.
+    """
 
     ref: RunRef
     status: str
     end_ms: int | None
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    metric_times: Mapping[str, int] = field(default_factory=dict)

@@ -320,16 +320,14 @@ def run_ref(info: Any) -> RunRef:
 
 def _stored(run: Any) -> StoredRun:
     info, data = part(run, "info"), run.get("data") or {}
-    metrics, tags = (
-        {one["key"]: one.get("value", "") for one in data.get(name) or ()}
-        for name in ("metrics", "tags")
-    )
+    metrics = data.get("metrics") or ()
     return StoredRun(
         ref=run_ref(info),
         status=str(info.get("status") or ""),
         end_ms=int(info.get("end_time") or 0) or None,
-        metrics={key: float(value) for key, value in metrics.items()},
-        tags=tags,
+        metrics={one["key"]: float(one.get("value", "")) for one in metrics},
+        tags={one["key"]: one.get("value", "") for one in data.get("tags") or ()},
+        metric_times={one["key"]: int(one.get("timestamp") or 0) for one in metrics},
     )
 
 

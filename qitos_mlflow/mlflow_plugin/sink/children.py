@@ -67,8 +67,9 @@ class Reading:
     """A look at the children of a parent, as far as it has got: it may take several requests.
 
     `stale`: children have changed since it was begun. `token`: of the next page; None: no more.
-    `at_ms`: when the first page was asked for, which is the time of the numbers. Of several
-    processes, the one that looks last sees all children, and MLflow shows its numbers.
+    `at_ms`: the time of the numbers: when the first page was asked for, or just after the numbers
+    that the parent had then. Of several processes, the one that looks last sees all children.
+    MLflow shows its numbers, also if the clock of another process is ahead.
     """
 
     began_s: float = field(default_factory=time.monotonic)
@@ -144,6 +145,9 @@ class Children(Experiments):
             if due.evaluation and (final or parent is None):
                 parent = self.settled(parent, run_id, due, left_s(deadline))
             if parent is not None:
+                if not reading.token:  # Not before: children may have been adopted meanwhile.
+                    earlier_ms = parent.metric_times.get(f"{PREFIX}n", 0)
+                    reading.at_ms = max(time.time_ns() // 1_000_000, earlier_ms + 1)
                 while reading.token is not None:
                     self.read(reading, parent.ref.run_id, due.experiments, left_s(deadline))
                 found = attempts(reading.runs)
@@ -164,8 +168,6 @@ class Children(Experiments):
         self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float
     ) -> None:
         """Read one more page of a run's children."""
-        if not reading.token:  # Not before: children may have been adopted meanwhile.
-            reading.at_ms = time.time_ns() // 1_000_000
         of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
         runs, token = self._transport.search_runs(
             experiments, of_parent, timeout_s, most=PAGE, token=reading.token or ""

@@ -262,6 +262,17 @@ def test_numbers_are_as_old_as_what_was_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < adopted_ms < min(point.timestamp_ms for point in points)
 
 
+def test_the_last_look_counts_whatever_the_clocks_say() -> None:
+    """The clock of the process that looked before is an hour ahead."""
+    server = FakeTransport()
+    deliver(server, start(), *child("a"))
+    run_id, _ = only_parent(server)
+    ahead = Metric("eval/n", 1.0, time.time_ns() // MS + 3_600_000, 0)
+    server.log_batch(run_id, RunData(metrics=[ahead]), TIMEOUT_S)
+    deliver(server, *child("b"), end())
+    assert latest(server, run_id)["n"] == 2
+
+
 def test_a_runner_that_resumes_finds_the_last_evaluation_by_its_output() -> None:
     """A new id each time; without resuming it is a new evaluation."""
     server = FakeTransport()
