@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import orjson
 
+from qitos_mlflow.mlflow_plugin.mapping.entities import is_inside
 from qitos_mlflow.redaction.pictures import REFERENCE, Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
@@ -37,6 +38,16 @@ class Attachment(NamedTuple):
     def path(self) -> str:
         """Where it is, below the trace's artifacts."""
         return f"attachments/{self.id}"
+
+
+def check_names(record: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a file of the record would leave its directory."""
+    names = [*(record.get("pictures") or ())]
+    if record["kind"] == "artifact":
+        names.append(record["path"])
+    for name in names:
+        if not is_inside(name):
+            raise ValueError(f"{name!r:.200} is no name for a file")
 
 
 def attach(

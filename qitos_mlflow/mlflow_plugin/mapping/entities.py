@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,11 @@ class StoredRun:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     metric_times: Mapping[str, int] = field(default_factory=dict)
+
+
+def is_inside(path: object) -> bool:
+    """Whether the name of a file stays below the directory that it is put into."""
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    parts = [part for form in (path, unquote(path)) for part in re.split(r"[/\\]", form)]
+    return not {"", ".", ".."}.intersection(parts)

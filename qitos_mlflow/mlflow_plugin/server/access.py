@@ -76,9 +76,9 @@ def read_access(
     verify: bool | str | None = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
     if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
         verify = False
+    if not trusted:  # Nor does it get those of ~/.netrc, or the name of this process's tenant.
+        return Access(routing or {}, lambda request: request, verify, None)
     known = (routing_headers() or {}) if routing is None else routing
-    if not trusted:
-        return Access(known, lambda request: request, verify, None)  # Nor those of ~/.netrc.
     headers, plugin = _of_plugins(uri)
     if routing is not None and asked:  # Its other headers describe this process.
         headers = {

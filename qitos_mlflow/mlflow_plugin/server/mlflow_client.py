@@ -171,14 +171,15 @@ class StoreTransport(Transport):
     """`Transport` through `MlflowClient`, for local stores. Used by one thread.
 
     A local store has no timeouts to set (sqlite waits up to 20 s for a lock, on this thread).
+    `write`, if it is given, is called in the place of `write_artifact`.
 
     Raises:
         RetryLater: there is no such store, or it cannot be opened.
     """
 
-    def __init__(self, uri: str, workspace: str | None = None) -> None:
+    def __init__(self, uri: str, workspace: str | None = None, write: Any = None) -> None:
         super().__init__(uri)
-        self._workspace = workspace
+        self._workspace, self._write = workspace, write or write_artifact
         self._file: tuple[int, int] | None = None
         self._open()
         disown_in_child(self)
@@ -341,7 +342,7 @@ class StoreTransport(Transport):
             return str(self._tracing.get_trace_info(trace_id).tags[ARTIFACTS_TAG])
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
-        write_artifact(run.artifact_uri, path, data, self.uri)
+        self._write(run.artifact_uri, path, data, self.uri)
 
 
 def _as_json(run: Any) -> dict[str, Any]:

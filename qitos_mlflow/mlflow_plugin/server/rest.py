@@ -16,9 +16,16 @@ import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
-from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.delivery.sink import progressed
-from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.mapping.entities import (
+    NewRun,
+    PromptRef,
+    RunData,
+    RunRef,
+    is_inside,
+)
+from qitos_mlflow.mlflow_plugin.server.artifacts import SERVED, write_elsewhere
 from qitos_mlflow.mlflow_plugin.server.http import (
     PROTOBUF,
     SPANS,
@@ -33,26 +40,36 @@ from qitos_mlflow.mlflow_plugin.server.http import (
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
     NotThere,
-    PutOff,
     Refused,
     Transport,
     part,
     run_ref,
 )
-from qitos_mlflow.redaction.redact import without_credentials
 
 CHANGES = ("feedback", "expectation", "rationale", "metadata")
 """Parts of an assessment that can change."""
 
 
 class RestTransport(Transport):
-    """`Transport` over http(s). Used by one thread."""
+    """`Transport` over http(s). Used by one thread.
+
+    Args:
+        uri: of the server.
+        requester: sends the requests; None: one for `uri`.
+        trusted: this process's credentials are configured for the server.
+        files: files may go where the server says, which may be somewhere else.
+    """
 
     def __init__(
-        self, uri: str, requester: Requester | None = None, *, trusted: bool = True
+        self,
+        uri: str,
+        requester: Requester | None = None,
+        *,
+        trusted: bool = True,
+        files: bool = True,
     ) -> None:
         super().__init__(uri.rstrip("/"))
-        self._trusted = trusted
+        self._trusted, self._files = trusted, files
         self._requester = requester or SessionRequester(uri)
         self.patience = patience()
 
@@ -127,11 +144,11 @@ class RestTransport(Transport):
         return found
 
     def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
-        path = f"/api/3.0/mlflow/traces/{assessment['trace_id']}/assessments"
+        path = f"/api/3.0/mlflow/traces/{quote(assessment['trace_id'], safe='')}/assessments"
         self._post(path, {"assessment": assessment}, timeout_s, "assessment")
 
     def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
-        trace, own = assessment["trace_id"], quote(assessment["assessment_id"], safe="")
+        trace, own = (quote(assessment[key], safe="") for key in ("trace_id", "assessment_id"))
         parts = [part for part in CHANGES if part in assessment]
         body = orjson.dumps({"assessment": assessment, "update_mask": ",".join(parts)})
         path = f"/api/3.0/mlflow/traces/{trace}/assessments/{own}"
@@ -159,21 +176,12 @@ class RestTransport(Transport):
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         parts = urlsplit(run.artifact_uri)
-        if parts.scheme != "mlflow-artifacts" or parts.netloc:  # Not on this server.
-            if not self._trusted:
-                # MLflow would use this process's credentials for whatever place the server names.
-                where = without_credentials(run.artifact_uri)
-                raise PutOff(
-                    "NO_ARTIFACTS",
-                    f"files go to {where}, with credentials of this process: if you trust the "
-                    f"server, set MLFLOW_TRACKING_URI={self.address}",
-                )
-            with importing():  # mlflow.
-                from qitos_mlflow.mlflow_plugin.server.mlflow_client import write_artifact
-
-            write_artifact(run.artifact_uri, path, data, self.uri)
+        name = f"{parts.path.strip('/')}/{path}"
+        if parts.scheme != "mlflow-artifacts" or parts.netloc or not is_inside(name):
+            allowed = {"trusted": self._trusted, "files": self._files}
+            write_elsewhere(run.artifact_uri, path, data, self.uri, timeout_s, **allowed)
             return
-        where = "/api/2.0/mlflow-artifacts/artifacts/" + quote(f"{parts.path.strip('/')}/{path}")
+        where = f"{SERVED}/{quote(name)}"
         headers = {"Content-Type": "application/octet-stream"}
         self._send(Request("PUT", where, timeout_s, data, headers))
 

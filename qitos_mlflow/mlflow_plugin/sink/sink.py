@@ -21,6 +21,7 @@ import orjson
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
+from qitos_mlflow.mlflow_plugin.mapping.attachments import check_names
 from qitos_mlflow.mlflow_plugin.mapping.lineage import prompts_in
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import distinct
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
@@ -31,6 +32,7 @@ from qitos_mlflow.mlflow_plugin.mapping.trace_facts import (
     without_ids,
 )
 from qitos_mlflow.mlflow_plugin.server.access import WORKSPACE
+from qitos_mlflow.mlflow_plugin.server.artifacts import write_elsewhere
 from qitos_mlflow.mlflow_plugin.server.http import SessionRequester, uninstrumented
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
@@ -63,6 +65,7 @@ class MlflowSink:
         transport: carries the calls; None: one for `tracking_uri`.
         tracking_uri: deliver here instead of to the header's destination.
         trusted: this process's credentials are configured for that server.
+        files: files may go where that server says, which may be somewhere else.
         announce: called with each run as it is created, on the sending thread.
         resumed: another process may have delivered part of the segment before: a run may exist
             already for any trace; look before creating one.
@@ -75,6 +78,7 @@ class MlflowSink:
         *,
         tracking_uri: str | None = None,
         trusted: bool = True,
+        files: bool = True,
         announce: Announce = lambda *_: None,
         resumed: bool = False,
     ) -> None:
@@ -87,6 +91,7 @@ class MlflowSink:
                 fields.get("headers"),
                 asked=fields.get("asked", True),
                 trusted=trusted,
+                files=files,
             )
         self.patience = self._transport.patience
         self._settings = settings_in(fields)
@@ -139,6 +144,7 @@ class MlflowSink:
             try:
                 record: Record = orjson.loads(data)
                 trace_id, kind = record["trace_id"], record["kind"]
+                check_names(record)
                 if self._elsewhere:
                     without_ids(record)
                 if trace_id in self._refused:
@@ -287,6 +293,7 @@ def open_transport(
     *,
     asked: bool = True,
     trusted: bool = True,
+    files: bool = True,
 ) -> Transport:
     """The transport for `uri`; None means MLflow's default as of the directory `cwd`.
 
@@ -298,12 +305,13 @@ def open_transport(
         routing: headers that say whose data it is; None: those of this process.
         asked: MLflow's plugins could be asked when `routing` was recorded; if not, they are now.
         trusted: this process's credentials are configured for that server.
+        files: files may go where that server says, which may be somewhere else.
     """
     if uri is not None and MARKER in uri and not is_local(uri):  # This names another place.
         raise Hopeless("the URI had a secret, which is not stored; give it with --tracking-uri")
     if uri is not None and is_http(uri):
         requester = SessionRequester(uri, routing, asked=asked, trusted=trusted)
-        return RestTransport(uri, requester, trusted=trusted)
+        return RestTransport(uri, requester, trusted=trusted, files=files)
     try:
         from qitos_mlflow.mlflow_plugin.server import mlflow_client, sqlite_store
     except RuntimeError as error:  # Of a user without a home (`Path.home` in mlflow).
@@ -312,4 +320,5 @@ def open_transport(
     cwd = cwd or working_directory()
     store = absolute(uri, cwd) if uri else sqlite_store.default_tracking_uri(cwd)
     workspace = None if routing is None else routing.get(WORKSPACE, "default")
-    return mlflow_client.StoreTransport(store, workspace)
+    write = partial(write_elsewhere, trusted=trusted)
+    return mlflow_client.StoreTransport(store, workspace, write)

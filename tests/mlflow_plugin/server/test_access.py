@@ -315,7 +315,7 @@ def test_nothing_follows_a_redirect_to_another_server(
 def test_files_go_nowhere_that_an_untrusted_server_names(server: RecordingServer) -> None:
     """MLflow would use all the credentials that the process has; the reason names the next step."""
     run = RunRef("r", "0", "n", f"{server.uri}/elsewhere", 0)
-    transport = RestTransport("http://named-by-a-segment", trusted=False)
+    transport = RestTransport("http://named-by-a-segment", trusted=False, files=False)
     with pytest.raises(PutOff, match="MLFLOW_TRACKING_URI=http://named-by-a-segment"):
         transport.write_artifact(run, "a.txt", b"a", 1.0)
     assert server.heads == []
