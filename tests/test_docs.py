@@ -1,4 +1,4 @@
-"""What the documentation says of settings and of tests is what the code has."""
+"""What the documentation says of settings, tests and the spool is what the code has."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import qitos_mlflow
+from qitos_mlflow.delivery.spool import counts, paths
 from qitos_mlflow.settings import Settings, env_names
 
 TESTS = Path(__file__).parent
 FAULTS_PAGE = TESTS.parent / "docs" / "faults.md"
 SETTINGS_PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+SPOOL_PAGE = (TESTS.parent / "docs" / "spool.md").read_text("utf-8")
+PACKAGE = Path(qitos_mlflow.__file__).parent
 ROWS = [line for line in SETTINGS_PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
 
 
@@ -53,3 +57,26 @@ def test_each_directory_of_tests_says_what_it_proves() -> None:
         f"tests/{path.parent.relative_to(TESTS).as_posix()}" for path in TESTS.rglob("test_*.py")
     }
     assert set(re.findall(r"^\| `(tests/[\w/]+)` \|", page, re.MULTILINE)) == there - {"tests/."}
+
+
+def test_each_reason_of_a_loss_is_documented() -> None:
+    """docs/spool.md has a row for each reason that the spool counts, and for no other word."""
+    cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", SPOOL_PAGE, re.MULTILINE)
+    documented = set(re.findall(r"\w+", " ".join(cells)))
+    values = {name: value for name, value in vars(counts).items() if name.isupper()}
+    assert {value for value in values.values() if isinstance(value, str)} <= documented
+    code = "".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py"))
+    assert {reason for reason in documented if f'"{reason}"' not in code} == set()
+
+
+def test_each_file_of_the_spool_is_documented(tmp_path: Path) -> None:
+    """The files of a segment that docs/spool.md names are those that the spool knows."""
+    cells = re.findall(r"^\| (`<stem>.*?) \|", SPOOL_PAGE, re.MULTILINE)
+    names = re.findall(r"`<stem>(.*?)`", " ".join(cells))
+    files = {f"host-1-abc-ff{name.replace('<base>', '0' * 16)}" for name in names}
+    for file in files:
+        (tmp_path / file).touch()
+    [found] = paths.find_segments(tmp_path)
+    assert {path.name for path in found.files()} == files
+    own = (found.part(0), found.ack, found.own, found.ship, found.dead, found.bad, found.lost)
+    assert {path.name for path in own} <= files

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 REASON_CHARS = 200
 """Reasons are cut to this many characters; --json has them whole."""
 
+PUT_OFF = ("NO_ARTIFACTS", "NO_TRACE")
+"""Reasons of what `sync` sends again: files, and scores whose trace was not on the server."""
+
 
 @click.command()
 @paths_argument
@@ -123,9 +126,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "waiting": segment.waiting,
         "dead_letters": sum(segment.dead_letters.values()),
         "put_off": sum(
-            number
-            for reason, number in segment.dead_letters.items()
-            if reason.startswith("NO_ARTIFACTS")
+            number for reason, number in segment.dead_letters.items() if reason.startswith(PUT_OFF)
         ),
         "lost": dict(segment.losses),
         "bytes": segment.size_bytes,
@@ -162,7 +163,7 @@ def _show(found: dict[str, Any]) -> None:
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
-        click.echo(f"These records are kept in {kept}; only files that were put off are sent again")
+        click.echo(f"These records are kept in {kept}; only those that were put off are sent again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         click.echo(f"{server['uri']}{state}: {server['detail']}")

@@ -321,6 +321,22 @@ def test_losses_and_dead_letters_are_counted_by_reason(
     assert f"1 refused, put off or damaged: {reason}" in call("status").stdout
 
 
+def test_status_changes_nothing(tmp_path: Path, call: Run, store: str, experiment: str) -> None:
+    """Neither a file of the spool, damaged ones included, nor when it was changed."""
+    part = write_segment(tmp_path, store, *trace(experiment), b"no record")
+    part.write_bytes(part.read_bytes() + b"1r torn")
+    stem = part.name.split(".")[0]
+    for name, content in ((".ack", b"damaged"), (".dead", b"{}\n"), (".lost", b"damaged")):
+        part.with_name(stem + name).write_bytes(content)
+
+    def content() -> dict[str, tuple[bytes, int]]:
+        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in part.parent.iterdir()}
+
+    before = content()
+    assert call("status").returncode == 0
+    assert content() == before
+
+
 def test_losses_of_a_dead_process_are_shown(
     tmp_path: Path, call: Run, store: str, experiment: str
 ) -> None:

@@ -83,6 +83,23 @@ def test_everything_arrives_in_order(make: Make, server: FakeServer, spool: Path
     assert list(spool.iterdir()) == []
 
 
+def test_a_record_is_on_the_disk_before_it_is_sent(make: Make, server: FakeServer) -> None:
+    """A process that is killed while it sends has lost nothing of what it was sending."""
+    there: list[bool] = []
+
+    def look(record: bytes) -> None:
+        there.append(record in list(waiting_records(pipeline.paths)))
+
+    server.refuses = look
+    pipeline = make()
+    records = numbered(20)
+    for record in records:
+        pipeline.offer(record, urgent=True)
+    assert pipeline.flush(LONG_S)
+    assert server.accepted == records
+    assert there == [True] * 20
+
+
 def test_nothing_offered_starts_nothing(make: Make, spool: Path) -> None:
     """A pipeline that is never used has no thread and no file, and flush and close are true."""
     before = threading.active_count()

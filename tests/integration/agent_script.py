@@ -386,11 +386,11 @@ def fork(config: Config, holds: Holds) -> None:
     for number in range(1000, 1000 + config.child_traces):
         run(config, number, gates)
     if config.child_exits:
-        gates.reach("child")
+        gates.reach("child", pid=os.getpid())
         sys.exit()
     if config.child_traces:
         flush_all()
-    gates.reach("child")
+    gates.reach("child", pid=os.getpid())
     os._exit(0)
 
 

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.integration.agents import Agent
+from tests.integration.faults import assert_not_held
 from tests.integration.logged import run_script, runs_of
 from tests.integration.proxy import Latency, Proxy
 from tests.integration.server import MlflowServer
@@ -85,7 +86,9 @@ FORKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("latency_ms", [0, 150])
-def test_fork_under_gevent(latency_ms: int, proxy: Proxy, logging_agent: Start, runs: Runs) -> None:
+def test_fork_under_gevent(
+    latency_ms: int, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
+) -> None:
     """Greenlets of the parent, amid its requests and records, send nothing from the child."""
     if latency_ms:
         proxy.set(Latency(latency_ms))
@@ -96,6 +99,7 @@ def test_fork_under_gevent(latency_ms: int, proxy: Proxy, logging_agent: Start, 
         report = agent.finish()
         assert report.returncode == 0, report.stderr
         assert report.points["joined"]["status"] == 0
+        assert_not_held(report, control.finish())
         mine = of_agent(report, runs())
         assert_exactly_once(report, mine)
         assert len(mine) == 3 + fork.get("child_traces", 1)

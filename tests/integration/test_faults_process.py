@@ -5,6 +5,7 @@ Real processes and a real server; docs/faults.md has the whole table.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shlex
@@ -146,8 +147,11 @@ FORKS: list[dict[str, Any]] = [
 def test_fork(
     reachable: bool, proxy: Proxy, logging_agent: Start, control: Agent, runs: Runs
 ) -> None:
-    """Parent and child each deliver their own, the child also when it leaves by `os._exit`."""
-    timeout_s = 30.0 if reachable else 1.0
+    """Parent and child each deliver their own, the child also when it leaves by `os._exit`.
+
+    A child that records nothing leaves no files; one that cannot deliver does.
+    """
+    timeout_s, spool = 30.0 if reachable else 1.0, os.environ["QITOS_MLFLOW_SPOOL_DIR"]
     options = {"exit_timeout_s": timeout_s, "flush_timeout_s": timeout_s}
     agents = [logging_agent(options, traces=2, steps=3, gates=["start"], **fork) for fork in FORKS]
     for agent in agents:
@@ -162,6 +166,8 @@ def test_fork(
         assert_not_held(report, control.finish())
         assert_ended_in_time(report, control.finish(), timeout_s)
         assert_ended_in_time(ended(report, "child", "joined"), control.finish(), timeout_s)
+        left = [*Path(spool).glob(f"*-{report.points['child']['pid']}-*")]
+        assert reachable or bool(left) == (agent.config.child_traces > 0)
         if reachable:
             assert report.stderr == ""
         else:

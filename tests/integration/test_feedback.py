@@ -315,6 +315,7 @@ def test_a_trace_that_never_was_is_a_dead_letter(
         "import sys; sys.argv[1:] = ['status']; from qitos_mlflow.cli import main; main()"
     )
     assert f"has no trace {missing}" in status.stdout
+    assert "Deliver the records of dead processes: qitos-mlflow sync " in status.stdout
     again = run_script(SYNC, check=False, MLFLOW_TRACKING_URI=mlflow_server.uri)
     assert again.returncode == 1, str(again)
     script(

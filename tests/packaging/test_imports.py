@@ -61,17 +61,25 @@ else:
 
 
 def test_the_startup_line_may_run_twice(source_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run twice over (two site directories, a .pth and a .start), the watchers go together."""
+    """Run twice over (two site directories, a .pth and a .start), the watchers go together.
+
+    Until qitos is imported, the .pth imports nothing at all.
+    """
     code = """
 import sys
 from pathlib import Path
-from qitos_mlflow._startup import arrived, install
+from pkgutil import resolve_name
+line, start = (Path(FILES + suffix).read_text() for suffix in (".pth", ".start"))
 before = [f for f in sys.meta_path if not getattr(f, "qitos_watcher", False)]
-line = Path(LINE).read_text()
-exec(line); exec(line); install(); install()
+modules = set(sys.modules)
+exec(line); exec(line)
+assert set(sys.modules) == modules
+from qitos_mlflow._startup import arrived
+install = resolve_name(start.strip())
+install(); install()
 assert len(sys.meta_path) > len(before) + 1
 arrived()
 assert sys.meta_path[1:] == before, sys.meta_path
-""".replace("LINE", repr(str(source_tree / "startup" / "qitos_mlflow.pth")))
+""".replace("FILES", repr(str(source_tree / "startup" / "qitos_mlflow")))
     monkeypatch.delenv("QITOS_TRACE_PLUGINS")
     assert not modules_after(code) & LATE

@@ -40,6 +40,8 @@ class DiskPart(_Part):
     _fsync: bool = False
     _descriptor: int | None = None
     _size: int = 0
+    error: OSError | None = None
+    """What the system said when the disk could not be used."""
 
     @classmethod
     def create(cls, base: int, path: Path, head: bytes, *, fsync: bool = False) -> DiskPart:
@@ -83,7 +85,7 @@ class DiskPart(_Part):
             if self._fsync:  # If it fails, the lines can be read all the same.
                 os.fsync(self._descriptor)
         except OSError as error:
-            self.failure = reason_of(error)
+            self.failure, self.error = reason_of(error), error
         ends = [end for end in accumulate(map(len, lines)) if end <= written]
         self._size += ends[-1] if ends else 0
         self.records += len(ends)

@@ -92,7 +92,7 @@ class SegmentWriter:
             if isinstance(part, DiskPart):
                 done += part.append(lines[done : self._fitting(records, lines, done)])
                 if part.failure and part.failure != SPOOL_REMOVED:
-                    self._fail(part.failure)
+                    self._fail(part.failure, part.error)
             else:
                 if part is None:
                     losses.append((data, self._disk_failure))

@@ -18,7 +18,7 @@ from qitos_mlflow.delivery.segment_transfer import SegmentTransfer
 from qitos_mlflow.delivery.spool import locks
 from qitos_mlflow.delivery.spool.counts import SPOOL_FULL
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, bury
-from qitos_mlflow.delivery.spool.locks import FileLock, is_held
+from qitos_mlflow.delivery.spool.locks import is_held
 from qitos_mlflow.delivery.spool.paths import Paths, Quota
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.segments import inspect_segment
@@ -119,13 +119,10 @@ def test_a_flipped_bit_of_a_lock_that_names_its_holder(
     monkeypatch.setattr(locks, "_kernel_lock", unsupported)
     monkeypatch.setattr(locks, "SETTLE_S", 0.0)
     path = tmp_path / "x.own"
-    lock = FileLock(path)
-    assert lock.acquire()
-    holder = json.loads(path.read_bytes())
-    lock.release()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    whole = json.dumps({**holder, "pid": gone.pid}).encode()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        holder = locks._identity(process.pid)
+        process.communicate(b"\n")
+    whole = json.dumps({**holder, "token": "0123456789abcdef"}).encode()
     for at in range(len(whole)):
         path.write_bytes(whole)
         flipped(path, at)

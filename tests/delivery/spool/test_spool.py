@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import paths as spool_paths
 from qitos_mlflow.delivery.spool import reader as reader_module
 from qitos_mlflow.delivery.spool import writer as writer_module
@@ -537,6 +539,28 @@ def test_the_disk_is_used_again_when_it_is_back(
     assert read_all(own_reader(segment), segment.end, ack=False) == [b"in memory", b"on disk"]
     crash(segment)
     assert list(waiting_records(segment.paths)) == [b"on disk"]
+
+
+def test_a_disk_that_fails_is_one_line_until_it_has_worked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often it is tried meanwhile, and however long that takes."""
+    monkeypatch.setattr(writer_module, "DISK_RETRY_S", 0.0)
+    monkeypatch.setattr(_guard, "LOG_EVERY_S", 0.0)
+    spool = tmp_path / "spool"
+    spool.write_text("in the way")
+    segment = make_segment(spool)
+    for number in range(1, 3):
+        for _ in range(5):
+            assert append(segment, [b"in memory"]) == []
+        lines = [line for line in caplog.messages if "cannot be written" in line]
+        assert len(lines) == number
+        assert "Not a directory" in lines[-1], "the system's reason"
+        spool.unlink()
+        assert append(segment, [b"on disk"]) == []
+        shutil.rmtree(spool)
+        spool.write_text("in the way")
+    crash(segment)
 
 
 def test_what_was_in_memory_between_two_parts_is_no_deleted_file(
