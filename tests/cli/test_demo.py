@@ -111,9 +111,20 @@ def test_two_demos_do_not_mix(logged: tuple[Done, list[LoggedRun]], store: str, 
     assert len(runs_in(store, EXPERIMENT)) == 2 * len(TASKS)
 
 
-def test_without_a_destination_the_local_store_is_used(tmp_path: Path, cli: Run) -> None:
-    """With nothing configured the runs are in MLflow's own default store, here."""
-    done = cli("demo")
+WITHOUT_NETWORK = """
+import sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise OSError("no network")
+sys.addaudithook(refuse)
+from qitos_mlflow.cli import main
+main(["demo"])
+"""
+
+
+def test_without_a_destination_the_local_store_is_used(tmp_path: Path, python: Run) -> None:
+    """With nothing configured the runs are in MLflow's own default store, here, also offline."""
+    done = python("-c", WITHOUT_NETWORK)
     assert done.returncode == 0, done.stderr
     uri = re.search(r"--backend-store-uri (\S+)", done.stdout)
     assert uri is not None

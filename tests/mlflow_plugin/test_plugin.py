@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pluggy
 import pytest
 from qitos import Decision
 from qitos.engine.critic import Critic
@@ -89,6 +90,30 @@ def test_a_trace_is_its_start_its_spans_and_its_end(
     assert (end["recorded"], end["dropped"]) == (1, {})
     assert {record["trace_id"] for record in (start, root, span, end)} == {trace.trace_id}
     assert start["time_ns"] <= span["start_ns"] <= span["end_ns"] <= end["time_ns"]
+
+
+def test_hooks_are_all_that_it_needs(records: Spooled) -> None:
+    """A plugin manager of pluggy's that knows nothing of this package calls it, and it logs."""
+    manager = pluggy.PluginManager("qitos")
+    manager.register(MlflowPlugin(Settings.resolve(offline=True)))
+
+    class Caller(tracing.TraceProcessor):
+        def on_trace_start(self, trace: Any) -> None:
+            manager.hook.qitos_trace_start(trace=trace)
+
+        def on_trace_end(self, trace: Any) -> None:
+            manager.hook.qitos_trace_end(trace=trace)
+
+        def on_span_start(self, span: Any) -> None:
+            manager.hook.qitos_span_start(span=span)
+
+        def on_span_end(self, span: Any) -> None:
+            manager.hook.qitos_span_end(span=span)
+
+    with tracing.TracingProvider([Caller()]).create_trace("agent") as trace:
+        step(trace, tracing.StepSpanData(1))
+    manager.hook.qitos_shutdown()
+    assert [record["kind"] for record in records()] == ["trace_start", "span", "trace_end"]
 
 
 def test_every_span_knows_its_step(
