@@ -81,6 +81,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "_inheritance": (),
     "_stop_reasons": (),
     "_after_import": (),
+    "_json": (),
 }
 """Each package, from the top down, with what it may import beside itself and `LEAVES`.
 
@@ -88,7 +89,7 @@ A sub-package that is not in the table belongs to the package above it. An entry
 stands for all modules in it but not for sub-packages that have a row of their own, or one module.
 """
 
-LEAVES = ("errors", "_guard", "_usage", "_inheritance", "_stop_reasons", "_after_import")
+LEAVES = ("errors", "_guard", "_usage", "_inheritance", "_stop_reasons", "_after_import", "_json")
 """Modules that every package may import."""
 
 MODULE_LINES = 350

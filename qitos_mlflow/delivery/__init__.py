@@ -29,6 +29,7 @@ from qitos_mlflow.delivery.sink import Hopeless as Hopeless
 from qitos_mlflow.delivery.sink import OutOfTime as OutOfTime
 from qitos_mlflow.delivery.sink import RetryLater as RetryLater
 from qitos_mlflow.delivery.sink import Sink as Sink
+from qitos_mlflow.delivery.spool.counts import NO_MEMORY as NO_MEMORY
 from qitos_mlflow.delivery.spool.counts import Counts as Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter as DeadLetter
 from qitos_mlflow.delivery.spool.paths import Paths as Paths

@@ -59,8 +59,11 @@ class ByteQueue:
         size = len(payload) + ITEM_OVERHEAD_BYTES
         if not keep and self._held_bytes + size > self._max_bytes:
             return False
+        try:
+            self._items.put(Item(payload, keep, urgent))
+        except MemoryError:
+            return False
         self._held_bytes += size
-        self._items.put(Item(payload, keep, urgent))
         if urgent:
             self._end_linger()
         return True

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import check
+from qitos_mlflow._json import memory_left
 from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.sink import RetryLater, Sink
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
@@ -20,6 +21,10 @@ BATCH_RECORDS = 500
 """Most records of one step: what is sent again after a crash before its acknowledgement."""
 SEND_TIMEOUT_S = 15.0
 """Longest that a sink gets for one step (seconds)."""
+
+MEMORY_BYTES, MEMORY_FACTOR = 16 * 1024 * 1024, 16
+"""Room below a limit of the process's memory, beside so many times the records, that a batch needs.
+With less, protobuf may end the process."""
 
 
 class SegmentTransfer:
@@ -117,6 +122,9 @@ class SegmentTransfer:
         return self._sink
 
     def _send(self, sink: Sink, chunk: Chunk, timeout_s: float) -> None:
+        left = memory_left()
+        if left and left < MEMORY_BYTES + MEMORY_FACTOR * sum(map(len, chunk.records)):
+            raise RetryLater("the process is near its limit of memory")
         if not self._prepared:
             try:
                 sink.prepare(chunk.records)

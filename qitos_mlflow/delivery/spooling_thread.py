@@ -17,7 +17,13 @@ from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import OwnThread, check
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue, Item
 from qitos_mlflow.delivery.sending_thread import SendingThread
-from qitos_mlflow.delivery.spool.counts import CLOSED, NORMALIZE_FAILED, SPOOLING_FAILED, Counts
+from qitos_mlflow.delivery.spool.counts import (
+    CLOSED,
+    NO_MEMORY,
+    NORMALIZE_FAILED,
+    SPOOLING_FAILED,
+    Counts,
+)
 from qitos_mlflow.delivery.spool.parts import MemoryPart
 from qitos_mlflow.delivery.spool.segments import waiting_records
 from qitos_mlflow.delivery.spool.writer import Record, SegmentWriter
@@ -166,7 +172,7 @@ class SpoolingThread(OwnThread):
         """Whether everything in the segment is delivered; offline, by other processes."""
         if self.sending is not None:
             return self.sending.position >= self.segment.end
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             return next(waiting_records(self.segment.paths), None) is None
         return False  # What cannot be looked at may be there.
 
@@ -243,6 +249,8 @@ class SpoolingThread(OwnThread):
             for payload, keep, _ in batch:
                 try:
                     data = self._pipeline.normalize(payload)
+                except MemoryError:
+                    self._lose(payload, NO_MEMORY)
                 except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
                     _guard.report("delivery.normalize", error)
                     self._lose(payload, NORMALIZE_FAILED)
@@ -306,7 +314,7 @@ class SpoolingThread(OwnThread):
 def _start(thread: threading.Thread) -> bool:
     try:
         thread.start()
-    except RuntimeError as error:  # No more threads: shutting down, or a limit of the system.
+    except (RuntimeError, MemoryError) as error:  # Shutting down, or a limit of the system.
         if "shutdown" not in str(error):
             _guard.warn(
                 "delivery.thread",

@@ -19,8 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._after_import import imported
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import Surroundings
@@ -209,7 +208,7 @@ def pipeline_of(recorder: Recorder[Any]) -> tuple[Destination, RecordPipeline]:
 
 def _place(header: bytes) -> tuple[Any, ...]:
     """Equal for segments that go to the same tenant of the same server or store."""
-    head = orjson.loads(header)
+    head = _json.loads(header)
     uri = head["tracking_uri"]
     # Without a URI it is MLflow's default, which may be a store in the working directory.
     headers = head.get("headers", {})

@@ -16,9 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from qitos_mlflow import tracing
+from qitos_mlflow import _json, tracing
 from qitos_mlflow._guard import report
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
@@ -81,14 +79,14 @@ def normalize(
     Raises:
         OSError: a file of the run cannot be read.
     """
-    record = {**orjson.loads(snapshot), "version": RECORD_VERSION}
+    record = {**_json.loads(snapshot), "version": RECORD_VERSION}
     if record["kind"] == "artifact":
-        return orjson.dumps(_redacted_file(record)) if _read_file(record) else None
+        return _json.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
     pictures = None if record.pop("no_pictures", False) else pictures
     record = safe(record, len(snapshot), field_bytes, pictures)
     record |= additions(record, field_bytes)
-    return orjson.dumps(record)
+    return _json.dumps(record)
 
 
 def safe(
@@ -181,7 +179,7 @@ def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
         for plugin, returned in on_record(record) if on_record is not None else ():
             try:
                 for part, values in _checked(returned).items():
-                    found.setdefault(part, {}).update(orjson.loads(encode(values)))
+                    found.setdefault(part, {}).update(_json.loads(encode(values)))
             except Exception as error:  # noqa: BLE001 - a plugin's; the record is kept without
                 report(plugin, error)
     return found

@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._inheritance import OwnThread
 from qitos_mlflow.redaction.pictures import reference, type_of
@@ -59,7 +58,7 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
     if _TYPE not in payload:
         return payload
     with shield("picture_files"):
-        named = dict.fromkeys(orjson.loads(path) for path in reversed(_PATH.findall(payload)))
+        named = dict.fromkeys(_json.loads(path) for path in reversed(_PATH.findall(payload)))
         paths = [path for path in [*named][:MAX_FILES] if "://" not in path]
         if not paths or (_late is not None and _late.blocks()):
             return payload
@@ -72,7 +71,7 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
         elif reading.found:
             if len(seen) < MAX_SEEN:
                 seen.update(reading.read)
-            return payload[:-1] + b',"picture_files":' + orjson.dumps(reading.found) + b"}"
+            return payload[:-1] + b',"picture_files":' + _json.dumps(reading.found) + b"}"
     return payload
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.redaction.pictures import Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
 
@@ -48,7 +47,7 @@ class TakenPictures:
         If a reference was redacted or cut, its picture is left out, too.
         """
         if found:
-            text, known = orjson.dumps(record), self._known.setdefault(record["trace_id"], set())
+            text, known = _json.dumps(record), self._known.setdefault(record["trace_id"], set())
             if len(known) > MAX_KNOWN:
                 known.clear()
             new = {key: base64 for key, base64 in found.items() if key.encode() in text}

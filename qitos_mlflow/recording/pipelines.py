@@ -14,8 +14,7 @@ from collections.abc import Hashable
 from itertools import count
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline
 from qitos_mlflow.recording.code_version import CodeVersion
@@ -155,7 +154,7 @@ class RecordPipeline(Pipeline):
 
     def lost(self, record: bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
-        fields = orjson.loads(record)
+        fields = _json.loads(record)
         self._pictures.forget(fields)
         if fields["kind"] != "trace_end" and "late" not in fields:
             self.add_loss(fields["trace_id"], fields["kind"], reason)

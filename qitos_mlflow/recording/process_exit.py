@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import report, say
 from qitos_mlflow.delivery import living, waiting_records
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
@@ -158,13 +157,18 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     directories = {str(pipeline.paths.directory) for pipeline in left}
     records, traces, complete = 0, set(), True
     found: dict[str, set[str]] = {}  # By what the command has to begin with.
-    for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
-        if time.monotonic() > until:
-            complete, found = False, {one.command_prefix: directories for one in left}
-            break
-        records += 1
-        traces.add(orjson.loads(record).get("trace_id"))
-        found.setdefault(pipeline.command_prefix, set()).add(str(pipeline.paths.directory))
+    try:
+        for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
+            if time.monotonic() > until:
+                complete = False
+                break
+            records += 1
+            traces.add(_json.loads(record).get("trace_id"))
+            found.setdefault(pipeline.command_prefix, set()).add(str(pipeline.paths.directory))
+    except MemoryError:
+        complete = False
+    if not complete:
+        found = {one.command_prefix: directories for one in left}
     lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
         lines.append(

@@ -1,8 +1,8 @@
 """Any value to JSON: whatever it holds, whatever its classes do, whatever other threads do to it.
 
-Runs on the agent's thread; never raises. There are two paths. The fast one copies the containers
-and has orjson write the copies. The slow one, for what orjson refuses, makes a copy that orjson is
-certain to accept.
+Runs on the agent's thread; raises nothing but `MemoryError`. There are two paths. The fast one
+copies the containers and has orjson write the copies. The slow one, for what orjson refuses, makes
+a copy that orjson is certain to accept.
 
 orjson crashes the process if a container changes while it is inside: through another thread, or
 through Python code that orjson calls (`default`, an Enum's value, a time zone). It also crashes if
@@ -31,8 +31,7 @@ from typing import Any
 from uuid import UUID
 from weakref import ref
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.redaction.trim import CUT_HERE, cut
 
 MAX_REPR = 2_000
@@ -56,26 +55,32 @@ no more containers; only a record that holds one container in many places reache
 MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
 """Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
+SHARE = 8
+"""A record takes at most an eighth of the memory that is left below a limit: the rest is the
+agent's."""
+
 HOLD_DATA = frozenset({
     "numpy", "pandas", "polars", "pyarrow", "scipy", "torch", "tensorflow", "jax", "jaxlib", "cupy",
     "sklearn", "PIL", "bs4", "pint", "requests",
 })  # fmt: skip
 """Packages whose objects have their data at hand, or have a `repr` that fetches none."""
 
-_STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-"""orjson refuses these types, so that it runs no code of theirs. A dict that is not copied may hold
-some by now: another thread may have put them there."""
-
 
 def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
-    """`record` as JSON; `slow` is its trace's. Agent's thread; never raises, never changes it."""
+    """`record` as JSON; `slow` is its trace's. Agent's thread; never changes it.
+
+    Raises:
+        MemoryError: there is too little memory, and nothing else.
+    """
     own, budget = record.copy(), _Budget(slow or SlowTexts())
     try:
         _own(own, MAX_LEVELS, budget)
-        return orjson.dumps(own, option=_STRICT)
+        return _json.dumps(own, option=_json.STRICT, share=SHARE)
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001 - a key that is no text, a cycle, a huge number, …
         budget.containers = MAX_SLOW_CONTAINERS
-        return orjson.dumps(_accepted(own, MAX_SLOW_LEVELS, budget))
+        return _json.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), share=SHARE)
 
 
 class SlowTexts:
@@ -225,7 +230,7 @@ def _name(key: Any, levels: int, budget: _Budget) -> str:
     if issubclass(type(key), bytes):
         return text_of(key, budget.slow)  # As a value only the length is kept; here it is the name.
     key = _accepted(key, levels, budget)
-    return key if type(key) is str else orjson.dumps(key).decode()
+    return key if type(key) is str else _json.dumps(key).decode()
 
 
 def _known(value: Any, budget: _Budget) -> Any:

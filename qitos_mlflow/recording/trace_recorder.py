@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import report
+from qitos_mlflow.delivery import NO_MEMORY
 from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_files
 from qitos_mlflow.recording.pipelines import RecordPipeline
@@ -106,9 +107,7 @@ class TraceRecorder:
             **self._settings,
             **more,
         }
-        payload = encode(record, self._slow)
-        self.pipeline.offer(payload, keep=True, urgent=True)
-        self.recorded(payload)
+        self._offer_kept(record)
 
     def start_span(self, span: Any) -> None:
         """Note which of the agent's steps the span belongs to: the x axis of its metrics."""
@@ -129,7 +128,10 @@ class TraceRecorder:
                 "start_ns": time.time_ns(),
                 **self._settings,
             }
-            self.pipeline.offer(encode(record, self._slow), keep=True)
+            try:
+                self.pipeline.offer(encode(record, self._slow), keep=True)
+            except MemoryError:
+                self._lose("span_start", NO_MEMORY)
 
     def end_span(self, span: Any) -> None:
         """Record a span.
@@ -145,7 +147,7 @@ class TraceRecorder:
         next(self._spans)
         self._late += self.ended
         if self.closed or self.pipeline.closed:
-            self._lose_span("closed")
+            self._lose("span", "closed")
             return
         try:
             # In characters: each is at least a byte, and `normalize` cuts to the byte.
@@ -160,8 +162,11 @@ class TraceRecorder:
             payload = encode(record, self._slow)
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
                 payload = with_picture_files(payload, self._pictures, most)
+        except MemoryError:
+            self._lose("span", NO_MEMORY)
+            return
         except Exception:
-            self._lose_span("snapshot_failed")
+            self._lose("span", "snapshot_failed")
             raise
         if not self.pipeline.offer(payload):
             self._pictures.clear()  # Those of the record are read again.
@@ -194,8 +199,11 @@ class TraceRecorder:
             if added := self.tags():
                 end["added"] = {"tags": dict(added)}
             for file in snapshot.files_of_run(self.id, end["metadata"]) if self._files else ():
-                if not self.pipeline.offer(encode(file, self._slow)):
-                    self._note_loss("artifact", "queue_full")
+                try:
+                    if not self.pipeline.offer(encode(file, self._slow)):
+                        self._note_loss("artifact", "queue_full")
+                except MemoryError:
+                    self._lose("artifact", NO_MEMORY)
 
         self._end(TraceRecorder.status({}, failure), {}, complete)
 
@@ -232,18 +240,26 @@ class TraceRecorder:
             report("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
-            payload = encode(end, self._slow)
-            self.pipeline.offer(payload, keep=True, urgent=True)
+            self._offer_kept(end)
             self._ended_s = time.monotonic()
-            self.recorded(payload)
 
     def _note_loss(self, kind: str, reason: str) -> None:
         if self._ended_s == float("inf"):
             self.pipeline.add_loss(self.id, kind, reason)
 
-    def _lose_span(self, reason: str) -> None:
-        self._note_loss("span", reason)
+    def _lose(self, kind: str, reason: str) -> None:
+        self._note_loss(kind, reason)
         self.pipeline.stats.drop(reason)
+
+    def _offer_kept(self, record: dict[str, Any]) -> None:
+        """Record the start or the end, if memory is short without its metadata."""
+        try:
+            payload = encode(record, self._slow)
+        except MemoryError:
+            self._lose("metadata", NO_MEMORY)
+            payload = encode({**record, "metadata": {}}, self._slow)
+        self.pipeline.offer(payload, keep=True, urgent=True)
+        self.recorded(payload)
 
     def _metadata(self, trace: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         metadata = {**(more or {}), **(trace.metadata or {})}

@@ -17,8 +17,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.redaction.credentials import find_credentials
 from qitos_mlflow.redaction.names import names_credential
 
@@ -127,13 +126,13 @@ def redact_json(text: str) -> str:
     If it is not JSON, such as the torn last line of a file, it is redacted as text.
     """
     try:
-        value = orjson.loads(text)
+        value = _json.loads(text)
         kept = redact(value)
         # The text too: if a key is there twice, `value` has only its last value.
         if kept == value and redact_text(text) == text:
             return text
         kept = redact(json.loads(text))  # orjson makes floats of integers above 64 bits.
-    except (orjson.JSONDecodeError, RecursionError):
+    except (_json.JSONDecodeError, RecursionError):
         return redact_text(text)
     body = text.strip()
     # QitOS writes a manifest in many lines, and an event in one.

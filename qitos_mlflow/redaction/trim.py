@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import orjson
+from qitos_mlflow import _json
 
 CUT_HERE = "… [cut: "
 """Begins the note in the place of what was cut off; the original length follows."""
@@ -117,12 +117,12 @@ def trim_fields(record: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 def _trim_field(value: Any, max_bytes: int) -> Any:
     if isinstance(value, str):
         return note_large(value, max_bytes, trim_rest=True)
-    if not isinstance(value, (dict, list)) or len(orjson.dumps(value)) <= max_bytes:
+    if not isinstance(value, (dict, list)) or len(_json.dumps(value)) <= max_bytes:
         return value
     each = max_bytes // 2
     while each >= 256:
         smaller = note_large(value, each, trim_rest=True)
-        if len(orjson.dumps(smaller)) <= max_bytes:
+        if len(_json.dumps(smaller)) <= max_bytes:
             return smaller
         each //= 4
-    return trim(orjson.dumps(value).decode(), max_bytes)
+    return trim(_json.dumps(value).decode(), max_bytes)

@@ -19,8 +19,7 @@ import time
 from itertools import takewhile
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import report, shield
 from qitos_mlflow.mlflow_plugin.fluent import surroundings
@@ -216,14 +215,14 @@ class MlflowTree:
                 renew(manager, self.trace_id, trace)
 
     def _safe(self, payload: bytes) -> Any:
-        return safe(orjson.loads(payload), len(payload), self._field_bytes, self._pictures)
+        return safe(_json.loads(payload), len(payload), self._field_bytes, self._pictures)
 
     @staticmethod
     def _show(live: Any, attributes: dict[str, Any]) -> None:
         """Set attributes as MLflow keeps them: as JSON, which its own encoder takes long for."""
         for key, value in attributes.items():
             if value is not None:
-                live._span.set_attribute(key, orjson.dumps(value).decode())
+                live._span.set_attribute(key, _json.dumps(value).decode())
 
     def _close_all(self) -> None:
         """Have all open spans end, the innermost first."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, trace_id
@@ -56,7 +55,7 @@ def assessment_of(record: Assessment) -> dict[str, Any]:
         if record.get("rationale"):
             found["rationale"] = clean_text(record["rationale"], limits.TAG_CHARS)
     elif isinstance(value, (dict, list)):
-        text = orjson.dumps(value).decode()
+        text = _json.dumps(value).decode()
         found["expectation"] = {
             "serialized_value": {"serialization_format": "JSON_FORMAT", "value": text}
         }

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping.entities import is_inside
 from qitos_mlflow.redaction.pictures import REFERENCE, Pictures, take_pictures
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS
@@ -98,4 +97,4 @@ def _addressed(value: Any, of_trace: str) -> Any:
         address = f"mlflow-attachment://{found['id']}?content_type={media}"
         return f"{address}&trace_id={of_trace}&size={found['size']}"
 
-    return orjson.loads(REFERENCE.sub(address, orjson.dumps(value).decode()))
+    return _json.loads(REFERENCE.sub(address, _json.dumps(value).decode()))

@@ -28,8 +28,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import (
     Fields,
     as_text,
@@ -184,8 +183,8 @@ def _add_calls(message: Fields, calls: list[Fields]) -> None:
 def _function(call: Fields) -> tuple[str, Any]:
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     try:
-        return name, orjson.loads(arguments)
-    except orjson.JSONDecodeError:
+        return name, _json.loads(arguments)
+    except _json.JSONDecodeError:
         return name, arguments
 
 

@@ -22,8 +22,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.redaction.pictures import type_of
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, is_note, note_large
@@ -103,7 +102,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return orjson.dumps(value, default=str).decode()
+        return _json.dumps(value, default=str).decode()
     except (TypeError, ValueError):  # Integers beyond 64 bits, for one.
         return str(value)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping.entities import PromptRef
 from qitos_mlflow.mlflow_plugin.mapping.limits import TRACE_TAG_CHARS, mapping
 
@@ -36,13 +35,13 @@ def code_tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 def prompts_tag(prompts: Sequence[PromptRef]) -> str:
     """The text of the tag for prompts, as many as there is room for."""
-    text = orjson.dumps(prompts).decode()
+    text = _json.dumps(prompts).decode()
     return text if len(text) <= TRACE_TAG_CHARS else prompts_tag(prompts[: len(prompts) // 2])
 
 
 def prompts_in(tags: Mapping[str, str]) -> list[PromptRef]:
     """The prompts that the tag names; none if it was damaged."""
     try:
-        return [PromptRef(**one) for one in orjson.loads(tags.get(PROMPTS, "[]"))]
+        return [PromptRef(**one) for one in _json.loads(tags.get(PROMPTS, "[]"))]
     except (TypeError, ValueError):
         return []

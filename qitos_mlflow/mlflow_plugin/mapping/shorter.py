@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import orjson
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from qitos_mlflow import _json
 from qitos_mlflow.redaction.trim import note_large
 
 LEAST = 256
@@ -28,10 +28,10 @@ def shorter(item: Any) -> Any | None:
         if not isinstance(pair, tuple) or len(pair[1]) <= LEAST:
             return None  # A metric, a file or a short text.
         return kind, (pair[0], note_large(pair[1], len(pair[1]) // 2, trim_rest=True))
-    size = most = len(orjson.dumps(item))
+    size = most = len(_json.dumps(item))
     while (most := most // 2) >= LEAST:
         smaller = note_large(item, most, trim_rest=True)
-        if len(orjson.dumps(smaller)) <= size // 2:
+        if len(_json.dumps(smaller)) <= size // 2:
             return smaller
     return None
 

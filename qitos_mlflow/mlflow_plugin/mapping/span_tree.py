@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits, span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.ids import digest, otel_trace_id, span_id, trace_id
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_text, mapping
@@ -107,7 +107,7 @@ class SpanTree:
     @property
     def full(self) -> bool:
         """The next info is the last one with the assessments that there are."""
-        return len(orjson.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
+        return len(_json.dumps(self.assessments)) >= MAX_ASSESSMENT_BYTES
 
     @property
     def changed(self) -> bool:
@@ -142,7 +142,7 @@ class SpanTree:
             if self.response:
                 metadata["mlflow.traceOutputs"] = info["response_preview"] = self.response
         if self.usage:
-            metadata["mlflow.trace.tokenUsage"] = orjson.dumps(self.usage).decode()
+            metadata["mlflow.trace.tokenUsage"] = _json.dumps(self.usage).decode()
         if self.assessments:
             info["assessments"] = list(self.assessments)
         return info

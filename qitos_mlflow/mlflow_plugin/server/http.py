@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-import orjson
 import requests
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
+from qitos_mlflow import _json
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.server.access import RENEW_S, Access, read_access
 from qitos_mlflow.mlflow_plugin.server.connections import WatchedAdapter
@@ -277,8 +277,8 @@ def _moved(address: str | None) -> str:
 def json_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object that an answer holds; None when it holds none, such as a proxy's page."""
     try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        answer = _json.loads(body)
+    except _json.JSONDecodeError:
         return None
     return answer if isinstance(answer, dict) else None
 

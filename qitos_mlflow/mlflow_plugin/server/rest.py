@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
+from qitos_mlflow import _json
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import (
@@ -150,7 +150,7 @@ class RestTransport(Transport):
     def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
         trace, own = (quote(assessment[key], safe="") for key in ("trace_id", "assessment_id"))
         parts = [part for part in CHANGES if part in assessment]
-        body = orjson.dumps({"assessment": assessment, "update_mask": ",".join(parts)})
+        body = _json.dumps({"assessment": assessment, "update_mask": ",".join(parts)})
         path = f"/api/3.0/mlflow/traces/{trace}/assessments/{own}"
         self._json(Request("PATCH", path, timeout_s, body, answer="assessment"))
 
@@ -211,7 +211,7 @@ class RestTransport(Transport):
     def _post(
         self, path: str, body: dict[str, Any], timeout_s: float, answer: str = ""
     ) -> dict[str, Any]:
-        return self._json(Request("POST", path, timeout_s, orjson.dumps(body), answer=answer))
+        return self._json(Request("POST", path, timeout_s, _json.dumps(body), answer=answer))
 
     def _json(self, request: Request) -> dict[str, Any]:
         """Send `request` as `_send` does; returns the JSON object that is answered."""

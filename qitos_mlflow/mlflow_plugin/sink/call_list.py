@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from qitos_mlflow import _json
 from qitos_mlflow.delivery import DeadLetter, OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment
 from qitos_mlflow.mlflow_plugin.mapping.shorter import shorter
@@ -276,7 +276,7 @@ class CallList:
 def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
     """The dead letter of one item: enough to log it by hand, or its record, to send it again."""
     if isinstance(item, dict) and item.get("kind") == "assessment":
-        return orjson.dumps(item)
+        return _json.dumps(item)
     about: dict[str, Any] = {"trace_id": trace.facts.trace_id}
     about["run_id"] = trace.run and trace.run.run_id
     if isinstance(item, Attachment):
@@ -292,7 +292,7 @@ def _letter(trace: TraceState, item: Any, *, again: bool) -> bytes:
         about["item"] = MessageToDict(item)
     else:
         about["item"] = item
-    return orjson.dumps(about, default=_file_text)
+    return _json.dumps(about, default=_file_text)
 
 
 def _file_text(content: bytes) -> str:

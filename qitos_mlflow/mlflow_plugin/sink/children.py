@@ -10,8 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import report, warn
 from qitos_mlflow.delivery import OutOfTime, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData, RunRef, StoredRun
@@ -200,7 +199,7 @@ class Children(Experiments):
     def _write_table(
         self, run: RunRef, reading: Reading, found: Sequence[Attempt], deadline: float
     ) -> None:
-        content = orjson.dumps(table(found))
+        content = _json.dumps(table(found))
         try:
             self._transport.write_artifact(run, RESULTS, content, left_s(deadline))
         except (RetryLater, Refused, Poisoned) as failure:

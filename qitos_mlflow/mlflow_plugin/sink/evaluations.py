@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
@@ -64,7 +63,7 @@ class EvaluationOperations(Operations):
     def _cost_of(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
         found = super()._cost_of(tree, experiment_id, timeout_s)
         if found:
-            [cost] = map(orjson.loads, found.values())
+            [cost] = map(_json.loads, found.values())
             self._costs[tree.facts.trace_id] = cost["total_cost"]
         return found
 

@@ -21,8 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import log, warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
@@ -249,7 +248,7 @@ class Operations:
             self._asks_cost_at = math.inf if never else time.monotonic() + PAUSE_S
             return {}
         self._cost_failures = 0
-        return {"mlflow.trace.cost": orjson.dumps(cost).decode()} if cost else {}
+        return {"mlflow.trace.cost": _json.dumps(cost).decode()} if cost else {}
 
     def _sum_cost(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, float]:
         """The cost in USD of a trace's spans on the server, as MLflow's ``mlflow.trace.cost``.

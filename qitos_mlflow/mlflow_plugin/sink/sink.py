@@ -16,8 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import orjson
-
+from qitos_mlflow import _json
 from qitos_mlflow._guard import report
 from qitos_mlflow.delivery import DeadLetter, Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
@@ -82,7 +81,7 @@ class MlflowSink:
         announce: Announce = lambda *_: None,
         resumed: bool = False,
     ) -> None:
-        fields: dict[str, Any] = orjson.loads(header)
+        fields: dict[str, Any] = _json.loads(header)
         uri = tracking_uri or fields.get("tracking_uri")
         with uninstrumented():
             self._transport = transport or open_transport(
@@ -116,7 +115,7 @@ class MlflowSink:
         self._resumed = True
         self._traces, self._refused = {}, {}
         try:
-            plain = orjson.loads(state)
+            plain = _json.loads(state)
             uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
             version = plain.get("version", 1)
             if version in (1, 2):
@@ -142,7 +141,7 @@ class MlflowSink:
         touched: dict[str, TraceState] = {}
         for data in records:
             try:
-                record: Record = orjson.loads(data)
+                record: Record = _json.loads(data)
                 trace_id, kind = record["trace_id"], record["kind"]
                 check_names(record)
                 if self._elsewhere:
@@ -203,7 +202,7 @@ class MlflowSink:
         state = {"version": STATE_VERSION, "uri": self._transport.address}
         traces = [trace.to_json() for trace in self._traces.values()]
         parents = self._operations.parents.due
-        return orjson.dumps(
+        return _json.dumps(
             {**state, "traces": traces, "refused": self._refused, "parents": parents}
         )
 

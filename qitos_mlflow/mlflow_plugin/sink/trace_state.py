@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-import orjson
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric_of
 from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
@@ -126,7 +126,7 @@ class TraceState:
             if isinstance(content, str):
                 file = content.encode()
             else:
-                file = orjson.dumps(content, option=orjson.OPT_INDENT_2)
+                file = _json.dumps(content, option=_json.INDENT)
             self.waiting.artifacts.append((record["path"], file))
         if record["kind"] in ("artifact", "pictures"):
             self.facts.settings = settings_in(record.get("settings")) or self.facts.settings

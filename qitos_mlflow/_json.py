@@ -1,0 +1,133 @@
+"""JSON by orjson; near a limit of the process's memory by the standard library, which may fail.
+
+orjson does not look whether it got the memory it asked for: under ``ulimit -v`` it ends the process
+(3.9 to 3.13). The standard library's encoder raises `MemoryError`, but takes 20 times as long. So
+orjson works as long as there is no limit, or much more left below it than orjson could need. A
+container's limit is different: no allocation fails there, the kernel ends a process.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+import os
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits.
+    _LIMITS: list[tuple[int, int]] = []
+else:
+    _LIMITS = [(resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)]
+"""Each limit, and which number of ``/proc/self/statm`` it is about."""
+
+SPARE_BYTES = 128 * 1024 * 1024
+"""Room that must be left beside what orjson may need: other threads take memory meanwhile."""
+
+SMALL_BYTES = 64 * 1024
+"""What is no larger is always tried: it may fit into memory that the process has already."""
+
+DUMPS_FACTOR, LOADS_FACTOR = 256, 48
+"""What orjson may need for each byte that marshal or JSON has (measured: at most 212, for a list of
+None, and 34, for a list of empty dicts)."""
+
+JSONDecodeError = json.JSONDecodeError
+"""The base class of orjson's, too."""
+
+STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+"""orjson refuses these types, so that it runs no code of theirs. A dict that is not copied may hold
+some by now: another thread may have put them there."""
+INDENT = orjson.OPT_INDENT_2
+
+
+def dumps(
+    value: Any,
+    default: Callable[[Any], Any] | None = None,
+    option: int | None = None,
+    *,
+    share: int = 0,
+) -> bytes:
+    """`value` as JSON.
+
+    Args:
+        value: of what JSON has.
+        default: makes such a value of another one.
+        option: of orjson.
+        share: refuse what takes more than such a part of the memory that is left; 8 for an eighth.
+
+    Raises:
+        MemoryError: there is too little memory.
+        TypeError, ValueError: JSON cannot hold it.
+    """
+    if (left := memory_left()) is None:
+        return orjson.dumps(value, default, option)
+    try:
+        size = len(marshal.dumps(value, 2))
+    except ValueError:  # Something for `default`, or for nobody.
+        size = 0
+    if 0 < size * DUMPS_FACTOR < left - SPARE_BYTES:
+        return orjson.dumps(value, default, option)
+    if size > SMALL_BYTES and size * share > left:
+        raise MemoryError
+    indent, separators = (2, None) if option == INDENT else (None, (",", ":"))
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        allow_nan=False,
+        default=default,
+        indent=indent,
+        separators=separators,
+    ).encode()
+
+
+def loads(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        MemoryError: there is too little memory.
+        JSONDecodeError: it is not JSON.
+    """
+    left = memory_left()
+    if left is None or len(data) * LOADS_FACTOR < left - SPARE_BYTES:
+        return orjson.loads(data)
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        if "\\ud" in text or "\\uD" in text:  # Half a pair is no text. Rare: we write no escapes.
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+        return json.loads(text, parse_int=_integer, parse_constant=_no_number)
+    except JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise JSONDecodeError(str(error), "", 0) from None
+
+
+def _integer(digits: str) -> int | float:
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(number)  # As orjson has it.
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def memory_left() -> int | None:
+    """How many bytes the process may still take, below a limit of its own.
+
+    None without a limit, 0 if there is one and the system does not say how near it is.
+    """
+    # Each time, 0.6 µs: a program may limit itself at any moment.
+    found = [(most, at) for kind, at in _LIMITS if (most := resource.getrlimit(kind)[0]) >= 0]
+    if not found:
+        return None
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pages = os.read(descriptor, 200).split()
+        finally:
+            os.close(descriptor)
+        return max(1, min(most - int(pages[at]) * resource.getpagesize() for most, at in found))
+    except (OSError, IndexError):  # Another system, or no descriptor is left.
+        return 0

@@ -1,0 +1,65 @@
+"""JSON near a limit of memory: the same bytes and values as without one, and no crash."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+import qitos_mlflow
+from qitos_mlflow import _json
+
+VALUES: list[Any] = [
+    {"kind": "span", "a": [1, -1, 1.5, None, True, "é\u2028\x00\U0001f600\x7f"], "b": {}},
+    {"numbers": [2**63, -(2**63), 2**64 - 1, 1e300, 5e-324, -0.0, 0.1]},
+    [[[]], {"": ""}],
+    "text",
+]
+NO_JSON = [b"NaN", b"[Infinity]", b'"\\ud800"', b"\xff", b'"\xed\xa0\x80"', b"[" * 9_999, b"", b"{"]
+
+
+@pytest.fixture(params=[0, 1, _json.SPARE_BYTES])
+def _near(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_json, "memory_left", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_near")
+@pytest.mark.parametrize("value", VALUES)
+def test_the_same_near_a_limit(value: Any) -> None:
+    """Near a limit a value becomes the same JSON as without one, and the JSON the same value."""
+    assert orjson.loads(_json.dumps(value)) == value
+    assert orjson.loads(_json.dumps(value, option=_json.INDENT)) == value
+    assert _json.loads(orjson.dumps(value)) == value
+
+
+@pytest.mark.usefixtures("_near")
+@pytest.mark.parametrize("text", NO_JSON)
+def test_what_is_no_json_is_none_near_a_limit(text: bytes) -> None:
+    """Near a limit the same texts are refused as without one, with the same class of exception."""
+    for loads in (orjson.loads, _json.loads):
+        with pytest.raises(_json.JSONDecodeError):
+            loads(text)
+
+
+@pytest.mark.usefixtures("_near")
+def test_large_integers_become_floats() -> None:
+    """An integer that orjson would not write again is a float, with a limit and without."""
+    text = b"[18446744073709551616, -9223372036854775809]"
+    assert _json.loads(text) == orjson.loads(text)
+    assert orjson.dumps(_json.loads(text))
+
+
+def test_orjson_is_used_in_one_place() -> None:
+    """No other module calls orjson, which ends the process if it gets no memory."""
+    root = Path(qitos_mlflow.__file__).parent
+    users = {
+        path.name
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if (isinstance(node, ast.Import) and any(a.name == "orjson" for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.module == "orjson")
+    }
+    assert users == {"_json.py"}
