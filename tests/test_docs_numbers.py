@@ -14,6 +14,7 @@ from qitos_mlflow import _guard
 from qitos_mlflow.cli.sync import sync
 from qitos_mlflow.delivery import backoff, leftovers, spooling_thread
 from qitos_mlflow.delivery.spool import locks, paths, reader, writer
+from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree
 from qitos_mlflow.mlflow_plugin.mapping import run_totals
 from qitos_mlflow.mlflow_plugin.server import http
 from qitos_mlflow.mlflow_plugin.sink import assessments, call_list, operations
@@ -67,6 +68,7 @@ SENTENCES = {
         f"the start waits up to {DEFAULTS.start_timeout_s:g} s",
         f"exits up to {DEFAULTS.exit_timeout_s:g} s (`exit_timeout_s`) later",
         f"up to {DEFAULTS.local_exit_timeout_s:g} s (`local_exit_timeout_s`)",
+        f"waits up to {mlflow_tree.STALL_S:g} s for MLflow's exporter",
         f"waits up to {assessments.WAIT_S:g} s for the trace, at most once a minute",
         f"first trace's end waits up to {code_version.WAIT_S:g} s in memory",
         f"up to {picture_files.WAIT_S:g} s, once while it hangs, and once in "

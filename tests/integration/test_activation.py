@@ -63,9 +63,12 @@ def files_below(directory: Path) -> set[str]:
 # -- installed -------------------------------------------------------------------------------
 
 
-def test_installed_with_a_destination(client: MlflowClient, environ: dict[str, str | None]) -> None:
+@pytest.mark.parametrize("options", [(), ("-W", "error")], ids=["", "warnings are errors"])
+def test_installed_with_a_destination(
+    client: MlflowClient, environ: dict[str, str | None], options: tuple[str, ...]
+) -> None:
     """A plain QitOS script is logged, without a change to it, where MLflow's variables say."""
-    done = run_script(AGENT, RUN, **environ)
+    done = run_script(AGENT, RUN, options=options, **environ)
     assert one_run(client, environ).metrics["total_tokens"] == 30
     said = [line for line in done.stderr.splitlines() if "traces have no cost" not in line]
     assert said == []  # The oldest servers cause a message about what is left out.

@@ -7,7 +7,7 @@ r"""The lines of a spool file. Pure: bytes to bytes.
     kind    = "h"                 first line of a part: JSON object about the file itself
             | "c"                 second line: the header given by the caller, opaque
             | "r"                 a record, opaque
-            | "a"                 an acknowledgement (the only line of an ".ack" file)
+            | "a"                 an acknowledgement (only in an ".ack" file, once or twice)
             | "H" | "C" | "R" | "A"   the same; ESC and LF in the payload are escaped
     time    = hex digits          wall clock in ns when the line was written
     length  = hex digits          bytes of the payload as stored

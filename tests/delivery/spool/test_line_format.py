@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from zlib import crc32
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qitos_mlflow.delivery.spool import line_format
+from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 KINDS = st.sampled_from([line_format.FILE, line_format.CALLER, line_format.RECORD, line_format.ACK])
 
@@ -66,3 +69,20 @@ def test_head_lines_are_of_version_2_and_those_of_version_1_are_read() -> None:
     for kind in (line_format.RECORD, line_format.ACK):
         assert line_format.encode(kind, b"{}", 7).startswith(b"1" + kind)
     assert line_format.decode(b"3" + line_format.encode(line_format.FILE, b"{}", 7)[1:-1]) is None
+
+
+def test_a_segment_is_as_docs_spool_md_says(tmp_path: Path) -> None:
+    """Whoever reads the page can read the file: tags, lengths, checksums, escapes, head lines."""
+    segment = SegmentWriter(tmp_path, b"{}", offline=True, cap_bytes=10**6, memory_bytes=0)
+    records = [b'{"n":1}', b"line\nfeed\x1b", b"\x1bplain"]
+    assert segment.append([(record, False) for record in records], 0x1234) == []
+    segment.close(delete=False)
+    [(_, path)] = segment.paths.parts()
+    lines = [line.split(b" ", 4) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert [tag for tag, *_ in lines] == [b"2h", b"2c", b"2h", b"2c", b"1r", b"1R", b"1r"]
+    for tag, time, length, crc, payload in lines:
+        assert (int(time, 16), int(length, 16)) == (0x1234, len(payload))
+        assert int(crc, 16) == crc32(b"%b %b %b " % (tag, time, length) + payload)
+    assert json.loads(lines[0][4]).keys() == {"host", "pid", "offline"}
+    escaped = lines[5][4].replace(b"\x1b0", b"\n").replace(b"\x1b1", b"\x1b")
+    assert [lines[4][4], escaped, lines[6][4]] == records
