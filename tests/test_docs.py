@@ -38,7 +38,7 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
 
 
 def test_each_test_that_is_documented_exists() -> None:
-    """docs/faults.md names no test that there is not."""
+    """docs/faults.md names no test that there is not, and has no row without a test."""
     code: dict[str, str] = {}
     for path in TESTS.rglob("test_*.py"):
         code[path.name] = code.get(path.name, "") + path.read_text("utf-8")
@@ -48,6 +48,8 @@ def test_each_test_that_is_documented_exists() -> None:
     for file, name in named:
         among = code["test_faults_process.py" if file == "…" else file]
         assert not name or f"def {name}(" in among, (file, name)
+    held_by = re.findall(r"^\| .*\| (.*) \|$", page, re.MULTILINE)
+    assert [cell for cell in held_by if not re.match(r"`.*test_|the same|test$", cell)] == []
 
 
 def test_each_directory_of_tests_says_what_it_proves() -> None:

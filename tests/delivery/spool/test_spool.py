@@ -842,6 +842,27 @@ def test_a_part_that_cannot_be_read_does_not_hold_up_the_rest(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unreadable_part_of_a_dead_process_is_one_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who delivers it cannot know how many records were in it; the other parts arrive."""
+    monkeypatch.setattr(reader_module, "READ_S", 0.0)
+    segment, stats = make_segment(tmp_path, part_bytes=300), Counts()
+    append(segment, numbered(4))
+    append(segment, [b"in the next"])
+    crash(segment)
+    taken = claim(segment.paths, stats)
+    assert taken is not None
+    path = unreadable(segment.paths, monkeypatch)
+    for _ in range(reader_module.READ_TRIES - 1):
+        with pytest.raises(OSError, match="Input/output"):
+            read_all(taken.reader, segment.end)
+    assert read_all(taken.reader, segment.end) == [b"in the next"]
+    assert stats.dropped == {SPOOL_UNREADABLE: 1}
+    assert path.with_suffix(".bad").exists()
+    taken.release()
+
+
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_process_that_has_run_out_of_files_gives_no_part_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
