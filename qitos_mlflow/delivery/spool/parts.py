@@ -85,7 +85,7 @@ class DiskPart(_Part):
             if self._fsync:  # If it fails, the lines can be read all the same.
                 os.fsync(self._descriptor)
         except OSError as error:
-            self.failure, self.error = reason_of(error), error
+            self.failure, self.error = reason_of(error), error.with_traceback(None)
         ends = [end for end in accumulate(map(len, lines)) if end <= written]
         self._size += ends[-1] if ends else 0
         self.records += len(ends)
