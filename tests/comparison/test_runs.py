@@ -37,11 +37,14 @@ def test_runs_are_paired_by_task_and_trial() -> None:
 
 
 def test_a_named_trial_counts_and_the_last_run_of_it_that_is_over() -> None:
-    """A sweep that was resumed may have run a trial twice, and another benchmark have its name."""
-    trial, other = {"qitos.trial": "7"}, {"qitos.trial": "7", "qitos.benchmark": "other"}
+    """A sweep that was resumed may have run a trial twice. Another split is another task."""
+    trial = {"qitos.trial": "7"}
+    other, split = trial | {"qitos.benchmark": "other"}, trial | {"qitos.split": "val"}
     runs = [run("a", 1, tags=trial), run("a", 2, tags=trial), run("a", 4, tags=other)]
-    killed = run("a", 3, tags=trial, status="KILLED")
-    assert ids([*runs, killed]) == {"gaia/test/a#7": ["a-2"], "other/test/a#7": ["a-4"]}
+    runs += [run("a", 3, tags=trial, status="KILLED"), run("a", 5, tags=split)]
+    assert ids(runs) == {
+        "gaia/test/a#7": ["a-2"], "gaia/val/a#7": ["a-5"], "other/test/a#7": ["a-4"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
