@@ -3,7 +3,8 @@
 A place that must not raise is a ``with shield(...)``, or catches ``Exception`` and hands it to
 `report`: where every tenth of a microsecond counts, or something else is to be done. Tests listen
 through `watchers` and fail on anything reported, so that a swallowed bug is never a silent one.
-Every log line of the package goes through `log`, most of them by way of `warn` or `report`.
+Every log line of the package goes through `log`, most of them by way of `warn` or `report`, and
+leaves without credentials and control characters.
 """
 
 from __future__ import annotations
@@ -15,13 +16,37 @@ import time
 from collections.abc import Callable
 
 from qitos_mlflow._inheritance import check
+from qitos_mlflow._texts import clean, text_of, traceback_of
+from qitos_mlflow._texts import in_words as in_words
 
 LOG_EVERY_S = 60.0
 """Shortest time between two warnings under the same key (seconds)."""
 MAX_KEYS = 1000
 """Keys that are remembered; some are of a run. More of them, and all may be logged again."""
 
+
+class _Clean(logging.Filter):
+    """Makes records clean before any handler sees them: message, arguments and traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Clean the record; every record passes."""
+        try:
+            if isinstance(record.args, tuple):
+                record.args = tuple(
+                    text_of(arg) if isinstance(arg, BaseException) else arg for arg in record.args
+                )
+            record.msg = clean(record.getMessage())
+        except Exception:  # noqa: BLE001 - an argument's own code
+            record.msg = "qitos-mlflow: a message that cannot be written"
+        record.args = ()
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            record.exc_text = traceback_of(error)
+        record.exc_info = None  # Handlers of the user's write it as it is.
+        return True
+
+
 _log = logging.getLogger("qitos_mlflow")
+_log.addFilter(_Clean())
 _last_logged: dict[str, float] = {}
 
 watchers: list[Callable[[str, BaseException], None]] = []
@@ -85,10 +110,15 @@ def log(level: int, message: str, *args: object, error: BaseException | None = N
     check()  # A handler may wait.
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, if there is one. Raises `OSError` if its reader has gone."""
+def say(text: str, begin: str = "qitos-mlflow: ", *, own: bool = False) -> None:
+    """Print a line on stderr, if there is one; `own` as in `clean`.
+
+    Raises `OSError` if its reader has gone.
+    """
     if has_stderr():
-        sys.stderr.write(f"qitos-mlflow: {text}\n")  # At once: another thread may be logging.
+        sys.stderr.write(
+            f"{begin}{clean(text, own=own)}\n"
+        )  # At once: another thread may be logging.
 
 
 def has_stderr() -> bool:
@@ -106,12 +136,3 @@ def has_stderr() -> bool:
         return os.get_inheritable(stream.fileno())
     except (OSError, ValueError):
         return False
-
-
-def in_words(error: BaseException) -> str:
-    """``"Type: text"``, or the type alone if the text is empty or ``__str__`` raises."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - an exception class of the user's
-        text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -52,4 +52,9 @@ def _activate(_qitos: object) -> None:
 
 
 def _say_inactive(error: Exception) -> None:
-    print(f"qitos-mlflow: not active: {error!r}", file=sys.stderr)  # noqa: T201
+    try:
+        from qitos_mlflow._guard import in_words, say
+
+        say(f"not active: {in_words(error)}")
+    except Exception:  # noqa: BLE001 - too little of the package is there
+        print(f"qitos-mlflow: not active: {type(error).__name__}", file=sys.stderr)  # noqa: T201

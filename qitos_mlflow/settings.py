@@ -38,6 +38,10 @@ STORE_GROUP = "mlflow.tracking_store"
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
+MOST_SHOWN = 24
+"""Longer values are not repeated in an error, because they may be a credential in the wrong
+variable (characters)."""
+
 PREFIX = "QITOS_MLFLOW_"
 """Begins the names of our variables."""
 
@@ -290,10 +294,10 @@ def parsed(name: str, value: object, source: str) -> Any:
     from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
     shown = f"={value!r}"
-    if name == "tags":  # Free text: no rule finds every secret in it.
-        shown = f", a {type(value).__name__},"
-    elif name == "tracking_uri" and isinstance(value, str):
+    if name == "tracking_uri" and isinstance(value, str):
         shown = f"={without_credentials(value)!r}"
+    elif name == "tags" or len(shown) > MOST_SHOWN:  # No rule finds every secret in free text.
+        shown = f", a {type(value).__name__},"
     # Outside the except clause, and so without a cause: the cause is not redacted.
     raise SettingsError(redact_text(f"{source}{shown} cannot be used: {reason}"))
 

@@ -12,13 +12,13 @@ from qitos_mlflow import _guard
 
 
 def test_every_line_begins_with_the_package(caplog: pytest.LogCaptureFixture) -> None:
-    """Log lines begin with `qitos-mlflow: `, whatever their level; tracebacks are kept apart."""
+    """Log lines begin with `qitos-mlflow: `, of any level; tracebacks are apart, as text."""
     error = ValueError("why")
     with caplog.at_level(logging.DEBUG, "qitos_mlflow"):
         _guard.log(logging.INFO, "it is %s", "so")
         _guard.log(logging.DEBUG, "traceback", error=error)
     assert caplog.messages == ["qitos-mlflow: it is so", "qitos-mlflow: traceback"]
-    assert caplog.records[1].exc_info == (ValueError, error, None)
+    assert (caplog.records[1].exc_info, caplog.records[1].exc_text) == (None, "ValueError: why")
 
 
 def test_a_warning_once_a_minute(

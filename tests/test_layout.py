@@ -74,9 +74,10 @@ TABLE: dict[str, tuple[str, ...]] = {
     "delivery": ("delivery.spool",),
     "delivery.spool": (),
     "settings": ("redaction.redact",),
+    "_guard": ("_texts",),
+    "_texts": ("redaction.redact", "redaction.names"),
     "redaction": (),
     "errors": (),
-    "_guard": (),
     "_usage": (),
     "_inheritance": (),
     "_stop_reasons": (),
@@ -89,7 +90,16 @@ A sub-package that is not in the table belongs to the package above it. An entry
 stands for all modules in it but not for sub-packages that have a row of their own, or one module.
 """
 
-LEAVES = ("errors", "_guard", "_usage", "_inheritance", "_stop_reasons", "_after_import", "_json")
+LEAVES = (
+    "errors",
+    "_guard",
+    "_texts",
+    "_usage",
+    "_inheritance",
+    "_stop_reasons",
+    "_after_import",
+    "_json",
+)
 """Modules that every package may import."""
 
 MODULE_LINES = 350

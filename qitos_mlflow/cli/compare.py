@@ -11,13 +11,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qitos_mlflow._texts import clean
 from qitos_mlflow.cli._options import tracking_uri
-from qitos_mlflow.cli._show import plural, table
+from qitos_mlflow.cli._show import echo, echo_json, in_plain, plural, row, table
 from qitos_mlflow.errors import QitosMlflowError
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def compare_command(
             raise QitosMlflowError(f"no task has the metric {min(missing)!r} in two evaluations")
         text = json.dumps([one.to_json() for one in made], indent=2, allow_nan=False)
         shown = "\n\n".join(_shown(one) for one in made)
-        click.echo(text if as_json else shown)
+        if as_json:
+            echo_json([one.to_json() for one in made])
+        else:
+            echo(shown, lines=True)
         if log is not None:
             client.log_text(log, text, "comparison.json")
             client.log_text(log, shown, "comparison.txt")
@@ -143,19 +146,17 @@ def _stored(run: Any) -> StoredRun:
 
 def _shown(comparison: Comparison) -> str:
     """A comparison as text: the metrics' table, and the tasks that differ."""
-    from rich.console import Console
-
     heads = ("metric", ">pairs", ">first", ">second", ">difference", ">95 % interval", ">p", "test")
     made = table(*heads)
     for name, one in comparison.metrics.items():
         interval = "" if one.low is None else f"{one.low:.4g} to {one.high:.4g}"
         numbers = (f"{one.first:.4g}", f"{one.second:.4g}", f"{one.mean:+.4g}")
         p = "" if one.p is None else f"{one.p:.3g}"
-        made.add_row(name, str(one.n), *numbers, interval, p, one.test)
-    plain = StringIO()  # Not a terminal: the text is an artifact, too.
+        row(made, name, str(one.n), *numbers, interval, p, one.test)
     width = shutil.get_terminal_size((WIDTH, 0)).columns
-    Console(file=plain, width=width).print(made if made.rows else "No task has a metric in both.")
-    lines = [f"first:  {comparison.first}", f"second: {comparison.second}", "", plain.getvalue()]
+    # Not for a terminal: the text is an artifact, too.
+    plain = in_plain(made, width) if made.rows else "No task has a metric in both.\n"
+    lines = [f"first:  {clean(comparison.first)}", f"second: {clean(comparison.second)}", "", plain]
     for name, what in (
         ("won", "solved by the second only"),
         ("lost", "solved by the first only"),
@@ -164,6 +165,6 @@ def _shown(comparison: Comparison) -> str:
     ):
         if tasks := getattr(comparison, name):
             more = "" if len(tasks) <= SHOWN else f", and {len(tasks) - SHOWN} more"
-            some = ", ".join(map(str, tasks[:SHOWN]))
+            some = clean(", ".join(map(str, tasks[:SHOWN])))
             lines.append(f"{plural(len(tasks), 'task')} {what}: {some}{more}")
     return "\n".join(lines)

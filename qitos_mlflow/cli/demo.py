@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from qitos_mlflow._texts import clean
 from qitos_mlflow.cli._options import experiment_name, tracking_uri
-from qitos_mlflow.cli._show import complain, table
+from qitos_mlflow.cli._show import complain, echo, row, show, table
 from qitos_mlflow.errors import QitosMlflowError
 
 TAG = "qitos.demo"
@@ -98,7 +99,7 @@ def show_runs(uri: str | None, experiment_id: str | None, tag: str) -> int:
 
     Imports mlflow and blocks on the server; raises what mlflow raises. Returns the number of runs.
     """
-    from rich.console import Console
+    from rich.text import Text
 
     mlflow = import_module("mlflow")
     uri = uri or mlflow.get_tracking_uri()
@@ -110,14 +111,15 @@ def show_runs(uri: str | None, experiment_id: str | None, tag: str) -> int:
     rows = table("run", "status", "stop reason", *(f">{heading}" for heading in METRICS))
     for run in runs:
         metrics, status = run.data.metrics, run.info.status
-        rows.add_row(
+        row(
+            rows,
             run.info.run_name,
-            status if status == "FINISHED" else f"[red]{status}[/red]",
+            status if status == "FINISHED" else Text(clean(status), style="red"),
             run.data.tags.get("stop_reason", ""),
             *(f"{metrics[m]:.{n}f}" if m in metrics else "" for m, n in METRICS.values()),
         )
-    Console().print(rows)
-    click.echo(page(uri) + "".join(f"/#/experiments/{number}" for number in where))
+    show(rows)
+    echo(page(uri) + "".join(f"/#/experiments/{number}" for number in where), lines=True, own=True)
     return len(runs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -11,7 +10,8 @@ from typing import Any
 
 import click
 
-from qitos_mlflow.cli._show import complain, table
+from qitos_mlflow._texts import clean
+from qitos_mlflow.cli._show import complain, echo, echo_json, fact, row, show, table
 from qitos_mlflow.cli._spool import DEFAULT_STORE
 
 
@@ -25,7 +25,7 @@ def plugins(as_json: bool) -> None:
     """
     found = survey()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo_json(found)
     else:
         _show(found)
     if failed := [one["name"] for one in found["plugins"] if one["state"] == "failed"]:
@@ -91,20 +91,19 @@ def host() -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
-    console = Console()
-    console.print(f"Entry points of the group {found['group']}", highlight=False)
+    echo(f"Entry points of the group {found['group']}")
     rows = table("plugin", "from", "state", "hooks or error")
     for plugin in found["plugins"]:
-        distribution = f"{plugin['distribution']} {plugin['version']}\n{plugin['value']}"
+        distribution = clean(f"{plugin['distribution']} {plugin['version']}")
+        source = Text(f"{distribution}\n{clean(plugin['value'])}")
         what = plugin["error"] or ", ".join(plugin["hooks"])
-        rows.add_row(*map(escape, (plugin["name"], distribution, plugin["state"], what or "")))
+        row(rows, plugin["name"], source, plugin["state"], what or "")
     if found["plugins"]:
-        console.print(rows)
+        show(rows)
     else:
-        console.print("  none is installed in this Python\n")
+        echo("  none is installed in this Python\n", lines=True)
     host, value = found["host"], found["variable"]["value"]
     if not host["installed"]:
         qitos = "not installed; install it with: pip install qitos"
@@ -131,4 +130,4 @@ def _show(found: dict[str, Any]) -> None:
         "destination": found["destination"] or nowhere,
     }
     for label, text in facts.items():
-        console.print(f"[bold]{label}[/bold]  {escape(text)}", soft_wrap=True, highlight=False)
+        fact(label, text)

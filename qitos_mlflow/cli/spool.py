@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qitos_mlflow.cli._show import Group, complain, plural
+from qitos_mlflow.cli._show import Group, complain, echo, plural
 from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
 
 
@@ -34,10 +34,11 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
     if idle:
         waiting = sum(segment.waiting for segment in idle)
         refused = sum(sum(segment.dead_letters.values()) for segment in idle)
-        click.echo(
+        echo(
             f"{plural(len(idle), 'segment')} with {plural(waiting, 'record')} not delivered yet "
             + (f"and {plural(refused, 'record')} refused or damaged " if refused else "")
-            + f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}"
+            + f"in {', '.join(sorted({str(segment.paths.directory) for segment in idle}))}",
+            own=True,
         )
         if not yes:
             click.confirm("Delete them?", abort=True)
@@ -49,6 +50,6 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
             complain(f"segment {segment.paths.stem} cannot be deleted: {reason_of(error)}")
     in_use = len(segments) - deleted - failed
     done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
-    click.echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
+    echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
     if failed:
         raise SystemExit(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qitos_mlflow.cli._options import tracking_uri
-from qitos_mlflow.cli._show import age, complain, plural, table
+from qitos_mlflow.cli._show import age, complain, echo, echo_json, plural, row, show, table
 from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
@@ -48,7 +48,7 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
     """
     found = survey(paths, tracking_uri)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo_json(found)
     else:
         _show(found)
     if any(segment["error"] for segment in found["segments"]):
@@ -135,14 +135,12 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
     segments = found["segments"]
     if segments:
         rows = table("process", "owner", "waiting", "refused", "last record", "destination")
         for segment in segments:
-            row = (
+            row(
+                rows,
                 segment["process"],
                 segment["owner"] + (", offline" if segment["offline"] else ""),
                 str(segment["waiting"]),
@@ -150,27 +148,26 @@ def _show(found: dict[str, Any]) -> None:
                 age(segment["last_record_ns"]) if segment["last_record_ns"] else "",
                 segment["destination"],
             )
-            rows.add_row(*map(escape, row))
-        Console().print(rows)
+        show(rows)
     count = f"{plural(found['waiting'], 'record')} in {plural(len(segments), 'segment')}"
-    click.echo(f"{count} wait in {', '.join(found['directories'])}")
+    echo(f"{count} wait in {', '.join(found['directories'])}", own=True)
     for title, counts in (
         ("refused, put off or damaged", found["dead_letters"]),
         ("lost", found["lost"]),
     ):
         for reason, number in counts.items():
-            click.echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
+            echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)
-        click.echo(f"These records are kept in {kept}; only those that were put off are sent again")
+        echo(f"These records are kept in {kept}; only those that were put off are sent again")
     for server in found["servers"]:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
-        click.echo(f"{server['uri']}{state}: {server['detail']}")
+        echo(f"{server['uri']}{state}: {server['detail']}")
     dead = [s for s in segments if (s["waiting"] or s["put_off"]) and s["owner"] == "dead"]
     if dead:  # With the path: another environment, such as another HOME, has another default.
         command = shlex.join(["qitos-mlflow", "sync", *sorted({one["directory"] for one in dead})])
-        click.echo(f"Deliver the records of dead processes: {command}")
+        echo(f"Deliver the records of dead processes: {command}", own=True)
     for segment in segments:
         if segment["error"]:
             complain(f"segment {segment['segment']} cannot be read: {segment['error']}")

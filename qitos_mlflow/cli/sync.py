@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qitos_mlflow.cli._options import tracking_uri
-from qitos_mlflow.cli._show import complain, plural
+from qitos_mlflow.cli._show import complain, echo, plural, spinner
 from qitos_mlflow.cli._spool import (
     default_directory,
     destination_of,
@@ -163,16 +163,13 @@ class Sync:
 
     def run(self, segments: Sequence[SegmentInfo]) -> None:
         """Deliver `segments`, and say how far it is if stdout is a terminal. Ctrl-C ends it."""
-        from rich.console import Console
-
         self.left, total = len(segments), plural(sum(s.waiting for s in segments), "record")
-        shown = Console().status(f"0 of {total}", spinner="line")
-        with _interruptible() as ended, shown:
+        with _interruptible() as ended, spinner(f"0 of {total}") as show:
 
             def moved() -> None:
                 if ended.is_set():
                     raise KeyboardInterrupt
-                shown.update(f"{self.counts.delivered + self.counts.dead_letters} of {total}")
+                show(f"{self.counts.delivered + self.counts.dead_letters} of {total}")
 
             for segment in segments:
                 try:
@@ -245,12 +242,12 @@ class Sync:
 
         counts = self.counts
         done, busy = self.outcomes[Outcome.FINISHED], self.outcomes[Outcome.BUSY]
-        click.echo(
+        echo(
             f"{plural(counts.delivered, 'record')} delivered, {plural(done, 'segment')} finished"
             + (f", {busy} being delivered by other processes" if busy else "")
         )
         if refused := counts.dead_letters - counts.put_off:
-            click.echo(
+            echo(
                 f"{plural(refused, 'record')} refused by the server or damaged; "
                 "the reasons: qitos-mlflow status"
             )
@@ -261,13 +258,12 @@ class Sync:
         if left:
             complain(
                 f"{' and '.join(left)} not delivered; run it again later: "
-                + shlex.join(["qitos-mlflow", "sync", *map(str, self._paths)])
+                + shlex.join(["qitos-mlflow", "sync", *map(str, self._paths)]),
+                own=True,
             )
 
 
 def _follow(directory: Path, ways: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from qitos_mlflow.delivery import Counts, follow
 
     try:
@@ -278,13 +274,13 @@ def _follow(directory: Path, ways: dict[str, Any]) -> None:
         raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
     total = Counts()
-    with _interruptible() as ended, Console().status("", spinner="line") as status:
-        click.echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True)
+    with _interruptible() as ended, spinner() as update:
+        echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True, own=True)
         for _ in follow(directory, stats=total, **ways):
             if ended.is_set():
                 break
-            status.update(f"{directory}: {plural(total.delivered, 'record')} delivered")
-    click.echo(f"{plural(total.delivered, 'record')} delivered")
+            update(f"{directory}: {plural(total.delivered, 'record')} delivered")
+    echo(f"{plural(total.delivered, 'record')} delivered")
 
 
 @contextmanager

@@ -135,7 +135,8 @@ def _wait_while_it_gets_on(pipeline: RecordPipeline, began_s: float) -> bool:
                 say(
                     f"waiting up to {more_s:.0f} s more for the local store, while it makes "
                     "progress; Ctrl-C leaves the rest to: qitos-mlflow sync "
-                    f"{shlex.quote(str(pipeline.paths.directory))}"
+                    f"{shlex.quote(str(pipeline.paths.directory))}",
+                    own=True,
                 )
 
 
@@ -183,7 +184,7 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
             f"delivered yet; deliver with: {'; '.join(commands)}"
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
-        say(line)
+        say(line, own=True)
 
 
 def _keep_exit_status() -> None:

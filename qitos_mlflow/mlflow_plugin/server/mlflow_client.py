@@ -201,8 +201,8 @@ class StoreTransport(Transport):
         except RetryLater:
             raise
         except Exception as error:  # A store that is misnamed, or not there yet.
-            text = str(error).replace(self.uri, self.address)
-            reason = f"{type(error).__name__}: {readable(text, ALL_CHARS)}"
+            text = readable(error, ALL_CHARS).replace(self.uri, self.address)
+            reason = f"{type(error).__name__}: {text}"
             if isinstance(error, Warning):
                 reason = f"warnings are errors in this process, and MLflow gives one: {reason}"
             raise (Hopeless if _stays(error) else RetryLater)(

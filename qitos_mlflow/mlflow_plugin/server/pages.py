@@ -6,7 +6,7 @@ import os
 import sys
 from urllib.parse import quote
 
-from qitos_mlflow._guard import has_stderr, shield
+from qitos_mlflow._guard import has_stderr, say, shield
 from qitos_mlflow._inheritance import check
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
@@ -47,5 +47,5 @@ def show_run(uri: str | None, run: RunRef, workspace: str | None = None) -> None
     with shield("pages.show_run"):
         if has_stderr() and sys.stderr.isatty():
             page = run_page(uri, run.experiment_id, run.run_id, workspace)
-            sys.stderr.write(f"🏃 View run {run.run_name} at: {page}\n")
+            say(f"View run {run.run_name} at: {page}", begin="🏃 ")
     check()  # A terminal may wait.

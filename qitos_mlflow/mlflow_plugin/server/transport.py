@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qitos_mlflow._texts import text_of
 from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.errors import QitosMlflowError
 from qitos_mlflow.mlflow_plugin.mapping.entities import (
@@ -106,7 +107,8 @@ def readable(text: object, most: int = FAILURE_CHARS) -> str:
 
     At most about `most` characters, whole words.
     """
-    line = " ".join(redact_text(str(text)[: 4 * most]).split())
+    text = text_of(text) if isinstance(text, BaseException) else str(text)
+    line = " ".join(redact_text(text[: 4 * most]).split())
     return line if len(line) <= most else f"{line[:most].rpartition(' ')[0] or line[:most]} …"
 
 
