@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,28 @@ def _directory(value: object) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{error}: give the directory without ~") from error
+
+
+def _users(value: object) -> frozenset[int]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, Iterable):
+        raise ValueError(_USERS_EXPECTED)
+    found = {_user_id(name) for name in names if str(name).strip()}
+    return frozenset(found)
+
+
+def _user_id(name: object) -> int:
+    text = str(name).strip()
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ImportError, KeyError):  # Windows; there is no such user.
+        import pwd
+
+        return pwd.getpwnam(text).pw_uid
+    raise ValueError(f"there is no user {text!r}: {_USERS_EXPECTED}")
+
+
+_USERS_EXPECTED = "expected users, as ids or names, such as '1001,agents'"
 
 
 def temporary_name() -> str:
@@ -237,6 +259,11 @@ class Settings:
         _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
     )
     spool_dir: Path = _option(_directory, _default_spool, "directory of the spool")
+    spool_owners: frozenset[int] = _option(
+        _users,
+        frozenset(),
+        "users whose files and directories are trusted in a spool that is shared, as ids or names",
+    )
     spool_bytes: int = _option(
         _bytes,
         1024 * MIB,

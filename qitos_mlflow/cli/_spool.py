@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,15 @@ if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
 
 DEFAULT_STORE = "MLflow's local store"
+RECORD_BYTES = 4 * 1024 * 1024
+"""Into a larger record the commands do not look (bytes)."""
 
 
 def _paths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Path, ...]:
+    from qitos_mlflow.delivery import trust
+    from qitos_mlflow.settings import Settings
+
+    trust(Settings.resolve().spool_owners)
     if "" in values:  # Such as an unset shell variable; Path("") is the working directory.
         raise click.BadParameter("a path is empty; leave it out for this user's spool")
     return tuple(map(Path, values))
@@ -40,14 +45,14 @@ def look_at(paths: Iterable[Path]) -> list[SegmentInfo]:
 
     A segment whose file no longer exists is no error: it has been delivered.
     """
-    from qitos_mlflow.delivery import check_owner, find_segments, inspect_segment
+    from qitos_mlflow.delivery import check_directory, find_segments, inspect_segment
 
     chosen = tuple(paths)
     found: dict[Paths, None] = {}
     for path in chosen or (default_directory(),):
         try:
-            if not chosen:
-                check_owner(path)
+            there = path.is_dir() or not chosen
+            check_directory(path if there else path.parent, repair=not chosen)
             segments = find_segments(path)
             known = bool(segments) or path.is_dir() or not (chosen or path.exists())
         except OSError as error:
@@ -69,8 +74,13 @@ def reason_of(error: OSError) -> str:
 
 def header_of(segment: SegmentInfo) -> dict[str, Any]:
     """The segment's header, which names its destination; empty if it is damaged."""
-    header: dict[str, Any] = json.loads(segment.head.caller or b"{}")
-    return header
+    from qitos_mlflow.delivery import json_object
+
+    header = json_object(segment.head.caller or b"")
+    texts = [header.get(name, "") for name in ("tracking_uri", "cwd", "experiment_name")]
+    tenant = header.get("headers") or {}
+    texts += tenant.values() if isinstance(tenant, dict) else [0]
+    return header if all(isinstance(text, (str, type(None))) for text in texts) else {}
 
 
 def experiment_of(segment: SegmentInfo) -> str | None:
@@ -78,15 +88,15 @@ def experiment_of(segment: SegmentInfo) -> str | None:
 
     Segments of version 0.1.0 have it in their header. Reads records from disk.
     """
-    from qitos_mlflow.delivery import waiting_records
+    from qitos_mlflow.delivery import json_object, waiting_records
 
     recorded: str | None = header_of(segment).get("experiment_name")
     if recorded is not None:
         return recorded
     for record in waiting_records(segment.paths):
-        if b'"trace_start"' in record:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return str(json.loads(record)["settings"]["experiment_name"])
+        if b'"trace_start"' in record and len(record) <= RECORD_BYTES:
+            with contextlib.suppress(KeyError, TypeError):
+                return str(json_object(record)["settings"]["experiment_name"])
     return None
 
 

@@ -13,6 +13,7 @@ import click
 from qitos_mlflow.cli._options import tracking_uri
 from qitos_mlflow.cli._show import age, complain, echo, echo_json, plural, row, show, table
 from qitos_mlflow.cli._spool import (
+    RECORD_BYTES,
     default_directory,
     destination_of,
     experiment_of,
@@ -70,7 +71,7 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     # The key is the URI as shown. Segments have no credentials, the configuration may have.
     servers = {without_credentials(configured or ""): configured}
     for segment in look_at(paths):
-        if not (segment.size_bytes or segment.dead_letters or segment.losses):
+        if not (segment.size_bytes or segment.dead_letters or segment.losses or segment.error):
             continue  # The process has just started or just ended.
         segments.append(_described(segment))
         # A trace's end repeats what is in the segment's counts; the larger number is right, because
@@ -94,17 +95,15 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
 
 def lost_spans(paths: Paths) -> Counter[str]:
     """Lost spans, by reason, of traces whose end still waits. The rest is in tags of the runs."""
-    from qitos_mlflow.delivery import waiting_records
+    from qitos_mlflow.delivery import json_object, waiting_records
 
     lost: Counter[str] = Counter()
     for record in waiting_records(paths):
-        if b'"trace_end"' in record:
-            try:
-                content = json.loads(record)
-                if content["kind"] == "trace_end":
-                    lost.update(content["dropped"])
-            except (ValueError, KeyError, TypeError):
-                continue  # The sink will refuse this record and say why.
+        if b'"trace_end"' in record and len(record) <= RECORD_BYTES:
+            content = json_object(record)  # The sink refuses what is none, and says why.
+            dropped = content.get("dropped") if content.get("kind") == "trace_end" else None
+            if isinstance(dropped, dict):
+                lost.update({key: n for key, n in dropped.items() if type(n) is int and n > 0})
     return lost
 
 

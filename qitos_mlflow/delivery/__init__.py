@@ -32,8 +32,12 @@ from qitos_mlflow.delivery.sink import Sink as Sink
 from qitos_mlflow.delivery.spool.counts import NO_MEMORY as NO_MEMORY
 from qitos_mlflow.delivery.spool.counts import Counts as Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter as DeadLetter
+from qitos_mlflow.delivery.spool.files import Untrusted as Untrusted
+from qitos_mlflow.delivery.spool.files import check_directory as check_directory
+from qitos_mlflow.delivery.spool.files import json_object as json_object
+from qitos_mlflow.delivery.spool.files import open_regular as open_regular
+from qitos_mlflow.delivery.spool.files import trust as trust
 from qitos_mlflow.delivery.spool.paths import Paths as Paths
-from qitos_mlflow.delivery.spool.paths import check_owner as check_owner
 from qitos_mlflow.delivery.spool.paths import find_segments as find_segments
 from qitos_mlflow.delivery.spool.segments import SegmentInfo as SegmentInfo
 from qitos_mlflow.delivery.spool.segments import inspect_segment as inspect_segment

@@ -23,8 +23,9 @@ from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
 from qitos_mlflow.delivery.sink import Sink
 from qitos_mlflow.delivery.spool.counts import Counts
+from qitos_mlflow.delivery.spool.files import check_directory
 from qitos_mlflow.delivery.spool.locks import is_held
-from qitos_mlflow.delivery.spool.paths import Paths, check_owner, find_segments
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments
 from qitos_mlflow.delivery.spool.segments import Claim, claim, read_head, waiting_records
 
 MAKE_ROOM_AFTER_S = 60.0
@@ -149,7 +150,7 @@ class Deliveries:
         Yields after each step whether the segment may go on at once, and None after each segment.
         """
         try:
-            check_owner(self._directory)
+            check_directory(self._directory)
             found = find_segments(self._directory) if self._directory.is_dir() else []
         except OSError as error:
             _guard.warn(

@@ -19,8 +19,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from qitos_mlflow._inheritance import in_time
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue
 from qitos_mlflow.delivery.leftovers import Leftovers
@@ -149,10 +151,13 @@ class Pipeline(Spooled):
         """
         deadline = time.monotonic() + timeout_s
         self.refuse()
-        self.stats.save_losses(self.paths)  # Those of offers refused since the last time.
+        if self.stats.dropped:  # Of offers refused since the last time, too.
+            in_time(partial(self.stats.save_losses, self.paths), DISK_GRACE_S)
         if not self.at_rest and not self._end(deadline):
             return False
-        return self._spooling.nothing_left()
+        if not self._offline:
+            return self._spooling.nothing_left()
+        return bool(in_time(self._spooling.nothing_left, DISK_GRACE_S))
 
     @property
     def online(self) -> bool | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from qitos_mlflow import _json, tracing
 from qitos_mlflow._guard import report
+from qitos_mlflow.delivery import Untrusted, open_regular
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
@@ -154,14 +155,17 @@ def _read_file(record: dict[str, Any]) -> bool:
     if "file" in record:
         path = Path(record.pop("file"))
         try:
-            size = path.stat().st_size
-            if size > MAX_FILE_BYTES:
-                large = f"{path} has {size} bytes; files over {MAX_FILE_BYTES} stay there\n"
-                record["content"] = large
-            else:
-                record["content"] = path.read_bytes().decode("utf-8", "replace")
+            with os.fdopen(open_regular(path), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_FILE_BYTES:
+                    large = f"{path} has {size} bytes; files over {MAX_FILE_BYTES} stay there\n"
+                    record["content"] = large
+                else:
+                    record["content"] = file.read(MAX_FILE_BYTES).decode("utf-8", "replace")
         except (FileNotFoundError, NotADirectoryError):
             return False
+        except Untrusted:  # What a link names is no file of the run.
+            record["content"] = f"{path} is a link or no regular file, so it is not stored\n"
     return True
 
 

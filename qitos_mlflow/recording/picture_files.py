@@ -7,8 +7,8 @@ end a read there. The agent waits `WAIT_S` at most, and after a wait in vain not
 
 from __future__ import annotations
 
+import os
 import re
-import stat
 import time
 from base64 import b64encode
 from contextlib import suppress
@@ -18,6 +18,7 @@ from typing import Any
 from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._inheritance import OwnThread
+from qitos_mlflow.delivery import open_regular
 from qitos_mlflow.redaction.pictures import reference, type_of
 
 WAIT_S = 0.2
@@ -103,16 +104,15 @@ class _Reading(OwnThread):
                 self._read(path)
 
     def _read(self, path: str) -> None:
-        now = Path(path).stat()
-        # A FIFO would not open before something writes to it.
-        if not stat.S_ISREG(now.st_mode) or now.st_size > self._left_bytes:
-            return
-        state = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-        known = self._seen.get(path)
-        if known is not None and known[0] == state:
-            self.found[path] = {"data": known[1]}
-            return
-        with Path(path).open("rb") as file:
+        with os.fdopen(open_regular(Path(path)), "rb") as file:
+            now = os.fstat(file.fileno())
+            if now.st_size > self._left_bytes:
+                return
+            state = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+            known = self._seen.get(path)
+            if known is not None and known[0] == state:
+                self.found[path] = {"data": known[1]}
+                return
             data = file.read(now.st_size + 1)
         base64 = b64encode(data).decode()
         # Whatever it is otherwise, it is no picture, or not yet.

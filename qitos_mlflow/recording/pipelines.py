@@ -16,7 +16,7 @@ from typing import Any
 
 from qitos_mlflow import _json
 from qitos_mlflow._guard import warn
-from qitos_mlflow.delivery import Pipeline
+from qitos_mlflow.delivery import Pipeline, trust
 from qitos_mlflow.recording.code_version import CodeVersion
 from qitos_mlflow.recording.normalize import normalize
 from qitos_mlflow.recording.pictures import TakenPictures
@@ -58,6 +58,7 @@ class RecordPipeline(Pipeline):
                 "QITOS_MLFLOW_SPOOL_DIR names a better place",
                 settings.spool_dir,
             )
+        trust(settings.spool_owners)
         super().__init__(
             header,
             directory=settings.spool_dir,

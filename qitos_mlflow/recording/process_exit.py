@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Collection
 
-from qitos_mlflow import _json
 from qitos_mlflow._guard import report, say
-from qitos_mlflow.delivery import living, waiting_records
+from qitos_mlflow._inheritance import in_time
+from qitos_mlflow.delivery import json_object, living, waiting_records
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 
 KILLED_BY_EXIT = "the process ended before the trace did"
@@ -154,37 +154,55 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
 
 def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
+    directories = sorted({str(pipeline.paths.directory) for pipeline in left})
+    found = [_Kept(pipeline) for pipeline in left]
     until = time.monotonic() + COUNT_S
-    directories = {str(pipeline.paths.directory) for pipeline in left}
-    records, traces, complete = 0, set(), True
-    found: dict[str, set[str]] = {}  # By what the command has to begin with.
-    try:
-        for pipeline, record in ((p, record) for p in left for record in waiting_records(p.paths)):
-            if time.monotonic() > until:
-                complete = False
-                break
-            records += 1
-            traces.add(_json.loads(record).get("trace_id"))
-            found.setdefault(pipeline.command_prefix, set()).add(str(pipeline.paths.directory))
-    except MemoryError:
-        complete = False
-    if not complete:
-        found = {one.command_prefix: directories for one in left}
+    in_time(lambda: all(kept.count(until) for kept in found), COUNT_S)
     lines = []
     if unsaved := sum(pipeline.unsaved for pipeline in left):
         lines.append(
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
-            f"{', '.join(sorted(directories))} took them in time"
+            f"{', '.join(directories)} took them in time"
         )
-    commands = [f"{begin}qitos-mlflow sync {shlex.join(sorted(d))}" for begin, d in found.items()]
-    if found:  # Else another process has delivered them meanwhile.
+    commands: dict[str, set[str]] = {}  # By what the command has to begin with.
+    complete = all(kept.complete for kept in found)
+    for kept in found:
+        if kept.records or not complete:
+            paths = commands.setdefault(kept.pipeline.command_prefix, set())
+            paths.add(str(kept.pipeline.paths.directory))
+    if commands:  # Else another process has delivered them meanwhile.
+        records = sum(kept.records for kept in found)
+        traces = len(set().union(*(kept.traces for kept in found)))
         lines.append(
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
-            f"{_count(len(traces), 'trace')} {'is' if records == 1 else 'are'} kept but not "
-            f"delivered yet; deliver with: {'; '.join(commands)}"
+            f"{_count(traces, 'trace')} {'is' if records == 1 else 'are'} kept but not "
+            "delivered yet; deliver with: "
+            + "; ".join(
+                f"{begin}qitos-mlflow sync {shlex.join(sorted(d))}" for begin, d in commands.items()
+            )
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         say(line, own=True)
+
+
+class _Kept:
+    """What a pipeline's segment holds that is not delivered."""
+
+    def __init__(self, pipeline: RecordPipeline) -> None:
+        self.pipeline = pipeline
+        self.records = 0
+        self.traces: set[str] = set()
+        self.complete = False
+
+    def count(self, until: float) -> bool:
+        """Read the segment; returns whether that is complete at `until` (monotonic)."""
+        for record in waiting_records(self.pipeline.paths):
+            if time.monotonic() > until:
+                return False
+            self.records += 1
+            self.traces.add(str(json_object(record).get("trace_id")))
+        self.complete = True
+        return True
 
 
 def _keep_exit_status() -> None:

@@ -141,11 +141,11 @@ def test_one_unreadable_segment_does_not_stop_the_others(tmp_path: Path, store: 
     assert sorted(map(bool, errors)) == [False, True]
     shown = invoke("status")
     assert shown.exit_code == 1
-    assert f"{broken.name.split('.')[0]} cannot be read: Is a directory" in shown.output
+    assert f"{broken.name.split('.')[0]} cannot be read: It is no regular file" in shown.output
     done = invoke("sync")
     assert done.exit_code == 1
     assert "2 records delivered, 1 segment finished" in done.output
-    assert "Is a directory" in done.output
+    assert "It is no regular file" in done.output
     purged = invoke("spool", "purge", "--yes")
     assert purged.exit_code == 1
     assert "cannot be deleted: Is a directory" in purged.output

@@ -23,7 +23,7 @@ import pytest
 fcntl = pytest.importorskip("fcntl")
 
 BY_PATH = (
-    *("open", "stat", "mkdir", "chmod", "unlink", "replace", "rename", "link"),
+    *("open", "stat", "lstat", "mkdir", "chmod", "unlink", "replace", "rename", "link"),
     *("listdir", "scandir"),
 )
 """Functions of `os` whose first argument is a path."""

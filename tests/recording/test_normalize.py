@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import uuid
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -305,6 +306,22 @@ def test_a_huge_file_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert "xxx" not in content
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX has these files")
+@pytest.mark.parametrize("instead", ["link", "link to a device", "fifo", "directory"])
+def test_what_is_no_file_of_the_run_is_not_stored(tmp_path: Path, instead: str) -> None:
+    """A tool that puts a link into the run directory uploads nothing of what the link names."""
+    secret, file = tmp_path / "secret", tmp_path / "events.jsonl"
+    secret.write_text("of the user's")
+    if instead == "fifo":
+        os.mkfifo(file)
+    elif instead == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(secret if instead == "link" else "/dev/zero")
+    content = normalized({"kind": "artifact", "path": "p", "file": str(file)})["content"]
+    assert content == f"{file} is a link or no regular file, so it is not stored\n"
+
+
 def test_a_file_in_another_encoding_is_readable(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are replaced, the rest arrives."""
     file = tmp_path / "steps.jsonl"
@@ -335,9 +352,9 @@ def test_a_file_that_cannot_be_read_is_a_loss(
     file = tmp_path / "events.jsonl"
     file.touch()
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(normalizing, "open_regular", fail)
     with pytest.raises(OSError, match=os.strerror(number)):
         normalized({"kind": "artifact", "file": str(file)})

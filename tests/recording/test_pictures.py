@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,20 @@ def test_a_file_that_was_just_written_is_read_again(screen: Path) -> None:
     for _ in range(2):
         found = files_in(with_picture_files(naming(screen), seen, MAX_BYTES))
         assert found[str(screen)]["data"] == base64(LARGE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX has these files")
+@pytest.mark.parametrize("instead", ["link", "fifo", "device"])
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, screen: Path, instead: str) -> None:
+    """The span goes without it, and without a wait."""
+    named = tmp_path / "named.png"
+    if instead == "fifo":
+        os.mkfifo(named)
+    else:
+        named.symlink_to(screen if instead == "link" else "/dev/zero")
+    payload = naming(named, screen)
+    assert {*files_in(with_picture_files(payload, {}, MAX_BYTES))} == {str(screen)}
+    assert picture_files._late is None
 
 
 def test_all_files_of_a_span_have_one_bound(tmp_path: Path) -> None:

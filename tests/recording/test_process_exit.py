@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,52 @@ def test_the_deadline_is_the_processs(hanging: str) -> None:
     assert match, line
     assert int(match[1]) == 15
     assert Path(match[2]).name == "spool"
+
+
+PLANTING = """
+import glob, os
+from qitos_mlflow.delivery import living
+from qitos_mlflow.settings import Settings
+
+spool, what = Settings.resolve().spool_dir, sys.argv[4]
+while not glob.glob(f"{spool}/*.seg"):
+    time.sleep(0.01)
+for path in glob.glob(f"{spool}/*"):
+    if path.endswith((".seg", ".ack") if what == "some" else ("",)):
+        os.unlink(path)
+        os.mkfifo(path)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX has FIFOs")
+@pytest.mark.parametrize("what", ["some", "all"])
+@pytest.mark.parametrize("offline", [False, True])
+def test_fifos_in_place_of_its_files_do_not_hold_the_process(
+    hanging: str, what: str, offline: bool
+) -> None:
+    """It ends within its deadline, whatever is in the place of its own segment."""
+    held_s, _ = run("" if offline else hanging, 1, 1.0, what, code=SCRIPT + PLANTING)
+    assert held_s < 30.0
+
+
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="starts no thread at its end")
+def test_a_disk_that_hangs_does_not_hold_the_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line comes without the number of records that cannot be read in time."""
+    left_behind(tmp_path, [b'{"trace_id": "one"}'] * 2)
+    [paths] = find_segments(tmp_path)
+    answers = threading.Event()
+
+    def hangs(paths: Paths) -> Iterator[bytes]:
+        answers.wait(100)
+        yield b"{}"
+
+    monkeypatch.setattr(process_exit, "waiting_records", hangs)
+    kept = SimpleNamespace(command_prefix="", paths=paths, unsaved=0)
+    process_exit._say_what_is_left([kept])  # type: ignore[list-item]
+    answers.set()
+    assert f"deliver with: qitos-mlflow sync {tmp_path}" in capsys.readouterr().err
 
 
 def test_only_directories_with_records_are_named(

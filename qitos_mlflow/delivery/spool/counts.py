@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery.spool.paths import Paths, replace_private
+from qitos_mlflow.delivery.spool.files import json_object, read_whole, replace_private
+from qitos_mlflow.delivery.spool.paths import Paths
 
 ASIDE_FULL = "aside_full"
 """Refused by the server or damaged, and not kept: what is kept aside has reached its bound."""
@@ -25,6 +26,8 @@ QUEUE_FULL = "queue_full"
 """The queue had reached its bound: records came faster than the disk takes them."""
 SPOOLING_FAILED = "spooling_failed"
 """A bug on the spooling thread cost these records; the log has the exception."""
+RECORD_TOO_LARGE = "record_too_large"
+"""No line of the spool may be as large as this record."""
 SPOOL_FULL = "spool_full"
 """The spool directory has reached its cap."""
 SPOOL_REMOVED = "spool_removed"
@@ -35,6 +38,9 @@ LOSSES_UNREADABLE = "losses_unreadable"
 """The file that counts the losses of a segment is damaged: there were some."""
 SPOOL_UNWRITABLE = "spool_unwritable"
 """The spool directory cannot be written, and the memory that stands in for it was full."""
+
+LOST_BYTES = 64 * 1024
+"""A file that counts losses is smaller (bytes)."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -108,7 +114,7 @@ class Counts:
                 # A sync that delivers the segment of an offline process adds its own.
                 losses = load_losses(paths.lost) + new
                 # Durable: an empty file would take the earlier losses with it.
-                replace_private(paths.lost, json.dumps(losses).encode(), durable=True)
+                replace_private(paths.lost, [json.dumps(losses).encode()], durable=True)
                 self._saved = dropped
         except OSError as error:
             _guard.warn(
@@ -124,8 +130,9 @@ class Counts:
 def load_losses(path: Path) -> Counter[str]:
     """The losses by reason in a file; none if there is no file, or it cannot be opened."""
     try:
-        return Counter({str(key): int(n) for key, n in json.loads(path.read_bytes()).items()})
-    except OSError:
-        return Counter()
-    except (ValueError, TypeError, AttributeError):
-        return Counter({LOSSES_UNREADABLE: 1})
+        losses = json_object(read_whole(path, LOST_BYTES))
+    except OSError as error:
+        return Counter({LOSSES_UNREADABLE: 1} if error.errno == errno.EFBIG else ())
+    if losses and all(type(n) is int and 0 < n < 1 << 63 for n in losses.values()):
+        return Counter(losses)
+    return Counter({LOSSES_UNREADABLE: 1})

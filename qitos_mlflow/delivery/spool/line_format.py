@@ -33,7 +33,14 @@ ACK = b"a"
 
 LF = b"\n"
 _ESC = b"\x1b"
-_START = re.compile(rb"(?:1[hcraHCRA]|2[hcHC]) [0-9a-f]+ ([0-9a-f]+) [0-9a-f]{8} ")
+_NUMBER = rb"[0-7]?[0-9a-f]{1,15}"  # Of 63 bits.
+_START = re.compile(rb"(?:1[hcraHCRA]|2[hcHC]) %b (%b) [0-9a-f]{8} " % (_NUMBER, _NUMBER))
+_NEXT = re.compile(rb"\n(?=%b)" % _START.pattern)
+
+LINE_BYTES = 64 * 1024 * 1024
+"""No line is longer (bytes): so much memory, and once more, is needed to read it."""
+MAX_TRIES = 100
+"""Most places in a damaged line at which another one is looked for."""
 
 
 class Line(NamedTuple):
@@ -54,14 +61,14 @@ def encode(kind: bytes, payload: bytes, time_ns: int) -> bytes:
     return b"%b%08x %b\n" % (head, crc32(payload, crc32(head)), payload)
 
 
-def decode(line: bytes) -> Line | None:
+def decode(line: bytes | memoryview) -> Line | None:
     """The content of a line without its LF; None when it is torn, corrupt or of no known kind."""
     start = _START.match(line)
-    if start is None:
+    if start is None or len(line) - start.end() != int(start[1], 16):
         return None
-    payload = line[start.end() :]
-    head, crc = line[: start.end() - 9], line[start.end() - 9 : start.end() - 1]
-    if len(payload) != int(start[1], 16) or b"%08x" % crc32(payload, crc32(head)) != crc:
+    head, crc = start[0][:-9], start[0][-9:-1]
+    payload = bytes(line[start.end() :])
+    if b"%08x" % crc32(payload, crc32(head)) != crc:
         return None
     kind, time = head[1:2], head.split(b" ", 2)[1]
     if kind.isupper():
@@ -70,7 +77,7 @@ def decode(line: bytes) -> Line | None:
     return Line(kind, int(time, 16), payload)
 
 
-def decode_all(line: bytes) -> tuple[list[Line], bool]:
+def decode_all(line: bytes | memoryview) -> tuple[list[Line], bool]:
     """The intact lines in `line`, and whether that is all of it.
 
     One line, but for damage: if the LF between two lines is damaged, both are found by their
@@ -79,11 +86,25 @@ def decode_all(line: bytes) -> tuple[list[Line], bool]:
     if (whole := decode(line)) is not None:
         return [whole], True
     found: list[Line] = []
-    at = 0
-    while start := _START.search(line, at):
+    at = tries = 0
+    view = memoryview(line)
+    while tries < MAX_TRIES and (start := _START.search(line, at)):
         end = start.end() + int(start[1], 16)
-        intact = decode(line[start.start() : end])
+        intact = decode(view[start.start() : end]) if end <= len(line) else None
         if intact is not None:
             found.append(intact)
         at = end if intact is not None else start.start() + 1
+        tries += intact is None
     return found, False
+
+
+def end_of_line(data: bytes, start: int, end: int) -> int:
+    """Where the line at `start` of `data` ends, behind its LF; there is one right before `end`.
+
+    Lines that follow each other and do not begin like one are taken for one: a file full of them
+    must not take more time than any other.
+    """
+    if _START.match(data, start):
+        return data.index(LF, start) + 1
+    following = _NEXT.search(data, start)
+    return end if following is None else following.end()

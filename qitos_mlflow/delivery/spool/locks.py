@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qitos_mlflow._inheritance import check, disown_in_child
-from qitos_mlflow.delivery.spool.paths import is_at, open_private, write_all
+from qitos_mlflow.delivery.spool.files import Untrusted, is_at, json_object, open_file, write_all
 
 STALE_S = 24 * 3600.0
 """Without kernel locks: a holder on another machine is presumed dead after this long (seconds)."""
@@ -98,7 +98,7 @@ class FileLock:
             return False
         while True:
             try:
-                descriptor = open_private(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
+                descriptor = open_file(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
             except FileNotFoundError:
                 if create:
                     raise
@@ -170,6 +170,8 @@ def is_held(path: Path) -> bool:
     probe = FileLock(path)
     try:
         taken = probe.acquire(create=False)
+    except Untrusted:
+        return False  # None of ours can hold it.
     except OSError:
         return True  # It cannot be tested, so a holder must not be disturbed.
     probe.release()
@@ -182,10 +184,9 @@ def _content(descriptor: int) -> bytes:
 
 
 def _holder_lives(descriptor: int) -> bool:
-    try:
-        holder = json.loads(_content(descriptor))
-        pid, machine = int(holder["pid"]), holder["host"]
-    except (ValueError, TypeError, KeyError):
+    holder = json_object(_content(descriptor))
+    pid, machine = holder.get("pid"), holder.get("host")
+    if not isinstance(machine, str) or type(pid) is not int or not 0 < pid < 1 << 31:
         return False  # Released, or never held.
     if machine != socket.gethostname():
         return time.time() - os.fstat(descriptor).st_mtime < STALE_S
@@ -198,7 +199,7 @@ def _identity(pid: int) -> dict[str, object]:
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError, IndexError):  # Field 22; the second one may hold spaces and parentheses.
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        start = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     if not start:
         try:
             os.kill(pid, 0)

@@ -17,7 +17,14 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import disown_in_child
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, reason_of
-from qitos_mlflow.delivery.spool.paths import is_at, open_private, sync_directory, write_all
+from qitos_mlflow.delivery.spool.files import (
+    check_file,
+    is_at,
+    open_file,
+    read_at,
+    sync_directory,
+    write_all,
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,7 +60,7 @@ class DiskPart(_Part):
             OSError: it cannot be created; nothing is left behind.
         """
         part = cls(base=base, path=path, _fsync=fsync)
-        part._descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        part._descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         disown_in_child(part)
         try:
             write_all(part._descriptor, head)
@@ -68,7 +75,7 @@ class DiskPart(_Part):
     @property
     def size(self) -> int:
         """Bytes appended; of another process's part, bytes in the file."""
-        return self._size if self._descriptor is not None else self.path.stat().st_size
+        return self._size if self._descriptor is not None else check_file(self.path)
 
     def append(self, lines: Sequence[bytes]) -> int:
         """Append lines; returns how many are whole in the file. Blocks on the disk."""
@@ -119,9 +126,7 @@ class DiskPart(_Part):
             FileNotFoundError: the file is gone.
             OSError: it cannot be read.
         """
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return read_at(self.path, offset, size)
 
     def remove(self) -> None:
         """Delete the file."""

@@ -1,4 +1,4 @@
-"""The files of the spool: their names, their permissions, and how much room they have together.
+"""The files of the spool: their names, and how much room they have together.
 
 Everything of one segment begins with its stem, ``<machine>-<pid>-<start>-<random>``:
 
@@ -18,28 +18,25 @@ records.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
 import socket
-import stat
-import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qitos_mlflow.delivery.spool.files import check_file
+
 ASIDE_SUFFIXES = (".dead", ".dead.tmp", ".bad", ".lost", ".lost.tmp")
 """Files that stay when their segment is delivered."""
 SCAN_S = 2.0
 """The sizes of the whole directory are read at most this often (seconds)."""
 
-_PRIVATE_FILE = 0o600
-_PRIVATE_DIRECTORY = 0o700
 _NAME = re.compile(
-    r"([\w-]+)\.(?:[0-9a-f]{16}\.(?:seg|bad)|own|ship|bad|(?:ack|dead|lost)(?:\.tmp)?)"
+    r"([\w-]+)\.(?:[0-9a-f]{16}\.(?:seg|bad)|own|ship|bad|(?:ack|dead|lost)(?:\.tmp)?)", re.ASCII
 )
 
 
@@ -130,103 +127,6 @@ def _age(stem: str) -> int:
         return 0
 
 
-def make_directory(directory: Path, *, fsync: bool = False) -> None:
-    """Create `directory` for its owner only; an existing one keeps its permissions.
-
-    With `fsync`, it and the parents that are made are on the disk.
-
-    Raises:
-        OSError: it cannot be created, or `check_owner` refuses it.
-    """
-    made = [path for path in (directory, *directory.parents) if fsync and not path.exists()]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        directory.mkdir(mode=_PRIVATE_DIRECTORY)
-    except FileExistsError:
-        check_owner(directory)
-    else:
-        directory.chmod(_PRIVATE_DIRECTORY)  # The umask may have taken even the owner's rights.
-    for path in made:
-        sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring to the disk which files `directory` has: what was created, renamed and deleted."""
-    if sys.platform == "win32":  # It has no such call.
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems.
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def check_owner(directory: Path) -> None:
-    """Raise `PermissionError` if `directory` lies in one for everyone and another user has made it.
-
-    In /tmp anyone can make it, or a link in its place, first: to read records or to forge some.
-    """
-    try:
-        everyones, owner = directory.parent.stat().st_mode & stat.S_ISVTX, directory.lstat().st_uid
-    except FileNotFoundError:
-        return
-    if everyones and owner not in (0, os.geteuid()):
-        raise PermissionError(errno.EPERM, "It belongs to another user", str(directory))
-
-
-def open_private(path: Path, flags: int) -> int:
-    """A file descriptor of `path`, for its owner only when this creates it.
-
-    Never follows a link in the file's place.
-    """
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, _PRIVATE_FILE)
-    if hasattr(os, "fchmod") and flags & os.O_CREAT:
-        try:
-            os.fchmod(descriptor, _PRIVATE_FILE)
-        except OSError:  # Some network file systems have no modes.
-            pass
-    return descriptor
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`: it was neither deleted nor replaced."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of `data`; a short write is continued, so that its cause is raised."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def replace_private(path: Path, data: bytes, *, durable: bool) -> None:
-    """Replace the content of `path` as a whole: a reader sees the old or the new one.
-
-    With `durable`, `data` is on the disk before it takes the place of the old content.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        try:
-            write_all(descriptor, data)
-            if durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class Quota:
     """A bound of the directory's size, read now and then, counted in between. One thread.
 
@@ -250,8 +150,8 @@ class Quota:
             with suppress(OSError), os.scandir(self._directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(ASIDE_SUFFIXES) == self._aside:
-                        with suppress(OSError):  # It is gone meanwhile.
-                            self._used_bytes += entry.stat(follow_symlinks=False).st_size
+                        with suppress(OSError):  # It is gone meanwhile, or none of ours.
+                            self._used_bytes += check_file(entry)
             self._scan_at = time.monotonic() + SCAN_S
         return self._used_bytes + size <= self._cap_bytes * share
 

@@ -6,6 +6,7 @@ The same for the process that appends and for any other that delivers the segmen
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,27 @@ from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import SPOOL_REMOVED, SPOOL_UNREADABLE, Counts
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter, bury
+from qitos_mlflow.delivery.spool.files import (
+    FILE_BYTES,
+    Untrusted,
+    read_whole,
+    replace_private,
+    sync_directory,
+)
+from qitos_mlflow.delivery.spool.line_format import LINE_BYTES
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, Quota, replace_private, sync_directory
+from qitos_mlflow.delivery.spool.paths import Paths, Quota
 
 BATCH_BYTES = 4 * 1024 * 1024
 """No further record is read once those of a chunk have this size together (bytes)."""
 READ_BYTES = 1024 * 1024
 """Read at once (bytes); four times as much if one line is longer."""
+LINE_COST_BYTES = 200
+"""What a line takes beside its content, about (bytes)."""
+DAMAGED_BYTES = 4 * 1024 * 1024
+"""Kept of one damaged line (bytes)."""
+ACK_BYTES = 48 * 1024 * 1024
+"""An acknowledgement is smaller (bytes)."""
 READ_TRIES = 4
 """A part that cannot be read is tried at least this often, ..."""
 READ_S = 20.0
@@ -46,6 +61,7 @@ class Ack(NamedTuple):
 
 
 NO_ACK = Ack(0, None, 0)
+_POSITION = re.compile(rb"([0-9a-f]{1,17}) ")
 
 
 @dataclass
@@ -71,16 +87,16 @@ def load_ack(paths: Paths) -> Ack:
         OSError: there is one, and the process has no descriptor or memory left to read it with.
     """
     try:
-        lines, _ = line_format.decode_all(paths.ack.read_bytes().rstrip(line_format.LF))
+        lines = read_whole(paths.ack, ACK_BYTES).rstrip(line_format.LF).split(line_format.LF)
     except OSError as error:
         if error.errno in EXHAUSTED and paths.ack.exists():
             raise
         return NO_ACK
-    line = next((line for line in lines if line.kind == line_format.ACK), None)
-    if line is None:
-        return NO_ACK
-    position, _, state = line.payload.partition(b" ")
-    return Ack(int(position, 16), state or None, line.time_ns)
+    for raw in lines:
+        for line in line_format.decode_all(raw)[0]:
+            if line.kind == line_format.ACK and (start := _POSITION.match(line.payload)):
+                return Ack(int(start[1], 16), line.payload[start.end() :] or None, line.time_ns)
+    return NO_ACK
 
 
 class SegmentReader:
@@ -135,17 +151,18 @@ class SegmentReader:
             limit = stop if end is None else end if stop is None else min(stop, end)
             try:
                 full = _read_part(part, chunk, limit, sealed or stop is not None, max_records)
-            except FileNotFoundError:
-                full = False
             except OSError as error:
-                if chunk.records or chunk.damaged:
-                    break  # Those first.
-                if not self._gives_up(error):
-                    raise
-                chunk.unreadable = error
-                chunk.lost = max(1, _missing(part, chunk))
-                chunk.end = part.base + part.size if limit is None else limit
                 full = False
+                # What is in the place of a file of this process has replaced it.
+                gone = isinstance(error, Untrusted) and part.records
+                if not (gone or isinstance(error, FileNotFoundError)):
+                    if chunk.records or chunk.damaged:
+                        break  # Those first.
+                    if not self._gives_up(error):
+                        raise
+                    chunk.unreadable = error
+                    chunk.lost = max(1, _missing(part, chunk))
+                    chunk.end = part.base + FILE_BYTES if limit is None else limit
             if not full and limit is not None and chunk.end < limit:
                 # The part is complete, so the file was deleted or cut short. Or the records that
                 # followed were in the memory of a process that is gone.
@@ -198,7 +215,8 @@ class SegmentReader:
         stored = False
         try:
             # Twice, so that damage to one line does not cost the state.
-            replace_private(self._paths.ack, line * 2 if last_copy else line, durable=last_copy)
+            lines = [line] * (2 if last_copy else 1)
+            replace_private(self._paths.ack, lines, durable=last_copy)
             if any(isinstance(part, DiskPart) for part in done):
                 sync_directory(self._paths.directory)
             stored = True
@@ -248,31 +266,35 @@ def _read_part(part: Part, chunk: Chunk, limit: int | None, sealed: bool, max_re
         complete = data.rfind(line_format.LF) + 1
         if not complete:
             if len(data) == want and want == size:
+                if size >= LINE_BYTES:
+                    raise OSError(errno.EFBIG, f"It has a line of more than {LINE_BYTES} bytes")
                 size *= 4  # One line is longer than what was read.
                 continue
             if data and sealed:
                 _take(data, part, chunk)
                 chunk.end += len(data)
             return False
-        for line in data[: complete - 1].split(line_format.LF):
-            taken_bytes += _take(line, part, chunk)
-            chunk.end += len(line) + 1
-            if len(chunk.records) >= max_records or taken_bytes >= BATCH_BYTES:
+        lines, at = memoryview(data), 0
+        while at < complete:
+            end = line_format.end_of_line(data, at, complete)
+            _take(lines[at : end - 1], part, chunk)
+            chunk.end += end - at
+            taken_bytes += end - at + LINE_COST_BYTES
+            at = end
+            taken = len(chunk.records) + len(chunk.damaged)
+            if taken >= max_records or taken_bytes >= BATCH_BYTES:
                 return True
     return False
 
 
-def _take(raw: bytes, part: Part, chunk: Chunk) -> int:
-    """Add the records of a line at the chunk's end to the chunk; returns their size (bytes)."""
+def _take(raw: bytes | memoryview, part: Part, chunk: Chunk) -> None:
+    """Add the records of a line at the chunk's end to the chunk."""
     lines, intact = line_format.decode_all(raw)
     if not intact:
         place = part.path.name if isinstance(part, DiskPart) else "memory"
         reason = f"damaged line of the spool, at byte {chunk.end - part.base} of {place}"
-        chunk.damaged.append(DeadLetter(raw, reason))
-    size = 0
+        chunk.damaged.append(DeadLetter(bytes(raw[:DAMAGED_BYTES]), reason))
     for line in lines:
         if line.kind == line_format.RECORD:
             chunk.records.append(line.payload)
             chunk.time_ns = max(chunk.time_ns, line.time_ns)
-            size += len(line.payload)
-    return size

@@ -6,26 +6,38 @@ dead one left. Safe beside running agents: locks alone decide which process may 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import Counts, load_losses
-from qitos_mlflow.delivery.spool.dead_letters import load_dead_letters
+from qitos_mlflow.delivery.spool.dead_letters import letter_of, lines_of, load_dead_letters
+from qitos_mlflow.delivery.spool.files import (
+    FILE_BYTES,
+    check_file,
+    json_object,
+    read_at,
+    replace_private,
+    sync_directory,
+)
+from qitos_mlflow.delivery.spool.line_format import LINE_BYTES
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
-from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths, replace_private, sync_directory
+from qitos_mlflow.delivery.spool.paths import ASIDE_SUFFIXES, Paths
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 HEAD_LINES = 4
 """What a part begins with: two lines, each twice. Once each in version 0.1.0."""
+HEAD_BYTES = 1024 * 1024
+"""These lines are shorter together (bytes)."""
+_NOT_OPENED = (".bad", ".tmp")
 
 
 class Head(NamedTuple):
@@ -73,11 +85,13 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
         head=head,
         owner_alive=is_held(paths.own),
         delivering=is_held(paths.ship),
-        dead_letters=load_dead_letters(paths),
+        dead_letters={},
         losses=load_losses(paths.lost),
         last_time_ns=head.started_ns,
     )
     try:
+        _check(paths)
+        info.dead_letters = load_dead_letters(paths)
         for chunk in _reader(paths).inspect():
             info.waiting += len(chunk.records)
             info.last_time_ns = max(info.last_time_ns, chunk.time_ns)
@@ -86,8 +100,20 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
         info.error = error
     for _, path in paths.parts():
         with suppress(OSError):
-            info.size_bytes += path.stat().st_size
+            info.size_bytes += path.lstat().st_size
     return info
+
+
+def _check(paths: Paths) -> None:
+    """Check each file, so that one that is none of ours has the whole segment left alone.
+
+    Raises:
+        OSError: a file is refused by `check_file`.
+    """
+    for path in paths.files():
+        if path.suffix not in _NOT_OPENED:
+            with suppress(FileNotFoundError):  # Delivered meanwhile.
+                check_file(path)
 
 
 def waiting_records(paths: Paths) -> Iterator[bytes]:
@@ -101,15 +127,20 @@ def read_head(paths: Paths) -> Head:
     # If there were parts when they were listed, there may be others by now.
     for now in (False, True) if paths.parts() else ():
         for _, path in paths.parts(now=now):
-            with suppress(OSError), path.open("rb") as file:
-                raw = (file.readline().rstrip(line_format.LF) for _ in range(HEAD_LINES))
+            with suppress(OSError):
+                raw = read_at(path, 0, HEAD_BYTES).split(line_format.LF, HEAD_LINES)[:HEAD_LINES]
                 found = {line.kind: line for one in raw for line in line_format.decode_all(one)[0]}
                 first, second = map(found.get, (line_format.FILE, line_format.CALLER))
                 if first and second:
-                    about = json.loads(first.payload)
-                    machine, pid = str(about.get("host", "")), int(about.get("pid", 0))
-                    offline = bool(about.get("offline"))
-                    return Head(second.payload, machine, pid, offline, first.time_ns)
+                    about = json_object(first.payload)
+                    machine, pid = about.get("host"), about.get("pid")
+                    return Head(
+                        second.payload,
+                        machine if isinstance(machine, str) else "",
+                        pid if type(pid) is int and 0 <= pid < 1 << 31 else 0,
+                        about.get("offline") is True,
+                        first.time_ns,
+                    )
     return Head()
 
 
@@ -155,6 +186,7 @@ def claim(paths: Paths, stats: Counts) -> Claim | None:
     lock = FileLock(paths.ship)
     if not paths.parts() and not any(map(Path.exists, (paths.ship, paths.own, paths.ack))):
         return None
+    _check(paths)
     if not lock.acquire_patiently():
         return None
     try:
@@ -180,36 +212,40 @@ def send_again(paths: Paths) -> Paths | None:
     Raises:
         OSError: the spool cannot be read or written.
     """
+    _check(paths)
     lock = FileLock(paths.ship)
     if not paths.dead.exists() or is_held(paths.own) or not lock.acquire():
         return None
-    header, records, stays = b"", [], []
     try:
-        for line in paths.dead.read_bytes().splitlines(keepends=True):
-            try:
-                letter = json.loads(line)
-                header = letter["header"].encode()
-                records.append((letter["record"].encode(), True))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                stays.append(line)
-        if not records:
+        letters = map(letter_of, lines_of(paths.dead, LINE_BYTES))
+        if (first := next(filter(None, letters), None)) is None:
             return None
         new = SegmentWriter(
             paths.directory,
-            header,
+            first.header,
             offline=False,
             cap_bytes=sys.maxsize,
             memory_bytes=0,
             fsync=True,
         )
-        losses = new.append(records, time.time_ns())
-        new.close(delete=bool(losses))
-        if losses:
-            raise OSError(f"the spool cannot be written: {losses[0][1]}")
-        if stays:
-            replace_private(paths.dead, b"".join(stays), durable=True)
-        else:
+        try:
+            for letter in chain([first], letters):
+                if letter is not None and letter.header == first.header:
+                    for _, reason in new.append([(letter.record, True)], time.time_ns()):
+                        raise OSError(f"the spool cannot be written: {reason}")
+        except BaseException:
+            new.close(delete=True)
+            raise
+        new.close(delete=False)
+        stays = (
+            line
+            for line in lines_of(paths.dead, FILE_BYTES)
+            if (letter := letter_of(line)) is None or letter.header != first.header
+        )
+        if (line := next(stays, None)) is None:
             paths.dead.unlink()
+        else:
+            replace_private(paths.dead, chain([line], stays), durable=True)
         return new.paths
     finally:
         lock.release(remove=True)

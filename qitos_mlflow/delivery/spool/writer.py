@@ -18,10 +18,16 @@ from pathlib import Path
 
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
-from qitos_mlflow.delivery.spool.counts import SPOOL_FULL, SPOOL_REMOVED, reason_of
+from qitos_mlflow.delivery.spool.counts import (
+    RECORD_TOO_LARGE,
+    SPOOL_FULL,
+    SPOOL_REMOVED,
+    reason_of,
+)
+from qitos_mlflow.delivery.spool.files import Untrusted, make_directory, sync_directory
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
-from qitos_mlflow.delivery.spool.paths import Paths, Quota, make_directory, new_stem, sync_directory
+from qitos_mlflow.delivery.spool.paths import Paths, Quota, new_stem
 
 MEMORY_PART_BYTES = 1024 * 1024
 """As `part_bytes` of a part in memory, which is freed as a whole (bytes)."""
@@ -88,6 +94,10 @@ class SegmentWriter:
         done = 0
         while done < len(lines):
             (data, keep), line = records[done], lines[done]
+            if len(line) > line_format.LINE_BYTES:
+                losses.append((data, RECORD_TOO_LARGE))
+                done += 1
+                continue
             part = self._part_for(keep, line, time_ns, now)
             if isinstance(part, DiskPart):
                 done += part.append(lines[done : self._fitting(records, lines, done)])
@@ -159,8 +169,13 @@ class SegmentWriter:
 
     def _fitting(self, records: Sequence[Record], lines: Sequence[bytes], start: int) -> int:
         """The index of the first line from `start` on that has no room; counts those before."""
+        size = 0
         for index in range(start, len(lines)):
-            if not self._quota.take(len(lines[index]), _share(records[index][1])):
+            length, (_, keep) = len(lines[index]), records[index]
+            size += length
+            if index > start and (size > self.part_bytes or length > line_format.LINE_BYTES):
+                return index
+            if not self._quota.take(length, _share(keep)):
                 return index
         return len(lines)
 
@@ -192,11 +207,11 @@ class SegmentWriter:
         if failure != self._disk_failure:
             _guard.warn(
                 f"delivery.{self.paths.directory}",
-                "the spool %s cannot be written (%s): until it can, records are %s; "
-                "free some disk or raise spool_bytes",
+                "the spool %s cannot be written (%s): until it can, records are %s%s",
                 self.paths.directory,
                 error or failure,
                 "sent from memory, and lost beyond its bound" if self._memory_bytes else "lost",
+                "" if isinstance(error, Untrusted) else "; free some disk or raise spool_bytes",
             )
         self._disk_failure = failure
         if self._memory_bytes or failure != SPOOL_FULL:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from qitos_mlflow.delivery.spool import locks
+from qitos_mlflow.delivery.spool.files import open_file
 from qitos_mlflow.delivery.spool.locks import FileLock, is_held
-from qitos_mlflow.delivery.spool.paths import open_private
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,10 +106,10 @@ def test_a_lock_file_removed_while_it_is_taken_is_taken_anew(
         for descriptor in opened:
             with pytest.raises(OSError, match="Bad file"):
                 os.fstat(descriptor)
-        opened.append(open_private(path, flags))
+        opened.append(open_file(path, flags))
         return opened[-1]
 
-    monkeypatch.setattr(locks, "open_private", open_after_closing)
+    monkeypatch.setattr(locks, "open_file", open_after_closing)
     monkeypatch.setattr(locks, "_kernel_lock", lock_after_removal)
     lock = FileLock(path)
     assert lock.acquire()

@@ -28,8 +28,9 @@ from qitos_mlflow.delivery.spool.counts import (
     Counts,
 )
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
+from qitos_mlflow.delivery.spool.files import replace_private
 from qitos_mlflow.delivery.spool.parts import DiskPart
-from qitos_mlflow.delivery.spool.paths import Paths, find_segments, replace_private
+from qitos_mlflow.delivery.spool.paths import Paths, find_segments
 from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
 from qitos_mlflow.delivery.spool.segments import (
     HEAD_LINES,
@@ -102,7 +103,6 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
         assert stat.S_IMODE((directory / f"{umask:o}").stat().st_mode) == 0o700
         segment.close(delete=True)
-        directory.chmod(0o700)  # Its parents are made as the umask says.
 
 
 def test_parts_rotate_and_acknowledged_ones_are_deleted(tmp_path: Path) -> None:
@@ -771,7 +771,7 @@ def test_an_acknowledgement_that_cannot_be_written_leaves_nothing(
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"):
-        replace_private(tmp_path / "x.ack", b"state", durable=False)
+        replace_private(tmp_path / "x.ack", [b"state"], durable=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -891,15 +891,12 @@ def test_a_claim_that_runs_out_of_files_leaves_the_segment_to_others(
     read_all(own_reader(segment), segment.end)
     crash(segment)
     [paths] = find_segments(tmp_path)
-    read_bytes = Path.read_bytes
 
-    def exhausted(path: Path) -> bytes:
-        if path == paths.ack:
-            raise OSError(errno.EMFILE, "Too many open files")
-        return read_bytes(path)
+    def exhausted(path: Path, most: int) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", exhausted)
+        patch.setattr(reader_module, "read_whole", exhausted)
         with pytest.raises(OSError, match="Too many"):
             claim(paths, Counts())
     taken = claim(paths, Counts())
