@@ -29,7 +29,7 @@ def after_import(name: str, callback: "Callable[[ModuleType], object]") -> None:
 
     It is called once, on the thread that imports the module, while the import system still holds
     that module's lock. An import that fails leaves it waiting for the next one. A callback that
-    is waiting for this module already is not added again. What it raises (`Exception`) is logged
+    is waiting for this module already is not added again. What it raises is logged
     and not raised into the import.
 
     Any thread; never blocks and never imports the module.
@@ -69,10 +69,10 @@ def _look(name: str) -> None:
         if callbacks.pop(callback, "taken by another thread") is None:
             try:
                 callback(module)
-            except Exception as error:  # noqa: BLE001 - the program's import goes on
+            except BaseException as error:  # noqa: BLE001 - the program's import goes on
                 from qitos_mlflow import _guard
 
-                _guard.report(f"after the import of {name}", error)
+                _guard.contain(f"after the import of {name}", error)
 
 
 def _watch(spec: "ModuleSpec | None") -> None:

@@ -1,7 +1,8 @@
 """Keeps our own failures away from the agent: they are logged, never raised.
 
-A place that must not raise is a ``with shield(...)``, or catches ``Exception`` and hands it to
-`report`: where every tenth of a microsecond counts, or something else is to be done. Tests listen
+A place that must not raise is a ``with shield(...)``, or catches ``BaseException`` and hands it to
+`contain`: where every tenth of a microsecond counts, or something else is to be done. What
+interrupts the program there, such as Ctrl-C, is raised on: see `_interruption`. Tests listen
 through `watchers` and fail on anything reported, so that a swallowed bug is never a silent one.
 Every log line of the package goes through `log`, most of them by way of `warn` or `report`, and
 leaves without credentials and control characters.
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 
 from qitos_mlflow._inheritance import check
+from qitos_mlflow._interruption import interruption
+from qitos_mlflow._interruption import let_through as let_through
 from qitos_mlflow._texts import clean, text_of, traceback_of
 from qitos_mlflow._texts import in_words as in_words
 
@@ -36,7 +39,8 @@ class _Clean(logging.Filter):
                     text_of(arg) if isinstance(arg, BaseException) else arg for arg in record.args
                 )
             record.msg = clean(record.getMessage())
-        except Exception:  # noqa: BLE001 - an argument's own code
+        except BaseException as own:  # noqa: BLE001 - an argument's own code
+            let_through(own)
             record.msg = "qitos-mlflow: a message that cannot be written"
         record.args = ()
         if record.exc_info and (error := record.exc_info[1]) is not None:
@@ -60,19 +64,25 @@ def report(where: str, error: BaseException) -> None:
         where: the place, a constant such as ``"bridge.on_after_act"``.
         error: what was caught.
 
-    Any thread; never blocks, never raises.
+    Any thread; never blocks, raises only what interrupts it.
     """
     try:
         warn(where, "%s failed: %s", where, in_words(error))
         log(logging.DEBUG, "traceback of the failure in %s", where, error=error)
         for watcher in list(watchers):
             watcher(where, error)
-    except Exception:  # noqa: BLE001 - a log handler's or a watcher's own failure
-        pass
+    except BaseException as own:  # noqa: BLE001 - a log handler's or a watcher's own failure
+        let_through(own)
+
+
+def contain(where: str, error: BaseException) -> None:
+    """Report what the code at `where` has raised; raise what has interrupted it."""
+    let_through(error)
+    report(where, error)
 
 
 class shield:  # noqa: N801 - reads as a statement
-    """``with shield(where)``: an `Exception` that leaves the block is reported and not raised."""
+    """``with shield(where)``: what the block raises is reported; what interrupts it is raised."""
 
     __slots__ = ("_where",)
 
@@ -83,8 +93,12 @@ class shield:  # noqa: N801 - reads as a statement
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
+        if error is None:
             return False
+        if (outside := interruption(error)) is error:
+            return False
+        if outside is not None:
+            raise outside
         report(self._where, error)
         return True
 

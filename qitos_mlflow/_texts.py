@@ -11,6 +11,8 @@ import re
 import traceback
 from collections.abc import Iterator
 
+from qitos_mlflow._interruption import let_through
+
 MOST_CHARS = 4_000
 """Longest line (characters); what is longer is cut."""
 MOST_TRACEBACK_CHARS = 30_000
@@ -57,7 +59,8 @@ def clean(text: str, most: int = MOST_CHARS, *, lines: bool = False, own: bool =
 
 def in_words(error: BaseException) -> str:
     """``"Type: text"``, or the type alone if the text is empty or ``__str__`` raises."""
-    name, text = type(error).__name__, text_of(error)
+    name = type.__dict__["__name__"].__get__(type(error))  # Whatever its metaclass makes of it.
+    text = text_of(error)
     return f"{name}: {text}" if text else name
 
 
@@ -65,7 +68,8 @@ def text_of(error: BaseException) -> str:
     """The text of an exception, without what it quotes of a file with credentials."""
     try:
         return _unquoted(str.__str__(str(error)), error)
-    except Exception:  # noqa: BLE001 - an exception class of the user's
+    except BaseException as own:  # noqa: BLE001 - an exception class of the user's
+        let_through(own)
         return ""
 
 
@@ -77,8 +81,9 @@ def traceback_of(error: BaseException) -> str:
     try:
         text = _unquoted("".join(traceback.format_exception(error)), error)
         return clean(text, MOST_TRACEBACK_CHARS, lines=True).rstrip("\n").replace("\n", "\n  ")
-    except Exception:  # noqa: BLE001 - code of the exception's class
-        return type(error).__name__
+    except BaseException as own:  # noqa: BLE001 - code of the exception's class
+        let_through(own)
+        return in_words(error)
 
 
 def _without_secrets(text: str) -> str:

@@ -176,9 +176,10 @@ def usable_uri(value: object) -> str:
     elif colon and re.fullmatch(r"[\w.+-]{2,}", scheme) and scheme.split("+")[0] not in SCHEMES:
         if rest.partition("/")[0].isdigit():
             raise ValueError(f"it has no scheme; did you mean http://{text}?")
-        from importlib_metadata import entry_points
+        from qitos_mlflow._entry_points import entry_points
 
-        if scheme[0].isalpha() and scheme not in entry_points(group=STORE_GROUP).names:
+        stores = {found.name for found in entry_points(STORE_GROUP)}
+        if scheme[0].isalpha() and scheme not in stores:
             known = ", ".join(sorted(SCHEMES))
             raise ValueError(f"MLflow has no store {scheme!r}; it has: {known}")
     return text

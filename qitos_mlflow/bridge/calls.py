@@ -11,7 +11,6 @@ import atexit
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import ModuleType
@@ -19,11 +18,11 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._after_import import after_import
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import contain, shield
 from qitos_mlflow.bridge import extract, results
 from qitos_mlflow.bridge.hook import attach, detach
 from qitos_mlflow.bridge.live import LiveTrace, is_wanted
-from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool, wrap
+from qitos_mlflow.bridge.patches import wrap
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 
 _sessions: list[AgentRun] = []
@@ -31,12 +30,12 @@ _sessions: list[AgentRun] = []
 _lock = threading.RLock()  # A signal handler may run an agent while it is held.
 _fitted = False
 
-POOLS: dict[str, type[ThreadPoolExecutor]] = {
-    "qitos.engine.action_executor": ContextPool,  # parallel tools, tools with a time limit
-    "qitos.kit.tool.fanout": ContextPool,
-    "qitos.kit.tool.agent.agent_tool": BackgroundPool,
+POOLS = {
+    "qitos.engine.action_executor": False,  # parallel tools, tools with a time limit
+    "qitos.kit.tool.fanout": False,
+    "qitos.kit.tool.agent.agent_tool": True,
 }
-"""Host modules whose thread pools start tools or agents, and what replaces the pool."""
+"""Host modules whose thread pools start tools or agents, and whether these outlive the run."""
 
 Wrapped = Callable[..., Any]
 
@@ -117,9 +116,9 @@ def execute_one(
     live = place.run.live
     try:
         span = _begin_tool(place, executor, args[0] if args else kwargs["action"])
-    except Exception as error:  # noqa: BLE001 - the tool runs without a span
-        report("bridge.tool", error)
+    except BaseException as error:  # noqa: BLE001 - the tool runs without a span
         here.set(place)
+        contain("bridge.tool", error)
         return wrapped(*args, **kwargs)
     try:
         result = wrapped(*args, **kwargs)
@@ -175,14 +174,12 @@ def _begin(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AgentR
         # A host that resumes a run gives its id as the task.
         resumed = task if kwargs.get("_resume_state") is not None else None
         return AgentRun(engine, task, before, resumed)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a processor's, or the user's objects'
         place = here.get()
         if place is not None and place is not before and place.run.before is before:
             place.run.end(error=error)  # It has begun, and the caller does not get it.
         here.set(before)
-        if not isinstance(error, Exception):  # Such as Ctrl-C.
-            raise
-        report("bridge.begin", error)  # The agent runs without a trace.
+        contain("bridge.begin", error)  # The agent runs without a trace.
         return None
 
 
@@ -199,8 +196,8 @@ def _fit() -> None:
             try:
                 after_import("qitos.engine.action_executor", _wrap_tools)
                 after_import("qitos.engine.critic_result", _wrap_verdicts)
-                for module, pool in POOLS.items():
-                    after_import(module, partial(_replace_pool, pool))
+                for module, detached in POOLS.items():
+                    after_import(module, partial(_replace_pool, detached))
             finally:  # Nothing may be replaced once more.
                 _fitted = True
 
@@ -214,9 +211,11 @@ def _wrap_verdicts(module: ModuleType) -> None:
     wrap(module.CriticResult, "from_dict", critic_result)
 
 
-def _replace_pool(pool: type[ThreadPoolExecutor], module: ModuleType) -> None:
-    if vars(module).get("ThreadPoolExecutor") is ThreadPoolExecutor:
-        vars(module)["ThreadPoolExecutor"] = pool
+def _replace_pool(detached: bool, module: ModuleType) -> None:
+    if "ThreadPoolExecutor" in vars(module):
+        from qitos_mlflow.bridge import pools
+
+        pools.replace(module, detached=detached)
 
 
 def _begin_tool(place: Place, executor: Any, action: Any) -> Any:

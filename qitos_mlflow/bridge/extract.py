@@ -15,6 +15,7 @@ from numbers import Number
 from traceback import walk_tb
 from typing import Any
 
+from qitos_mlflow._guard import let_through
 from qitos_mlflow._usage import parse_usage
 
 FAILED_OUTPUT_STATUSES = frozenset({"error", "failed", "denied", "needs_user_input"})
@@ -26,7 +27,8 @@ def first(source: Any, *names: str) -> Any:
     for name in names:
         try:
             value = getattr(source, name, None)
-        except Exception:  # noqa: BLE001, S112 - a property of the user's; the next name may do
+        except BaseException as error:  # noqa: BLE001 - a property of the user's; the next may do
+            let_through(error)
             continue
         if value is not None:
             return value
@@ -54,7 +56,8 @@ def tool_names(engine: Any) -> list[str] | None:
         return None
     try:
         return [str(name) for name in listing()]
-    except Exception:  # noqa: BLE001 - a registry of the user's
+    except BaseException as error:  # noqa: BLE001 - a registry of the user's
+        let_through(error)
         return None
 
 

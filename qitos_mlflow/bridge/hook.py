@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qitos_mlflow import tracing
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import contain, shield
 from qitos_mlflow.bridge import extract
 from qitos_mlflow.bridge.run import AgentRun, Place, here
 
@@ -27,8 +27,8 @@ def _callback(method: Callable[..., None]) -> Callable[..., None]:
             place = here.get()
             if place is not None and place.run is self._run:
                 method(self, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the agent's thread
-            report(where, error)
+        except BaseException as error:  # noqa: BLE001 - the agent's thread
+            contain(where, error)
 
     return guarded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -71,7 +70,8 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     # The key is the URI as shown. Segments have no credentials, the configuration may have.
     servers = {without_credentials(configured or ""): configured}
     for segment in look_at(paths):
-        if not (segment.size_bytes or segment.dead_letters or segment.losses or segment.error):
+        known = segment.dead_letters or segment.losses or segment.restarts
+        if not (segment.size_bytes or known or segment.error):
             continue  # The process has just started or just ended.
         segments.append(_described(segment))
         # A trace's end repeats what is in the segment's counts; the larger number is right, because
@@ -87,6 +87,7 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
         "waiting": sum(segment["waiting"] for segment in segments),
         "dead_letters": dict(refused.most_common()),
         "lost": dict(lost.most_common()),
+        "restarts": sum(segment["restarts"] for segment in segments),
         "servers": [
             ask(uri, trusted=uri is configured)._asdict() for _, uri in sorted(servers.items())
         ],
@@ -128,6 +129,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
             number for reason, number in segment.dead_letters.items() if reason.startswith(PUT_OFF)
         ),
         "lost": dict(segment.losses),
+        "restarts": segment.restarts,
         "bytes": segment.size_bytes,
         "last_record_ns": segment.last_time_ns,
     }
@@ -156,6 +158,9 @@ def _show(found: dict[str, Any]) -> None:
     ):
         for reason, number in counts.items():
             echo(f"{number} {title}: {' '.join(reason.split())[:REASON_CHARS]}")
+    if restarts := found["restarts"]:
+        times = plural(restarts, "time")
+        echo(f"Background threads failed {times} and went on; the agents' logs say why")
     if found["dead_letters"]:
         directories = sorted({segment["directory"] for segment in segments})
         kept = ", ".join(str(Path(directory, "*.dead")) for directory in directories)

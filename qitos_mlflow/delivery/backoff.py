@@ -81,9 +81,9 @@ class Circuit:
         except OSError as error:
             done, self.problem = None, f"the spool cannot be read or written: {error}"
             _guard.warn("delivery.spool", "%s; it is tried again later", self.problem)
-        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
+        except BaseException as error:  # noqa: BLE001 - a bug must not end the thread
+            _guard.contain("delivery.sending", error)
             done, self.problem = None, _guard.in_words(error)
-            _guard.report("delivery.sending", error)
         else:
             self.problem = None
         self.online = self.problem is None

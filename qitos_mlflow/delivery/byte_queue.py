@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from typing import NamedTuple
 
 from qitos_mlflow._inheritance import check
@@ -95,20 +96,22 @@ class ByteQueue:
         self._hurry.acquire(timeout=timeout_s)
         check()
 
-    def drain(self, *, wait: bool = True, timeout_s: float | None = None) -> list[Item | Barrier]:
-        """The oldest items, about `DRAIN_BYTES` of them. Spooling thread only.
+    def drain(
+        self, into: deque[Item | Barrier], *, wait: bool = True, timeout_s: float | None = None
+    ) -> None:
+        """Move the oldest items, about `DRAIN_BYTES` of them. Spooling thread only.
 
         Args:
-            wait: block until there is one; otherwise the list may be empty.
-            timeout_s: block no longer than this; then the list is empty.
+            into: what the caller has not worked off yet: they must not be lost with its thread.
+            wait: block until there is one.
+            timeout_s: block no longer than this.
         """
-        taken: list[Item | Barrier] = []
         taken_bytes = 0
         self.more = False
         try:
             item = self._items.get(wait, timeout_s)
             while True:
-                taken.append(item)
+                into.append(item)
                 if isinstance(item, Item):
                     taken_bytes += len(item.payload) + ITEM_OVERHEAD_BYTES
                 else:
@@ -122,4 +125,3 @@ class ByteQueue:
         else:
             self._held_bytes = max(0, self._held_bytes - taken_bytes)
         check()
-        return taken

@@ -282,8 +282,15 @@ class Leftovers(Deliveries):
         return self._due_at - time.monotonic()
 
     def step(self) -> None:
-        """Send one batch of a leftover segment, if there is one. Never raises."""
-        self._due_at = time.monotonic() + next(self._steps)
+        """Send one batch of a leftover segment, if there is one.
+
+        Raises only what another thread injects; the next step begins a new look then.
+        """
+        try:
+            self._due_at = time.monotonic() + next(self._steps)
+        except BaseException:
+            self._steps = self._looks()
+            raise
 
     def _looks(self) -> Iterator[float]:
         """Each step; yields how long to pause before the next one (seconds)."""

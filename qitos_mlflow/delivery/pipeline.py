@@ -10,10 +10,7 @@ files until the next record comes. A forked child begins anew: its own queue, se
 
 from __future__ import annotations
 
-# Not used here. Its import registers with threading, which raises once the interpreter shuts down:
-# a sink importing mlflow in a short script's last moments would fail. It also registers with fork,
-# which complains when that happens on another thread in mid-fork. 1.5 ms.
-import concurrent.futures.thread  # noqa: F401
+import contextlib
 import os
 import threading
 import time
@@ -22,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qitos_mlflow._inheritance import in_time
+from qitos_mlflow._threads import in_time
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue
 from qitos_mlflow.delivery.leftovers import Leftovers
@@ -34,6 +31,12 @@ from qitos_mlflow.delivery.spool.paths import Paths
 from qitos_mlflow.delivery.spool.reader import SegmentReader
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 from qitos_mlflow.delivery.spooling_thread import Spooled, SpoolingThread
+
+# Not used here. Its import registers with threading, which raises once the main thread has ended: a
+# sink importing mlflow in a short script's last moments would fail. It also registers with fork,
+# which complains when that happens on another thread in mid-fork. 1.5 ms.
+with contextlib.suppress(RuntimeError):  # It has ended: this pipeline works all the same.
+    import concurrent.futures.thread  # noqa: F401
 
 DISK_GRACE_S = 0.25
 """From `refuse` on, the spooling thread has at least this long (seconds): what does not reach the

@@ -135,6 +135,9 @@ class SegmentTransfer:
                 _guard.report("delivery.prepare", error)
                 self._take_apart(sink, chunk, _guard.in_words(error))
                 return
+            except BaseException:
+                sink.restore(self._state)
+                raise
             self._prepared = True
         with _bugs_later("delivery.send"):  # Whatever is raised, the server has refused nothing.
             dead = sink.send(timeout_s)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from functools import partial
 
 from qitos_mlflow import _guard
-from qitos_mlflow._inheritance import OwnThread, check
+from qitos_mlflow._inheritance import check
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery.backoff import Circuit
 from qitos_mlflow.delivery.leftovers import Leftovers
 from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S, SegmentTransfer
@@ -132,22 +133,20 @@ class SendingThread(OwnThread):
 
     def work(self) -> None:
         """Send until stopped, end what the records sent have left open, close the sinks."""
-        try:
-            while (step := self._wait_for_work()) is not None:
-                step()
-            if 0 < self._written <= self._transfer.position:
-                timeout_s = max(LAST_TIMEOUT_S, (self._stop_by or 0.0) - time.monotonic())
-                end = partial(self._transfer.abandon, closed=True)
-                # If this fails, the process that takes the segment does it. After a rest another
-                # thread uses the pipeline's circuit.
-                self.finished = bool(Circuit().attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
-        finally:
-            check()  # The sinks are the parent's.
-            self._transfer.close()
-            self._leftovers.close()
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
+        while (step := self._wait_for_work()) is not None:
+            step()
+        if 0 < self._written <= self._transfer.position:
+            timeout_s = max(LAST_TIMEOUT_S, (self._stop_by or 0.0) - time.monotonic())
+            end = partial(self._transfer.abandon, closed=True)
+            # If this fails, the process that takes the segment does it. After a rest another
+            # thread uses the pipeline's circuit.
+            self.finished = bool(Circuit().attempt(end, min(SEND_TIMEOUT_S, timeout_s)))
+        check()  # The sinks are the parent's.
+        self._transfer.close()
+        self._leftovers.close()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def attempt(self, timeout_s: float = SEND_TIMEOUT_S, *, patient: bool = True) -> None:
         """Send one batch, and note how it went. Never raises; see `SegmentTransfer.step`."""

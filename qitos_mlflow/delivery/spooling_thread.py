@@ -1,8 +1,8 @@
 """The thread between memory and disk: queue -> normalize -> segment.
 
 While it writes it waits for nothing but the disk, so a server that hangs never delays the moment
-from which records survive the process. A bug costs the records at hand, which are counted, never
-the thread.
+from which records survive the process. What a bug or a plugin raises costs the record at hand,
+which is counted, never the thread.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice, takewhile
 
 from qitos_mlflow import _guard
-from qitos_mlflow._inheritance import OwnThread, check
+from qitos_mlflow._inheritance import Forked, check
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery.byte_queue import Barrier, ByteQueue, Item
 from qitos_mlflow.delivery.sending_thread import SendingThread
 from qitos_mlflow.delivery.spool.counts import (
@@ -105,10 +108,12 @@ class SpoolingThread(OwnThread):
         self._unattended = unattended
         self._pipeline = pipeline
         self._sends_here = False  # There is no sending thread: who waits does its work.
-        self._held = 0  # Records taken from the queue that are not appended yet.
+        self._taken: deque[Item | Barrier] = deque()  # From the queue, and not worked off yet.
+        self._rests: bool | None = None  # Why `_write` is over; None: it is not.
         self._working_here = threading.RLock()
         self._counting = threading.Lock()  # Never released: an atomic flag.
         self._finished = threading.Event()
+        (sending or self).when_failed = self.when_failed = self._count_failure
 
     def begin(self) -> None:
         """Start the thread, which starts the sending thread. Once."""
@@ -118,8 +123,11 @@ class SpoolingThread(OwnThread):
     def work(self) -> None:
         """Write until the last barrier or a rest, then end the sending thread and the segment."""
         sending = self.sending
-        self._sends_here = sending is not None and not _start(sending)
-        rests = self._write()
+        if sending is not None and sending.ident is None:
+            self._sends_here = not _start(sending)
+        if self._rests is None:
+            self._rests = self._write()
+        rests = self._rests
         if sending is not None and (rests or self._unattended.is_set()):
             sending.stop(time.monotonic() + REST_WITHIN_S)
         elif self._sends_here:
@@ -145,7 +153,8 @@ class SpoolingThread(OwnThread):
         """Write on the calling thread up to `barrier`, which is in the queue."""
         with self._working_here:
             while not barrier.reached.is_set():
-                self._append(self._queue.drain(wait=False))
+                self._queue.drain(self._taken, wait=False)
+                self._append()
 
     def wait_delivered(self, deadline: float) -> bool:
         """Wait until everything in the segment is acknowledged; False after `deadline`."""
@@ -179,28 +188,35 @@ class SpoolingThread(OwnThread):
     @property
     def unsaved(self) -> int:
         """How many records are in memory only, the queue's not counted."""
-        return self._held + self.segment.unsaved
+        held = tuple(self._taken)  # One call: the spooling thread works them off meanwhile.
+        return sum(isinstance(item, Item) for item in held) + self.segment.unsaved
 
     def _write(self) -> bool:
         """Work until the last barrier (returns False), or until there is nothing to do (True)."""
+        taken, queue = self._taken, self._queue
         while True:
-            # Under load the queue is only looked into every APPEND_EVERY_S. No thread waits in
-            # get() then, so an offer needs no system call to wake this one.
-            items = self._queue.drain(timeout_s=None if self.sending is None else REST_S)
-            if not items:
+            if not taken:
+                # Under load the queue is only looked into every APPEND_EVERY_S. No thread waits in
+                # get() then, so an offer needs no system call to wake this one.
+                queue.drain(taken, timeout_s=None if self.sending is None else REST_S)
+            if not taken:
                 if self._is_idle():
                     return True
                 continue
-            if not self._queue.more and not any(isinstance(i, Item) and i.urgent for i in items):
+            if not queue.more and not any(isinstance(i, Item) and i.urgent for i in taken):
                 # A burst of spans is the agent at work: leave it the interpreter.
-                self._queue.linger(APPEND_EVERY_S)
-                items += self._queue.drain(wait=False)
-            while items:
-                if not self._append(items):
+                queue.linger(APPEND_EVERY_S)
+                queue.drain(taken, wait=False)
+            while taken:
+                if not self._append():
                     return False
-                if not self._queue.more:
-                    self._queue.linger(APPEND_EVERY_S)
-                items = self._queue.drain(wait=False)
+                if not queue.more:
+                    queue.linger(APPEND_EVERY_S)
+                queue.drain(taken, wait=False)
+
+    def _count_failure(self) -> None:
+        self._stats.restarted()
+        self._stats.save_losses(self.segment.paths)
 
     def _is_idle(self) -> bool:
         with _guard.shield("delivery.may_rest"):
@@ -209,69 +225,75 @@ class SpoolingThread(OwnThread):
             return idle and self.sending is not None and not self.sending.looks_for_leftovers
         return False
 
-    def _refuse(self, items: Sequence[Item | Barrier] = ()) -> None:
-        """Count `items`, and what is in the queue, as offered after the end."""
-        for item in (*items, *self._queue.drain(wait=False)):
+    def _refuse(self) -> None:
+        """Count what is taken, and what is in the queue, as offered after the end."""
+        self._queue.drain(self._taken, wait=False)
+        while self._taken:
+            item = self._taken[0]
             if isinstance(item, Item):
                 self._lose(item.payload, CLOSED)
             else:
                 item.reached.set()
-        if self._queue.more:
-            self._refuse()
+            self._taken.popleft()
+            self._queue.drain(self._taken, wait=False)
 
-    def _append(self, items: Sequence[Item | Barrier]) -> bool:
-        """Append the items; False when the last barrier was among them."""
-        batch: list[Item] = []
-        self._held = sum(isinstance(item, Item) for item in items)
-        for index, item in enumerate(items):
-            # What is kept may report losses: it is normalized when all before it is settled.
-            if isinstance(item, Barrier) or item.keep:
-                self._append_batch(batch)
-                batch = []
-            if isinstance(item, Item):
-                batch.append(item)
+    def _append(self) -> bool:
+        """Append what is taken; False when the last barrier was in it."""
+        taken = self._taken
+        while taken:
+            first = taken[0]
+            if isinstance(first, Barrier):
+                first.reached.set()
+                if first.last:  # It stays: if this thread fails, it finds it again.
+                    return False
+                taken.popleft()
                 continue
-            if item.last:
-                self._held = 0
-                self._refuse(items[index + 1 :])
-            item.reached.set()
-            if item.last:
-                return False
-        self._append_batch(batch)
+            # What is kept may report losses: it is normalized when all before it is settled.
+            more = takewhile(lambda i: isinstance(i, Item) and not i.keep, islice(taken, 1, None))
+            batch = [first, *(item for item in more if isinstance(item, Item))]
+            self._append_batch(batch)
+            for _ in batch:  # Not before: if this thread fails, it goes on with them.
+                taken.popleft()
         return True
 
     def _append_batch(self, batch: Sequence[Item]) -> None:
-        if not batch:
-            return
         records: list[Record] = []
-        try:
-            self._stats.add(recorded=len(batch))
-            for payload, keep, _ in batch:
-                try:
-                    data = self._pipeline.normalize(payload)
-                except MemoryError:
-                    self._lose(payload, NO_MEMORY)
-                except Exception as error:  # noqa: BLE001 - the caller's bug costs this record only
-                    _guard.report("delivery.normalize", error)
-                    self._lose(payload, NORMALIZE_FAILED)
-                else:
-                    if data is not None:
-                        records.append((data, keep))
-            check()  # Other plugins have seen the records, and may have waited.
-            if not records:
-                return
-            for data, reason in self.segment.append(records, time.time_ns()):
-                self._lose(data, reason)
+        self._stats.add(recorded=len(batch))
+        for payload, keep, _ in batch:
+            try:
+                data = self._pipeline.normalize(payload)
+            except Forked:
+                raise
+            except MemoryError:
+                self._lose(payload, NO_MEMORY)
+            except BaseException as error:  # noqa: BLE001 - a bug costs this record only
+                _guard.report("delivery.normalize", error)
+                self._lose(payload, NORMALIZE_FAILED)
+            else:
+                if data is not None:
+                    records.append((data, keep))
+        check()  # Other plugins have seen the records, and may have waited.
+        if records:
+            self._store(records)
             self._stats.save_losses(self.segment.paths)
-            if self.sending is not None:
-                urgent = any(item.urgent for item in batch)
-                self.sending.written(self.segment.end, urgent=urgent)
-        except Exception as error:  # noqa: BLE001 - a bug must not end the thread
-            _guard.report("delivery.spooling", error)
-            for data, _ in records:
-                self._lose(data, SPOOLING_FAILED)
-        finally:
-            self._held -= len(batch)
+        if records and self.sending is not None:
+            urgent = any(item.urgent for item in batch)
+            self.sending.written(self.segment.end, urgent=urgent)
+
+    def _store(self, records: Sequence[Record]) -> None:
+        """Append records to the segment."""
+        while records:
+            try:
+                lost, records = self.segment.append(records, time.time_ns()), ()
+            except Forked:
+                raise
+            except BaseException as error:  # noqa: BLE001 - a bug costs the record at hand only
+                _guard.report("delivery.spooling", error)
+                at = self.segment.settled
+                lost = [*self.segment.lost, (records[at][0], SPOOLING_FAILED)]
+                records = records[at + 1 :]
+            for data, reason in lost:
+                self._lose(data, reason)
 
     def _end_here(self, rests: bool = False) -> None:
         """What is left to do when all is written, if there is no sending thread."""

@@ -52,8 +52,8 @@ def _pass_on(hook: str) -> Any:
         for where, call in self._calls[hook]:
             try:
                 call(item)
-            except Exception as error:  # noqa: BLE001 - a plugin's; the agent goes on
-                _guard.report(where, error)
+            except BaseException as error:  # noqa: BLE001 - a plugin's; the agent goes on
+                _guard.contain(where, error)
 
     method.__doc__ = f"Call ``{hook}`` of each plugin."
     return method

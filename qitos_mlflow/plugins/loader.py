@@ -1,7 +1,7 @@
 """Finds the installed trace plugins, selects some, and loads each of these into an adapter.
 
 A plugin is an entry point of the group `GROUP`. `selection` says which are loaded; the others are
-not imported. Nothing here raises but KeyboardInterrupt.
+not imported. Nothing here raises but what interrupts it, such as Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 import importlib_metadata
 
 from qitos_mlflow import _guard
+from qitos_mlflow._entry_points import entry_points
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.plugins.selection import VARIABLE, Selection, canonical
 
@@ -100,9 +101,8 @@ def _load(info: PluginInfo, name: str, adapter: PluginTraceProcessor) -> PluginI
         if found is None:
             raise TypeError("it, or what its factory returned, is None instead of a plugin")
         return replace(info, state="loaded", hooks=adapter.register(found, name))
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the agent
+        _guard.let_through(error)
         _guard.log(logging.DEBUG, "traceback of the failure to load %s", info.value, error=error)
         return replace(info, state="failed", error=_guard.in_words(error))
 
@@ -126,23 +126,11 @@ def _select(installed: list[PluginInfo], selection: Selection) -> list[PluginInf
 
 
 def _installed() -> list[PluginInfo]:
-    """The plugins of all distributions, by name; metadata that cannot be read is skipped."""
-    found: dict[tuple[str, str], PluginInfo] = {}
-    for distribution in importlib_metadata.distributions():
-        try:
-            # The text first: parsing the entry points of everything installed takes ten times as
-            # long, and entry points that cannot be parsed matter only if they are a plugin's.
-            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
-                continue
-            # By name, so that of two versions on sys.path the first one counts, as in an import.
-            first = importlib_metadata.distribution(distribution.name)
-            for entry in first.entry_points:
-                if entry.group == GROUP:
-                    found[canonical(entry.name), canonical(first.name)] = PluginInfo(
-                        entry.name, first.name, first.version or "", entry.value
-                    )
-        except Exception as error:  # noqa: BLE001 - site-packages may hold anything
-            place = distribution.locate_file("")
-            message = "trace plugins in %s are left out: unreadable metadata"
-            _guard.log(logging.DEBUG, message, place, error=error)
+    """The plugins of all distributions, by name."""
+    found = {
+        (canonical(one.name), canonical(one.distribution)): PluginInfo(
+            one.name, one.distribution, one.version, one.value
+        )
+        for one in entry_points(GROUP)
+    }
     return [found[key] for key in sorted(found)]

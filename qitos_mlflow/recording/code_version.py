@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qitos_mlflow._guard import shield
-from qitos_mlflow._inheritance import OwnThread, check
+from qitos_mlflow._inheritance import check
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.redaction.redact import without_credentials
 
 LOOKUP_S = 10.0

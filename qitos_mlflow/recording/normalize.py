@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qitos_mlflow import _json, tracing
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import shield
 from qitos_mlflow.delivery import Untrusted, open_regular
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
@@ -179,13 +179,14 @@ def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
     if record["kind"] not in KINDS:
         return found
     for processor in tracing.processors():
-        on_record = getattr(processor, "on_record", None)
-        for plugin, returned in on_record(record) if on_record is not None else ():
-            try:
+        on_record, answers = getattr(processor, "on_record", None), []
+        if on_record is not None:
+            with shield(f"{type(processor).__qualname__}.on_record"):
+                answers = [*on_record(record)]
+        for plugin, returned in answers:
+            with shield(plugin):  # The record is kept without.
                 for part, values in _checked(returned).items():
                     found.setdefault(part, {}).update(_json.loads(encode(values)))
-            except Exception as error:  # noqa: BLE001 - a plugin's; the record is kept without
-                report(plugin, error)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
-from qitos_mlflow._inheritance import OwnThread
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery import open_regular
 from qitos_mlflow.redaction.pictures import reference, type_of
 

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Collection
 
 from qitos_mlflow._guard import report, say
-from qitos_mlflow._inheritance import in_time
+from qitos_mlflow._interruption import interruption
+from qitos_mlflow._threads import in_time
 from qitos_mlflow.delivery import json_object, living, waiting_records
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 
@@ -144,11 +145,12 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
     global _interrupted, _ctrl_c
     try:
         return bool(act(*args))
-    except Exception as error:  # noqa: BLE001 - the process ends as it would have
-        report("process_exit", error)
-    except BaseException as error:  # noqa: BLE001 - nothing waits any more, the rest goes on
-        _interrupted = True  # By Ctrl-C, or by a signal handler of the program that exits.
-        _ctrl_c = _ctrl_c or isinstance(error, KeyboardInterrupt)
+    except BaseException as error:  # noqa: BLE001 - the process ends as it would have
+        if (outside := interruption(error)) is None:
+            report("process_exit", error)
+        else:  # Ctrl-C, or a signal handler of the program that exits: nothing waits any more.
+            _interrupted = True
+            _ctrl_c = _ctrl_c or isinstance(outside, KeyboardInterrupt)
     return False
 
 

@@ -32,6 +32,7 @@ from uuid import UUID
 from weakref import ref
 
 from qitos_mlflow import _json
+from qitos_mlflow._guard import let_through
 from qitos_mlflow.redaction.trim import CUT_HERE, cut
 
 MAX_REPR = 2_000
@@ -78,7 +79,8 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
         return _json.dumps(own, option=_json.STRICT, share=SHARE)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - a key that is no text, a cycle, a huge number, …
+    except BaseException as error:  # noqa: BLE001 - a key that is no text, a cycle, …
+        let_through(error)
         budget.containers = MAX_SLOW_CONTAINERS
         return _json.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), share=SHARE)
 
@@ -110,9 +112,9 @@ def text_of(value: Any, slow: SlowTexts) -> str:
         return f"<{kind.__qualname__}, slow repr>"
     began_s = perf_counter()
     try:
-        as_text = str if issubclass(kind, BaseException) else repr
-        text = str.__str__(as_text(value))
-    except Exception:  # noqa: BLE001 - the class's own __repr__
+        text = str.__str__((str if issubclass(kind, BaseException) else repr)(value))
+    except BaseException as error:  # noqa: BLE001 - the class's own __repr__
+        let_through(error)
         text = f"<{kind.__qualname__} without a repr>"
     text = text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
     if (took_s := perf_counter() - began_s) > SLOW_REPR_S:
@@ -220,7 +222,8 @@ def _accepted(value: Any, levels: int, budget: _Budget) -> Any:
             known = _known(value, budget)
             budget.containers -= given - budget.items
             return _accepted(known, levels - 1, budget)
-    except Exception:  # noqa: BLE001 - the class's own code
+    except BaseException as error:  # noqa: BLE001 - the class's own code
+        let_through(error)
         return _accepted(text_of(value, budget.slow), 0, budget)
     return f"<{kind.__qualname__}, cut>"
 
@@ -265,7 +268,8 @@ def _simpler(value: Any, budget: _Budget) -> Any:
             return value.value
         if kind in (datetime, date, time):
             return value.isoformat()
-        if kind is UUID:
+        # Of other paths, some download a file when they are asked for one.
+        if kind is UUID or issubclass(kind, PurePath):
             return str(value)
         if hasattr(kind, "__attrs_attrs__") or is_dataclass(kind) or kind is SimpleNamespace:
             return _attributes(value)
@@ -277,14 +281,12 @@ def _simpler(value: Any, budget: _Budget) -> Any:
             return _first_pairs(value, budget)
         if issubclass(kind, (Set, Sequence, ValuesView)):
             return _first(value, budget)
-        if issubclass(kind, PurePath):  # Others may download a file when they are asked for a path.
-            return str(value)
         if _may_fetch(kind):
             return f"<{kind.__qualname__}>"
         if hasattr(kind, "shape"):
             return _array(value, budget)
-    except Exception:  # noqa: BLE001 - the class's own code
-        pass
+    except BaseException as error:  # noqa: BLE001 - the class's own code
+        let_through(error)
     return text_of(value, budget.slow)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from qitos_mlflow._guard import report
+from qitos_mlflow._guard import contain
 from qitos_mlflow.delivery import NO_MEMORY
 from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_files
@@ -165,7 +165,7 @@ class TraceRecorder:
         except MemoryError:
             self._lose("span", NO_MEMORY)
             return
-        except Exception:
+        except BaseException:
             self._lose("span", "snapshot_failed")
             raise
         if not self.pipeline.offer(payload):
@@ -236,8 +236,8 @@ class TraceRecorder:
         }
         try:
             complete(end)
-        except Exception as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
-            report("recorder.end", error)
+        except BaseException as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
+            contain("recorder.end", error)
         finally:  # Also after Ctrl-C: nothing ends it once more.
             # At once: the program that waited for the agent looks at its trace next.
             self._offer_kept(end)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, cast
 
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import contain, shield
 from qitos_mlflow.tracing.models import TraceProcessor
 
 
@@ -17,8 +17,8 @@ def _to_each(event: str) -> Any:
         for processor in self._processors:
             try:
                 getattr(processor, event)(item)
-            except Exception as error:  # noqa: BLE001 - other code, on the agent's thread
-                report(_name(processor, event), error)
+            except BaseException as error:  # noqa: BLE001 - other code, on the agent's thread
+                contain(_name(processor, event), error)
 
     method.__name__ = event
     method.__doc__ = f"Call ``{event}`` of each processor."
@@ -29,7 +29,7 @@ class SynchronousMultiTraceProcessor(TraceProcessor):
     """Passes each event to each of its processors, in order, whatever the others do.
 
     Any thread may add, remove and pass on at the same time: an event goes to the processors that
-    there were when it began. No event takes a lock. A processor's `Exception` is kept from the
+    there were when it began. No event takes a lock. What a processor raises is kept from the
     caller and from the other processors, and logged at most once a minute.
     """
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from qitos_mlflow._guard import let_through
+
 REDACTED = "__redacted__"
 """Stands where content was. None stays None: absent and redacted values differ."""
 
@@ -63,7 +65,8 @@ def redacted_exception(error: BaseException) -> BaseException:
         try:
             stand_in = base.__new__(base, REDACTED)
             str(stand_in), repr(stand_in)  # A class may need what its __init__ would have set.
-        except Exception:  # noqa: BLE001, S112 - a class of the user's; the next base may do
+        except BaseException as own:  # noqa: BLE001 - a class of the user's; the next may do
+            let_through(own)
             continue
         return stand_in
     return Exception(REDACTED)
@@ -124,7 +127,8 @@ class RedactingSpanData:
         try:
             exported = super().export()  # type: ignore[misc]
             return {**redacted_export(exported), "type": self._type}
-        except Exception:  # noqa: BLE001 - an export that computes with what is now redacted
+        except BaseException as error:  # noqa: BLE001 - it computes with what is redacted
+            let_through(error)
             return {"type": self._type}
 
 

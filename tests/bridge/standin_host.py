@@ -23,6 +23,7 @@ from qitos_mlflow.bridge import calls, results
 from qitos_mlflow.bridge.run import here
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on
+from tests.interrupts import ctrl_c
 from tests.undo import uninstall
 
 WAIT_S = 20.0
@@ -309,7 +310,7 @@ def test_an_interrupt_in_our_own_code_leaves_no_hook(recorder: Recorder) -> None
         def __delitem__(self, index: Any) -> None:
             if self.interrupts:
                 self.interrupts -= 1
-                raise KeyboardInterrupt
+                ctrl_c()
             super().__delitem__(index)
 
     engine = Engine(agent(act("add"), FINAL, FINAL))

@@ -17,6 +17,7 @@ from qitos_mlflow.tracing.models import NOT_FINISHED
 from tests.bridge.agents import ScriptAgent
 from tests.fakes.recorder import Recorder
 from tests.hosts import run_on
+from tests.interrupts import ctrl_c
 
 FORKED_TOOL = """
     import os, sys, warnings
@@ -118,10 +119,7 @@ class Interrupting(tracing.NoOpTraceProcessor):
     """Stands for Ctrl-C at a moment of a run's beginning."""
 
     def __init__(self, moment: str) -> None:
-        setattr(self, moment, self._interrupt)
-
-    def _interrupt(self, item: Any) -> None:
-        raise KeyboardInterrupt
+        setattr(self, moment, ctrl_c)
 
 
 @pytest.mark.parametrize("moment", ["on_trace_start", "on_span_start"])
@@ -169,7 +167,7 @@ def test_ctrl_c_between_the_beginning_and_the_run(
     class Late(calls.AgentRun):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            raise KeyboardInterrupt
+            ctrl_c()
 
     monkeypatch.setattr(calls, "AgentRun", Late)
     with pytest.raises(KeyboardInterrupt):
@@ -184,7 +182,7 @@ def test_ctrl_c_while_the_hook_is_attached(recorder: Recorder) -> None:
     class Hooks(list[Any]):
         def append(self, hook: Any) -> None:
             super().append(hook)
-            raise KeyboardInterrupt
+            ctrl_c()
 
     engine: Any = Engine(agent=ScriptAgent(Decision.final("x")))
     engine.hooks = Hooks()

@@ -14,7 +14,7 @@ import pytest
 from qitos import Decision, Engine
 
 from qitos_mlflow import bridge, tracing
-from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool
+from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
 from qitos_mlflow.bridge.run import here
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, ScriptAgent, act, toolbox
 from tests.fakes.recorder import Recorder

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from opentelemetry import context as otel
 
-from qitos_mlflow.bridge.patches import BackgroundPool, ContextPool
+from qitos_mlflow.bridge.pools import BackgroundPool, ContextPool
 from qitos_mlflow.bridge.run import Place, here
 
 WAIT_S = 20.0

@@ -42,6 +42,7 @@ from tests.fakes.lazy import (
     SlowSlots,
     Watched,
 )
+from tests.interrupts import ctrl_c
 
 Spooled = Callable[[], list[dict[str, Any]]]
 Lost = Callable[[], dict[str, int]]
@@ -503,13 +504,9 @@ def test_ctrl_c_costs_no_trace_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where it arrives while the end is written down, it goes through, and so does the end."""
-
-    def interrupted(*_: object) -> Any:
-        raise KeyboardInterrupt
-
     attach()
     with pytest.raises(KeyboardInterrupt), create_trace("agent"):
-        monkeypatch.setattr(OpenTrace, "status", interrupted)
+        monkeypatch.setattr(OpenTrace, "status", ctrl_c)
     assert records()[-1]["kind"] == "trace_end"
 
 

@@ -23,6 +23,7 @@ from qitos_mlflow.tracing import (
     TracingProvider,
 )
 from tests.fakes.clock import Clock
+from tests.interrupts import ctrl_c
 
 # As a plugin's author has it: nothing of ours is imported.
 hookimpl = pluggy.HookimplMarker("qitos")
@@ -199,11 +200,7 @@ def test_a_wrapper_wraps_its_own_plugin() -> None:
 
 def test_interrupts_go_through() -> None:
     """Ctrl-C inside a plugin still stops the program."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    processor = PluginTraceProcessor({"p": plugin("qitos_span_end", interrupt)})
+    processor = PluginTraceProcessor({"p": plugin("qitos_span_end", lambda: ctrl_c())})
     with pytest.raises(KeyboardInterrupt):
         processor.on_span_end(SPAN)
 

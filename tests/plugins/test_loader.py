@@ -120,7 +120,7 @@ def test_an_entry_point_that_gives_no_plugin(
 
 def test_ctrl_c_while_loading_goes_through(installed: Distributions) -> None:
     """Ctrl-C during a plugin's import stops the program, and loading works the next time."""
-    installed.plugin("p", "raise KeyboardInterrupt")
+    installed.plugin("p", "from tests.interrupts import ctrl_c; ctrl_c()")
     with pytest.raises(KeyboardInterrupt):
         load(PluginTraceProcessor())
     installed.clean()
@@ -278,13 +278,13 @@ def test_the_first_of_two_versions_counts(
         ("METADATA", b"\xff\xfe\x00garbage"),
         ("entry_points.txt", b"\xff\xfe qitos.trace_plugins.for_tests \xff"),
         ("entry_points.txt", b"[qitos.trace_plugins.for_tests]\nno equals sign\n= x\n"),
-        ("entry_points.txt", b"no section\n[qitos.trace_plugins.for_tests"),
+        ("entry_points.txt", b"[qitos.trace_plugins.for_tests]\n[no = end\n=\n\n[x"),
     ],
 )
 def test_a_broken_distribution_breaks_nothing(
-    installed: Distributions, file: str, content: bytes | None
+    installed: Distributions, caplog: pytest.LogCaptureFixture, file: str, content: bytes | None
 ) -> None:
-    """Missing or unreadable metadata of one distribution leaves the others' plugins as they are."""
+    """One distribution whose metadata is unreadable is one warning; the others' plugins load."""
     installed.plugin("good", GOOD)
     installed.add("a-broken", "other = nowhere")
     path = installed.directory / "a_broken-1.0.dist-info" / file
@@ -294,6 +294,8 @@ def test_a_broken_distribution_breaks_nothing(
     adapter = PluginTraceProcessor()
     load(adapter)
     assert list(adapter.plugins) == ["good"]
+    [warning] = warnings(caplog)
+    assert f"entry points in {path.parent} are left out" in warning
 
 
 def test_loading_again_loads_nothing_twice(installed: Distributions) -> None:

@@ -12,6 +12,7 @@ from qitos_mlflow.tracing.models import Span, Trace
 from qitos_mlflow.tracing.processor import NoOpTraceProcessor, SynchronousMultiTraceProcessor
 from qitos_mlflow.tracing.span_data import StepSpanData
 from tests.fakes.recorder import Failing, Recorder
+from tests.interrupts import ctrl_c
 
 TRACE = Trace("t", "run")
 SPAN = Span("t", "s", StepSpanData(1))
@@ -52,7 +53,9 @@ def test_a_failing_processor_harms_nobody(
 
 def test_interrupts_go_through() -> None:
     """Ctrl-C inside a processor still stops the program."""
-    multi = SynchronousMultiTraceProcessor([Failing(KeyboardInterrupt())])
+    interrupted = NoOpTraceProcessor()
+    interrupted.on_span_end = ctrl_c
+    multi = SynchronousMultiTraceProcessor([interrupted])
     with pytest.raises(KeyboardInterrupt):
         multi.on_span_end(SPAN)
 

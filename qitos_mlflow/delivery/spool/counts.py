@@ -38,6 +38,8 @@ LOSSES_UNREADABLE = "losses_unreadable"
 """The file that counts the losses of a segment is damaged: there were some."""
 SPOOL_UNWRITABLE = "spool_unwritable"
 """The spool directory cannot be written, and the memory that stands in for it was full."""
+RESTARTED = "threads_restarted"
+"""No loss, but kept beside them: how often a thread of ours failed and went on."""
 
 LOST_BYTES = 64 * 1024
 """A file that counts losses is smaller (bytes)."""
@@ -70,6 +72,7 @@ class Counts:
         # Reentrant: a signal handler may offer a record while this thread counts one.
         self._lock = threading.RLock()
         self._dropped: Counter[str] = Counter()
+        self._restarts = 0
         self._saved: Counter[str] = Counter()
         self._saving = threading.Lock()
 
@@ -100,8 +103,12 @@ class Counts:
         if self._total is not None:
             self._total.drop(reason, records)
 
+    def restarted(self) -> None:
+        """Count that a thread failed and went on."""
+        self._restarts += 1
+
     def save_losses(self, paths: Paths) -> None:
-        """Add the losses that are not saved yet to a segment's file, for other processes.
+        """Add losses and restarts that are not saved yet to a segment's file, for other processes.
 
         Any thread; blocks on the disk. What cannot be saved now, or what another thread is saving,
         is left for the next call.
@@ -109,7 +116,7 @@ class Counts:
         if not self._saving.acquire(blocking=False):
             return
         try:
-            dropped = Counter(self.dropped)
+            dropped = Counter(self.dropped) + Counter({RESTARTED: self._restarts})
             if new := dropped - self._saved:
                 # A sync that delivers the segment of an offline process adds its own.
                 losses = load_losses(paths.lost) + new

@@ -93,6 +93,10 @@ class DiskPart(_Part):
                 os.fsync(self._descriptor)
         except OSError as error:
             self.failure, self.error = reason_of(error), error.with_traceback(None)
+        except BaseException:  # The lines are appended again.
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise
         ends = [end for end in accumulate(map(len, lines)) if end <= written]
         self._size += ends[-1] if ends else 0
         self.records += len(ends)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qitos_mlflow.delivery.spool import line_format
-from qitos_mlflow.delivery.spool.counts import Counts, load_losses
+from qitos_mlflow.delivery.spool.counts import RESTARTED, Counts, load_losses
 from qitos_mlflow.delivery.spool.dead_letters import letter_of, lines_of, load_dead_letters
 from qitos_mlflow.delivery.spool.files import (
     FILE_BYTES,
@@ -65,6 +65,8 @@ class SegmentInfo:
     """Records that can never be delivered, by reason."""
     losses: Mapping[str, int]
     """Records lost, by reason."""
+    restarts: int
+    """How often a thread of its process failed and went on."""
     last_time_ns: int
     """When the last record was written, by the wall clock; `head.started_ns` if there is none."""
     waiting: int = 0
@@ -79,14 +81,16 @@ def inspect_segment(paths: Paths) -> SegmentInfo:
 
     A segment that `find_segments` has found is taken to have the parts it had then.
     """
-    head = read_head(paths)
+    head, losses = read_head(paths), load_losses(paths.lost)
+    restarts = losses.pop(RESTARTED, 0)
     info = SegmentInfo(
         paths=paths,
         head=head,
         owner_alive=is_held(paths.own),
         delivering=is_held(paths.ship),
         dead_letters={},
-        losses=load_losses(paths.lost),
+        losses=losses,
+        restarts=restarts,
         last_time_ns=head.started_ns,
     )
     try:

@@ -68,6 +68,10 @@ class SegmentWriter:
     ) -> None:
         self.end = 0
         """Position behind the last record appended; all before it can be read."""
+        self.settled = 0
+        """How many records of the last `append` are appended or lost, ..."""
+        self.lost: list[tuple[bytes, str]] = []
+        """... and the lost ones: it may have raised, because of a bug."""
         self.paths = Paths(directory, new_stem())
         self._header = header
         self._offline = offline
@@ -87,31 +91,30 @@ class SegmentWriter:
         Returns those that neither disk nor memory took, each with the reason to count it under.
         `time_ns` is the wall clock's time now.
         """
-        losses: list[tuple[bytes, str]] = []
+        self.settled, self.lost = 0, []
         self._tries_again = not self._memory_bytes  # Or one failure that passes costs records.
         lines = [line_format.encode(line_format.RECORD, data, time_ns) for data, _ in records]
         now = time.monotonic()
-        done = 0
-        while done < len(lines):
+        while (done := self.settled) < len(lines):
             (data, keep), line = records[done], lines[done]
             if len(line) > line_format.LINE_BYTES:
-                losses.append((data, RECORD_TOO_LARGE))
-                done += 1
+                self.lost.append((data, RECORD_TOO_LARGE))
+                self.settled += 1
                 continue
             part = self._part_for(keep, line, time_ns, now)
             if isinstance(part, DiskPart):
-                done += part.append(lines[done : self._fitting(records, lines, done)])
+                self.settled += part.append(lines[done : self._fitting(records, lines, done)])
                 if part.failure and part.failure != SPOOL_REMOVED:
                     self._fail(part.failure, part.error)
             else:
                 if part is None:
-                    losses.append((data, self._disk_failure))
+                    self.lost.append((data, self._disk_failure))
                 else:
                     part.append(line)
-                done += 1
+                self.settled += 1
             if part is not None:
                 self.end = part.base + part.size
-        return losses
+        return self.lost
 
     def parts(self) -> list[Part]:
         """The parts in order. The sending thread removes those that are acknowledged."""

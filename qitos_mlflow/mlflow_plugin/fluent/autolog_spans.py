@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import contain, shield
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
@@ -107,8 +107,8 @@ class AutologSpans:
                 self._spans.calls[self._id_of(span).hex()] = []
             if self._over:  # Since the look above, on another thread.
                 attached.qitos_ended = True
-        except Exception as error:  # noqa: BLE001
-            report("autolog_spans.enter", error)
+        except BaseException as error:  # noqa: BLE001
+            contain("autolog_spans.enter", error)
 
     def leave(self, span: Any) -> None:
         """`span` has ended: MLflow's current span is again the one before it."""

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qitos_mlflow._inheritance import OwnThread
+from qitos_mlflow._threads import OwnThread
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

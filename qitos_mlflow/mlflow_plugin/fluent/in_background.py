@@ -14,7 +14,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from qitos_mlflow._guard import shield
-from qitos_mlflow._inheritance import OwnThread, check
+from qitos_mlflow._inheritance import check
+from qitos_mlflow._threads import OwnThread
 
 LINGER_S = 5.0
 """How long the thread waits for more work (seconds)."""

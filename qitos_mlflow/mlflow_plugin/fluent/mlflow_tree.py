@@ -21,7 +21,7 @@ from typing import Any
 
 from qitos_mlflow import _json
 from qitos_mlflow._after_import import imported
-from qitos_mlflow._guard import report, shield
+from qitos_mlflow._guard import contain, shield
 from qitos_mlflow.mlflow_plugin.fluent import surroundings
 from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
@@ -158,8 +158,8 @@ class MlflowTree:
             make_current(self._contexts, live._span)
             if self._over:  # Since the look above, on another thread.
                 self._close_all()
-        except Exception as error:  # noqa: BLE001
-            report("mlflow_tree.enter", error)
+        except BaseException as error:  # noqa: BLE001
+            contain("mlflow_tree.enter", error)
 
     def leave(self, span: Any) -> None:
         """`span` has ended: MLflow's current span is again the one before it."""

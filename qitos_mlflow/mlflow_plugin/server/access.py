@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from qitos_mlflow._after_import import imported
-from qitos_mlflow._guard import report, warn
+from qitos_mlflow._entry_points import entry_points
+from qitos_mlflow._guard import contain, warn
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.redaction.names import names_credential
 from qitos_mlflow.redaction.redact import redact_text
@@ -170,9 +171,7 @@ def _asks_mlflow() -> bool:
 def has_plugins() -> bool:
     """Whether other packages add headers to MLflow's requests. Reads the installed packages."""
     with importing():
-        from importlib_metadata import entry_points
-
-        return any(not entry.value.startswith("mlflow.") for entry in entry_points(group=PLUGINS))
+        return any(not found.value.startswith("mlflow.") for found in entry_points(PLUGINS))
 
 
 def routing_headers() -> dict[str, str] | None:
@@ -200,8 +199,8 @@ def routing_headers() -> dict[str, str] | None:
             changed = {key for key, text in new if again.get(key) != text}
             _changing.update(key for key in changed if _last_word(key) not in TENANT_WORDS)
             _tenants.update(pair for pair in new if pair[0] not in _changing)
-    except Exception as error:  # noqa: BLE001 - a plugin of the user's
-        report("server.routing_headers", error)
+    except BaseException as error:  # noqa: BLE001 - a plugin of the user's
+        contain("server.routing_headers", error)
         return None
     return {**found, **{key: text for key, text in said.items() if key not in _changing}}
 

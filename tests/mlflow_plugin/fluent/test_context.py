@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qitos_mlflow import _guard, context
-from qitos_mlflow._inheritance import OwnThread
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
 from qitos_mlflow.mlflow_plugin.fluent.context import MAX_TRACES, Begun
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun

@@ -1,0 +1,88 @@
+"""A thread of ours: goes on after whatever its work raises, and ends in a forked child."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from qitos_mlflow._guard import report
+from qitos_mlflow._inheritance import Forked, check, here
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.1
+"""From the first failure to the next try; each further failure doubles it (seconds)."""
+LAST_PAUSE_S = 10.0
+"""The longest pause; after as long without a failure it is the first one again (seconds)."""
+
+
+class OwnThread(threading.Thread):
+    """A daemon that does its `work` in the process that made it, and ends in a forked child.
+
+    If `work` raises, whatever it is, it is called again after a pause: nobody else would notice,
+    and what it has taken would be lost.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._pid = os.getpid()
+        self.when_failed: Callable[[], object] = lambda: None
+        """Called after `work` has raised, before it is called again."""
+
+    def work(self) -> None:
+        """What the thread is for; calls `check`. If it is called again, it goes on."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Work until it is done; say nothing in a forked child."""
+        here.pid = self._pid
+        try:
+            self._work()
+        except Forked:
+            threading.current_thread()  # Has `threading` know it again, so that it can forget it.
+        finally:
+            here.pid = None
+
+    def _work(self) -> None:
+        pause_s = 0.0
+        while True:
+            began_s = time.monotonic()
+            try:
+                check()
+                return self.work()
+            except Forked:
+                raise
+            except BaseException as error:  # noqa: BLE001 - also what another thread injects
+                long = time.monotonic() - began_s > LAST_PAUSE_S
+                pause_s = FIRST_PAUSE_S if long or not pause_s else min(2 * pause_s, LAST_PAUSE_S)
+                with suppress(BaseException):  # Such as no memory, again.
+                    report(f"the thread {self.name}", error)
+                    self.when_failed()
+            time.sleep(pause_s)
+
+
+def in_time(act: Callable[[], T], timeout_s: float) -> T | None:
+    """What `act` returns, on a thread of its own; None if it raises or takes longer (seconds).
+
+    A disk on a network that is gone answers no call, and nothing can end one. If no thread can be
+    started (Python 3.12 while the interpreter ends), the calling thread does it.
+    """
+    done: list[T] = []
+
+    class Act(OwnThread):
+        def work(self) -> None:
+            with suppress(Exception):
+                done.append(act())
+
+    thread = Act("qitos-mlflow-in-time")
+    try:
+        thread.start()
+    except RuntimeError:
+        thread.work()
+    else:
+        thread.join(timeout_s)
+    return done[0] if done else None
