@@ -40,12 +40,8 @@ def ask(uri: str | None, *, trusted: bool) -> Answer:
     from urllib3.exceptions import HTTPError
 
     from qitos_mlflow.delivery import RetryLater
-    from qitos_mlflow.mlflow_plugin.server.http import (
-        UNAUTHORISED,
-        Request,
-        SessionRequester,
-        verdict,
-    )
+    from qitos_mlflow.mlflow_plugin.server.http import UNAUTHORISED, Request, SessionRequester
+    from qitos_mlflow.mlflow_plugin.server.verdict import verdict
 
     try:
         with closing(SessionRequester(uri, trusted=trusted)) as send:
@@ -55,7 +51,7 @@ def ask(uri: str | None, *, trusted: bool) -> Answer:
             version = send(question)
             if version.status_code in UNAUTHORISED:
                 return Answer(shown, True, str(verdict(question, version, shown)))
-            if version.ok and len(version.text) < 40:  # A longer text is a web page.
+            if version.ok and len(version.content) < 40:  # A longer text is a web page.
                 # What records need may be refused all the same.
                 problem = verdict(experiments, send(experiments), shown)
                 but = f", but: {problem}" if problem else ""

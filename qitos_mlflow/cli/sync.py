@@ -34,6 +34,9 @@ from qitos_mlflow.errors import QitosMlflowError
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Delivery, Outcome, SegmentInfo
 
+LEAST_S = 1.0
+"""A server that answers has this long for a batch, however small the patience is (seconds)."""
+
 
 @click.command()
 @paths_argument
@@ -222,6 +225,8 @@ class Sync:
 
     def _send(self, delivery: Delivery, moved: Callable[[], None]) -> Outcome | None:
         """Send a segment; None if nothing was accepted for too long."""
+        from qitos_mlflow.delivery.segment_transfer import SEND_TIMEOUT_S
+
         outcome, circuit = None, delivery.circuit
         with closing(delivery):
             while outcome is None:
@@ -233,7 +238,8 @@ class Sync:
                 # A server may ask for minutes. The last attempt is made when patience ends.
                 time.sleep(max(0.0, min(circuit.delay_s, patience_left_s)))
                 moved()
-                outcome = delivery.step()
+                patience_left_s = self._patience_s - circuit.failing_s
+                outcome = delivery.step(max(LEAST_S, min(patience_left_s, SEND_TIMEOUT_S)))
         return outcome
 
     def show(self) -> None:

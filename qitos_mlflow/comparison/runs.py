@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from qitos_mlflow.comparison.statistics import Difference, difference
 from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
 from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
+    MOST,
     SUMS,
     TASK_TAG,
     TRIAL_TAG,
@@ -27,9 +28,6 @@ SUCCESS = "success"
 
 SERIES = ("generation/", "step/", "critic/score", "tool/", "model/", "system/")
 """Metrics that say nothing of a task as a whole: their last value is that of its last step."""
-
-MOST = 1e100
-"""No larger number is compared. MLflow's stores keep an infinity as the largest number there is."""
 
 
 class Task(NamedTuple):

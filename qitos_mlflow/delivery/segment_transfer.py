@@ -2,10 +2,14 @@
 
 A step that fails leaves everything as it was, and the next one goes on from there. Nothing is
 acknowledged before the sink has sent it. Nothing is read before the last chunk is acknowledged.
+
+A record is a dead letter if the server refuses it, or if the sink cannot map it: alone, again and
+again, in a process that has memory to spare. No other exception says anything of a record.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -26,6 +30,13 @@ MEMORY_BYTES, MEMORY_FACTOR = 16 * 1024 * 1024, 16
 """Room below a limit of the process's memory, beside so many times the records, that a batch needs.
 With less, protobuf may end the process."""
 
+MAPPING_TRIES = 3
+"""A record that the sink cannot map is tried alone at least this often, ..."""
+MAPPING_S = 1.0
+"""... and at least for this time (seconds)."""
+OF_THE_PROCESS = (MemoryError, RecursionError, OSError)
+"""Exceptions that are about the process, however often the same record has them."""
+
 
 class SegmentTransfer:
     """Delivers what `reader` reads to the sink that `open_sink` makes. One thread only."""
@@ -37,7 +48,8 @@ class SegmentTransfer:
         self._state = b""  # The sink's, as of the last acknowledgement.
         self._chunk: Chunk | None = None
         self._prepared = False  # Whether the sink has something to send.
-        self._one_by_one = 0  # How many of the next records are sent on their own.
+        self._most = BATCH_RECORDS  # How many records are read at once.
+        self._failures, self._failing_since = 0, 0.0  # Of the first record, mapped alone.
 
     @property
     def position(self) -> int:
@@ -67,7 +79,7 @@ class SegmentTransfer:
             chunk = self._reader.read(
                 end=end,
                 sealed=sealed,
-                max_records=1 if self._one_by_one else BATCH_RECORDS,
+                max_records=self._most,
             )
             if chunk.end == self._reader.position:
                 if end is not None and chunk.end < end:
@@ -131,9 +143,9 @@ class SegmentTransfer:
             except RetryLater:
                 sink.restore(self._state)
                 raise
-            except Exception as error:  # noqa: BLE001 - pure, so what fails once fails always
+            except Exception as error:  # noqa: BLE001 - found out below
                 _guard.report("delivery.prepare", error)
-                self._take_apart(sink, chunk, _guard.in_words(error))
+                self._take_apart(sink, chunk, error)
                 return
             except BaseException:
                 sink.restore(self._state)
@@ -144,20 +156,30 @@ class SegmentTransfer:
             state = sink.state()
         self._acknowledge(chunk, state, dead)
 
-    def _take_apart(self, sink: Sink, chunk: Chunk, reason: str) -> None:
-        """Find the one record that the sink has a bug for, and make that one a dead letter."""
+    def _take_apart(self, sink: Sink, chunk: Chunk, error: Exception) -> None:
+        """Read half as much, until it is one record that the sink cannot map; bury that one."""
         sink.restore(self._state)
-        if len(chunk.records) == 1:
-            self._acknowledge(chunk, self._state, [DeadLetter(chunk.records[0], reason)])
+        if len(chunk.records) > 1:
+            self._most = len(chunk.records) // 2
+            self._chunk = None
             return
-        self._one_by_one = len(chunk.records)
-        self._chunk, self._prepared = None, False
+        reason = _guard.in_words(error)
+        if isinstance(error, OF_THE_PROCESS) or not self._fails_alone():
+            raise RetryLater(reason) from error
+        self._acknowledge(chunk, self._state, [DeadLetter(chunk.records[0], reason)])
+
+    def _fails_alone(self) -> bool:
+        """Count one more failure of a record; True if there were enough of them."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since if self._failures else now
+        self._failures += 1
+        return self._failures >= MAPPING_TRIES and now - self._failing_since >= MAPPING_S
 
     def _acknowledge(self, chunk: Chunk, state: bytes, dead: Sequence[DeadLetter]) -> None:
         self._reader.acknowledge(chunk, state, dead)
         self._state = state
-        self._one_by_one = max(0, self._one_by_one - len(chunk.records))
-        self._chunk, self._prepared = None, False
+        self._most = min(2 * self._most, BATCH_RECORDS)
+        self._chunk, self._prepared, self._failures = None, False, 0
 
 
 @contextmanager

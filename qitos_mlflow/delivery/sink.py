@@ -67,9 +67,11 @@ class Sink(Protocol):
         ...
 
     def prepare(self, records: Sequence[bytes]) -> None:
-        """Map records for `send` and advance the state; no network. A bad one is a dead letter.
+        """Map records for `send` and advance the state; no network.
 
         Everything prepared before has been sent when this is called, or `restore` was called since.
+        `restore` is called after whatever this raises. If it raises each time that it is given one
+        record alone, that one becomes a dead letter.
         """
         ...
 

@@ -122,12 +122,12 @@ class MlflowRest:
             "metrics": set(),
             "status": "RUNNING",
         }
-        return 200, {"run": {"info": self._info(run_id)}}
+        return 200, {"run": {"info": self._info(run_id), "data": {"tags": _pairs(tags)}}}
 
     def _runssearch(self, body: Any, path: str) -> tuple[int, Any]:
         wanted = re.split("['\"]", body["filter"])[1]
         found = [
-            {"info": self._info(run_id)}
+            {"info": self._info(run_id), "data": {"tags": _pairs(run["tags"])}}
             for run_id, run in self.runs.items()
             if run["tags"]["qitos.trace_id"] == wanted and not run["deleted"]
         ]
@@ -168,6 +168,10 @@ class MlflowRest:
             "experiment_id": run["experiment"],
             "artifact_uri": f"mlflow-artifacts:/1/{run_id}/artifacts",
         }
+
+
+def _pairs(tags: dict[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": text} for key, text in tags.items()]
 
 
 def _named(path: str, names: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
@@ -28,6 +29,11 @@ TASK_TAG, TRIAL_TAG, ATTEMPT_TAG = "qitos.task_id", "qitos.trial", "qitos.attemp
 PLACE_TAGS = ("qitos.benchmark", "qitos.split", TASK_TAG, TRIAL_TAG)
 CATEGORY_TAG, SKIPPED_TAG, STOP_TAG = "qitos.category", "qitos.skipped", "stop_reason"
 PREDICTION_TAG = "qitos.prediction"
+LINK_TAGS = ("qitos.trace_id", "qitos.linked_trace_id")
+READ_TAGS = (
+    *(*PLACE_TAGS, ATTEMPT_TAG, CATEGORY_TAG, SKIPPED_TAG, STOP_TAG, PREDICTION_TAG),
+    *LINK_TAGS,
+)
 
 AGAIN = re.compile(r"~\d+$")
 """Ends the id of a trace that two processors log to one server."""
@@ -47,6 +53,9 @@ SUMS = {
     "seconds": "duration_s",
 }
 """What is added up over an attempt, and the metric of a run that has it."""
+
+MOST = 1e100
+"""No larger number is added up: MLflow's stores keep an infinity as the largest number there is."""
 
 
 class Attempt:
@@ -91,9 +100,21 @@ class Attempt:
         return False if self.failed else None
 
     def sum(self, name: str) -> float | None:
-        """The sum of a metric over its runs; None if no run has it."""
+        """The sum of a metric over its runs; None if no run has it as a number that adds up."""
         found = [run.metrics[name] for run in self.runs if name in run.metrics]
+        found = [one for one in found if abs(one) < MOST]
         return math.fsum(found) if found else None
+
+
+def lean(run: StoredRun) -> StoredRun:
+    """The run with what is read of it here. Of thousands, the rest would not fit into memory."""
+    metrics = {
+        key: value
+        for key, value in run.metrics.items()
+        if key == "success" or key in SUMS.values() or key.startswith(VERDICT)
+    }
+    tags = {key: run.tags[key] for key in READ_TAGS if key in run.tags}
+    return replace(run, metrics=metrics, tags=tags, metric_times={})
 
 
 def attempts(runs: Iterable[StoredRun]) -> list[Attempt]:
@@ -103,10 +124,10 @@ def attempts(runs: Iterable[StoredRun]) -> list[Attempt]:
     together: dict[str, list[StoredRun]] = {}
     traces = {""}
     for run in ordered:
-        own, trace = run.tags.get(ATTEMPT_TAG), run.tags.get("qitos.trace_id", "")
+        own, trace = run.tags.get(ATTEMPT_TAG), run.tags.get(LINK_TAGS[0], "")
         if not trace and run.tags.get(TASK_TAG):
             trace = run.ref.run_id  # A run of the user's own counts if it names a task.
-        beside = own is None and (any_task or "qitos.linked_trace_id" in run.tags)
+        beside = own is None and (any_task or LINK_TAGS[1] in run.tags)
         if not beside and (trace := AGAIN.sub("", trace)) not in traces:
             traces.add(trace)
             together.setdefault(own or run.ref.run_id, []).append(run)

@@ -11,14 +11,9 @@ from urllib.parse import quote, urlsplit
 
 from qitos_mlflow.delivery import RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
-from qitos_mlflow.mlflow_plugin.server.http import (
-    REQUEST_TIMEOUT_S,
-    Request,
-    SessionRequester,
-    answer_to,
-    verdict,
-)
+from qitos_mlflow.mlflow_plugin.server.http import REQUEST_TIMEOUT_S, Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.transport import PutOff, readable
+from qitos_mlflow.mlflow_plugin.server.verdict import answer_to, verdict
 from qitos_mlflow.redaction.redact import without_credentials
 
 SERVED = "/api/2.0/mlflow-artifacts/artifacts"

@@ -33,6 +33,7 @@ from qitos_mlflow._inheritance import check, disown_in_child
 from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, PromptRef, RunData, RunRef
+from qitos_mlflow.mlflow_plugin.server import answers
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import file_of, prepare_sqlite
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
@@ -42,7 +43,6 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     Transport,
     failure,
     readable,
-    run_ref,
 )
 from qitos_mlflow.redaction.redact import without_credentials
 
@@ -263,7 +263,7 @@ class StoreTransport(Transport):
             made = self._mlflow.create_run(
                 run.experiment_id, start_time=run.start_ms, tags=dict(run.tags), run_name=run.name
             )
-            return run_ref(dict(made.info))
+            return answers.run_ref(dict(made.info))
 
     def _search_runs(
         self, wanted: str, page: Mapping[str, Any], timeout_s: float

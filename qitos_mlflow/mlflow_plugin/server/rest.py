@@ -16,7 +16,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from qitos_mlflow import _json
-from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.delivery.sink import progressed
 from qitos_mlflow.mlflow_plugin.mapping.entities import (
     NewRun,
@@ -25,25 +24,21 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import (
     RunRef,
     is_inside,
 )
+from qitos_mlflow.mlflow_plugin.server import answers
 from qitos_mlflow.mlflow_plugin.server.artifacts import SERVED, write_elsewhere
-from qitos_mlflow.mlflow_plugin.server.http import (
-    PROTOBUF,
-    SPANS,
-    Request,
-    Requester,
-    SessionRequester,
-    answer_to,
-    json_object,
-    patience,
-    verdict,
-)
+from qitos_mlflow.mlflow_plugin.server.http import Request, Requester, SessionRequester, patience
 from qitos_mlflow.mlflow_plugin.server.transport import (
     ARTIFACTS_TAG,
     NotThere,
     Refused,
     Transport,
-    part,
-    run_ref,
+)
+from qitos_mlflow.mlflow_plugin.server.verdict import (
+    PROTOBUF,
+    SPANS,
+    answer_to,
+    json_object,
+    verdict,
 )
 
 CHANGES = ("feedback", "expectation", "rationale", "metadata")
@@ -84,7 +79,7 @@ class RestTransport(Transport):
 
     def _create_experiment(self, name: str, timeout_s: float) -> str:
         path, field = "/api/2.0/mlflow/experiments/create", "experiment_id"
-        return str(part(self._post(path, {"name": name}, timeout_s, field), field))
+        return answers.identifier(self._post(path, {"name": name}, timeout_s, field), field)
 
     def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
         path = "/api/2.0/mlflow/experiments/get?experiment_id=" + quote(experiment_id, safe="")
@@ -102,7 +97,7 @@ class RestTransport(Transport):
             "tags": _pairs(run.tags),
         }
         answer = self._post("/api/2.0/mlflow/runs/create", body, timeout_s, "run")
-        return run_ref(part(part(answer, "run"), "info"))
+        return answers.created_run(answers.thing(answer, "run"), run)
 
     def _search_runs(
         self, wanted: str, page: Mapping[str, Any], timeout_s: float
@@ -124,7 +119,8 @@ class RestTransport(Transport):
 
     def end_run(self, run_id: str, status: str, end_ms: int, timeout_s: float) -> None:
         body = {"run_id": run_id, "status": status, "end_time": end_ms}
-        self._post("/api/2.0/mlflow/runs/update", body, timeout_s, "run_info")
+        answer = self._post("/api/2.0/mlflow/runs/update", body, timeout_s, "run_info")
+        answers.identifier(answers.thing(answer, "run_info"), "run_id", run_id)
 
     def log_dataset(self, run_id: str, dataset: Mapping[str, str], timeout_s: float) -> None:
         context = {"key": "mlflow.data.context", "value": "eval"}
@@ -136,23 +132,25 @@ class RestTransport(Transport):
         self._post("/api/2.0/mlflow/traces/link-to-run", body, timeout_s)
 
     def write_trace(self, info: dict[str, Any], timeout_s: float) -> None:
-        self._post("/api/3.0/mlflow/traces", {"trace": {"trace_info": info}}, timeout_s, "trace")
+        body = {"trace": {"trace_info": info}}
+        answers.thing(self._post("/api/3.0/mlflow/traces", body, timeout_s, "trace"), "trace")
 
     def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
         path = "/api/3.0/mlflow/traces/" + quote(trace_id, safe="")
-        found: Mapping[str, Any] = part(self._get(path, timeout_s, "trace"), "trace_info")
-        return found
+        return answers.thing(self._get(path, timeout_s, "trace"), "trace_info")
 
     def create_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
         path = f"/api/3.0/mlflow/traces/{quote(assessment['trace_id'], safe='')}/assessments"
-        self._post(path, {"assessment": assessment}, timeout_s, "assessment")
+        answer = self._post(path, {"assessment": assessment}, timeout_s, "assessment")
+        answers.thing(answer, "assessment")
 
     def update_assessment(self, assessment: dict[str, Any], timeout_s: float) -> None:
         trace, own = (quote(assessment[key], safe="") for key in ("trace_id", "assessment_id"))
         parts = [part for part in CHANGES if part in assessment]
         body = _json.dumps({"assessment": assessment, "update_mask": ",".join(parts)})
         path = f"/api/3.0/mlflow/traces/{trace}/assessments/{own}"
-        self._json(Request("PATCH", path, timeout_s, body, answer="assessment"))
+        answer = self._json(Request("PATCH", path, timeout_s, body, answer="assessment"))
+        answers.thing(answer, "assessment")
 
     def write_spans(self, experiment_id: str, spans: Sequence[Span], timeout_s: float) -> None:
         message = ExportTraceServiceRequest(
@@ -171,8 +169,7 @@ class RestTransport(Transport):
     def sum_spans(self, question: Mapping[str, Any], timeout_s: float) -> float | None:
         body = {**question, "view_type": "SPANS", "aggregations": [{"aggregation_type": "SUM"}]}
         path, field = "/api/3.0/mlflow/traces/metrics", "data_points"
-        points = self._post(path, body, timeout_s, field).get(field)
-        return float(points[0]["values"]["SUM"]) if points else None
+        return answers.total(answers.objects(self._post(path, body, timeout_s, field), field))
 
     def write_artifact(self, run: RunRef, path: str, data: bytes, timeout_s: float) -> None:
         parts = urlsplit(run.artifact_uri)
@@ -188,25 +185,23 @@ class RestTransport(Transport):
     def has_attachments(self, timeout_s: float) -> bool:
         request = Request("GET", "/version", timeout_s)
         response = answer_to(request, self._requester, self.address)
-        version = re.match(rb"(\d+)\.(\d+)\.", response.content)
+        version = re.fullmatch(rb"(\d{1,4})\.(\d{1,4})\.\d[\w.+-]{,40}\s*", response.content)
         if response.status_code != 200 or version is None:
             return True  # A router keeps it to itself; servers of today have attachments.
         return tuple(map(int, version.groups())) >= (3, 12)
 
     def artifacts_of_trace(self, trace_id: str, timeout_s: float) -> str:
-        path = f"/api/3.0/mlflow/traces/{quote(trace_id, safe='')}"
-        info = part(self._get(path, timeout_s, "trace"), "trace_info")
-        return str(part(part(info, "tags"), ARTIFACTS_TAG))
+        info = answers.trace_info(self._trace_info(trace_id, timeout_s), trace_id)
+        tags = answers.thing(info, "tags")
+        answers.part(tags, ARTIFACTS_TAG)
+        return answers.text(tags, ARTIFACTS_TAG)
 
     def close(self) -> None:
         if isinstance(self._requester, SessionRequester):
             self._requester.close()
 
     def _get(self, path: str, timeout_s: float, answer: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = part(
-            self._json(Request("GET", path, timeout_s, answer=answer)), answer
-        )
-        return found
+        return answers.thing(self._json(Request("GET", path, timeout_s, answer=answer)), answer)
 
     def _post(
         self, path: str, body: dict[str, Any], timeout_s: float, answer: str = ""
@@ -217,7 +212,7 @@ class RestTransport(Transport):
         """Send `request` as `_send` does; returns the JSON object that is answered."""
         answer = json_object(self._send(request))
         if answer is None:
-            raise RetryLater(f"nothing from {self.address}, which is not MLflow's answer")
+            raise answers.NotMlflows("it has nothing in it")
         return answer
 
     def _send(self, request: Request) -> bytes:

@@ -20,6 +20,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import (
     RunRef,
     StoredRun,
 )
+from qitos_mlflow.mlflow_plugin.server import answers
 from qitos_mlflow.redaction.redact import redact_text, without_credentials
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class Unanswered(RetryLater):
     """The server did not answer in time. It may carry the call out later."""
 
 
+class Oversized(RetryLater):
+    """What answers sends more than is taken. It may send less if it is asked for less."""
+
+
 class NotThere(RetryLater):
     """What answers knows no such endpoint: an old MLflow, or a router that does not know it yet."""
 
@@ -140,8 +145,8 @@ class Transport(ABC):
             found = self._experiment(name, timeout_s)  # Another process was faster.
         if found is None:
             raise RetryLater(f"experiment {name!r} exists, but the server does not show it")
-        experiment_id = str(part(found, "experiment_id"))
-        if found.get("lifecycle_stage") == "deleted":
+        experiment_id, deleted = answers.experiment(found)
+        if deleted:
             restore = f"`mlflow experiments restore --experiment-id {experiment_id}`"
             raise Refused(
                 "INVALID_STATE", f"experiment {name!r} is deleted; restore it with {restore}"
@@ -159,7 +164,7 @@ class Transport(ABC):
     def has_experiment(self, experiment_id: str, timeout_s: float) -> bool:
         """Whether there is an experiment with this id that takes runs."""
         found = _unless_missing(lambda: self._experiment_with_id(experiment_id, timeout_s))
-        return found is not None and found.get("lifecycle_stage") != "deleted"
+        return found is not None and not answers.experiment(found, experiment_id)[1]
 
     @abstractmethod
     def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
@@ -168,9 +173,9 @@ class Transport(ABC):
     def stored_run(self, run_id: str, timeout_s: float) -> StoredRun | None:
         """A run by its id; None if there is none, or if it is deleted."""
         run = _unless_missing(lambda: self._run(run_id, timeout_s))
-        if run is None or part(run, "info").get("lifecycle_stage") == "deleted":
+        if run is None or answers.text(answers.thing(run, "info"), "lifecycle_stage") == "deleted":
             return None
-        return _stored(run)
+        return answers.stored_run(run, run_id)
 
     @abstractmethod
     def _run(self, run_id: str, timeout_s: float) -> Mapping[str, Any]:
@@ -188,7 +193,8 @@ class Transport(ABC):
         tagged = equals("tags.`qitos.trace_id`", trace_id)
         if tagged is None:
             return []
-        return [run.ref for run in self.search_runs([experiment_id], tagged, timeout_s)[0]]
+        found, _ = self.search_runs([experiment_id], tagged, timeout_s)
+        return [run.ref for run in answers.with_tag(found, "qitos.trace_id", trace_id)]
 
     def search_runs(
         self,
@@ -209,8 +215,8 @@ class Transport(ABC):
         if token:
             page["page_token"] = token
         answer = self._search_runs(wanted, page, timeout_s)
-        runs = [_stored(run) for run in answer.get("runs") or ()]
-        return runs, answer.get("next_page_token") or ""
+        runs = [answers.stored_run(run) for run in answers.objects(answer, "runs")]
+        return runs, answers.text(answer, "next_page_token")
 
     @abstractmethod
     def _search_runs(
@@ -236,7 +242,8 @@ class Transport(ABC):
 
     def trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any] | None:
         """What MLflow says of a trace, with its assessments; None if there is none."""
-        return _unless_missing(lambda: self._trace_info(trace_id, timeout_s))
+        info = _unless_missing(lambda: self._trace_info(trace_id, timeout_s))
+        return None if info is None else answers.trace_info(info, trace_id)
 
     @abstractmethod
     def _trace_info(self, trace_id: str, timeout_s: float) -> Mapping[str, Any]:
@@ -300,37 +307,6 @@ def _unless_missing(ask: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] |
         if refusal.code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
-
-
-def part(answer: Any, key: str) -> Any:
-    """A part that every answer of MLflow has; an answer without it is not MLflow's."""
-    if not isinstance(answer, Mapping) or key not in answer:
-        raise RetryLater(f"an answer without {key!r}, which is not MLflow's")
-    return answer[key]
-
-
-def run_ref(info: Any) -> RunRef:
-    """A run by its info, as MLflow's JSON has it."""
-    return RunRef(
-        run_id=part(info, "run_id"),
-        experiment_id=str(part(info, "experiment_id")),
-        run_name=info.get("run_name", ""),
-        artifact_uri=info.get("artifact_uri", ""),
-        start_ms=int(info.get("start_time") or 0),
-    )
-
-
-def _stored(run: Any) -> StoredRun:
-    info, data = part(run, "info"), run.get("data") or {}
-    metrics = data.get("metrics") or ()
-    return StoredRun(
-        ref=run_ref(info),
-        status=str(info.get("status") or ""),
-        end_ms=int(info.get("end_time") or 0) or None,
-        metrics={one["key"]: float(one.get("value", "")) for one in metrics},
-        tags={one["key"]: one.get("value", "") for one in data.get("tags") or ()},
-        metric_times={one["key"]: int(one.get("timestamp") or 0) for one in metrics},
-    )
 
 
 def equals(field: str, text: str) -> str | None:

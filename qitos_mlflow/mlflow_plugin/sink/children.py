@@ -19,12 +19,20 @@ from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
     STOP,
     Attempt,
     attempts,
+    lean,
     table,
     totals,
 )
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import PARENT_TAG, TREE_TAG
-from qitos_mlflow.mlflow_plugin.server.transport import MAX_LINKED, Poisoned, Refused, Transport
+from qitos_mlflow.mlflow_plugin.server.transport import (
+    MAX_LINKED,
+    Oversized,
+    Poisoned,
+    Refused,
+    Transport,
+    Unanswered,
+)
 from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -33,7 +41,11 @@ EVERY_S = 10.0
 PAUSE = 20.0
 """... or so many times what the last one took."""
 PAGE = 200
-"""Children read in one request."""
+"""Children read in one request; half as many once an answer is too large or takes too long."""
+MOST_RUNS = 100_000
+"""Most children of one parent, ..."""
+MOST_CHARS = 32 * 1024 * 1024
+"""... and most text that is kept of them: what 10,000 of them have, each with 3,000 characters."""
 LEAST_S = 0.05
 """With less time left, no further page is read (seconds)."""
 
@@ -44,6 +56,10 @@ FILE_TRIES = 3
 RESULTS = "evaluation_results.json"
 SHOWN = {"mlflow.loggedArtifacts": f'[{{"path": "{RESULTS}", "type": "table"}}]'}
 """Has MLflow's pages show the file as a table."""
+
+
+class TooMany(RetryLater):
+    """There are more children than are read; or the server sends pages without an end."""
 
 
 @dataclass
@@ -65,6 +81,7 @@ class Due:
 class Reading:
     """A look at the children of a parent, as far as it has got: it may take several requests.
 
+    `runs`: by their ids; `size`: the characters in them.
     `stale`: children have changed since it was begun. `token`: of the next page; None: no more.
     `at_ms`: the time of the numbers: when the first page was asked for, or just after the numbers
     that the parent had then. Of several processes, the one that looks last sees all children.
@@ -75,7 +92,8 @@ class Reading:
     at_ms: int = 0
     token: str | None = ""
     stale: bool = False
-    runs: list[StoredRun] = field(default_factory=list)
+    runs: dict[str, StoredRun] = field(default_factory=dict)
+    size: int = 0
     file_failures: int = 0
 
 
@@ -88,6 +106,7 @@ class Children(Experiments):
         """By the parent's run id; part of the sink's state."""
         self._readings: dict[str, Reading] = {}
         self._not_before: dict[str, float] = {}
+        self._page = PAGE
 
     def note(self, trace: TraceState) -> None:
         """A run has ended, or was judged: its parent's numbers change."""
@@ -149,11 +168,11 @@ class Children(Experiments):
                     reading.at_ms = max(time.time_ns() // 1_000_000, earlier_ms + 1)
                 while reading.token is not None:
                     self.read(reading, parent.ref.run_id, due.experiments, left_s(deadline))
-                found = attempts(reading.runs)
+                found = attempts(reading.runs.values())
                 self._write(parent, due, reading, found, deadline)
                 if final and due.evaluation:
                     self._write_table(parent.ref, reading, found, deadline)
-        except (Refused, Poisoned) as failure:
+        except (Refused, Poisoned, TooMany) as failure:
             text = "run %s does not get the numbers of the runs below it: %s"
             warn(f"parents.{run_id}", text, run_id, failure)
         now = time.monotonic()
@@ -168,10 +187,20 @@ class Children(Experiments):
     ) -> None:
         """Read one more page of a run's children."""
         of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
-        runs, token = self._transport.search_runs(
-            experiments, of_parent, timeout_s, most=PAGE, token=reading.token or ""
-        )
-        reading.runs += runs
+        try:
+            runs, token = self._transport.search_runs(
+                experiments, of_parent, timeout_s, most=self._page, token=reading.token or ""
+            )
+        except (Oversized, Unanswered):
+            self._page = max(1, self._page // 2)
+            raise
+        new = [lean(run) for run in runs if run.ref.run_id not in reading.runs]
+        if token and not new:
+            raise RetryLater("the server's pages of runs go round in circles")
+        reading.runs |= {run.ref.run_id: run for run in new}
+        reading.size += sum(len(text) for run in new for text in (*run.tags.values(), *run.metrics))
+        if len(reading.runs) > MOST_RUNS or reading.size > MOST_CHARS:
+            raise TooMany(f"there are more than {MOST_RUNS} or they say too much")
         reading.token = token or None
 
     def _write(

@@ -16,6 +16,7 @@ from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef, StoredRun
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG, PARENT_TAG, TraceFacts
+from qitos_mlflow.mlflow_plugin.server.answers import with_tag
 from qitos_mlflow.mlflow_plugin.server.transport import Refused, Transport, equals
 from qitos_mlflow.mlflow_plugin.sink.children import Children, Due, Reading, left_s
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
@@ -107,6 +108,7 @@ class Parents(Children):
         if wanted is None:
             raise Refused("INVALID_PARAMETER_VALUE", f"no filter can find the evaluation {text!r}")
         found, _ = self._transport.search_runs([experiment_id], wanted, timeout_s, order=order)
+        found = with_tag(found, tag, text)
         found.sort(key=lambda run: (run.ref.start_ms, run.ref.run_id), reverse=order == "DESC")
         return found
 
@@ -126,8 +128,8 @@ class Parents(Children):
         reading, tag = Reading(), RunData(tags=[(PARENT_TAG, parent.run_id)])
         while reading.token is not None:
             self.read(reading, other_id, [parent.experiment_id], timeout_s)
-        for child in reading.runs:
-            self._transport.log_batch(child.ref.run_id, tag, timeout_s)
+        for child_id in reading.runs:
+            self._transport.log_batch(child_id, tag, timeout_s)
 
     def settled(
         self, own: StoredRun | None, run_id: str, due: Due, timeout_s: float

@@ -136,34 +136,35 @@ class MlflowSink:
                 trace.move(uri)
 
     def prepare(self, records: Sequence[bytes]) -> None:
-        """Fold `records` and list the calls they come to. No network."""
+        """Fold `records` and list the calls they come to. What is no record is a dead letter."""
         dead: list[DeadLetter] = []
         touched: dict[str, TraceState] = {}
         for data in records:
             try:
                 record: Record = _json.loads(data)
-                trace_id, kind = record["trace_id"], record["kind"]
+                trace_id, kind = str(record["trace_id"]), record["kind"]
                 check_names(record)
-                if self._elsewhere:
-                    without_ids(record)
-                if trace_id in self._refused:
-                    dead.append(DeadLetter(data, self._refused[trace_id]))
-                    if kind in ENDS:
-                        del self._refused[trace_id]
-                    continue
-                if trace_id not in self._traces:
-                    self._traces[trace_id] = TraceState.begin(
-                        trace_id,
-                        self._settings,
-                        tree=self._operations.stores_traces,
-                        late=kind not in STARTS and not record.get("whole"),
-                        resumed=self._resumed,
-                    )
-                trace = self._traces[trace_id]
-                trace.take(record, data)
-                touched[trace_id] = trace
-            except Exception as error:  # noqa: BLE001 - one bad record loses only itself
+            except (KeyError, TypeError, ValueError) as error:
                 dead.append(DeadLetter(data, f"not a record: {type(error).__name__}: {error}"))
+                continue
+            if self._elsewhere:
+                without_ids(record)
+            if trace_id in self._refused:
+                dead.append(DeadLetter(data, self._refused[trace_id]))
+                if kind in ENDS:
+                    del self._refused[trace_id]
+                continue
+            if trace_id not in self._traces:
+                self._traces[trace_id] = TraceState.begin(
+                    trace_id,
+                    self._settings,
+                    tree=self._operations.stores_traces,
+                    late=kind not in STARTS and not record.get("whole"),
+                    resumed=self._resumed,
+                )
+            trace = self._traces[trace_id]
+            trace.take(record, data)
+            touched[trace_id] = trace
         self._list(touched, dead)
 
     def abandoned(self, last_time_ns: int, *, closed: bool = False) -> bool:

@@ -15,16 +15,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server.http import (
-    NEVER_TOO_LARGE,
-    PROTOBUF,
-    SMALL_BYTES,
-    Request,
-    SessionRequester,
-    json_object,
-)
+from qitos_mlflow.mlflow_plugin.server.http import SMALL_BYTES, Request, SessionRequester
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import NotThere, Poisoned, Refused, TooLarge
+from qitos_mlflow.mlflow_plugin.server.verdict import NEVER_TOO_LARGE, PROTOBUF, json_object
 from tests.fakes.requester import MLFLOW, SECRET, FakeRequester
 
 PATH = "/api/2.0/mlflow/runs/log-batch"
@@ -330,7 +324,7 @@ def test_a_redirect_that_drops_the_request_has_stored_nothing(hop: int, status: 
     server.hops = (307, hop)
     later = outcome(server)
     assert isinstance(later, RetryLater)
-    assert str(later) == "the server moved to https://sso.example"
+    assert str(later).startswith("the server moved to https://sso.example; if it is yours, set ")
 
 
 def test_a_question_may_be_redirected() -> None:

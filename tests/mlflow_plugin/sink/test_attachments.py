@@ -160,7 +160,8 @@ def test_servers_have_attachments_from_3_12_on(status: int, version: bytes, expe
 
 
 def test_where_a_trace_has_its_files() -> None:
-    answer = {"trace": {"trace_info": {"tags": {"mlflow.artifactLocation": "s3://bucket/a"}}}}
+    info = {"trace_id": "tr-1", "tags": {"mlflow.artifactLocation": "s3://bucket/a"}}
+    answer = {"trace": {"trace_info": info}}
     requester = FakeRequester(200, orjson.dumps(answer))
     assert RestTransport("http://s", requester).artifacts_of_trace("tr-1", 9.0) == "s3://bucket/a"
     assert requester.paths == [Request("GET", "/api/3.0/mlflow/traces/tr-1", 9.0).path]

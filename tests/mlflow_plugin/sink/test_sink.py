@@ -25,6 +25,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
 from qitos_mlflow.mlflow_plugin.sink import call_list, operations
 from qitos_mlflow.mlflow_plugin.sink.operations import COST_TRIES, PAUSE_S
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
+from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 from tests.fakes.clock import Clock
 from tests.fakes.transport import FakeTransport
 from tests.integration.made_store import make_store
@@ -864,3 +865,27 @@ def test_a_request_for_several_traces_that_fails_is_made_for_each(
     assert sink.send(TIMEOUT_S) == []
     assert server.calls.count("write_spans") == 3
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError(), OSError(24, "too many open files"), KeyError("bug")]
+)
+def test_a_failure_while_mapping_gives_no_record_up(
+    server: FakeTransport, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is handed on; what was mapped before it is forgotten, and mapped again."""
+    sink = sink_to(server)
+    before, take = sink.state(), TraceState.take
+
+    def failing(trace: TraceState, record: Any, data: bytes) -> None:
+        take(trace, record, data)
+        if record["kind"] == "trace_end":
+            raise error
+
+    monkeypatch.setattr(TraceState, "take", failing)
+    with pytest.raises(type(error)):
+        sink.prepare(lines(*a_trace()))
+    monkeypatch.setattr(TraceState, "take", take)
+    sink.restore(before)
+    assert deliver(sink, *a_trace()) == []
+    assert server.values()["total_steps"] == [3]
