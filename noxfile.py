@@ -126,6 +126,13 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what redaction finds and what it takes wrongly, beside detect-secrets."""
+    session.install("--editable", ".", "detect-secrets")
+    session.run("python", "-m", "benchmarks.redaction", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     session.install("ruff==0.17.*")

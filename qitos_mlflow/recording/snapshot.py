@@ -15,7 +15,7 @@ from traceback import walk_tb
 from typing import Any
 
 from qitos_mlflow.recording.to_json import SlowTexts, text_of
-from qitos_mlflow.redaction.trim import cut
+from qitos_mlflow.redaction.trim import cut_later
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 
 WITHHELD = "[content off]"
@@ -68,10 +68,10 @@ def span_record(span: Any, content: bool, field_chars: int) -> dict[str, Any]:
     if content:
         for key, value in data.items():
             if type(value) is str and len(value) > field_chars:
-                data[key] = cut(value, field_chars)
+                data[key] = cut_later(value, field_chars)
         output = span.output
         if type(output) is str and len(output) > field_chars:
-            output = cut(output, field_chars)
+            output = cut_later(output, field_chars)
         record["output"] = output
     else:
         data = structure_only(redacted_export(data))

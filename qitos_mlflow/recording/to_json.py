@@ -33,7 +33,7 @@ from weakref import ref
 
 from qitos_mlflow import _json
 from qitos_mlflow._guard import let_through
-from qitos_mlflow.redaction.trim import CUT_HERE, cut
+from qitos_mlflow.redaction.trim import CUT_HERE, cut_later
 
 MAX_REPR = 2_000
 """Longest `repr` kept of an unknown object (characters)."""
@@ -116,7 +116,7 @@ def text_of(value: Any, slow: SlowTexts) -> str:
     except BaseException as error:  # noqa: BLE001 - the class's own __repr__
         let_through(error)
         text = f"<{kind.__qualname__} without a repr>"
-    text = text if len(text) <= MAX_REPR else cut(text, MAX_REPR)
+    text = text if len(text) <= MAX_REPR else cut_later(text, MAX_REPR)
     if (took_s := perf_counter() - began_s) > SLOW_REPR_S:
         slow.add(value, text, took_s)
     return text

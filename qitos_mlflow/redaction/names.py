@@ -15,7 +15,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 _ALWAYS = _words(
     "password passwords passwd pwd passphrase passcode secret secrets credential credentials "
-    "creds authorization auth cookie cookies jwt dsn apikey apikeys"
+    "creds authorization auth cookie cookies jwt dsn apikey apikeys pw psk otp totp cvv "
+    "passwort kennwort passkey sessionid sessid phpsessid jsessionid"
 )
 """A name with one of these words names a credential, wherever the word stands."""
 
@@ -24,15 +25,19 @@ _JOINED = tuple(
         "apikey accesskey secretkey privatekey sessionkey authkey signingkey encryptionkey "
         "masterkey accountkey sharedkey accesstoken authtoken refreshtoken idtoken apitoken "
         "bearertoken sessiontoken securitytoken bottoken clientsecret appsecret sharedsecret "
-        "password passwd passphrase connectionstring connstr"
+        "password passwd passphrase connectionstring connstr csrftoken "
+        "xsrftoken oauthtoken"
     )
 )
 """A name that ends in one of these, read without separators, names a credential."""
 
 _KEY_OF = _words(
-    "access account admin anthropic api app application auth azure client consumer deploy "
-    "encryption gemini google groq hmac license master mistral openai openrouter private secret "
-    "service session shared signing ssh storage subscription together tavily wandb webhook"
+    "access account admin airtable algolia anthropic api app application auth aws azure bearer "
+    "cohere client cloudflare consumer datadog deepseek deploy encryption fireworks gemini github "
+    "gitlab google groq heroku hmac huggingface license linear mailchimp mailgun maps master "
+    "mistral notion openai openrouter pagerduty perplexity pinecone private replicate secret "
+    "sendgrid sentry service session shared signing slack ssh storage stripe subscription supabase "
+    "together tavily twilio vercel wandb webhook xai"
 )
 """Words before ``key`` that make it a secret, unlike the key of a dictionary or a table."""
 
@@ -46,13 +51,19 @@ _TOKEN_COUNTED = _words(
 )
 """Words before ``token`` that make it a piece of text or a page, not a credential."""
 
+_PIN_OF = _words("account card device login security sim user")
+"""Words before ``pin`` that make it a secret; alone it is one, too."""
+
 _HARMLESS_END = _words(
-    "accepted age arn at budget changed class conflict correct cost count created details enabled "
-    "endpoint env error errors exception expiration expired expires expiry failed failure field "
-    "file format found header hint in index invalid kind label length limit limits location max "
-    "method min missing mode name names number path policy position prompt provider rate ratio "
-    "required reset rotation rule rules scheme size source status strategy strength ttl type "
-    "types updated uri url usage valid variable version window"
+    "accepted age arn at backend backends budget changed class classes client conflict correct "
+    "cost count created details domain enabled endpoint env error errors exception expiration "
+    "expired expires expiry factory failed failure field file flow form format found go handler "
+    "hasher hashers header helper hint html httponly in index invalid java js kind label length "
+    "limit limits location log manager max md method middleware min missing mode model module "
+    "name names number path policy position prompt provider py rate ratio rb required reset "
+    "rotation router rs rule rules samesite scheme secure size sock source status strategy "
+    "strength ts ttl txt type types updated uri url usage valid validator validators variable "
+    "version view views window "
 )
 """A name that ends in one of these describes a credential and does not hold one."""
 
@@ -71,6 +82,12 @@ def _is_credential(words: list[str]) -> bool:
         return len(words) > 1 and words[-2] in {"access", "refresh", "auth", "api", "session"}
     if last == "pass":
         return len(words) > 1 and words[-2] in _PASS_OF
+    if last == "pat":
+        return len(words) > 1 and words[-2] in {"gh", "github", "gitlab", "ado", "azure", "devops"}
+    if words[0] in {"pin", "mfa"}:
+        return len(words) == 1 or words[1] in {"code", "number"}
+    if last == "pin":
+        return words[-2] in _PIN_OF
     # "key" need not be the last word: aws_access_key_id, api_key_prod.
     return any(b in {"key", "keys"} and a in _KEY_OF for a, b in pairwise(words))
 
@@ -91,3 +108,13 @@ def names_credential(name: str) -> bool:
     say something about a credential (``password_policy``, ``token_type``).
     """
     return len(name) <= 128 and _cached_names_credential(name)
+
+
+_KNOWN = _ALWAYS | _words(
+    "token tokens key keys pass pin user username login apikey value placeholder"
+)
+
+
+def is_known_word(word: str) -> bool:
+    """Whether it is a word that says what a credential is: as a value it is none."""
+    return word in _KNOWN

@@ -18,8 +18,12 @@ from functools import lru_cache
 from typing import Any
 
 from qitos_mlflow import _json
+from qitos_mlflow.redaction import structures
 from qitos_mlflow.redaction.credentials import find_credentials
+from qitos_mlflow.redaction.literals import is_placeholder
 from qitos_mlflow.redaction.names import names_credential
+from qitos_mlflow.redaction.trim import cut_point
+from qitos_mlflow.redaction.values import Found
 
 MARKER = "[redacted]"
 
@@ -55,17 +59,31 @@ def redact_text(text: str) -> str:
 
 
 def _redacted(text: str) -> str:
+    if (cut_at := cut_point(text)) is not None:
+        return _redacted_and_cut(text, *cut_at)
     data = text.encode("utf-8", "surrogatepass")
     spans = find_credentials(data)
-    if not spans:
-        return text
+    return _without(data, spans, len(data)) if spans else text
+
+
+def _redacted_and_cut(text: str, length: int, margin_end: int, note: str) -> str:
+    """The first `length` characters, after the search has seen those in the margin, too."""
+    data = text[:margin_end].encode("utf-8", "surrogatepass")
+    size = len(text[: min(length, margin_end)].encode("utf-8", "surrogatepass"))
+    return _without(data, find_credentials(data), size) + note
+
+
+def _without(data: bytes, spans: list[Found], size: int) -> str:
+    """The first `size` bytes of `data` with the marker in the place of each span."""
     parts: list[bytes] = []
     kept = 0
     for start, end, quote in spans:
+        if start >= size:
+            break
         if start >= kept:
             parts += (data[kept:start], quote, MARKER.encode(), quote)
         kept = max(kept, end)
-    parts.append(data[kept:])
+    parts.append(data[kept:size])
     return b"".join(parts).decode("utf-8", "surrogatepass")
 
 
@@ -88,36 +106,58 @@ def redact(value: Any, _depth: int = 0) -> Any:
 
 def _redact_mapping(value: dict[Any, Any], depth: int) -> dict[Any, Any]:
     kept: dict[Any, Any] = {}
+    hidden = structures.hidden_fields(value)
     for key, item in value.items():
         if isinstance(key, str):
             if len(key) >= _SHORTEST_SHAPE or "=" in key:
                 key = redact_text(key)
-            if names_credential(key):
-                kept[key] = MARKER
+            if key in hidden or (names_credential(key) and not structures.is_schema(item)):
+                kept[key] = _hidden(item)
                 continue
         kept[key] = redact(item, depth + 1)
-    # {"name": "Authorization", "value": "…"}: HAR files and Kubernetes write headers and variables
-    # in this form.
-    name = value.get("name", value.get("key"))
-    if "value" in kept and isinstance(name, str) and names_credential(name):
-        kept["value"] = MARKER
+    if (rows := structures.rows(value)) is not None:
+        name, columns = rows
+        kept[name] = _redact_columns(kept[name], columns)
     return kept
+
+
+def _hidden(item: Any) -> Any:
+    """The marker, or `item` if it is empty or says where the credential is, as ``${API_KEY}``."""
+    if isinstance(item, (dict, list)) and not item:
+        return item
+    if isinstance(item, str) and item and is_placeholder(item.encode("utf-8", "surrogatepass")):
+        return item
+    return MARKER
+
+
+def _redact_columns(rows: list[Any], columns: frozenset[int]) -> list[Any]:
+    return [
+        [MARKER if index in columns else cell for index, cell in enumerate(row)]
+        if isinstance(row, list)
+        else row
+        for row in rows
+    ]
 
 
 def _redact_list(value: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
     kept: list[Any] = []
-    hide_next = False
+    hide_next = in_key = False
     pairs = all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value)
     for item in value:
         if hide_next:
-            kept.append(MARKER)
+            kept.append(_hidden(item))
+        elif in_key:
+            kept.append(structures.map_texts(item, lambda text: MARKER))
         elif pairs and isinstance(item[0], str) and names_credential(item[0]):
-            kept.append([redact_text(item[0]), MARKER])  # [["Cookie", "…"], …]
+            kept.append([redact_text(item[0]), _hidden(item[1])])  # [["Cookie", "…"], …]
         else:
             kept.append(redact(item, depth + 1))
         # ["--api-key", "…"]: a command line split into words.
         hide_next = isinstance(item, str) and item.startswith("--") and names_credential(item[2:])
-    return kept
+        in_key = structures.is_in_key(item, in_key)
+    if (columns := structures.head_columns(value)) is not None:
+        return kept[:1] + _redact_columns(kept[1:], columns)
+    return structures.redact_command(kept, redact_text)
 
 
 def redact_json(text: str) -> str:

@@ -1,7 +1,9 @@
 """Long texts cut, and large inlined files replaced by a note that gives their size. Pure.
 
-The snapshot cuts single texts to a number of characters (`cut`), so that the agent's thread copies
-no more. Later, after redaction, `trim_fields` holds every field of a record to a number of bytes.
+The snapshot cuts single texts to a number of characters (`cut_later`), so that the agent's thread
+copies no more. It leaves `MARGIN_CHARS` more, which the redactor reads and takes off, because half
+of a credential is not recognised. After redaction, `trim_fields` holds every field of a record
+to a number of bytes.
 
 Files inlined as base64 (pictures, audio, documents) are never cut: half of one is of no use. A
 large one becomes a note such as ``[image/png, 400022 characters]``. This covers data URLs, and bare
@@ -19,6 +21,9 @@ from qitos_mlflow import _json
 CUT_HERE = "… [cut: "
 """Begins the note in the place of what was cut off; the original length follows."""
 
+MARGIN_CHARS = 4096
+"""More than a private key has (characters)."""
+
 MAX_INLINED_CHARS = 32_768
 """Longest file that stays; MLflow shows such pictures (characters)."""
 
@@ -28,8 +33,8 @@ _DATA_URL = re.compile(r"data:([\w.+-]{1,64}/[\w.+-]{1,64})?[;,]", re.ASCII | re
 _BASE64 = re.compile(r"[\w+/=-]*", re.ASCII)
 _LOOK_CHARS = 1024
 """As many characters show whether a text is base64."""
-_CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all\]$")
-_CUT_CHARS = 60
+_CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all(?:, at (\d+))?\]$")
+_CUT_CHARS = 80
 """A note of a cut is not longer (characters)."""
 _FILE_NOTE = re.compile(rf"\[{_MEDIA}, \d+ characters\]", re.ASCII)
 _WITH_FIELDS = ("data", "metadata")
@@ -84,6 +89,24 @@ def _length(text: str) -> int:
 def cut(text: str, length: int) -> str:
     """The first `length` characters of `text`, and a note of how many it had."""
     return f"{text[:length]}{CUT_HERE}{_length(text)} characters in all]"
+
+
+def cut_later(text: str, length: int) -> str:
+    """`text` as `cut` would leave it, with more for the redactor to read; see `cut_point`."""
+    note = f"{CUT_HERE}{len(text)} characters in all, at {length}]"
+    return f"{text[: length + MARGIN_CHARS]}{note}"
+
+
+def cut_point(text: str) -> tuple[int, int, str] | None:
+    """Where `cut_later` wants a text cut, where its note begins, and the note that is to stay."""
+    if (
+        not text.endswith("]")
+        or (note := _CUT.search(text, max(0, len(text) - _CUT_CHARS))) is None
+    ):
+        return None
+    if note.group(2) is None:
+        return None
+    return int(note.group(2)), note.start(), f"{CUT_HERE}{note.group(1)} characters in all]"
 
 
 def trim(text: str, max_bytes: int) -> str:

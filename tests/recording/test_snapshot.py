@@ -34,6 +34,8 @@ from qitos_mlflow import tracing
 from qitos_mlflow.recording import snapshot, to_json
 from qitos_mlflow.recording.snapshot import describe, span_record
 from qitos_mlflow.recording.to_json import MAX_SLOW, SLOW_CLASS_S, SLOW_REPR_S, SlowTexts, encode
+from qitos_mlflow.redaction.redact import redact
+from qitos_mlflow.redaction.trim import MARGIN_CHARS
 from qitos_mlflow.tracing import SpanType, create_trace
 from tests.fakes.lazy import (
     Cursor,
@@ -494,7 +496,7 @@ def test_what_json_cannot_hold() -> None:
     assert through(cycle)["self"]["name"] == "cycle"
     assert len(encode({"deep": deep})) < 1_000
     assert len(encode({"wide": [cycle] * 100})) < 3_000_000
-    assert len(through(Endless())) < 3_000
+    assert len(through(Endless())) < 3_000 + MARGIN_CHARS
 
 
 def test_models_keep_their_fields() -> None:
@@ -618,9 +620,11 @@ def test_numbers_that_are_none_stay_visible() -> None:
 
 
 def test_long_texts_are_cut_on_the_spot() -> None:
-    """A text longer than a field is cut in the snapshot; a note says how long it was."""
+    """A text longer than a field is cut in the snapshot, with a margin until it is redacted."""
     data = tracing.ToolSpanData(tool_name="read", output_content="x" * 5_000)
     record = record_of(data, output="y" * 7_000, field_chars=100)
+    assert len(record["output"]) < 100 + MARGIN_CHARS + 80
+    record = redact(record)
     assert record["data"]["output_content"] == "x" * 100 + "… [cut: 5000 characters in all]"
     assert record["output"] == "y" * 100 + "… [cut: 7000 characters in all]"
     assert record["data"]["tool_name"] == "read"

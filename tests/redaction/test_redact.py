@@ -203,7 +203,7 @@ def test_what_is_around_a_credential_stays() -> None:
     assert redact_text('{"token": "a\\"b", "c": 1}') == f'{{"token": "{MARKER}", "c": 1}}'
     assert redact_text("Basic dXNlcjpwYXNzd29yZA== rest") == f"Basic {MARKER} rest"
     assert redact_text("a%26token%3Dhunter&x") == f"a%26token%3D{MARKER}&x"
-    assert redact_text("Cookie: a b \r\nHost: h") == f"Cookie: {MARKER} \r\nHost: h"
+    assert redact_text("Cookie: a=b \r\nHost: h") == f"Cookie: {MARKER} \r\nHost: h"
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,9 @@ def test_json_in_a_text_stays_json(value: Any, indent: int | None) -> None:
     text = json.dumps(document, indent=indent)
     hidden = json.loads(redact_text(text))
     assert hidden["status"] == 200
-    assert hidden["a"]["cookies"] in (MARKER, None, True)
-    assert hidden["list"][0]["token"] in (MARKER, None, True)
+    unchanged = (MARKER, None, True, {}, [])
+    assert hidden["a"]["cookies"] in unchanged
+    assert hidden["list"][0]["token"] in unchanged
     assert json.loads(json.loads(redact_text(json.dumps(text)))) == hidden
     assert redact_text("{'cookies': {'a': 1}, 'b': 2}") == f"{{'cookies': '{MARKER}', 'b': 2}}"
 

@@ -1,0 +1,204 @@
+"""The value beside a credential's name, in whatever notation: where it begins and ends. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qitos_mlflow.redaction.literals import (
+    LONGEST_BYTES,
+    has_digit,
+    is_code,
+    is_harmless_quoted,
+    is_placeholder,
+    is_plain_word,
+)
+
+Found = tuple[int, int, bytes]
+"""Start and end of a credential, and the quotes that the marker in its place needs, else empty."""
+
+QUOTE = re.compile(
+    rb"\s{0,64}[rbufRBUFNL@$]{0,2}(\"\"\"\\?\s{0,16}|'''\s{0,16}|\\{0,8}[\"']|`(?![`]))"
+)
+_PLAIN = re.compile(
+    rb"(?i)[ \t]{0,64}(?:(?:bearer|basic|digest|token|apikey|\*\*|!!str|&\w{1,16})[ \t]{1,4}){0,2}"
+    rb"([^\s\"'`&;<>\\]+)"
+)
+_NAME_IN_QUOTES = re.compile(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
+_NO_TEXT = re.compile(
+    rb"[ \t]{0,64}(\{|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
+)
+"""The beginning of an object or a list in JSON or a repr, or a number."""
+_SCHEMA = re.compile(
+    rb"\{\s{0,64}\\{0,8}[\"']?(?:type|description|title|\$ref|anyOf|oneOf|valueFrom)\\{0,8}[\"']?"
+    rb"\s{0,4}:"
+)
+"""JSON Schema, which says what a credential looks like."""
+_EMPTY = re.compile(rb"\{\s{0,8}\}|\[\s{0,8}\]")
+_WITH_TEXT = re.compile(rb"[\[{]\s{0,64}(?:\\{0,8}[\"']?[\w.-]{1,48}\\{0,8}[\"']?\s?[:=]\s?)?[\"']")
+_TUPLE = re.compile(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
+_IN_PARENTHESES = re.compile(rb"[ \t]{0,8}\((?=[rbuN]?[\"'])")
+_LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
+_BLOCK = re.compile(rb"[ \t]{0,8}([|>]?)[+-]?[0-9]?[ \t]{0,8}\r?\n([ \t]*)(?=[^\s\"'{\[-])")
+_ITEM = re.compile(rb"[ \t]{0,64}-[ \t]{1,8}([^\s:\"'{\[]+)[ \t]{0,8}(?:\r?\n|$)")
+_OR = re.compile(rb"[^\n]{0,96}?(?:\bor|\|\||\?\?)[ \t]{0,4}(?=[\"'])")
+_BRACKET = re.compile(rb"[\[\]{}]")
+_HEADERS = (b"authorization", b"cookie")
+_SCHEME = re.compile(rb"(?i)(?:(?:bearer|basic|token|digest|apikey)[ \t]+)?(\S+)")
+_OF_PROSE = (b"token", b"auth", b"key")
+
+
+def in_quotes(data: bytes, quote: re.Match[bytes], separator: bytes) -> Found | None:
+    """What is between the quote that `QUOTE` found and its end, if it can be a credential."""
+    mark = quote.group(1)
+    start = quote.end()
+    closing = mark[:3] if mark[:1] * 3 == mark[:3] else mark
+    if separator.strip(b" \t") == b":" and data[start : start + 1] in b"),]};\r\n ":
+        return None  # input("Password: ")
+    end = data.find(closing, start)
+    while end > 0 and data[end - 1] == 92:  # a backslash: this quote is the value's own
+        end = data.find(closing, end + len(closing))
+    while mark == b"'" and start < end and data[end + 1 : end + 2] == b"'":  # it''s: YAML, SQL
+        end = data.find(mark, end + 2)
+    if end < 0:
+        end = len(data)
+    value = data[start : min(end, start + LONGEST_BYTES + 1)]
+    if end <= start or is_harmless_quoted(value):
+        return None
+    if mark == b"`" and (b"\n" in value or b" " in value or is_plain_word(value)):
+        return None
+    if len(closing) == 3 and len(value) <= LONGEST_BYTES:
+        end = start + len(value.rstrip())
+    return start, end, b""
+
+
+def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | None:
+    """The value that begins at `at`, or None if nothing there needs to be redacted."""
+    if inside := _IN_PARENTHESES.match(data, at):
+        if (found := _TUPLE.match(data, at)) and b"," in found.group(1):  # auth=('user', '…')
+            return (*found.span(1), b"")
+        quote = QUOTE.match(data, inside.end())
+        return in_quotes(data, quote, separator) if quote else None
+    if quote := QUOTE.match(data, at):
+        return in_quotes(data, quote, separator)
+    named_in_quotes = _NAME_IN_QUOTES.match(separator)
+    if named_in_quotes and (found := _NO_TEXT.match(data, at)):
+        start, end = found.span(1)
+        if data[start] in b"[{":
+            if _SCHEMA.match(data, start) or _EMPTY.match(data, start):
+                return None
+            end = _closing(data, start)
+        return start, end, named_in_quotes.group(1)
+    if found := _TUPLE.match(data, at):
+        return (*found.span(1), b"")
+    low_name = name.lower()
+    if low_name.endswith(_HEADERS) and b"==" not in separator:
+        return _header(data, at)
+    return _unquoted(data, at, low_name, separator)
+
+
+def _header(data: bytes, at: int) -> Found | None:
+    """The rest of the line, which may hold several words and cookies."""
+    found = _LINE.match(data, at)
+    if found is None:
+        return None
+    start, end = found.span(1)
+    value = data[start : min(end, start + LONGEST_BYTES)]
+    if value[:1] in (b"{", b"["):
+        return None if value.startswith(b"[redacted") else _bracketed(data, start)
+    first = _SCHEME.match(value)
+    assert first is not None
+    word = first.group(1).rstrip(b",;.)}")
+    if is_placeholder(value) or is_placeholder(word):
+        return None
+    if is_code(data, start, start + len(first.group(1)), b"="):
+        return None
+    if b"=" not in value and not has_digit(value) and is_plain_word(word):
+        return None
+    return start, end, b""
+
+
+def _bracketed(data: bytes, start: int) -> Found | None:
+    """A list or an object behind a name without quotes, if it begins with a text."""
+    return (start, _closing(data, start), b"") if _WITH_TEXT.match(data, start) else None
+
+
+def _closing(data: bytes, start: int) -> int:
+    depth = 0
+    for bracket in _BRACKET.finditer(data, start):
+        depth += 1 if bracket.group() in b"[{" else -1
+        if depth == 0:
+            return bracket.end()
+    return len(data)
+
+
+def _unquoted(data: bytes, at: int, low_name: bytes, separator: bytes) -> Found | None:
+    found = _PLAIN.match(data, at, at + LONGEST_BYTES)
+    if found is None:
+        return None
+    start, end = found.span(1)
+    if data.startswith((b"{{", b"{%", b"${", b"$(", b"("), start):
+        return None
+    if data[start] in b"[{" and not data.startswith(b"[redacted", start):
+        return _bracketed(data, start)
+    if end == at + LONGEST_BYTES:
+        longer = _PLAIN.match(data, at)
+        assert longer is not None
+        return start, longer.end(1), b""
+    value = data[start:end]
+    end = start + len(value.rstrip(b",.:)]}|"))
+    if end == start or b"[redacted" in value or is_placeholder(value):
+        return None
+    if is_placeholder(data[start:end]):
+        return None
+    if is_code(data, start, end, separator):
+        other = _OR.match(data, end)
+        quote = QUOTE.match(data, other.end()) if other else None
+        return in_quotes(data, quote, b"=") if quote else None
+    if low_name.endswith(_OF_PROSE) and b":" in separator and is_plain_word(data[start:end]):
+        return None  # "unexpected token: identifier" is prose, "app.auth:User" a log line
+    return start, end, b""
+
+
+def yaml_below(data: bytes, at: int, line: int) -> Iterator[Found] | None:
+    """The value of YAML below its name: a block, or a list; None if there is none.
+
+    Args:
+        data: the text.
+        at: behind the colon.
+        line: where the line with the name begins.
+    """
+    block = _BLOCK.match(data, at)
+    indent = len(data[line:at]) - len(data[line:at].lstrip(b" \t"))
+    if block and (block.group(1) or len(block.group(2)) > indent):
+        return _yaml_lines(data, block.start(2), indent, bool(block.group(1)))
+    below = data.find(b"\n", at, at + 64)
+    if below >= 0 and not data[at:below].strip() and _ITEM.match(data, below + 1):
+        return _yaml_items(data, below + 1)
+    return None
+
+
+def _yaml_lines(data: bytes, start: int, indent: int, scalar: bool) -> Iterator[Found]:
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        text = data[start:end].strip()
+        deep = len(data[start:end]) - len(data[start:end].lstrip(b" \t"))
+        if deep <= indent or not text or (not scalar and not _is_one_word(text)):
+            return
+        if not is_placeholder(text):
+            yield start + deep, start + deep + len(text), b""
+        start = end + 1
+
+
+def _is_one_word(text: bytes) -> bool:
+    return not any(mark in text for mark in (b":", b" ", b"(", b"=", b"{", b"[", b'"', b"'"))
+
+
+def _yaml_items(data: bytes, at: int) -> Iterator[Found]:
+    while item := _ITEM.match(data, at):
+        if not is_placeholder(item.group(1)) and not is_plain_word(item.group(1)):
+            yield (*item.span(1), b"")
+        at = item.end()
+        if at >= len(data):
+            return
