@@ -290,7 +290,8 @@ class SpoolingThread(OwnThread):
             except BaseException as error:  # noqa: BLE001 - a bug costs the record at hand only
                 _guard.report("delivery.spooling", error)
                 at = self.segment.settled
-                lost = [*self.segment.lost, (records[at][0], SPOOLING_FAILED)]
+                why = NO_MEMORY if isinstance(error, MemoryError) else SPOOLING_FAILED
+                lost = [*self.segment.lost, (records[at][0], why)]
                 records = records[at + 1 :]
             for data, reason in lost:
                 self._lose(data, reason)
