@@ -93,9 +93,7 @@ def test_a_cut_text_is_what_it_was() -> None:
         assert redact(cut_later(long, length)) == cut(long, length)
 
 
-@pytest.mark.parametrize(
-    "piece", ["curl ", "curl -u a:", "password=", '"', "a@", "://", " ", "QUJD"]
-)
+@pytest.mark.parametrize("piece", ["curl ", "password=", '"', "://", " ", "QUJD"])
 def test_a_mebibyte_costs_twice_as_much_as_half(piece: str) -> None:
     """The time for a large text is proportional to its length."""
 
