@@ -140,7 +140,7 @@ def _state_directories() -> Iterator[Path]:
     yield Path(os.path.expanduser("~/.local/state/qitos-mlflow"))  # noqa: PTH111 - never raises
 
 
-def _default_spool() -> Path:
+def default_spool() -> Path:
     """In the user's state directory (XDG on Linux), if it is there or can be made."""
     for state in _state_directories():
         path = state / "spool"
@@ -259,7 +259,7 @@ class Settings:
     field_bytes: int = _option(
         _bytes, MIB, "largest input, output or other field; the rest is cut (bytes)"
     )
-    spool_dir: Path = _option(_directory, _default_spool, "directory of the spool")
+    spool_dir: Path = _option(_directory, default_spool, "directory of the spool")
     spool_owners: frozenset[int] = _option(
         _users,
         frozenset(),

@@ -60,9 +60,14 @@ def swallowed(
 
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has its own working and state directory."""
+    """Each test has its own working and state directory; `spool` in it is this user's own spool."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "spool"))
+    state = tmp_path.with_name(f"{tmp_path.name}-state")
+    state.mkdir(exist_ok=True)
+    if not (state / "qitos-mlflow").exists():
+        (state / "qitos-mlflow").symlink_to(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from qitos_mlflow.delivery import backoff, leftovers, spooling_thread
 from qitos_mlflow.delivery.spool import locks, paths, reader, writer
 from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree
 from qitos_mlflow.mlflow_plugin.mapping import run_totals
-from qitos_mlflow.mlflow_plugin.server import http
+from qitos_mlflow.mlflow_plugin.server import http, verdict
 from qitos_mlflow.mlflow_plugin.sink import assessments, call_list, operations
 from qitos_mlflow.recording import code_version, picture_files, recorder
 from qitos_mlflow.settings import Settings
@@ -59,7 +59,7 @@ SENTENCES = {
         f"After {WORDS[operations.SIGHTINGS]} of them in a row over at least "
         f"{operations.SIGHTINGS_S:g} s",
         f"tried again every {WORDS[operations.LOOK_AGAIN_S / 60]} minutes",
-        f"up to {http.NEVER_TOO_LARGE // 1024} KiB is not too large",
+        f"up to {verdict.NEVER_TOO_LARGE // 1024} KiB is not too large",
     ],
     "faults.md": [
         f"no callback takes more than {faults.ELSEWHERE_MS:g} ms",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from qitos_mlflow.cli._endings import ends_on_signals
 from qitos_mlflow.cli._show import Group, complain, echo, plural
 from qitos_mlflow.cli._spool import look_at, paths_argument, reason_of
+
+if TYPE_CHECKING:
+    from qitos_mlflow.delivery import SegmentInfo
 
 
 @click.group(cls=Group)
@@ -26,11 +31,17 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
 
     PATH is a spool directory or a file in it. The default is this user's spool.
     """
+    deleted: list[SegmentInfo] = []
+    with ends_on_signals(lambda: f"{plural(len(deleted), 'segment')} deleted"):
+        _purge(paths, deleted, yes=yes)
+
+
+def _purge(paths: tuple[Path, ...], deleted: list[SegmentInfo], *, yes: bool) -> None:
     from qitos_mlflow.delivery import purge as purge_segment
 
     segments = look_at(paths)
     idle = [segment for segment in segments if not (segment.owner_alive or segment.delivering)]
-    deleted = failed = 0
+    failed = 0
     if idle:
         waiting = sum(segment.waiting for segment in idle)
         refused = sum(sum(segment.dead_letters.values()) for segment in idle)
@@ -44,12 +55,12 @@ def purge(paths: tuple[Path, ...], yes: bool) -> None:
             click.confirm("Delete them?", abort=True)
     for segment in idle:
         try:
-            deleted += purge_segment(segment.paths)
+            deleted += [segment] if purge_segment(segment.paths) else []
         except OSError as error:
             failed += 1
             complain(f"segment {segment.paths.stem} cannot be deleted: {reason_of(error)}")
-    in_use = len(segments) - deleted - failed
-    done = f"{plural(deleted, 'segment')} deleted" if idle else "Nothing to delete"
+    in_use = len(segments) - len(deleted) - failed
+    done = f"{plural(len(deleted), 'segment')} deleted" if idle else "Nothing to delete"
     echo(done + (f"; {plural(in_use, 'segment')} in use" if in_use else ""))
     if failed:
         raise SystemExit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qitos_mlflow.cli._endings import ends_on_signals
 from qitos_mlflow.cli._options import tracking_uri
 from qitos_mlflow.cli._show import age, complain, echo, echo_json, plural, row, show, table
 from qitos_mlflow.cli._spool import (
@@ -24,12 +25,21 @@ from qitos_mlflow.cli._spool import (
 
 if TYPE_CHECKING:
     from qitos_mlflow.delivery import Paths, SegmentInfo
+    from qitos_mlflow.mlflow_plugin.trust import Trust
 
 REASON_CHARS = 200
 """Reasons are cut to this many characters; --json has them whole."""
 
 PUT_OFF = ("NO_ARTIFACTS", "NO_TRACE")
 """Reasons of what `sync` sends again: files, and scores whose trace was not on the server."""
+
+
+NEXT = {
+    "": "Deliver the records of dead processes",
+    "--trust": "Deliver those to local stores too, if you trust whoever may write to the directory",
+    "--tracking-uri URI": "Deliver those whose server takes credentials to the one that you name",
+}
+"""The next step for dead processes' records, by what `sync` needs."""
 
 
 @click.command()
@@ -46,7 +56,8 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
 
     PATH is a spool directory or a file in it. The default is this user's spool.
     """
-    found = survey(paths, tracking_uri)
+    with ends_on_signals(lambda: "nothing was changed"):
+        found = survey(paths, tracking_uri)
     if as_json:
         echo_json(found)
     else:
@@ -60,20 +71,22 @@ def survey(paths: tuple[Path, ...], tracking_uri: str | None) -> dict[str, Any]:
     from qitos_mlflow.cli._server import ask
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination
     from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+    from qitos_mlflow.mlflow_plugin.trust import Trust
     from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import Settings
 
     lost: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     segments = []
-    configured = tracking_uri or destination(Settings.resolve())
+    configured = destination(Settings.resolve(tracking_uri=tracking_uri))
+    named = Trust(configured, given=bool(tracking_uri))
     # The key is the URI as shown. Segments have no credentials, the configuration may have.
     servers = {without_credentials(configured or ""): configured}
     for segment in look_at(paths):
         known = segment.dead_letters or segment.losses or segment.restarts
         if not (segment.size_bytes or known or segment.error):
             continue  # The process has just started or just ended.
-        segments.append(_described(segment))
+        segments.append(_described(segment) | {"needs": _needs(segment, named)})
         # A trace's end repeats what is in the segment's counts; the larger number is right, because
         # the counts miss what was never offered.
         lost += lost_spans(segment.paths) | Counter(segment.losses)
@@ -106,6 +119,11 @@ def lost_spans(paths: Paths) -> Counter[str]:
             if isinstance(dropped, dict):
                 lost.update({key: n for key, n in dropped.items() if type(n) is int and n > 0})
     return lost
+
+
+def _needs(segment: SegmentInfo, named: Trust) -> str:
+    """The option of `sync` that the segment needs."""
+    return named.way(header_of(segment), segment.paths).needs if segment.size_bytes else ""
 
 
 def _described(segment: SegmentInfo) -> dict[str, Any]:
@@ -169,9 +187,11 @@ def _show(found: dict[str, Any]) -> None:
         state = {True: " answers", False: " does not answer", None: ""}[server["reachable"]]
         echo(f"{server['uri']}{state}: {server['detail']}")
     dead = [s for s in segments if (s["waiting"] or s["put_off"]) and s["owner"] == "dead"]
-    if dead:  # With the path: another environment, such as another HOME, has another default.
-        command = shlex.join(["qitos-mlflow", "sync", *sorted({one["directory"] for one in dead})])
-        echo(f"Deliver the records of dead processes: {command}", own=True)
+    for needs, what in NEXT.items():
+        # With the path: another environment, such as another HOME, has another default.
+        if given := sorted({one["directory"] for one in dead if one["needs"] == needs}):
+            command = shlex.join(["qitos-mlflow", "sync", *needs.split(), *given])
+            echo(f"{what}: {command}", own=True)
     for segment in segments:
         if segment["error"]:
             complain(f"segment {segment['segment']} cannot be read: {segment['error']}")

@@ -44,6 +44,8 @@ class Circuit:
         """Why the last attempt failed; None after one that succeeded."""
         self.hopeless = False
         """Whether time alone will not help."""
+        self.got_on = False
+        """Whether an attempt has carried out a part or all of its work, ever."""
         self._asked = False  # Whether the server named the delay itself (Retry-After).
 
     @property
@@ -72,12 +74,12 @@ class Circuit:
         try:
             done = send(min(timeout_s, PROBE_TIMEOUT_S) if probe else timeout_s)
         except OutOfTime:
-            done, self.problem = None, None
+            done, self.problem, self.got_on = None, None, True
         except RetryLater as later:
             done, self.problem, after_s = None, later.reason, later.after_s
             self.hopeless = isinstance(later, Hopeless)
             if later.got_on:  # What failed before has succeeded.
-                self._failures, began = 0, time.monotonic()
+                self._failures, began, self.got_on = 0, time.monotonic(), True
         except OSError as error:
             done, self.problem = None, f"the spool cannot be read or written: {error}"
             _guard.warn("delivery.spool", "%s; it is tried again later", self.problem)
@@ -85,7 +87,7 @@ class Circuit:
             _guard.contain("delivery.sending", error)
             done, self.problem = None, _guard.in_words(error)
         else:
-            self.problem = None
+            self.problem, self.got_on = None, True
         self.online = self.problem is None
         if self.online:
             self._failures = 0

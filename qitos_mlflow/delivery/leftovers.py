@@ -214,7 +214,7 @@ class Deliveries:
 
 def follow(
     directory: Path,
-    open_sink: OpenSink,
+    opener: Callable[[Paths], OpenSink | None],
     stats: Counts,
     default_header: bytes | None = None,
 ) -> Iterator[None]:
@@ -225,12 +225,15 @@ def follow(
 
     Args:
         directory: the spool; may not exist yet.
-        open_sink: given a segment's header, on this thread.
+        opener: what opens the sinks of a segment, on this thread; None leaves it alone for now.
         stats: counts what is delivered.
         default_header: for segments whose own cannot be read.
     """
 
     def take_readable(paths: Paths) -> Delivery | None:
+        open_sink = opener(paths)
+        if open_sink is None:
+            return None
         taken = take(paths, open_sink, stats, default_header)
         if taken is Outcome.UNREADABLE:
             _guard.warn(
@@ -262,7 +265,8 @@ class Leftovers(Deliveries):
         opens: returns what opens a sink for a header, None to leave its segment alone.
     """
 
-    most_open = 1
+    most_open = 4
+    """One that gets on, and some that are stuck: each has to fail for a while to be understood."""
     turn_s = math.inf
     timeout_s = 1.0
     """How long a step may keep a process's own records waiting, about (seconds). A server that

@@ -40,6 +40,7 @@ from qitos_mlflow.mlflow_plugin.server.tracking_uri import (
     names_place,
     working_directory,
 )
+from qitos_mlflow.mlflow_plugin.trust import is_own_spool
 from qitos_mlflow.recording.pipelines import MAX_PICTURE_BYTES, RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.recorder import Recorder
@@ -170,12 +171,20 @@ class MlflowPipeline(RecordPipeline):
         super().__init__(segment_header(to, asked=asked), key, settings, local=is_local(to.uri))
 
     @cached_property
-    def command_prefix(self) -> str:
-        """Names the server to `sync`, which sends credentials to no other one."""
-        uri = self._to.uri
-        if uri is None or not is_http(uri) or uri != without_credentials(uri):
-            return ""
-        return f"{TRACKING_VARIABLE}={shlex.quote(uri)} " if has_credentials(uri) else ""
+    def sync_command(self) -> tuple[str, str]:
+        """Names the server to `sync`, which sends credentials to no other one.
+
+        Local stores are named, too, if the spool is one that others may have written to.
+        """
+        uri, (command, directory) = self._to.uri, super().sync_command
+        named = has_credentials(uri) if uri and is_http(uri) else not is_own_spool(Path(directory))
+        if not named:
+            return command, directory
+        if uri is None:  # What MLflow's default is depends on a directory.
+            return f"{command} --trust", str(next((p for _, p in self.paths.parts()), directory))
+        if uri != without_credentials(uri):
+            return command, directory
+        return f"{TRACKING_VARIABLE}={shlex.quote(uri)} {command}", directory
 
     def open_sink(self) -> Any:
         """Open the sink for this process's records."""

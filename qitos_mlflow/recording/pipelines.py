@@ -79,9 +79,9 @@ class RecordPipeline(Pipeline):
             )
 
     @property
-    def command_prefix(self) -> str:
-        """What the shell command that delivers its records later begins with."""
-        return ""
+    def sync_command(self) -> tuple[str, str]:
+        """The shell command that delivers its records later, and the path that it is given."""
+        return "qitos-mlflow sync", str(self.paths.directory)
 
     def may_rest(self) -> bool:
         """Spooling thread. Whether no trace can record anything soon."""

@@ -135,8 +135,7 @@ def _wait_while_it_gets_on(pipeline: RecordPipeline, began_s: float) -> bool:
             with contextlib.suppress(OSError):
                 say(
                     f"waiting up to {more_s:.0f} s more for the local store, while it makes "
-                    "progress; Ctrl-C leaves the rest to: qitos-mlflow sync "
-                    f"{shlex.quote(str(pipeline.paths.directory))}",
+                    f"progress; Ctrl-C leaves the rest to: {_command(*pipeline.sync_command)}",
                     own=True,
                 )
 
@@ -166,12 +165,11 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
             f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
             f"{', '.join(directories)} took them in time"
         )
-    commands: dict[str, set[str]] = {}  # By what the command has to begin with.
+    commands: dict[str, set[str]] = {}  # Each with its paths.
     complete = all(kept.complete for kept in found)
     for kept in found:
         if kept.records or not complete:
-            paths = commands.setdefault(kept.pipeline.command_prefix, set())
-            paths.add(str(kept.pipeline.paths.directory))
+            commands.setdefault(kept.command, set()).add(kept.path)
     if commands:  # Else another process has delivered them meanwhile.
         records = sum(kept.records for kept in found)
         traces = len(set().union(*(kept.traces for kept in found)))
@@ -179,9 +177,7 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(traces, 'trace')} {'is' if records == 1 else 'are'} kept but not "
             "delivered yet; deliver with: "
-            + "; ".join(
-                f"{begin}qitos-mlflow sync {shlex.join(sorted(d))}" for begin, d in commands.items()
-            )
+            + "; ".join(_command(command, *sorted(d)) for command, d in commands.items())
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         say(line, own=True)
@@ -192,6 +188,7 @@ class _Kept:
 
     def __init__(self, pipeline: RecordPipeline) -> None:
         self.pipeline = pipeline
+        self.command, self.path = pipeline.sync_command
         self.records = 0
         self.traces: set[str] = set()
         self.complete = False
@@ -205,6 +202,10 @@ class _Kept:
             self.traces.add(str(json_object(record).get("trace_id")))
         self.complete = True
         return True
+
+
+def _command(command: str, *paths: str) -> str:
+    return f"{command} {shlex.join(paths)}"
 
 
 def _keep_exit_status() -> None:

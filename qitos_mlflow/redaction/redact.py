@@ -189,4 +189,18 @@ def without_credentials(uri: str) -> str:
     known = _USER_INFO.sub(lambda found: found["scheme"] or "", uri)
     path = _ON_DISK.match(known)
     end = path.end() if path else 0
-    return known[:end] + redact_text(known[end:])
+    query = _QUERY.sub(_without_value, known[end:])
+    return _PROFILE.sub(rf"\1{MARKER}", known[:end] + redact_text(query))
+
+
+_QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&;#]+)")
+"""Name and value in a query: a value may be too short for `redact_text`."""
+_PROFILE = re.compile(r"\A(databricks(?:-uc)?://[^:/?#]*:).+", re.DOTALL)
+"""MLflow takes a profile's secrets in a URI (``databricks://scope:prefix``)."""
+_OF_QUERIES = frozenset({"pw", "key", "sig", "signature", "sas", "x-amz-signature"})
+
+
+def _without_value(found: re.Match[str]) -> str:
+    mark, name, value = found.groups()
+    secret = name.lower() in _OF_QUERIES or names_credential(name)
+    return f"{mark}{name}={MARKER if secret else value}"

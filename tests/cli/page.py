@@ -18,8 +18,9 @@ This page is generated from `--help` by `python -m tests.cli.page`; a test compa
 If the `qitos-mlflow` script is not on the PATH, use `python -m qitos_mlflow.cli`.
 
 Exit codes: 0 done; 1 not everything could be done, the last line says what is left; 2 an argument
-or a setting cannot be used, the message names it. `run` exits with the script's own code. Errors
-and warnings are written to stderr and begin with `qitos-mlflow: `.
+or a setting cannot be used, the message names it. `run` exits with the script's own code. `sync`,
+`status` and `spool purge` exit with 130 after Ctrl-C and 143 after SIGTERM. Errors and warnings are
+written to stderr and begin with `qitos-mlflow: `.
 """
 
 

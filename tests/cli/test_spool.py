@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -131,7 +132,7 @@ def trace(experiment: str, **end: Any) -> tuple[bytes, bytes]:
     """The two records of a trace without spans."""
     start = {
         "kind": "trace_start",
-        "trace_id": "0b9f4a42-1b1f-4c39-8a6d-2f1a2f6a8f10",
+        "trace_id": str(uuid.uuid4()),
         "name": "bare",
         "group_id": None,
         "metadata": {},

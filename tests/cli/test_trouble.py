@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -18,9 +17,10 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient, environment_variables
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.cli._delivering import Sync
 from qitos_mlflow.cli._server import ask
-from qitos_mlflow.cli.sync import Sync
 from qitos_mlflow.delivery import RetryLater, backoff, find_segments, inspect_segment
+from qitos_mlflow.mlflow_plugin.trust import Way
 from tests.cli.conftest import Run
 from tests.cli.test_spool import NOWHERE, trace, write_segment
 
@@ -178,20 +178,32 @@ class Unwilling:
     def close(self) -> None: ...
 
 
+def deliver(tmp_path: Path, sink: type[Unwilling], patience_s: float) -> Sync:
+    """Have `sync` deliver all segments through sinks of this kind."""
+    sync = Sync(
+        lambda way, header: sink(header),
+        lambda header, segment: Way(header["tracking_uri"], trusted=True, files=True),
+        patience_s,
+    )
+    found = [inspect_segment(segment) for segment in find_segments(tmp_path / "spool")]
+    sync.run(found, threading.Event())
+    return sync
+
+
 def test_one_refused_experiment_does_not_stop_the_others(
     tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Patience also ends while the server asks to retry; the other experiments are delivered."""
     for experiment in ("locked", "open", "locked"):
         write_segment(tmp_path, server, *trace(experiment))
-    sync = Sync({"open_sink": Unwilling}, 0.1, lambda header: (header["tracking_uri"], True))
-    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
+    sync = deliver(tmp_path, Unwilling, 0.1)
     sync.show()
     shown = capsys.readouterr()
     assert shown.out == "2 records delivered, 1 segment finished\n"
+    found = [segment.stem for segment in find_segments(tmp_path / "spool")]
     assert shown.err.splitlines() == [
-        f"qitos-mlflow: {server} does not take the data of experiment 'locked': "
-        "HTTP 403: not yours",
+        f"qitos-mlflow: segments {found[0]}, {found[1]}: {server} does not take its data of "
+        "experiment 'locked': HTTP 403: not yours",
         "qitos-mlflow: 2 segments not delivered; run it again later: qitos-mlflow sync",
     ]
 
@@ -270,64 +282,7 @@ def test_a_server_that_gets_on_is_not_given_up(
     """Patience is for a server that carries out nothing."""
     monkeypatch.setattr(backoff, "FIRST_DELAY_S", 0.05)
     write_segment(tmp_path, server, *trace("qitos"))
-    ways = {"open_sink": Halting}
-    sync = Sync(ways, 0.5, lambda header: (header["tracking_uri"], True))
-    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
-    assert sync.left == 0
-
-
-class Interrupted(Unwilling):
-    """Ctrl-C comes while its server asks to wait."""
-
-    def send(self, timeout_s: float) -> list[Any]:
-        signal.raise_signal(signal.SIGINT)
-        raise RetryLater("HTTP 429", 300.0)
-
-
-def test_ctrl_c_does_not_wait_for_a_server(
-    tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Patience and delays end with it, nothing else is begun, and what is left is counted."""
-    for _ in range(2):
-        write_segment(tmp_path, server, *trace("any"))
-    sync = Sync({"open_sink": Interrupted}, 1e9, lambda header: (header["tracking_uri"], True))
-    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
-    sync.show()
-    shown = capsys.readouterr()
-    assert shown.out == "0 records delivered, 0 segments finished\n"
-    assert shown.err.splitlines() == [
-        "qitos-mlflow: 2 segments not delivered; run it again later: qitos-mlflow sync",
-    ]
-
-
-class Finalized:
-    """Ctrl-C comes in its finalizer, where Python swallows what is raised."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-class Swallowing(Unwilling):
-    """Ctrl-C comes in a finalizer while a segment is sent."""
-
-    def send(self, timeout_s: float) -> list[Any]:
-        Finalized()
-        return []
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_in_a_finalizer_ends_it_too(
-    tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing is sent after the batch that is on its way."""
-    for _ in range(2):
-        write_segment(tmp_path, server, *trace("any"))
-    sync = Sync({"open_sink": Swallowing}, 1e9, lambda header: (header["tracking_uri"], True))
-    sync.run([inspect_segment(segment) for segment in find_segments(tmp_path / "spool")])
-    sync.show()
-    shown = capsys.readouterr()
-    assert shown.out == "2 records delivered, 0 segments finished\n"
-    assert "qitos-mlflow: 2 segments not delivered; run" in shown.err
+    assert deliver(tmp_path, Halting, 0.5).left == 0
 
 
 @pytest.mark.parametrize("command", [("sync",), ("status",), ("spool", "purge")])

@@ -149,7 +149,7 @@ def following(
 ) -> Iterator[None]:
     """A sidecar is at work on another thread."""
     stop = threading.Event()
-    steps = follow(spool, open_sink, stats or Counts())
+    steps = follow(spool, lambda paths: open_sink, stats or Counts())
     thread = threading.Thread(target=lambda: any(stop.is_set() for _ in steps))
     thread.start()
     try:
@@ -189,7 +189,7 @@ def test_a_sidecar_can_be_stopped_among_segments_of_others(
         left_behind(tmp_path, [b"record"])
     asked: list[Paths] = []
     monkeypatch.setattr(leftovers, "claim", lambda paths, stats: asked.append(paths))
-    next(follow(tmp_path, FakeServer().sink, Counts()))
+    next(follow(tmp_path, lambda paths: FakeServer().sink, Counts()))
     assert len(asked) == 1
 
 

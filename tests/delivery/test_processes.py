@@ -402,7 +402,7 @@ for n in range(40):
     left_behind(spool, numbered(6))
 used = len(os.listdir("/dev/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, used + 20))
-for _ in follow(spool, lambda header: Sink(server), Counts()):
+for _ in follow(spool, lambda paths: lambda header: Sink(server), Counts()):
     if not any(spool.iterdir()):
         break
 print(len(server.accepted))

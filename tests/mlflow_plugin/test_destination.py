@@ -38,11 +38,18 @@ SECRET = "s3cr3t-of-a-user"
         ("postgresql+psycopg2://u:{}@host:5432/db", "postgresql+psycopg2://host:5432/db"),
         ("postgresql://host/db?password={}", "postgresql://host/db?password=[redacted]"),
         ("http://host/?token={}", "http://host/?token=[redacted]"),
+        ("postgresql://host/db?pw={}&x=1", "postgresql://host/db?pw=[redacted]&x=1"),
+        ("postgresql://host/db?sslpassword={}#x", "postgresql://host/db?sslpassword=[redacted]#x"),
+        ("http://host/?a=1&sig={}", "http://host/?a=1&sig=[redacted]"),
+        ("sqlite:////x.db?key={}", "sqlite:////x.db?key=[redacted]"),
+        ("databricks://scope:{}", "databricks://scope:[redacted]"),
+        ("databricks-uc://profile:{}", "databricks-uc://profile:[redacted]"),
     ],
 )
 def test_credentials_are_left_out(uri: str, shown: str) -> None:
     """Whatever the form of a URI, and whether it can be used or not."""
-    assert without_credentials(uri.format(SECRET)) == shown
+    for secret in (SECRET, "hunter2", "ab"):
+        assert without_credentials(uri.format(secret)) == shown
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,10 @@ def test_only_directories_with_records_are_named(
     """A spool that could not be written has nothing to deliver, and may not even be there."""
     left_behind(tmp_path, [b'{"trace_id": "one"}'] * 2)
     [paths] = find_segments(tmp_path)
-    good = SimpleNamespace(command_prefix="", paths=paths, unsaved=0)
+    command = "qitos-mlflow sync", str(tmp_path)
+    good = SimpleNamespace(sync_command=command, paths=paths, unsaved=0)
     bad = SimpleNamespace(
-        command_prefix="", paths=Paths(tmp_path / "file" / "spool", "stem"), unsaved=3
+        sync_command=command, paths=Paths(tmp_path / "file" / "spool", "stem"), unsaved=3
     )
     process_exit._say_what_is_left([good, bad])  # type: ignore[list-item]
     lost, kept = capsys.readouterr().err.splitlines()

@@ -53,6 +53,15 @@ def is_local(uri: str | None) -> bool:
     return scheme.split("+")[0] in ("sqlite", "file") if named else uri not in ("databricks", "uc")
 
 
+def on_disk(uri: str) -> tuple[str, str, str] | None:
+    """Equal for the same local store by other names; None for a store that is none."""
+    if not is_local(uri):
+        return None
+    if sqlite := re.fullmatch(r"sqlite(?:\+\w+)?:///(?:file:)?([^?]+)(.*)", uri, re.DOTALL):
+        return "sqlite", os.path.realpath(sqlite[1]), sqlite[2]
+    return "file", os.path.realpath(re.sub(r"\Afile:(?://)?", "", uri)), ""
+
+
 def names_place(recorded: str | None) -> bool:
     """False for a URI without a secret that was in its path: two tenants may look the same."""
     return is_local(recorded) or MARKER not in str(recorded).partition("?")[0]
