@@ -29,8 +29,8 @@ import resource
 Changes = list[tuple[str, int, int, bytes]]
 Damage = list[tuple[str, bool, Changes]]
 
-SEGMENTS, SOAK_EXAMPLES = 5, 2_000
-"""10,000 segments, each with at least one change."""
+SEGMENTS, SOAK_EXAMPLES = 5, 1_000
+"""5,000 segments, in each at least two changed files."""
 MEMORY_BYTES = 200 * MIB
 ROUNDS = 3
 
@@ -47,7 +47,7 @@ CHANGES = st.tuples(
 )
 DAMAGE = st.lists(
     st.tuples(st.sampled_from(NAMES), st.booleans(), st.lists(CHANGES, min_size=1, max_size=4)),
-    min_size=1,
+    min_size=2,
     max_size=3,
 )
 """The changes of some files; whether the checksum of the line is right all the same."""
