@@ -47,21 +47,28 @@ def test_code_and_logs_stay(name: str) -> None:
     assert clean["damaged"] <= 0.05 * clean["items"]
 
 
-@pytest.mark.parametrize("item", [item for item in HARD if not item.is_json], ids=str)
+@pytest.mark.parametrize(
+    "item", [item for item in HARD if not item.is_json], ids=lambda item: item.kind
+)
 def test_a_second_pass_finds_nothing_more(item: Item) -> None:
     """What is redacted stays as it is."""
     once = redact_text(item.text)
     assert redact_text(once) == once
 
 
-@pytest.mark.parametrize("item", HARD + HARMLESS, ids=lambda item: item.kind)
-def test_json_stays_json(item: Item) -> None:
+def test_json_stays_json() -> None:
     """A text that is JSON is JSON afterwards."""
+    found = [item.text for item in HARD + HARMLESS if is_json(item.text)]
+    assert len(found) > 20
+    assert not [text for text in found if not is_json(redact_text(text))]
+
+
+def is_json(text: str) -> bool:
     try:
-        json.loads(item.text)
+        json.loads(text)
     except ValueError:
-        return
-    json.loads(redact_text(item.text))
+        return False
+    return True
 
 
 STRADDLING = [
