@@ -19,11 +19,14 @@ SAY_S = 0.2
 
 
 @contextmanager
-def ends_on_signals(last_words: Callable[[], str]) -> Iterator[threading.Event]:
+def ends_on_signals(
+    last_words: Callable[[], str], *, otherwise: bool = True
+) -> Iterator[threading.Event]:
     """In the block, SIGINT and SIGTERM end the process, with one line and status 130 or 143.
 
-    The event is set by the signal; a block that is left then has been in time. Nothing is raised
-    in the block, where it could be swallowed: Python's handlers run between two instructions of
+    The event is set by the signal. The process then ends as soon as the block is left, at the
+    latest after `GRACE_S`. Without `otherwise`, a block that is left in time simply goes on: a
+    signal is the only end that it has. Nothing is raised in the block, where it could be swallowed: Python's handlers run between two instructions of
     the main thread, which may never come while it looks up a name or waits for a lock. So a thread
     of its own reads what Python's signal handler writes at once.
     """
@@ -40,8 +43,8 @@ def ends_on_signals(last_words: Callable[[], str]) -> Iterator[threading.Event]:
                 return  # The block is over.
             number = received[0]
         asked.set()
-        left.wait(GRACE_S)
-        _leave(number, last_words)
+        if not left.wait(GRACE_S) or otherwise:
+            _leave(number, last_words)
 
     reading, writing = socket.socketpair()
     writing.setblocking(False)

@@ -159,12 +159,14 @@ def _follow(directory: Path, named: Trust, default_header: bytes | None) -> None
         raise QitosMlflowError(f"{str(directory)!r} cannot be read: {reason_of(error)}") from error
     wait = "" if there else ", which does not exist yet"
     total = Counts()
-    with (
-        ends_on_signals(lambda: f"{plural(total.delivered, 'record')} delivered") as ended,
-        spinner() as update,
-    ):
+
+    def last_words() -> str:
+        return f"{plural(total.delivered, 'record')} delivered"
+
+    with ends_on_signals(last_words, otherwise=False) as ended, spinner() as update:
         echo(f"Delivering the records in {directory}{wait}; Ctrl-C ends it", err=True, own=True)
-        for _ in follow(directory, partial(_opener, named), total, default_header):
-            if ended.is_set():
+        for pause_s in follow(directory, partial(_opener, named), total, default_header):
+            if ended.wait(pause_s):
                 break
-            update(f"{directory}: {plural(total.delivered, 'record')} delivered")
+            update(f"{directory}: {last_words()}")
+    echo(last_words())

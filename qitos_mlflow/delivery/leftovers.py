@@ -217,11 +217,12 @@ def follow(
     opener: Callable[[Paths], OpenSink | None],
     stats: Counts,
     default_header: bytes | None = None,
-) -> Iterator[None]:
+) -> Iterator[float]:
     """Deliver all segments of `directory`, later ones included, until the iterator is closed.
 
     One thread for all of them: a segment whose server is away does not delay the others. Yields
-    after each step, after each segment and after each look at the directory.
+    after each step, after each segment and after each look at the directory: how long the caller
+    may wait, because there is nothing to do (seconds).
 
     Args:
         directory: the spool; may not exist yet.
@@ -248,10 +249,9 @@ def follow(
         while True:
             idle = True
             for more in deliveries.round():
-                yield
+                yield 0.0
                 idle = idle and not more
-            yield
-            time.sleep(FOLLOW_EVERY_S if idle else 0.0)
+            yield FOLLOW_EVERY_S if idle else 0.0
 
 
 class Leftovers(Deliveries):

@@ -374,7 +374,7 @@ def test_a_segment_with_a_damaged_header_goes_where_the_option_says(
 def test_follow_delivers_what_comes_until_a_signal_ends_it(
     start: Callable[..., Agent], store: str, experiment: str
 ) -> None:
-    """As a sidecar, sync delivers agents that start later; SIGTERM ends it with status 143."""
+    """As a sidecar, sync delivers agents that start later; SIGTERM ends it with exit code 0."""
     sidecar = subprocess.Popen(
         [sys.executable, "-m", "qitos_mlflow.cli", "sync", "--follow"],
         stdout=subprocess.PIPE,
@@ -389,8 +389,8 @@ def test_follow_delivers_what_comes_until_a_signal_ends_it(
         output, errors = sidecar.communicate(timeout=DEADLINE_S)
     finally:
         sidecar.kill()
-    assert (sidecar.returncode, output) == (128 + signal.SIGTERM, ""), errors
-    assert errors.endswith("records delivered\n")
+    assert sidecar.returncode == 0, errors
+    assert output.endswith("records delivered\n")
 
 
 def test_purge_asks_and_spares_the_living(

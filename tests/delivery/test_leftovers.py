@@ -150,7 +150,7 @@ def following(
     """A sidecar is at work on another thread."""
     stop = threading.Event()
     steps = follow(spool, lambda paths: open_sink, stats or Counts())
-    thread = threading.Thread(target=lambda: any(stop.is_set() for _ in steps))
+    thread = threading.Thread(target=lambda: any(stop.wait(pause_s) for pause_s in steps))
     thread.start()
     try:
         yield

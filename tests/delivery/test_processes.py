@@ -402,9 +402,10 @@ for n in range(40):
     left_behind(spool, numbered(6))
 used = len(os.listdir("/dev/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, used + 20))
-for _ in follow(spool, lambda paths: lambda header: Sink(server), Counts()):
+for pause_s in follow(spool, lambda paths: lambda header: Sink(server), Counts()):
     if not any(spool.iterdir()):
         break
+    time.sleep(pause_s)
 print(len(server.accepted))
 """
     assert run(code, tmp_path / "spool") == [str(40 * 7)]
