@@ -55,7 +55,7 @@ DAMAGE = st.lists(
 LETTER = b'{"time_ns": 1, "reason": "NO_ARTIFACTS: x", "record": "{}", "header": "{}"}\n'
 WHOLE = {
     "seg": (line(b"h", HEAD) + line(b"c", CALLER)) * 2
-    + b"".join(line(b"r", one) for one in (b'{"n":3}', TRACE_END % b'{"queue_full": 2}')),
+    + b"".join(line(b"r", one) for one in (b'{"bad":"record"}', TRACE_END % b'{"queue_full": 2}')),
     "ack": line(b"a", b"0 7") * 2,
     "own": b'{"host": "h", "boot": "b", "pid": 4711, "start": "1", "token": "t"}',
     "ship": b"",
