@@ -26,9 +26,11 @@ def ends_on_signals(
 
     The event is set by the signal. The process then ends as soon as the block is left, at the
     latest after `GRACE_S`. Without `otherwise`, a block that is left in time simply goes on: a
-    signal is the only end that it has. Nothing is raised in the block, where it could be swallowed: Python's handlers run between two instructions of
-    the main thread, which may never come while it looks up a name or waits for a lock. So a thread
-    of its own reads what Python's signal handler writes at once.
+    signal is the only end that it has.
+
+    Nothing is raised in the block, where it could be swallowed: Python's handlers run between two
+    instructions of the main thread, which may never come while it looks up a name or waits for a
+    lock. So a thread of its own reads what Python's signal handler writes at once.
     """
     asked, left = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():

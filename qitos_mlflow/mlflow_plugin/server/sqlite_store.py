@@ -18,7 +18,7 @@ from typing import Any
 from qitos_mlflow._inheritance import disown_in_child
 from qitos_mlflow.delivery import RetryLater, let_forks_happen
 from qitos_mlflow.delivery.sink import progressed
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, working_directory
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import working_directory
 from qitos_mlflow.mlflow_plugin.server.transport import readable
 
 NEW = ".mlflow-new-"
@@ -34,16 +34,16 @@ LEFT_S = 3600.0
 
 
 def default_tracking_uri(cwd: str) -> str:
-    """Where this version of MLflow logs when nothing is configured, as seen from `cwd`."""
+    """Where this version of MLflow logs when nothing is configured, as seen from `cwd`.
+
+    What is configured now does not matter: it may be another place than the records were made for.
+    """
     import mlflow
     from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
-    uri = str(mlflow.get_tracking_uri())
-    if mlflow.is_tracking_uri_set():  # Meanwhile, and perhaps to a relative path.
-        return absolute(uri, cwd)
-    if cwd == working_directory():
-        return uri
-    # MLflow can be asked for its own directory only: a folder with runs in it, else a database.
+    if cwd == working_directory() and not mlflow.is_tracking_uri_set():
+        return str(mlflow.get_tracking_uri())
+    # MLflow can be asked for no other directory: a folder with runs in it, else a database.
     folder = Path(cwd, "mlruns")
     if any(found.parent.name.isdigit() for found in folder.glob("*/meta.yaml")):
         return folder.as_uri()

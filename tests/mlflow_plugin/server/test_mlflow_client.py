@@ -60,6 +60,15 @@ def test_the_default_store_is_that_of_the_directory(
     assert default_tracking_uri(str(tmp_path / there)) == wanted
 
 
+def test_the_default_store_is_not_what_is_configured_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records for no server go to none, whatever whoever delivers them has in the environment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    assert default_tracking_uri(str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
 @pytest.mark.parametrize("name", ["a b", "50%20"])
 def test_the_directory_of_a_new_store_may_have_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
