@@ -34,7 +34,7 @@ MAPPING_TRIES = 3
 """A record that the sink cannot map is tried alone at least this often, ..."""
 MAPPING_S = 1.0
 """... and at least for this time (seconds)."""
-OF_THE_PROCESS = (MemoryError, RecursionError, OSError)
+OF_THE_PROCESS = (MemoryError, OSError)
 """Exceptions that are about the process, however often the same record has them."""
 
 

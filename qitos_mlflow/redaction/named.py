@@ -69,6 +69,7 @@ _OBJECT_END = re.compile(rb"[{}]|\n[ \t]*\r?\n|\n[ \t]*- ")
 _FIELDS_BYTES = 256
 _NETRC = re.compile(rb"(?:login|machine|account|default|user)\s{1,8}\S{1,128}(?:\\n)?\s{1,8}$")
 _SQL = re.compile(rb"identified(?:[ \t]{1,4}with[ \t]{1,4}[\w']{1,48})?[ \t]{1,4}by[ \t]{1,4}")
+_OF_USERS, _STATEMENT_BYTES = (b"user", b"grant", b"role"), 256
 _SETTERS = re.compile(rb"(?:.*set_?password|password|(?:.*\.)?secretstr)$")
 _SHELL_SET = re.compile(rb"(?:^|[\n;&]|\\n)[ \t]*(?:env|setenv|arg|#define)[ \t]+$|-value[ \t]+$")
 _PASSWORDS = (b"password", b"passwd", b"passphrase", b"secret")
@@ -114,6 +115,9 @@ def named(data: bytes, low: bytes, runs: bytes) -> Iterator[Found]:
                 yield value
                 done = max(done, value[1])
     for found in _SQL.finditer(low):
+        before = low[max(0, found.start() - _STATEMENT_BYTES) : found.start()]
+        if not any(verb in before for verb in _OF_USERS):  # "identified by" is English, too.
+            continue
         if password := value_at(data, found.end(), b"password", b""):
             yield password
 

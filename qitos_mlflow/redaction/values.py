@@ -45,6 +45,7 @@ _OR = re.compile(rb"[^\n]{0,96}?(?:\bor|\|\||\?\?)[ \t]{0,4}(?=[\"'])")
 _BRACKET = re.compile(rb"[\[\]{}]")
 _HEADERS = (b"authorization", b"cookie")
 _SCHEME = re.compile(rb"(?i)(?:(?:bearer|basic|token|digest|apikey)[ \t]+)?(\S+)")
+_SHORTEST_TOKEN = 12
 _OF_PROSE = (b"token", b"auth", b"key")
 
 
@@ -113,7 +114,8 @@ def _header(data: bytes, at: int) -> Found | None:
         return None
     if is_code(data, start, start + len(first.group(1)), b"="):
         return None
-    if b"=" not in value and not has_digit(value) and is_plain_word(word):
+    short = len(word) < _SHORTEST_TOKEN or not first.start(1)  # Behind a scheme it is a token.
+    if short and b"=" not in value and not has_digit(value) and is_plain_word(word):
         return None
     return start, end, b""
 

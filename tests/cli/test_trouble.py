@@ -337,4 +337,4 @@ def test_the_file_of_refused_records_is_named(tmp_path: Path, store: str) -> Non
     write_segment(tmp_path, store, b"no record")
     assert invoke("sync").exit_code == 0
     shown = invoke("status").output
-    assert f"These records are kept in {tmp_path / 'spool' / '*.dead'}; only files" in shown
+    assert f"These records are kept in {tmp_path / 'spool' / '*.dead'}; only those" in shown

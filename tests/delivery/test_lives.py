@@ -45,7 +45,9 @@ class Recording:
         self.deaths = 0
 
     def transfer(self, reader: SegmentReader) -> SegmentTransfer:
-        return SegmentTransfer(reader, self.server.sink)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(segment_transfer, "BATCH_RECORDS", BATCH)
+            return SegmentTransfer(reader, self.server.sink)
 
     def step(self, transfer: SegmentTransfer, end: int | None, *, dies: bool = False) -> bool:
         """Send a batch; with `dies`, the process does when the server has it."""

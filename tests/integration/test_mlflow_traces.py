@@ -329,8 +329,10 @@ IN_SPANS = {
     "interrupted": """
         from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 
+        import signal
+
         def interrupted(*args):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
         wait, InBackground.wait = InBackground.wait, interrupted
         try:

@@ -467,7 +467,7 @@ def test_a_replay_changes_nothing(
     shutil.copytree(tmp_path / "spool", tmp_path / "copy")
     seen = []
     for directory in ("spool", "copy"):
-        done = CliRunner().invoke(main, ["sync", str(tmp_path / directory)])
+        done = CliRunner().invoke(main, ["sync", "--trust", str(tmp_path / directory)])
         assert done.exit_code == 0, done.output
         trace = store.only(experiment_name)
         same(trace, heard, heard.only().trace_id)

@@ -117,7 +117,8 @@ def test_a_disk_that_hangs_does_not_hold_the_process(
         yield b"{}"
 
     monkeypatch.setattr(process_exit, "waiting_records", hangs)
-    kept = SimpleNamespace(command_prefix="", paths=paths, unsaved=0)
+    command = "qitos-mlflow sync", str(tmp_path)
+    kept = SimpleNamespace(sync_command=command, paths=paths, unsaved=0)
     process_exit._say_what_is_left([kept])  # type: ignore[list-item]
     answers.set()
     assert f"deliver with: qitos-mlflow sync {tmp_path}" in capsys.readouterr().err
@@ -328,6 +329,7 @@ class LeftSomething:
     traces = ()
     unsaved = 1
     paths = Paths(Path("spool"), "none-1-1-1")
+    sync_command = "qitos-mlflow sync", "spool"
 
     def refuse(self) -> None:
         """Nothing is offered."""

@@ -108,7 +108,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
         if flags & os.O_TRUNC:
             os.ftruncate(descriptor, 0)
     except BaseException:
-        os.close(descriptor)
+        _undo(descriptor, path, flags)
         raise
     return descriptor
 
@@ -130,7 +130,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _irregular(path)
     except BaseException:
-        os.close(descriptor)
+        _undo(descriptor, path, flags)
         raise
     return descriptor
 
@@ -248,6 +248,15 @@ def replace_private(path: Path, data: Iterable[bytes], *, durable: bool) -> None
         with suppress(OSError):  # What another user has put there, too, or the next time fails.
             temporary.unlink()
         raise
+
+
+def _undo(descriptor: int, path: Path, flags: int) -> None:
+    """Close a file, and delete it if it is new: the next try makes it again."""
+    with suppress(OSError):
+        os.close(descriptor)
+    if flags & os.O_EXCL:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_trusted(status: os.stat_result) -> bool:
