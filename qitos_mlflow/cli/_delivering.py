@@ -165,8 +165,8 @@ class Sync:
         if way.needs:
             command = ["qitos-mlflow", "sync", *way.needs.split(), *map(str, self._paths)]
             self._note(
-                f"not delivered to {to}, because another user may have made it: it is not this "
-                "user's file in this user's default spool. If you trust whoever may write there: "
+                f"not delivered to {to}, because another user may have written it: it is outside "
+                "your own spool, or a file of it is another user's. If you trust its author, run: "
                 + shlex.join(command),
                 segment,
             )

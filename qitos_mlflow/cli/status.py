@@ -36,7 +36,7 @@ PUT_OFF = ("NO_ARTIFACTS", "NO_TRACE")
 
 NEXT = {
     "": "Deliver the records of dead processes",
-    "--trust": "Deliver those to local stores too, if you trust whoever may write to the directory",
+    "--trust": "Deliver also what another user may have written, if you trust its author",
     "--tracking-uri URI": "Deliver those whose server takes credentials to the one that you name",
 }
 """The next step for dead processes' records, by what `sync` needs."""

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 @click.option(
     "--trust",
     is_flag=True,
-    help="Let segments that may be someone else's write to local stores and directories.",
+    help="Also write to local stores and directories for segments that another user may have "
+    "written.",
 )
 def sync(
     paths: tuple[Path, ...],
@@ -142,7 +143,8 @@ def _opener(named: Trust, paths: Paths) -> Callable[[bytes], Sink] | None:
     header = header_of(seen)
     way = named.way(header, paths)
     if way.needs:
-        text = "%s may be someone else's, and has %s written: that takes `qitos-mlflow sync %s`"
+        text = "segment %s: not delivered to %s, because another user may have written it. If you "
+        text += "trust its author, run: qitos-mlflow sync %s"
         warn(f"sync.{paths.stem}", text, paths.stem, destination_of(header), way.needs)
         return None
     return partial(_open_sink, way)

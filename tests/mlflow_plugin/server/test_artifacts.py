@@ -49,7 +49,7 @@ def write(artifact_uri: str, tracking_uri: str = "http://tracking.test", **allow
 @pytest.mark.parametrize(
     ("artifact_uri", "path"),
     [
-        ("http://{}/root", "/root/a%20b/answer.txt"),
+        ("http://{}/files", "/files/a%20b/answer.txt"),
         ("mlflow-artifacts://{}/7/x", "/api/2.0/mlflow-artifacts/artifacts/7/x/a%20b/answer.txt"),
     ],
 )
