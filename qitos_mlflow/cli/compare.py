@@ -1,21 +1,25 @@
 """`qitos-mlflow compare`: two or more evaluations of the same tasks, with intervals and tests.
 
-Receives ids of runs or experiments, reads their children from the server, and prints what
-`comparison` computes of them; writes to the server only with ``--log``. Imports mlflow, because it
-reads whole runs from any kind of store, logs artifacts, and has no agent to slow down.
+Receives ids of runs or experiments, reads their children from the server as the sink does, within
+the same limits, and prints what `comparison` computes of them. Writes to the server only with
+``--log``. Only a local store takes mlflow.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from qitos_mlflow._texts import clean
+from qitos_mlflow.cli._endings import ends_on_signals
 from qitos_mlflow.cli._options import tracking_uri
 from qitos_mlflow.cli._show import echo, echo_json, in_plain, plural, row, table
 from qitos_mlflow.errors import QitosMlflowError
@@ -23,9 +27,12 @@ from qitos_mlflow.errors import QitosMlflowError
 if TYPE_CHECKING:
     from qitos_mlflow.comparison.runs import Comparison
     from qitos_mlflow.mlflow_plugin.mapping.entities import StoredRun
+    from qitos_mlflow.mlflow_plugin.server.transport import Transport
 
-PAGE = 1000
-"""Runs that are asked for at once."""
+READ_S = 600.0
+"""Longest time to read the runs of one evaluation (seconds), ..."""
+TRIES = 4
+"""... and failures in a row to read a page of them, each of half as many runs as the one before."""
 SHOWN = 10
 """Tasks that are listed for each reason; `--json` has all."""
 WIDTH = 120
@@ -64,68 +71,70 @@ def compare_command(
         raise QitosMlflowError(
             "`compare` needs scipy; install it with: pip install 'qitos-mlflow[compare]'"
         )
+    with ends_on_signals(lambda: "the comparison is not finished"):
+        _compare(tracking_uri, metrics, evaluations, as_json=as_json, log=log)
+
+
+def _compare(
+    tracking_uri: str | None,
+    metrics: Sequence[str],
+    evaluations: Sequence[str],
+    *,
+    as_json: bool,
+    log: str | None,
+) -> None:
     from qitos_mlflow.cli._server import ask
     from qitos_mlflow.comparison.runs import compare
+    from qitos_mlflow.delivery import RetryLater
     from qitos_mlflow.mlflow_plugin.destination import tracking_uri as uri_of
+    from qitos_mlflow.mlflow_plugin.sink.sink import open_transport
     from qitos_mlflow.settings import Settings
 
     uri = uri_of(Settings.resolve(tracking_uri=tracking_uri))
     if (answer := ask(uri, trusted=True)).reachable is False:
         raise QitosMlflowError(f"{answer.uri}: {answer.detail}")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     try:
-        client = MlflowClient(uri)
-        found = [(name, _tasks(client, name)) for name in evaluations]
-        made = [compare(found[0], other, metrics) for other in found[1:]]
-        known = {name for one in made for name in one.metrics}
-        if missing := set(metrics) - known:
-            raise QitosMlflowError(f"no task has the metric {min(missing)!r} in two evaluations")
-        text = json.dumps([one.to_json() for one in made], indent=2, allow_nan=False)
-        shown = "\n\n".join(_shown(one) for one in made)
-        if as_json:
-            echo_json([one.to_json() for one in made])
-        else:
-            echo(shown, lines=True)
-        if log is not None:
-            client.log_text(log, text, "comparison.json")
-            client.log_text(log, shown, "comparison.txt")
-    except MlflowException as error:
-        raise QitosMlflowError(str(error)) from error
+        with closing(open_transport(uri)) as transport:
+            found = [(name, _tasks(transport, name, metrics)) for name in evaluations]
+            made = [compare(found[0], other, metrics) for other in found[1:]]
+            known = {name for one in made for name in one.metrics}
+            if missing := set(metrics) - known:
+                raise QitosMlflowError(
+                    f"no task has the metric {min(missing)!r} in two evaluations"
+                )
+            text = json.dumps([one.to_json() for one in made], indent=2, allow_nan=False)
+            shown = "\n\n".join(_shown(one) for one in made)
+            if as_json:
+                echo_json([one.to_json() for one in made])
+            else:
+                echo(shown, lines=True)
+            if log is not None:
+                _log(transport, log, {"comparison.json": text, "comparison.txt": shown})
+    except RetryLater as error:
+        raise QitosMlflowError(f"{answer.uri}: {error}") from error
 
 
-def _tasks(client: Any, evaluation: str) -> list[StoredRun]:
+def _tasks(transport: Transport, evaluation: str, metrics: Sequence[str]) -> list[StoredRun]:
     """The runs of an evaluation's tasks.
 
     Raises:
         QitosMlflowError: there is no such run or experiment, or it has no runs of tasks.
     """
-    from mlflow.exceptions import MlflowException
-
     from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG
+    from qitos_mlflow.mlflow_plugin.sink.children import below
 
-    def unless_missing(ask: Any) -> Any:
-        try:
-            return ask(evaluation)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            return None
-
-    if run := unless_missing(client.get_run):
-        place, wanted = run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    elif experiment := (
-        client.get_experiment_by_name(evaluation) or unless_missing(client.get_experiment)
-    ):
-        place, wanted = experiment.experiment_id, ""
+    try:
+        evaluation.encode()
+    except UnicodeEncodeError:
+        place = None
     else:
+        run = transport.stored_run(evaluation, _timeout_s(transport))
+        wanted = below(run.ref.run_id) if run else ""
+        place = run.ref.experiment_id if run else None
+        place = place or transport.find_experiment(evaluation, _timeout_s(transport))
+    if place is None:
         raise QitosMlflowError(f"no run and no experiment {evaluation!r}")
-    page = client.search_runs([place], wanted, max_results=PAGE)
-    runs = [_stored(run) for run in page]
-    while page.token:
-        page = client.search_runs([place], wanted, max_results=PAGE, page_token=page.token)
-        runs += map(_stored, page)
+    runs = _read(transport, place, wanted, metrics)
     # An evaluation's own run is no task of it.
     found = [run for run in runs if "qitos.trace_id" in run.tags and EVALUATION_TAG not in run.tags]
     if not found:
@@ -133,15 +142,52 @@ def _tasks(client: Any, evaluation: str) -> list[StoredRun]:
     return found
 
 
-def _stored(run: Any) -> StoredRun:
-    from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef, StoredRun
+def _read(
+    transport: Transport, experiment_id: str, wanted: str, metrics: Sequence[str]
+) -> list[StoredRun]:
+    """All runs of an experiment that the filter wants, with what is compared of them."""
+    from qitos_mlflow.comparison.runs import SERIES
+    from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import READ_TAGS
+    from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG
+    from qitos_mlflow.mlflow_plugin.server.transport import Oversized, Unanswered
+    from qitos_mlflow.mlflow_plugin.sink.children import Children, Reading, left_s
 
-    info, params = run.info, run.data.params
-    tags = {tag: params[name] for name, tag in OF_PARAMS.items() if name in params}
-    ref = RunRef(
-        info.run_id, info.experiment_id, info.run_name, info.artifact_uri, info.start_time or 0
-    )
-    return StoredRun(ref, info.status, info.end_time, run.data.metrics, tags | run.data.tags)
+    def kept(run: StoredRun) -> StoredRun:
+        tags = {tag: run.params[name] for name, tag in OF_PARAMS.items() if name in run.params}
+        tags |= {tag: run.tags[tag] for tag in (*READ_TAGS, EVALUATION_TAG) if tag in run.tags}
+        numbers = {
+            name: value
+            for name, value in run.metrics.items()
+            if name in metrics or not name.startswith(SERIES)
+        }
+        return replace(run, metrics=numbers, tags=tags, metric_times={}, params={})
+
+    children, reading, failures = Children(transport), Reading(), 0
+    deadline = time.monotonic() + READ_S
+    while reading.token is not None:
+        timeout_s = min(_timeout_s(transport), left_s(deadline))
+        try:
+            children.read(reading, wanted, [experiment_id], timeout_s, kept)
+            failures = 0
+        except (Oversized, Unanswered):  # The next page is a smaller one.
+            failures += 1
+            if failures == TRIES:
+                raise
+    return list(reading.runs.values())
+
+
+def _log(transport: Transport, run_id: str, files: Mapping[str, str]) -> None:
+    run = transport.stored_run(run_id, _timeout_s(transport))
+    if run is None:
+        raise QitosMlflowError(f"no run {run_id!r} to log the comparison to")
+    for name, text in files.items():
+        transport.write_artifact(run.ref, name, text.encode(), _timeout_s(transport))
+
+
+def _timeout_s(transport: Transport) -> float:
+    from qitos_mlflow.mlflow_plugin.server.http import REQUEST_TIMEOUT_S
+
+    return REQUEST_TIMEOUT_S * transport.patience
 
 
 def _shown(comparison: Comparison) -> str:

@@ -6,6 +6,7 @@ what was solved, is the same as in an evaluation's own numbers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -110,12 +111,13 @@ def by_task(runs: Iterable[StoredRun]) -> dict[Task, Attempt]:
     Of those that name no trial, the n-th one of a task is its n-th trial.
     """
     found: dict[Task, Attempt] = {}
+    numbers: dict[tuple[str, ...], count[int]] = defaultdict(count)
     for attempt in attempts(runs):
         tags = attempt.tags
         if not attempt.over or not tags.get(TASK_TAG):
             continue
         about = (tags.get("qitos.benchmark", ""), tags.get("qitos.split", ""), tags[TASK_TAG])
-        trials = [tags[TRIAL_TAG]] if TRIAL_TAG in tags else map(str, count())
+        trials = [tags[TRIAL_TAG]] if TRIAL_TAG in tags else map(str, numbers[about])
         found[next(one for trial in trials if (one := Task(*about, trial)) not in found)] = attempt
     return dict(sorted(found.items()))
 

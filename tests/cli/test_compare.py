@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,7 +18,9 @@ from mlflow.entities import Metric, Param, RunTag
 
 from qitos_mlflow.cli import compare as module
 from qitos_mlflow.cli import main
+from qitos_mlflow.mlflow_plugin.server.http import Request
 from tests.cli.conftest import Run
+from tests.fakes.raw_server import KEPT, http, raw_server
 from tests.integration.logged import AGENT, run_script
 from tests.integration.server import MlflowServer
 
@@ -186,7 +192,7 @@ def test_agents_below_two_runs_and_whole_experiments(
             ["{run}", "{run}", "--metric", "typo"],
             "no task has the metric 'typo' in two evaluations",
         ),
-        (["{run}", "{run}", "--log", "nowhere"], "Run with id=nowhere not found"),
+        (["{run}", "{run}", "--log", "nowhere"], "no run 'nowhere' to log the comparison to"),
         (["--tracking-uri", "http://127.0.0.1:9", "a", "b"], "http://127.0.0.1:9: "),
     ],
 )
@@ -198,6 +204,111 @@ def test_what_cannot_be_compared(
     done = compared("--tracking-uri", store, *(arg.format(run=run) for arg in args))
     assert done.exit_code == 2
     assert done.output.splitlines()[-1].startswith(f"qitos-mlflow: {said}")
+
+
+class Runs:
+    """A server with a run, and children of it in answers to one path that is hostile."""
+
+    def __init__(self, path: str, hostile: Callable[[int], Iterable[bytes]]) -> None:
+        self._path, self._hostile = path, hostile
+        self.asked = 0
+
+    def __call__(self, request: Request) -> Iterable[bytes]:
+        if self._path in request.path:
+            self.asked += 1
+            return self._hostile(self.asked)
+        if request.path == "/version":
+            return [http(b"3.17.2", kind="text/plain")]
+        if "runs/get" in request.path:
+            return [http(json.dumps({"run": stored("parent")}).encode()), KEPT]
+        if "runs/search" in request.path:
+            return page(1)
+        return [http(b'{"experiments": []}'), KEPT]
+
+
+def stored(run_id: str, task: str = "") -> dict[str, Any]:
+    """A run as MLflow's servers say it."""
+    info = {"run_id": run_id, "experiment_id": "7", "artifact_uri": "mlflow-artifacts:/7/r"}
+    tags = {"qitos.trace_id": run_id, "qitos.task_id": task or run_id}
+    return {
+        "info": info | {"status": "FINISHED"},
+        "data": {
+            "metrics": [{"key": "success", "value": len(run_id) % 2, "timestamp": 1}],
+            "tags": [{"key": key, "value": text} for key, text in tags.items()],
+        },
+    }
+
+
+def page(number: int, token: str = "", task: str = "") -> Iterable[bytes]:
+    """An answer with one run."""
+    found = {"runs": [stored(f"run{number}", task)], "next_page_token": token}
+    return [http(json.dumps(found).encode()), KEPT]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNK = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+SLOW = "Timeout"
+BOMB = gzip.compress(bytes(64 * 2**20))
+
+
+def dripping() -> Iterator[bytes]:
+    yield HEAD + b"Content-Length: 100000\r\n\r\n"
+    for _ in range(10_000):
+        time.sleep(0.05)
+        yield b" "
+
+
+@pytest.mark.parametrize(
+    ("path", "hostile", "said"),
+    [
+        (
+            "runs/search",
+            lambda n: chain([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], repeat(CHUNK)),
+            " more than ",
+        ),
+        (
+            "runs/get",
+            lambda n: [http(BOMB, "200 OK", "application/json", "Content-Encoding: gzip")],
+            " more than ",
+        ),
+        ("runs/search", lambda n: dripping(), SLOW),
+        ("runs/search", lambda n: page(1, "the same for ever"), "go round in circles"),
+        ("runs/search", lambda n: page(n, str(n)), "there are more than 50"),
+        (
+            "runs/search",
+            lambda n: [http(b"", "307 T", "text/html", "Location: http://127.0.0.2:9/x")],
+            "the server moved to http://127.0.0.2:9",
+        ),
+        ("runs/search", lambda n: [http(b'{"runs": [5]}')], "something else than objects"),
+        ("runs/get", lambda n: [http(b'{"run": {"info": {"run_id": 5}}}')], "not MLflow's"),
+    ],
+    ids=["chunks", "bomb", "drip", "same token", "endless pages", "redirect", "types", "id"],
+)
+def test_a_hostile_server_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    hostile: Callable[[int], Iterable[bytes]],
+    said: str,
+) -> None:
+    """What it sends has limits of size, time and number, and it is followed nowhere."""
+    if said == SLOW:
+        monkeypatch.setattr("qitos_mlflow.mlflow_plugin.server.http.REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.MOST_RUNS", 50)
+    with raw_server(Runs(path, hostile)) as server:
+        done = compared("--tracking-uri", server.uri, "a" if path == "runs/get" else "parent", "b")
+    assert done.exit_code == 2
+    last = done.output.splitlines()[-1]
+    assert last.startswith(f"qitos-mlflow: {server.uri}: ")
+    assert said in last
+
+
+def test_names_of_a_server_are_shown_clean() -> None:
+    """A task may be called like a command for the terminal."""
+    with raw_server(Runs("runs/search", lambda n: page(n, task=f"\x1b[31mred {n}\n"))) as server:
+        done = compared("--tracking-uri", server.uri, "parent", "parent")
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.output
+    assert r"not finished in the second: \x1b[31mred 1\n" in done.output
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end `sync`, `status` and `spool purge`, whatever they wait for."""
+"""SIGINT and SIGTERM end `sync`, `status`, `compare` and `spool purge`, whatever they wait for."""
 
 from __future__ import annotations
 
@@ -102,13 +102,21 @@ def end(process: subprocess.Popen[str], number: int) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", [("sync", *PATIENCE), ("sync", "--follow"), ("status",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sync", *PATIENCE),
+        ("sync", "--follow"),
+        ("status",),
+        ("compare", "a", "b", "--tracking-uri", "{uri}"),
+    ],
+)
 def test_a_slow_server_holds_nothing_up(
     tmp_path: Path, slow: Slow, start: Start, command: tuple[str, ...], number: int
 ) -> None:
     """Whether it hangs or drips, and whether it is asked or sent records; none of these is lost."""
     part = write_segment(tmp_path, slow.uri, *trace("slow"))
-    process = start(*command)
+    process = start(*(word.format(uri=slow.uri) for word in command))
     assert slow.asked.wait(NEVER_S)
     end(process, number)
     assert part.exists()

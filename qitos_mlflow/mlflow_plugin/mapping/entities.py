@@ -61,7 +61,7 @@ class RunRef:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run with its latest metrics and its tags as the server has them.
+    """A run with its latest metrics, its tags and its params as the server has them.
 
     `metric_times`: of each metric, in milliseconds since 1970.
     """
@@ -72,6 +72,7 @@ class StoredRun:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     metric_times: Mapping[str, int] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_inside(path: object) -> bool:

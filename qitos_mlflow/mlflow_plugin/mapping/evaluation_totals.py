@@ -114,7 +114,7 @@ def lean(run: StoredRun) -> StoredRun:
         if key == "success" or key in SUMS.values() or key.startswith(VERDICT)
     }
     tags = {key: run.tags[key] for key in READ_TAGS if key in run.tags}
-    return replace(run, metrics=metrics, tags=tags, metric_times={})
+    return replace(run, metrics=metrics, tags=tags, metric_times={}, params={})
 
 
 def attempts(runs: Iterable[StoredRun]) -> list[Attempt]:

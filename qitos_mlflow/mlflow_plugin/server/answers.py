@@ -126,7 +126,7 @@ def run_ref(info: Any, run_id: str | None = None, experiment_id: str | None = No
 
 
 def stored_run(run: Any, run_id: str | None = None) -> StoredRun:
-    """A run with its numbers and tags."""
+    """A run with its numbers, tags and params."""
     info, data = thing(run, "info"), mapping(run, "data")
     metrics = objects(data, "metrics")
     return StoredRun(
@@ -136,6 +136,7 @@ def stored_run(run: Any, run_id: str | None = None) -> StoredRun:
         metrics=_by_key(metrics, lambda one: number(one, "value")),
         tags=_by_key(objects(data, "tags"), lambda one: text(one, "value")),
         metric_times=_by_key(metrics, lambda one: time_ms(one, "timestamp")),
+        params=_by_key(objects(data, "params"), lambda one: text(one, "value")),
     )
 
 

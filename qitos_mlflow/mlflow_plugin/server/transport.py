@@ -166,6 +166,12 @@ class Transport(ABC):
         found = _unless_missing(lambda: self._experiment_with_id(experiment_id, timeout_s))
         return found is not None and not answers.experiment(found, experiment_id)[1]
 
+    def find_experiment(self, name: str, timeout_s: float) -> str | None:
+        """The id of the experiment with this name, else with this id; None if there is none."""
+        found = self._experiment(name, timeout_s)
+        found = found or _unless_missing(lambda: self._experiment_with_id(name, timeout_s))
+        return None if found is None else answers.experiment(found)[0]
+
     @abstractmethod
     def _experiment_with_id(self, experiment_id: str, timeout_s: float) -> Mapping[str, Any]:
         """What MLflow says of an experiment."""

@@ -7,7 +7,7 @@ whichever process writes them last.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qitos_mlflow import _json
@@ -166,8 +166,9 @@ class Children(Experiments):
                 if not reading.token:  # Not before: children may have been adopted meanwhile.
                     earlier_ms = parent.metric_times.get(f"{PREFIX}n", 0)
                     reading.at_ms = max(time.time_ns() // 1_000_000, earlier_ms + 1)
+                wanted = below(parent.ref.run_id)
                 while reading.token is not None:
-                    self.read(reading, parent.ref.run_id, due.experiments, left_s(deadline))
+                    self.read(reading, wanted, due.experiments, left_s(deadline))
                 found = attempts(reading.runs.values())
                 self._write(parent, due, reading, found, deadline)
                 if final and due.evaluation:
@@ -183,18 +184,22 @@ class Children(Experiments):
             del self.due[run_id]
 
     def read(
-        self, reading: Reading, run_id: str, experiments: Sequence[str], timeout_s: float
+        self,
+        reading: Reading,
+        wanted: str,
+        experiments: Sequence[str],
+        timeout_s: float,
+        kept: Callable[[StoredRun], StoredRun] = lean,
     ) -> None:
-        """Read one more page of a run's children."""
-        of_parent = f"tags.`{PARENT_TAG}` = '{run_id}'"
+        """Read one more page of the runs that a filter wants, and keep of each what `kept` does."""
         try:
             runs, token = self._transport.search_runs(
-                experiments, of_parent, timeout_s, most=self._page, token=reading.token or ""
+                experiments, wanted, timeout_s, most=self._page, token=reading.token or ""
             )
         except (Oversized, Unanswered):
             self._page = max(1, self._page // 2)
             raise
-        new = [lean(run) for run in runs if run.ref.run_id not in reading.runs]
+        new = [kept(run) for run in runs if run.ref.run_id not in reading.runs]
         if token and not new:
             raise RetryLater("the server's pages of runs go round in circles")
         reading.runs |= {run.ref.run_id: run for run in new}
@@ -245,6 +250,11 @@ class Children(Experiments):
     ) -> StoredRun | None:
         """The run that an evaluation's numbers go to. `Parents` overrides this."""
         return own
+
+
+def below(run_id: str) -> str:
+    """The filter for a run's children."""
+    return f"tags.`{PARENT_TAG}` = '{run_id}'"
 
 
 def _is_stop(key: str) -> bool:

@@ -18,7 +18,7 @@ from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef,
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG, PARENT_TAG, TraceFacts
 from qitos_mlflow.mlflow_plugin.server.answers import with_tag
 from qitos_mlflow.mlflow_plugin.server.transport import Refused, Transport, equals
-from qitos_mlflow.mlflow_plugin.sink.children import Children, Due, Reading, left_s
+from qitos_mlflow.mlflow_plugin.sink.children import Children, Due, Reading, below, left_s
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
 STARTED_TAG = "qitos.evaluation.started"
@@ -127,7 +127,7 @@ class Parents(Children):
     def _adopt(self, parent: RunRef, other_id: str, timeout_s: float) -> None:
         reading, tag = Reading(), RunData(tags=[(PARENT_TAG, parent.run_id)])
         while reading.token is not None:
-            self.read(reading, other_id, [parent.experiment_id], timeout_s)
+            self.read(reading, below(other_id), [parent.experiment_id], timeout_s)
         for child_id in reading.runs:
             self._transport.log_batch(child_id, tag, timeout_s)
 
