@@ -13,6 +13,7 @@ from qitos_mlflow.delivery.spool import counts, paths
 from qitos_mlflow.settings import Settings, env_names
 
 TESTS = Path(__file__).parent
+SECURITY_PAGE = TESTS.parent / "SECURITY.md"
 FAULTS_PAGE = TESTS.parent / "docs" / "faults.md"
 SETTINGS_PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 SPOOL_PAGE = (TESTS.parent / "docs" / "spool.md").read_text("utf-8")
@@ -50,6 +51,28 @@ def test_each_test_that_is_documented_exists() -> None:
         assert not name or f"def {name}(" in among, (file, name)
     held_by = re.findall(r"^\| .*\| (.*) \|$", page, re.MULTILINE)
     assert [cell for cell in held_by if not re.match(r"`.*test_|the same|test$", cell)] == []
+
+
+def test_each_row_of_the_threat_model_has_tests() -> None:
+    """SECURITY.md names, in each row about who may do what, files with tests that there are."""
+    page = SECURITY_PAGE.read_text("utf-8").partition("## What runs")[0]
+    held_by = re.findall(r"^\| .*\| (.*) \|$", page, re.MULTILINE)[1:]
+    assert len(held_by) >= 6
+    for cell in held_by:
+        assert re.sub(r"`tests/[\w/]+\.py`(, )?", "", cell) == "", cell
+        named = re.findall(r"`(.*?)`", cell)
+        assert [name for name in named if not (TESTS.parent / name).is_file()] == []
+
+
+def test_every_path_with_content_is_among_those_to_exempt() -> None:
+    """docs/transport.md names all that is sent to a server, for the rules of a firewall."""
+    page = (TESTS.parent / "docs" / "transport.md").read_text("utf-8")
+    named = tuple(re.findall(r"`(/[\w./-]+)`", page.partition(" Exempt")[2].partition(" from")[0]))
+    servers = PACKAGE / "mlflow_plugin" / "server"
+    code = "".join(path.read_text("utf-8") for path in servers.glob("*.py"))
+    paths = set(re.findall(r'"(/(?:api|v1|ajax-api)/.*?)[?{"]', code))
+    assert len(paths) > 10
+    assert {path for path in paths if not path.startswith(named)} == set()
 
 
 def test_each_directory_of_tests_says_what_it_proves() -> None:

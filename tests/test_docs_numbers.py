@@ -12,21 +12,23 @@ from mlflow.environment_variables import (
 
 from qitos_mlflow import _guard
 from qitos_mlflow.cli.sync import sync
-from qitos_mlflow.delivery import backoff, leftovers, spooling_thread
-from qitos_mlflow.delivery.spool import locks, paths, reader, writer
+from qitos_mlflow.delivery import backoff, leftovers, segment_transfer, spooling_thread
+from qitos_mlflow.delivery.spool import files, line_format, locks, paths, reader, writer
 from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree
 from qitos_mlflow.mlflow_plugin.mapping import run_totals
-from qitos_mlflow.mlflow_plugin.server import http, verdict
-from qitos_mlflow.mlflow_plugin.sink import assessments, call_list, operations
+from qitos_mlflow.mlflow_plugin.server import connections, http, verdict
+from qitos_mlflow.mlflow_plugin.sink import assessments, call_list, children, operations
 from qitos_mlflow.recording import code_version, picture_files, recorder
+from qitos_mlflow.redaction import trim
 from qitos_mlflow.settings import Settings
 from tests.integration import faults
+from tests.redaction import corpus
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIB = 1024 * 1024
 DEFAULTS = Settings()
 PATIENCE_S = {option.name: option.default for option in sync.params}["patience_s"]
-WORDS = {4: "four", 5: "five", 7: "seven", 10: "ten"}
+WORDS = {3: "three", 4: "four", 5: "five", 7: "seven", 10: "ten"}
 
 SENTENCES = {
     "spool.md": [
@@ -38,6 +40,9 @@ SENTENCES = {
         f"at least {WORDS[operations.SIGHTINGS]} times in a row over {operations.SIGHTINGS_S:g} s",
         f"For {WORDS[operations.FILES_PAUSE]} times as long as the last failure took",
         f"`spool_bytes` ({DEFAULTS.spool_bytes // MIB // 1024} GiB) bounds the segments",
+        f"first trace may wait up to {code_version.WAIT_S:g} s in memory, for git",
+        f"line of more than {line_format.LINE_BYTES // MIB} MiB",
+        f"not larger than {files.FILE_BYTES // MIB} MiB",
         f"up to {writer.KEEP_SHARE:.0%} of the cap".replace("%", " %"),
         f"cut into parts of {writer.SegmentWriter.part_bytes // MIB} MiB",
         f"Once they take {reader.ASIDE_BYTES // MIB} MiB together",
@@ -60,6 +65,16 @@ SENTENCES = {
         f"{operations.SIGHTINGS_S:g} s",
         f"tried again every {WORDS[operations.LOOK_AGAIN_S / 60]} minutes",
         f"up to {verdict.NEVER_TOO_LARGE // 1024} KiB is not too large",
+        f"alone at least {WORDS[segment_transfer.MAPPING_TRIES]} times over at least a second",
+        f"redirects included | {http.REQUEST_TIMEOUT_S:g} s, or",
+        f"a request beyond {http.SMALL_BYTES // 1024} KiB | 1 s more for every "
+        f"{http.SLOWEST // 1024} KiB",
+        f"| time to connect | {http.CONNECT_TIMEOUT_S:g} s for each address",
+        f"as it arrives and unpacked | {connections.ANSWER_BYTES // MIB} MiB",
+        f'"100 Continue" included | {connections.HEAD_BYTES // 1024} KiB',
+        f"objects and lists in an answer | {verdict.MOST_PARTS:,} |",
+        f"one evaluation | {children.MOST_RUNS:,}, with {children.MOST_CHARS // MIB} MiB of text",
+        f"a page of {children.PAGE} runs",
     ],
     "faults.md": [
         f"no callback takes more than {faults.ELSEWHERE_MS:g} ms",
@@ -75,6 +90,11 @@ SENTENCES = {
         f"{picture_files.PAUSE_S:g} s",
     ],
     "plugins.md": ["at most once a minute"],
+    "../SECURITY.md": [
+        f"{len(corpus.MAIN | corpus.OTHERS)} kinds of vendors' keys",
+        f"main vendors in {len(corpus.PLACES)} places ({len(corpus.MAIN) * len(corpus.PLACES)})",
+        f"it leaves {trim.MARGIN_CHARS:,} more characters",
+    ],
     "cli.md": [f"[default: {PATIENCE_S};"],
 }
 

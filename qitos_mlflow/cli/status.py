@@ -50,7 +50,7 @@ def status(paths: tuple[Path, ...], as_json: bool, tracking_uri: str | None) -> 
     """Show what waits in the spool and what was lost.
 
     Lists the records that wait for each process and whether the process lives, the records that
-    were refused, damaged or lost, by reason, and whether the servers answer. Changes nothing. A run
+    were refused, damaged or lost, by reason, and whether the servers answer. Changes no file. A run
     that has ended also has its losses in its tags. Exits with 1 if a part of the spool cannot be
     read.
 
