@@ -104,6 +104,7 @@ def _end_all(pipelines: list[RecordPipeline]) -> None:
         if not _guarded(pipeline.close, 0.0 if _interrupted or pipeline.hopeless else left_s):
             left.append(pipeline)
     _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
+    _guarded(_say_what_is_put_off, pipelines)
     for act in at_last:
         _guarded(act)
 
@@ -181,6 +182,17 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
         )
     for line in lines:  # The last ones of the process: loggers may be gone.
         say(line, own=True)
+
+
+def _say_what_is_put_off(pipelines: Collection[RecordPipeline]) -> None:
+    for pipeline in pipelines:
+        if number := pipeline.stats.put_off:
+            say(
+                f"{_count(number, 'record')} {'is' if number == 1 else 'are'} put off, such as a "
+                "file that cannot be stored; once that is mended, deliver with: "
+                + _command(*pipeline.sync_command),
+                own=True,
+            )
 
 
 class _Kept:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qitos_mlflow.delivery import Paths, find_segments, inspect_segment
+from qitos_mlflow.delivery import Counts, Paths, find_segments, inspect_segment
 from qitos_mlflow.recording import process_exit
 from tests.fakes.sink import left_behind
 
@@ -122,6 +122,33 @@ def test_a_disk_that_hangs_does_not_hold_the_process(
     process_exit._say_what_is_left([kept])  # type: ignore[list-item]
     answers.set()
     assert f"deliver with: qitos-mlflow sync {tmp_path}" in capsys.readouterr().err
+
+
+def test_what_is_put_off_is_in_a_line_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All else may be delivered; a file that is too large for a proxy is not."""
+
+    class Delivered:
+        exit_timeout_s = local_exit_timeout_s = 0.0
+        hopeless = None
+        traces = ()
+        sync_command = ("qitos-mlflow sync", str(tmp_path))
+        stats = Counts()
+
+        def refuse(self) -> None: ...
+
+        def close(self, timeout_s: float) -> bool:
+            return True
+
+    process_exit._end_all([Delivered()])  # type: ignore[list-item]
+    assert capsys.readouterr().err == ""
+    Delivered.stats.add(dead_letters=2, put_off=1)
+    process_exit._end_all([Delivered()])  # type: ignore[list-item]
+    assert capsys.readouterr().err == (
+        "qitos-mlflow: 1 record is put off, such as a file that cannot be stored; once that is "
+        f"mended, deliver with: qitos-mlflow sync {tmp_path}\n"
+    )
 
 
 def test_only_directories_with_records_are_named(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 from qitos_mlflow._after_import import imported
 from qitos_mlflow._entry_points import entry_points
 from qitos_mlflow._guard import contain, warn
-from qitos_mlflow.delivery import RetryLater, importing
+from qitos_mlflow.delivery import Hopeless, RetryLater, importing
 from qitos_mlflow.redaction.names import names_credential
-from qitos_mlflow.redaction.redact import redact_text
+from qitos_mlflow.redaction.redact import MARKER, redact_text
 
 WORKSPACE = "X-MLFLOW-WORKSPACE"
 PLUGINS = "mlflow.request_header_provider"
@@ -37,6 +38,9 @@ RENEW_S = 60.0
 SLOW_S = 0.1
 """A plugin that takes longer is named in a warning (seconds)."""
 SECRET_WORDS = frozenset({"key", "signature", "token", "secret"})
+_NAME = re.compile(r"[!-9;-~]+")
+_VALUE = re.compile(r"(?:(?!\s)[^\r\n\u0100-\U0010ffff]+)?")
+"""What requests takes as a header."""
 TENANT_WORDS = frozenset({"tenant", "user", "org", "organization", "team", "workspace", "project"})
 
 
@@ -72,15 +76,19 @@ def read_access(
 
     Raises:
         ValueError: `uri` is malformed.
+        Hopeless: a plugin gives what no request can have.
     """
     environ = os.environ
     verify: bool | str | None = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
     if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
         verify = False
+    if routing is not None:
+        routing = _usable(routing)
     if not trusted:  # Nor does it get those of ~/.netrc, or the name of this process's tenant.
         return Access(routing or {}, lambda request: request, verify, None)
     known = (routing_headers() or {}) if routing is None else routing
     headers, plugin = _of_plugins(uri)
+    headers = _usable(headers)
     if routing is not None and asked:  # Its other headers describe this process.
         headers = {
             key: text for key, text in headers.items() if key in _changing or _is_secret(key, text)
@@ -88,6 +96,27 @@ def read_access(
     certificate = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     authorise = _authorise(_authorization(uri), plugin)
     return Access({**headers, **known}, authorise, verify, certificate, plugin is not None)
+
+
+def _usable(headers: Mapping[Any, Any]) -> dict[str, str]:
+    """The headers, if a request can have them. Those without a value are left out."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        if text is None:
+            continue
+        if not (_is(_NAME, name) and _is(_VALUE, text)):
+            shown = MARKER if _is_secret(str(name), "") else redact_text(repr(value)[:100])
+            raise Hopeless(
+                f"the header {name!r} of a plugin of MLflow's has the value {shown}, of type "
+                f"{type(value).__name__}: it must be a text of one line, in Latin-1"
+            )
+        found[name] = text
+    return found
+
+
+def _is(form: re.Pattern[str], text: object) -> bool:
+    return isinstance(text, str) and form.fullmatch(text) is not None
 
 
 def _of_plugins(uri: str) -> tuple[Mapping[str, str], Callable[[Any], Any] | None]:
@@ -100,18 +129,29 @@ def _of_plugins(uri: str) -> tuple[Mapping[str, str], Callable[[Any], Any] | Non
     return plugin_access(uri)
 
 
-def _authorise(
-    authorization: str | None, plugin: Callable[[Any], Any] | None
-) -> Callable[[Any], Any] | None:
+def _authorise(authorization: str | None, plugin: Any) -> Callable[[Any], Any] | None:
+    if isinstance(plugin, tuple):  # User and password, which requests takes, too.
+        from requests.auth import HTTPBasicAuth
+
+        plugin = HTTPBasicAuth(*plugin)
+    if not (plugin is None or callable(plugin)):
+        kind = type(plugin).__name__
+        raise Hopeless(f"MLflow's plugin for authentication gives a {kind}, which is no function")
+
     def authorise(request: Any) -> Any:
         if authorization is not None:
             request.headers["Authorization"] = authorization
         if plugin is None:
             return request
         try:
-            return plugin(request)
+            made = plugin(request)
         except Exception as error:  # Its text may hold a secret.
             raise RetryLater(f"{type(error).__name__} in MLflow's plugin for requests") from error
+        if not isinstance(made, type(request)):
+            kind = type(made).__name__
+            raise Hopeless(f"MLflow's plugin for requests must return the request, not a {kind}")
+        made.headers.update(_usable(made.headers))
+        return made
 
     return None if authorization is None and plugin is None else authorise
 

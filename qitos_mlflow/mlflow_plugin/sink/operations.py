@@ -33,6 +33,7 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     Poisoned,
     PutOff,
     Refused,
+    TooLarge,
     Transport,
     Unanswered,
     equals,
@@ -316,6 +317,8 @@ class Operations:
                 self._attachments.write(trace, _run_of(trace), file, timeout_s)
                 files.failures = 0
                 return
+            except TooLarge as large:  # For a proxy, whose limit may be another one tomorrow.
+                raise PutOff("NO_ARTIFACTS", str(large)) from large
             except (RetryLater, Poisoned) as failure:
                 took_s = time.monotonic() - began
                 if not self._lacks(files, failure, trace, timeout_s):

@@ -23,7 +23,7 @@ from mlflow.utils.rest_utils import http_request
 from urllib3.exceptions import InsecureRequestWarning
 
 from qitos_mlflow import _guard
-from qitos_mlflow.delivery import RetryLater
+from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin.destination import Destination, segment_header
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server import access, http
@@ -414,7 +414,7 @@ def test_a_header_that_always_changes_is_no_tenant(
 ) -> None:
     """Such as the id of a request: each trace would have a destination of its own."""
     numbers = count()
-    provide(Provider(X_Request_Id=lambda: next(numbers), X_Tenant=lambda: "acme"))
+    provide(Provider(X_Request_Id=lambda: str(next(numbers)), X_Tenant=lambda: "acme"))
     found = [Destination.of("http://host") for _ in range(100)]
     assert {to.headers for to in found} == {(("X-Tenant", "acme"),)}
     monkeypatch.setattr(access, "has_plugins", lambda: True)
@@ -526,6 +526,73 @@ def test_a_plugin_that_breaks_is_a_reason_to_wait(
         RestTransport(server.uri).experiment_id("name", 1.0)
     assert SECRET not in str(later.value)
     assert server.heads == []
+
+
+@pytest.mark.parametrize("routing", [None, {}])
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("X-Team", 5, "value 5, of type int"),
+        ("X-Team", ["a"], "value ['a'], of type list"),
+        ("X-Team", "a\r\nX-Other: b", "X-Other: b', of type str"),
+        ("X-Team", " a", "value ' a', of type str"),
+        ("X-Team", "\u20ac", "of type str"),
+        ("X-Token", [SECRET], "value [redacted], of type list"),
+        (7, "a", "the header 7 of a plugin"),
+    ],
+)
+def test_a_plugin_whose_header_is_none_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    server: RecordingServer,
+    name: Any,
+    value: Any,
+    shown: str,
+    routing: dict[str, str] | None,
+) -> None:
+    """No patience helps; the reason has the value, unless that is a secret."""
+    monkeypatch.setattr(access, "_of_plugins", lambda uri: ({name: value}, None))
+    with pytest.raises(Hopeless) as never:
+        open_transport(server.uri, None, routing).experiment_id("name", 1.0)
+    assert shown in str(never.value)
+    assert SECRET not in str(never.value)
+    assert server.heads == []
+
+
+def test_a_segments_headers_are_no_others(server: RecordingServer) -> None:
+    """A header with a line of its own would add another one."""
+    with pytest.raises(Hopeless, match="X-Team"):
+        transport = open_transport(server.uri, None, {"X-Team": "a\nb"}, trusted=False)
+        transport.experiment_id("name", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"),
+    [
+        ("token", "gives a str"),
+        (lambda request: None, "not a NoneType"),
+        (lambda request: request.headers.update(Other=5) or request, "'Other'"),
+    ],
+)
+def test_a_plugin_that_signs_with_something_else_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, server: RecordingServer, sign: Any, said: str
+) -> None:
+    """Such as one that gives a token in the place of a function."""
+    monkeypatch.setattr(access, "_of_plugins", lambda uri: ({}, sign))
+    with pytest.raises(Hopeless, match=said):
+        RestTransport(server.uri).experiment_id("name", 1.0)
+    assert server.heads == []
+
+
+def test_what_requests_takes_of_a_plugin_is_sent(
+    monkeypatch: pytest.MonkeyPatch, server: RecordingServer
+) -> None:
+    """Bytes, no value, and a user with a password."""
+    given = {"X-Bytes": b"b", "X-None": None}
+    monkeypatch.setattr(access, "_of_plugins", lambda uri: (given, ("user", "password")))
+    RestTransport(server.uri).experiment_id("name", 5.0)
+    assert server.heads[0]["x-bytes"] == "b"
+    assert "x-none" not in server.heads[0]
+    assert decoded(server.heads[0]["authorization"]) == "user:password"
 
 
 def test_the_workspace_is_that_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,11 +286,32 @@ def test_a_file_that_the_server_refuses_is_counted(server: FakeTransport, clock:
     """By its own reason, and it is not sent again."""
     sink = a_sink(server)
     prepare(sink, *with_a_file("one"))
-    server.fail = lambda call, _: TooLarge("HTTP 413", "") if call == "write_artifact" else None
+    refused = Refused("INVALID_PARAMETER_VALUE", "no such name")
+    server.fail = lambda call, _: refused if call == "write_artifact" else None
     [letter] = sink.send(TIMEOUT_S)
     assert letter.header == b""
     tags = server.runs["run-0"]["tags"]
     assert tags["qitos.values.dropped"] == "artifact_refused=1"
+
+
+def test_a_file_that_is_too_large_for_a_proxy_is_put_off(
+    server: FakeTransport, clock: Clock
+) -> None:
+    """At once, for it is no answer of MLflow's: once the limit is another one, `sync` sends it."""
+    sink = a_sink(server)
+    prepare(sink, *with_a_file("one"))
+    large = TooLarge("HTTP 413", "<html>")
+    server.fail = lambda call, _: large if call == "write_artifact" else None
+    [letter] = sink.send(TIMEOUT_S)
+    assert letter.reason == "NO_ARTIFACTS: HTTP 413: <html>"
+    assert letter.header
+    assert server.runs["run-0"]["tags"]["qitos.values.dropped"] == "artifact_put_off=1"
+    assert server.runs["run-0"]["status"] == "FINISHED"
+    server.fail = lambda call, _: None
+    again = a_sink(server)
+    again.prepare([letter.record])
+    assert again.send(TIMEOUT_S) == []
+    assert server.artifacts == {"a.txt": b"of the run"}
 
 
 # -- creations ---------------------------------------------------------------------------------
