@@ -70,6 +70,14 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
 
 
+@pytest.fixture
+def made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sqlite store that this process makes is a copy of one, without its 2 s of migrations."""
+    from tests.integration.made_store import copy_tables
+
+    monkeypatch.setattr("mlflow.store.db.utils._initialize_tables", copy_tables)
+
+
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """A real MLflow server for all tests of this process; a start takes 6 s.

@@ -6,8 +6,8 @@ import functools
 import tempfile
 from pathlib import Path
 
-from mlflow.store.db import utils
-from sqlalchemy import create_engine
+from mlflow.store.db.utils import _initialize_tables
+from sqlalchemy import Engine, create_engine
 
 
 def make_store(database: Path) -> None:
@@ -18,11 +18,18 @@ def make_store(database: Path) -> None:
     database.write_bytes(_made_by_mlflow())
 
 
+def copy_tables(engine: Engine) -> None:
+    """In place of MLflow's `_initialize_tables`, which makes them by migrations."""
+    with engine.connect() as connection:
+        _, _, file = next(connection.exec_driver_sql("PRAGMA database_list"))
+    make_store(Path(file))
+
+
 @functools.cache
 def _made_by_mlflow() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         database = Path(directory, "mlflow.db")
         engine = create_engine(f"sqlite:///{database}")
-        utils._initialize_tables(engine)
+        _initialize_tables(engine)
         engine.dispose()
         return database.read_bytes()

@@ -24,12 +24,11 @@ from qitos_mlflow.delivery import Hopeless, RetryLater, fork
 from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server import mlflow_client
-from qitos_mlflow.mlflow_plugin.server.mlflow_client import (
-    StoreTransport,
-)
+from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import default_tracking_uri
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused, Transport
+from tests.integration.made_store import make_store
 
 SECRET = "s3cr3t-of-a-user"
 
@@ -37,7 +36,9 @@ SECRET = "s3cr3t-of-a-user"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> StoreTransport:
     """A local store."""
-    return StoreTransport(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    make_store(database)
+    return StoreTransport(f"sqlite:///{database}")
 
 
 @pytest.mark.parametrize("here", ["", "a b", "/", "old"])
@@ -69,6 +70,7 @@ def test_the_default_store_is_not_what_is_configured_now(
     assert default_tracking_uri(str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize("name", ["a b", "50%20"])
 def test_the_directory_of_a_new_store_may_have_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -102,6 +104,7 @@ def schema(file: Path) -> set[str]:
     return {f"{name}: {sorted((sql or '').replace(',', '').split())}" for name, sql in made}
 
 
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize("number", range(5))
 def test_a_store_is_made_where_mlflow_looks_for_it(tmp_path: Path, number: int) -> None:
     """As SQLAlchemy reads the URI, whatever is in it; what it was made of is removed."""
@@ -123,7 +126,7 @@ def link_fails(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "link", refuse)
 
 
-@pytest.mark.usefixtures("link_fails")
+@pytest.mark.usefixtures("link_fails", "made_at_once")
 @pytest.mark.parametrize("link_fails", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK], indirect=True)
 def test_a_file_system_without_hard_links_has_a_store_too(tmp_path: Path) -> None:
     """The store is whole, as MLflow makes it, and what it was made of is removed."""
@@ -146,6 +149,7 @@ def test_a_store_is_as_mlflow_makes_it(tmp_path: Path) -> None:
             assert ours.execute(question).fetchall() == theirs.execute(question).fetchall()
 
 
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize("left", ["of another version", "no database"])
 def test_a_half_made_store_that_is_of_no_use_is_made_anew(tmp_path: Path, left: str) -> None:
     """The first attempt fails and removes it, the next one makes the store."""
@@ -165,6 +169,7 @@ def test_a_half_made_store_that_is_of_no_use_is_made_anew(tmp_path: Path, left: 
     assert [path.name for path in tmp_path.iterdir()] == ["m.db"]
 
 
+@pytest.mark.usefixtures("made_at_once")
 def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     """After a while, whatever its name; what another process may be at work on stays."""
     names = [".mlflow-new-abc12345", ".mlflow-new-0-other.db"]
@@ -176,6 +181,7 @@ def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"m.db", names[1]}
 
 
+@pytest.mark.usefixtures("made_at_once")
 def test_a_deleted_store_is_made_again_while_forks_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +207,7 @@ def test_a_deleted_store_is_made_again_while_forks_wait(
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (1,)
 
 
+@pytest.mark.usefixtures("made_at_once")
 def test_a_deleted_directory_is_not_brought_back(tmp_path: Path) -> None:
     """Its records wait for as long as it is gone."""
     directory = tmp_path / "of a test"
@@ -215,6 +222,7 @@ def test_a_deleted_directory_is_not_brought_back(tmp_path: Path) -> None:
     store.experiment_id("ours", 1.0)
 
 
+@pytest.mark.usefixtures("made_at_once")
 def test_a_store_that_is_replaced_by_an_older_one_is_not_written(tmp_path: Path) -> None:
     """MLflow refuses its schema when it opens it, and so do we in mid-life."""
     store = StoreTransport(f"sqlite:///{tmp_path}/m.db")
