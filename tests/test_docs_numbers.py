@@ -73,7 +73,7 @@ SENTENCES = {
         f"as it arrives and unpacked | {connections.ANSWER_BYTES // MIB} MiB",
         f'"100 Continue" included | {connections.HEAD_BYTES // 1024} KiB',
         f"objects and lists in an answer | {verdict.MOST_PARTS:,} |",
-        f"one evaluation | {children.MOST_RUNS:,}, with {children.MOST_CHARS // MIB} MiB of text",
+        f"compared | {children.MOST_RUNS:,}, with {children.MOST_CHARS // MIB} MiB of text",
         f"a page of {children.PAGE} runs",
     ],
     "faults.md": [

@@ -93,7 +93,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
 
     Raises:
         Untrusted: it is no regular file, or its owner or that of a directory to create it in is
-            not trusted.
+            not trusted, or it is to be written and has another name, too.
         OSError: it cannot be opened.
     """
     if flags & os.O_CREAT:
@@ -101,7 +101,11 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     descriptor = open_regular(path, flags & ~os.O_TRUNC)
     try:
         if not flags & os.O_EXCL:  # What it has made.
-            _check(os.fstat(descriptor), path)
+            status = os.fstat(descriptor)
+            _check(status, path)
+            # Where the system allows it, another user makes a hard link to any file of this one.
+            if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+                raise Untrusted(errno.EPERM, "It is a hard link: remove it", os.fspath(path))
         if hasattr(os, "fchmod") and flags & os.O_CREAT:
             with suppress(OSError):  # Some network file systems have no modes.
                 os.fchmod(descriptor, _PRIVATE_FILE)
@@ -269,7 +273,9 @@ def _check(status: os.stat_result, path: os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _irregular(path)
     if not _is_trusted(status):
-        told = f"It belongs to another user (uid {status.st_uid}): {_trust(status.st_uid)}"
+        told = (
+            f"It belongs to another user (uid {status.st_uid}): remove it, {_trust(status.st_uid)}"
+        )
         raise Untrusted(errno.EPERM, told, os.fspath(path))
 
 
@@ -292,4 +298,4 @@ def _instead(owner: int) -> str:
 
 
 def _trust(owner: int) -> str:
-    return f"or trust its users, such as with QITOS_MLFLOW_SPOOL_OWNERS={owner}"
+    return f"or name the users whose files you trust, such as QITOS_MLFLOW_SPOOL_OWNERS={owner}"

@@ -154,6 +154,27 @@ def test_what_is_planted_is_neither_read_nor_written(spool: Path, kind: str) -> 
     assert all(path.name.startswith(bad.stem) for path in spool.iterdir())
 
 
+@pytest.mark.parametrize("name", ["ack.tmp", "lost.tmp", "dead", "own"])
+def test_a_hard_link_to_a_file_of_this_users_is_not_written(spool: Path, name: str) -> None:
+    """It is a regular file of this user, whoever made the link. The good segments are delivered."""
+    bad = plant(spool, "ack: zz")
+    elsewhere = spool.parent / "elsewhere"
+    elsewhere.write_bytes(b"of the user's")
+    path = bad.directory / f"{bad.stem}.{name}"
+    path.unlink(missing_ok=True)
+    os.link(elsewhere, path)
+    server, counts = FakeServer(), Counts()
+    server.refuses = lambda record: "no" if record.startswith(b"bad") else None
+    with closing(Deliveries(spool, lambda p: _taken(take(p, server.sink, counts)))) as taking:
+        for _ in range(3):
+            list(taking.round())
+    for paths in find_segments(spool):
+        counts.drop("queue_full")
+        counts.save_losses(paths)
+    assert elsewhere.read_bytes() == b"of the user's"
+    assert sorted(delivered(server)) == GOOD
+
+
 def test_a_refused_file_stays_until_a_person_removes_it(spool: Path) -> None:
     """Once it is gone, the segment is delivered like any other one."""
     bad = plant(spool, "fifo as own")
