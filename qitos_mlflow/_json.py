@@ -3,7 +3,8 @@
 orjson does not look whether it got the memory it asked for: under ``ulimit -v`` it ends the process
 (3.9 to 3.13). The standard library's encoder raises `MemoryError`, but takes 20 times as long. So
 orjson works as long as there is no limit, or much more left below it than orjson could need. A
-container's limit is different: no allocation fails there, the kernel ends a process.
+container's limit is different: no allocation fails there, the kernel ends a process. The agent's
+thread uses neither encoder: see `recording.to_json`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ else:
 SPARE_BYTES = 128 * 1024 * 1024
 """Room that must be left beside what orjson may need: other threads take memory meanwhile."""
 
-SMALL_BYTES = 64 * 1024
-"""What is no larger is always tried: it may fit into memory that the process has already."""
-
 DUMPS_FACTOR, LOADS_FACTOR = 256, 48
 """What orjson may need for each byte that marshal or JSON has (measured: at most 212, for a list of
 None, and 34, for a list of empty dicts)."""
@@ -37,9 +35,6 @@ None, and 34, for a list of empty dicts)."""
 JSONDecodeError = json.JSONDecodeError
 """The base class of orjson's, too."""
 
-STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-"""orjson refuses these types, so that it runs no code of theirs. A dict that is not copied may hold
-some by now: another thread may have put them there."""
 INDENT = orjson.OPT_INDENT_2
 
 
@@ -47,8 +42,6 @@ def dumps(
     value: Any,
     default: Callable[[Any], Any] | None = None,
     option: int | None = None,
-    *,
-    share: int = 0,
 ) -> bytes:
     """`value` as JSON.
 
@@ -56,7 +49,6 @@ def dumps(
         value: of what JSON has.
         default: makes such a value of another one.
         option: of orjson.
-        share: refuse what takes more than such a part of the memory that is left; 8 for an eighth.
 
     Raises:
         MemoryError: there is too little memory.
@@ -70,8 +62,6 @@ def dumps(
         size = 0
     if 0 < size * DUMPS_FACTOR < left - SPARE_BYTES:
         return orjson.dumps(value, default, option)
-    if size > SMALL_BYTES and size * share > left:
-        raise MemoryError
     indent, separators = (2, None) if option == INDENT else (None, (",", ":"))
     return json.dumps(
         value,
@@ -118,7 +108,7 @@ def memory_left() -> int | None:
 
     None without a limit, 0 if there is one and the system does not say how near it is.
     """
-    # Each time, 0.6 µs: a program may limit itself at any moment.
+    # Each time: a program may limit itself at any moment.
     found = [(most, at) for kind, at in _LIMITS if (most := resource.getrlimit(kind)[0]) >= 0]
     if not found:
         return None

@@ -11,11 +11,15 @@ from typing import TypeVar
 
 from qitos_mlflow._guard import report
 from qitos_mlflow._inheritance import Forked, check, here
+from qitos_mlflow._json import memory_left
 
 T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 """From the first failure to the next try; each further failure doubles it (seconds)."""
+START_BYTES = 64 * 1024 * 1024
+"""Memory that must be left to start a thread (bytes). If one gets its stack of 8 MB and no more,
+Python waits for ever for it to begin (3.10 to 3.13)."""
 LAST_PAUSE_S = 10.0
 """The longest pause; after as long without a failure it is the first one again (seconds)."""
 
@@ -23,8 +27,8 @@ LAST_PAUSE_S = 10.0
 class OwnThread(threading.Thread):
     """A daemon that does its `work` in the process that made it, and ends in a forked child.
 
-    If `work` raises, whatever it is, it is called again after a pause: nobody else would notice,
-    and what it has taken would be lost.
+    If `work` raises, whatever it is, it is called again after a pause. Otherwise the thread would
+    end without a word, and the records that it has taken from a queue would be lost.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,6 +36,18 @@ class OwnThread(threading.Thread):
         self._pid = os.getpid()
         self.when_failed: Callable[[], object] = lambda: None
         """Called after `work` has raised, before it is called again."""
+
+    def start(self) -> None:
+        """Start it.
+
+        Raises:
+            MemoryError: too little memory is left below a limit of the process.
+            RuntimeError: the system or the interpreter allows no further thread.
+        """
+        left = memory_left()
+        if left is not None and left < START_BYTES:
+            raise MemoryError
+        super().start()
 
     def work(self) -> None:
         """What the thread is for; calls `check`. If it is called again, it goes on."""
@@ -69,7 +85,7 @@ def in_time(act: Callable[[], T], timeout_s: float) -> T | None:
     """What `act` returns, on a thread of its own; None if it raises or takes longer (seconds).
 
     A disk on a network that is gone answers no call, and nothing can end one. If no thread can be
-    started (Python 3.12 while the interpreter ends), the calling thread does it.
+    started (no memory; Python 3.12 while the interpreter ends), the calling thread does it.
     """
     done: list[T] = []
 
@@ -81,7 +97,7 @@ def in_time(act: Callable[[], T], timeout_s: float) -> T | None:
     thread = Act("qitos-mlflow-in-time")
     try:
         thread.start()
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         thread.work()
     else:
         thread.join(timeout_s)

@@ -11,6 +11,7 @@ import pytest
 
 import qitos_mlflow
 from qitos_mlflow import _json
+from qitos_mlflow.recording.to_json import as_json, encode
 
 VALUES: list[Any] = [
     {"kind": "span", "a": [1, -1, 1.5, None, True, "é\u2028\x00\U0001f600\x7f"], "b": {}},
@@ -50,6 +51,17 @@ def test_large_integers_become_floats() -> None:
     text = b"[18446744073709551616, -9223372036854775809]"
     assert _json.loads(text) == orjson.loads(text)
     assert orjson.dumps(_json.loads(text))
+
+
+def test_the_agents_thread_uses_no_json_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """orjson may end the process, and to look before whether it may takes as long as orjson."""
+    record = {"kind": "span", "values": VALUES, "text": "é" * 40_000}
+    with monkeypatch.context() as patch:
+        patch.delattr(_json, "dumps")
+        patch.setattr(_json, "memory_left", lambda: (_ for _ in ()).throw(AssertionError))
+        payloads = [encode({**record, "text": "short"})]
+    payloads.append(encode(record))
+    assert [orjson.loads(as_json(one))["values"] for one in payloads] == [VALUES, VALUES]
 
 
 def test_orjson_is_used_in_one_place() -> None:

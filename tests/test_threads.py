@@ -48,6 +48,14 @@ def test_work_that_raises_is_called_again(pauses: list[float], swallowed: list[A
     swallowed.clear()
 
 
+def test_a_thread_without_memory_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would wait for ever for one that gets its stack and nothing else."""
+    monkeypatch.setattr(_threads, "memory_left", lambda: _threads.START_BYTES - 1)
+    with pytest.raises(MemoryError):
+        Failing().start()
+    assert _threads.in_time(threading.current_thread, 30) is threading.current_thread()
+
+
 def test_it_pauses_longer_and_longer(pauses: list[float], swallowed: list[Any]) -> None:
     """What always fails does not use up the processor."""
     thread = Failing(*(ValueError(n) for n in range(10)))

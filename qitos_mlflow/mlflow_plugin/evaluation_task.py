@@ -24,7 +24,7 @@ from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import (
     VERDICT,
 )
 from qitos_mlflow.recording.record import RunSettings
-from qitos_mlflow.recording.to_json import SlowTexts, text_of
+from qitos_mlflow.recording.simpler import SlowTexts, text_of
 
 PREDICTION_CHARS = 500
 """Longest answer in the table of results (characters)."""

@@ -5,7 +5,8 @@ one.
 
     recorder          all traces of one plugin; one pipeline per destination and process
     trace_recorder    one trace: host events to records
-    snapshot, to_json one event as bytes, on the agent's thread
+    snapshot          what a record holds of one event
+    to_json, simpler  any record as bytes, on the agent's thread; later as JSON
     pipelines         the pipeline of records to one destination
     normalize         bytes to the redacted record, on the spooling thread, with what plugins add
     process_exit      the end of the process

@@ -141,7 +141,7 @@ def _lookup_of_process() -> _Lookup:
         lookup = _Lookup()
         try:
             lookup.start()
-        except RuntimeError:  # The process is ending, or has too many threads.
+        except (RuntimeError, MemoryError):  # The process ends, or has too many threads.
             lookup.known.set()
         _lookup = lookup
     return _lookup

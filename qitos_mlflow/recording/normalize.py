@@ -22,7 +22,7 @@ from qitos_mlflow.delivery import Untrusted, open_regular
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import as_json, encode
 from qitos_mlflow.redaction.pictures import Pictures
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
@@ -80,14 +80,21 @@ def normalize(
     Raises:
         OSError: a file of the run cannot be read.
     """
-    record = {**_json.loads(snapshot), "version": RECORD_VERSION}
+    record, size = read(snapshot)
+    record["version"] = RECORD_VERSION
     if record["kind"] == "artifact":
         return _json.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
     pictures = None if record.pop("no_pictures", False) else pictures
-    record = safe(record, len(snapshot), field_bytes, pictures)
+    record = safe(record, size, field_bytes, pictures)
     record |= additions(record, field_bytes)
     return _json.dumps(record)
+
+
+def read(snapshot: bytes) -> tuple[dict[str, Any], int]:
+    """The record of a snapshot, with nothing but what JSON has, and its size as JSON (bytes)."""
+    data = as_json(snapshot)
+    return _json.loads(data), len(data)
 
 
 def safe(
@@ -99,8 +106,8 @@ def safe(
     """The record with times as numbers, without credentials, and cut; a file has a way of its own.
 
     Args:
-        record: as `to_json.encode` wrote it; it is changed.
-        size: of what it wrote (bytes).
+        record: as `read` returns it; it is changed.
+        size: as `read` returns it (bytes).
         field_bytes: largest size of one field (bytes).
         pictures: as in `normalize`.
     """
@@ -186,7 +193,7 @@ def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
         for plugin, returned in answers:
             with shield(plugin):  # The record is kept without.
                 for part, values in _checked(returned).items():
-                    found.setdefault(part, {}).update(_json.loads(encode(values)))
+                    found.setdefault(part, {}).update(_json.loads(as_json(encode(values))))
     return found
 
 

@@ -7,18 +7,19 @@ end a read there. The agent waits `WAIT_S` at most, and after a wait in vain not
 
 from __future__ import annotations
 
+import marshal
 import os
-import re
 import time
 from base64 import b64encode
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery import open_regular
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.redaction.pictures import reference, type_of
 
 WAIT_S = 0.2
@@ -37,8 +38,7 @@ clock (nanoseconds). Then only its content shows it."""
 READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
-_TYPE = b"image_file"
-_PATH = re.compile(rb'"type":"image_file"[^{}\[\]]*?"path":("(?:[^"\\]|\\.)*")')
+_TYPE = "image_file"
 
 Seen = dict[str, tuple[tuple[int, ...], str]]
 """What a trace has read: for each path the file's state, and the reference to its picture."""
@@ -51,15 +51,16 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
     in base64, or a reference to it if the trace has recorded it.
 
     Args:
-        payload: of a span in `READ_FOR`.
+        payload: of a span in `READ_FOR`, as `to_json.encode` wrote it.
         seen: the trace's; changed.
         max_bytes: of all files together; one that has no room is not read (bytes).
     """
     global _late
-    if _TYPE not in payload:
+    if _TYPE.encode() not in payload:
         return payload
     with shield("picture_files"):
-        named = dict.fromkeys(_json.loads(path) for path in reversed(_PATH.findall(payload)))
+        record = marshal.loads(payload)  # noqa: S302 - from this process's memory
+        named = dict.fromkeys(reversed([*_paths(record)]))
         paths = [path for path in [*named][:MAX_FILES] if "://" not in path]
         if not paths or (_late is not None and _late.blocks()):
             return payload
@@ -72,8 +73,20 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
         elif reading.found:
             if len(seen) < MAX_SEEN:
                 seen.update(reading.read)
-            return payload[:-1] + b',"picture_files":' + _json.dumps(reading.found) + b"}"
+            return encode({**record, "picture_files": reading.found})
     return payload
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The paths in the image blocks in `value`, in order."""
+    if isinstance(value, dict):
+        if value.get("type") == _TYPE and isinstance(path := value.get("path"), str):
+            yield path
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for item in value:
+        yield from _paths(item)
 
 
 def put_files(record: dict[str, Any]) -> None:
@@ -128,7 +141,7 @@ def _with_contents(value: Any, files: dict[str, dict[str, str]]) -> Any:
         return [_with_contents(item, files) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.get("type") == "image_file" and (found := files.get(str(value.get("path")))):
+    if value.get("type") == _TYPE and (found := files.get(str(value.get("path")))):
         return {**value, **found}
     return {key: _with_contents(item, files) for key, item in value.items()}
 

@@ -14,11 +14,10 @@ from collections.abc import Hashable
 from itertools import count
 from typing import Any
 
-from qitos_mlflow import _json
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline, trust
 from qitos_mlflow.recording.code_version import CodeVersion
-from qitos_mlflow.recording.normalize import normalize
+from qitos_mlflow.recording.normalize import normalize, read
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.settings import Settings, temporary_name
 
@@ -155,7 +154,7 @@ class RecordPipeline(Pipeline):
 
     def lost(self, record: bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
-        fields = _json.loads(record)
+        fields, _ = read(record)
         self._pictures.forget(fields)
         if fields["kind"] != "trace_end" and "late" not in fields:
             self.add_loss(fields["trace_id"], fields["kind"], reason)

@@ -14,7 +14,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from qitos_mlflow.recording.to_json import SlowTexts, text_of
+from qitos_mlflow.recording.simpler import SlowTexts, text_of
 from qitos_mlflow.redaction.trim import cut_later
 from qitos_mlflow.tracing.redaction import REDACTED, redacted_export
 

@@ -1,136 +1,87 @@
 """Any value to JSON: whatever it holds, whatever its classes do, whatever other threads do to it.
 
-Runs on the agent's thread; raises nothing but `MemoryError`. There are two paths. The fast one
-copies the containers and has orjson write the copies. The slow one, for what orjson refuses, makes
-a copy that orjson is certain to accept.
+`encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes marshal's bytes,
+`as_json` makes JSON of them on the spooling thread. Marshal takes a fifth of the time that orjson
+takes for texts with quotes and newlines, and raises where orjson crashes: if no memory is left.
 
-orjson crashes the process if a container changes while it is inside: through another thread, or
-through Python code that orjson calls (`default`, an Enum's value, a time zone). It also crashes if
-such code raises. So it receives nothing but dicts, lists, texts and numbers, and of each container
-that holds others our own copy. A dict of texts and numbers, as most chat messages are, needs no
-copy: orjson calls no code for it, and no other thread runs meanwhile.
-
-A query set runs a database query for its `repr`, length or truth value. Of an object that may be
-one, only the type is looked at (`_may_fetch`).
+There are two paths. The fast one copies the containers and has marshal write the copies. The slow
+one, for what marshal refuses, makes a copy of what JSON has. Marshal receives nothing but dicts,
+lists, tuples, texts and numbers, and of each container that holds others our own copy. A dict of
+texts and numbers, as most chat messages are, needs no copy: marshal calls no code for it, and no
+other thread runs meanwhile.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
-from contextlib import suppress
-from dataclasses import fields, is_dataclass
-from datetime import date, datetime, time
-from enum import Enum
-from itertools import islice
-from pathlib import PurePath
-from time import perf_counter
-from types import SimpleNamespace
+import marshal
+from collections.abc import Collection
 from typing import Any
-from uuid import UUID
-from weakref import ref
 
 from qitos_mlflow import _json
 from qitos_mlflow._guard import let_through
-from qitos_mlflow.redaction.trim import CUT_HERE, cut_later
-
-MAX_REPR = 2_000
-"""Longest `repr` kept of an unknown object (characters)."""
-
-SLOW_REPR_S, SLOW_CLASS_S, MAX_SLOW = 0.001, 0.1, 100
-"""A `repr` that takes longer than the first runs once in a trace. Other objects of its class, such
-as the copies that QitOS makes of a state, are its name when slow ones took the second in all. A
-trace remembers so many objects and classes."""
-
-MAX_ARRAY = 1_000
-"""Largest array that is written out (elements); a larger one becomes its shape and type."""
-
-MAX_ITEMS = 20_000
-"""Items written of one record's models, mappings, sets and sequences other than list and dict."""
+from qitos_mlflow.recording.simpler import Budget, SlowTexts, known, text_of
 
 MAX_LEVELS, MAX_CONTAINERS = 250, 350_000
-"""Bounds of the fast path. orjson writes 254 levels. A default field (1 MiB of JSON) has room for
-no more containers; only a record that holds one container in many places reaches the bound."""
+"""Bounds of the fast path. orjson has 254 levels. A default field (1 MiB of JSON) has room for no
+more containers; only a record that holds one container in many places reaches the bound."""
 
 MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
 """Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
-SHARE = 8
+SHARE, SMALL_BYTES = 8, 64 * 1024
 """A record takes at most an eighth of the memory that is left below a limit: the rest is the
-agent's."""
+agent's. What is no larger is always taken."""
 
-HOLD_DATA = frozenset({
-    "numpy", "pandas", "polars", "pyarrow", "scipy", "torch", "tensorflow", "jax", "jaxlib", "cupy",
-    "sklearn", "PIL", "bs4", "pint", "requests",
-})  # fmt: skip
-"""Packages whose objects have their data at hand, or have a `repr` that fetches none."""
+_FORMAT = 2
+"""Marshal's: later ones write equal objects once, so the bytes would not show how much there is."""
 
 
 def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
-    """`record` as JSON; `slow` is its trace's. Agent's thread; never changes it.
+    """`record` as bytes for `as_json`; `slow` is its trace's. Agent's thread; never changes it.
 
     Raises:
         MemoryError: there is too little memory, and nothing else.
     """
-    own, budget = record.copy(), _Budget(slow or SlowTexts())
+    payload = _encode(record, slow)
+    left = _json.memory_left() if len(payload) > SMALL_BYTES else None
+    if left is not None and len(payload) * SHARE > left:
+        raise MemoryError
+    return payload
+
+
+def as_json(payload: bytes) -> bytes:
+    """The JSON of what `encode` wrote; what is JSON already stays as it is. Spooling thread.
+
+    Raises:
+        MemoryError: there is too little memory, and nothing else.
+    """
+    if payload.startswith(b'{"'):
+        return payload
+    record = marshal.loads(payload)  # noqa: S302 - from this process's memory
     try:
-        _own(own, MAX_LEVELS, budget)
-        return _json.dumps(own, option=_json.STRICT, share=SHARE)
+        return _json.dumps(record)
     except MemoryError:
         raise
-    except BaseException as error:  # noqa: BLE001 - a key that is no text, a cycle, …
-        let_through(error)
-        budget.containers = MAX_SLOW_CONTAINERS
-        return _json.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), share=SHARE)
+    except Exception:  # noqa: BLE001 - a key that is no text, half a character, a huge number
+        return _json.dumps(
+            _accepted(record, MAX_SLOW_LEVELS, Budget(SlowTexts(), MAX_SLOW_CONTAINERS))
+        )
 
 
-class SlowTexts:
-    """What the slow `repr`s of one trace gave, and how long they took; any thread."""
-
-    def __init__(self) -> None:
-        self.texts: dict[int, tuple[ref[Any], str]] = {}  # By id, which another object may get.
-        self.spent_s: dict[str, float] = {}  # By the class's name.
-
-    def add(self, value: Any, text: str, took_s: float) -> None:
-        """Remember the text for as long as its object lives."""
-        if len(self.texts) + len(self.spent_s) >= MAX_SLOW:
-            self.texts.clear()
-            self.spent_s.clear()
-        name = type(value).__qualname__
-        self.spent_s[name] = self.spent_s.get(name, 0) + took_s
-        with suppress(TypeError):  # Its class has slots: nothing says how long it lives.
-            self.texts[id(value)] = ref(value), text
-
-
-def text_of(value: Any, slow: SlowTexts) -> str:
-    """The message of an exception, the `repr` of anything else; at most `MAX_REPR` characters."""
-    held, kind = slow.texts.get(id(value)), type(value)
-    if held is not None and held[0]() is value:
-        return held[1]
-    if slow.spent_s.get(kind.__qualname__, 0) > SLOW_CLASS_S:
-        return f"<{kind.__qualname__}, slow repr>"
-    began_s = perf_counter()
+def _encode(record: dict[str, Any], slow: SlowTexts | None) -> bytes:
+    own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
     try:
-        text = str.__str__((str if issubclass(kind, BaseException) else repr)(value))
-    except BaseException as error:  # noqa: BLE001 - the class's own __repr__
+        _own(own, MAX_LEVELS, budget)
+        return marshal.dumps(own, _FORMAT)
+    except MemoryError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a cycle, a key of a class of the user's, …
         let_through(error)
-        text = f"<{kind.__qualname__} without a repr>"
-    text = text if len(text) <= MAX_REPR else cut_later(text, MAX_REPR)
-    if (took_s := perf_counter() - began_s) > SLOW_REPR_S:
-        slow.add(value, text, took_s)
-    return text
-
-
-class _Budget:
-    """How much more one record may hold, and the texts that its objects have become so far."""
-
-    __slots__ = ("containers", "items", "slow", "texts")
-
-    def __init__(self, slow: SlowTexts) -> None:
-        self.items, self.containers, self.slow = MAX_ITEMS, MAX_CONTAINERS, slow
-        # By id, with the object: it stays alive, so that no other one gets its id.
-        self.texts: dict[int, tuple[Any, str]] = {}
+    budget.containers = MAX_SLOW_CONTAINERS
+    try:
+        return marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), _FORMAT)
+    except ValueError:  # How marshal says that it got no memory for a text.
+        raise MemoryError from None
 
 
 def _number(value: float) -> float | str:
@@ -140,7 +91,7 @@ def _number(value: float) -> float | str:
     return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
 
 
-def _own(own: Any, levels: int, budget: _Budget) -> None:
+def _own(own: Any, levels: int, budget: Budget) -> None:
     """Replace every container in `own`, a dict or list of ours, by a copy; the fast path.
 
     Args:
@@ -173,9 +124,9 @@ def _own(own: Any, levels: int, budget: _Budget) -> None:
                 own[key] = item = [*item]
                 _own(item, levels - 1, budget)
         else:
-            known = [_known(item, budget)]
-            _own(known, levels - 1, budget)
-            own[key] = known[0]
+            simple = [known(item, budget)]
+            _own(simple, levels - 1, budget)
+            own[key] = simple[0]
 
 
 def _plain(values: Collection[Any]) -> bool:
@@ -189,8 +140,8 @@ def _plain(values: Collection[Any]) -> bool:
     return True
 
 
-def _accepted(value: Any, levels: int, budget: _Budget) -> Any:
-    """A copy of `value` that orjson is certain to accept; the slow path. Never raises.
+def _accepted(value: Any, levels: int, budget: Budget) -> Any:
+    """A copy of `value` with nothing but what JSON has; the slow path. Never raises.
 
     What raises, and what exceeds `levels` or `budget`, becomes a few words; the rest stays intact.
     """
@@ -219,132 +170,18 @@ def _accepted(value: Any, levels: int, budget: _Budget) -> Any:
         if levels > 0:
             given = max(0, budget.containers) // 4  # The rest is for what stands beside it.
             budget.items = given
-            known = _known(value, budget)
+            simple = known(value, budget)
             budget.containers -= given - budget.items
-            return _accepted(known, levels - 1, budget)
+            return _accepted(simple, levels - 1, budget)
     except BaseException as error:  # noqa: BLE001 - the class's own code
         let_through(error)
         return _accepted(text_of(value, budget.slow), 0, budget)
     return f"<{kind.__qualname__}, cut>"
 
 
-def _name(key: Any, levels: int, budget: _Budget) -> str:
+def _name(key: Any, levels: int, budget: Budget) -> str:
     """`key` as a text: what is not text becomes its JSON, bytes their `repr`."""
     if issubclass(type(key), bytes):
         return text_of(key, budget.slow)  # As a value only the length is kept; here it is the name.
     key = _accepted(key, levels, budget)
     return key if type(key) is str else _json.dumps(key).decode()
-
-
-def _known(value: Any, budget: _Budget) -> Any:
-    """`value`, which orjson cannot write, as something simpler; once, if that is a text."""
-    if (held := budget.texts.get(id(value))) is not None:
-        return held[1]
-    known = _simpler(value, budget)
-    if type(known) is str:
-        budget.texts[id(value)] = value, known
-    return known
-
-
-def _simpler(value: Any, budget: _Budget) -> Any:
-    """`value` as something simpler; cheap, however large it is.
-
-    Runs as little code of its class as possible (`isinstance` would ask the object for its class).
-    Subclasses of str, int, float, dict and list run none.
-    """
-    kind = type(value)
-    try:
-        if issubclass(kind, str):
-            return str.__str__(value)
-        if issubclass(kind, int):
-            return int.__int__(value)
-        if issubclass(kind, float):
-            return float.__float__(value)
-        if issubclass(kind, dict):
-            return dict(dict.items(value))
-        if issubclass(kind, list):
-            return [*list.__iter__(value)]
-        if issubclass(kind, Enum):
-            return value.value
-        if kind in (datetime, date, time):
-            return value.isoformat()
-        # Of other paths, some download a file when they are asked for one.
-        if kind is UUID or issubclass(kind, PurePath):
-            return str(value)
-        if hasattr(kind, "__attrs_attrs__") or is_dataclass(kind) or kind is SimpleNamespace:
-            return _attributes(value)
-        if hasattr(kind, "__pydantic_fields_set__") or hasattr(kind, "__fields_set__"):
-            return _first_pairs(_attributes(value), budget)
-        if issubclass(kind, (bytes, bytearray, memoryview)):
-            return f"<{len(value)} bytes>"
-        if issubclass(kind, Mapping):
-            return _first_pairs(value, budget)
-        if issubclass(kind, (Set, Sequence, ValuesView)):
-            return _first(value, budget)
-        if _may_fetch(kind):
-            return f"<{kind.__qualname__}>"
-        if hasattr(kind, "shape"):
-            return _array(value, budget)
-    except BaseException as error:  # noqa: BLE001 - the class's own code
-        let_through(error)
-    return text_of(value, budget.slow)
-
-
-def _may_fetch(kind: type) -> bool:
-    """Whether looking at an object of `kind` may fetch or compute what it stands for.
-
-    True for classes that can be iterated, counted or indexed, or turned into a table or an array,
-    unless they are Python's own or from a package in `HOLD_DATA`.
-    """
-    looks = ("__iter__", "__len__", "__getitem__", "__array__", "__dataframe__", "shape")
-    if not any(hasattr(kind, look) for look in looks):
-        return False
-    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    return roots[0] not in sys.stdlib_module_names and HOLD_DATA.isdisjoint(roots)
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """The public attributes, as far as they are set, of a dataclass's, attrs' or pydantic instance.
-
-    Runs code of the class only if it has slots.
-    """
-    held: dict[str, Any] = {}
-    for name in ("__dict__", "__pydantic_extra__"):
-        with suppress(AttributeError):
-            held.update(object.__getattribute__(value, name) or {})
-    if not held:
-        of = fields(value) if is_dataclass(value) else getattr(type(value), "__attrs_attrs__", ())
-        held = {one.name: getattr(value, one.name) for one in of if hasattr(value, one.name)}
-    return {name: item for name, item in held.items() if name[:1] != "_"}
-
-
-def _first_pairs(value: Mapping[Any, Any], budget: _Budget) -> dict[Any, Any]:
-    pairs = _first(value.items(), budget)
-    if pairs and type(pairs[-1]) is str:
-        pairs[-1] = ("…", pairs[-1])
-    return dict(pairs)
-
-
-def _first(values: Collection[Any], budget: _Budget) -> list[Any]:
-    """As many of `values` as the budget allows; the last is a note of their number if some lack."""
-    items = list(islice(values, budget.items + 1))
-    if len(items) > budget.items:
-        items[-1] = f"{CUT_HERE}{len(values)} items in all]"
-    budget.items = max(0, budget.items - len(items))
-    return items
-
-
-def _array(value: Any, budget: _Budget) -> Any:
-    """A numpy number or array, or a similar object (a tensor, a data frame), as JSON or text."""
-    shape = tuple(value.shape)
-    if math.prod(shape) > MAX_ARRAY:
-        # Its repr may be slow, or copy the array from another device.
-        kind = getattr(value, "dtype", "")
-        return f"<{type(value).__qualname__} {shape} {kind}".rstrip() + ">"
-    numpy = sys.modules.get("numpy")  # Another thread may be importing it.
-    array, scalar = (getattr(numpy, name, ()) for name in ("ndarray", "generic"))
-    if isinstance(value, array) or (isinstance(value, scalar) and value.dtype.kind not in "mM"):
-        plain = value.tolist()
-        if type(plain) in (bool, int, float, str, list):  # Some types give back themselves.
-            return plain
-    return text_of(value, budget.slow)

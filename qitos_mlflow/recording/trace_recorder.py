@@ -19,7 +19,8 @@ from qitos_mlflow.delivery import NO_MEMORY
 from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_files
 from qitos_mlflow.recording.pipelines import RecordPipeline
-from qitos_mlflow.recording.to_json import SlowTexts, encode
+from qitos_mlflow.recording.simpler import SlowTexts
+from qitos_mlflow.recording.to_json import encode
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import content_allowed
 from qitos_mlflow.tracing.redaction import redacted_metadata

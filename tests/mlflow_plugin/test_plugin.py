@@ -27,7 +27,7 @@ from qitos.engine.critic import Critic
 from qitos_mlflow import MlflowTraceProcessor, tracing
 from qitos_mlflow.delivery import find_segments, inspect_segment, waiting_records
 from qitos_mlflow.mlflow_plugin.plugin import MlflowPlugin, OpenTrace, Origin, entry_point
-from qitos_mlflow.recording import recorder, to_json
+from qitos_mlflow.recording import recorder, simpler
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import SpanType, create_trace
@@ -300,7 +300,7 @@ def test_a_real_agent_waits_once_for_a_slow_repr(
     kind: Callable[[Patience], Any],
 ) -> None:
     """The slow `repr` of a tool's result runs once in each trace, whatever else has the result."""
-    monkeypatch.setattr(to_json, "perf_counter", patience := Patience(1.0), raising=False)
+    monkeypatch.setattr(simpler, "perf_counter", patience := Patience(1.0), raising=False)
     value = kind(patience)
 
     def run() -> int:

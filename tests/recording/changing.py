@@ -21,7 +21,14 @@ from typing import Any, cast
 
 import orjson
 
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording import to_json
+from qitos_mlflow.recording.simpler import SlowTexts
+
+
+def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
+    """The JSON of a record, as the spooling thread makes it of what the agent's thread has made."""
+    return to_json.as_json(to_json.encode(record, slow))
+
 
 live: Any = None
 """The container whose snapshot is being made."""

@@ -14,7 +14,7 @@ import pytest
 from qitos_mlflow.recording import picture_files
 from qitos_mlflow.recording.picture_files import Seen, with_picture_files
 from qitos_mlflow.recording.pipelines import RecordPipeline
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import as_json, encode
 from qitos_mlflow.redaction.pictures import REFERENCE, reference
 from qitos_mlflow.settings import Settings
 from tests.pictures import base64, data_url, png
@@ -137,7 +137,7 @@ def naming(*paths: Path | str, **fields: Any) -> bytes:
 
 
 def files_in(payload: bytes) -> Any:
-    return orjson.loads(payload).get("picture_files")
+    return orjson.loads(as_json(payload)).get("picture_files")
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qitos_mlflow import tracing
-from qitos_mlflow.recording import snapshot, to_json
+from qitos_mlflow.recording import simpler, snapshot
+from qitos_mlflow.recording.simpler import MAX_SLOW, SLOW_CLASS_S, SLOW_REPR_S, SlowTexts
 from qitos_mlflow.recording.snapshot import describe, span_record
-from qitos_mlflow.recording.to_json import MAX_SLOW, SLOW_CLASS_S, SLOW_REPR_S, SlowTexts, encode
 from qitos_mlflow.redaction.redact import redact
 from qitos_mlflow.redaction.trim import MARGIN_CHARS
 from qitos_mlflow.tracing import SpanType, create_trace
@@ -50,6 +50,7 @@ from tests.fakes.lazy import (
     Table,
     Watched,
 )
+from tests.recording.changing import encode
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1_000_000
@@ -366,7 +367,7 @@ def test_a_plain_object_is_asked_once(kind: type[Watched], beside: int) -> None:
 def patience(monkeypatch: pytest.MonkeyPatch) -> Patience:
     """The clock of slow objects."""
     patience = Patience(SLOW_REPR_S * 2)
-    monkeypatch.setattr(to_json, "perf_counter", patience)
+    monkeypatch.setattr(simpler, "perf_counter", patience)
     return patience
 
 

@@ -42,7 +42,7 @@ from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, feedback_of
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts, added
-from qitos_mlflow.recording.normalize import additions, nanoseconds, safe
+from qitos_mlflow.recording.normalize import additions, nanoseconds, read, safe
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.redaction.redact import redact_text
 
@@ -215,7 +215,8 @@ class MlflowTree:
                 renew(manager, self.trace_id, trace)
 
     def _safe(self, payload: bytes) -> Any:
-        return safe(_json.loads(payload), len(payload), self._field_bytes, self._pictures)
+        record, size = read(payload)
+        return safe(record, size, self._field_bytes, self._pictures)
 
     @staticmethod
     def _show(live: Any, attributes: dict[str, Any]) -> None:
