@@ -58,7 +58,7 @@ def dumps(
         return orjson.dumps(value, default, option)
     try:
         size = len(marshal.dumps(value, 2))
-    except ValueError:  # Something for `default`, or for nobody.
+    except ValueError:  # A value that only `default` can encode, or that nothing can.
         size = 0
     if 0 < size * DUMPS_FACTOR < left - SPARE_BYTES:
         return orjson.dumps(value, default, option)

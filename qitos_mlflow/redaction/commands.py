@@ -6,19 +6,18 @@ import re
 from collections.abc import Iterator
 
 from qitos_mlflow.redaction.literals import is_placeholder
+from qitos_mlflow.redaction.patterns import lazily
 
 _QUOTED = rb"(?:\"([^\"\n]{1,256})\"|'([^'\n]{1,256})'|([^\s\"'|<>&;]{1,256}))"
-_PAIR = re.compile(
+_PAIR = lazily(
     rb"(?:[A-Za-z]{0,8}?[uU]|-user|-proxy-user)[ \t=]{0,4}"
     rb"\\?[\"']?([^\s\"':\\]{1,128}:[^\s\"'\\]{1,256})"
 )
-_JOINED = re.compile(rb"[pP]" + _QUOTED)
-_APART = re.compile(rb"(?:[paw]|-with-token)[ \t]{1,4}(?:<<<[ \t]?)?(?!-)" + _QUOTED)
-_SUDO = re.compile(rb"(?:S\b|-password-stdin)")
-_ECHO = re.compile(
-    rb"(?:echo|printf)[ \t]{1,4}(?:-n[ \t])?" + _QUOTED + rb"[ \t]{0,4}\|[^|\n]{0,64}$"
-)
-_HTPASSWD = re.compile(rb"[A-Za-z]{0,4}b[A-Za-z]{0,4}[ \t]\S{1,128}[ \t]\S{1,64}[ \t]" + _QUOTED)
+_JOINED = lazily(rb"[pP]" + _QUOTED)
+_APART = lazily(rb"(?:[paw]|-with-token)[ \t]{1,4}(?:<<<[ \t]?)?(?!-)" + _QUOTED)
+_SUDO = lazily(rb"(?:S\b|-password-stdin)")
+_ECHO = lazily(rb"(?:echo|printf)[ \t]{1,4}(?:-n[ \t])?" + _QUOTED + rb"[ \t]{0,4}\|[^|\n]{0,64}$")
+_HTPASSWD = lazily(rb"[A-Za-z]{0,4}b[A-Za-z]{0,4}[ \t]\S{1,128}[ \t]\S{1,64}[ \t]" + _QUOTED)
 _LOOK_BYTES = 256
 
 _WITH_PAIR = (b"curl",)
@@ -51,7 +50,7 @@ def options(data: bytes) -> Iterator[tuple[int, int]]:
         if found:
             group = found.lastindex or 0
             password = found.group(group)
-            if found.re is _PAIR:
+            if found.re.pattern == _PAIR.pattern:
                 password = password.partition(b":")[2]
             if not is_placeholder(password):
                 yield found.span(group)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import re
 
 from qitos_mlflow.redaction.names import is_known_word, names_credential
+from qitos_mlflow.redaction.patterns import lazily
 
-_TEMPLATE = re.compile(
+_TEMPLATE = lazily(
     rb"\$\{\{?[^{}]{0,128}\}{1,2}|\{\{[^{}]{0,128}\}\}|\$\([^()]{0,128}\)|\{%[^%]{0,128}%\}"
     rb"|\{[\w.:!()\[\]\"'*-]{0,96}\}|#\{[^{}]{0,96}\}|<[%A-Za-z_!/][^<>]{0,96}>|%\([\w.]{1,48}\)[sdr]"
     rb"|%[A-Za-z_]\w{2,48}%|%[sdrv]|\$env:\w+|(?<![\w!#%^*.-])\$\$?[A-Za-z_][\w.]*|\$[0-9]$|@@?[A-Z_]{3,48}@?"
     rb"|\[redacted\]?|\*{3,}|x{4,}|X{4,}|\.{3,}|\xe2\x80\xa6|\xe2\x80\xa2+|_{4,}|-{3,}"
 )
 """Parts that stand for a value."""
-_AROUND_TEMPLATE = re.compile(
+_AROUND_TEMPLATE = lazily(
     rb"(?i)bearer|basic|token|digest|postgres(?:ql)?|mysql|redis|mongodb|https?|localhost|password"
     rb"|passwd|secret|user"
 )
-_LONG_WORD = re.compile(rb"\w{4}")
-_PLACEHOLDER = re.compile(
+_LONG_WORD = lazily(rb"\w{4}")
+_PLACEHOLDER = lazily(
     rb"(?i)(?:your|my|the|enter|insert|add|put|replace|change)[-_ .]?(?:own[-_ ])?"
     rb"(?:[a-z]{2,20}[-_ .]){0,4}(?:key|token|secret|password|here|me|value|id|it|this)"
     rb"(?:[-_ ]here)?$"
@@ -31,23 +32,23 @@ _PLACEHOLDER = re.compile(
     rb"|arn:aws[\w-]*:|!(?:vault|ref|sub|getatt|env|secret|reference|importvalue|var)\b|:[a-z_]+$|\?$"
     rb"|@[a-z_]+$|\*{1,8}$|<"
 )
-_PLAIN_WORD = re.compile(rb"[A-Za-z]?[a-z-]{1,19}[.]?$")
-_IDENTIFIER = re.compile(rb"[&*!]?[A-Za-z_$][\w$]*(?:(?:\.|->|::|\?\.)[A-Za-z_$][\w$]*)*[?!]?$")
-_CALL = re.compile(
+_PLAIN_WORD = lazily(rb"[A-Za-z]?[a-z-]{1,19}[.]?$")
+_IDENTIFIER = lazily(rb"[&*!]?[A-Za-z_$][\w$]*(?:(?:\.|->|::|\?\.)[A-Za-z_$][\w$]*)*[?!]?$")
+_CALL = lazily(
     rb"[&*!]?(?:new )?[A-Za-z_$][\w$]*(?:(?:\.|->|::|\?\.)[A-Za-z_$][\w$]*){0,16}!?"
     rb"(?:<[\w, ]{0,32}>)?[(\[]"
 )
-_KEYWORD = re.compile(
+_KEYWORD = lazily(
     rb"(?:await|new|not|lambda|yield|typeof|if|let|const|func|function|async|return|raise|throw|in"
     rb"|is|and|or|for|from|import|self|this|None|null|nil|true|false|True|False|NULL|NaN|string|str"
     rb"|String|int|bool|boolean|bytes|any|Any|object|unknown|undefined|never|void|float"
     rb"|number|optional|Optional|required|list|dict|map|text|varchar|char)(?![\w-])"
 )
-_PIECE = re.compile(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_PATH = re.compile(rb"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.~@-]{0,48}(?:[/\\]|$))*$")
-_URL = re.compile(rb"https?://[^@\s?]*$")
-_VERSION = re.compile(rb"[\^~<>=v]{0,3}[0-9]{1,4}(?:\.[0-9x*]{1,4}){1,3}(?:[-.+][\w.]{1,16})?$")
-_SENTENCE = re.compile(rb"[A-Z][a-z'-]*(?:[ /][A-Za-z]?[a-z'()-]*)+[,.:!?\xe2]?.{0,2}$")
+_PIECE = lazily(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_PATH = lazily(rb"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.~@-]{0,48}(?:[/\\]|$))*$")
+_URL = lazily(rb"https?://[^@\s?]*$")
+_VERSION = lazily(rb"[\^~<>=v]{0,3}[0-9]{1,4}(?:\.[0-9x*]{1,4}){1,3}(?:[-.+][\w.]{1,16})?$")
+_SENTENCE = lazily(rb"[A-Z][a-z'-]*(?:[ /][A-Za-z]?[a-z'()-]*)+[,.:!?\xe2]?.{0,2}$")
 _DIGITS = frozenset(b"0123456789")
 _MARKS = _DIGITS | frozenset(b"!#^*~%$")
 LONGEST_BYTES = 256
@@ -83,10 +84,10 @@ _NONE = frozenset(
 )
 
 
-_DIGIT_WORDS = re.compile(
+_DIGIT_WORDS = lazily(
     rb"(?i)base64|base32|b64|oauth2|sha[0-9]+|md5|utf8|utf16|s3|ec2|k8s|x509|[^a-z]v[0-9]"
 )
-_DIGIT_INSIDE = re.compile(rb"[0-9][A-Za-z]")
+_DIGIT_INSIDE = lazily(rb"[0-9][A-Za-z]")
 
 
 def is_wordish(value: bytes) -> bool:
@@ -177,7 +178,7 @@ def is_code(data: bytes, start: int, end: int, separator: bytes) -> bool:
     return _goes_on(data, end)
 
 
-_PROSE = re.compile(rb"[,;]?[ \t]+(?:[A-Za-z'`(][\w'`(),-]*(?:[\s.;:!?,]|$))|[ \t]+[=|]")
+_PROSE = lazily(rb"[,;]?[ \t]+(?:[A-Za-z'`(][\w'`(),-]*(?:[\s.;:!?,]|$))|[ \t]+[=|]")
 
 
 def _goes_on(data: bytes, end: int) -> bool:

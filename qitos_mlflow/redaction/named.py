@@ -18,60 +18,62 @@ from qitos_mlflow.redaction.literals import (
     is_secret_word,
 )
 from qitos_mlflow.redaction.names import names_credential
+from qitos_mlflow.redaction.patterns import lazily
 from qitos_mlflow.redaction.shapes import ESCAPING, word_start
 from qitos_mlflow.redaction.tables import Tables, parameter
 from qitos_mlflow.redaction.values import QUOTE, Found, in_quotes, value_at, yaml_below
 
 _STEMS = tuple(
-    re.compile(stem)  # Each begins with one letter, which re finds with memchr.
+    # Each begins with a rare letter: re passes over the others fast. Compiled at import, because
+    # the agent's thread needs them for the address of its server.
+    re.compile(stem)
     for stem in (
         # A key alone is no secret, unless it is an "API key: …".
-        rb"k(?:ey(?:(?<=[a-z0-9_.-]...)|(?<=[a-z] ...)(?=.{0,3}[:=]))|en|ie)",
-        rb"c(?:re|vv)",
-        rb"p(?:ass|wd|w(?![a-z])|sk|in(?![a-z])|incode|at(?![a-z]))",
-        rb"auth",
-        rb"otp",
-        rb"sess(?:ion)?id",
+        rb"k(?:ey(?:(?<=[a-z0-9_.-]...)|(?<=[a-z] ...)(?=.{0,3}[:=]))|en|ie|(?<=psk))",
+        rb"c(?:re[dt]|vv)",
+        rb"p(?:a(?:ss|t(?![a-z]))|w(?:d|(?![a-z]))|in(?:code|(?![a-z]))|(?<=otp))",
+        rb"uth(?<=auth)",
+        rb"ssi(?:d|onid)",
     )
 )
 """Parts of names that `names_credential` may accept: key, token, cookie; secret, credential; …"""
 
 _BEFORE_BYTES, _BEHIND_BYTES = 48, 64
 """A name is looked at so far before and behind its stem."""
-_MORE = re.compile(rb"(?:\.[A-Za-z0-9_-]{1,48}){1,4}")
-_SIGN = re.compile(
+_MORE = lazily(rb"(?:\.[A-Za-z0-9_-]{1,48}){1,4}")
+_SIGN = lazily(
     rb"\\{0,8}[\"'`]?\]?\*{0,2}[ \t]{0,8}"
     # An annotation (x: str = …) or a sign.
     rb"(?::[ \t]{0,4}&?[A-Za-z_][\w.\[\], |&<>']{0,40}?[ \t]=(?=[ \t])"
     rb"|:=|=>|===?|!==?|=|:(?![:/])|%3[AaDd]|&gt;|(?=>))"
 )
-_PAIR = re.compile(rb"\\{0,8}[\"'][ \t]{0,4},\s{0,16}(?=b?\\{0,8}[\"'])")
-_LIST_START = re.compile(rb"[(\[]\s{0,8}(b?)\\{0,8}[\"']$")
-_XML = re.compile(rb">(?:<!\[CDATA\[)?([^<>]{1,4096}?)(?:\]\]>)?</")
-_ESCAPED_XML = re.compile(rb"&gt;([^<>&]{1,512})&lt;/")
-_XML_ATTRIBUTES = re.compile(rb"(?:[ \t]{1,4}[\w:.-]{1,32}=\"[^\"<>]{0,64}\"){1,4}(?=>)")
-_TAG = re.compile(rb"(?:<|&lt;)(?:\w{1,12}:)?$")
-_NAMED_ATTRIBUTE = re.compile(rb"(?:name|key)=\\?[\"']$")
-_PLIST = re.compile(rb"</\w{1,16}>\s{0,64}<(?!key)\w{1,16}>([^<>]{1,512})</")
-_TOLD = re.compile(rb"[ \t]{1,4}(?:is|was)[: ]{1,2}[\"'`]?([^\s\"'`<>,;]{5,64})")
-_GAP = re.compile(rb"(?:\\n|\s){1,8}")
-_LABEL = re.compile(
+_PAIR = lazily(rb"\\{0,8}[\"'][ \t]{0,4},\s{0,16}(?=b?\\{0,8}[\"'])")
+_LIST_START = lazily(rb"[(\[]\s{0,8}(b?)\\{0,8}[\"']$")
+_XML = lazily(rb">(?:<!\[CDATA\[)?([^<>]{1,4096}?)(?:\]\]>)?</")
+_ESCAPED_XML = lazily(rb"&gt;([^<>&]{1,512})&lt;/")
+_XML_ATTRIBUTES = lazily(rb"(?:[ \t]{1,4}[\w:.-]{1,32}=\"[^\"<>]{0,64}\"){1,4}(?=>)")
+_TAG = lazily(rb"(?:<|&lt;)(?:\w{1,12}:)?$")
+_NAMED_ATTRIBUTE = lazily(rb"(?:name|key)=\\?[\"']$")
+_PLIST = lazily(rb"</\w{1,16}>\s{0,64}<(?!key)\w{1,16}>([^<>]{1,512})</")
+_TOLD = lazily(rb"[ \t]{1,4}(?:is|was)[: ]{1,2}[\"'`]?([^\s\"'`<>,;]{5,64})")
+_GAP = lazily(rb"(?:\\n|\s){1,8}")
+_LABEL = lazily(
     rb"(?i)(?:name|key|header|field|variable|param(?:eter)?|env|id|label|path)\\{0,8}[\"']?"
     rb"\s{0,8}(?::|=>?)\s{0,8}b?\\{0,8}[\"']?[/\w.-]{0,48}$"
 )
 _LABEL_ENDS = (b":", b"=", b">", b"/")
-_VALUE_FIELD = re.compile(
+_VALUE_FIELD = lazily(
     rb"(?i)(?<![\w.])\\{0,8}[\"']?(?:parameter|output|string)?"
     rb"(?:value|val|content|contents|data|default|raw)"
     rb"(\\{0,8}[\"']?\s{0,8}(?::(?!//)|=>?))"
 )
-_OBJECT_END = re.compile(rb"[{}]|\n[ \t]*\r?\n|\n[ \t]*- ")
+_OBJECT_END = lazily(rb"[{}]|\n[ \t]*\r?\n|\n[ \t]*- ")
 _FIELDS_BYTES = 256
-_NETRC = re.compile(rb"(?:login|machine|account|default|user)\s{1,8}\S{1,128}(?:\\n)?\s{1,8}$")
-_SQL = re.compile(rb"identified(?:[ \t]{1,4}with[ \t]{1,4}[\w']{1,48})?[ \t]{1,4}by[ \t]{1,4}")
+_NETRC = lazily(rb"(?:login|machine|account|default|user)\s{1,8}\S{1,128}(?:\\n)?\s{1,8}$")
+_SQL = lazily(rb"identified(?:[ \t]{1,4}with[ \t]{1,4}[\w']{1,48})?[ \t]{1,4}by[ \t]{1,4}")
 _OF_USERS, _STATEMENT_BYTES = (b"user", b"grant", b"role"), 256
-_SETTERS = re.compile(rb"(?:.*set_?password|password|(?:.*\.)?secretstr)$")
-_SHELL_SET = re.compile(rb"(?:^|[\n;&]|\\n)[ \t]*(?:env|setenv|arg|#define)[ \t]+$|-value[ \t]+$")
+_SETTERS = lazily(rb"(?:.*set_?password|password|(?:.*\.)?secretstr)$")
+_SHELL_SET = lazily(rb"(?:^|[\n;&]|\\n)[ \t]*(?:env|setenv|arg|#define)[ \t]+$|-value[ \t]+$")
 _PASSWORDS = (b"password", b"passwd", b"passphrase", b"secret")
 
 
@@ -114,7 +116,7 @@ def named(data: bytes, low: bytes, runs: bytes) -> Iterator[Found]:
             for value in place.values():
                 yield value
                 done = max(done, value[1])
-    for found in _SQL.finditer(low):
+    for found in _SQL.finditer(low) if b"identified" in low else ():
         before = low[max(0, found.start() - _STATEMENT_BYTES) : found.start()]
         if not any(verb in before for verb in _OF_USERS):  # "identified by" is English, too.
             continue

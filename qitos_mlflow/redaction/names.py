@@ -6,12 +6,14 @@ import re
 from functools import lru_cache
 from itertools import pairwise
 
+from qitos_mlflow.redaction.patterns import lazily
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_WORD = lazily(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 _ALWAYS = _words(
     "password passwords passwd pwd passphrase passcode secret secrets credential credentials "

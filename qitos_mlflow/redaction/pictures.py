@@ -6,23 +6,23 @@ content; `size` is in bytes.
 
 from __future__ import annotations
 
-import re
 from base64 import b64decode
 from binascii import Error
 from hashlib import blake2b
 from typing import Any
 from uuid import UUID
 
+from qitos_mlflow.redaction.patterns import lazily
+
 Pictures = dict[str, str]
 """The contents of pictures in base64, by their ids."""
 
-REFERENCE = re.compile(
-    r"picture:(?P<id>[0-9a-f-]{36})\?type=(?P<type>image/[\w.+-]{1,64})&size=(?P<size>\d+)",
-    re.ASCII,
+REFERENCE = lazily(
+    r"(?a)picture:(?P<id>[0-9a-f-]{36})\?type=(?P<type>image/[\w.+-]{1,64})&size=(?P<size>\d+)"
 )
-_DATA_URL = re.compile(r"data:(image/[\w.+-]{1,64});base64,", re.ASCII | re.IGNORECASE)
+_DATA_URL = lazily(r"(?ai)data:(image/[\w.+-]{1,64});base64,")
 _MEDIA_KEYS = ("media_type", "mime_type", "mimeType")
-_MEDIA = re.compile(r"image/[\w.+-]{1,64}", re.ASCII)
+_MEDIA = lazily(r"(?a)image/[\w.+-]{1,64}")
 _URL_SAFE = str.maketrans("-_", "+/")
 PICTURE_TYPES = {
     "iVBOR": "image/png", "/9j/": "image/jpeg", "R0lG": "image/gif", "UklG": "image/webp",

@@ -47,7 +47,7 @@ _USER_INFO = re.compile(
     # Without the two slashes the URI is not valid, but it has a password all the same.
     r"|\A(?!file:)[\w.+-]{2,}:/?[^@/\\]+@"
 )
-_ON_DISK = re.compile(r"(?:sqlite(?:\+\w+)?|file):[^?]*|(?:[/\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
+_ON_DISK = re.compile(r"(?s)(?:sqlite(?:\+\w+)?|file):[^?]*|(?:[/\\]|[A-Za-z]:[/\\]).*")
 """A path on this machine, up to the query if it is in a URI."""
 
 
@@ -195,7 +195,7 @@ def without_credentials(uri: str) -> str:
 
 _QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&;#]+)")
 """Name and value in a query: a value may be too short for `redact_text`."""
-_PROFILE = re.compile(r"\A(databricks(?:-uc)?://[^:/?#]*:).+", re.DOTALL)
+_PROFILE = re.compile(r"(?s)\A(databricks(?:-uc)?://[^:/?#]*:).+")
 """MLflow takes a profile's secrets in a URI (``databricks://scope:prefix``)."""
 _OF_QUERIES = frozenset({"pw", "key", "sig", "signature", "sas", "x-amz-signature"})
 

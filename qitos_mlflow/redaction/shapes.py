@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 from qitos_mlflow.redaction.literals import is_placeholder, is_plain_word
+from qitos_mlflow.redaction.patterns import lazily
 from qitos_mlflow.redaction.vendors import FORMATS
 
 _OWN = (
@@ -70,14 +71,14 @@ def _dispatch() -> tuple[dict[bytes, re.Pattern[bytes]], dict[bytes, re.Pattern[
         anycase = pattern.startswith("(?i)")
         pattern = f"(?i:{pattern[4:]})" if anycase else pattern
         for start in starts.split(" "):
-            split = re.match(r".*[.~](?=[^.~]*$)", start)
-            table, key = (before_run, split[0]) if split else (at_run, start[:2])
+            split = max(start.rfind("."), start.rfind("~")) + 1
+            table, key = (before_run, start[:split]) if split else (at_run, start[:2])
             for form in {key, key.lower(), key.upper()} if anycase else {key}:
                 if pattern not in table.setdefault(form.encode(), []):
                     table[form.encode()].append(pattern)
     # The look of `re` needs no more of a start than a dictionary cannot say.
     return tuple(
-        {key: re.compile("|".join(patterns).encode()) for key, patterns in table.items()}
+        {key: lazily("|".join(patterns).encode()) for key, patterns in table.items()}
         for table in (at_run, before_run)
     )  # type: ignore[return-value]
 
@@ -90,32 +91,30 @@ _JOINTS = frozenset(b".~:/")
 """A credential may have one of these before its first run."""
 _BY_CONTEXT = {
     46: (  # airtable.com/developers
-        (re.compile(rb"pat[A-Za-z0-9]{14}\.$"), re.compile(rb"[a-f0-9]{64}")),
+        (lazily(rb"pat[A-Za-z0-9]{14}\.$"), lazily(rb"[a-f0-9]{64}")),
     ),
     58: (  # core.telegram.org
-        (re.compile(rb"/bot[0-9]{5,16}:$"), re.compile(rb"[\w-]{16,}")),
-        (re.compile(rb"(?<![0-9])[0-9]{8,10}:$"), re.compile(rb"AA[\w-]{32,34}(?![\w-])")),
+        (lazily(rb"/bot[0-9]{5,16}:$"), lazily(rb"[\w-]{16,}")),
+        (lazily(rb"(?<![0-9])[0-9]{8,10}:$"), lazily(rb"AA[\w-]{32,34}(?![\w-])")),
     ),
     126: (  # learn.microsoft.com, secrets of Entra applications
-        (re.compile(rb"[\w.~-]{3}[0-9]Q~$"), re.compile(rb"[\w.~-]{24,}")),
+        (lazily(rb"[\w.~-]{3}[0-9]Q~$"), lazily(rb"[\w.~-]{24,}")),
     ),
     47: (  # api.slack.com, discord.com/developers
-        (re.compile(rb"hooks\.slack\.com/[a-z]{8,9}/[\w/]{0,64}/$"), re.compile(rb"\w+")),
-        (re.compile(rb"/api/webhooks/[0-9]{6,24}/$"), re.compile(rb"[\w-]+")),
+        (lazily(rb"hooks\.slack\.com/[a-z]{8,9}/[\w/]{0,64}/$"), lazily(rb"\w+")),
+        (lazily(rb"/api/webhooks/[0-9]{6,24}/$"), lazily(rb"[\w-]+")),
     ),
 }
 """By the joint: what stands before the run, and the run. A URL's part is no credential."""
 _CONTEXT_BYTES = 96
 
-_AZURE = re.compile(rb"\+ASt[A-Za-z0-9+/]{6}(?:==)?")
-_BASE64 = re.compile(rb"[A-Za-z0-9+/]{76}")
+_AZURE = lazily(rb"\+ASt[A-Za-z0-9+/]{6}(?:==)?")
+_BASE64 = lazily(rb"[A-Za-z0-9+/]{76}")
 """learn.microsoft.com: keys of storage accounts have this mark."""
-_SIGNATURE = re.compile(rb"g(?:nature)?=")
-_SIGNATURE_VALUE = re.compile(rb"[\w%.~+/=-]{16,}")
-_IN_QUERY = re.compile(rb"[?&](?:amp;)?(?:x-(?:amz|goog)-)?si$")
+_SIGNATURE = lazily(rb"(?i)(?:amp;)?(?:x-(?:amz|goog)-)?sig(?:nature)?=([\w%.~+/=-]{16,})")
 
 ESCAPING = frozenset(b"\\%[;")
-_ESCAPE = re.compile(
+_ESCAPE = lazily(
     rb"(?<=\\)(?:[nrfv]|t(?!oken)|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2})"  # \n in JSON or a repr
     rb"|(?<=%)[0-9A-Fa-f]{2}"  # %3D in a URL
     rb"|(?<=[\[;])[0-9]{1,3}m|(?<=\x1b\[)[mK]"  # ESC[1;32m, a terminal's colours
@@ -123,22 +122,20 @@ _ESCAPE = re.compile(
 """The letters and digits of an escape: they look like the beginning of the word behind it."""
 
 _SCHEME = re.compile(rb"b(?:earer|asic)[ \t]{1,4}")
-_PASS = re.compile(rb"[\w.~+/=-]{8,}")
-_USER = re.compile(
+_PASS = lazily(rb"[\w.~+/=-]{8,}")
+_USER = lazily(
     rb"://([^\s/?#@:\"'<>\[]{0,256}:(?![0-9]{1,5}[/?#])[^\s\"'<>]{1,256}|[^\s/?#@:\"'<>]{16,256})$"
 )
-_HOST = re.compile(rb"[\w.\[$%{(-]")
-_PEM = re.compile(rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
-_PEM_NEXT = re.compile(rb"-----(?:BEGIN|END [A-Z0-9 ]{0,60}-----)")
+_HOST = lazily(rb"[\w.\[$%{(-]")
+_PEM = lazily(rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_PEM_NEXT = lazily(rb"-----(?:BEGIN|END [A-Z0-9 ]{0,60}-----)")
 _PEM_BYTES = 32_768
-_PEM_BASE64 = re.compile(rb"[A-Za-z0-9+/]{40,}")
-_PEM_BETWEEN = re.compile(
+_PEM_BASE64 = lazily(rb"[A-Za-z0-9+/]{40,}")
+_PEM_BETWEEN = lazily(
     rb"(?:\\{1,8}[nrt]|[\s\"',|>*#:\\]|\n[+-]|[0-9]{1,6}(?=[\t:|]|\xe2\x86\x92)|\xe2\x86\x92){1,64}"
 )
 """What is between the lines of a key: ends of lines, quotes, numbers, marks of a diff."""
-_PEM_LINE = re.compile(
-    rb"(?:[A-Z][\w-]{2,20}: [^\r\n\\]{1,80}|=?[A-Za-z0-9+/]{4,}={0,2})(?![ \w.(])"
-)
+_PEM_LINE = lazily(rb"(?:[A-Z][\w-]{2,20}: [^\r\n\\]{1,80}|=?[A-Za-z0-9+/]{4,}={0,2})(?![ \w.(])")
 
 
 def word_start(data: bytes, at: int) -> int:
@@ -260,21 +257,21 @@ def _is_basic(value: bytes) -> bool:
         return False
 
 
-def _signatures(data: bytes, low: bytes) -> Iterator[tuple[int, int]]:
+def _signatures(data: bytes) -> Iterator[tuple[int, int]]:
     """In URLs of AWS, Azure and Google."""
-    for sign in _SIGNATURE.finditer(low):
-        value = _SIGNATURE_VALUE.match(data, sign.end())
-        if value and _IN_QUERY.search(low, max(0, sign.start() - 16), sign.start()):
-            yield value.span()
+    for mark in (b"?", b"&"):
+        for at in places(data, mark):
+            if signature := _SIGNATURE.match(data, at + 1):
+                yield signature.span(1)
 
 
 def shaped(data: bytes, low: bytes, runs: bytes) -> Iterator[tuple[int, int]]:
     """Parts of `data` that have the shape of a credential; the arguments are those of `named`."""
     yield from _vendors(data, runs)
     yield from _schemes(data, low)
-    yield from _signatures(data, low)
+    yield from _signatures(data)
     yield from _users(data)
     yield from _pem(data)
-    for mark in _AZURE.finditer(data):
+    for mark in _AZURE.finditer(data) if b"ASt" in data else ():
         if mark.start() >= 76 and _BASE64.match(data, mark.start() - 76, mark.start()):
             yield mark.start() - 76, mark.end()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from qitos_mlflow.redaction.names import names_credential
+from qitos_mlflow.redaction.patterns import lazily
 
 _NAME_FIELDS = ("name", "key", "header", "field", "variable", "parameterkey", "outputkey", "id")
 _VALUE_FIELDS = frozenset(
@@ -18,10 +18,8 @@ _OTHER_VALUE_FIELDS = frozenset({"content", "data", "text"})
 _NO_FIELDS: frozenset[str] = frozenset()
 _SCHEMA_FIELDS = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
 _SCHEMA_TYPES = frozenset({"string", "object", "array", "number", "integer", "boolean", "null"})
-_KEY_BEGINS = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?!.*-----END )", re.DOTALL
-)
-_OPTION = re.compile(r"-[A-Za-z-]")
+_KEY_BEGINS = lazily(r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?!.*-----END )")
+_OPTION = lazily(r"-[A-Za-z-]")
 _MOST_WORDS = 64
 _INNER_SPACE = "\x1f"
 

@@ -5,25 +5,25 @@ The name is the head of a column, and the credentials are below it. Each table i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from qitos_mlflow.redaction.literals import is_placeholder, is_secret_word
 from qitos_mlflow.redaction.names import names_credential
+from qitos_mlflow.redaction.patterns import lazily
 
 _LONGEST_LINE = 512
 """Longer lines are no head of a table (bytes)."""
 _DELIMITERS = b"|,;\t"
-_HEAD_CELL = re.compile(rb"[\"'`]?[A-Za-z_][\w .#/()-]{0,40}?[\"'`]?$")
-_RULE = re.compile(rb"[-+=:| ]{3,}\r?$")
-_WIDE = re.compile(rb"\S+(?: \S+)*")
-_QUOTED_CELL = re.compile(rb"(?:\"(?:[^\"]|\"\")*\"|[^,;\t|\"]*)")
-_INSERT = re.compile(rb"\)[\s\"]{0,8}values[\s\"]{0,8}")
-_TUPLE = re.compile(rb"\(((?:'(?:[^'\\]|\\.|'')*'|\"[^\"]*\"|[^()'\"])*)\)[\s,]{0,16}")
-_TUPLE_CELL = re.compile(rb"(?:'(?:[^'\\]|\\.|'')*'|\"[^\"]*\"|[^,'\"])+")
-_PLACE = re.compile(rb"[ \t]{0,4}(?:%s|\?)")
-_TO_PARAMETERS = re.compile(rb"[^\"\n]{0,256}\"{1,3}\s{0,8},\s{0,16}[(\[]")
-_PARAMETERS = re.compile(
+_HEAD_CELL = lazily(rb"[\"'`]?[A-Za-z_][\w .#/()-]{0,40}?[\"'`]?$")
+_RULE = lazily(rb"[-+=:| ]{3,}\r?$")
+_WIDE = lazily(rb"\S+(?: \S+)*")
+_QUOTED_CELL = lazily(rb"(?:\"(?:[^\"]|\"\")*\"|[^,;\t|\"]*)")
+_INSERT = lazily(rb"\)[\s\"]{0,8}values[\s\"]{0,8}")
+_TUPLE = lazily(rb"\(((?:'(?:[^'\\]|\\.|'')*'|\"[^\"]*\"|[^()'\"])*)\)[\s,]{0,16}")
+_TUPLE_CELL = lazily(rb"(?:'(?:[^'\\]|\\.|'')*'|\"[^\"]*\"|[^,'\"])+")
+_PLACE = lazily(rb"[ \t]{0,4}(?:%s|\?)")
+_TO_PARAMETERS = lazily(rb"[^\"\n]{0,256}\"{1,3}\s{0,8},\s{0,16}[(\[]")
+_PARAMETERS = lazily(
     rb"\s{0,16}(?:\"([^\"]{1,256})\"|'([^']{1,256})'|[^,()\[\]\"']{0,64})\s{0,8},?"
 )
 

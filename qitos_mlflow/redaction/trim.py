@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 from qitos_mlflow import _json
+from qitos_mlflow.redaction.patterns import lazily
 
 CUT_HERE = "… [cut: "
 """Begins the note in the place of what was cut off; the original length follows."""
@@ -29,14 +30,14 @@ MAX_INLINED_CHARS = 32_768
 
 _MEDIA = r"[\w.+-]{1,64}(?:/[\w.+-]{1,64})?"
 _MEDIA_KEYS = ("media_type", "mime_type", "mimeType", "format")
-_DATA_URL = re.compile(r"data:([\w.+-]{1,64}/[\w.+-]{1,64})?[;,]", re.ASCII | re.IGNORECASE)
-_BASE64 = re.compile(r"[\w+/=-]*", re.ASCII)
+_DATA_URL = lazily(r"(?ai)data:([\w.+-]{1,64}/[\w.+-]{1,64})?[;,]")
+_BASE64 = lazily(r"(?a)[\w+/=-]*")
 _LOOK_CHARS = 1024
 """As many characters show whether a text is base64."""
-_CUT = re.compile(re.escape(CUT_HERE) + r"(\d+) characters in all(?:, at (\d+))?\]$")
+_CUT = lazily(re.escape(CUT_HERE) + r"(\d+) characters in all(?:, at (\d+))?\]$")
 _CUT_CHARS = 80
 """A note of a cut is not longer (characters)."""
-_FILE_NOTE = re.compile(rf"\[{_MEDIA}, \d+ characters\]", re.ASCII)
+_FILE_NOTE = lazily(rf"(?a)\[{_MEDIA}, \d+ characters\]")
 _WITH_FIELDS = ("data", "metadata")
 
 

@@ -13,38 +13,37 @@ from qitos_mlflow.redaction.literals import (
     is_placeholder,
     is_plain_word,
 )
+from qitos_mlflow.redaction.patterns import lazily
 
 Found = tuple[int, int, bytes]
 """Start and end of a credential, and the quotes that the marker in its place needs, else empty."""
 
-QUOTE = re.compile(
-    rb"\s{0,64}[rbufRBUFNL@$]{0,2}(\"\"\"\\?\s{0,16}|'''\s{0,16}|\\{0,8}[\"']|`(?![`]))"
-)
-_PLAIN = re.compile(
+QUOTE = lazily(rb"\s{0,64}[rbufRBUFNL@$]{0,2}(\"\"\"\\?\s{0,16}|'''\s{0,16}|\\{0,8}[\"']|`(?![`]))")
+_PLAIN = lazily(
     rb"(?i)[ \t]{0,64}(?:(?:bearer|basic|digest|token|apikey|\*\*|!!str|&\w{1,16})[ \t]{1,4}){0,2}"
     rb"([^\s\"'`&;<>\\]+)"
 )
-_NAME_IN_QUOTES = re.compile(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
-_NO_TEXT = re.compile(
+_NAME_IN_QUOTES = lazily(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
+_NO_TEXT = lazily(
     rb"[ \t]{0,64}(\{|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
 )
 """The beginning of an object or a list in JSON or a repr, or a number."""
-_SCHEMA = re.compile(
+_SCHEMA = lazily(
     rb"\{\s{0,64}\\{0,8}[\"']?(?:type|description|title|\$ref|anyOf|oneOf|valueFrom)\\{0,8}[\"']?"
     rb"\s{0,4}:"
 )
 """JSON Schema, which says what a credential looks like."""
-_EMPTY = re.compile(rb"\{\s{0,8}\}|\[\s{0,8}\]")
-_WITH_TEXT = re.compile(rb"[\[{]\s{0,64}(?:\\{0,8}[\"']?[\w.-]{1,48}\\{0,8}[\"']?\s?[:=]\s?)?[\"']")
-_TUPLE = re.compile(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
-_IN_PARENTHESES = re.compile(rb"[ \t]{0,8}\((?=[rbuN]?[\"'])")
-_LINE = re.compile(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
-_BLOCK = re.compile(rb"[ \t]{0,8}([|>]?)[+-]?[0-9]?[ \t]{0,8}\r?\n([ \t]*)(?=[^\s\"'{\[-])")
-_ITEM = re.compile(rb"[ \t]{0,64}-[ \t]{1,8}([^\s:\"'{\[]+)[ \t]{0,8}(?:\r?\n|$)")
-_OR = re.compile(rb"[^\n]{0,96}?(?:\bor|\|\||\?\?)[ \t]{0,4}(?=[\"'])")
-_BRACKET = re.compile(rb"[\[\]{}]")
+_EMPTY = lazily(rb"\{\s{0,8}\}|\[\s{0,8}\]")
+_WITH_TEXT = lazily(rb"[\[{]\s{0,64}(?:\\{0,8}[\"']?[\w.-]{1,48}\\{0,8}[\"']?\s?[:=]\s?)?[\"']")
+_TUPLE = lazily(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
+_IN_PARENTHESES = lazily(rb"[ \t]{0,8}\((?=[rbuN]?[\"'])")
+_LINE = lazily(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
+_BLOCK = lazily(rb"[ \t]{0,8}([|>]?)[+-]?[0-9]?[ \t]{0,8}\r?\n([ \t]*)(?=[^\s\"'{\[-])")
+_ITEM = lazily(rb"[ \t]{0,64}-[ \t]{1,8}([^\s:\"'{\[]+)[ \t]{0,8}(?:\r?\n|$)")
+_OR = lazily(rb"[^\n]{0,96}?(?:\bor|\|\||\?\?)[ \t]{0,4}(?=[\"'])")
+_BRACKET = lazily(rb"[\[\]{}]")
 _HEADERS = (b"authorization", b"cookie")
-_SCHEME = re.compile(rb"(?i)(?:(?:bearer|basic|token|digest|apikey)[ \t]+)?(\S+)")
+_SCHEME = lazily(rb"(?i)(?:(?:bearer|basic|token|digest|apikey)[ \t]+)?(\S+)")
 _SHORTEST_TOKEN = 12
 _OF_PROSE = (b"token", b"auth", b"key")
 

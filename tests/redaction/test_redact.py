@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -435,3 +437,31 @@ def test_images_and_hashes_are_left_alone() -> None:
 def test_credentials_are_left_out_of_a_destination(uri: str, shown: str) -> None:
     """User and password are left out, and nothing else."""
     assert without_credentials(uri) == shown
+
+
+def test_patterns_are_compiled_when_a_text_needs_them() -> None:
+    """Importing the package compiles next to none, and the agent's thread needs no others.
+
+    What the agent's thread redacts is the address of a server or store, at the start of a trace.
+    """
+    code = """
+import re, sys
+compile, compiled = re.compile, []
+def counting(pattern, flags=0):
+    if sys._getframe(1).f_globals["__name__"].startswith("qitos_mlflow.redaction"):
+        compiled.append(pattern)
+    return compile(pattern, flags)
+re.compile = counting
+import qitos_mlflow.mlflow_plugin.processor
+from qitos_mlflow.redaction.redact import redact_text, without_credentials
+at_import = len(compiled)
+without_credentials("http://user:word@localhost:5000/path")
+without_credentials("sqlite:////home/ann/mlflow.db")
+for_addresses = len(compiled) - at_import
+for _ in range(3):
+    redact_text("export API_KEY=Zk3vQ9rT1mXy8LbN")
+    first, compiled = compiled, []
+print(at_import, for_addresses, len(first))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(count) for count in done.stdout.split()] == [11, 0, 0]
