@@ -21,8 +21,7 @@ MAX_EXCEPTIONS = 100
 """So many are looked at: those in groups, and those that were being handled."""
 
 _BARE = frozenset(
-    {"CancelledError", "Empty", "GeneratorExit", "MemoryError"}
-    | {"StopAsyncIteration", "StopIteration"}
+    {"CancelledError", "Empty", "GeneratorExit", "StopAsyncIteration", "StopIteration"}
 )
 """Classes that C code raises without arguments."""
 
@@ -42,9 +41,14 @@ def interruption(error: BaseException) -> BaseException | None:
     - Another exception that no ``raise`` made, with the arguments that its class gives it: another
       thread has injected the class, by `PyThreadState_SetAsyncExc`.
 
+    A `MemoryError` counts as the code's own. Python 3.12 and 3.13 may crash if somebody looks at a
+    frame that got no memory for its variables.
+
     Call it where `error` is caught. Any thread; never raises.
     """
     try:
+        if issubclass(type(error), MemoryError):
+            return None
         return next((one for one in _all(error) if _is_from_outside(one)), None)
     except BaseException:  # noqa: BLE001 - a class of the user's, or no memory
         return None

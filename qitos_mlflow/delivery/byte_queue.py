@@ -53,18 +53,18 @@ class ByteQueue:
         self._hurry.acquire()
 
     def offer(self, payload: bytes, keep: bool = False, urgent: bool = False) -> bool:
-        """Take `payload`, or refuse it because the queue is full. Any thread; never blocks.
+        """Take `payload`, or refuse it: the queue is full, or there is no memory. Never blocks.
 
-        An urgent one ends `linger`.
+        Any thread. An urgent one ends `linger`.
         """
-        size = len(payload) + ITEM_OVERHEAD_BYTES
-        if not keep and self._held_bytes + size > self._max_bytes:
-            return False
         try:
+            size = len(payload) + ITEM_OVERHEAD_BYTES
+            if not keep and self._held_bytes + size > self._max_bytes:
+                return False
             self._items.put(Item(payload, keep, urgent))
+            self._held_bytes += size
         except MemoryError:
             return False
-        self._held_bytes += size
         if urgent:
             self._end_linger()
         return True

@@ -93,6 +93,13 @@ class MlflowPlugin:
     @hookimpl
     def qitos_trace_start(self, trace: Any) -> None:
         """Record the start; wait for the run, bounded, if it can become the active run."""
+        try:
+            self._begin(trace)
+        except BaseException as error:
+            self.recorder.lose_start(str(trace.trace_id), error)
+            raise
+
+    def _begin(self, trace: Any) -> None:
         if not self.qitos_wants_trace(trace):
             return
         key = str(trace.trace_id)
@@ -141,8 +148,8 @@ class MlflowPlugin:
         if open_trace is None:
             self.recorder.lose_span(span.trace_id)
             return
-        current_trace.set(span.trace_id)
         open_trace.start_span(span)
+        current_trace.set(span.trace_id)
         open_trace.active.follow()
         if open_trace.autolog is not None:
             open_trace.autolog.enter(span)
@@ -170,6 +177,10 @@ class MlflowPlugin:
         stays_open = not (open_trace.ended or self.settings.auto_end_run)
         try:
             open_trace.end(trace)
+        except MemoryError:  # Its run must not stay open: unless it has ended, it ends here.
+            status = open_trace.status({}, getattr(trace, "error", None))
+            open_trace.end_early(status, "too little memory")
+            raise
         finally:  # Also after Ctrl-C.
             open_trace.active.leave(open=stays_open)
             current_trace.set(open_trace.around)

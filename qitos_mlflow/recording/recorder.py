@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from qitos_mlflow._guard import warn
+from qitos_mlflow.delivery import NO_MEMORY
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.pipelines import RecordPipeline, unfinished
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
@@ -42,6 +43,8 @@ class Recorder(Generic[T]):
         """The trace with this host id; None if this plugin does not record it."""
         self._pipelines: dict[RecordPipeline, int] = {}
         """The pipelines it uses, and the losses of each that a flush has reported."""
+        self._unplaced: list[str] = []
+        """Why traces were lost before it had any pipeline."""
         self._inherited: dict[str, RecordPipeline] = {}
         _recorders.add(self)
 
@@ -74,6 +77,8 @@ class Recorder(Generic[T]):
                         unfinished.add(pipeline)
                     pipeline.use(self, settings)
                     self._pipelines.setdefault(pipeline, pipeline.counted_losses)
+                    while self._unplaced:
+                        pipeline.stats.drop(self._unplaced.pop())
                     return pipeline
             made = make(key, settings)  # Without the lock: this may take a moment.
 
@@ -87,6 +92,24 @@ class Recorder(Generic[T]):
                     self._traces.pop(old_id, None)
                     if open_spans := old.unfinished_spans:
                         old.pipeline.stats.drop("forgotten", open_spans)
+
+    def lose_start(self, trace_id: str, error: BaseException) -> None:
+        """Count a trace that could not begin; nothing of it is recorded, or only its start not.
+
+        Args:
+            trace_id: the host's.
+            error: what its start has raised.
+        """
+        reason = NO_MEMORY if isinstance(error, MemoryError) else "snapshot_failed"
+        trace = self._traces.get(trace_id)
+        if trace is not None:
+            if not trace.started:
+                trace.lose("trace_start", reason)
+            return
+        for pipeline in self._pipelines:
+            pipeline.stats.drop(reason)
+            return
+        self._unplaced.append(reason)  # Counted with its first trace that begins.
 
     def lose_span(self, trace_id: str) -> None:
         """Count a span of an unknown trace, if its trace is that of a parent process."""

@@ -44,6 +44,7 @@ class TraceRecorder:
         id: of the trace in its records; see `RecordPipeline.add`.
         no_pictures: its spans are not shown, so the spool needs no pictures of them.
         closed: its plugin takes no more spans.
+        started: its start is recorded, or its loss is counted.
         ended: its end is recorded: only late spans can follow.
         shared: what `recorded` gets is used, too, with what plugins add.
     """
@@ -60,7 +61,7 @@ class TraceRecorder:
         self.content = settings.capture_content and content_allowed(trace)
         self.no_pictures = False
         self.closed = False
-        self.ended = self.shared = False
+        self.started = self.ended = self.shared = False
         self._field_chars = settings.field_bytes
         self._files = self.content and settings.log_artifacts
         self._settings = {} if run_settings is None else {"settings": run_settings}
@@ -108,6 +109,7 @@ class TraceRecorder:
             **self._settings,
             **more,
         }
+        self.started = True
         self._offer_kept(record)
 
     def start_span(self, span: Any) -> None:
@@ -119,20 +121,10 @@ class TraceRecorder:
         self._steps[span.span_id] = step
         if self._awaits_root:
             self._awaits_root = False
-            record = {
-                "kind": "span_start",
-                "trace_id": self.id,
-                "span_id": span.span_id,
-                "parent_id": span.parent_span_id,
-                "type": span.data.type,
-                "data": {"name": getattr(span.data, "name", None)},
-                "start_ns": time.time_ns(),
-                **self._settings,
-            }
             try:
-                self.pipeline.offer(encode(record, self._slow), keep=True)
+                self._offer_root(span)
             except MemoryError:
-                self._lose("span_start", NO_MEMORY)
+                self.lose("span_start", NO_MEMORY)
 
     def end_span(self, span: Any) -> None:
         """Record a span.
@@ -140,17 +132,17 @@ class TraceRecorder:
         Raises:
             Exception: the span's data is not the host's and cannot be read. The loss is counted.
         """
-        step = self._steps.pop(span.span_id, None)
-        if step is None:
-            step = self._steps.get(span.parent_span_id)
-        if step is None and span.data.type == "step":
-            step = span.data.step_number
         next(self._spans)
-        self._late += self.ended
+        step = self._steps.pop(span.span_id, None)
         if self.closed or self.pipeline.closed:
-            self._lose("span", "closed")
+            self.lose("span", "closed")
             return
         try:
+            self._late += self.ended
+            if step is None:
+                step = self._steps.get(span.parent_span_id)
+            if step is None and span.data.type == "step":
+                step = span.data.step_number
             # In characters: each is at least a byte, and `normalize` cuts to the byte.
             record = snapshot.span_record(span, self.content, self._field_chars)
             record |= {"trace_id": self.id, "step": step}
@@ -164,10 +156,10 @@ class TraceRecorder:
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
                 payload = with_picture_files(payload, self._pictures, most)
         except MemoryError:
-            self._lose("span", NO_MEMORY)
+            self.lose("span", NO_MEMORY)
             return
         except BaseException:
-            self._lose("span", "snapshot_failed")
+            self.lose("span", "snapshot_failed")
             raise
         if not self.pipeline.offer(payload):
             self._pictures.clear()  # Those of the record are read again.
@@ -204,7 +196,7 @@ class TraceRecorder:
                     if not self.pipeline.offer(encode(file, self._slow)):
                         self._note_loss("artifact", "queue_full")
                 except MemoryError:
-                    self._lose("artifact", NO_MEMORY)
+                    self.lose("artifact", NO_MEMORY)
 
         self._end(TraceRecorder.status({}, failure), {}, complete)
 
@@ -223,18 +215,22 @@ class TraceRecorder:
         self.ended = True
         self._handling = None  # Its traceback keeps the agent's local variables alive.
         self._pictures.clear()
-        end: dict[str, Any] = {
-            "kind": "trace_end",
-            "trace_id": self.id,
-            "time_ns": time.time_ns(),
-            "metadata": metadata,
-            "status": status,
-            "error": None,
-            "recorded": next(self._spans),
-            "dropped": {},
-            "lost": {},
-            **self._settings,
-        }
+        try:
+            end: dict[str, Any] = {
+                "kind": "trace_end",
+                "trace_id": self.id,
+                "time_ns": time.time_ns(),
+                "metadata": metadata,
+                "status": status,
+                "error": None,
+                "recorded": next(self._spans),
+                "dropped": {},
+                "lost": {},
+                **self._settings,
+            }
+        except MemoryError:
+            self.lose("trace_end", NO_MEMORY)
+            return
         try:
             complete(end)
         except BaseException as error:  # noqa: BLE001 - a run whose end is lost stays RUNNING
@@ -248,19 +244,37 @@ class TraceRecorder:
         if self._ended_s == float("inf"):
             self.pipeline.add_loss(self.id, kind, reason)
 
-    def _lose(self, kind: str, reason: str) -> None:
+    def lose(self, kind: str, reason: str) -> None:
+        """Count a record of this kind (``span``, …) that was lost before it was offered."""
         self._note_loss(kind, reason)
         self.pipeline.stats.drop(reason)
 
     def _offer_kept(self, record: dict[str, Any]) -> None:
         """Record the start or the end, if memory is short without its metadata."""
         try:
-            payload = encode(record, self._slow)
+            try:
+                payload = encode(record, self._slow)
+            except MemoryError:
+                payload = encode({**record, "metadata": {}}, self._slow)
+                self.lose("metadata", NO_MEMORY)
         except MemoryError:
-            self._lose("metadata", NO_MEMORY)
-            payload = encode({**record, "metadata": {}}, self._slow)
+            self.lose(record["kind"], NO_MEMORY)
+            return
         self.pipeline.offer(payload, keep=True, urgent=True)
         self.recorded(payload)
+
+    def _offer_root(self, span: Any) -> None:
+        record = {
+            "kind": "span_start",
+            "trace_id": self.id,
+            "span_id": span.span_id,
+            "parent_id": span.parent_span_id,
+            "type": span.data.type,
+            "data": {"name": getattr(span.data, "name", None)},
+            "start_ns": time.time_ns(),
+            **self._settings,
+        }
+        self.pipeline.offer(encode(record, self._slow), keep=True)
 
     def _metadata(self, trace: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         metadata = {**(more or {}), **(trace.metadata or {})}

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces RLIMIT_AS")
+ROOT = Path(__file__).parents[2]
 
 AGENT = """
 import resource, sys, time
@@ -71,6 +72,15 @@ def test_what_is_refused_is_counted(left: int, size: int, tmp_path: Path) -> Non
     assert status["lost"] == {"no_memory": 20}
     [end] = [json.loads(line) for line in records(tmp_path / "spool") if b'"trace_end"' in line]
     assert (end["recorded"], end["dropped"]) == (20, {"no_memory": 20})
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python crashes: a frame without memory")
+def test_each_allocation_of_a_callback_fails(tmp_path: Path) -> None:
+    """Nothing is raised into the agent, and what is not recorded is counted."""
+    pytest.importorskip("_testcapi")
+    command = [sys.executable, "-m", "tests.recording.no_memory", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "losses: True\n"), done
 
 
 def cli(*arguments: str) -> str:

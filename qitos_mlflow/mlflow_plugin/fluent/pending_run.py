@@ -29,8 +29,9 @@ POLL_S = 0.05
 def before_alarm_s() -> float:
     """How long a wait may last so that it ends before the process's alarm (seconds).
 
-    Programs limit the time of a task with an alarm whose handler raises. If it raised inside a
-    wait of ours, the exception would be taken for a failure of ours, and the task would continue.
+    Programs limit the time of a task with an alarm whose handler raises. This package lets such
+    an exception through, but a wait may be in a hook that QitOS calls, and QitOS drops what its
+    hooks raise: the task would continue.
     """
     if not hasattr(signal, "getitimer"):  # Windows.
         return math.inf
