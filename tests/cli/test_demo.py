@@ -104,6 +104,7 @@ def test_what_is_printed_is_what_mlflow_has(
         assert done.stdout.endswith(f"http://localhost:5000{page}")
 
 
+@pytest.mark.parametrize("store", ["server"], indirect=True)
 def test_two_demos_do_not_mix(logged: tuple[Done, list[LoggedRun]], store: str, cli: Run) -> None:
     """A second demo into the same experiment shows its own runs only."""
     again = cli("demo", "--tracking-uri", store, "--experiment-name", EXPERIMENT, **SLOW)

@@ -1,9 +1,9 @@
 """The n-th call fails, for every n, as SQLite's I/O error tests do: nothing lost or doubled.
 
 One run of a pipeline without a fault counts the calls that it makes: of the file system below the
-spool, and of MLflow's server. Then each of them fails once in a run of its own. Afterwards
-everything is on the server as in the run without a fault, once what is left has been delivered
-as `qitos-mlflow sync` does it.
+spool, and of MLflow's server. Then each of them fails once in a run of its own; of the file
+system's, each fifth outside of soak. Afterwards everything is on the server as in the run without a
+fault, once what is left has been delivered as `qitos-mlflow sync` does it.
 """
 
 from __future__ import annotations
@@ -146,10 +146,16 @@ Scene = Callable[[], Iterator[None]]
 """Prepares, yields, does what may fail, yields, and checks what has become of it."""
 
 
-def each_call_fails_once(spool: Path, scene: Scene) -> Counter[str]:
+@pytest.fixture(params=[5, pytest.param(1, marks=pytest.mark.soak)], ids=["fifth", "all"])
+def every(request: pytest.FixtureRequest) -> int:
+    """Which of the faults are tried: each fifth, in soak all."""
+    return int(request.param)
+
+
+def each_call_fails_once(spool: Path, scene: Scene, every: int) -> Counter[str]:
     """Play the scene once without a fault, then once for each call that fails in it."""
     counts = play(spool, scene, lambda name, number: None)
-    for name, number, code in faults(counts):
+    for name, number, code in [*faults(counts)][::every]:
         shutil.rmtree(spool.parent, ignore_errors=True)
         failure = OSError(code, os.strerror(code))
         try:
@@ -178,7 +184,7 @@ def fails_once(name: str, number: int, failure: OSError, at: str, n: int) -> OSE
 
 
 @pytest.mark.parametrize("fsync", [False, True], ids=["unsynced", "synced"])
-def test_each_call_of_the_file_system_fails_once(spool: Path, fsync: bool) -> None:
+def test_each_call_of_the_file_system_fails_once(spool: Path, fsync: bool, every: int) -> None:
     """While an agent delivers: memory stands in, nothing is lost, nothing is left."""
     want = logged(spool)
     shutil.rmtree(spool.parent)
@@ -192,7 +198,7 @@ def test_each_call_of_the_file_system_fails_once(spool: Path, fsync: bool) -> No
         assert (pipeline.stats.dropped, pipeline.stats.dead_letters) == ({}, 0)
         assert server.logged() == want
 
-    counts = each_call_fails_once(spool, scene)
+    counts = each_call_fails_once(spool, scene, every)
     assert set(counts) >= {
         *("open", "write", "fsync", "close", "read", "stat", "fstat", "mkdir", "flock"),
         *("replace", "unlink", "scandir", "fchmod"),
@@ -200,7 +206,7 @@ def test_each_call_of_the_file_system_fails_once(spool: Path, fsync: bool) -> No
 
 
 @pytest.mark.parametrize("fsync", [False, True], ids=["unsynced", "synced"])
-def test_each_call_fails_once_offline(spool: Path, fsync: bool) -> None:
+def test_each_call_fails_once_offline(spool: Path, fsync: bool, every: int) -> None:
     """No memory stands in, so the disk is tried a second time at once: nothing is lost."""
     want = logged(spool)
     shutil.rmtree(spool.parent)
@@ -217,11 +223,11 @@ def test_each_call_fails_once_offline(spool: Path, fsync: bool) -> None:
         assert server.logged() == want
         assert list(spool.iterdir()) == []
 
-    counts = each_call_fails_once(spool, scene)
+    counts = each_call_fails_once(spool, scene, every)
     assert set(counts) >= {"open", "write", "close", "stat", "fstat", "mkdir", "flock", "listdir"}
 
 
-def test_each_call_of_sync_fails_once(spool: Path) -> None:
+def test_each_call_of_sync_fails_once(spool: Path, every: int) -> None:
     """What one `sync` leaves because of it, the next one delivers; a damaged line is counted."""
     want = logged(spool)
     shutil.rmtree(spool.parent)
@@ -242,6 +248,6 @@ def test_each_call_of_sync_fails_once(spool: Path) -> None:
         assert sum(info.dead_letters.values()) + sum(info.losses.values()) >= 1
         assert {path.suffix for path in spool.iterdir()} <= {".dead", ".lost"}
 
-    counts = each_call_fails_once(spool, scene)
+    counts = each_call_fails_once(spool, scene, every)
     assert set(counts) >= {"open", "write", "read", "fsync", "stat", "unlink", "replace", "flock"}
     assert counts["unlink"] >= 5
