@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import threading
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qitos_mlflow import _json
 from qitos_mlflow.cli._show import complain, echo, plural, spinner
 from qitos_mlflow.cli._spool import destination_of, experiment_of, header_of, reason_of
 
@@ -247,5 +247,5 @@ def _traces_of(segment: SegmentInfo) -> set[str]:
     found = set()
     for record in waiting_records(segment.paths):
         with suppress(ValueError, KeyError, TypeError):
-            found.add(str(json.loads(record)["trace_id"]))
+            found.add(str(_json.loads_foreign(record)["trace_id"]))
     return found

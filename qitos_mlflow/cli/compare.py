@@ -110,7 +110,7 @@ def _compare(
                 echo(shown, lines=True)
             if log is not None:
                 _log(transport, log, {"comparison.json": text, "comparison.txt": shown})
-    except RetryLater as error:
+    except (RetryLater, UnicodeEncodeError) as error:  # Of a name that is no text.
         raise QitosMlflowError(f"{answer.uri}: {error}") from error
 
 
@@ -123,15 +123,10 @@ def _tasks(transport: Transport, evaluation: str, metrics: Sequence[str]) -> lis
     from qitos_mlflow.mlflow_plugin.mapping.trace_facts import EVALUATION_TAG
     from qitos_mlflow.mlflow_plugin.sink.children import below
 
-    try:
-        evaluation.encode()
-    except UnicodeEncodeError:
-        place = None
-    else:
-        run = transport.stored_run(evaluation, _timeout_s(transport))
-        wanted = below(run.ref.run_id) if run else ""
-        place = run.ref.experiment_id if run else None
-        place = place or transport.find_experiment(evaluation, _timeout_s(transport))
+    run = transport.stored_run(evaluation, _timeout_s(transport))
+    wanted = below(run.ref.run_id) if run else ""
+    place = run.ref.experiment_id if run else None
+    place = place or transport.find_experiment(evaluation, _timeout_s(transport))
     if place is None:
         raise QitosMlflowError(f"no run and no experiment {evaluation!r}")
     runs = _read(transport, place, wanted, metrics)

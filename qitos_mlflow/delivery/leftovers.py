@@ -105,7 +105,7 @@ def take(
         OSError: the spool cannot be read or written.
     """
     head = read_head(paths)
-    if is_held(paths.own) and not head.offline:
+    if is_held(paths.own) and not head.offline:  # `claim` would wait for its other lock.
         return Outcome.BUSY
     claimed = claim(paths, stats)
     if claimed is None:

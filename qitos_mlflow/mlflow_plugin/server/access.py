@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import configparser
 import os
-import re
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +37,6 @@ RENEW_S = 60.0
 SLOW_S = 0.1
 """A plugin that takes longer is named in a warning (seconds)."""
 SECRET_WORDS = frozenset({"key", "signature", "token", "secret"})
-_NAME = re.compile(r"[!-9;-~]+")
-_VALUE = re.compile(r"(?:(?!\s)[^\r\n\u0100-\U0010ffff]+)?")
-"""What requests takes as a header."""
 TENANT_WORDS = frozenset({"tenant", "user", "org", "organization", "team", "workspace", "project"})
 
 
@@ -100,23 +96,24 @@ def read_access(
 
 def _usable(headers: Mapping[Any, Any]) -> dict[str, str]:
     """The headers, if a request can have them. Those without a value are left out."""
+    from requests.utils import check_header_validity
+
     found: dict[str, str] = {}
-    for name, value in headers.items():
-        text = value.decode("latin-1") if isinstance(value, bytes) else value
+    for pair in headers.items():
+        name, text = (one.decode("latin-1") if isinstance(one, bytes) else one for one in pair)
         if text is None:
             continue
-        if not (_is(_NAME, name) and _is(_VALUE, text)):
-            shown = MARKER if _is_secret(str(name), "") else redact_text(repr(value)[:100])
+        try:
+            check_header_validity((name, text))
+            text.encode("latin-1")
+        except ValueError:
+            shown = MARKER if _is_secret(str(name), "") else redact_text(repr(text)[:100])
             raise Hopeless(
                 f"the header {name!r} of a plugin of MLflow's has the value {shown}, of type "
-                f"{type(value).__name__}: it must be a text of one line, in Latin-1"
-            )
+                f"{type(text).__name__}: it must be a text of one line, in Latin-1"
+            ) from None
         found[name] = text
     return found
-
-
-def _is(form: re.Pattern[str], text: object) -> bool:
-    return isinstance(text, str) and form.fullmatch(text) is not None
 
 
 def _of_plugins(uri: str) -> tuple[Mapping[str, str], Callable[[Any], Any] | None]:

@@ -151,8 +151,7 @@ class Operations:
             tags = trace.creation_tags()[: limits.BATCH_TAGS]
             if bare:
                 tags = [tag for tag in tags if tag[0] == "qitos.trace_id"]
-            start_ms = limits.clean_ms(facts.start_ns)
-            new = NewRun(experiment_id, facts.run_name, start_ms, tags)
+            new = NewRun(experiment_id, facts.run_name, limits.clean_ms(facts.start_ns), tags)
             try:
                 trace.run = self._transport.create_run(new, timeout_s)
             except Unanswered:
@@ -298,16 +297,15 @@ class Operations:
 
     def _lacks(self, part: Part, failure: Exception, trace: TraceState, timeout_s: float) -> bool:
         """Count a failure; True if there were enough of them while the server is well otherwise."""
-        now, part.reason = time.monotonic(), str(failure)
-        part.failures, part.since = part.failures + 1, part.since if part.failures else now
+        now, part.reason, part.failures = time.monotonic(), str(failure), part.failures + 1
+        part.since = part.since if part.failures > 1 else now
         enough = part.failures >= SIGHTINGS and now - part.since >= SIGHTINGS_S
         return enough and self.server_is_well(trace, timeout_s)
 
     def _go_without_traces(self, failure: Exception) -> None:
         self._traces.missing_until = time.monotonic() + LOOK_AGAIN_S
-        text = "%s cannot store traces (%.200s): runs are logged, span trees are not"
-        server = self._transport.address
-        warn(f"sink.no_traces {server}", text, server, failure)
+        text, server = "%s cannot store traces (%.200s): only runs are", self._transport.address
+        warn(f"sink.no_traces {server}", f"{text} logged, without span trees", server, failure)
 
     def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write a file of the run; put it off if files fail while the server is well otherwise."""

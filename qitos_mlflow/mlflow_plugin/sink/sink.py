@@ -115,7 +115,7 @@ class MlflowSink:
         self._resumed = True
         self._traces, self._refused = {}, {}
         try:
-            plain = _json.loads(state)
+            plain = _json.loads_foreign(state)
             uri, refused, found = plain["uri"], dict(plain["refused"]), plain["traces"]
             version = plain.get("version", 1)
             if version in (1, 2):
@@ -141,7 +141,7 @@ class MlflowSink:
         touched: dict[str, TraceState] = {}
         for data in records:
             try:
-                record: Record = _json.loads(data)
+                record: Record = _json.loads_foreign(data)
                 trace_id, kind = str(record["trace_id"]), record["kind"]
                 check_names(record)
             except (KeyError, TypeError, ValueError) as error:
