@@ -316,7 +316,7 @@ def test_arguments_and_names_of_files(tmp_path: Path) -> None:
     spool = tmp_path / evil.replace(KEY, "token=1")
     spool.mkdir()
     (spool / f"host{evil}-1-2-3.0.seg").write_bytes(b"damaged")
-    cli("status", str(spool))
+    assert "token=1" in cli("status", str(spool))
     cli("sync", str(spool))
     cli("status", str(spool / "nothing"))
     cli(evil)

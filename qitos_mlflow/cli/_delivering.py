@@ -52,8 +52,8 @@ class Sync:
 
         self.counts = Counts()
         self.outcomes: Counter[Outcome | None] = Counter()
-        self.left = 0
-        """How many segments are not delivered."""
+        self.left = self._barred = 0
+        """How many segments are not delivered; of these, how many only an option would deliver."""
         self.problems: dict[str, list[str]] = {}
         """Why they are not; with the stems of the segments that this is about."""
         self._opens = opens
@@ -163,6 +163,7 @@ class Sync:
     def _must_not(self, segment: SegmentInfo, way: Way, to: str) -> bool:
         """Whether only the user may say that the segment is delivered; then note how."""
         if way.needs:
+            self._barred += 1
             command = ["qitos-mlflow", "sync", *way.needs.split(), *map(str, self._paths)]
             self._note(
                 f"not delivered to {to}, because another user may have written it: it is outside "
@@ -228,8 +229,9 @@ class Sync:
         left = [plural(self.left, "segment")] if self.left else []
         left += [plural(counts.put_off, "record")] if counts.put_off else []
         if left:
-            again = f"run it again later: {self.again}"
-            complain(f"{' and '.join(left)} not delivered; {again}", own=True)
+            helps = counts.put_off or self.left > self._barred
+            again = f"; run it again later: {self.again}" if helps else ""
+            complain(f"{' and '.join(left)} not delivered{again}", own=True)
 
 
 def _named(stems: Sequence[str]) -> str:

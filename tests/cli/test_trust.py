@@ -80,6 +80,7 @@ def test_a_local_store_is_written_only_when_asked_for(archive: Path, uri: str | 
     said = " ".join(done.output.split())
     assert f"segment {paths.stem}: not delivered to {(uri or 'MLflow').format(archive)}" in said
     assert f"qitos-mlflow sync --trust {spool}" in said
+    assert said.endswith("1 segment not delivered")  # The same command would do no more later.
     asked = invoke("sync", "--trust", spool)
     assert files_in(archive) or "cannot be opened" in asked.output  # MLflow 3.17: no file stores.
     if str(uri).startswith("sqlite"):

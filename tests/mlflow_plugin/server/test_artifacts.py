@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
+import requests
 
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef, is_inside
+from qitos_mlflow.mlflow_plugin.server.http import Request
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import PutOff
-from qitos_mlflow.mlflow_plugin.sink.sink import open_transport
+from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
 from tests.fakes.https import RecordingServer, recording_server
-from tests.fakes.mlflow_rest import MlflowRest
+from tests.fakes.mlflow_rest import HEADER, MlflowRest
 from tests.integration.made_store import make_store
 
 SECRET = "s3cr3t-of-a-user"
@@ -126,6 +130,36 @@ def test_a_name_that_leaves_its_directory_is_a_dead_letter(name: str) -> None:
     assert all("no name for a file" in letter.reason for letter in dead)
     assert [path.rpartition("/artifacts/")[2] for path in server.artifacts] == ["ok/100%25.txt"]
     sink.close()
+
+
+def test_no_record_has_a_file_of_this_machine_read(tmp_path: Path) -> None:
+    """Only the agent that records reads files; what names one in the spool may be anybody's."""
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + SECRET.encode())
+    content = file.read_bytes()
+    server, sent = MlflowRest(), list[bytes]()
+    named = {"file": str(file), "path": "a.txt", "content": None, "picture_files": {str(file): {}}}
+    block = [{"role": "user", "content": [{"type": "image_file", "path": str(file)}]}]
+    ids = {"trace_id": "t", "span_id": "s", "start_ns": 1, "end_ns": 2, "time_ns": 1, "name": "n"}
+    records: list[dict[str, Any]] = [
+        {"kind": "trace_start", "metadata": {"run_dir": str(tmp_path)}},
+        {"kind": "span", "type": "generation", "data": {"input_content": block}},
+        {"kind": "artifact"},
+        {"kind": "pictures", "pictures": {"picture.png": str(file)}},
+        {"kind": "trace_end", "status": "FINISHED", "metadata": {}},
+    ]
+
+    def receive(request: Request) -> requests.Response:
+        sent.append(request.body or b"")
+        return server(request)
+
+    sink = MlflowSink(HEADER, RestTransport("http://mlflow.test", receive))
+    sink.prepare([orjson.dumps({**ids, **record, **named}) for record in records])
+    sink.send(60.0)
+    sink.close()
+    assert len(server.spans) == 2  # With the root.
+    for form in (content, SECRET.encode(), b64encode(content)):
+        assert form not in b"".join([*sent, *server.artifacts.values()])
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.txt", "..a/b..", "100%", "a%20b", "é/日本.txt"])
