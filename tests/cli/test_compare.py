@@ -291,6 +291,7 @@ def test_a_hostile_server_is_one_line(
     said: str,
 ) -> None:
     """What it sends has limits of size, time and number, and it is followed nowhere."""
+    monkeypatch.setattr("qitos_mlflow.cli._server.TIMEOUT_S", 60.0)  # It is well until then.
     if said == SLOW:
         monkeypatch.setattr("qitos_mlflow.mlflow_plugin.server.http.REQUEST_TIMEOUT_S", 0.2)
     monkeypatch.setattr("qitos_mlflow.mlflow_plugin.sink.children.MOST_RUNS", 50)
