@@ -218,7 +218,7 @@ class Runs:
             self.asked += 1
             return self._hostile(self.asked)
         if request.path == "/version":
-            return [http(b"3.17.2", kind="text/plain")]
+            return [http(b"3.17.2", kind="text/plain"), KEPT]
         if "runs/get" in request.path:
             return [http(json.dumps({"run": stored("parent")}).encode()), KEPT]
         if "runs/search" in request.path:
@@ -276,7 +276,7 @@ def dripping() -> Iterator[bytes]:
         ("runs/search", lambda n: page(n, str(n)), "there are more than 50"),
         (
             "runs/search",
-            lambda n: [http(b"", "307 T", "text/html", "Location: http://127.0.0.2:9/x")],
+            lambda n: [http(b"", "307 T", "text/html", "Location: http://127.0.0.2:9/x"), KEPT],
             "the server moved to http://127.0.0.2:9",
         ),
         ("runs/search", lambda n: [http(b'{"runs": [5]}')], "something else than objects"),
