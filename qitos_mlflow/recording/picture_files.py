@@ -38,7 +38,8 @@ clock (nanoseconds). Then only its content shows it."""
 READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
-_TYPE = "image_file"
+_MARK = b"image_file"
+_TYPE = _MARK.decode()
 
 Seen = dict[str, tuple[tuple[int, ...], str]]
 """What a trace has read: for each path the file's state, and the reference to its picture."""
@@ -56,7 +57,7 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
         max_bytes: of all files together; one that has no room is not read (bytes).
     """
     global _late
-    if _TYPE.encode() not in payload:
+    if _MARK not in payload:
         return payload
     with shield("picture_files"):
         record = marshal.loads(payload)  # noqa: S302 - from this process's memory

@@ -2,7 +2,7 @@
 
 `encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes marshal's bytes,
 `as_json` makes JSON of them on the spooling thread. Marshal takes a fifth of the time that orjson
-takes for texts with quotes and newlines, and raises where orjson crashes: if no memory is left.
+takes for ASCII texts with quotes and newlines, and raises where orjson crashes: if no memory is left.
 
 There are two paths. The fast one copies the containers and has marshal write the copies. The slow
 one, for what marshal refuses, makes a copy of what JSON has. Marshal receives nothing but dicts,
@@ -32,8 +32,8 @@ SHARE, SMALL_BYTES = 8, 64 * 1024
 """A record takes at most an eighth of the memory that is left below a limit: the rest is the
 agent's. What is no larger is always taken."""
 
-_FORMAT = 2
-"""Marshal's: later ones write equal objects once, so the bytes would not show how much there is."""
+_FORMAT = 4
+"""Marshal's, since Python 3.4: an object that is in many places is written once."""
 
 
 def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
@@ -42,10 +42,23 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
     Raises:
         MemoryError: there is too little memory, and nothing else.
     """
-    payload = _encode(record, slow)
-    left = _json.memory_left() if len(payload) > SMALL_BYTES else None
-    if left is not None and len(payload) * SHARE > left:
-        raise MemoryError
+    own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
+    try:
+        _own(own, MAX_LEVELS, budget)
+        payload = marshal.dumps(own, _FORMAT)
+    except MemoryError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a cycle, a key of a class of the user's, …
+        let_through(error)
+        budget.containers = MAX_SLOW_CONTAINERS
+        try:
+            payload = marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), _FORMAT)
+        except ValueError:  # How marshal says that it got no memory for a text.
+            raise MemoryError from None
+    if len(payload) > SMALL_BYTES:
+        left = _json.memory_left()
+        if left is not None and len(payload) * SHARE > left:
+            raise MemoryError
     return payload
 
 
@@ -63,25 +76,8 @@ def as_json(payload: bytes) -> bytes:
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - a key that is no text, half a character, a huge number
-        return _json.dumps(
-            _accepted(record, MAX_SLOW_LEVELS, Budget(SlowTexts(), MAX_SLOW_CONTAINERS))
-        )
-
-
-def _encode(record: dict[str, Any], slow: SlowTexts | None) -> bytes:
-    own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
-    try:
-        _own(own, MAX_LEVELS, budget)
-        return marshal.dumps(own, _FORMAT)
-    except MemoryError:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a cycle, a key of a class of the user's, …
-        let_through(error)
-    budget.containers = MAX_SLOW_CONTAINERS
-    try:
-        return marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), _FORMAT)
-    except ValueError:  # How marshal says that it got no memory for a text.
-        raise MemoryError from None
+        budget = Budget(SlowTexts(), MAX_SLOW_CONTAINERS)
+        return _json.dumps(_accepted(record, MAX_SLOW_LEVELS, budget))
 
 
 def _number(value: float) -> float | str:
