@@ -2,7 +2,8 @@
 
 `encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes marshal's bytes,
 `as_json` makes JSON of them on the spooling thread. Marshal takes a fifth of the time that orjson
-takes for ASCII texts with quotes and newlines, and raises where orjson crashes: if no memory is left.
+takes for ASCII texts with quotes and newlines, and raises an exception where orjson crashes: if no
+memory is left.
 
 There are two paths. The fast one copies the containers and has marshal write the copies. The slow
 one, for what marshal refuses, makes a copy of what JSON has. Marshal receives nothing but dicts,
