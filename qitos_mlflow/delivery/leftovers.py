@@ -257,8 +257,8 @@ def follow(
 class Leftovers(Deliveries):
     """What dead processes of this machine left in the spool. Sending thread, but for `pending`.
 
-    Leaves alone what other machines recorded (they see to it) and what was recorded offline (its
-    user decides when it is delivered).
+    Leaves alone what other machines recorded (they see to it), what was recorded offline (its user
+    decides when it is delivered), and what another user may have written: `sync` asks about that.
 
     Args:
         spool: the directory.
@@ -309,7 +309,7 @@ class Leftovers(Deliveries):
             yield max(BATCH_PAUSE_S, min(delays))
 
     def _take_left(self, paths: Paths) -> Delivery | None:
-        if is_held(paths.own):
+        if is_held(paths.own) or not paths.all_own():
             return None
         head = read_head(paths)
         if head.caller is None or head.offline or head.machine != socket.gethostname():

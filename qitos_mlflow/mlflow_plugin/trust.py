@@ -6,7 +6,6 @@ a server that the user names. A segment of another origin may name no store of t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ def is_foreign(paths: Paths) -> bool:
     All but the segments in this user's own spool are: the directory of `QITOS_MLFLOW_SPOOL_DIR` or
     of the command line may be shared, or come from anywhere.
     """
-    return not is_own_spool(paths.directory) or not all(map(_is_own, paths.files()))
+    return not is_own_spool(paths.directory) or not paths.all_own()
 
 
 def is_own_spool(directory: Path) -> bool:
@@ -92,10 +91,3 @@ def is_own_spool(directory: Path) -> bool:
         return directory.samefile(default_spool())
     except OSError:
         return False
-
-
-def _is_own(path: Path) -> bool:
-    try:
-        return not hasattr(os, "geteuid") or path.lstat().st_uid == os.geteuid()
-    except FileNotFoundError:  # It has been delivered.
-        return True

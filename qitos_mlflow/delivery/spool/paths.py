@@ -86,6 +86,14 @@ class Paths:
                 return []
         return [self.directory / name for name in sorted(names)]
 
+    def all_own(self) -> bool:
+        """Whether all of its files are this user's."""
+        with suppress(FileNotFoundError):  # It has been delivered.
+            return not hasattr(os, "geteuid") or all(
+                path.lstat().st_uid == os.geteuid() for path in self.files()
+            )
+        return True
+
     def parts(self, *, now: bool = False) -> list[tuple[int, Path]]:
         """The parts with their bases, in order; see `files`."""
         parts = [path for path in self.files(now=now) if path.suffix == ".seg"]

@@ -231,6 +231,24 @@ def test_a_file_of_another_user_has_its_segment_left_alone(
     assert server.accepted.count(b"bad 1") == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_an_agent_leaves_what_another_user_recorded_to_sync(
+    spool: Path, owned_by: Callable[[Path, int], None]
+) -> None:
+    """Also of a user that is trusted: it would go with this user's credentials, to any place."""
+    theirs = left_behind(spool, [b"theirs"], CALLER)
+    left_behind(spool, GOOD, CALLER)
+    for path in theirs.files():
+        owned_by(path, 12_345)
+    files.trust([12_345])
+    server = FakeServer()
+    with closing(Leftovers(spool, lambda header: lambda: Tolerant(server))) as leftovers:
+        for _ in range(100):
+            leftovers.step()
+    assert delivered(server) == GOOD
+    assert b"theirs" not in server.accepted
+
+
 def modes(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
