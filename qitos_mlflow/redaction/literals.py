@@ -7,6 +7,7 @@ placeholders, paths and words of a language are no secrets either.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from qitos_mlflow.redaction.names import is_known_word, names_credential
 from qitos_mlflow.redaction.patterns import lazily
@@ -44,6 +45,12 @@ _KEYWORD = lazily(
     rb"|String|int|bool|boolean|bytes|any|Any|object|unknown|undefined|never|void|float"
     rb"|number|optional|Optional|required|list|dict|map|text|varchar|char)(?![\w-])"
 )
+_SHORT_CODE = lazily(rb"(?:[A-Za-z_$]{1,2}|[0-9]{1,3})(?:=?$|[,)}\]])|0x[0-9A-Fa-f]{1,8}[),;]?$")
+"""A variable of minified code, a number: ``{token:e,key:t}``."""
+_REFERENCE = lazily(rb"[A-Za-z_]\w*(?:\.\w+)+:\w+(?:\.\w+)*$")
+_WORDS = lazily(rb"(?:[A-Za-z]{2,}(?:[-_. /:]|$))+(?:\$S?[0-9]x?)?$")
+_CLASS = lazily(rb"a-z|A-Z|0-9|\\[dws]|\[\^")
+"""Of a regular expression."""
 _PIECE = lazily(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _PATH = lazily(rb"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.~@-]{0,48}(?:[/\\]|$))*$")
 _URL = lazily(rb"https?://[^@\s?]*$")
@@ -60,6 +67,7 @@ def is_plain_word(value: bytes) -> bool:
     return _PLAIN_WORD.match(value) is not None
 
 
+@lru_cache(maxsize=1024)
 def is_placeholder(value: bytes) -> bool:
     """Whether it stands for a value: ``${X}``, ``<your-key>``, ``%s``, ``Bearer {token}``."""
     if len(value) > LONGEST_BYTES:
@@ -78,18 +86,20 @@ _NONE = frozenset(
     (
         b"none null nil true false undefined string str text int bool bytes any yes no on off ok "
         b"required optional missing empty hidden expired invalid valid unset unknown basic bearer "
-        b"digest oauth2 default prompt redacted masked success failed failure new see unchanged "
+        b"digest cram-md5 digest-md5 ntlm negotiate gssapi oauth2 default prompt redacted masked "
+        b"success failed failure new see unchanged "
         b"write read inherit user:password username:password user:pass "
     ).split()
 )
 
 
 _DIGIT_WORDS = lazily(
-    rb"(?i)base64|base32|b64|oauth2|sha[0-9]+|md5|utf8|utf16|s3|ec2|k8s|x509|[^a-z]v[0-9]"
+    rb"(?i)x25519|ed25519|x448|ed448|base64|base32|b64|oauth2|sha[0-9]+|md5|utf8|utf16|s3|ec2|k8s|x509|[^a-z]v[0-9]"
 )
 _DIGIT_INSIDE = lazily(rb"[0-9][A-Za-z]")
 
 
+@lru_cache(maxsize=1024)
 def is_wordish(value: bytes) -> bool:
     """Whether an identifier is made of words, so not ``Xk7mQ2vLp``."""
     value = _DIGIT_WORDS.sub(b"word", value)
@@ -125,13 +135,14 @@ def is_secret_word(value: bytes) -> bool:
     )
 
 
+@lru_cache(maxsize=1024)
 def is_harmless_quoted(value: bytes) -> bool:
     """Whether the text in quotes behind a credential's name is no secret."""
     if len(value) > LONGEST_BYTES:
         return False
     if is_placeholder(value) or _URL.match(value) or _VERSION.match(value):
         return True
-    if _PATH.match(value) or _SENTENCE.match(value) or _is_prose(value):
+    if _PATH.match(value) or _SENTENCE.match(value) or _is_prose(value) or _CLASS.search(value):
         return True
     if not _IDENTIFIER.match(value) and not _PLAIN_WORD.match(value):
         return False
@@ -145,16 +156,30 @@ def _is_prose(value: bytes) -> bool:
     return value.count(b" ") > 1 and value.endswith((b".", b":", b"!", b"?"))
 
 
+def is_word_of_code(value: bytes) -> bool:
+    """Whether a text in quotes is made of words without digits: no key and no token."""
+    return bool(_WORDS.match(value) and is_wordish(value.partition(b"$")[0]))
+
+
+@lru_cache(maxsize=1024)
+def _reads_as_code(value: bytes) -> bool:
+    if _CALL.match(value) or _KEYWORD.match(value) or _PATH.match(value) or _URL.match(value):
+        return True
+    if _VERSION.match(value) or _SHORT_CODE.match(value):
+        return True
+    return bool(_REFERENCE.match(value)) and is_wordish(value)
+
+
 def is_code(data: bytes, start: int, end: int, separator: bytes) -> bool:
     """Whether the text without quotes from `start` to `end` is an expression, and no literal."""
     value = data[start:end]
     if len(value) > LONGEST_BYTES:
         return False
-    if _CALL.match(value) or _KEYWORD.match(value) or _PATH.match(value) or _URL.match(value):
-        return True
-    if _VERSION.match(value) or (value.isdigit() and len(value) < 4):
+    if _reads_as_code(value):
         return True
     behind = data[end : end + 1]
+    if value.endswith(b"+") and behind in (b'"', b"'"):
+        return True
     sign = separator.strip(b" \t\"'\\]")
     if not _IDENTIFIER.match(value):
         return sign in (b"==", b"!=") and not any(chr(char).isalnum() for char in value)

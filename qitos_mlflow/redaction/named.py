@@ -165,7 +165,8 @@ class _Place:
             yield from self._xml(sign)
             return
         below = None
-        if separator == b":":
+        before = data[self.line : self.start]
+        if separator == b":" and before.upper() == before.lower():  # Not `if token:`
             below = yaml_below(data, sign.end(), self.line)
         if below is not None:
             yield from below
@@ -262,7 +263,7 @@ class _Place:
         """``password hunter2`` in netrc, ``PASSWORD '…'`` in SQL, ``ENV TOKEN …``, and prose."""
         data = self.data
         if told := _TOLD.match(data, self.end):
-            word = told.group(1).rstrip(b".!?)")
+            word = told.group(1).rstrip(b".!?)*_")
             if is_secret_word(word):
                 yield told.start(1), told.start(1) + len(word), b""
             return

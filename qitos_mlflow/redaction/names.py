@@ -57,15 +57,15 @@ _PIN_OF = _words("account card device login security sim user")
 """Words before ``pin`` that make it a secret; alone it is one, too."""
 
 _HARMLESS_END = _words(
-    "accepted age arn at backend backends budget changed class classes client conflict correct "
-    "cost count created details domain enabled endpoint env error errors exception expiration "
-    "expired expires expiry factory failed failure field file flow form format found go handler "
-    "hasher hashers header helper hint html httponly in index invalid java js kind label length "
-    "limit limits location log manager max md method middleware min missing mode model module "
-    "name names number path policy position prompt provider py rate ratio rb required reset "
-    "rotation router rs rule rules samesite scheme secure size sock source status strategy "
-    "strength ts ttl txt type types updated uri url usage valid validator validators variable "
-    "version view views window "
+    "accepted age arn at backend backends budget changed class classes client column columns "
+    "conflict correct cost count created details domain enabled encoding endpoint env error "
+    "errors exception expiration expired expires expiry factory failed failure field file flow "
+    "form format found go handler hasher hashers hdr header helper hint html httponly in index "
+    "invalid java js kind label length limit limits location log manager max md method middleware "
+    "min missing mode model module name names number path pattern policy position prefix prompt "
+    "provider py rate ratio rb reason required reset rotation router rs rule rules samesite "
+    "scheme secure size sock source status strategy strength suffix ts ttl txt type types updated "
+    "uri url usage valid validator validators variable version view views warn warning window"
 )
 """A name that ends in one of these describes a credential and does not hold one."""
 

@@ -18,12 +18,12 @@ from qitos_mlflow.redaction.vendors import FORMATS
 
 _OWN = (
     # Looser than gitleaks' rules, so that a key that is cut or grows is found.
-    ("sk-", r"sk-(?!learn)[A-Za-z0-9_-]{12,}"),  # platform.openai.com, console.anthropic.com, …
+    ("sk-", r"sk-(?![a-z_-]+(?![\w-]))[\w-]{12,}"),  # platform.openai.com, console.anthropic.com, …
     ("sk_live_ sk_test_ rk_live_ rk_test_", r"[sr]k_(?:live|test)_\w{10,}"),  # docs.stripe.com
     ("whsec_", r"whsec_[A-Za-z0-9]{16,}"),  # docs.stripe.com/webhooks
     ("gho_ ghp_ ghr_ ghs_ ghu_", r"gh[oprsu]_[A-Za-z0-9]{12,}"),  # github.blog, "token formats"
     ("github_pat_", r"github_pat_\w{12,}"),  # docs.github.com
-    ("glpat-", r"glpat-[\w-]{10,}"),  # docs.gitlab.com
+    ("glpat- glrt- gldt-", r"gl(?:pat|rt|dt)-[\w-]{10,}"),  # docs.gitlab.com
     ("xox", r"xox[a-z]-[A-Za-z0-9-]{10,}"),  # api.slack.com
     ("xapp-", r"xapp-[A-Za-z0-9-]{10,}"),  # api.slack.com
     ("AKIA ASIA AROA AIDA", r"A(?:KI|SI|RO|ID)A[A-Z0-9]{12,}"),  # docs.aws.amazon.com/IAM
@@ -40,7 +40,7 @@ _OWN = (
     ("dapi", r"dapi[0-9a-f]{32}"),  # docs.databricks.com
     ("eyJ", r"eyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*){1,3}"),  # RFC 7519, JWT
     ("SG.", r"SG\.[\w-]{16,}\.[\w-]{16,}"),  # docs.sendgrid.com
-    ("SK", r"SK[0-9a-f]{32}(?![\w-])"),  # twilio.com/docs
+    ("SK", r"SK[0-9a-f]{32}(?![A-Za-z0-9])"),  # twilio.com/docs
     ("ATATT3 ATCTT3", r"AT[AC]TT3[\w=-]{40,}"),  # support.atlassian.com
     ("dckr_pat_ dckr_oat_", r"dckr_[po]at_[\w-]{20,}"),  # docs.docker.com
     ("sbp_", r"sbp_[0-9a-f]{40}"),  # supabase.com/docs
@@ -144,6 +144,15 @@ def word_start(data: bytes, at: int) -> int:
     return escape.end() if escape else at
 
 
+_GLUED = lazily(
+    f"[_-](?:{'|'.join(start for starts, _ in _OWN for start in starts.split(' '))})".encode()
+)
+"""A key behind another word, as in ``backup_ghp_…``."""
+_LEAST_GLUED = lazily(
+    rb"(?=[^A-Za-z]{0,64}[A-Za-z])(?:(?=[^0-9]{0,64}[0-9])|(?=[^A-Z]{0,64}[A-Z])(?=[^a-z]*[a-z])).{20}"
+)
+
+
 def places(data: bytes, part: bytes) -> Iterator[int]:
     """Where `part` is in `data`."""
     at = data.find(part)
@@ -167,6 +176,11 @@ def _vendors(data: bytes, runs: bytes) -> Iterator[tuple[int, int]]:
         span = found.span() if found else None
         if span is None and before in _JOINTS:
             span = _joined(data, start)
+        if span is None and (glued := _GLUED.search(data, start, end - 16)):
+            at = glued.start() + 1
+            shape = _AT_RUN.get(data[at : at + 2])
+            found = shape.match(data, at) if shape else None
+            span = found.span() if found and _LEAST_GLUED.match(found[0]) else None
         if span:
             yield span[0], max(span[1], end)
             end = max(span[1], end)

@@ -68,7 +68,9 @@ class Tables:
                 yield start, end
                 self._done = line_end
                 return
-        if len(cells) < 2 or not all(name == b"" or _HEAD_CELL.match(name) for name in names):
+        if sum(1 for name in names if name) < 2 or not all(
+            name == b"" or _HEAD_CELL.match(name) for name in names
+        ):
             return
         hidden = [index for index, name in enumerate(names) if names_credential(_text(name))]
         at = line_end + 1

@@ -12,6 +12,8 @@ from qitos_mlflow.redaction.literals import (
     is_harmless_quoted,
     is_placeholder,
     is_plain_word,
+    is_secret_word,
+    is_word_of_code,
 )
 from qitos_mlflow.redaction.patterns import lazily
 
@@ -45,6 +47,7 @@ _BRACKET = lazily(rb"[\[\]{}]")
 _HEADERS = (b"authorization", b"cookie")
 _SCHEME = lazily(rb"(?i)(?:(?:bearer|basic|token|digest|apikey)[ \t]+)?(\S+)")
 _SHORTEST_TOKEN = 12
+_LOOK_BYTES = 64
 _OF_PROSE = (b"token", b"auth", b"key")
 
 
@@ -65,6 +68,11 @@ def in_quotes(data: bytes, quote: re.Match[bytes], separator: bytes) -> Found | 
     value = data[start : min(end, start + LONGEST_BYTES + 1)]
     if end <= start or is_harmless_quoted(value):
         return None
+    sign = separator.strip(b" \t\\\"'`]")
+    if len(value) == 1 and sign == b"=":
+        return None  # <a accesskey="p">
+    if sign.endswith((b"==", b"!=")) and not is_secret_word(value):
+        return None
     if mark == b"`" and (b"\n" in value or b" " in value or is_plain_word(value)):
         return None
     if len(closing) == 3 and len(value) <= LONGEST_BYTES:
@@ -80,7 +88,13 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
         quote = QUOTE.match(data, inside.end())
         return in_quotes(data, quote, separator) if quote else None
     if quote := QUOTE.match(data, at):
-        return in_quotes(data, quote, separator)
+        if separator.endswith(b":") and quote.end() - quote.start(1) > 2 and b"\n" in quote.group():
+            return None  # A docstring: `def f() -> Token:`
+        found_quoted = in_quotes(data, quote, separator)
+        if found_quoted and name.lower().endswith(_OF_PROSE):
+            start, end, _ = found_quoted
+            return None if is_word_of_code(data[start:end]) else found_quoted
+        return found_quoted
     named_in_quotes = _NAME_IN_QUOTES.match(separator)
     if named_in_quotes and (found := _NO_TEXT.match(data, at)):
         start, end = found.span(1)
@@ -89,7 +103,7 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
                 return None
             end = _closing(data, start)
         return start, end, named_in_quotes.group(1)
-    if found := _TUPLE.match(data, at):
+    if (found := _TUPLE.match(data, at)) and b"," in found.group(1):
         return (*found.span(1), b"")
     low_name = name.lower()
     if low_name.endswith(_HEADERS) and b"==" not in separator:
@@ -99,23 +113,28 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
 
 def _header(data: bytes, at: int) -> Found | None:
     """The rest of the line, which may hold several words and cookies."""
-    found = _LINE.match(data, at)
+    found = _LINE.match(data, at, at + LONGEST_BYTES)
     if found is None:
         return None
     start, end = found.span(1)
     value = data[start : min(end, start + LONGEST_BYTES)]
     if value[:1] in (b"{", b"["):
         return None if value.startswith(b"[redacted") else _bracketed(data, start)
+    if value.startswith(b"${"):
+        return None
     first = _SCHEME.match(value)
     assert first is not None
     word = first.group(1).rstrip(b",;.)}")
     if is_placeholder(value) or is_placeholder(word):
         return None
-    if is_code(data, start, start + len(first.group(1)), b"="):
+    word_at = start + first.start(1)
+    if is_code(data, word_at, word_at + len(word), b"="):
         return None
     short = len(word) < _SHORTEST_TOKEN or not first.start(1)  # Behind a scheme it is a token.
     if short and b"=" not in value and not has_digit(value) and is_plain_word(word):
         return None
+    if end == at + LONGEST_BYTES and (longer := _LINE.match(data, end - 1)):
+        end = longer.end(1)
     return start, end, b""
 
 
@@ -143,6 +162,8 @@ def _unquoted(data: bytes, at: int, low_name: bytes, separator: bytes) -> Found 
     if data[start] in b"[{" and not data.startswith(b"[redacted", start):
         return _bracketed(data, start)
     if end == at + LONGEST_BYTES:
+        if is_code(data, start, start + _LOOK_BYTES, separator):
+            return None
         longer = _PLAIN.match(data, at)
         assert longer is not None
         return start, longer.end(1), b""
@@ -156,7 +177,11 @@ def _unquoted(data: bytes, at: int, low_name: bytes, separator: bytes) -> Found 
         other = _OR.match(data, end)
         quote = QUOTE.match(data, other.end()) if other else None
         return in_quotes(data, quote, b"=") if quote else None
-    if low_name.endswith(_OF_PROSE) and b":" in separator and is_plain_word(data[start:end]):
+    if (
+        low_name.endswith(_OF_PROSE)
+        and b":" in separator
+        and (is_plain_word(data[start:end]) or is_word_of_code(data[start:end]))
+    ):
         return None  # "unexpected token: identifier" is prose, "app.auth:User" a log line
     return start, end, b""
 

@@ -298,11 +298,17 @@ PLACES = (
 """Places without a name that would tell what the key is."""
 
 
-def vendors(keys: dict[str, Callable[[Values], str]]) -> list[Item]:
+GLUED = ("backup_{}", "my-{}", "X_{}_old", "run-2026-{}.log", "a={{'v1_{}'}}", "/srv/key-{}/x")
+"""Places where another word, ``_`` or ``-`` stands before the key."""
+
+
+def vendors(
+    keys: dict[str, Callable[[Values], str]], places: tuple[str, ...] = PLACES
+) -> list[Item]:
     """A key of each vendor in each place."""
     items = []
     for vendor, make in keys.items():
-        for number, place in enumerate(PLACES):
+        for number, place in enumerate(places):
             secret = make(Values(f"{vendor} {number}"))
             secret_part = secret.rsplit("/", 1)[-1] if "://" in secret else secret
             items.append(Item(vendor, place.format(secret, secret), (secret_part,), frozenset()))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -300,14 +299,6 @@ def test_innocent_texts_stay(text: str) -> None:
     assert redact_text(text) == text
 
 
-def test_the_numbers_in_security_md_are_these() -> None:
-    """SECURITY.md says how many examples are tested."""
-    page = " ".join((Path(__file__).parents[2] / "SECURITY.md").read_text("utf-8").split())
-    assert f"{len(SHAPES)} shapes in {len(AROUND)} surroundings" in page
-    assert f"{len(TEXTS)} forms of text and {len(CREDENTIAL_KEYS)} names of keys" in page
-    assert f"{len(INNOCENT_TEXTS)} texts and {len(INNOCENT_KEYS)} names that look" in page
-
-
 def test_pairs_and_command_lines_are_understood() -> None:
     """Headers as pairs, variables as name and value, options as words: the value goes."""
     assert redact([["Cookie", "a"], ["Host", "h"]]) == [["Cookie", MARKER], ["Host", "h"]]
@@ -397,13 +388,21 @@ ADVERSARIAL = [
         '"token":7e,',
         '"token":{},',
         "Basic aaaaaaaaaaaaaaaa",
+        "cookie: {",
+        "authorization: [",
+        '"name": "password", ',
+        "password |\n",
+        "a_sk-",
+        '"',
+        " ",
+        "QUJD",
     ),
 ]
 
 
 @pytest.mark.parametrize("piece", ADVERSARIAL)
 def test_cost_grows_with_the_length_only(piece: str) -> None:
-    """Eight times the text costs about eight times as much: nothing backtracks."""
+    """Four times the text costs about four times as much: nothing is read again and again."""
 
     def seconds(length: int) -> float:
         text = (piece * length)[:length]
@@ -414,8 +413,8 @@ def test_cost_grows_with_the_length_only(piece: str) -> None:
             best = min(best, time.thread_time() - began)
         return best
 
-    # Quadratic cost would make it 64 times.
-    assert seconds(40_000) < 32 * seconds(5_000) + 0.02
+    # Quadratic cost would make it 16 times.
+    assert seconds(32_768) < 8 * seconds(8_192) + 0.01
 
 
 def test_images_and_hashes_are_left_alone() -> None:
