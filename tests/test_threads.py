@@ -10,6 +10,7 @@ import pytest
 from qitos_mlflow import _threads
 from qitos_mlflow._inheritance import Forked
 from qitos_mlflow._threads import OwnThread
+from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from tests.interrupts import inject
 
 
@@ -54,6 +55,9 @@ def test_a_thread_without_memory_does_not_begin(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         Failing().start()
     assert _threads.in_time(threading.current_thread, 30) is threading.current_thread()
+    done: list[threading.Thread] = []
+    InBackground("work").do(lambda: done.append(threading.current_thread()))
+    assert done == [threading.current_thread()]
 
 
 def test_it_pauses_longer_and_longer(pauses: list[float], swallowed: list[Any]) -> None:

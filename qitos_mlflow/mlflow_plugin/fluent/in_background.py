@@ -54,7 +54,7 @@ class InBackground:
             self._works = True
         try:
             self.start_another()
-        except RuntimeError:  # At the interpreter's exit.
+        except (RuntimeError, MemoryError):  # At the interpreter's exit, or too little memory.
             self._works = False
             while not self._work.empty():
                 self._do_next(0.0)
