@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from mlflow import MlflowClient, environment_variables
+from mlflow import environment_variables
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.cli._delivering import Sync
@@ -23,6 +23,7 @@ from qitos_mlflow.delivery import RetryLater, backoff, find_segments, inspect_se
 from qitos_mlflow.mlflow_plugin.trust import Way
 from tests.cli.conftest import Run
 from tests.cli.test_spool import NOWHERE, trace, write_segment
+from tests.integration.made_store import make_store
 
 SECRET = "s3cr3t-of-a-user"
 UNUSABLE = f"http://user:{SECRET}@a..b:5000"
@@ -230,8 +231,7 @@ def test_a_store_that_can_never_be_opened_ends_it_at_once(
         (tmp_path / "runs" / "0" / "meta.yaml").touch()
     uri = uri.format(tmp_path=tmp_path)
     if uri.endswith("store.later"):
-        MlflowClient(f"sqlite:///{tmp_path}/mine.db").search_experiments()
-        (tmp_path / "mine.db").rename(tmp_path / "store.later")
+        make_store(tmp_path / "store.later")
     if uri.endswith("later"):
         of_a_later_mlflow(tmp_path / uri.rpartition("/")[2])
     monkeypatch.setattr(backoff, "FIRST_DELAY_S", 1e9)  # A second attempt would never come.

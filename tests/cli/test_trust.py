@@ -25,6 +25,7 @@ from tests.cli.conftest import environment, run_cli, run_python, runs_in
 from tests.cli.test_spool import trace, write_segment
 from tests.fakes.https import RecordingServer, recording_server
 from tests.fakes.sink import make_pipeline
+from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 from tests.waiting import eventually
 
@@ -69,6 +70,7 @@ def files_in(directory: Path) -> list[str]:
 STORES = ["sqlite:///{}/planted.db", "{}/runs", "file://{}/runs", None]
 
 
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize("uri", STORES)
 def test_a_local_store_is_written_only_when_asked_for(archive: Path, uri: str | None) -> None:
     """The error names segment, store and command. That command delivers, where MLflow can."""
@@ -88,6 +90,7 @@ def test_a_local_store_is_written_only_when_asked_for(archive: Path, uri: str | 
         assert len(runs_in(f"sqlite:///{archive}/planted.db", "planted")) == 1
 
 
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize(
     "name", ["sqlite:///{}/planted.db", "sqlite:///{}/../archive/./planted.db"]
 )
@@ -177,6 +180,7 @@ def _encoded(record: dict[str, Any]) -> bytes:
 def test_a_sidecar_is_as_careful(archive: Path) -> None:
     """`sync --follow` leaves such a segment alone, says so, and delivers the others."""
     well = f"sqlite:///{archive}/well.db"
+    make_store(archive / "well.db")
     spool = plant(archive, {"tracking_uri": f"sqlite:///{archive}/planted.db"})
     plant(archive, {"tracking_uri": well}, *trace("well"))
     command = [sys.executable, "-m", "qitos_mlflow.cli", "sync", "--follow", str(spool)]
@@ -213,6 +217,7 @@ with create_trace("x"):
 def test_the_command_at_an_agents_exit_works(archive: Path, uri: str | None) -> None:
     """It names the local store, or trusts the agent's own segment alone. So does `status`."""
     (archive / "agent.py").write_text(AGENT)
+    make_store(archive / ("mine.db" if uri else "mlflow.db"))
     args = [uri.format(archive)] if uri else []
     elsewhere = {"QITOS_MLFLOW_SPOOL_DIR": str(archive / "spool")}
     done = run_python("agent.py", *args, cwd=archive, **elsewhere)
@@ -230,6 +235,7 @@ def test_the_command_at_an_agents_exit_works(archive: Path, uri: str | None) -> 
     assert len(MlflowClient(f"sqlite:///{archive}/{store}").search_runs(["1"])) == 1
 
 
+@pytest.mark.usefixtures("made_at_once")
 def test_the_users_own_spool_needs_no_option(tmp_path: Path) -> None:
     """Segments of this user in the directory that no setting names are the user's own."""
     part = write_segment(tmp_path, f"sqlite:///{tmp_path}/own.db", *trace("own"))

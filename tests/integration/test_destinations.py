@@ -412,8 +412,6 @@ def test_the_command_that_is_shown_delivers(
     ("name", "uri"),
     [
         ("token=abcdef123456", None),
-        ("password=x y", "sqlite:///{}/mlflow.db"),
-        ("auth=[a, b],secret=ü d", None),
         ("auth=[a, b],secret=ü d", "sqlite:///{}/mlflow.db"),
     ],
 )

@@ -487,8 +487,10 @@ print(pipeline.open_leftovers(pipeline.header) is not None, json.dumps(header["h
 """
 
 
-@pytest.mark.parametrize("before", ["", "import mlflow.tracking.request_header.registry"])
-@pytest.mark.parametrize("trusted", [0, 1])
+@pytest.mark.parametrize(
+    ("before", "trusted"),
+    [("", 0), ("", 1), ("import mlflow.tracking.request_header.registry", 0)],
+)
 def test_what_mlflows_plugins_send_travels_with_the_records(
     server: RecordingServer, plugins: Path, before: str, trusted: int
 ) -> None:
