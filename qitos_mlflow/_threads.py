@@ -31,8 +31,10 @@ class OwnThread(threading.Thread):
     end without a word, and the records that it has taken from a queue would be lost.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, work: Callable[[], object] | None = None) -> None:
         super().__init__(name=name, daemon=True)
+        if work is not None:
+            self.work = work  # type: ignore[method-assign]
         self._pid = os.getpid()
         self.when_failed: Callable[[], object] = lambda: None
         """Called after `work` has raised, before it is called again."""
@@ -49,7 +51,7 @@ class OwnThread(threading.Thread):
             raise MemoryError
         super().start()
 
-    def work(self) -> None:
+    def work(self) -> object:
         """What the thread is for; calls `check`. If it is called again, it goes on."""
         raise NotImplementedError
 
@@ -69,7 +71,8 @@ class OwnThread(threading.Thread):
             began_s = time.monotonic()
             try:
                 check()
-                return self.work()
+                self.work()
+                return
             except Forked:
                 raise
             except BaseException as error:  # noqa: BLE001 - also what another thread injects
@@ -89,16 +92,15 @@ def in_time(act: Callable[[], T], timeout_s: float) -> T | None:
     """
     done: list[T] = []
 
-    class Act(OwnThread):
-        def work(self) -> None:
-            with suppress(Exception):
-                done.append(act())
+    def work() -> None:
+        with suppress(Exception):
+            done.append(act())
 
-    thread = Act("qitos-mlflow-in-time")
+    thread = OwnThread("qitos-mlflow-in-time", work)
     try:
         thread.start()
     except (RuntimeError, MemoryError):
-        thread.work()
+        work()
     else:
         thread.join(timeout_s)
     return done[0] if done else None

@@ -12,13 +12,13 @@ never imported here.
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from qitos_mlflow._guard import contain, shield
+from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
@@ -148,10 +148,9 @@ class AutologSpans:
                 trace_manager().pop_trace(self._otel_trace_id)
             elif all(span.end_time_ns for span in spans):
                 # Its exporter looks the spans up there, some seconds after they have ended.
-                name = "qitos-mlflow-autolog"
-                forget = threading.Thread(target=self._forget, name=name, daemon=True)
-                with suppress(RuntimeError):  # At the interpreter's exit, which forgets it all.
-                    forget.start()
+                # At the interpreter's exit no thread starts, and all is forgotten.
+                with suppress(RuntimeError, MemoryError):
+                    OwnThread("qitos-mlflow-autolog", self._forget).start()
         return tags
 
     def _id_of(self, span: Any) -> bytes:

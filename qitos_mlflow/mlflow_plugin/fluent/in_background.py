@@ -75,7 +75,7 @@ class InBackground:
 
     def start_another(self) -> None:
         """Have another thread do what has not begun."""
-        _Worker(self._name, self._do_all).start()
+        OwnThread(f"qitos-mlflow-{self._name}", self._do_all).start()
 
     def _do_all(self) -> None:
         while True:
@@ -93,9 +93,3 @@ class InBackground:
         with shield(self._name):
             work()
         self._done += 1
-
-
-class _Worker(OwnThread):
-    def __init__(self, name: str, work: Callable[[], object]) -> None:
-        super().__init__(f"qitos-mlflow-{name}")
-        self.work = work  # type: ignore[method-assign,assignment]
