@@ -355,6 +355,7 @@ class LeftSomething:
     exit_timeout_s = local_exit_timeout_s = 0.0
     traces = ()
     unsaved = 1
+    stats = Counts()
     paths = Paths(Path("spool"), "none-1-1-1")
     sync_command = "qitos-mlflow sync", "spool"
 
