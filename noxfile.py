@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 OLDEST = PYTHONS[0]
 """Runs with every dependency at the floor that pyproject.toml declares, the rest at the newest."""
+BUILT: list[Path] = []
+"""The wheel, once it is built."""
 WITH_PIP = ["--seed"]
 """Some tests install and download packages as a user does, with pip, which uv leaves out."""
 
@@ -27,13 +29,19 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def build(session: nox.Session, directory: Path) -> Path:
-    """Build the sdist, and from it the wheel; returns the wheel."""
+    """Build the sdist, and from it the wheel; returns the wheel.
+
+    One wheel is for all sessions of a call: the first that needs it builds it.
+    """
+    if BUILT:
+        return BUILT[0]
     shutil.rmtree(directory, ignore_errors=True)
     session.install("build[uv]")
     session.run(
         "python", "-m", "build", "--installer=uv", f"--outdir={directory}", str(ROOT), silent=True
     )
-    return next(directory.glob("*.whl"))
+    BUILT.extend(directory.glob("*.whl"))
+    return BUILT[0]
 
 
 def run_suite(
@@ -150,6 +158,7 @@ def types(session: nox.Session) -> None:
 @nox.session(name="build")
 def build_session(session: nox.Session) -> None:
     """Build sdist and wheel into dist/, and check what a package index would."""
+    BUILT.clear()
     wheel = build(session, ROOT / "dist")
     session.install("twine")
     session.run("twine", "check", "--strict", *map(str, wheel.parent.iterdir()))

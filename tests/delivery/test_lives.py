@@ -175,7 +175,7 @@ Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=30, dead
 TestLives = Lives.TestCase
 
 
-RECORDS = 30
+RECORDS = 15
 STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "ftruncate")
 """What changes files: between any two of them a process may be killed."""
 
@@ -228,7 +228,7 @@ def test_a_delivery_may_be_killed_at_every_step(monkeypatch: pytest.MonkeyPatch)
         step += 1
         with tempfile.TemporaryDirectory(dir=MEMORY) as name:
             spool, log = Path(name, "spool"), Path(name, "log")
-            segment = make_segment(spool, part_bytes=1000)
+            segment = make_segment(spool, part_bytes=500)
             now = Recording(segment.paths)
             now.recorded = [b"%d of many" % n for n in range(RECORDS)]
             for record in now.recorded:
