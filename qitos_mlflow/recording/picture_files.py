@@ -19,7 +19,7 @@ from typing import Any
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery import open_regular
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import FORMAT, encode
 from qitos_mlflow.redaction.pictures import reference, type_of
 
 WAIT_S = 0.2
@@ -38,8 +38,9 @@ clock (nanoseconds). Then only its content shows it."""
 READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
-_MARK = b"image_file"
-_TYPE = _MARK.decode()
+_TYPE = "image_file"
+_MARK = marshal.dumps(_TYPE, FORMAT)[1:]
+"""How a record has this word as a value of its own, with its length before it: not in a text."""
 
 Seen = dict[str, tuple[tuple[int, ...], str]]
 """What a trace has read: for each path the file's state, and the reference to its picture."""

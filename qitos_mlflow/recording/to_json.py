@@ -33,7 +33,7 @@ SHARE, SMALL_BYTES = 8, 64 * 1024
 """A record takes at most an eighth of the memory that is left below a limit: the rest is the
 agent's. What is no larger is always taken."""
 
-_FORMAT = 4
+FORMAT = 4
 """Marshal's, since Python 3.4: an object that is in many places is written once."""
 
 
@@ -46,14 +46,14 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
     own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
     try:
         _own(own, MAX_LEVELS, budget)
-        payload = marshal.dumps(own, _FORMAT)
+        payload = marshal.dumps(own, FORMAT)
     except MemoryError:
         raise
     except BaseException as error:  # noqa: BLE001 - a cycle, a key of a class of the user's, …
         let_through(error)
         budget.containers = MAX_SLOW_CONTAINERS
         try:
-            payload = marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), _FORMAT)
+            payload = marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), FORMAT)
         except ValueError:  # How marshal says that it got no memory for a text.
             raise MemoryError from None
     if len(payload) > SMALL_BYTES:

@@ -190,6 +190,13 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, screen: Path, inste
     assert picture_files._late is None
 
 
+def test_a_text_about_image_files_costs_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a block of that type has its record searched for paths, on the agent's thread."""
+    monkeypatch.delattr(picture_files, "_paths")
+    payload = encode({"kind": "span", "data": {"input_content": 'type == "image_file"'}})
+    assert with_picture_files(payload, {}, MAX_BYTES) is payload
+
+
 def test_all_files_of_a_span_have_one_bound(tmp_path: Path) -> None:
     """Many large ones would fill the queue, and cost spans."""
     paths = [tmp_path / f"{number}.png" for number in range(4)]
