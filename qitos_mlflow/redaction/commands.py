@@ -14,7 +14,7 @@ _PAIR = lazily(
     rb"\\?[\"']?([^\s\"':\\]{1,128}:[^\s\"'\\]{1,256})"
 )
 _JOINED = lazily(rb"[pP]" + _QUOTED)
-_APART = lazily(rb"(?:[paw]|-with-token)[ \t]{1,4}(?:<<<[ \t]?)?(?!-)" + _QUOTED)
+_APART = lazily(rb"(?:[pawP]|-with-token)[ \t]{1,4}(?:<<<[ \t]?)?(?!-)" + _QUOTED)
 _SUDO = lazily(rb"(?:S\b|-password-stdin)")
 _ECHO = lazily(rb"(?:echo|printf)[ \t]{1,4}(?:-n[ \t])?" + _QUOTED + rb"[ \t]{0,4}\|[^|\n]{0,64}$")
 _HTPASSWD = lazily(rb"[A-Za-z]{0,4}b[A-Za-z]{0,4}[ \t]\S{1,128}[ \t]\S{1,64}[ \t]" + _QUOTED)
@@ -25,6 +25,7 @@ _WITH_JOINED = (b"mysql", b"mariadb", b"sshpass", b"7z ", b"7za ", b"unzip", b"z
 _WITH_APART = (
     *(b"sshpass", b"docker login", b"podman login", b"registry login", b"az login", b"redis-cli"),
     *(b"ldapsearch", b"ldapadd", b"ldapmodify", b"mongo", b"gh auth", b"oc login"),
+    *(b"sqlcmd", b"bcp ", b"ipmitool", b"mosquitto_", b"twine ", b"cqlsh", b"zip "),
 )
 
 
@@ -64,7 +65,7 @@ def _option(data: bytes, dash: int) -> re.Match[bytes] | None:
     joined = _JOINED.match(data, at) if letter in b"pP" else None
     if joined and _command_before(data, dash, _WITH_JOINED):
         return joined
-    if letter in b"paw-" and (apart := _APART.match(data, at)):
+    if letter in b"pawP-" and (apart := _APART.match(data, at)):
         return apart if _command_before(data, dash, _WITH_APART) else None
     if _SUDO.match(data, at):
         line = max(data.rfind(b"\n", max(0, dash - _LOOK_BYTES), dash) + 1, dash - _LOOK_BYTES, 0)

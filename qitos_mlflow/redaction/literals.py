@@ -15,7 +15,7 @@ from qitos_mlflow.redaction.patterns import lazily
 _TEMPLATE = lazily(
     rb"\$\{\{?[^{}]{0,128}\}{1,2}|\{\{[^{}]{0,128}\}\}|\$\([^()]{0,128}\)|\{%[^%]{0,128}%\}"
     rb"|\{[\w.:!()\[\]\"'*-]{0,96}\}|#\{[^{}]{0,96}\}|<[%A-Za-z_!/][^<>]{0,96}>|%\([\w.]{1,48}\)[sdr]"
-    rb"|%[A-Za-z_]\w{2,48}%|%[sdrv]|\$env:\w+|(?<![\w!#%^*.-])\$\$?[A-Za-z_][\w.]*|\$[0-9]$|@@?[A-Z_]{3,48}@?"
+    rb"|%[A-Za-z_]\w{2,48}%|%[sdrvqex]|\$env:\w+|(?<![\w!#%^*.-])\$\$?[A-Za-z_][\w.]*|\$[0-9]$|@@?[A-Z_]{3,48}@?"
     rb"|\[redacted\]?|\*{3,}|x{4,}|X{4,}|\.{3,}|\xe2\x80\xa6|\xe2\x80\xa2+|_{4,}|-{3,}"
 )
 """Parts that stand for a value."""
@@ -37,7 +37,7 @@ _PLAIN_WORD = lazily(rb"[A-Za-z]?[a-z-]{1,19}[.]?$")
 _IDENTIFIER = lazily(rb"[&*!]?[A-Za-z_$][\w$]*(?:(?:\.|->|::|\?\.)[A-Za-z_$][\w$]*)*[?!]?$")
 _CALL = lazily(
     rb"[&*!]?(?:new )?[A-Za-z_$][\w$]*(?:(?:\.|->|::|\?\.)[A-Za-z_$][\w$]*){0,16}!?"
-    rb"(?:<[\w, ]{0,32}>)?[(\[]"
+    rb"(?:<[\w, ]{0,32}>)?[(\[{]"
 )
 _KEYWORD = lazily(
     rb"(?:await|new|not|lambda|yield|typeof|if|let|const|func|function|async|return|raise|throw|in"
@@ -47,7 +47,7 @@ _KEYWORD = lazily(
 )
 _SHORT_CODE = lazily(rb"(?:[A-Za-z_$]{1,2}|[0-9]{1,3})(?:=?$|[,)}\]])|0x[0-9A-Fa-f]{1,8}[),;]?$")
 """A variable of minified code, a number: ``{token:e,key:t}``."""
-_REFERENCE = lazily(rb"[A-Za-z_]\w*(?:\.\w+)+:\w+(?:\.\w+)*$")
+_REFERENCE = lazily(rb"[a-z-]{2,}(?:/[a-z-]{2,})+$|[A-Za-z_]\w*(?:\.\w+)+:\w+(?:\.\w+)*$")
 _WORDS = lazily(rb"(?:[A-Za-z]{2,}(?:[-_. /:]|$))+(?:\$S?[0-9]x?)?$")
 _CLASS = lazily(rb"a-z|A-Z|0-9|\\[dws]|\[\^")
 """Of a regular expression."""
@@ -142,7 +142,7 @@ def is_harmless_quoted(value: bytes) -> bool:
         return False
     if is_placeholder(value) or _URL.match(value) or _VERSION.match(value):
         return True
-    if _PATH.match(value) or _SENTENCE.match(value) or _is_prose(value) or _CLASS.search(value):
+    if _PATH.match(value) or is_sentence(value) or _is_prose(value) or _CLASS.search(value):
         return True
     if not _IDENTIFIER.match(value) and not _PLAIN_WORD.match(value):
         return False
@@ -150,6 +150,11 @@ def is_harmless_quoted(value: bytes) -> bool:
         return is_wordish(value) and not has_digit(value)
     plain = not has_digit(value)
     return plain and is_wordish(value) and _speaks_of_credentials(value)
+
+
+def is_sentence(value: bytes) -> bool:
+    """Whether it is prose without digits."""
+    return not has_digit(value) and bool(_SENTENCE.match(value) or _is_prose(value))
 
 
 def _is_prose(value: bytes) -> bool:

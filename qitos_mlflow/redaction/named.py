@@ -45,6 +45,7 @@ _SIGN = lazily(
     rb"\\{0,8}[\"'`]?\]?\*{0,2}[ \t]{0,8}"
     # An annotation (x: str = …) or a sign.
     rb"(?::[ \t]{0,4}&?[A-Za-z_][\w.\[\], |&<>']{0,40}?[ \t]=(?=[ \t])"
+    rb"|(?<=[ \t])(?:string|String)[ \t]{1,4}=(?=[ \t])|<-(?=[ \t]{0,4}[\"'])"
     rb"|:=|=>|===?|!==?|=|:(?![:/])|%3[AaDd]|&gt;|(?=>))"
 )
 _PAIR = lazily(rb"\\{0,8}[\"'][ \t]{0,4},\s{0,16}(?=b?\\{0,8}[\"'])")
@@ -56,6 +57,8 @@ _TAG = lazily(rb"(?:<|&lt;)(?:\w{1,12}:)?$")
 _NAMED_ATTRIBUTE = lazily(rb"(?:name|key)=\\?[\"']$")
 _PLIST = lazily(rb"</\w{1,16}>\s{0,64}<(?!key)\w{1,16}>([^<>]{1,512})</")
 _TOLD = lazily(rb"[ \t]{1,4}(?:is|was)[: ]{1,2}[\"'`]?([^\s\"'`<>,;]{5,64})")
+_ASSIGNED_TEXT = lazily(rb"\\?[\"']?[ \t]{0,4}[:=][ \t]{0,4}\\?[\"']")
+_LAST_WORD = lazily(rb"[^\s|]{4,64}[ \t]{0,8}(?:\r?\n|$)")
 _GAP = lazily(rb"(?:\\n|\s){1,8}")
 _LABEL = lazily(
     rb"(?i)(?:name|key|header|field|variable|param(?:eter)?|env|id|label|path)\\{0,8}[\"']?"
@@ -128,7 +131,9 @@ _ALONE = frozenset({b"key", b"Key", b"KEY", b"pass", b"PASS"})
 
 
 def _with_word_before(data: bytes, runs: bytes, start: int, end: int) -> tuple[int, bytes]:
-    """``API key``, ``-passin pass``: the name with the word before it."""
+    """``API key``, ``-passin pass``: the name with the word before it; ``pass = "…"``."""
+    if data[start:end].lower() == b"pass" and _ASSIGNED_TEXT.match(data, end):
+        return start, b"password"
     if data[start - 1 : start] != b" ":
         return start, b""
     before = runs.rfind(b" ", max(0, start - _BEFORE_BYTES), start - 1) + 1
@@ -195,7 +200,7 @@ class _Place:
         """Values that no ``=`` or ``:`` joins to their name."""
         data, end, low = self.data, self.end, self.low
         behind = data[end : end + 1]
-        if b"--" in self.bare:
+        if self.bare.startswith(b"-"):
             apart = behind in (b" ", b"\t") and data[end + 1 : end + 2] != b"-"
             if apart and (found := value_at(data, end, self.name, b" ")):
                 yield found
@@ -270,11 +275,21 @@ class _Place:
         is_password = self.bare in _PASSWORDS
         begins = data[gap.end() : gap.end() + 2]
         quoted = is_password and begins.lstrip(b"N")[:1] in (b"'", b'"')
+        if self._is_row(gap) or (is_password and begins[:1] == b"`"):
+            found = value_at(data, gap.end(), self.name, b"")
+            if found and is_secret_word(data[found[0] : found[1]]):
+                yield found
+            return
         netrc = is_password and _NETRC.search(data, max(0, self.start - 160), self.start)
         if quoted or netrc or self._is_set_in_shell():
             found = value_at(data, gap.end(), self.name, b"")
             if found and (quoted or not netrc or is_secret_word(data[found[0] : found[1]])):
                 yield found
+
+    def _is_row(self, gap: re.Match[bytes]) -> bool:
+        """Whether the line has the name, two blanks or more, and one word."""
+        blank = not self.data[self.line : self.start].strip()
+        return blank and len(gap.group()) > 1 and _LAST_WORD.match(self.data, gap.end()) is not None
 
     def _is_set_in_shell(self) -> bool:
         before = self.low[max(0, self.start - 24) : self.start]

@@ -18,7 +18,7 @@ _WORD = lazily(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _ALWAYS = _words(
     "password passwords passwd pwd passphrase passcode secret secrets credential credentials "
     "creds authorization auth cookie cookies jwt dsn apikey apikeys pw psk otp totp cvv "
-    "passwort kennwort passkey sessionid sessid phpsessid jsessionid"
+    "passwort kennwort storepass keypass passkey sessionid sessid phpsessid jsessionid"
 )
 """A name with one of these words names a credential, wherever the word stands."""
 
@@ -35,15 +35,19 @@ _JOINED = tuple(
 
 _KEY_OF = _words(
     "access account admin airtable algolia anthropic api app application auth aws azure bearer "
-    "cohere client cloudflare consumer datadog deepseek deploy encryption fireworks gemini github "
-    "gitlab google groq heroku hmac huggingface license linear mailchimp mailgun maps master "
-    "mistral notion openai openrouter pagerduty perplexity pinecone private replicate secret "
-    "sendgrid sentry service session shared signing slack ssh storage stripe subscription supabase "
-    "together tavily twilio vercel wandb webhook xai"
+    "client cloudflare cohere consumer datadog decryption deepseek deploy encryption fernet "
+    "fireworks functions gemini github gitlab google groq heroku hmac huggingface license linear "
+    "mailchimp mailgun maps master mistral notion openai openrouter pagerduty perplexity pinecone "
+    "private proxy replicate secret sendgrid sentry service session shared signing slack ssh "
+    "storage stripe subscription supabase tavily together twilio validation vercel wandb webhook "
+    "xai"
 )
 """Words before ``key`` that make it a secret, unlike the key of a dictionary or a table."""
 
-_PASS_OF = _words("db ftp http imap login mail mysql pg postgres proxy redis root smtp ssh user")
+_PASS_OF = _words(
+    "admin app backup become database db email ftp http imap keystore login mail mysql pg "
+    "postgres proxy rabbitmq redis root service smtp sql ssh sudo truststore user"
+)
 """Words before ``pass`` that make it a password."""
 
 _TOKEN_COUNTED = _words(
@@ -57,15 +61,16 @@ _PIN_OF = _words("account card device login security sim user")
 """Words before ``pin`` that make it a secret; alone it is one, too."""
 
 _HARMLESS_END = _words(
-    "accepted age arn at backend backends budget changed class classes client column columns "
-    "conflict correct cost count created details domain enabled encoding endpoint env error "
-    "errors exception expiration expired expires expiry factory failed failure field file flow "
-    "form format found go handler hasher hashers hdr header helper hint html httponly in index "
-    "invalid java js kind label length limit limits location log manager max md method middleware "
-    "min missing mode model module name names number path pattern policy position prefix prompt "
-    "provider py rate ratio rb reason required reset rotation router rs rule rules samesite "
-    "scheme secure size sock source status strategy strength suffix ts ttl txt type types updated "
-    "uri url usage valid validator validators variable version view views warn warning window"
+    "accepted age alg algorithm algorithms arn at backend backends budget changed class classes "
+    "client column columns conflict correct cost count created details domain enabled encoding "
+    "endpoint env error errors exception expiration expired expires expiry factory failed failure "
+    "field file flow form format found go handler hasher hashers hdr header helper hint html "
+    "httponly in index invalid java js kind label length limit limits location log manager max md "
+    "method methods middleware min missing mode model module name names number path pattern "
+    "policy position prefix prompt provider py rate ratio rb reason required reset rotation "
+    "router rs rule rules samesite scheme secure size sock source status strategy strength suffix "
+    "supported ts ttl txt type types updated uri url usage valid validator validators variable "
+    "version view views warn warning window"
 )
 """A name that ends in one of these describes a credential and does not hold one."""
 

@@ -23,14 +23,15 @@ _OWN = (
     ("whsec_", r"whsec_[A-Za-z0-9]{16,}"),  # docs.stripe.com/webhooks
     ("gho_ ghp_ ghr_ ghs_ ghu_", r"gh[oprsu]_[A-Za-z0-9]{12,}"),  # github.blog, "token formats"
     ("github_pat_", r"github_pat_\w{12,}"),  # docs.github.com
-    ("glpat- glrt- gldt-", r"gl(?:pat|rt|dt)-[\w-]{10,}"),  # docs.gitlab.com
+    # docs.gitlab.com
+    ("glpat- glrt- gldt- glptt-", r"gl(?:pat|rt|dt|ptt)-[\w-]{10,}(?:\.\w\w\.?\w{7,9})?"),
     ("xox", r"xox[a-z]-[A-Za-z0-9-]{10,}"),  # api.slack.com
     ("xapp-", r"xapp-[A-Za-z0-9-]{10,}"),  # api.slack.com
     ("AKIA ASIA AROA AIDA", r"A(?:KI|SI|RO|ID)A[A-Z0-9]{12,}"),  # docs.aws.amazon.com/IAM
     ("AIza", r"AIza[\w-]{16,}"),  # cloud.google.com/docs/authentication/api-keys
     ("GOCSPX-", r"GOCSPX-[\w-]{20,}"),  # cloud.google.com, client secrets
     ("ya29.", r"ya29\.[\w-]{20,}"),  # developers.google.com/identity
-    ("hf_", r"hf_[A-Za-z0-9]{13,}"),  # huggingface.co/docs
+    ("hf_ api_org_", r"(?:hf|api_org)_[A-Za-z0-9]{13,}"),  # huggingface.co/docs
     ("npm_ r8_", r"(?:npm|r8)_[A-Za-z0-9]{20,}"),  # docs.npmjs.com; replicate.com/docs
     ("pypi-", r"pypi-[\w-]{20,}"),  # pypi.org/help
     ("gsk_ xai- pplx-", r"(?:gsk_|xai-|pplx-)[A-Za-z0-9]{16,}"),  # Groq, xAI, Perplexity
@@ -50,6 +51,17 @@ _OWN = (
     ("figd_", r"figd_[\w-]{32,}"),  # figma.com/developers
     ("nfp_", r"nfp_[A-Za-z0-9]{32,}"),  # docs.netlify.com
     ("pcsk_", r"pcsk_[A-Za-z0-9_]{32,}"),  # docs.pinecone.io
+    ("sq0csp- sq0atp-", r"sq0(?:csp|atp)-[\w-]{22,}"),  # developer.squareup.com
+    ("squ_ sqp_ sqa_", r"sq[upa]_[a-f0-9]{40}"),  # docs.sonarsource.com
+    ("bkua_", r"bkua_[a-f0-9]{40}"),  # buildkite.com/docs
+    ("CCIPAT_", r"CCIPAT_\w{20,}"),  # circleci.com/docs
+    ("phx_", r"phx_[A-Za-z0-9]{40,}"),  # posthog.com/docs
+    ("ATBB", r"ATBB[A-Za-z0-9]{28,}"),  # support.atlassian.com
+    ("secret_", r"secret_[A-Za-z0-9]{43}"),  # developers.notion.com
+    ("oy2", r"oy2[a-z0-9]{43}"),  # learn.microsoft.com/nuget
+    ("vercel_blob_rw_", r"vercel_blob_rw_\w{30,}"),  # vercel.com/docs
+    ("CFPAT-", r"CFPAT-[\w-]{40,}"),  # contentful.com/developers
+    ("aio_", r"aio_[A-Za-z0-9]{28}"),  # io.adafruit.com/api
     ("hvs.", r"hvs\.[\w-]{20,}"),  # developer.hashicorp.com/vault
     (".atlasv1.", r"\.atlasv1\.[\w-]{40,}"),  # developer.hashicorp.com/terraform
 )  # fmt: skip
@@ -108,6 +120,9 @@ _BY_CONTEXT = {
 """By the joint: what stands before the run, and the run. A URL's part is no credential."""
 _CONTEXT_BYTES = 96
 
+_AZURE_BYTES = 84
+_AZURE_MARKS = ((b"AZDO", 76), (b"JQQJ99", 52))
+"""learn.microsoft.com: tokens of Azure DevOps, keys of Azure AI; what stands before the mark."""
 _AZURE = lazily(rb"\+ASt[A-Za-z0-9+/]{6}(?:==)?")
 _BASE64 = lazily(rb"[A-Za-z0-9+/]{76}")
 """learn.microsoft.com: keys of storage accounts have this mark."""
@@ -181,10 +196,21 @@ def _vendors(data: bytes, runs: bytes) -> Iterator[tuple[int, int]]:
             shape = _AT_RUN.get(data[at : at + 2])
             found = shape.match(data, at) if shape else None
             span = found.span() if found and _LEAST_GLUED.match(found[0]) else None
+        if span is None and end - start >= _AZURE_BYTES:
+            span = _of_azure(data, start, end)
         if span:
             yield span[0], max(span[1], end)
             end = max(span[1], end)
         start = runs.find(_RUN, end)
+
+
+def _of_azure(data: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """A key of 84 letters and digits with a mark in it."""
+    for mark, before in _AZURE_MARKS:
+        at = data.find(mark, start + before, end)
+        if at >= 0 and data[at - before : at - before + _AZURE_BYTES].isalnum():
+            return at - before, at - before + _AZURE_BYTES
+    return None
 
 
 def _joined(data: bytes, start: int) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from qitos_mlflow.redaction.literals import (
     is_placeholder,
     is_plain_word,
     is_secret_word,
+    is_sentence,
     is_word_of_code,
 )
 from qitos_mlflow.redaction.patterns import lazily
@@ -27,7 +28,8 @@ _PLAIN = lazily(
 )
 _NAME_IN_QUOTES = lazily(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
 _NO_TEXT = lazily(
-    rb"[ \t]{0,64}(\{|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
+    rb"[ \t]{0,64}(\{(?=(?:\s|\\{1,8}[nrt]){0,64}(?:\\{0,8}[\"'}]|$))"
+    rb"|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
 )
 """The beginning of an object or a list in JSON or a repr, or a number."""
 _SCHEMA = lazily(
@@ -37,6 +39,10 @@ _SCHEMA = lazily(
 """JSON Schema, which says what a credential looks like."""
 _EMPTY = lazily(rb"\{\s{0,8}\}|\[\s{0,8}\]")
 _WITH_TEXT = lazily(rb"[\[{]\s{0,64}(?:\\{0,8}[\"']?[\w.-]{1,48}\\{0,8}[\"']?\s?[:=]\s?)?[\"']")
+_FIRST_TEXT = lazily(rb"\[\s{0,64}\\{0,8}[\"']([^\"'\\\n]{4,200})")
+_HEREDOC = lazily(
+    rb"[ \t]{0,8}(?:\$\(cat )?<<[-~]?[\"']?\w{1,32}[\"']?\r?\n[ \t]*(\S[^\r\n]{0,512})"
+)
 _TUPLE = lazily(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
 _IN_PARENTHESES = lazily(rb"[ \t]{0,8}\((?=[rbuN]?[\"'])")
 _LINE = lazily(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
@@ -73,8 +79,10 @@ def in_quotes(data: bytes, quote: re.Match[bytes], separator: bytes) -> Found | 
         return None  # <a accesskey="p">
     if sign.endswith((b"==", b"!=")) and not is_secret_word(value):
         return None
-    if mark == b"`" and (b"\n" in value or b" " in value or is_plain_word(value)):
-        return None
+    if mark == b"`":
+        value = value.strip()
+        if b"\n" in value or b" " in value or is_plain_word(value):
+            return None
     if len(closing) == 3 and len(value) <= LONGEST_BYTES:
         end = start + len(value.rstrip())
     return start, end, b""
@@ -93,7 +101,7 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
         found_quoted = in_quotes(data, quote, separator)
         if found_quoted and name.lower().endswith(_OF_PROSE):
             start, end, _ = found_quoted
-            return None if is_word_of_code(data[start:end]) else found_quoted
+            return None if is_word_of_code(data[start:end].strip()) else found_quoted
         return found_quoted
     named_in_quotes = _NAME_IN_QUOTES.match(separator)
     if named_in_quotes and (found := _NO_TEXT.match(data, at)):
@@ -101,10 +109,14 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
         if data[start] in b"[{":
             if _SCHEMA.match(data, start) or _EMPTY.match(data, start):
                 return None
+            if (first := _FIRST_TEXT.match(data, start)) and is_sentence(first.group(1)):
+                return None
             end = _closing(data, start)
         return start, end, named_in_quotes.group(1)
     if (found := _TUPLE.match(data, at)) and b"," in found.group(1):
         return (*found.span(1), b"")
+    if here := _HEREDOC.match(data, at):
+        return (*here.span(1), b"")
     low_name = name.lower()
     if low_name.endswith(_HEADERS) and b"==" not in separator:
         return _header(data, at)
@@ -128,7 +140,8 @@ def _header(data: bytes, at: int) -> Found | None:
     if is_placeholder(value) or is_placeholder(word):
         return None
     word_at = start + first.start(1)
-    if is_code(data, word_at, word_at + len(word), b"="):
+    token = first.start(1) and word.isalnum() and has_digit(word)
+    if not token and is_code(data, word_at, word_at + len(word), b"="):
         return None
     short = len(word) < _SHORTEST_TOKEN or not first.start(1)  # Behind a scheme it is a token.
     if short and b"=" not in value and not has_digit(value) and is_plain_word(word):
