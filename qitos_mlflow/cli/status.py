@@ -138,7 +138,7 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
         "process": stem.rsplit("-", 2)[0],
         "host": segment.head.machine,
         "pid": segment.head.pid,
-        "owner": "alive" if segment.owner_alive else "dead",
+        "owner": "unknown" if segment.error else "alive" if segment.owner_alive else "dead",
         "offline": segment.head.offline,
         "delivering": segment.delivering,
         "waiting": segment.waiting,

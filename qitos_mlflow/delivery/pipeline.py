@@ -184,7 +184,7 @@ class Pipeline(Spooled):
 
     @property
     def unsaved(self) -> int:
-        """How many records wait in memory: lost if the process ends now."""
+        """How many records wait in memory, or are lost and in no file: gone if the process ends."""
         return self._queue.records + self._spooling.unsaved
 
     @property

@@ -101,8 +101,7 @@ class SpoolingThread(OwnThread):
         self.segment = segment
         self.sending = sending
         self.cannot_start = False
-        """No thread can be started (the interpreter is shutting down: 3.12 and later): flush and
-        close do the work themselves."""
+        """No thread can be started (3.12, as Python ends): flush and close work themselves."""
         self._queue = queue
         self._stats = stats
         self._unattended = unattended
@@ -187,9 +186,11 @@ class SpoolingThread(OwnThread):
 
     @property
     def unsaved(self) -> int:
-        """How many records are in memory only, the queue's not counted."""
+        """How many records only memory has, but the queue, and losses that no file counts."""
         held = tuple(self._taken)  # One call: the spooling thread works them off meanwhile.
-        return sum(isinstance(item, Item) for item in held) + self.segment.unsaved
+        kept, lost = self.segment.unsaved, self._stats.unsaved
+        gone = max(kept, lost) if self._counting.locked() else kept + lost  # Counted already?
+        return sum(isinstance(item, Item) for item in held) + gone
 
     def _write(self) -> bool:
         """Work until the last barrier (returns False), or until there is nothing to do (True)."""
@@ -341,8 +342,7 @@ def _start(thread: threading.Thread) -> bool:
         if "shutdown" not in str(error):
             _guard.warn(
                 "delivery.thread",
-                "the thread %s cannot be started (%s): records wait for the next flush or the end "
-                "of the process",
+                "thread %s cannot be started (%s): records wait for a flush or the process's end",
                 thread.name,
                 error,
             )

@@ -103,7 +103,8 @@ def _end_all(pipelines: list[RecordPipeline]) -> None:
             left_s = pipeline.exit_timeout_s  # To end what the records leave open.
         if not _guarded(pipeline.close, 0.0 if _interrupted or pipeline.hopeless else left_s):
             left.append(pipeline)
-    _guarded(_say_what_is_left, left)  # This fails if stderr is a closed pipe.
+    _guarded(_say_what_is_lost, pipelines)  # This fails if stderr is a closed pipe.
+    _guarded(_say_what_is_left, left)
     _guarded(_say_what_is_put_off, pipelines)
     for act in at_last:
         _guarded(act)
@@ -154,18 +155,22 @@ def _guarded(act: Callable[..., object], *args: object) -> bool:
     return False
 
 
+def _say_what_is_lost(pipelines: Collection[RecordPipeline]) -> None:
+    """On stderr: what `qitos-mlflow status` cannot tell."""
+    if lost := sum(pipeline.unsaved for pipeline in pipelines):
+        directories = {str(one.paths.directory) for one in pipelines if one.unsaved}
+        say(
+            f"{_count(lost, 'record')} lost: neither the server nor the spool "
+            f"{', '.join(sorted(directories))} took them in time",
+            own=True,
+        )
+
+
 def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
-    """On stderr: what is lost, how much is not delivered, and the command that delivers it."""
-    directories = sorted({str(pipeline.paths.directory) for pipeline in left})
+    """On stderr: how much is kept but not delivered, and the command that delivers it."""
     found = [_Kept(pipeline) for pipeline in left]
     until = time.monotonic() + COUNT_S
     in_time(lambda: all(kept.count(until) for kept in found), COUNT_S)
-    lines = []
-    if unsaved := sum(pipeline.unsaved for pipeline in left):
-        lines.append(
-            f"{_count(unsaved, 'record')} lost: neither the server nor the spool "
-            f"{', '.join(directories)} took them in time"
-        )
     commands: dict[str, set[str]] = {}  # Each with its paths.
     complete = all(kept.complete for kept in found)
     for kept in found:
@@ -174,14 +179,13 @@ def _say_what_is_left(left: Collection[RecordPipeline]) -> None:
     if commands:  # Else another process has delivered them meanwhile.
         records = sum(kept.records for kept in found)
         traces = len(set().union(*(kept.traces for kept in found)))
-        lines.append(
+        say(  # Loggers may be gone.
             f"{'' if complete else 'more than '}{_count(records, 'record')} of "
             f"{_count(traces, 'trace')} {'is' if records == 1 else 'are'} kept but not "
             "delivered yet; deliver with: "
-            + "; ".join(_command(command, *sorted(d)) for command, d in commands.items())
+            + "; ".join(_command(command, *sorted(d)) for command, d in commands.items()),
+            own=True,
         )
-    for line in lines:  # The last ones of the process: loggers may be gone.
-        say(line, own=True)
 
 
 def _say_what_is_put_off(pipelines: Collection[RecordPipeline]) -> None:

@@ -299,7 +299,7 @@ def test_the_command_that_status_names_delivers_what_it_shows(
     for file in part.parent.glob(f"{part.name.split('.')[0]}*"):
         file.rename(tmp_path / name / file.name)
     shown = call("status", str(tmp_path / name)).stdout
-    [line] = [line for line in shown.splitlines() if line.startswith("Deliver th")]
+    [line] = [line for line in shown.splitlines() if line.startswith("Deliver ")]
     program, *args = shlex.split(line.partition(": ")[2])
     assert program == "qitos-mlflow"
     trust = [] if name == "spool" else ["--trust"]  # Another directory may be another user's.

@@ -82,6 +82,11 @@ class Counts:
         with self._lock:
             return dict(self._dropped)
 
+    @property
+    def unsaved(self) -> int:
+        """How many losses are in no file yet."""
+        return sum((Counter(self.dropped) - self._saved).values())
+
     def add(
         self, *, recorded: int = 0, delivered: int = 0, dead_letters: int = 0, put_off: int = 0
     ) -> None:
