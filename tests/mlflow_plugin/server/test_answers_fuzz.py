@@ -144,7 +144,7 @@ def test_no_damaged_answer_loses_anything(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever comes back, the records arrive once, and nothing but our own words is logged."""
-    assert fuzz(monkeypatch, 30) > 200
+    assert fuzz(monkeypatch, 30) > 100
     assert {record.name for record in caplog.records} <= {"qitos_mlflow"}
 
 
