@@ -155,13 +155,14 @@ class TraceRecorder:
             payload = encode(record, self._slow)
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
                 payload = with_picture_files(payload, self._pictures, most)
+            taken = self.pipeline.offer(payload)
         except MemoryError:
             self.lose("span", NO_MEMORY)
             return
         except BaseException:
             self.lose("span", "snapshot_failed")
             raise
-        if not self.pipeline.offer(payload):
+        if not taken:
             self._pictures.clear()  # Those of the record are read again.
             self._note_loss("span", "queue_full")
         self.recorded(payload)
@@ -257,10 +258,10 @@ class TraceRecorder:
             except MemoryError:
                 payload = encode({**record, "metadata": {}}, self._slow)
                 self.lose("metadata", NO_MEMORY)
+            self.pipeline.offer(payload, keep=True, urgent=True)  # The call may raise (3.10).
         except MemoryError:
             self.lose(record["kind"], NO_MEMORY)
             return
-        self.pipeline.offer(payload, keep=True, urgent=True)
         self.recorded(payload)
 
     def _offer_root(self, span: Any) -> None:

@@ -140,11 +140,11 @@ def _header(data: bytes, at: int) -> Found | None:
     if is_placeholder(value) or is_placeholder(word):
         return None
     word_at = start + first.start(1)
-    token = first.start(1) and word.isalnum() and has_digit(word)
+    long = len(word) >= _SHORTEST_TOKEN and first.start(1)  # Behind a scheme it is a token.
+    token = first.start(1) and word.isalnum() and (has_digit(word) or (long and word.islower()))
     if not token and is_code(data, word_at, word_at + len(word), b"="):
         return None
-    short = len(word) < _SHORTEST_TOKEN or not first.start(1)  # Behind a scheme it is a token.
-    if short and b"=" not in value and not has_digit(value) and is_plain_word(word):
+    if not long and b"=" not in value and not has_digit(value) and is_plain_word(word):
         return None
     if end == at + LONGEST_BYTES and (longer := _LINE.match(data, end - 1)):
         end = longer.end(1)
