@@ -4,7 +4,7 @@ orjson does not look whether it got the memory it asked for: under ``ulimit -v``
 (3.9 to 3.13). The standard library's encoder raises `MemoryError`, but takes 20 times as long. So
 orjson works as long as there is no limit, or much more left below it than orjson could need. A
 container's limit is different: no allocation fails there, the kernel ends a process. The agent's
-thread uses neither encoder: see `recording.to_json`.
+thread has no time for that look: see `recording.to_json`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ _BLOCK_BYTES = 1024 * 1024
 JSONDecodeError = json.JSONDecodeError
 """The base class of orjson's, too."""
 
+_STRICT = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+"""orjson refuses these types, so that it runs no code of theirs. A dict that is not copied may hold
+some by now: another thread may have put them there."""
 INDENT = orjson.OPT_INDENT_2
 
 
@@ -129,6 +132,21 @@ def _integer(digits: str) -> int | float:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def dumps_strict(value: Any) -> bytes:
+    """`value` as JSON, if it is of what JSON has and memory is not limited (see `is_limited`).
+
+    Raises:
+        TypeError: it holds something else.
+    """
+    return orjson.dumps(value, option=_STRICT)
+
+
+def is_limited() -> bool:
+    """Whether this process has a limit of memory at which allocations fail."""
+    # Each time: a program may limit itself at any moment.
+    return any(resource.getrlimit(kind)[0] >= 0 for kind, _ in _LIMITS)
 
 
 def memory_left() -> int | None:

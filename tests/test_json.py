@@ -53,15 +53,48 @@ def test_large_integers_become_floats() -> None:
     assert orjson.dumps(_json.loads(text))
 
 
-def test_the_agents_thread_uses_no_json_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_json_encoder_runs_on_the_agents_thread_if_memory_is_limited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """orjson may end the process, and to look before whether it may takes as long as orjson."""
     record = {"kind": "span", "values": VALUES, "text": "é" * 40_000}
+    unlimited = encode(record)
     with monkeypatch.context() as patch:
-        patch.delattr(_json, "dumps")
+        for encoder in ("dumps", "dumps_strict"):
+            patch.delattr(_json, encoder)
+        patch.setattr(_json, "is_limited", lambda: True)
+        limited = encode(record)
         patch.setattr(_json, "memory_left", lambda: (_ for _ in ()).throw(AssertionError))
-        payloads = [encode({**record, "text": "short"})]
-    payloads.append(encode(record))
-    assert [orjson.loads(as_json(one))["values"] for one in payloads] == [VALUES, VALUES]
+        small = encode({**record, "text": "short"})
+    assert [orjson.loads(as_json(one))["values"] for one in (limited, small)] == [VALUES, VALUES]
+    assert as_json(limited) == unlimited
+
+
+class Keyed:
+    """A key with a `repr`, like those of libraries."""
+
+    def __repr__(self) -> str:
+        return "keyed"
+
+
+@pytest.mark.parametrize(
+    "key", [memoryview(b"password"), 1, 1.5, None, (1, 2), frozenset({1}), b"password", Keyed()]
+)
+def test_a_key_is_called_the_same_if_memory_is_limited(
+    key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redaction goes by names; marshal writes the bytes of whatever has a buffer, such as numpy's
+    texts."""
+    record = {"kind": "span", "values": [{"inner": {key: 1}}]}
+    unlimited = encode(record)
+    monkeypatch.setattr(_json, "is_limited", lambda: True)
+    assert as_json(encode(record)) == unlimited
+
+
+def test_what_is_in_many_places_counts_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds of the queue and of memory go by the size of the bytes."""
+    monkeypatch.setattr(_json, "is_limited", lambda: True)
+    assert len(encode({"kind": "span", "values": ["x" * 1000] * 100})) > 100_000
 
 
 def test_orjson_is_used_in_one_place() -> None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from qitos_mlflow._inheritance import check
@@ -108,10 +111,12 @@ class ByteQueue:
         """
         taken_bytes = 0
         self.more = False
+        get: Callable[[], Item | Barrier] = partial(self._items.get, wait, timeout_s)
         try:
-            item = self._items.get(wait, timeout_s)
             while True:
-                into.append(item)
+                # In C: what another thread injects into this one cannot come between the two.
+                into.extend(islice(iter(get, None), 1))
+                item = into[-1]
                 if isinstance(item, Item):
                     taken_bytes += len(item.payload) + ITEM_OVERHEAD_BYTES
                 else:
@@ -119,7 +124,7 @@ class ByteQueue:
                 if taken_bytes >= DRAIN_BYTES:
                     self.more = True
                     break
-                item = self._items.get_nowait()
+                get = self._items.get_nowait
         except queue.Empty:
             self._held_bytes = 0
         else:

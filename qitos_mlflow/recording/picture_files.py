@@ -7,7 +7,6 @@ end a read there. The agent waits `WAIT_S` at most, and after a wait in vain not
 
 from __future__ import annotations
 
-import marshal
 import os
 import time
 from base64 import b64encode
@@ -16,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery import open_regular
-from qitos_mlflow.recording.to_json import FORMAT, encode
+from qitos_mlflow.recording.to_json import as_json, encode, is_json
 from qitos_mlflow.redaction.pictures import reference, type_of
 
 WAIT_S = 0.2
@@ -39,8 +39,8 @@ READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
 _TYPE = "image_file"
-_MARK = marshal.dumps(_TYPE, FORMAT)[1:]
-"""How a record has this word as a value of its own, with its length before it: not in a text."""
+_MARK = b'"type":"image_file"'
+"""How JSON has it; in a text the quotes are escaped."""
 
 Seen = dict[str, tuple[tuple[int, ...], str]]
 """What a trace has read: for each path the file's state, and the reference to its picture."""
@@ -58,10 +58,10 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
         max_bytes: of all files together; one that has no room is not read (bytes).
     """
     global _late
-    if _MARK not in payload:
+    if (_MARK if is_json(payload) else _TYPE.encode()) not in payload:
         return payload
     with shield("picture_files"):
-        record = marshal.loads(payload)  # noqa: S302 - from this process's memory
+        record = _json.loads(as_json(payload))
         named = dict.fromkeys(reversed([*_paths(record)]))
         paths = [path for path in [*named][:MAX_FILES] if "://" not in path]
         if not paths or (_late is not None and _late.blocks()):

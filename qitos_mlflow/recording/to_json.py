@@ -1,15 +1,17 @@
 """Any value to JSON: whatever it holds, whatever its classes do, whatever other threads do to it.
 
-`encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes marshal's bytes,
-`as_json` makes JSON of them on the spooling thread. Marshal takes a fifth of the time that orjson
-takes for ASCII texts with quotes and newlines, and raises an exception where orjson crashes: if no
-memory is left.
+`encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes JSON. If the
+memory of the process is limited, it writes marshal's bytes, because orjson ends a process whose
+memory is over. `as_json` makes JSON of them on the spooling thread.
 
-There are two paths. The fast one copies the containers and has marshal write the copies. The slow
-one, for what marshal refuses, makes a copy of what JSON has. Marshal receives nothing but dicts,
-lists, tuples, texts and numbers, and of each container that holds others our own copy. A dict of
-texts and numbers, as most chat messages are, needs no copy: marshal calls no code for it, and no
-other thread runs meanwhile.
+There are two paths. The fast one copies the containers and has the copies written. The slow one,
+for all else, makes a copy of what JSON has.
+
+orjson crashes the process if a container changes while it is inside: through another thread, or
+through Python code that it calls (`default`, an Enum's value, a time zone). So it, and marshal,
+receive nothing but dicts whose keys are texts, lists, tuples, texts and numbers, and of each
+container that holds others our own copy. A dict of texts and numbers, as most chat messages are,
+needs no copy: no code is called for it, and no other thread runs meanwhile.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ SHARE, SMALL_BYTES = 8, 64 * 1024
 """A record takes at most an eighth of the memory that is left below a limit: the rest is the
 agent's. What is no larger is always taken."""
 
-FORMAT = 4
-"""Marshal's, since Python 3.4: an object that is in many places is written once."""
+_FORMAT = 2
+"""Marshal's. Later ones write an object that is in many places once, so the size of the bytes would
+not say how much there is, and keep each interned text for ever (3.13)."""
 
 
 def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
@@ -44,16 +47,23 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
         MemoryError: there is too little memory, and nothing else.
     """
     own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
+    limited = _json.is_limited()
     try:
         _own(own, MAX_LEVELS, budget)
-        payload = marshal.dumps(own, FORMAT)
+        if not limited:
+            return _json.dumps_strict(own)
+        _check_keys(own)
+        payload = marshal.dumps(own, _FORMAT)
     except MemoryError:
         raise
-    except BaseException as error:  # noqa: BLE001 - a cycle, a key of a class of the user's, …
+    except BaseException as error:  # noqa: BLE001 - a cycle, a key that is no text, …
         let_through(error)
         budget.containers = MAX_SLOW_CONTAINERS
+        accepted = _accepted(own, MAX_SLOW_LEVELS, budget)
+        if not limited:
+            return _json.dumps_strict(accepted)
         try:
-            payload = marshal.dumps(_accepted(own, MAX_SLOW_LEVELS, budget), FORMAT)
+            payload = marshal.dumps(accepted, _FORMAT)
         except ValueError:  # How marshal says that it got no memory for a text.
             raise MemoryError from None
     if len(payload) > SMALL_BYTES:
@@ -63,20 +73,25 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
     return payload
 
 
+def is_json(payload: bytes) -> bool:
+    """Whether `encode` wrote it as JSON."""
+    return payload.startswith(b'{"')
+
+
 def as_json(payload: bytes) -> bytes:
-    """The JSON of what `encode` wrote; what is JSON already stays as it is. Spooling thread.
+    """The JSON of what `encode` wrote. Spooling thread.
 
     Raises:
         MemoryError: there is too little memory, and nothing else.
     """
-    if payload.startswith(b'{"'):
+    if is_json(payload):
         return payload
     record = marshal.loads(payload)  # noqa: S302 - from this process's memory
     try:
         return _json.dumps(record)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - a key that is no text, half a character, a huge number
+    except Exception:  # noqa: BLE001 - half a character, a huge number
         budget = Budget(SlowTexts(), MAX_SLOW_CONTAINERS)
         return _json.dumps(_accepted(record, MAX_SLOW_LEVELS, budget))
 
@@ -124,6 +139,24 @@ def _own(own: Any, levels: int, budget: Budget) -> None:
             simple = [known(item, budget)]
             _own(simple, levels - 1, budget)
             own[key] = simple[0]
+
+
+def _check_keys(own: Any) -> None:
+    """See that keys are texts, as orjson does.
+
+    Raises:
+        TypeError: one is none. Of what has a buffer, such as numpy's texts, marshal would write the
+            bytes, and redaction would not know the name.
+    """
+    if type(own) is dict:
+        for key in own:
+            if type(key) is not str:
+                raise TypeError
+        own = own.values()
+    for item in own:
+        kind = type(item)
+        if kind is dict or kind is list or kind is tuple:
+            _check_keys(item)
 
 
 def _plain(values: Collection[Any]) -> bool:

@@ -18,7 +18,8 @@ from qitos_mlflow.redaction.vendors import FORMATS
 
 _OWN = (
     # Looser than gitleaks' rules, so that a key that is cut or grows is found.
-    ("sk-", r"sk-(?![a-z_-]+(?![\w-]))[\w-]{12,}"),  # platform.openai.com, console.anthropic.com, …
+    # platform.openai.com, console.anthropic.com, …
+    ("sk-", r"sk-(?:proj-|(?![a-z_-]+(?![\w-])))[\w-]{12,}"),
     ("sk_live_ sk_test_ rk_live_ rk_test_", r"[sr]k_(?:live|test)_\w{10,}"),  # docs.stripe.com
     ("whsec_", r"whsec_[A-Za-z0-9]{16,}"),  # docs.stripe.com/webhooks
     ("gho_ ghp_ ghr_ ghs_ ghu_", r"gh[oprsu]_[A-Za-z0-9]{12,}"),  # github.blog, "token formats"

@@ -94,6 +94,9 @@ class MlflowRest:
         answer = getattr(self, "_" + re.sub(r".*/mlflow/|\W", "", path.replace("/traces/m", "/m")))
         return answer(body, request.path)
 
+    def _version(self, body: Any, path: str) -> tuple[int, Any]:
+        return 404, {}  # A router keeps it to itself.
+
     def _experimentsget(self, body: Any, path: str) -> tuple[int, Any]:
         return 200, {"experiment": {"experiment_id": "0"}}
 

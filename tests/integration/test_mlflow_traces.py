@@ -334,6 +334,7 @@ IN_SPANS = {
         def interrupted(*args):
             signal.raise_signal(signal.SIGINT)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell may ignore it.
         wait, InBackground.wait = InBackground.wait, interrupted
         try:
             with mlflow.start_span("top"):

@@ -10,6 +10,7 @@ It prints what is raised or lost without a count, and at last whether there were
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections import Counter
 from importlib import import_module
@@ -73,6 +74,8 @@ def taken(processor: MlflowTraceProcessor) -> set[str]:
 
 def main() -> None:
     """Print what is wrong, and whether there were losses."""
+    # A process without a limit uses an encoder that would end it, because its memory has no end.
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, -1))
     # No threads, which would fail as well: what is offered stays in the queue.
     RecordPipeline._wake = lambda self: None  # type: ignore[method-assign]
     processor = MlflowTraceProcessor(offline=True, spool_dir=Path(sys.argv[1]))

@@ -17,8 +17,8 @@ from qitos_mlflow._guard import shield
 from qitos_mlflow._inheritance import check
 from qitos_mlflow._threads import OwnThread
 
-LINGER_S = 5.0
-"""How long the thread waits for more work (seconds)."""
+LINGER_S, LOOK_S = 5.0, 1.0
+"""How long the thread waits for more work, and how often it looks for how long (seconds)."""
 
 
 class InBackground:
@@ -78,12 +78,15 @@ class InBackground:
         OwnThread(f"qitos-mlflow-{self._name}", self._do_all).start()
 
     def _do_all(self) -> None:
+        began_s = time.monotonic()
         while True:
             try:
-                self._do_next(self._linger_s)
+                self._do_next(min(self._linger_s, LOOK_S))
+                began_s = time.monotonic()
             except Empty:
                 with self._lock:
-                    if self._work.empty():
+                    waited = time.monotonic() - began_s >= self._linger_s
+                    if waited and self._work.empty():
                         self._works = False
                         return
 
