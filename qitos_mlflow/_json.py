@@ -13,6 +13,8 @@ import json
 import marshal
 import os
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -55,7 +57,7 @@ def dumps(
     """`value` as JSON.
 
     Args:
-        value: of what JSON has.
+        value: of what JSON has, and dataclasses.
         default: makes such a value of another one.
         option: of orjson.
 
@@ -76,10 +78,19 @@ def dumps(
         value,
         ensure_ascii=False,
         allow_nan=False,
-        default=default,
+        default=partial(_simpler, default),
         indent=indent,
         separators=separators,
     ).encode()
+
+
+def _simpler(default: Callable[[Any], Any] | None, value: Any) -> Any:
+    """What orjson makes of a dataclass by itself, and `default` of anything else."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: getattr(value, one.name) for one in fields(value)}
+    if default is None:
+        raise TypeError(f"Type is not JSON serializable: {type(value).__qualname__}")
+    return default(value)
 
 
 def loads(data: bytes | str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,36 @@ def test_the_same_near_a_limit(value: Any) -> None:
     assert _json.loads(orjson.dumps(value)) == value
 
 
+@dataclass
+class Inner:
+    """Part of a state, with something for `default`."""
+
+    names: dict[str, list[tuple[str, int]]]
+    content: bytes = b"content"
+
+
+@dataclass(slots=True)
+class Outer:
+    """A state, as the sink's."""
+
+    inner: Inner
+    more: list[Inner] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("left", [0, _json.SPARE_BYTES, 1 << 40])
+def test_dataclasses_are_the_same_under_any_limit(
+    left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a delivery is made of them; without it nothing is delivered."""
+    value = {"state": Outer(Inner({"a": [("b", 1)]}), [Inner({})])}
+    expected = _json.dumps(value, bytes.decode)
+    monkeypatch.setattr(_json, "memory_left", lambda: left)
+    assert _json.dumps(value, bytes.decode) == expected
+    for default in (None, bytes.decode):
+        with pytest.raises(TypeError):
+            _json.dumps({"state": Inner, "bytes": b""}, default)
+
+
 @pytest.mark.usefixtures("_near")
 @pytest.mark.parametrize("text", NO_JSON)
 def test_what_is_no_json_is_none_near_a_limit(text: bytes) -> None:
@@ -58,6 +89,7 @@ def test_no_json_encoder_runs_on_the_agents_thread_if_memory_is_limited(
 ) -> None:
     """orjson may end the process, and to look before whether it may takes as long as orjson."""
     record = {"kind": "span", "values": VALUES, "text": "é" * 40_000}
+    monkeypatch.setattr(_json, "is_limited", lambda: False)  # Also if this process is.
     unlimited = encode(record)
     with monkeypatch.context() as patch:
         for encoder in ("dumps", "dumps_strict"):
@@ -86,6 +118,7 @@ def test_a_key_is_called_the_same_if_memory_is_limited(
     """Redaction goes by names; marshal writes the bytes of whatever has a buffer, such as numpy's
     texts."""
     record = {"kind": "span", "values": [{"inner": {key: 1}}]}
+    monkeypatch.setattr(_json, "is_limited", lambda: False)  # Also if this process is.
     unlimited = encode(record)
     monkeypatch.setattr(_json, "is_limited", lambda: True)
     assert as_json(encode(record)) == unlimited

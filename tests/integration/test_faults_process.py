@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -227,6 +228,17 @@ def test_a_script_shorter_than_the_connection(
     [run] = runs()
     assert (run.status, ledger(run)) == ("FINISHED", (2, 2, ""))
     assert len(run.points["step/number"]) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces RLIMIT_AS")
+def test_a_far_limit_of_memory(
+    mlflow_server: MlflowServer, experiment_name: str, runs: Runs
+) -> None:
+    """Schedulers of clusters set one for each job: the process delivers as without."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))"
+    run_script(limit, SHORT.format(experiment=experiment_name, uri=mlflow_server.uri))
+    [run] = runs()
+    assert (run.status, ledger(run)) == ("FINISHED", (2, 2, ""))
 
 
 def test_a_first_record_while_the_interpreter_ends(
