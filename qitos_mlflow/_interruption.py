@@ -41,8 +41,8 @@ def interruption(error: BaseException) -> BaseException | None:
     - Another exception that no ``raise`` made, with the arguments that its class gives it: another
       thread has injected the class, by `PyThreadState_SetAsyncExc`.
 
-    A `MemoryError` counts as the code's own. Python 3.12 and 3.13 may crash if somebody looks at a
-    frame that got no memory for its variables.
+    A `MemoryError` counts as the code's own. Python 3.12 and 3.13 may crash when a frame is read
+    that got no memory for its variables.
 
     Call it where `error` is caught. Any thread; never raises.
     """

@@ -30,7 +30,8 @@ class Sync:
     """Delivers some segments, one after another.
 
     A segment that is stuck, such as one with a text that a firewall refuses, does not hold up the
-    others of its server or its experiment, except those that go on with one of its traces.
+    others. There are two exceptions. Segments that go on with one of its traces wait for it. The
+    rest of an experiment is left once its segments have failed for `2 * patience_s + MORE_S`.
 
     Args:
         opens: opens the sink of a segment with this header, in this way.

@@ -27,7 +27,7 @@ def ask(uri: str | None, *, trusted: bool) -> Answer:
     from qitos_mlflow.settings import usable_uri
 
     if uri is None:
-        return Answer(DEFAULT_STORE, None, "local, no server needed")
+        return Answer(DEFAULT_STORE, None, "it needs no server")
     shown = without_credentials(uri)
     if not is_http(uri):
         try:

@@ -86,7 +86,7 @@ def header_of(segment: SegmentInfo) -> dict[str, Any]:
 def experiment_of(segment: SegmentInfo) -> str | None:
     """The experiment of the segment's first waiting trace; None if no record that waits names one.
 
-    Segments of version 0.1.0 have it in their header. Reads records from disk.
+    Segments of format 1 have it in their header. Reads records from disk.
     """
     from qitos_mlflow.delivery import json_object, waiting_records
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from qitos_mlflow.mlflow_plugin.server.transport import Transport
 
 READ_S = 600.0
-"""Longest time to read the runs of one evaluation (seconds), ..."""
+"""Longest time to read the runs of one evaluation (seconds)."""
 TRIES = 4
-"""... and failures in a row to read a page of them, each of half as many runs as the one before."""
+"""A page of runs is asked for so often. After a failure, the page is half as large."""
 SHOWN = 10
 """Tasks that are listed for each reason; `--json` has all."""
 WIDTH = 120

@@ -154,6 +154,8 @@ def _described(segment: SegmentInfo) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
+    from rich.filesize import decimal
+
     segments = found["segments"]
     if segments:
         rows = table("process", "owner", "waiting", "refused", "last record", "destination")
@@ -169,6 +171,8 @@ def _show(found: dict[str, Any]) -> None:
             )
         show(rows)
     count = f"{plural(found['waiting'], 'record')} in {plural(len(segments), 'segment')}"
+    if size := sum(segment["bytes"] for segment in segments):
+        count += f" ({decimal(size)})"
     echo(f"{count} wait in {', '.join(found['directories'])}", own=True)
     for title, counts in (
         ("refused, put off or damaged", found["dead_letters"]),

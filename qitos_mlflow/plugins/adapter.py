@@ -30,7 +30,7 @@ A hook has one argument at most, which is given by position: on the agent's thre
 """
 
 EVENTS = frozenset({"qitos_trace_start", "qitos_trace_end", "qitos_span_start", "qitos_span_end"})
-"""Hooks whose results nobody uses."""
+"""Hooks that return nothing."""
 
 
 def _pass_on(hook: str) -> Any:

@@ -19,9 +19,10 @@ If the `qitos-mlflow` script is not on the PATH, use `python -m qitos_mlflow.cli
 
 Exit codes: 0 done; 1 not everything could be done, the last line says what is left; 2 an argument
 or a setting cannot be used, the message names it. `run` exits with the script's own code. `sync`,
-`status` and `spool purge` exit with 130 after Ctrl-C and 143 after SIGTERM. `sync --follow` has no
-other end: it exits with 0 then, unless it has to break off a request that takes longer than half a
-second. Errors and warnings are written to stderr and begin with `qitos-mlflow: `.
+`status`, `compare` and `spool purge` exit with 130 after Ctrl-C and 143 after SIGTERM.
+`sync --follow` has no other end: it exits with 0 then, unless it has to break off a request that
+takes longer than half a second. Errors and warnings are written to stderr and begin with
+`qitos-mlflow: `.
 """
 
 

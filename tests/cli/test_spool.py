@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.filesize import decimal
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.delivery.spool.locks import FileLock
@@ -299,6 +300,8 @@ def test_the_command_that_status_names_delivers_what_it_shows(
     for file in part.parent.glob(f"{part.name.split('.')[0]}*"):
         file.rename(tmp_path / name / file.name)
     shown = call("status", str(tmp_path / name)).stdout
+    size = sum(file.stat().st_size for file in (tmp_path / name).glob("*.seg"))
+    assert f"2 records in 1 segment ({decimal(size)}) wait in {tmp_path / name}" in shown
     [line] = [line for line in shown.splitlines() if line.startswith("Deliver ")]
     program, *args = shlex.split(line.partition(": ")[2])
     assert program == "qitos-mlflow"

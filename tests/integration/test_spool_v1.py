@@ -1,4 +1,4 @@
-"""A spool of version 0.1.0 becomes on a real server what version 0.1.0 itself made of it."""
+"""A spool of format 1 becomes on a real server what its own writer made of it."""
 
 from __future__ import annotations
 

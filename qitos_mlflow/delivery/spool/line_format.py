@@ -14,8 +14,8 @@ r"""The lines of a spool file. Pure: bytes to bytes.
     crc     = 8 hex digits        CRC-32 of tag, time, length with their spaces, and payload
     payload = any bytes but LF    escaped: ESC "0" is LF, ESC "1" is ESC
 
-Version 0.1.0 wrote head lines of version 1, which are read as well. It takes a segment whose head
-lines say 2 for one without a readable header, and leaves it alone.
+Head lines of version 1, "format 1" in docs/spool.md, are read as well. Who knows only those takes a
+segment whose head lines say 2 for one without a readable header, and leaves it alone.
 
 The checksum finds torn and corrupt lines. It does not protect against deliberate changes.
 """

@@ -9,7 +9,7 @@ Everything of one segment begins with its stem, ``<machine>-<pid>-<start>-<rando
     <stem>.ship         lock of the process that sends
     <stem>.dead         records the server refused for good, damaged lines, and why; stays
     <stem>.<base>.bad   a part that could not be read; stays
-    <stem>.bad          damaged lines, as version 0.1.0 kept them; stays
+    <stem>.bad          damaged lines, as spools of format 1 keep them; stays
     <stem>.lost         losses by reason, JSON; stays
 
 What stays does so until it is purged, so it has a bound of its own: it never takes the space of

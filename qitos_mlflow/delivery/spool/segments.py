@@ -34,7 +34,7 @@ from qitos_mlflow.delivery.spool.reader import SegmentReader, load_ack
 from qitos_mlflow.delivery.spool.writer import SegmentWriter
 
 HEAD_LINES = 4
-"""What a part begins with: two lines, each twice. Once each in version 0.1.0."""
+"""What a part begins with: two lines, each twice. Once each in format 1."""
 HEAD_BYTES = 1024 * 1024
 """These lines are shorter together (bytes)."""
 _NOT_OPENED = (".bad", ".tmp")

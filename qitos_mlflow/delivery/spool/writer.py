@@ -19,12 +19,13 @@ from pathlib import Path
 from qitos_mlflow import _guard
 from qitos_mlflow.delivery.spool import line_format
 from qitos_mlflow.delivery.spool.counts import (
+    DISK_FULL,
     RECORD_TOO_LARGE,
     SPOOL_FULL,
     SPOOL_REMOVED,
     reason_of,
 )
-from qitos_mlflow.delivery.spool.files import Untrusted, make_directory, sync_directory
+from qitos_mlflow.delivery.spool.files import make_directory, sync_directory
 from qitos_mlflow.delivery.spool.locks import FileLock
 from qitos_mlflow.delivery.spool.parts import DiskPart, MemoryPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, Quota, new_stem
@@ -35,6 +36,12 @@ DISK_RETRY_S = 5.0
 """How often a disk that failed is tried again (seconds)."""
 KEEP_SHARE = 1.1
 """Trace starts and ends are taken until the directory is this many times its cap."""
+
+NEXT = {
+    DISK_FULL: "; free some disk",
+    SPOOL_FULL: "; deliver what others left there with: qitos-mlflow sync, or raise spool_bytes",
+}
+"""What to do about a failure, as the log says it."""
 
 Record = tuple[bytes, bool]
 """What is appended, and whether to keep it when space is short."""
@@ -214,7 +221,7 @@ class SegmentWriter:
                 self.paths.directory,
                 error or failure,
                 "sent from memory, and lost beyond its bound" if self._memory_bytes else "lost",
-                "" if isinstance(error, Untrusted) else "; free some disk or raise spool_bytes",
+                NEXT.get(failure, ""),
             )
         self._disk_failure = failure
         if self._memory_bytes or failure != SPOOL_FULL:

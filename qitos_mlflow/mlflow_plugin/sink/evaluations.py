@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree
 from qitos_mlflow.mlflow_plugin.sink.children import Due
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
 from qitos_mlflow.mlflow_plugin.sink.parents import Parents
@@ -27,7 +25,6 @@ class EvaluationOperations(Operations):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.parents = self._experiments = Parents(self._transport)
-        self._costs: dict[str, float] = {}
 
     def restore(self, due: Any) -> None:
         """Go back to the parents whose numbers were not written yet."""
@@ -35,7 +32,7 @@ class EvaluationOperations(Operations):
 
     def listed(self, traces: Iterable[TraceState]) -> list[Listed]:
         """The calls for what traces add to evaluations and parents. The last ones are made."""
-        self._costs.clear()  # Of runs whose end was refused.
+        self._costs.totals.clear()  # Of runs whose end was refused.
         traces = list(traces)
         sets = [(trace, one) for trace in traces for one in trace.waiting.datasets]
         calls: list[Listed] = [(trace, self.log_dataset, [one]) for trace, one in sets]
@@ -60,19 +57,12 @@ class EvaluationOperations(Operations):
             self.parents.begin(trace, timeout_s)
         trace.settle()
 
-    def _cost_of(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
-        found = super()._cost_of(tree, experiment_id, timeout_s)
-        if found:
-            [cost] = map(_json.loads, found.values())
-            self._costs[tree.facts.trace_id] = cost["total_cost"]
-        return found
-
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
         """As in the base class; with the run's cost, and of an evaluation the last numbers."""
         if trace.facts.of_evaluation:
             self.parents.finish(trace, timeout_s)
             return
-        if (cost := self._costs.get(trace.facts.trace_id)) is not None:
+        if (cost := self._costs.totals.get(trace.facts.trace_id)) is not None:
             at_ms = limits.clean_ms(trace.facts.ended_ns)
             point = Metric("total_cost", cost, at_ms, trace.totals.last_step)
             self._log(trace, RunData(metrics=[point]), timeout_s)

@@ -3,30 +3,21 @@
 Receives `TraceState`s and what is to be written of them; raises what the transport raises. Making
 a call twice has the same effect as making it once. A trace's run is created first. If the server
 refuses the run, no other call of the trace is made.
-
-What a trace cost is asked of the server once, at its end. The server prices each span as it comes,
-and stops adding up a trace's cost once it has the trace's info, which a trace needs from its start
-to be seen and linked. What stays is the cost of the first batch (mlflow 3.12 to 3.17), or one that
-counts replays (3.10, 3.11; they also refuse an info without the cost that they know). So the last
-info carries the sum. Servers before 3.10 have no prices.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qitos_mlflow import _json
-from qitos_mlflow._guard import log, warn
+from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import RetryLater
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED, SpanTree, locate
+from qitos_mlflow.mlflow_plugin.mapping.span_tree import locate
 from qitos_mlflow.mlflow_plugin.server.http import REQUEST_TIMEOUT_S
 from qitos_mlflow.mlflow_plugin.server.transport import (
     NotThere,
@@ -36,9 +27,9 @@ from qitos_mlflow.mlflow_plugin.server.transport import (
     TooLarge,
     Transport,
     Unanswered,
-    equals,
 )
 from qitos_mlflow.mlflow_plugin.sink.attachments import Attachments
+from qitos_mlflow.mlflow_plugin.sink.costs import Costs
 from qitos_mlflow.mlflow_plugin.sink.experiments import Experiments
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 
@@ -62,19 +53,6 @@ FILES_PAUSE = 10.0
 
 LATE_LOSSES = ("too_large", "artifact_put_off", "artifact_refused")
 """Reasons for which `CallList` counts losses, after a trace's end has listed those before."""
-
-MARGIN_MS = 60_000
-"""How much earlier than its trace a span may begin, if the clock was set meanwhile."""
-
-COSTS = ("input_cost", "output_cost")
-"""MLflow's metrics of one span's cost (USD)."""
-
-COST_TIMEOUT_S = 3.0
-"""Longest wait for a sum (seconds)."""
-COST_TRIES = 3
-"""Failures in a row after which traces are written without their cost: it must delay nothing."""
-PAUSE_S = 60.0
-"""How long no cost is asked for then (seconds)."""
 
 
 @dataclass
@@ -102,9 +80,9 @@ class Operations:
         self.header = header
         self._experiments = Experiments(transport)
         self._attachments = Attachments(transport)
+        self._costs = Costs(transport)
         self._failed_at = 0.0
         self._traces, self._files = Part(), Part()
-        self._cost_failures, self._asks_cost_at = 0, 0.0
 
     @property
     def request_timeout_s(self) -> float:
@@ -220,62 +198,10 @@ class Operations:
                 return
             trace.has_info = True
         if facts.ended and self.stores_traces:
-            cost = self._cost_of(tree, run.experiment_id, timeout_s)
+            cost = self._costs.of(tree, run.experiment_id, timeout_s)
             if cost or not first:
                 info["trace_metadata"] |= cost
                 self.store(trace, self._transport.write_trace, info, timeout_s)
-
-    def _cost_of(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, str]:
-        """The metadata that says what a trace cost; empty if the server does not know.
-
-        Raises:
-            RetryLater: the server did not say; not more than `COST_TRIES` times in a row.
-        """
-        if time.monotonic() < self._asks_cost_at:
-            return {}
-        try:
-            longest_s = min(timeout_s, COST_TIMEOUT_S * self._transport.patience)
-            cost = self._sum_cost(tree, experiment_id, longest_s)
-        except (RetryLater, Poisoned, Refused) as failure:
-            never = isinstance(failure, Refused)
-            self._cost_failures = COST_TRIES if never else self._cost_failures + 1
-            if self._cost_failures < COST_TRIES:
-                # Not its Retry-After: all else waits for this.
-                raise RetryLater(f"no cost: {failure}") from failure
-            if self._cost_failures == COST_TRIES:
-                text = "%s does not say what model calls cost, so traces have no cost: %.200s"
-                log(logging.WARNING, text, self._transport.address, failure)
-            self._asks_cost_at = math.inf if never else time.monotonic() + PAUSE_S
-            return {}
-        self._cost_failures = 0
-        return {"mlflow.trace.cost": _json.dumps(cost).decode()} if cost else {}
-
-    def _sum_cost(self, tree: SpanTree, experiment_id: str, timeout_s: float) -> dict[str, float]:
-        """The cost in USD of a trace's spans on the server, as MLflow's ``mlflow.trace.cost``.
-
-        Empty if the server has no price, or if there are more names than `MAX_PRICED` to ask for.
-        Only our generations are counted, by their names: provider spans that MLflow's autologging
-        put below them have a price too, for the same tokens.
-        """
-        of_trace = equals("trace.tag.`qitos.trace_id`", tree.facts.trace_id)
-        of_spans = [equals("span.name", name) for name in tree.priced]
-        if of_trace is None or None in of_spans or len(of_spans) > MAX_PRICED:
-            return {}
-        question = {
-            "experiment_ids": [experiment_id],
-            "start_time_ms": max(0, tree.start_ns // 1_000_000 - MARGIN_MS),
-            "end_time_ms": tree.facts.last_ns // 1_000_000 + MARGIN_MS,
-        }
-        costs: dict[str, float] = {}
-        for of_span in of_spans:
-            for metric in COSTS:
-                asked = {**question, "metric_name": metric, "filters": [of_trace, of_span]}
-                amount = self._transport.sum_spans(asked, timeout_s)
-                if amount is None:
-                    break  # It has no price for this model.
-                costs[metric] = costs.get(metric, 0.0) + amount
-        total = {"total_cost": sum(costs.values())}
-        return {**dict.fromkeys(COSTS, 0.0), **costs, **total} if costs else {}
 
     def store(self, trace: TraceState, write: Callable[..., None], *what: Any) -> None:
         """Write spans or an info; go on with runs alone if a server or a store has no traces."""
@@ -297,19 +223,29 @@ class Operations:
 
     def _lacks(self, part: Part, failure: Exception, trace: TraceState, timeout_s: float) -> bool:
         """Count a failure; True if there were enough of them while the server is well otherwise."""
-        now, part.reason, part.failures = time.monotonic(), str(failure), part.failures + 1
-        part.since = part.since if part.failures > 1 else now
+        now = time.monotonic()
+        part.reason = str(failure)
+        part.failures += 1
+        if part.failures == 1:
+            part.since = now
         enough = part.failures >= SIGHTINGS and now - part.since >= SIGHTINGS_S
         return enough and self.server_is_well(trace, timeout_s)
 
     def _go_without_traces(self, failure: Exception) -> None:
         self._traces.missing_until = time.monotonic() + LOOK_AGAIN_S
-        text, server = "%s cannot store traces (%.200s): only runs are", self._transport.address
-        warn(f"sink.no_traces {server}", f"{text} logged, without span trees", server, failure)
+        server = self._transport.address
+        warn(
+            f"sink.no_traces {server}",
+            "%s cannot store traces (%.200s): only runs are logged, without span trees",
+            server,
+            failure,
+        )
 
     def write_artifact(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
         """Write a file of the run; put it off if files fail while the server is well otherwise."""
-        [file], files, began = items, self._files, time.monotonic()
+        [file] = items
+        files = self._files
+        began = time.monotonic()
         if began >= files.missing_until:
             try:
                 self._attachments.write(trace, _run_of(trace), file, timeout_s)

@@ -52,7 +52,7 @@ from qitos_mlflow.recording.record import Record
 from qitos_mlflow.redaction.redact import MARKER, without_credentials
 
 STATE_VERSION = 3
-"""Form of the state in acknowledgements; 0.1.0 wrote the first one, without a version."""
+"""Form of the state in acknowledgements. The first one, in spools of format 1, has no number."""
 
 
 class MlflowSink:

@@ -434,11 +434,15 @@ def test_a_record_too_large_for_what_is_left_costs_no_other(tmp_path: Path) -> N
     segment.close(delete=True)
 
 
-def test_the_cap_is_for_the_whole_directory(tmp_path: Path) -> None:
-    """What other processes have spooled counts as well."""
+def test_the_cap_is_for_the_whole_directory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What other processes have spooled counts as well, and the warning says how to deliver it."""
     (tmp_path / "other-1-2-3.0000000000000000.seg").write_bytes(b"x" * 10_000)
     segment = make_segment(tmp_path, cap_bytes=10_000, memory_bytes=0)
     assert append(segment, [b"x"]) == [SPOOL_FULL]
+    assert "(spool_full)" in caplog.text
+    assert "qitos-mlflow sync" in caplog.text
     segment.close(delete=True)
 
 

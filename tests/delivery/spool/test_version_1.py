@@ -1,4 +1,4 @@
-"""Segments that version 0.1.0 wrote are delivered, in the middle of a trace as well."""
+"""Segments of format 1 are delivered, in the middle of a trace as well."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = Path(__file__).parents[2] / "data" / "spool_v1"
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Path:
-    """A copy of what version 0.1.0 wrote; `tests/data/README.md` says what is in it."""
+    """A copy of a spool of format 1; `tests/data/README.md` says what is in it."""
     for path in DATA.iterdir():
         if path.suffix != ".json":
             shutil.copy(path, tmp_path)

@@ -22,8 +22,9 @@ from qitos_mlflow.mlflow_plugin.mapping.span_tree import MAX_PRICED
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.transport import Poisoned, Refused
-from qitos_mlflow.mlflow_plugin.sink import call_list, operations
-from qitos_mlflow.mlflow_plugin.sink.operations import COST_TRIES, PAUSE_S
+from qitos_mlflow.mlflow_plugin.sink import call_list
+from qitos_mlflow.mlflow_plugin.sink import costs as costs_module
+from qitos_mlflow.mlflow_plugin.sink.costs import PAUSE_S, TRIES
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink, open_transport
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState
 from tests.fakes.clock import Clock
@@ -498,20 +499,20 @@ def test_a_cost_that_the_server_does_not_say_holds_nothing_back(
 ) -> None:
     """After a few failures traces go without a cost for a while, with one warning."""
     clock = Clock()
-    monkeypatch.setattr(operations, "time", clock)
+    monkeypatch.setattr(costs_module, "time", clock)
     server.fail = lambda call, _: failure if call == "sum_spans" else None
     sink = sink_to(server)
     sink.prepare(lines(*a_priced_trace("one")))
     with caplog.at_level(logging.WARNING):
-        for _ in range(COST_TRIES - 1):
+        for _ in range(TRIES - 1):
             with pytest.raises(RetryLater):
                 sink.send(TIMEOUT_S)
         assert sink.send(TIMEOUT_S) == []
         assert deliver(sink, *a_priced_trace("two")) == []
-        assert server.calls.count("sum_spans") == COST_TRIES
+        assert server.calls.count("sum_spans") == TRIES
         clock.now += PAUSE_S
         assert deliver(sink, *a_priced_trace("three")) == []
-    assert server.calls.count("sum_spans") == COST_TRIES + 1
+    assert server.calls.count("sum_spans") == TRIES + 1
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
     assert caplog.text.count("have no cost") == 1
     assert "password" not in caplog.text
