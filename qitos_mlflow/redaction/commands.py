@@ -47,8 +47,7 @@ _DASH = re.compile(
 def options(data: bytes) -> Iterator[tuple[int, int]]:
     """Credentials behind options that have no credential's name."""
     for dash in _DASH.finditer(data):
-        found = _option(data, dash.start() - 1)
-        if found:
+        if found := _option(data, dash.start() - 1):
             group = found.lastindex or 0
             password = found.group(group)
             if found.re.pattern == _PAIR.pattern:

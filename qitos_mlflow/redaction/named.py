@@ -21,7 +21,7 @@ from qitos_mlflow.redaction.names import names_credential
 from qitos_mlflow.redaction.patterns import lazily
 from qitos_mlflow.redaction.shapes import ESCAPING, word_start
 from qitos_mlflow.redaction.tables import Tables, parameter
-from qitos_mlflow.redaction.values import QUOTE, Found, in_quotes, value_at, yaml_below
+from qitos_mlflow.redaction.values import Found, text_at, value_at, yaml_below
 
 _STEMS = tuple(
     # Each begins with a rare letter: re passes over the others fast. Compiled at import, because
@@ -48,8 +48,14 @@ _SIGN = lazily(
     rb"|(?<=[ \t])(?:string|String)[ \t]{1,4}=(?=[ \t])|<-(?=[ \t]{0,4}[\"'])"
     rb"|:=|=>|===?|!==?|=|:(?![:/])|%3[AaDd]|&gt;|(?=>))"
 )
-_PAIR = lazily(rb"\\{0,8}[\"'][ \t]{0,4},\s{0,16}(?=b?\\{0,8}[\"'])")
+_PAIR = lazily(rb"\\{0,8}[\"'][ \t]{0,4},\s{0,16}(?=b?\\{0,8}[\"']|[A-Za-z_][\w.]{0,63}\()")
 _LIST_START = lazily(rb"[(\[]\s{0,8}(b?)\\{0,8}[\"']$")
+_CALL = lazily(
+    # {np.str_('password'): …}, {<Field.PASSWORD: 'password'>: …}
+    rb"(?<![\w.])(?:(?:\w{1,16}\.)?(?:str_|bytes_)\(|<[\w.]{1,96}: )b?\\{0,8}[\"']$"
+)
+_CALL_END = lazily(rb"(\\{0,8}[\"'])[)>][ \t]{0,8}(?:(:)(?!:)|(,)\s{0,16})?")
+_CALL_BYTES = 128
 _XML = lazily(rb">(?:<!\[CDATA\[)?([^<>]{1,4096}?)(?:\]\]>)?</")
 _ESCAPED_XML = lazily(rb"&gt;([^<>&]{1,512})&lt;/")
 _XML_ATTRIBUTES = lazily(rb"(?:[ \t]{1,4}[\w:.-]{1,32}=\"[^\"<>]{0,64}\"){1,4}(?=>)")
@@ -75,7 +81,7 @@ _FIELDS_BYTES = 256
 _NETRC = lazily(rb"(?:login|machine|account|default|user)\s{1,8}\S{1,128}(?:\\n)?\s{1,8}$")
 _SQL = lazily(rb"identified(?:[ \t]{1,4}with[ \t]{1,4}[\w']{1,48})?[ \t]{1,4}by[ \t]{1,4}")
 _OF_USERS, _STATEMENT_BYTES = (b"user", b"grant", b"role"), 256
-_SETTERS = lazily(rb"(?:.*set_?password|password|(?:.*\.)?secretstr)$")
+_SETTERS = lazily(rb"(?:.*set_?password|password|(?:.*\.)?secret(?:str|bytes))$")
 _SHELL_SET = lazily(rb"(?:^|[\n;&]|\\n)[ \t]*(?:env|setenv|arg|#define)[ \t]+$|-value[ \t]+$")
 _PASSWORDS = (b"password", b"passwd", b"passphrase", b"secret")
 
@@ -108,11 +114,10 @@ def named(data: bytes, low: bytes, runs: bytes) -> Iterator[Found]:
             if end < 0:
                 end = min(len(data), at + _BEHIND_BYTES)
             raw = data[start:end]
+            if raw in _ALONE:
+                start, raw = _with_word_before(data, runs, start, end)
             if not _is_name(raw):
-                if raw in _ALONE:
-                    start, raw = _with_word_before(data, runs, start, end)
-                if not _is_name(raw):
-                    continue
+                continue
             place = _Place(data, low, runs, start, end, raw)
             for cell in tables.look(start, end):
                 yield (*cell, b"")
@@ -161,6 +166,12 @@ class _Place:
         data, end = self.data, self.end
         if not _is_name(self.name) or data.startswith((b"${", b"#{"), max(0, self.start - 2)):
             return
+        if (call_end := _CALL_END.match(data, end)) and (
+            call := _CALL.search(data, max(0, self.start - _CALL_BYTES), self.start)
+        ):
+            if found := self._in_call(call.start(), call_end):
+                yield found
+            return
         sign = _SIGN.match(data, end)
         if sign is None:
             yield from self._without_sign()
@@ -169,16 +180,26 @@ class _Place:
         if data[sign.end() : sign.end() + 1] == b">" or separator.endswith(b"&gt;"):
             yield from self._xml(sign)
             return
-        below = None
         before = data[self.line : self.start]
-        if separator == b":" and before.upper() == before.lower():  # Not `if token:`
-            below = yaml_below(data, sign.end(), self.line)
+        alone = separator == b":" and before.upper() == before.lower()  # Not `if token:`
+        below = yaml_below(data, sign.end(), self.line) if alone else None
         if below is not None:
             yield from below
         elif found := value_at(data, sign.end(), self.name, separator):
             yield found
         elif b"=" in separator and (span := parameter(data, self.start, sign.end())):
             yield (*span, b"")
+
+    def _in_call(self, start: int, end: re.Match[bytes]) -> Found | None:
+        """The value beside a name that a repr writes as ``np.str_('password')``."""
+        self.start, self.end = start, end.end()
+        quote, colon, comma = end.groups()
+        if colon:
+            return value_at(self.data, self.end, self.name, quote + colon)
+        before = self.data[max(0, start - 16) : start].rstrip()
+        if comma and before.endswith((b"(", b"[")):
+            return self._second(self.end, b"")
+        return self._two_fields(self.name)
 
     def _xml(self, sign: re.Match[bytes]) -> Iterator[Found]:
         """``<password>…</password>``, ``<entry key="password">…</entry>``."""
@@ -205,8 +226,7 @@ class _Place:
             if apart and (found := value_at(data, end, self.name, b" ")):
                 yield found
         elif behind == b"(":
-            quote = QUOTE.match(data, end + 1) if _SETTERS.match(self.bare) else None
-            if quote and (found := in_quotes(data, quote, b"")):
+            if _SETTERS.match(self.bare) and (found := text_at(data, end + 1, b"")):
                 yield found
         elif behind == b"<" and (plist := _PLIST.match(data, end)):
             if not is_harmless_quoted(plist.group(1)):
@@ -222,7 +242,9 @@ class _Place:
         elif two := self._two_fields(self.name):
             yield two
         elif pair := _PAIR.match(data, end):
-            if found := self._pair(pair):
+            # A header, or the arguments of a call.
+            opened = _LIST_START.search(data, max(0, self.start - 16), self.start)
+            if opened and (found := self._second(pair.end(), opened.group(1))):
                 yield found
         elif gap := _GAP.match(data, end):
             yield from self._behind_gap(gap)
@@ -251,18 +273,15 @@ class _Place:
         found = value_at(data, field.end(), name, field.group(1))
         return found if found and found[0] <= until else None
 
-    def _pair(self, pair: re.Match[bytes]) -> Found | None:
-        """``("X-Token", "…")``: a header, or the arguments of a call."""
-        data = self.data
-        opened = _LIST_START.search(data, max(0, self.start - 16), self.start)
-        quote = QUOTE.match(data, pair.end()) if opened else None
-        found = in_quotes(data, quote, b"") if quote else None
-        if opened is None or found is None:
+    def _second(self, at: int, is_bytes: bytes) -> Found | None:
+        """The second of the pair ``("X-Token", "…")``, at `at`."""
+        if (found := text_at(self.data, at, b"")) is None:
             return None
-        value = data[found[0] : found[1]]
-        if data[found[1] : found[1] + 8].lstrip(b"\\\"' \n")[:1] not in (b")", b"]"):
-            return None
-        return found if opened.group(1) or has_digit(value) or b" " in value else None
+        start, end, _ = found
+        value, calls = self.data[start:end], self.data[at:start].count(b"(")
+        behind = self.data[end : end + 24].lstrip(b"\\\"' \n")[calls:].lstrip()
+        ends = behind[:1] in (b")", b"]")
+        return found if ends and (is_bytes or has_digit(value) or b" " in value) else None
 
     def _behind_gap(self, gap: re.Match[bytes]) -> Iterator[Found]:
         """``password hunter2`` in netrc, ``PASSWORD '…'`` in SQL, ``ENV TOKEN …``, and prose."""
@@ -274,16 +293,13 @@ class _Place:
             return
         is_password = self.bare in _PASSWORDS
         begins = data[gap.end() : gap.end() + 2]
+        row = self._is_row(gap) or (is_password and begins[:1] == b"`")
         quoted = is_password and begins.lstrip(b"N")[:1] in (b"'", b'"')
-        if self._is_row(gap) or (is_password and begins[:1] == b"`"):
-            found = value_at(data, gap.end(), self.name, b"")
-            if found and is_secret_word(data[found[0] : found[1]]):
-                yield found
-            return
         netrc = is_password and _NETRC.search(data, max(0, self.start - 160), self.start)
-        if quoted or netrc or self._is_set_in_shell():
+        if row or quoted or netrc or self._is_set_in_shell():
             found = value_at(data, gap.end(), self.name, b"")
-            if found and (quoted or not netrc or is_secret_word(data[found[0] : found[1]])):
+            sure = not row and (quoted or not netrc)
+            if found and (sure or is_secret_word(data[found[0] : found[1]])):
                 yield found
 
     def _is_row(self, gap: re.Match[bytes]) -> bool:

@@ -177,25 +177,25 @@ def places(data: bytes, part: bytes) -> Iterator[int]:
         at = data.find(part, at + len(part))
 
 
+def _at(data: bytes, start: int) -> re.Match[bytes] | None:
+    shape = _AT_RUN.get(data[start : start + 2])
+    return shape.match(data, start) if shape else None
+
+
 def _vendors(data: bytes, runs: bytes) -> Iterator[tuple[int, int]]:
     start = runs.find(_RUN)
     while start >= 0:
         end = runs.find(b" ", start)
         end = len(data) if end < 0 else end
         before = data[start - 1] if start else 32
-        shape = _AT_RUN.get(data[start : start + 2])
-        found = shape.match(data, start) if shape else None
+        found = _at(data, start)
         if found is None and before in ESCAPING:
-            at = word_start(data, start)
-            shape = _AT_RUN.get(data[at : at + 2])
-            found = shape.match(data, at) if shape else None
+            found = _at(data, word_start(data, start))
         span = found.span() if found else None
         if span is None and before in _JOINTS:
             span = _joined(data, start)
         if span is None and (glued := _GLUED.search(data, start, end - 16)):
-            at = glued.start() + 1
-            shape = _AT_RUN.get(data[at : at + 2])
-            found = shape.match(data, at) if shape else None
+            found = _at(data, glued.start() + 1)
             span = found.span() if found and _LEAST_GLUED.match(found[0]) else None
         if span is None and end - start >= _AZURE_BYTES:
             span = _of_azure(data, start, end)

@@ -79,11 +79,8 @@ class Tables:
             end = data.find(b"\n", at)
             end = len(data) if end < 0 else end
             if not _RULE.match(data, at, end):
-                row = (
-                    list(_cells(data, at, end - (data[end - 1 : end] == b"\r")))
-                    if end - at < 8192
-                    else []
-                )
+                last = end - (data[end - 1 : end] == b"\r")
+                row = list(_cells(data, at, last)) if end - at < 8192 else []
                 if len(row) != len(cells):
                     break
                 rows += 1
@@ -104,11 +101,7 @@ class Tables:
         if values is None:
             return
         names = data[opened + 1 : closed].split(b",")
-        hidden = {
-            index
-            for index, name in enumerate(names)
-            if names_credential(_text(name.strip(b" \"'`[]\n")))
-        }
+        hidden = {index for index, name in enumerate(names) if names_credential(_text(name))}
         at = closed + values.end()
         while row := _TUPLE.match(data, at):
             for index, cell in enumerate(_TUPLE_CELL.finditer(data, *row.span(1))):

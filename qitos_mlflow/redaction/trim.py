@@ -100,12 +100,8 @@ def cut_later(text: str, length: int) -> str:
 
 def cut_point(text: str) -> tuple[int, int, str] | None:
     """Where `cut_later` wants a text cut, where its note begins, and the note that is to stay."""
-    if (
-        not text.endswith("]")
-        or (note := _CUT.search(text, max(0, len(text) - _CUT_CHARS))) is None
-    ):
-        return None
-    if note.group(2) is None:
+    note = _CUT.search(text, max(0, len(text) - _CUT_CHARS)) if text.endswith("]") else None
+    if note is None or note.group(2) is None:
         return None
     return int(note.group(2)), note.start(), f"{CUT_HERE}{note.group(1)} characters in all]"
 

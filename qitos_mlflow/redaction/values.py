@@ -22,6 +22,12 @@ Found = tuple[int, int, bytes]
 """Start and end of a credential, and the quotes that the marker in its place needs, else empty."""
 
 QUOTE = lazily(rb"\s{0,64}[rbufRBUFNL@$]{0,2}(\"\"\"\\?\s{0,16}|'''\s{0,16}|\\{0,8}[\"']|`(?![`]))")
+_IN_CALL = lazily(
+    # In parentheses, or of a class of texts: numpy's and pydantic's, others by their name's end.
+    rb"[ \t]{0,64}(?:(?:(?:[A-Za-z_]\w{0,31}\.){0,3}(?:str_|bytes_|bytearray|SecretStr|SecretBytes"
+    rb"|((?:[A-Z]\w{0,24})?(?:Str|String|Text|Bytes|Secret|Password|Token|Value|UUID|Some))))?\("
+    rb"(?:(?:[a-z_]{0,16}value|text|data)=)?){1,3}(?=[rbuN]?\\{0,8}[\"'])"
+)
 _PLAIN = lazily(
     rb"(?i)[ \t]{0,64}(?:(?:bearer|basic|digest|token|apikey|\*\*|!!str|&\w{1,16})[ \t]{1,4}){0,2}"
     rb"([^\s\"'`&;<>\\]+)"
@@ -29,7 +35,8 @@ _PLAIN = lazily(
 _NAME_IN_QUOTES = lazily(rb"(\\{0,8}[\"'])[ \t]{0,8}:")
 _NO_TEXT = lazily(
     rb"[ \t]{0,64}(\{(?=(?:\s|\\{1,8}[nrt]){0,64}(?:\\{0,8}[\"'}]|$))"
-    rb"|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$))"
+    rb"|\[(?!redacted\])|-?(?:[0-9][0-9.eE+-]{0,64}|NaN|Infinity)(?=[,}\]\s\\]|$)"
+    rb"|np\.u?int[0-9]{1,2}\([0-9-]{1,20}\))"
 )
 """The beginning of an object or a list in JSON or a repr, or a number."""
 _SCHEMA = lazily(
@@ -44,7 +51,6 @@ _HEREDOC = lazily(
     rb"[ \t]{0,8}(?:\$\(cat )?<<[-~]?[\"']?\w{1,32}[\"']?\r?\n[ \t]*(\S[^\r\n]{0,512})"
 )
 _TUPLE = lazily(rb"[ \t]{0,64}((?:[\w.]{0,32}Auth)?\([^()\"']{0,64}[\"'][^()]{0,256}\))")
-_IN_PARENTHESES = lazily(rb"[ \t]{0,8}\((?=[rbuN]?[\"'])")
 _LINE = lazily(rb"[ \t]{0,64}([^\r\n\"'\\]*[^\s\"'\\])")
 _BLOCK = lazily(rb"[ \t]{0,8}([|>]?)[+-]?[0-9]?[ \t]{0,8}\r?\n([ \t]*)(?=[^\s\"'{\[-])")
 _ITEM = lazily(rb"[ \t]{0,64}-[ \t]{1,8}([^\s:\"'{\[]+)[ \t]{0,8}(?:\r?\n|$)")
@@ -88,17 +94,26 @@ def in_quotes(data: bytes, quote: re.Match[bytes], separator: bytes) -> Found | 
     return start, end, b""
 
 
+def text_at(data: bytes, at: int, separator: bytes) -> Found | None:
+    """The text in quotes at `at`, also one in a call: ``'…'``, ``b'…'``, ``np.str_('…')``."""
+    call = _IN_CALL.match(data, at)
+    quote = QUOTE.match(data, call.end() if call else at)
+    found = in_quotes(data, quote, separator) if quote else None
+    if found and call and call.group(1):
+        closed = data[found[1] : found[1] + 16].lstrip(b"\\\"'").startswith(b")")
+        return found if closed and is_secret_word(data[found[0] : found[1]]) else None
+    return found
+
+
 def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | None:
     """The value that begins at `at`, or None if nothing there needs to be redacted."""
-    if inside := _IN_PARENTHESES.match(data, at):
-        if (found := _TUPLE.match(data, at)) and b"," in found.group(1):  # auth=('user', '…')
-            return (*found.span(1), b"")
-        quote = QUOTE.match(data, inside.end())
-        return in_quotes(data, quote, separator) if quote else None
-    if quote := QUOTE.match(data, at):
-        if separator.endswith(b":") and quote.end() - quote.start(1) > 2 and b"\n" in quote.group():
+    if (found := _TUPLE.match(data, at)) and b"," in found.group(1):  # auth=('user', '…')
+        return (*found.span(1), b"")
+    if (quote := QUOTE.match(data, at)) or _IN_CALL.match(data, at):
+        long = quote and quote.end() - quote.start(1) > 2 and b"\n" in quote.group()
+        if long and separator.endswith(b":"):
             return None  # A docstring: `def f() -> Token:`
-        found_quoted = in_quotes(data, quote, separator)
+        found_quoted = text_at(data, at, separator)
         if found_quoted and name.lower().endswith(_OF_PROSE):
             start, end, _ = found_quoted
             return None if is_word_of_code(data[start:end].strip()) else found_quoted
@@ -113,8 +128,6 @@ def value_at(data: bytes, at: int, name: bytes, separator: bytes) -> Found | Non
                 return None
             end = _closing(data, start)
         return start, end, named_in_quotes.group(1)
-    if (found := _TUPLE.match(data, at)) and b"," in found.group(1):
-        return (*found.span(1), b"")
     if here := _HEREDOC.match(data, at):
         return (*here.span(1), b"")
     low_name = name.lower()
@@ -182,9 +195,9 @@ def _unquoted(data: bytes, at: int, low_name: bytes, separator: bytes) -> Found 
         return start, longer.end(1), b""
     value = data[start:end]
     end = start + len(value.rstrip(b",.:)]}|"))
-    if end == start or b"[redacted" in value or is_placeholder(value):
+    if end == start or b"[redacted" in value:
         return None
-    if is_placeholder(data[start:end]):
+    if is_placeholder(value) or is_placeholder(data[start:end]):
         return None
     if is_code(data, start, end, separator):
         other = _OR.match(data, end)

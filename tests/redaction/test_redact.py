@@ -187,6 +187,23 @@ TEXTS = [
     "-----BEGIN PRIVATE KEY-----\\nMIIE{}\\n-----END PRIVATE KEY-----",
     "-----BEGIN OPENSSH PRIVATE KEY-----\n{}",
     "Bearer {}",
+    # Reprs of numpy 2 and others: the name or the value is a call around a text.
+    "{{np.str_('password'): '{}'}}",
+    "{{'a': 1, np.str_('password'): np.str_('{}')}}",
+    "{{\\'a\\': 1, np.str_(\\'password\\'): \\'{}\\'}}",
+    "[(np.str_('api_key'), np.str_('{}')), (np.str_('a'), np.str_('b'))]",
+    "[np.str_('user'), ('api_key', np.str_('{}'))]",
+    "{{np.bytes_(b'password'): np.bytes_(b'{}')}}",
+    "{{'name': np.str_('api_key'), 'value': np.str_('{}')}}",
+    "Config(password=np.str_('{}'), port=1)",
+    "{{'token': bytearray(b'{}')}}",
+    "{{'secret': SecretBytes(b'{}'), 'password': SecretStr('{}')}}",
+    "{{'password': Secret(value='{}')}}",
+    'Login {{ password: Some("{}"), retries: 3 }}',
+    "{{<Field.PASSWORD: 'password'>: '{}'}}",
+    "{{b'password': b'{}'}}",
+    "OrderedDict([('user', 'ann'), ('password', '{}')])",
+    "defaultdict(<class 'str'>, {{'password': '{}'}})",
 ]
 
 
@@ -203,6 +220,9 @@ def test_what_is_around_a_credential_stays() -> None:
     assert redact_text("https://u:p@host/x") == f"https://{MARKER}@host/x"
     assert redact_text('{"token": "a\\"b", "c": 1}') == f'{{"token": "{MARKER}", "c": 1}}'
     assert redact_text("Basic dXNlcjpwYXNzd29yZA== rest") == f"Basic {MARKER} rest"
+    hidden = f"{{np.str_('password'): np.str_('{MARKER}'), 'a': np.str_('b')}}"
+    assert redact_text(hidden.replace(MARKER, SECRET)) == hidden
+    assert redact_text("{'pin': np.int64(48151), 'a': 1}") == f"{{'pin': '{MARKER}', 'a': 1}}"
     assert redact_text("a%26token%3Dhunter&x") == f"a%26token%3D{MARKER}&x"
     assert redact_text("Cookie: a=b \r\nHost: h") == f"Cookie: {MARKER} \r\nHost: h"
 
@@ -289,6 +309,13 @@ INNOCENT_TEXTS = [
     "The API key: get one at the console. primary key: id, sort key = 7",
     "Authorization: \r\ncurl -u cookie: \nwith a private key::\n\n",
     "signal=1&design=abcdefghijklmnopqr; signature: abcdefghijklmnopqr; /bot12/x /services/Text",
+    "password = get('password'); {str('password'): value, _('password'): 'Word 12'}",
+    "token: np.str_ = f('x1y2z3'); token = request.args.get('t0ken')",
+    "if form.get('password'): 'a1b2'; x ? Text('password') : 'a1b2c3'",
+    "{'token': np.str_('the'), 'password': np.str_('changeme'), 'pin': np.float64(nan)}",
+    "[np.str_('password'), np.str_('city')]; [np.str_('password'), np.str_('a1'), np.str_('b2')]",
+    "password = String('Password'); password: CharField('Password 2'); auth = Key('auth/v1')",
+    "find(Text('password'), 'col-md-2'); {vol.Required('password'): cv.string}",
     "日本語の文章です。 password はここにありません",
 ]
 
@@ -393,6 +420,10 @@ ADVERSARIAL = [
         '"name": "password", ',
         "password |\n",
         "a_sk-",
+        "{np.str_('password'): ",
+        "(np.str_('token'), np.str_(",
+        "token=Text(Text(Text(",
+        "<A.B: 'token'>",
         '"',
         " ",
         "QUJD",
