@@ -102,6 +102,7 @@ def _without(text: str, secrets: set[str]) -> str:
 def report(name: str, redactor: Redactor) -> None:
     """Print recall and precision."""
     print(f"\n{name}")
+    unchanged, texts = 0, 0
     for title, hard, harmless in (
         ("written beside the rules", "hard", "harmless"),
         ("held out", "held_out_hard", "held_out_harmless"),
@@ -111,17 +112,22 @@ def report(name: str, redactor: Redactor) -> None:
         wrong = found["damaged"] + clean["damaged"]
         recall = found["found"] / found["secrets"]
         precision = found["found"] / (found["found"] + wrong)
-        unchanged = 1 - clean["damaged"] / clean["items"]
+        unchanged += clean["items"] - clean["damaged"]
+        texts += clean["items"]
         print(
             f"  {title}: recall {recall:.1%} of {found['secrets']} secrets"
-            f" in {found['items']} texts; precision {precision:.1%};"
-            f" {unchanged:.1%} of {clean['items']} harmless texts unchanged"
+            f" in {found['items']} texts; precision {precision:.1%}"
         )
-    for title, keys in (("15 main vendors", corpus.MAIN), ("other vendors", corpus.OTHERS)):
-        found = corpus.totals(corpus.vendors(keys), redactor)
+    print(f"  {unchanged / texts:.1%} of {texts} harmless texts unchanged")
+    for title, keys, places in (
+        ("15 main vendors", corpus.MAIN, corpus.PLACES),
+        ("other vendors", corpus.OTHERS, corpus.PLACES),
+        ("15 main vendors behind another word", corpus.MAIN, corpus.GLUED),
+    ):
+        found = corpus.totals(corpus.vendors(keys, places), redactor)
         print(
-            f"  keys of {title} in {len(corpus.PLACES)} places:"
-            f" recall {found['found'] / found['secrets']:6.1%} of {found['secrets']}"
+            f"  keys of {title} in {len(places)} places:"
+            f" recall {found['found'] / found['secrets']:.1%} of {found['secrets']}"
         )
 
 
