@@ -56,6 +56,7 @@ _PATH = lazily(rb"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.~@-]{0,48}(?:[/\\]|$))*$")
 _URL = lazily(rb"https?://[^@\s?]*$")
 _VERSION = lazily(rb"[\^~<>=v]{0,3}[0-9]{1,4}(?:\.[0-9x*]{1,4}){1,3}(?:[-.+][\w.]{1,16})?$")
 _SENTENCE = lazily(rb"[A-Z][a-z'-]*(?:[ /][A-Za-z]?[a-z'()-]*)+[,.:!?\xe2]?.{0,2}$")
+_PROSE_BEHIND = lazily(rb"[,;]?[ \t]+(?:[A-Za-z'`(][\w'`(),-]*(?:[\s.;:!?,]|$))|[ \t]+[=|]")
 _DIGITS = frozenset(b"0123456789")
 _MARKS = _DIGITS | frozenset(b"!#^*~%$")
 LONGEST_BYTES = 256
@@ -146,10 +147,9 @@ def is_harmless_quoted(value: bytes) -> bool:
         return True
     if not _IDENTIFIER.match(value) and not _PLAIN_WORD.match(value):
         return False
-    if b"." in value.rstrip(b"."):  # django.contrib.auth
-        return is_wordish(value) and not has_digit(value)
-    plain = not has_digit(value)
-    return plain and is_wordish(value) and _speaks_of_credentials(value)
+    dotted = b"." in value.rstrip(b".")  # django.contrib.auth
+    words = is_wordish(value) and not has_digit(value)
+    return words and (dotted or _speaks_of_credentials(value))
 
 
 def is_sentence(value: bytes) -> bool:
@@ -168,9 +168,8 @@ def is_word_of_code(value: bytes) -> bool:
 
 @lru_cache(maxsize=1024)
 def _reads_as_code(value: bytes) -> bool:
-    if _CALL.match(value) or _KEYWORD.match(value) or _PATH.match(value) or _URL.match(value):
-        return True
-    if _VERSION.match(value) or _SHORT_CODE.match(value):
+    forms = (_CALL, _KEYWORD, _PATH, _URL, _VERSION, _SHORT_CODE)
+    if any(form.match(value) for form in forms):
         return True
     return bool(_REFERENCE.match(value)) and is_wordish(value)
 
@@ -193,24 +192,11 @@ def is_code(data: bytes, start: int, end: int, separator: bytes) -> bool:
     if not is_wordish(value):
         return False
     plain = not has_digit(value)
-    if b"." in value or b"->" in value or b"::" in value:
-        return True
-    if _speaks_of_credentials(value):
+    if b"." in value or b"->" in value or b"::" in value or _speaks_of_credentials(value):
         return True
     if sign.endswith(b"=") and sign != b"=>":
         spaced = data[start - 1 : start] in (b" ", b"\t")
         several = b"_" in value or len(_PIECE.findall(value)) > 2
         return (spaced and (plain or several)) or (plain and behind in (b",", b")", b";"))
-    if not plain:
-        return False
-    if behind in (b",", b")", b";", b"}", b"=", b"|", b"?") or value[:1].isupper():
-        return True
-    return _goes_on(data, end)
-
-
-_PROSE = lazily(rb"[,;]?[ \t]+(?:[A-Za-z'`(][\w'`(),-]*(?:[\s.;:!?,]|$))|[ \t]+[=|]")
-
-
-def _goes_on(data: bytes, end: int) -> bool:
-    """Whether prose follows, so that the value is a word of it."""
-    return _PROSE.match(data, end) is not None
+    ends = behind in (b",", b")", b";", b"}", b"=", b"|", b"?") or value[:1].isupper()
+    return plain and (ends or _PROSE_BEHIND.match(data, end) is not None)

@@ -69,11 +69,8 @@ def rows(value: dict[Any, Any]) -> tuple[str, frozenset[int]] | None:
 
 def _columns(names: Sequence[Any]) -> frozenset[int]:
     texts = [name.get("name") if isinstance(name, dict) else name for name in names]
-    return frozenset(
-        index
-        for index, text in enumerate(texts)
-        if isinstance(text, str) and names_credential(text)
-    )
+    hidden = (isinstance(text, str) and names_credential(text) for text in texts)
+    return frozenset(index for index, is_hidden in enumerate(hidden) if is_hidden)
 
 
 def head_columns(value: Sequence[Any]) -> frozenset[int] | None:
