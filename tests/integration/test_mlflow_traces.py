@@ -201,7 +201,7 @@ def run_parts(server: MlflowServer, parts: dict[str, str], begin: str = "") -> S
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory for what the tests of this module share."""
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("traces")
@@ -351,6 +351,17 @@ IN_SPANS = {
             processor.force_flush(60)
         return ToolSizes.seen
     """,
+    "forked": """
+        with mlflow.start_span("top"):
+            if (pid := os.fork()) == 0:
+                run("in a fork")
+                sys.exit()
+            assert os.waitpid(pid, 0)[1] == 0
+    """,
+    "offline": """
+        with by_hand(offline=True), mlflow.start_span("top"):
+            run("offline")
+    """,
     "elsewhere": """
         with by_hand(tracking_uri=mlflow.get_tracking_uri(), experiment_name=ELSEWHERE):
             mlflow.set_tracking_uri(f"sqlite:///{os.getcwd()}/other.db")
@@ -362,7 +373,7 @@ IN_SPANS = {
 
 
 @pytest.fixture(scope="module")
-def in_spans(shared_server: MlflowServer, workspace: Any) -> Said:
+def in_spans(shared_server: MlflowServer, workspace: Path) -> Said:
     """Agents inside MLflow's spans, and beside them, for comparison, agents of their own."""
     make_store(workspace / "other.db")
     return run_parts(shared_server.ensure_running(), IN_SPANS)
@@ -515,30 +526,15 @@ def test_a_call_that_autologging_logs_is_priced_once(in_spans: Said) -> None:
     assert trace.info.cost["total_cost"] == pytest.approx(once)
 
 
-def test_offline_and_in_forks_it_is_its_own(mlflow_server: MlflowServer) -> None:
+def test_offline_and_in_forks_it_is_its_own(in_spans: Said, workspace: Path) -> None:
     """Where MLflow's tracer could not deliver it, the agent's trace goes through the spool."""
-    said = run_parts(
-        mlflow_server,
-        {
-            "forked": """
-                with mlflow.start_span("top"):
-                    if (pid := os.fork()) == 0:
-                        run("in a fork")
-                        sys.exit()
-                    assert os.waitpid(pid, 0)[1] == 0
-            """,
-            "offline": """
-                with by_hand(offline=True), mlflow.start_span("top"):
-                    run("offline")
-            """,
-        },
-    )
-    done = CliRunner().invoke(main, ["sync"])
+    uri = ("--tracking-uri", in_spans.uri)
+    done = CliRunner().invoke(main, ["sync", *uri, str(workspace / "spool")])
     assert done.exit_code == 0, done.output
     for part in ("forked", "offline"):
-        roots = Counter(tree(trace)[""][0] for trace in said.traces(part))
+        roots = Counter(tree(trace)[""][0] for trace in in_spans.traces(part))
         assert roots == {"top": 1, "asker": 1}
-        assert len(said.runs(part)) == 1
+        assert len(in_spans.runs(part)) == 1
 
 
 # -- evaluations -------------------------------------------------------------------------------
@@ -565,11 +561,11 @@ def scores(data, predict, scorers=(calls_add, as_expected)):
 """
 
 EVALUATIONS = {
-    "twenty": """
+    "six": """
         def predict(question):  # With a number of steps QitOS makes it a task, which has an id.
             return run(question, max_steps=5)
 
-        return scores(rows(20), predict)
+        return scores(rows(6), predict)  # More than MLflow's threads here, which are four.
     """,
     "twice": """
         def predict(question):
@@ -638,11 +634,41 @@ EVALUATIONS = {
             "dataset": scores(data, predict, [calls_add]),
         }
     """,
+    "hangs": """
+        from qitos_mlflow.mlflow_plugin.fluent import mlflow_tree
+        from tests.integration.proxy import Hang, Proxy
+
+        mlflow_tree.STALL_S = 0.5  # Sooner than in earnest.
+        proxy = Proxy(int(mlflow.get_tracking_uri().rsplit(":", 1)[1]))
+        mlflow.set_tracking_uri(proxy.uri)
+        tried = []
+
+        def hang():
+            if tried:
+                proxy.set(Hang())
+            return "hung"
+
+        def predict(question):
+            model = Priced(MODEL, [act("Hang.", ("hang", {})),
+                                   *[act("Add.", ("add", {"a": 1, "b": 2}))] * 5,
+                                   answer("Added.", "42")])
+            found = DeskAgent("asker", model, [add, hang]).run(
+                question, max_steps=9, render=False, trace=False)
+            # Nothing has ended it but this.
+            proxy.set(None)
+            tried.append(question)
+            return found
+
+        # What MLflow's exporter was sending is lost: MLflow 3.12 finds no trace then.
+        with contextlib.suppress(AttributeError):
+            scores(rows(1), predict)
+        return tried
+    """,
 }
 
 
 @pytest.fixture(scope="module")
-def evaluations(shared_server: MlflowServer, workspace: Any) -> Said:
+def evaluations(shared_server: MlflowServer, workspace: Path) -> Said:
     """Evaluations by `mlflow.genai.evaluate`, of agents and of what agents have logged."""
     return run_parts(shared_server.ensure_running(), EVALUATIONS, SCORERS)
 
@@ -662,12 +688,12 @@ def evaluated(said: Said, part: str, rows: int, runs_of_a_row: int = 1) -> list[
 
 def test_an_evaluation(evaluations: Said) -> None:
     """Scorers see the agents' tools; each row is a child run and one trace, the trial is none."""
-    children = evaluated(evaluations, "twenty", 20)
-    traces = {trace.info.trace_id: trace for trace in evaluations.traces("twenty")}
+    children = evaluated(evaluations, "six", 6)
+    traces = {trace.info.trace_id: trace for trace in evaluations.traces("six")}
     assert {run.tags[TREE] for run in children} == traces.keys()
-    assert len(traces) == 20
+    assert len(traces) == 6
     for trace in traces.values():
-        assert trace.info.trace_metadata["mlflow.sourceRun"] == evaluations["twenty"]["run"]
+        assert trace.info.trace_metadata["mlflow.sourceRun"] == evaluations["six"]["run"]
         assert trace.info.state.value == "OK"
         found = tree(trace)
         assert (found[""], found["predict"]) == (["predict"], ["asker"])
@@ -758,44 +784,10 @@ def test_the_pages_of_an_evaluation(
 # -- a server that fails -----------------------------------------------------------------------
 
 
-def test_a_server_that_hangs_does_not_hold_the_agent(mlflow_server: MlflowServer) -> None:
+def test_a_server_that_hangs_does_not_hold_the_agent(evaluations: Said) -> None:
     """In the middle of an evaluation, where MLflow sends each span as it ends."""
-    said = run_parts(
-        mlflow_server,
-        {
-            "hangs": """
-                from tests.integration.proxy import Hang, Proxy
-
-                proxy = Proxy(int(mlflow.get_tracking_uri().rsplit(":", 1)[1]))
-                mlflow.set_tracking_uri(proxy.uri)
-                tried = []
-
-                def hang():
-                    if tried:
-                        proxy.set(Hang())
-                    return "hung"
-
-                def predict(question):
-                    model = Priced(MODEL, [act("Hang.", ("hang", {})),
-                                           *[act("Add.", ("add", {"a": 1, "b": 2}))] * 5,
-                                           answer("Added.", "42")])
-                    found = DeskAgent("asker", model, [add, hang]).run(
-                        question, max_steps=9, render=False, trace=False)
-                    # Nothing has ended it but this.
-                    proxy.set(None)
-                    tried.append(question)
-                    return found
-
-                # What MLflow's exporter was sending is lost: MLflow 3.12 finds no trace then.
-                with contextlib.suppress(AttributeError):
-                    scores(rows(1), predict)
-                return tried
-            """
-        },
-        SCORERS,
-    )
-    assert said["hangs"] == ["question 0"] * 2
-    children = [run for run in said.runs("hangs") if PARENT in run.tags]
+    assert evaluations["hangs"] == ["question 0"] * 2
+    children = [run for run in evaluations.runs("hangs") if PARENT in run.tags]
     assert [run.metrics["total_steps"] for run in children] == [7]
 
 
