@@ -20,6 +20,9 @@ from mlflow import MlflowClient
 from tests.integration.logged import AGENT, LoggedRun, run_script, runs_of
 from tests.integration.server import MlflowServer
 
+pytestmark = pytest.mark.timeout(300)
+"""The first test that reads what a script has logged waits for the whole script."""
+
 PARENT = "mlflow.parentRunId"
 
 RUN = """
@@ -47,14 +50,10 @@ def name() -> str:
     return f"parents {uuid.uuid4().hex[:12]}"
 
 
-def script(body: str, server: MlflowServer, *, inside: str = "", **environ: str) -> str:
-    """Run `body` with a server configured, and `inside` in the block that it ends with.
-
-    Returns what the script says on stderr.
-    """
-    main = textwrap.dedent(body) + textwrap.indent(textwrap.dedent(inside), "    ")
-    guarded = MAIN + textwrap.indent(main, "    ")
-    return run_script(AGENT, RUN, guarded, MLFLOW_TRACKING_URI=server.uri, **environ).stderr
+def script(body: str, server: MlflowServer, **environ: str) -> None:
+    """Run `body` with a server configured."""
+    guarded = MAIN + textwrap.indent(textwrap.dedent(body), "    ")
+    run_script(AGENT, RUN, guarded, MLFLOW_TRACKING_URI=server.uri, **environ)
 
 
 def task(run: LoggedRun) -> str:
@@ -189,67 +188,44 @@ PROCESSES = {
 """How agents are run for all of `tasks`."""
 
 
-@pytest.mark.parametrize("ways", [THREADS, PROCESSES], ids=["threads", "processes"])
-def test_what_runs_inside_a_run_is_its_child(
-    ways: dict[str, str], mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """On whichever thread and in whichever process it is started; in the parent's experiment."""
+def inside_a_run(ways: dict[str, str]) -> str:
+    """A part of a script: a run, and in it agents for all that is expected of these ways."""
+    inside = [
+        f"tasks = {tasks}\n{textwrap.dedent(ways[way]).strip()}\n"
+        for way, tasks in expected_of(ways).items()
+    ]
+    return 'with mlflow.start_run(run_name="top"):\n' + textwrap.indent("".join(inside), "    ")
+
+
+def expected_of(ways: dict[str, str]) -> dict[str, list[str]]:
+    """The tasks of each way; without joblib there are no ways of joblib."""
     without_joblib = find_spec("joblib") is None
-    expected = {
+    return {
         way: [f"{way} {number:02}" for number in range(30 if way == "pool" else 3)]
         for way, code in ways.items()
         if not (without_joblib and "joblib" in code)
     }
-    inside = [
-        f"tasks = {tasks}\n{textwrap.dedent(ways[way]).strip()}\n"
-        for way, tasks in expected.items()
-    ]
-    top = f"""
-        from qitos_mlflow import tracing
-        mlflow.set_experiment({name!r})
-        with mlflow.start_run(run_name="top"):
-        """
-    script(top, mlflow_server, inside="".join(inside))
-    assert tasks(children(client, name)) == sorted(chain(*expected.values()))
 
 
-def test_each_thread_has_the_run_that_is_open_around_it(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """Also in a pool that threads share, and in processes that they start."""
-    script(
-        f"""
-        mlflow.set_experiment({name!r})
+PARTS = {
+    "threads": inside_a_run(THREADS),
+    "processes": inside_a_run(PROCESSES),
+    "each thread": """
         shared, both = concurrent.futures.ThreadPoolExecutor(1), threading.Barrier(2)
 
         def work(own):
             with mlflow.start_run(run_name=own):
                 both.wait(60)
-                shared.submit(run, f"{{own}} shared").result()
+                shared.submit(run, f"{own} shared").result()
                 with concurrent.futures.ProcessPoolExecutor(1) as pool:
-                    pool.submit(run, f"{{own}} process").result()
+                    pool.submit(run, f"{own} process").result()
                 both.wait(60)
 
         threads = [threading.Thread(target=work, args=(own,)) for own in ("one", "two")]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         """,
-        mlflow_server,
-    )
-    runs = runs_of(client, name)
-    names = {run.id: run.name for run in runs if PARENT not in run.tags}
-    found = {task(run): names[run.tags[PARENT]] for run in runs if PARENT in run.tags}
-    assert found == {f"{own} {way}": own for own in ("one", "two") for way in ("shared", "process")}
-
-
-def test_a_pool_of_processes_that_outlives_a_run_is_not_its_child(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
-    """Nor that of the next one, which cannot be known there: until the first one is continued."""
-    script(
-        f"""
-        mlflow.set_experiment({name!r})
-
+    "outlives": """
         def in_thread(task):
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 return pool.submit(run, task).result()
@@ -263,9 +239,57 @@ def test_a_pool_of_processes_that_outlives_a_run_is_not_its_child(
             with mlflow.start_run(run_id=first.info.run_id):
                 pool.submit(in_thread, "in first again").result()
         """,
-        mlflow_server,
-    )
-    runs = runs_of(client, name)
+    "sampled": """
+        class Traced(ModelAgent):
+            @mlflow.trace
+            def decide(self, *args, **more):
+                return super().decide(*args, **more)
+
+        for ratio in "01":
+            os.environ["MLFLOW_TRACE_SAMPLING_RATIO"] = ratio
+            for n in range(2):
+                Traced(Model(FINAL)).run(f"task {ratio}{n}", render=False, trace=False)
+        """,
+}
+"""What one process does one after another, each part in an experiment of its own."""
+
+
+@pytest.fixture(scope="module")
+def parts(shared_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One process that has done all of `PARTS`; the begin of its experiments' names."""
+    name, directory = f"parents {uuid.uuid4().hex[:12]}", tmp_path_factory.mktemp("parents")
+    body = [
+        f"mlflow.set_experiment({name + ' ' + part!r})\n{textwrap.dedent(code).strip()}\n"
+        for part, code in PARTS.items()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        spool = {"QITOS_MLFLOW_SPOOL_DIR": str(directory / "spool")}
+        begin = "from qitos_mlflow import tracing\n"
+        script(begin + "".join(body), shared_server.ensure_running(), **spool)
+    return name
+
+
+@pytest.mark.parametrize("part", ["threads", "processes"])
+def test_what_runs_inside_a_run_is_its_child(part: str, client: MlflowClient, parts: str) -> None:
+    """On whichever thread and in whichever process it is started; in the parent's experiment."""
+    expected = expected_of({"threads": THREADS, "processes": PROCESSES}[part])
+    assert tasks(children(client, f"{parts} {part}")) == sorted(chain(*expected.values()))
+
+
+def test_each_thread_has_the_run_that_is_open_around_it(client: MlflowClient, parts: str) -> None:
+    """Also in a pool that threads share, and in processes that they start."""
+    runs = runs_of(client, f"{parts} each thread")
+    names = {run.id: run.name for run in runs if PARENT not in run.tags}
+    found = {task(run): names[run.tags[PARENT]] for run in runs if PARENT in run.tags}
+    assert found == {f"{own} {way}": own for own in ("one", "two") for way in ("shared", "process")}
+
+
+def test_a_pool_of_processes_that_outlives_a_run_is_not_its_child(
+    client: MlflowClient, parts: str
+) -> None:
+    """Nor that of the next one, which cannot be known there: until the first one is continued."""
+    runs = runs_of(client, f"{parts} outlives")
     names = {run.id: run.name for run in runs}
     found = {task(run): names.get(run.tags.get(PARENT, "")) for run in runs if run.params}
     assert found == {"in first": "first", "in second": None, "in first again": "first"}
@@ -315,27 +339,9 @@ def test_a_project_of_mlflow(
 # -- sampling --------------------------------------------------------------------------------
 
 
-def test_traces_are_sampled_and_runs_are_not(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
-) -> None:
+def test_traces_are_sampled_and_runs_are_not(client: MlflowClient, parts: str) -> None:
     """Without its tree, an agent leaves no spans of MLflow's own either."""
-    script(
-        f"""
-        mlflow.set_experiment({name!r})
-
-        class Traced(ModelAgent):
-            @mlflow.trace
-            def decide(self, *args, **more):
-                return super().decide(*args, **more)
-
-        for ratio in "01":
-            os.environ["MLFLOW_TRACE_SAMPLING_RATIO"] = ratio
-            for n in range(2):
-                Traced(Model(FINAL)).run(f"task {{ratio}}{{n}}", render=False, trace=False)
-        """,
-        mlflow_server,
-    )
-    runs = runs_of(client, name)
+    runs = runs_of(client, f"{parts} sampled")
     assert tasks(runs) == ["00", "01", "10", "11"]
     assert {run.metrics["total_steps"] for run in runs} == {1}
     found = client.search_traces(locations=[runs[0].experiment_id])
