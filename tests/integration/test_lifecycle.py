@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,39 +285,12 @@ ENDS = {
             processor.shutdown()
             assert_none_is_active()
     """,
-    "shut down, and its end never comes": """
-        trace = create_trace("one").__enter__()
-        assert processor.force_flush()
-        thread = threading.Thread(target=processor.shutdown)
-        thread.start()
-        thread.join()
-    """,
     "taken out and shut down": """
         with create_trace("one"):
             assert processor.force_flush()
             get_tracing_provider().remove_processor(processor)
             processor.shutdown()
             assert_none_is_active()
-    """,
-    "replaced": """
-        with create_trace("one"):
-            assert processor.force_flush()
-            set_trace_processors([])
-    """,
-    "disabled": """
-        set_trace_processors([])
-        qitos_mlflow.autolog(experiment_name=EXPERIMENT)
-        with create_trace("one"):
-            assert get_tracing_provider().force_flush()
-            qitos_mlflow.autolog(disable=True)
-    """,
-    "ended by Ctrl-C": """
-        try:
-            with create_trace("one") as trace:
-                assert processor.force_flush()
-                trace.metadata = Interrupting()
-        except KeyboardInterrupt:
-            pass
     """,
     "forked": """
         with create_trace("one"):
@@ -330,16 +304,46 @@ ENDS = {
                     os._exit(1)
             assert os.waitpid(child, 0)[1] == 0
     """,
+    "replaced": """
+        with create_trace("one"):
+            assert processor.force_flush()
+            set_trace_processors([])
+    """,
+    "disabled": """
+        set_trace_processors([])
+        qitos_mlflow.autolog(experiment_name=experiment)
+        with create_trace("one"):
+            assert get_tracing_provider().force_flush()
+            qitos_mlflow.autolog(disable=True)
+    """,
+    "ended by Ctrl-C": """
+        try:
+            with create_trace("one") as trace:
+                assert processor.force_flush()
+                trace.metadata = Interrupting()
+        except KeyboardInterrupt:
+            pass
+    """,
+    "shut down, and its end never comes": """
+        trace = create_trace("one").__enter__()
+        assert processor.force_flush()
+        thread = threading.Thread(target=processor.shutdown)
+        thread.start()
+        thread.join()
+    """,
 }
 """How a trace, or its part in a process, is over before mlflow is imported."""
 
 
-@pytest.mark.parametrize("way", ENDS)
 def test_mlflow_imported_when_all_is_over(
-    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str, way: str
+    mlflow_server: MlflowServer, client: MlflowClient, experiment_name: str
 ) -> None:
-    """A run that is over, or another process's, is not active in a program that imports mlflow."""
-    if way == "forked" and not hasattr(os, "fork"):
+    """A run that is over, or another process's, is not active in a program that imports mlflow.
+
+    A process that has imported mlflow in the middle of a way is of no use for the others. Those
+    are over one after another in one process: what any of them leaves would be active at the end.
+    """
+    if not hasattr(os, "fork"):
         pytest.skip("this system does not fork")
     run_script(
         f"""
@@ -347,12 +351,8 @@ def test_mlflow_imported_when_all_is_over(
         import qitos_mlflow
         from qitos_mlflow import MlflowTraceProcessor
         from qitos.tracing import (
-            add_trace_processor, create_trace, get_tracing_provider, set_trace_processors
+            create_trace, get_tracing_provider, set_trace_processors
         )
-
-        EXPERIMENT = {experiment_name!r}
-        processor = MlflowTraceProcessor(EXPERIMENT)
-        add_trace_processor(processor)
 
         class Interrupting(dict):
             def __bool__(self):
@@ -362,17 +362,36 @@ def test_mlflow_imported_when_all_is_over(
             assert "mlflow" not in sys.modules
             import mlflow
             assert mlflow.active_run() is None, mlflow.active_run()
-        """,
-        ENDS[way],
-        """
-        if "mlflow" not in sys.modules:
-            assert_none_is_active()
-        import mlflow
-        assert mlflow.active_run() is None
+
+        def over(ways):
+            for way in ways:
+                experiment = {experiment_name!r} + way
+                processor = MlflowTraceProcessor(experiment)
+                set_trace_processors([processor])  # A way may have left its own.
+                exec(ENDS[way], globals() | {{"experiment": experiment, "processor": processor}})
+            if "mlflow" not in sys.modules:
+                assert_none_is_active()
+            import mlflow
+            assert mlflow.active_run() is None
+
+        ENDS = {_dedented(ENDS)!r}
+        first, second, *others = ENDS
+        children = []
+        for ways in ([first], [second], others):
+            if not (child := os.fork()):
+                over(ways)
+                sys.exit()
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
         """,
         MLFLOW_TRACKING_URI=mlflow_server.uri,
     )
-    assert only_run(client, experiment_name).status == "FINISHED"
+    for way in ENDS:
+        assert only_run(client, experiment_name + way).status == "FINISHED", way
+
+
+def _dedented(bodies: dict[str, str]) -> dict[str, str]:
+    return {name: textwrap.dedent(body) for name, body in bodies.items()}
 
 
 def test_a_run_left_open_does_not_hold_up_the_end(
