@@ -392,17 +392,20 @@ def test_a_span_that_outlives_its_trace(
     assert found.info.request_preview == "Be quick."
 
 
-def test_five_thousand_spans(store: Store, heard: Recorder, experiment_name: str) -> None:
-    """A trace of 5,000 spans is there in full."""
+@pytest.mark.parametrize("spans", [1_200, pytest.param(5_000, marks=pytest.mark.soak)])
+def test_a_trace_of_many_spans(
+    store: Store, heard: Recorder, experiment_name: str, spans: int
+) -> None:
+    """It is there in full, in however many batches it comes."""
     with agents(store, experiment_name, heard), create_trace("long") as trace:
         agent = trace.create_span(SpanType.AGENT, AgentSpanData(name="long")).start()
-        for number in range(4_999):
+        for number in range(spans - 1):
             data = ToolSpanData(tool_name=f"tool-{number % 7}", tool_args={"number": number})
             trace.create_span(SpanType.TOOL, data, parent=agent).start().finish()
         agent.finish()
     found = store.only(experiment_name)
     same(found, heard, trace.trace_id)
-    assert len(found.search_spans(span_type="TOOL")) == 4_999
+    assert len(found.search_spans(span_type="TOOL")) == spans - 1
 
 
 # -- while it runs, and when it dies -----------------------------------------------------------
@@ -608,11 +611,9 @@ def test_another_plugin_adds_to_run_and_trace(
 
 BESIDE = """
     import mlflow
-    mlflow.set_tracking_uri({uri!r})
-    mlflow.set_experiment({experiment!r} + " of its own")
     from qitos_mlflow import MlflowTraceProcessor
     from qitos_mlflow.cli._demo_agent import DeskAgent, ScriptedModel, act, answer
-    from qitos_mlflow.tracing import add_trace_processor
+    from qitos_mlflow.tracing import set_trace_processors
 
     USED = {{"input_tokens": 1000, "output_tokens": 100, "total_tokens": 1100}}
 
@@ -631,24 +632,38 @@ BESIDE = """
             mlflow.update_current_trace(tags={{"set.in": "tool"}})
         return "seen"
 
-    processor = MlflowTraceProcessor(experiment_name={experiment!r})
-    add_trace_processor(processor)
-    provider = mlflow.tracing.provider.provider.get()
-    replies = [act("Look.", ("look", {{"what": "it"}})), answer("Seen.", "so")]
-    agent = DeskAgent("beside", Model({model!r}, replies), [look])
-    agent.run(task="Look.", trace=False, render=False)
-    with mlflow.start_span("afterwards"):
-        pass
-    assert mlflow.get_current_active_span() is None
-    assert processor.force_flush(90)
-    assert mlflow.tracing.provider.provider.get() is provider or provider is None
+    for uri in {uris!r}:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment({experiment!r} + " of its own")
+        processor = MlflowTraceProcessor(experiment_name={experiment!r})
+        set_trace_processors([processor])
+        provider = mlflow.tracing.provider.provider.get()
+        replies = [act("Look.", ("look", {{"what": "it"}})), answer("Seen.", "so")]
+        agent = DeskAgent("beside", Model({model!r}, replies), [look])
+        agent.run(task="Look.", trace=False, render=False)
+        with mlflow.start_span("afterwards"):
+            pass
+        assert mlflow.get_current_active_span() is None
+        assert processor.force_flush(90)
+        assert mlflow.tracing.provider.provider.get() is provider or provider is None
+        mlflow.flush_trace_async_logging()
 """
 
 
-def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
+def test_mlflows_own_spans_nest(server: Store, local_database: str, experiment_name: str) -> None:
     """A provider's span is below the generation or tool it was made in; tokens count once."""
-    uri = store.uri
-    run_script(BESIDE.format(uri=uri, experiment=experiment_name, model=MODEL), MLFLOW_RUN_ID=None)
+    stores = [server, Store(local_database)]
+    uris = [store.uri for store in stores]
+    script = BESIDE.format(uris=uris, experiment=experiment_name, model=MODEL)
+    run_script(script, MLFLOW_RUN_ID=None)
+    for store in stores:
+        nested(store, experiment_name)
+        (own,) = store.traces(f"{experiment_name} of its own")
+        assert [span.name for span in own.data.spans] == ["afterwards"]
+
+
+def nested(store: Store, experiment_name: str) -> None:
+    """Assert that spans of MLflow are in the agent's trace, and counted once."""
 
     def all_there() -> Trace | None:
         trace = store.only(experiment_name)
@@ -668,8 +683,6 @@ def test_mlflows_own_spans_nest(store: Store, experiment_name: str) -> None:
     assert trace.info.token_usage["total_tokens"] == sum(used)
     prices = [span.llm_cost["total_cost"] for span in ours]
     assert trace.info.cost["total_cost"] == pytest.approx(sum(prices))
-    (own,) = store.traces(f"{experiment_name} of its own")
-    assert [span.name for span in own.data.spans] == ["afterwards"]
 
 
 # -- files -------------------------------------------------------------------------------------
