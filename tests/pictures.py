@@ -1,10 +1,13 @@
-"""Real pictures, for tests."""
+"""Real pictures, for tests, and a model that looks at them."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from base64 import b64encode
+from typing import Any
+
+from qitos_mlflow import tracing
 
 
 def png(shade: int, side: int = 8, *, compressed: bool = True) -> bytes:
@@ -29,3 +32,10 @@ def base64(content: bytes) -> str:
 def data_url(content: bytes) -> str:
     """As an address."""
     return f"data:image/png;base64,{base64(content)}"
+
+
+def generation(trace: Any, *blocks: dict[str, Any]) -> None:
+    """A model call with these blocks in its one message."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Look."}, *blocks]}]
+    data = tracing.GenerationSpanData(model="m", input_content=messages, output_content="Seen.")
+    trace.create_span(tracing.SpanType.GENERATION, data).start().finish()

@@ -11,31 +11,25 @@ from typing import Any
 
 import pytest
 import requests
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Span, Trace
 from mlflow.tracing.attachments import Attachment
 from mlflow.tracing.client import TracingClient
 
-from qitos_mlflow import tracing
-from qitos_mlflow.tracing import SpanType, create_trace
+from qitos_mlflow.cli import main
+from qitos_mlflow.tracing import create_trace
 from tests.integration.browser import Browser, Pages
 from tests.integration.logged import logged, run_script
 from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
-from tests.pictures import base64, data_url, png
+from tests.pictures import base64, data_url, generation, png
 
 FLUSH_S = 90.0
 IMAGE = "css=img[src^='blob:']"
 """A picture that the page has fetched."""
 LARGE = 400
 """Side of a picture that is too large to be inlined (pixels)."""
-
-
-def generation(trace: Any, *blocks: dict[str, Any]) -> None:
-    """A model call with these blocks in its one message."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": "Look."}, *blocks]}]
-    data = tracing.GenerationSpanData(model="m", input_content=messages, output_content="Seen.")
-    trace.create_span(SpanType.GENERATION, data).start().finish()
 
 
 def only_trace(client: MlflowClient, experiment_name: str) -> Trace:
@@ -153,41 +147,45 @@ INSIDE = """
 import mlflow
 from qitos_mlflow import MlflowTraceProcessor
 from qitos_mlflow.recording.pipelines import RecordPipeline
-from qitos_mlflow.tracing import add_trace_processor, create_trace
-from tests.integration.test_pictures import LARGE, data_url, generation, png
+from qitos_mlflow.tracing import create_trace, set_trace_processors
+from tests.pictures import data_url, generation, png
 
-large = data_url(png(5, LARGE, compressed=False))
+large = data_url(png(5, {large}, compressed=False))
 spool, spooled = RecordPipeline.normalize, []
 RecordPipeline.normalize = lambda *args: spooled.append(spool(*args)) or spooled[-1]
-add_trace_processor(processor := MlflowTraceProcessor())
-mlflow.set_experiment({experiment!r})
-with mlflow.start_span("the user's"), create_trace("looks") as trace:
-    for _ in range(3):
-        blocks = [{{"type": "image_url", "image_url": {{"url": url}}}}
-                  for url in (large, data_url(png(6)))]
-        generation(trace, *blocks, {{"type": "image_file", "path": "screen.png"}})
-mlflow.flush_trace_async_logging()
-assert processor.force_flush(90.0)
-assert spooled and not [one for one in spooled if large[30:100].encode() in one]
+for uri in {uris!r}:
+    spooled.clear()
+    mlflow.set_tracking_uri(uri)
+    set_trace_processors([processor := MlflowTraceProcessor()])
+    mlflow.set_experiment({experiment!r})
+    with mlflow.start_span("the user's"), create_trace("looks") as trace:
+        for _ in range(3):
+            blocks = [{{"type": "image_url", "image_url": {{"url": url}}}}
+                      for url in (large, data_url(png(6)))]
+            generation(trace, *blocks, {{"type": "image_file", "path": "screen.png"}})
+    mlflow.flush_trace_async_logging()
+    assert processor.force_flush(90.0)
+    assert spooled and not [one for one in spooled if large[30:100].encode() in one]
 """
 
 
 def test_inside_a_span_of_mlflow_they_are_in_its_trace(
-    tracking_uri: str, experiment_name: str, tmp_path: Path
+    server: MlflowServer, store: str, experiment_name: str, tmp_path: Path
 ) -> None:
-    """MLflow's tracer sends them, each once; the spool has none."""
+    """MLflow's tracer sends them, each once; the spool has none. To a server, and locally."""
     pictures = [png(5, LARGE, compressed=False), png(6), png(8, LARGE, compressed=False)]
     Path("screen.png").write_bytes(pictures[2])
+    uris = [server.uri, store]
     run_script(
-        INSIDE.format(experiment=experiment_name),
-        MLFLOW_TRACKING_URI=tracking_uri,
+        INSIDE.format(experiment=experiment_name, large=LARGE, uris=uris),
         _MLFLOW_SERVER_ARTIFACT_ROOT=str(tmp_path),
     )
-    found = only_trace(MlflowClient(tracking_uri), experiment_name)
-    assert {span.name for span in found.data.spans} >= {"the user's", "m"}
-    seen = [addresses(span) for span in generations(found)]
-    assert seen == seen[:1] * 3
-    assert [opened(found, address, tracking_uri) for address in seen[0]] == pictures
+    for uri in uris:
+        found = only_trace(MlflowClient(uri), experiment_name)
+        assert {span.name for span in found.data.spans} >= {"the user's", "m"}
+        seen = [addresses(span) for span in generations(found)]
+        assert seen == seen[:1] * 3
+        assert [opened(found, address, uri) for address in seen[0]] == pictures
 
 
 def test_a_conversation_sends_each_picture_once(
@@ -231,11 +229,12 @@ def test_what_is_no_picture_is_not_read(
 
 
 SCRIPT = """
-from qitos_mlflow import MlflowTraceProcessor, tracing
-from qitos_mlflow.tracing import SpanType, add_trace_processor, create_trace
-from tests.integration.test_pictures import generation
+import os
+from qitos_mlflow import MlflowTraceProcessor
+from qitos_mlflow.tracing import add_trace_processor, create_trace
+from tests.pictures import generation
 
-add_trace_processor(MlflowTraceProcessor({experiment!r}, exit_timeout_s=0.5))
+add_trace_processor(processor := MlflowTraceProcessor({experiment!r}, exit_timeout_s=0.5))
 with create_trace("looks") as trace:
     generation(trace, {{"type": "image_file", "path": "screen.png"}})
     open("screen.png", "wb").close()
@@ -243,7 +242,9 @@ with create_trace("looks") as trace:
 """
 
 
-@pytest.mark.parametrize("end", ["", "import os, time; time.sleep(1); os._exit(9)"])
+@pytest.mark.parametrize(
+    "end", ["", "processor.force_flush(1.0); os._exit(9)"], ids=["ended", "killed"]
+)
 def test_what_was_seen_survives_the_process(
     end: str, server: MlflowServer, experiment_name: str
 ) -> None:
@@ -252,8 +253,8 @@ def test_what_was_seen_survives_the_process(
     Path("screen.png").write_bytes(picture)
     script = SCRIPT.format(experiment=experiment_name, end=end)
     run_script(script, MLFLOW_TRACKING_URI="http://127.0.0.1:9", check=False)
-    sync = "from qitos_mlflow.cli import main; main(['sync', '--tracking-uri', {uri!r}])"
-    run_script(sync.format(uri=server.uri), check=False)
+    synced = CliRunner().invoke(main, ["sync", "--tracking-uri", server.uri])
+    assert synced.exit_code == 0, synced.output
     found = only_trace(server.client, experiment_name)
     (span,) = generations(found)
     assert opened(found, addresses(span)[0], server.uri) == picture
