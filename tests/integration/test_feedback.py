@@ -12,10 +12,13 @@ from typing import Any
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import AssessmentSource
 
 from qitos_mlflow import expect, score
+from qitos_mlflow.cli import main
+from qitos_mlflow.mlflow_plugin.sink import assessments
 from tests.integration.logged import AGENT, Done, LoggedRun, logged, only_run, run_script, runs_of
 from tests.integration.proxy import Cut, Proxy, Refuse
 from tests.integration.server import MlflowServer
@@ -32,7 +35,6 @@ def flush():
     from qitos_mlflow import tracing
     assert tracing.get_tracing_provider().force_flush() is not False
 """
-SYNC = "import sys; sys.argv[1:] = ['sync']; from qitos_mlflow.cli import main; main()"
 
 
 @pytest.fixture
@@ -57,6 +59,18 @@ def script(uri: str, name: str, body: str, *, check: bool = True, **environ: str
         QITOS_MLFLOW_FLUSH_TIMEOUT_S="90",
         **environ,
     )
+
+
+def qitos_mlflow_command(*arguments: str, exit_code: int = 0) -> str:
+    """What `qitos-mlflow` says on stdout."""
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == exit_code, done.output
+    return done.output
+
+
+def synced(server: MlflowServer, exit_code: int = 0) -> None:
+    """Have `qitos-mlflow sync` deliver what waits."""
+    qitos_mlflow_command("sync", "--tracking-uri", server.uri, exit_code=exit_code)
 
 
 def said_of(client: MlflowClient, trace_id: str) -> dict[str, Any]:
@@ -230,7 +244,7 @@ def test_offline_and_killed_it_arrives_once(
     offline = {"MLFLOW_TRACKING_URI": mlflow_server.uri, "QITOS_MLFLOW_OFFLINE": "true"}
     run_script(f"import qitos_mlflow; qitos_mlflow.score({trace_id!r}, 'rating', 5)", **offline)
     assert runs_of(client, name) == []
-    run_script(SYNC, MLFLOW_TRACKING_URI=mlflow_server.uri)
+    synced(mlflow_server)
     said = said_of(client, trace_id)
     values = {key: one.value for key, one in said.items()}
     assert values == {"correct": False, "answer": "42", "rating": 5}
@@ -269,7 +283,7 @@ def test_killed_while_it_delivers_it_arrives_once(
     )
     trace_id = done.stdout.split()[-1]
     assert said_of(client, trace_id)["correct"].value is True
-    run_script(SYNC, MLFLOW_TRACKING_URI=mlflow_server.uri)
+    synced(mlflow_server)
     assert said_of(client, trace_id)["correct"].value is True
     assert only_run(client, name).points("correct") == [(0, 1.0)]
 
@@ -293,7 +307,7 @@ def test_an_outage_loses_and_doubles_nothing(
 
 
 def test_a_trace_that_never_was_is_a_dead_letter(
-    mlflow_server: MlflowServer, client: MlflowClient, name: str
+    mlflow_server: MlflowServer, client: MlflowClient, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its reason; what comes after it arrives, and `sync` tries it again."""
     qitos_id = uuid.uuid4()
@@ -311,13 +325,11 @@ def test_a_trace_that_never_was_is_a_dead_letter(
         """,
     )
     assert only_run(client, name).metrics["correct"] == 1
-    status = run_script(
-        "import sys; sys.argv[1:] = ['status']; from qitos_mlflow.cli import main; main()"
-    )
-    assert f"has no trace {missing}" in status.stdout
-    assert "Deliver the records of dead processes: qitos-mlflow sync " in status.stdout
-    again = run_script(SYNC, check=False, MLFLOW_TRACKING_URI=mlflow_server.uri)
-    assert again.returncode == 1, str(again)
+    status = qitos_mlflow_command("status")
+    assert f"has no trace {missing}" in status
+    assert "Deliver the records of dead processes: qitos-mlflow sync " in status
+    monkeypatch.setattr(assessments, "WAIT_S", 0.5)
+    synced(mlflow_server, exit_code=1)
     script(
         mlflow_server.uri,
         name,
@@ -329,7 +341,7 @@ def test_a_trace_that_never_was_is_a_dead_letter(
             trace.create_span(SpanType.STEP, StepSpanData(1)).start().finish()
         """,
     )
-    run_script(SYNC, MLFLOW_TRACKING_URI=mlflow_server.uri)
+    synced(mlflow_server)
     assert said_of(client, missing)["correct"].value is True
 
 
