@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,10 +38,12 @@ _guard.watchers.append(lambda where, error: print("swallowed", where, repr(error
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals or resource limits")
 
 
-def start(code: str, spool: Path, *flags: str) -> subprocess.Popen[str]:
+def start(
+    code: str, spool: Path, *flags: str, arguments: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """Run `code` with a spool of its own; warnings are errors there too."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", *flags, "-c", PREAMBLE + code, str(spool)],
+        [sys.executable, "-W", "error", *flags, "-c", PREAMBLE + code, str(spool), *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,17 +77,60 @@ while True:
 """Offers records without end and prints how many they are at which time."""
 
 
+FORKED = """
+import json, random, signal, traceback
+for n in range(int(sys.argv[2])):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        try:
+            exec(sys.argv[3], {**globals(), "spool": spool / str(n)})
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        printed = pipe.readline()
+        time.sleep(random.uniform(0, 0.3))
+        killed_ns = time.monotonic_ns()
+        os.kill(child, signal.SIGKILL)
+        printed += pipe.read()
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    print(json.dumps([killed_ns, printed]), flush=True)
+"""
+"""Kills so many processes, one after another, that need not import anything any more: prints when
+each one was killed, and what it had printed. In a spool each, which is numbered."""
+
+
 def kill_once(spool: Path, after_s: float) -> float:
-    """Kill a process at work; returns the age of the oldest record it lost, in seconds."""
+    """Kill a process at work; returns what `lost_s` does."""
     with start(STREAM, spool) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         time.sleep(after_s)
         killed_ns = time.monotonic_ns()
         process.kill()
-        printed = [first, *process.stdout.read().splitlines()]
+        printed = first + process.stdout.read()
         process.wait()
-    steps = [tuple(map(int, line.split())) for line in printed if line.count(" ") == 1]
+    return lost_s(spool, killed_ns, printed)
+
+
+def kill_forked(spools: Path, number: int) -> list[float]:
+    """Kill so many forked processes at random moments; returns what `lost_s` does for each."""
+    ages = []
+    with start(FORKED, spools, arguments=(str(number), STREAM)) as process:
+        assert process.stdout is not None
+        for n, line in enumerate(process.stdout):
+            ages.append(lost_s(spools / str(n), *json.loads(line)))
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait()) == ("", 0)
+    return ages
+
+
+def lost_s(spool: Path, killed_ns: int, printed: str) -> float:
+    """The age of the oldest record that a killed process lost, in seconds; delivers the others."""
+    steps = [tuple(map(int, line.split())) for line in printed.splitlines() if line.count(" ") == 1]
     found = find_segments(spool)
     if not found:  # Killed before the first append.
         return (killed_ns - steps[0][1]) / 1e9
@@ -112,8 +159,11 @@ def test_a_killed_process_loses_its_last_records_only(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_200_kills(tmp_path: Path) -> None:
     """200 times, and for 95 of 100 what was recorded more than 50 ms before the kill is there."""
-    with ThreadPoolExecutor(2) as pool:  # While one starts, the other one is killed.
-        kills = pool.map(lambda n: kill_once(tmp_path / str(n), random.uniform(0, 0.3)), range(200))
+    spools = [tmp_path / "a", tmp_path / "b"]
+    with ThreadPoolExecutor(2) as pool:  # What one has left is looked at while another one runs.
+        found = pool.map(lambda spool: kill_forked(spool, 100), spools)
+        kills = [age for ages in found for age in ages]
+    assert len(kills) == 200
     assert sorted(kills)[190] <= 0.05
 
 

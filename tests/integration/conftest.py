@@ -31,13 +31,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no Chromium is installed")
 
 
+LONGEST = ("test_four_processes_into_one_server", "test_two_processes_without_a_server")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the two longest soak tests begin at once: the first of two workers gets the first half.
 
     Each of them takes as long as its server, which has one thread.
     """
-    longest = [item for item in items if item.name.startswith("test_four_processes_")]
+    longest = [item for item in items if item.name in LONGEST]
     if len(longest) == 2:
         first, second = longest
         rest = [item for item in items if item not in longest]
