@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Config:
     """The script uses mlflow itself, so that the start of a trace may wait for its run."""
     also: dict[str, Any] = field(default_factory=dict)
     """Arguments of a second processor, which logs the same once more."""
+    then: list[dict[str, Any]] = field(default_factory=list)
+    """Arguments of processors that take each other's place after all runs, which are done again."""
     clock_back_s: float = 0.0
     """The wall clock is set back by this much for Python,"""
     clock_back_at: str = "mid"
@@ -96,15 +98,19 @@ class Gates:
     child, joined: a forked child is about to leave, and has left.
     worker-2000, worker-2001, …, workers: so for processes of multiprocessing.
     done: the last thing before the interpreter exits.
+
+    When the runs are done again for the n-th time, their points are called so: ready-1, mid-1.
     """
 
     def __init__(self, config: Config, holds: Holds) -> None:
         self._config = config
         self._holds = holds
         self._lock = threading.Lock()
+        self.again = 0
 
     def reach(self, point: str, **facts: Any) -> None:
-        fact = {"point": point, "time_s": time.monotonic(), "worst_ms": self._holds.worst_ms}
+        name = f"{point}-{self.again}" if self.again else point
+        fact = {"point": name, "time_s": time.monotonic(), "worst_ms": self._holds.worst_ms}
         with self._lock:
             os.write(1, json.dumps({**fact, **facts}).encode() + b"\n")
         if point in self._config.gates:
@@ -116,13 +122,14 @@ class Gates:
 
 
 class GarbageCollection(threading.local):
-    """Seconds that collecting garbage has taken on this thread.
+    """Seconds that collecting garbage has taken: on this thread, and on all threads together.
 
     It runs on the thread that allocates at that moment, and takes 20 ms for all that qitos and
-    mlflow have loaded.
+    mlflow have loaded. All other threads wait for as long: it does not let go of the interpreter.
     """
 
     spent_s = 0.0
+    all_spent_s = 0.0  # Of the class: no thread has one of its own.
     _began_s = 0.0
 
     def __call__(self, phase: str, info: dict[str, Any]) -> None:
@@ -130,7 +137,9 @@ class GarbageCollection(threading.local):
         if phase == "start":
             self._began_s = time.perf_counter()
         else:
-            self.spent_s += time.perf_counter() - self._began_s
+            took_s = time.perf_counter() - self._began_s
+            self.spent_s += took_s
+            GarbageCollection.all_spent_s += took_s
 
 
 class RunDelays:
@@ -190,20 +199,23 @@ class Holds:
         from qitos_mlflow.tracing import SynchronousMultiTraceProcessor as FanOut
 
         for name in CALLBACKS:
-            setattr(FanOut, name, self._timed(name, getattr(FanOut, name)))
+            setattr(FanOut, name, self.timed(name, getattr(FanOut, name)))
 
-    def _timed(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
+    def timed(self, name: str, callback: Callable[..., None]) -> Callable[..., None]:
+        """The callback, which is timed and written down under this name."""
+
         def timed(processor: Any, item: Any) -> None:
             self._write_down(name, item)
-            garbage_s, delays = self._garbage.spent_s, self._delays()
+            own_s, garbage_s = self._garbage.spent_s, self._garbage.all_spent_s
+            delays = self._delays()
             wall_s, cpu_s = time.perf_counter(), time.thread_time()
             try:
                 callback(processor, item)
             finally:
                 cpu_s = time.thread_time() - cpu_s
                 wall_s = time.perf_counter() - wall_s
-                garbage_s = self._garbage.spent_s - garbage_s
-                cpu_s -= garbage_s
+                garbage_s = self._garbage.all_spent_s - garbage_s
+                cpu_s -= self._garbage.spent_s - own_s
                 held_s = wall_s - garbage_s - self._delays.since(delays)
                 self._count(name, max(held_s, cpu_s) * 1000, cpu_s * 1000)
 
@@ -357,6 +369,15 @@ def run(config: Config, number: int, gates: Gates) -> None:
         gates.reach("next")
 
 
+def runs(config: Config, gates: Gates) -> None:
+    """All agent runs, in as many threads as are asked for."""
+    gates.reach("ready", **memory())
+    began_s = time.monotonic()
+    with _pool(config.threads) as each:
+        each(lambda number: run(config, number, gates), range(config.traces))
+    gates.reach("over", wall_s=time.monotonic() - began_s, **memory())
+
+
 @contextlib.contextmanager
 def _pool(threads: int) -> Iterator[Callable[..., Any]]:
     if threads == 1:  # On the main thread, as most scripts do.
@@ -453,12 +474,15 @@ def main() -> None:
     attach(config)
     if config.way != "off":
         holds.watch()
-    gates.reach("ready", **memory())
+    runs(config, gates)
+    for again, options in enumerate(config.then, 1):
+        from qitos_mlflow.tracing import set_trace_processors
 
-    began_s = time.monotonic()
-    with _pool(config.threads) as each:
-        each(lambda number: run(config, number, gates), range(config.traces))
-    gates.reach("over", wall_s=time.monotonic() - began_s, **memory())
+        gates.again = again
+        set_trace_processors([])
+        attach(replace(config, options=options))
+        runs(config, gates)
+    gates.again = 0
 
     if config.workers:
         start_workers(config, gates, holds)
