@@ -103,14 +103,16 @@ def test_syncs_at_once_beside_an_agent_at_work(
 ) -> None:
     """Two syncs share what dead agents left; what a living one is about is its own."""
     proxy.set(Refuse())
-    dead = [logging_agent({"exit_timeout_s": 0.1}, traces=2) for _ in range(3)]
+    dead = [logging_agent({"exit_timeout_s": 0.1}) for _ in range(3)]
     reports = [agent.finish() for agent in dead]
     proxy.set(None)
-    living = logging_agent(traces=30, steps=6, tool_sleep_s=0.01, gates=["mid"])
+    living = logging_agent(traces=4, tool_sleep_s=0.01, gates=["mid", "over"])
     living.wait_for("mid")
     living.go()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(execute, ["qitos-mlflow sync"] * 2))
+    living.wait_for("over")
+    living.go()
     reports.append(living.finish())
     execute("qitos-mlflow sync")  # The living one may have begun with some of them and ended.
     found = runs()
@@ -124,8 +126,8 @@ def test_a_sync_that_is_killed_is_done_again(
 ) -> None:
     """A crash between a request and its acknowledgement leaves nothing twice."""
     proxy.set(Refuse())
-    report = logging_agent({"exit_timeout_s": 0.1}, traces=4).finish()
-    proxy.set(Latency(150))
+    report = logging_agent({"exit_timeout_s": 0.1}, traces=2).finish()
+    proxy.set(Latency(100))
     for requests in range(2, 12, 3):
         proxy.forget()
         with sidecar():
@@ -175,8 +177,9 @@ def test_sync_to_another_server(
 ) -> None:
     """What was recorded for one server is delivered to another, with the same ledger."""
     proxy.set(Refuse())
-    report = logging_agent({"exit_timeout_s": 0.1}).finish()
+    agent = logging_agent({"exit_timeout_s": 0.1})
     killed = kill_in_mid_run(logging_agent(gates=["mid"]))
+    report = agent.finish()
     execute(f"qitos-mlflow sync --tracking-uri {local_store}")
     found = stored_runs(tmp_path / "mlflow.db", experiment_name)
     assert len(found) == 2

@@ -123,7 +123,7 @@ def test_a_byte_now_and_then_ends_no_later(tmp_path: Path, command: str) -> None
     with raw_server(dripping(None)) as server:  # type: ignore[arg-type]
         server.answer = dripping(server)
         peak_bytes(tmp_path, server.uri, QITOS_MLFLOW_EXIT_TIMEOUT_S="0")
-        options = ["--patience", "2"] if command == "sync" else []
+        options = ["--patience", "0.5"] if command == "sync" else []
         began = time.monotonic()
         done = run_cli(command, *options, str(tmp_path), QITOS_MLFLOW_SPOOL_DIR=str(tmp_path))
         assert time.monotonic() - began < HANG_S

@@ -52,7 +52,7 @@ def ours() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
-@pytest.mark.parametrize(("way", "tasks"), [("set_trace_processors", 20), ("autolog", 5)])
+@pytest.mark.parametrize(("way", "tasks"), [("set_trace_processors", 10), ("autolog", 5)])
 def test_one_processor_a_task(
     way: str, tasks: int, mlflow_server: MlflowServer, experiment_name: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.delivery import backoff, sending_thread
 from qitos_mlflow.mlflow_plugin.sink import call_list, operations
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.integration.logged import LoggedRun, logged, runs_of
@@ -26,6 +27,13 @@ ENDPOINTS = (
     *("experiments/create", "experiments/get-by-name", "runs/create", "runs/log-batch"),
     *("v1/traces", "api/3.0/mlflow/traces", "mlflow-artifacts", "runs/update"),
 )
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that fails is tried again ten times sooner: how often matters here, not when."""
+    monkeypatch.setattr(backoff, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(sending_thread, "WAITED_FOR_DELAY_S", 0.1)
 
 
 def agent(result: str = "") -> ModelAgent:
@@ -104,7 +112,7 @@ def test_a_gateway_that_takes_no_files_holds_up_no_run(
     answer: Status,
 ) -> None:
     """The rest of each run arrives, no flush is true, and `sync` delivers the files later."""
-    monkeypatch.setattr(operations, "SIGHTINGS_S", 1.0)
+    monkeypatch.setattr(operations, "SIGHTINGS_S", 0.1)
     proxy.set(answer, only="mlflow-artifacts")
     with logged(proxy.uri, experiment_name=experiment_name) as processor:
         for number in range(2):
