@@ -20,6 +20,8 @@ from tests.undo import stop_serving, uninstall
 
 ROOT = Path(__file__).parents[2]
 SCRIPT_TIMEOUT_S = 100.0
+LONG_SCRIPT_TIMEOUT_S = 250.0
+"""Of a script that does one after another what many tests read; their own limit is 300 s."""
 
 
 @contextlib.contextmanager
@@ -108,6 +110,7 @@ def run_script(
     options: Sequence[str] = (),
     arguments: Sequence[str] = (),
     check: bool = True,
+    timeout_s: float = SCRIPT_TIMEOUT_S,
     **environ: str | None,
 ) -> Done:
     """Run a script in a process of its own, in the test's directory.
@@ -119,6 +122,7 @@ def run_script(
         options: the interpreter's.
         arguments: the script's.
         check: it must exit with 0.
+        timeout_s: it is killed if it takes longer (seconds).
         environ: variables on top of the test's own; None takes one out.
     """
     variables = {
@@ -135,7 +139,7 @@ def run_script(
         env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
-        timeout=SCRIPT_TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
     outcome = Done(done.returncode, done.stdout, done.stderr)

@@ -23,7 +23,7 @@ from mlflow.entities import Span, Trace
 
 from qitos_mlflow.cli import main
 from tests.integration.browser import Browser, Pages
-from tests.integration.logged import LoggedRun, run_script, runs_of
+from tests.integration.logged import LONG_SCRIPT_TIMEOUT_S, LoggedRun, run_script, runs_of
 from tests.integration.made_store import make_store
 from tests.integration.server import MlflowServer
 
@@ -193,6 +193,7 @@ def run_parts(server: MlflowServer, parts: dict[str, str], begin: str = "") -> S
     script.append("print(json.dumps(said))")
     done = run_script(
         *script,
+        timeout_s=LONG_SCRIPT_TIMEOUT_S,
         MLFLOW_TRACKING_URI=server.uri,
         MLFLOW_RUN_ID=None,
         MLFLOW_GENAI_EVAL_MAX_WORKERS="4",

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.integration.logged import AGENT, LoggedRun, run_script, runs_of
+from tests.integration.logged import AGENT, LONG_SCRIPT_TIMEOUT_S, LoggedRun, run_script, runs_of
 from tests.integration.server import MlflowServer
 
 pytestmark = pytest.mark.timeout(300)
@@ -53,7 +53,8 @@ def name() -> str:
 def script(body: str, server: MlflowServer, **environ: str) -> None:
     """Run `body` with a server configured."""
     guarded = MAIN + textwrap.indent(textwrap.dedent(body), "    ")
-    run_script(AGENT, RUN, guarded, MLFLOW_TRACKING_URI=server.uri, **environ)
+    long_s = LONG_SCRIPT_TIMEOUT_S
+    run_script(AGENT, RUN, guarded, timeout_s=long_s, MLFLOW_TRACKING_URI=server.uri, **environ)
 
 
 def task(run: LoggedRun) -> str:
