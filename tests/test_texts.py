@@ -206,6 +206,10 @@ def test_there_is_one_way_out() -> None:
 AGENT = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
+told = logging.Handler()
+told.texts = []
+told.emit = lambda record: told.texts.append(record.getMessage())
+logging.getLogger("qitos_mlflow").addHandler(told)
 logging.getLogger("urllib3").setLevel(logging.ERROR)
 import pluggy
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
@@ -230,7 +234,8 @@ with provider.create_trace(text) as trace:
     span = trace.create_span(SpanType.GENERATION, GenerationSpanData(model="m", input_content=text))
     span.start()
     span.finish()
-processor.force_flush()
+while not processor.force_flush(0.5) and "records are not delivered yet" not in str(told.texts):
+    pass
 """
 
 

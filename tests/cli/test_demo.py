@@ -146,7 +146,7 @@ def test_without_its_server_the_demo_ends_with_the_next_step(cli: Run) -> None:
 def test_a_slow_server_is_waited_for(shared_server: MlflowServer, cli: Run) -> None:
     """Each call that is answered is progress, however long all of them take."""
     proxy = Proxy(shared_server.ensure_running().port)
-    proxy.set(Latency(400))
+    proxy.set(Latency(150))
     try:
         options = ("--tracking-uri", proxy.uri, "--experiment-name", "slow")
         done = cli("demo", *options, QITOS_MLFLOW_FLUSH_TIMEOUT_S="3")

@@ -392,17 +392,19 @@ os.close(log)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as a shell does")
-@pytest.mark.parametrize("spool", ["spool", "file"])
 @pytest.mark.parametrize(
-    ("begin", "redirect", "said"),
+    ("begin", "redirect", "said", "spool"),
     [
-        ("", "2>&-", False),  # No stderr.
-        ("import sys; sys.stderr = None", "2>users", False),
-        ("import sys; sys.stderr.close()", "2>users", False),
-        (REUSED, "", False),  # A file of the program's has its number.
-        (REPLACED, "", True),  # A daemon's log, on purpose.
-        ("import os, sys; sys.stderr = open('users', 'w')", "2>&-", True),
-        ("", "2>users", True),
+        # A spool that cannot be written makes both: a log line, and the last line.
+        ("", "2>&-", False, "file"),  # No stderr.
+        ("import sys; sys.stderr = None", "2>users", False, "file"),
+        ("import sys; sys.stderr.close()", "2>users", False, "file"),
+        (REUSED, "", False, "file"),  # A file of the program's has its number.
+        (REUSED, "", False, "spool"),
+        (REPLACED, "", True, "file"),  # A daemon's log, on purpose.
+        ("import os, sys; sys.stderr = open('users', 'w')", "2>&-", True, "file"),
+        ("", "2>users", True, "file"),
+        ("", "2>users", True, "spool"),
     ],
 )
 def test_lines_go_to_stderr_or_nowhere(
