@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # Only the session `browser` installs playwright; the others collect its tests.
     from playwright.sync_api import Browser as Chromium
-    from playwright.sync_api import Route
+    from playwright.sync_api import Request
 
 TIMEOUT_S = 40.0
 """For one text to appear or one thing to become clickable; MLflow's first page is slow."""
@@ -22,14 +21,19 @@ FLAGS = [
     "--no-sandbox",  # Its sandbox refuses to run as root, which CI does.
     "--disable-gpu",
     "--disable-dev-shm-usage",
+    # Other machines do not exist. To refuse requests to them by Playwright's routes would turn the
+    # browser's cache off, and MLflow's pages are megabytes of scripts.
+    "--no-proxy-server",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
 SEEN_BEFORE = """
+    localStorage.clear();
     localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
     localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
     localStorage.setItem("mlflow.detectIssues.guidanceShown_v1", "true");
 """
 """What MLflow remembers of a person who has closed its assistant and its hints once, which else
-cover half of each page."""
+cover half of each page; and nothing of what another page has stored."""
 
 SETTLE = """() => new Promise(resolve => {
     let quiet = setTimeout(resolve, 700);
@@ -99,9 +103,13 @@ class Browser:
     """
 
     def __init__(self, chromium: Chromium) -> None:
-        self._chromium = chromium
         self.refused: list[str] = []
         self.errors: list[str] = []
+        # One for all pages, which share the cache.
+        self._context = chromium.new_context(color_scheme="light")
+        self._context.set_default_timeout(TIMEOUT_S * 1000)
+        self._context.add_init_script(SEEN_BEFORE)
+        self._context.on("requestfailed", self._note_refused)
 
     def page_shot(
         self,
@@ -125,14 +133,8 @@ class Browser:
         Raises:
             playwright.sync_api.TimeoutError: something did not appear; the picture shows what did.
         """
-        context = self._chromium.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme="light"
-        )
-        try:
-            context.set_default_timeout(TIMEOUT_S * 1000)
-            context.route("**/*", self._only_this_machine)
-            context.add_init_script(SEEN_BEFORE)
-            page = context.new_page()
+        with contextlib.closing(self._context.new_page()) as page:
+            page.set_viewport_size({"width": size[0], "height": size[1]})
             page.on("pageerror", lambda error: self.errors.append(f"{url}: {error}"))
             try:
                 page.goto(url)
@@ -147,15 +149,10 @@ class Browser:
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     page.screenshot(path=path)
-        finally:
-            context.close()
 
-    def _only_this_machine(self, route: Route) -> None:
-        if urlsplit(route.request.url).hostname in {"127.0.0.1", "localhost", None}:
-            route.continue_()
-        else:
-            self.refused.append(route.request.url)
-            route.abort()
+    def _note_refused(self, request: Request) -> None:
+        if request.failure == "net::ERR_NAME_NOT_RESOLVED":
+            self.refused.append(request.url)
 
 
 @contextlib.contextmanager
