@@ -83,15 +83,15 @@ def of(trace: Any) -> tuple[str | None, str | None]:
 def test_four_lines_in_a_web_handler(
     mlflow_server: MlflowServer, client: MlflowClient, name: str
 ) -> None:
-    """Sixteen requests at once, whose agents run in pools and threads; each knows its traces."""
+    """Eight requests at once, whose agents run in pools and threads; each knows its traces."""
     said = script(
         mlflow_server,
         name,
         """
-        pool = concurrent.futures.ThreadPoolExecutor(4)
+        pool = concurrent.futures.ThreadPoolExecutor(2)
 
         async def handle(number):
-            chat, user = f"s{number % 5}", f"u{number}"
+            chat, user = f"s{number % 3}", f"u{number}"
             with context(session=chat, user=user, tags={"n": number}) as request:
                 way = (asyncio.to_thread, asyncio.get_running_loop().run_in_executor)[number % 2]
                 await way(*([pool] if number % 2 else []), run, f"task {number}")
@@ -101,7 +101,7 @@ def test_four_lines_in_a_web_handler(
             return request
 
         async def serve():
-            return await asyncio.gather(*(handle(number) for number in range(16)))
+            return await asyncio.gather(*(handle(number) for number in range(8)))
 
         requests = asyncio.run(serve())
         run("outside")
@@ -111,10 +111,10 @@ def test_four_lines_in_a_web_handler(
         """,
     )
     traces, runs = traces_of(client, name), {run.id: run for run in runs_of(client, name)}
-    assert (len(said), len(traces), len(runs)) == (16, 33, 33)
+    assert (len(said), len(traces), len(runs)) == (8, 17, 17)
     for number, (trace_ids, run_ids, url) in enumerate(said):
         assert (len(trace_ids), len(run_ids)) == (2, 2)
-        assert {of(traces[one]) for one in trace_ids} == {(f"s{number % 5}", f"u{number}")}
+        assert {of(traces[one]) for one in trace_ids} == {(f"s{number % 3}", f"u{number}")}
         assert {traces[one].info.tags["n"] for one in trace_ids} == {str(number)}
         assert {runs[one].tags["n"] for one in run_ids} == {str(number)}
         tasks = {runs[one].params["task"] for one in run_ids}

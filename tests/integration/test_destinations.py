@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sqlite3
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from sqlalchemy.engine import make_url
 
 from qitos_mlflow.cli import main
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
+from qitos_mlflow.mlflow_plugin.sink import operations
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.fakes.https import RecordingServer, recording_server
 from tests.integration.agents import Agent
 from tests.integration.faults import execute, leftover
 from tests.integration.logged import AGENT, logged, run_script, runs_of
 from tests.integration.made_store import make_store
+from tests.integration.proxy import Proxy, Refuse
 from tests.integration.server import MlflowServer
 from tests.waiting import eventually
 
@@ -37,6 +42,13 @@ SECRET = "s3cr3t-of-a-user"
 FLUSH_S = 45.0
 
 Start = Callable[..., Agent]
+
+
+def invoke(*arguments: str, **environ: str) -> str:
+    """Run ``qitos-mlflow`` in this process, which has mlflow imported; returns what it says."""
+    done = CliRunner().invoke(main, arguments, env=environ)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 # -- workspaces ----------------------------------------------------------------------------------
@@ -121,7 +133,7 @@ def test_what_was_recorded_offline_keeps_its_workspace(
     }
     run_agent(options=options, env={"MLFLOW_WORKSPACE": recorded}).finish()
     monkeypatch.setenv("MLFLOW_WORKSPACE", workspace)
-    execute("qitos-mlflow sync")
+    invoke("sync")
     wanted: dict[str, list[str]] = {"default": [], "team-a": [], "team-b": []}
     wanted[recorded or "default"] = ["FINISHED"]
     assert in_experiment(tenants, experiment_name) == wanted
@@ -194,7 +206,7 @@ def test_tenants_with_one_spool_never_meet(
     for workspace, experiment, agent in started:
         for trace_id in agent.finish().trace_ids():
             wanted[trace_id] = (workspace, experiment)
-    execute("qitos-mlflow sync", 120.0)
+    invoke("sync")
     found: dict[str, tuple[str, str]] = {}
     for workspace in ("default", *TEAMS):
         for run in search(tenants, workspace):
@@ -210,32 +222,46 @@ def test_tenants_with_one_spool_never_meet(
 # -- another database ----------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)  # The server is started twice.
-def test_a_server_that_comes_back_empty(tmp_path: Path) -> None:
-    """Later runs go to their experiment by its name, not to a stranger's that has the old id."""
-    server = MlflowServer(tmp_path / "server")
-    server.start()
-    try:
-        with logged(server.uri, experiment_name="ours") as processor:
-            agent = ModelAgent(Model(answer(ADD), answer(FINAL)), toolbox())
-            agent.run(task="task", return_state=True)
-            assert processor.force_flush(FLUSH_S)
-            [run] = runs_of(server.client, "ours")
-            server.stop()
-            server.database.unlink()
-            server.start()
-            stranger = server.client.create_experiment("a stranger's")
-            assert stranger == run.experiment_id
-            agent.run(task="task", return_state=True)
-            assert processor.force_flush(FLUSH_S)
-        assert len(runs_of(server.client, "ours")) == 1
-        assert runs_of(server.client, "a stranger's") == []
-        traces = ask(server.database, "SELECT experiment_id FROM trace_info")
-        assert {str(experiment) for (experiment,) in traces} == {
-            server.client.get_experiment_by_name("ours").experiment_id
-        }
-    finally:
-        server.kill()
+def test_a_server_that_comes_back_empty(
+    mlflow_server: MlflowServer,
+    tenants: MlflowServer,
+    proxy: Proxy,
+    experiment_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later runs go to their experiment by its name, not to a stranger's that has the old id.
+
+    Another server behind the same address has another database.
+    """
+    monkeypatch.setattr(operations, "FRESH_S", 0.0)  # A server that is started takes longer.
+    proxy.upstream_port = tenants.port
+    with logged(proxy.uri, experiment_name=experiment_name) as processor:
+        agent = ModelAgent(Model(answer(ADD), answer(FINAL)), toolbox())
+        agent.run(task="task", return_state=True)
+        assert processor.force_flush(FLUSH_S)
+        [run] = runs_of(tenants.client, experiment_name)
+        proxy.set(Refuse())
+        proxy.upstream_port = mlflow_server.port
+        proxy.set(None)
+        # Its ids are numbers in a row.
+        strangers = "0"
+        while int(strangers) < int(run.experiment_id):
+            strangers = mlflow_server.client.create_experiment(f"a stranger's {uuid.uuid4().hex}")
+        before = where_all_is(mlflow_server)
+        agent.run(task="task", return_state=True)
+        assert processor.force_flush(FLUSH_S)
+    [run_again] = runs_of(mlflow_server.client, experiment_name)
+    ours = int(run_again.experiment_id)
+    assert ours != int(run.experiment_id)
+    added = where_all_is(mlflow_server) - before
+    assert added == Counter({("runs", ours): 1, ("trace_info", ours): 1})
+
+
+def where_all_is(server: MlflowServer) -> Counter[tuple[str, int]]:
+    """How many runs and traces there are in each experiment, by its id."""
+    tables = ("runs", "trace_info")
+    found = [(name, ask(server.database, f"SELECT experiment_id FROM {name}")) for name in tables]
+    return Counter((name, int(experiment)) for name, rows in found for (experiment,) in rows)
 
 
 def a_strangers(directory: Path) -> Path:
@@ -295,7 +321,7 @@ def test_a_run_whose_store_is_replaced_is_in_no_other_one(run_agent: Start, tmp_
     assert stored(database) == [("ours", "FINISHED")]
     question = "SELECT e.name FROM trace_info JOIN experiments e USING (experiment_id)"
     assert ask(database, question) == [("ours",)]
-    found = json.loads(execute("qitos-mlflow status --json"))
+    found = json.loads(invoke("status", "--json"))
     assert found["waiting"] == 0
     assert any("RESOURCE_DOES_NOT_EXIST" in reason for reason in found["dead_letters"])
 
@@ -316,10 +342,8 @@ def test_a_store_that_is_deleted_while_sync_delivers(
         database.unlink()
         return made
 
-    spool = os.environ["QITOS_MLFLOW_SPOOL_DIR"]
     monkeypatch.setattr(StoreTransport, "create_run", create_and_delete)
-    done = CliRunner().invoke(main, ["sync", spool])
-    assert done.exit_code == 0, done.output
+    invoke("sync", os.environ["QITOS_MLFLOW_SPOOL_DIR"])
     assert [status for _, status in stored(database)] == ["FINISHED"] * 2
 
 
@@ -407,7 +431,7 @@ def test_the_command_that_is_shown_delivers(
 # -- places on disk ------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("made_at_once")
 @pytest.mark.parametrize(
     ("name", "uri"),
     [
@@ -425,21 +449,24 @@ def test_a_directory_that_is_called_like_a_credential(
     database = directory / "mlflow.db"
     if uri is not None:
         make_store(database)
-    else:  # The process makes it where MLflow would: with SQLAlchemy 2.0, in ``token%3D…`` beside.
+    else:  # It is made where MLflow would: with SQLAlchemy 2.0, in ``token%3D…`` beside.
         database = Path(make_url(path_to_local_sqlite_uri(str(database))).database or "")
     options = {
         "QITOS_TRACE_PLUGINS": "mlflow",
         "MLFLOW_TRACKING_URI": uri and uri.format(directory),
         "QITOS_MLFLOW_SPOOL_DIR": str(directory / "spool"),
     }
-    run_script(AGENT, 'agent.run("sum", render=False, trace=False)', **options)
     offline = run_script(
         AGENT, 'agent.run("sum", render=False)', QITOS_MLFLOW_OFFLINE="1", **options
     )
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(offline.stderr.rpartition("deliver with: ")[2])
+    begin = words.index("qitos-mlflow")
+    invoke(*words[begin + 1 :], **dict(word.split("=", 1) for word in words[:begin]))
     client = MlflowClient(f"sqlite:///{database}")
     assert len(runs_of(client, "qitos")) == 1
-    monkeypatch.chdir(tmp_path)
-    execute(offline.stderr.rpartition("deliver with: ")[2])
+    monkeypatch.chdir(directory)
+    run_script(AGENT, 'agent.run("sum", render=False, trace=False)', **options)
     assert [run.status for run in runs_of(client, "qitos")] == ["FINISHED"] * 2
     assert [*tmp_path.rglob("mlflow.db")] == [database]
 

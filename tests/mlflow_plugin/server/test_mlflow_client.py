@@ -23,7 +23,7 @@ from sqlalchemy.engine import make_url
 from qitos_mlflow.delivery import Hopeless, RetryLater, fork
 from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
-from qitos_mlflow.mlflow_plugin.server import mlflow_client
+from qitos_mlflow.mlflow_plugin.server import mlflow_client, sqlite_store
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.server.sqlite_store import default_tracking_uri
@@ -138,6 +138,7 @@ def test_a_file_system_without_hard_links_has_a_store_too(tmp_path: Path) -> Non
 def test_a_store_is_as_mlflow_makes_it(tmp_path: Path) -> None:
     """The same tables, revision and default experiment as without us."""
     StoreTransport(f"sqlite:///{tmp_path}/ours.db")
+    make_store(tmp_path / "theirs.db")
     mlflow.MlflowClient(f"sqlite:///{tmp_path}/theirs.db").search_experiments()
     assert schema(tmp_path / "ours.db") == schema(tmp_path / "theirs.db")
     questions = ("SELECT version_num FROM alembic_version", "SELECT name FROM experiments")
@@ -223,8 +224,14 @@ def test_a_deleted_directory_is_not_brought_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("made_at_once")
-def test_a_store_that_is_replaced_by_an_older_one_is_not_written(tmp_path: Path) -> None:
-    """MLflow refuses its schema when it opens it, and so do we in mid-life."""
+def test_a_store_that_is_replaced_by_an_older_one_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow refuses its schema when it opens it, and so do we in mid-life.
+
+    At first its last migrations may still be under way, and are waited for.
+    """
+    monkeypatch.setattr(sqlite_store, "STUCK_S", 0.5)
     store = StoreTransport(f"sqlite:///{tmp_path}/m.db")
     with contextlib.closing(sqlite3.connect(tmp_path / "old.db")) as connection:
         with contextlib.closing(sqlite3.connect(tmp_path / "m.db")) as newest:
