@@ -177,6 +177,9 @@ class Proxy:
         if not isinstance(fault, Refuse):
             await self._listen()
         elif self._listener is not None:
+            # What is accepted and has no handler yet, asyncio would leave open for ever.
+            while asyncio.all_tasks() - self._handlers - {asyncio.current_task()}:
+                await asyncio.sleep(0)
             self._listener.close()
             self._listener = None
             handlers = list(self._handlers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import signal
@@ -83,6 +84,24 @@ def test_refuse_is_a_closed_port(proxy: Proxy, session: requests.Session) -> Non
         socket.create_connection(("127.0.0.1", proxy.port), timeout=TIMEOUT_S)
     proxy.set(None)
     assert search(session, proxy).status_code == 200
+
+
+def test_refuse_resets_what_was_accepted_a_moment_ago() -> None:
+    """It has no handler yet, and asyncio leaves it open if the port is closed now."""
+    proxy = Proxy()
+
+    async def accept_and_refuse() -> socket.socket:
+        idle = socket.create_connection(("127.0.0.1", proxy.port), timeout=TIMEOUT_S)
+        for _ in range(2):  # The loop sees it, and accepts.
+            await asyncio.sleep(0)
+        await proxy._set(Refuse(), "", None, 1)
+        return idle
+
+    try:
+        with proxy._run(accept_and_refuse()) as idle, pytest.raises(ConnectionResetError):
+            idle.recv(1)
+    finally:
+        proxy.close()
 
 
 def test_hang_accepts_and_never_answers(proxy: Proxy, session: requests.Session) -> None:
