@@ -12,6 +12,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_MODEL_CATALOG_URI"] = ""  # No look at the internet for model prices.
 os.environ["QITOS_TRACE_PLUGINS"] = "none"
 
+import itertools
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ from qitos_mlflow import _guard
 
 if TYPE_CHECKING:
     from tests.integration.server import MlflowServer
+
+_numbers = itertools.count()
 
 
 @pytest.hookimpl(trylast=True)
@@ -58,16 +62,25 @@ def swallowed(
     return _nothing_swallowed
 
 
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory of the test's own.
+
+    In place of pytest's, which costs 4 ms more for each of 5,000 tests: it also keeps a symbolic
+    link to the newest one. pytest deletes it with all others of the session.
+    """
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    path = tmp_path_factory.getbasetemp() / f"{name}{next(_numbers)}" / "qitos-mlflow"
+    path.mkdir(parents=True, mode=0o700)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own working and state directory; `spool` in it is this user's own spool."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QITOS_MLFLOW_SPOOL_DIR", str(tmp_path / "spool"))
-    state = tmp_path.with_name(f"{tmp_path.name}-state")
-    state.mkdir(exist_ok=True)
-    if not (state / "qitos-mlflow").exists():
-        (state / "qitos-mlflow").symlink_to(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path.parent))  # Whose `qitos-mlflow` it is.
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made: list[str] = []
 
     def module(text: str = "complete = True", name: str | None = None) -> str:
-        name = name or f"after_import_{tmp_path.name}_{len(made)}"
+        name = name or f"after_import_{tmp_path.parent.name}_{len(made)}"
         made.append(name)
         tmp_path.joinpath(f"{name}.py").write_text(text)
         importlib.invalidate_caches()

@@ -75,7 +75,7 @@ def test_a_text_that_a_firewall_refuses_holds_up_one_segment(
     tmp_path: Path, firewall: str, stuck: int
 ) -> None:
     """The other three are delivered, this one is named, and the status says that it is left."""
-    experiment = f"firewall-{tmp_path.name}"
+    experiment = f"firewall-{tmp_path.parent.name}"
     parts = [
         write_segment(
             tmp_path,

@@ -152,11 +152,11 @@ def test_the_address_in_a_segment_gets_no_credentials(
 
 
 def test_a_server_cannot_have_a_file_of_this_machine_written(
-    archive: Path, shared_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    archive: Path, tmp_path: Path, shared_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even the user's own: anyone may have made an experiment there with such a place."""
     place = archive / ".ssh"
-    name = f"keys-{archive.parent.name}"
+    name = f"keys-{tmp_path.parent.name}"
     shared_server.client.create_experiment(name, artifact_location=place.as_uri())
     start, end = map(json.loads, trace(name))
     key = {"kind": "artifact", "path": "authorized_keys", "content": "ssh-ed25519 AAAA"}
