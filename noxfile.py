@@ -49,11 +49,11 @@ def run_suite(
 ) -> None:
     """Run the tests with these marks against the built wheel, out of reach of the checkout.
 
-    Up to four at a time, each worker with an MLflow server of its own, and one more than there are
-    cores: tests wait for deadlines and processes for nearly half of their time. One that measures
-    time compares it with what an idle agent takes beside it.
+    Up to four at a time, each worker with an MLflow server of its own, and two more than there are
+    cores: tests wait for deadlines and processes for half of their time. One that measures time
+    compares it with what an idle agent takes beside it.
     """
-    workers = min(4, (os.cpu_count() or 1) + 1)
+    workers = min(4, (os.cpu_count() or 1) + 2)
     scratch = Path(session.create_tmp()).resolve()
     wheel = build(session, scratch / "dist")
     if session.python == OLDEST:
