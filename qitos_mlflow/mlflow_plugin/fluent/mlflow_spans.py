@@ -6,7 +6,11 @@ mlflow is never imported here.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
+
+from qitos_mlflow._guard import shield
+from qitos_mlflow._threads import OwnThread
 
 RENEW_S = 60.0
 """How often an open trace is registered with MLflow, which forgets it after an hour (seconds). Far
@@ -45,6 +49,22 @@ def flush_spans(timeout_ms: int) -> None:
     provider = sys.modules["mlflow.tracing.provider"].provider.get()
     if hasattr(provider, "force_flush"):
         provider.force_flush(timeout_ms)
+
+
+def flush_in_time(timeout_s: float) -> None:
+    """As `flush_spans`, and wait for it at most so long (seconds).
+
+    OpenTelemetry sends on the thread that flushes, and knows no time limit (1.45).
+    """
+
+    def flush() -> None:
+        with shield("mlflow_spans.flush"):
+            flush_spans(int(timeout_s * 1000))
+
+    flushing = OwnThread("qitos-mlflow-flush", flush)
+    with suppress(RuntimeError, MemoryError):  # Without a thread, MLflow's own sends them later.
+        flushing.start()
+        flushing.join(timeout_s)
 
 
 def renew(manager: Any, trace_id: str, trace: Any) -> None:

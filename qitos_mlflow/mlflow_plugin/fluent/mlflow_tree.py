@@ -26,7 +26,7 @@ from qitos_mlflow.mlflow_plugin.fluent import surroundings
 from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
-    flush_spans,
+    flush_in_time,
     is_below,
     leave_ended,
     make_current,
@@ -194,7 +194,7 @@ class MlflowTree:
                     self._background.start_another()
                     self._background.wait(STALL_S, before_alarm_s())
             if self._in_queue:  # The queue drops the spans of a trace whose root is sent.
-                flush_spans(int(STALL_S * 1000))
+                flush_in_time(min(STALL_S, before_alarm_s()))
             # A trace that has ended is remembered for long: it holds no spans.
             self._top, self._context = None, contextvars.Context()
 

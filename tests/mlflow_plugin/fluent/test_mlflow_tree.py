@@ -246,9 +246,17 @@ def test_a_server_that_does_not_answer_is_not_waited_for(
 
 
 def test_the_agent_does_not_wait_for_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As MLflow sends a span in an evaluation: the agent goes on, the rest is left to a queue."""
+    """As MLflow sends a span in an evaluation: the agent goes on, the rest is left to a queue.
+
+    OpenTelemetry sends what is in the queue on the thread that flushes it, without a limit.
+    """
     monkeypatch.setattr(mlflow_tree, "STALL_S", 0.1)
-    answers, hangs = threading.Event(), threading.Event()
+    answers, hangs, flushes = threading.Event(), threading.Event(), threading.Event()
+    flushed: list[bool] = []
+
+    def flush(timeout_ms: int) -> None:
+        flushes.set()
+        flushed.append(answers.wait(30.0))
 
     def export(exporter: Any, ended: Any) -> None:
         if maybe_get_request_id(is_evaluate=True):
@@ -257,6 +265,7 @@ def test_the_agent_does_not_wait_for_a_server_that_hangs(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(MlflowV3SpanExporter, "export", export)
     with evaluating(), mlflow.start_span("predict") as top:
+        monkeypatch.setattr(provider.provider.get(), "force_flush", flush)
         tree = around(agents_trace())
         for number in range(4):
             tree.enter(span(number))
@@ -264,6 +273,8 @@ def test_the_agent_does_not_wait_for_a_server_that_hangs(monkeypatch: pytest.Mon
             tree.leave(span(number))
         assert hangs.wait(60.0)
         tree.end()
+        assert flushes.wait(60.0)
+        assert not flushed, "it hangs still"
         assert current() == "predict"
         assert all(one.end_time_ns for one in spans(top.trace_id).values() if one is not top)
         answers.set()
