@@ -14,8 +14,8 @@ r"""The lines of a spool file. Pure: bytes to bytes.
     crc     = 8 hex digits        CRC-32 of tag, time, length with their spaces, and payload
     payload = any bytes but LF    escaped: ESC "0" is LF, ESC "1" is ESC
 
-Head lines of version 1, "format 1" in docs/spool.md, are read as well. Who knows only those takes a
-segment whose head lines say 2 for one without a readable header, and leaves it alone.
+Head lines of version 1 ("format 1" in docs/spool.md) are read as well. A program that knows only
+those finds no readable header where head lines have version 2, and leaves that segment alone.
 
 The checksum finds torn and corrupt lines. It does not protect against deliberate changes.
 """
