@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 import zlib
 from contextlib import suppress
@@ -32,6 +33,10 @@ HEAD_BYTES = 64 * 1024
 of a request. What a server says before it, such as "100 Continue", counts."""
 PIECE_BYTES = 64 * 1024
 """How much of an answer is read at once."""
+
+QUICKACK = getattr(socket, "TCP_QUICKACK", -1)  # Linux has it.
+"""Has the system tell servers at once what has arrived, not with the next request or 40 ms later.
+`mlflow server` with several workers keeps the second half of its answer until then."""
 
 
 class _Limited(io.RawIOBase):
@@ -57,6 +62,8 @@ class _Limited(io.RawIOBase):
             raise TimeoutError("the answer takes too long")
         self._sock.settimeout(left_s)
         got: int | None = self._received.readinto(buffer)
+        with suppress(OSError, AttributeError):  # What speaks TLS may have no options.
+            self._sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
         self.left -= got or 0
         if self.left < 0:
             raise Oversized("the server sends more than any answer of MLflow's has")

@@ -152,3 +152,20 @@ def test_a_forked_child_has_no_connection(server: Server, in_use: bool, tmp_path
     requester.close()
     assert answers == [b"{}"] * (3 if in_use else 2)
     assert server.ports == {port}  # All of it over one connection.
+
+
+def test_what_has_arrived_is_acknowledged_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that sends an answer in two pieces keeps the second one until then, up to 40 ms.
+
+    Whether the system has done so cannot be asked, and the time depends on the machine.
+    """
+    options: list[object] = []
+    set_option = socket.socket.setsockopt
+    spy = lambda sock, *what: (options.append(what), set_option(sock, *what))[1]  # noqa: E731
+    monkeypatch.setattr(socket.socket, "setsockopt", spy)
+    requester = SessionRequester(server.uri)
+    requester(Request("GET", "/", WAIT_S))
+    requester.close()
+    assert (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) in options
