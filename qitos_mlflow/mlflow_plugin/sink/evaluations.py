@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.entities import Metric, RunData
+from qitos_mlflow.mlflow_plugin.mapping.entities import Metric
 from qitos_mlflow.mlflow_plugin.sink.children import Due
 from qitos_mlflow.mlflow_plugin.sink.operations import Operations
 from qitos_mlflow.mlflow_plugin.sink.parents import Parents
@@ -39,6 +39,13 @@ class EvaluationOperations(Operations):
         noted = [trace for trace in traces if trace.waiting.counts]
         return calls + [(trace, self.note, ["numbers"]) for trace in noted]
 
+    def log(self, trace: TraceState, items: Sequence[Any], timeout_s: float) -> None:
+        """As in the base class; with the run's cost, once that is known."""
+        if (cost := self._costs.totals.get(trace.facts.trace_id)) is not None:
+            at_ms = limits.clean_ms(trace.facts.ended_ns)
+            items = [*items, ("metric", Metric("total_cost", cost, at_ms, trace.totals.last_step))]
+        super().log(trace, items, timeout_s)
+
     def note(self, trace: TraceState, _items: Any, _timeout_s: float) -> None:
         """See `Parents.note`."""
         self.parents.note(trace)
@@ -58,12 +65,8 @@ class EvaluationOperations(Operations):
         trace.settle()
 
     def end_run(self, trace: TraceState, _items: Any, timeout_s: float) -> None:
-        """As in the base class; with the run's cost, and of an evaluation the last numbers."""
+        """As in the base class; of an evaluation with the last numbers."""
         if trace.facts.of_evaluation:
             self.parents.finish(trace, timeout_s)
-            return
-        if (cost := self._costs.totals.get(trace.facts.trace_id)) is not None:
-            at_ms = limits.clean_ms(trace.facts.ended_ns)
-            point = Metric("total_cost", cost, at_ms, trace.totals.last_step)
-            self._log(trace, RunData(metrics=[point]), timeout_s)
-        super().end_run(trace, _items, timeout_s)
+        else:
+            super().end_run(trace, _items, timeout_s)

@@ -166,6 +166,11 @@ class Operations:
         data = RunData(*([item for kind, item in items if kind == wanted] for wanted in kinds))
         self._log(trace, data, timeout_s)
 
+    def may_cost(self, trace: TraceState) -> bool:
+        """Whether `write_info` may ask what the trace has cost."""
+        tree = trace.tree
+        return trace.facts.ended and tree is not None and tree.changed and bool(tree.priced)
+
     def write_spans(self, trace: TraceState, spans: Sequence[Any], timeout_s: float) -> None:
         """Write spans of the trace, if the server still has its run.
 

@@ -219,8 +219,8 @@ class MlflowSink:
         traces = [trace for trace in touched.values() if not trace.unplaced]
         # First, because an agent may be waiting for its run.
         calls = [Call(trace, operations.create_run, ["run"]) for trace in traces if not trace.run]
-        for trace in traces:
-            calls += [Call(trace, operations.log, items) for items in _batches(trace.waiting)]
+        logs, last = self._logs(traces)
+        calls += logs
         # One after the other, so that one request may carry them. Infos follow (see `span_tree`).
         calls += [
             Call(trace, operations.write_spans, distinct(trace.waiting.spans))
@@ -233,6 +233,7 @@ class MlflowSink:
             if known and trace.tree is not None and trace.tree.changed:
                 calls.append(Call(trace, operations.write_info, [trace.tree.info()]))
                 trace.tree.info_made()
+        calls += last
         calls += [
             Call(trace, self._link, [trace.facts.start_tags[TREE_TAG]])
             for trace in traces
@@ -264,6 +265,20 @@ class MlflowSink:
             if trace.facts.ended or not trace.facts.started:
                 del self._traces[trace_id]
         self._prepared = CallList(operations, calls, dead, self._prepared.accepted)
+
+    def _logs(self, traces: Sequence[TraceState]) -> tuple[list[Call], list[Call]]:
+        """The calls for metrics, params and tags, and those to be made after the infos.
+
+        These are the last ones of traces whose cost the infos ask for: one call has both.
+        """
+        logs: list[Call] = []
+        last: list[Call] = []
+        for trace in traces:
+            own = [Call(trace, self._operations.log, items) for items in _batches(trace.waiting)]
+            if own and self._operations.may_cost(trace):
+                last.append(own.pop())
+            logs += own
+        return logs, last
 
 
 def _batches(waiting: Waiting) -> Iterator[list[tuple[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import cycle, pairwise
@@ -538,6 +539,88 @@ def test_the_cost_is_that_of_our_generations(
     (info,) = server.traces.values()
     cost_of = orjson.loads(info["trace_metadata"].get("mlflow.trace.cost", "{}"))
     assert cost_of.get("total_cost") == cost
+
+
+class Priced(FakeTransport):
+    """A server with prices, in USD for a token of input and for one of output."""
+
+    prices = (0.25, 0.5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: dict[str, tuple[int, int]] = {}
+        """Tokens of input and output of each trace."""
+
+    def sum_spans(self, question: Any, timeout_s: float) -> float | None:
+        (given, answered), (of_given, of_answered) = self.used[tag_in(question)], self.prices
+        parts = [given * of_given, answered * of_answered]
+        both = {"input_cost": parts[0], "output_cost": parts[1], "total_cost": sum(parts)}
+        return self._answer("sum_spans", question, lambda: both[question["metric_name"]])
+
+    def use(self, trace_id: str, given: int, answered: int, **more: int) -> list[dict[str, Any]]:
+        """The records of a trace that uses so many tokens."""
+        self.used[trace_id] = given, answered
+        make, usage = Records(trace_id), {"prompt_tokens": given, "completion_tokens": answered}
+        asked = make.span("generation", model="m", token_usage={**usage, **more})
+        return [make.start(), asked, make.end()]
+
+    def cost_of(self, trace_id: str) -> Any:
+        """What the trace's info says, and what its run says."""
+        of = {info["client_request_id"]: info for info in self.traces.values()}
+        [run] = [r for r in self.runs.values() if r["tags"]["qitos.trace_id"] == trace_id]
+        [in_run] = [point.value for point in run["metrics"] if point.key == "total_cost"]
+        return {**orjson.loads(of[trace_id]["trace_metadata"]["mlflow.trace.cost"]), "run": in_run}
+
+
+def tag_in(question: Any) -> str:
+    """The QitOS trace that a question is about."""
+    return str(question["filters"][0].split("'")[1])
+
+
+def test_a_cost_takes_one_question_once_the_price_is_known() -> None:
+    """If the sum is what the price of the trace before comes to, its parts are known, too."""
+    server = Priced()
+    sink = sink_to(server)
+    deliver(sink, *server.use("one", 100, 10))
+    assert server.calls.count("sum_spans") == 2
+    deliver(sink, *server.use("two", 7, 3), *server.use("three", 1000, 77))
+    assert server.calls.count("sum_spans") == 4
+    server.prices = (0.5, 1.5)  # Prices change; so does what is known of them.
+    deliver(sink, *server.use("four", 8, 2), *server.use("five", 9, 1))
+    assert server.calls.count("sum_spans") == 4 + 3 + 1
+    # Cached tokens have a price of their own.
+    deliver(sink, *server.use("six", 8, 2, cache_read_input_tokens=4))
+    assert server.calls.count("sum_spans") == 8 + 2
+    for trace_id, asked, answered in [
+        ("one", 25.0, 5.0),
+        ("two", 1.75, 1.5),
+        ("three", 250.0, 38.5),
+        ("four", 4.0, 3.0),
+        ("five", 4.5, 1.5),
+        ("six", 4.0, 3.0),
+    ]:
+        parts = {"input_cost": asked, "output_cost": answered}
+        total = asked + answered
+        assert server.cost_of(trace_id) == {**parts, "total_cost": total, "run": total}
+
+
+def test_traces_that_end_together_take_few_requests() -> None:
+    """What is of a run is a call for each run; spans of all traces are one."""
+    server = Priced()
+    sink = sink_to(server)
+    traces = [server.use(f"trace-{number}", 100, 10) for number in range(8)]
+    deliver(sink, *[records[0] for records in traces])
+    assert Counter(server.calls) == {"experiment_id": 1, "create_run": 8, "log_batch": 8}
+    server.calls.clear()
+    deliver(sink, *[record for records in traces for record in records[1:]])
+    assert Counter(server.calls) == {
+        "log_batch": 8,  # With the run's cost.
+        "write_spans": 1,
+        "write_trace": 16,  # They begin and end here: a cost is found by its trace's info.
+        "sum_spans": 9,
+        "end_run": 8,
+    }
+    assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
 
 
 def test_a_server_without_prices_is_asked_once(server: FakeTransport) -> None:
