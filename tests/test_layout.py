@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "mlflow_plugin.mapping",
         "mlflow_plugin.server",
         "recording.record",
+        "recording.conversation",  # Of which each message is worked on once.
         "delivery",
         "redaction.redact",
     ),
@@ -103,7 +104,7 @@ MODULE_LINES = 350
 MEDIAN_LINES = 140
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 27_010
+PACKAGE_LINES = 27_400
 """15,500 before tenants, credentials, forks and the exit of local stores had code of their own;
 17,300 before evaluations, scores, contexts, comparisons, pictures and MLflow's own trees;
 23,100 before what may be done for a segment of another origin, stuck segments and quick ends;
@@ -111,7 +112,8 @@ PACKAGE_LINES = 27_010
 24,000 before plugins' exceptions were told from interruptions, and failed threads went on;
 24,300 before answers had limits and types, and every text one way out;
 24,800 before redaction knew tables, commands, notations and the formats of 90 vendors;
-26,500 before threads waited for memory, and redaction was measured on a second corpus."""
+26,500 before threads waited for memory, and redaction was measured on a second corpus;
+26,940 before each message of a conversation was worked on once."""
 
 
 @dataclass(frozen=True)

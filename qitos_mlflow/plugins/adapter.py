@@ -142,6 +142,11 @@ class PluginTraceProcessor(TraceProcessor):
     on_span_start = _pass_on("qitos_span_start")
     on_span_end = _pass_on("qitos_span_end")
 
+    @property
+    def wants_records(self) -> bool:
+        """Whether any plugin looks at records."""
+        return bool(self._calls["qitos_record"])
+
     def on_record(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """What each plugin's ``qitos_record`` returns for a copy of `record`, with its name."""
         returned: list[tuple[str, Any]] = []

@@ -9,6 +9,7 @@ one.
     to_json, simpler  any record as bytes, on the agent's thread; later as JSON
     pipelines         the pipeline of records to one destination
     normalize         bytes to the redacted record, on the spooling thread, with what plugins add
+    conversation      each message of a growing conversation is worked on once, on both threads
     process_exit      the end of the process
     record            the types of the records
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import linecache
 import os
 import threading
-from calendar import timegm
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,12 +18,14 @@ from typing import Any
 from qitos_mlflow import _json, tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.delivery import Untrusted, open_regular
+from qitos_mlflow.recording.conversation import Conversations, Read, put_back
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
 from qitos_mlflow.recording.to_json import as_json, encode
-from qitos_mlflow.redaction.pictures import Pictures
+from qitos_mlflow.redaction.pictures import Pictures, take_pictures
 from qitos_mlflow.redaction.redact import redact, redact_json
+from qitos_mlflow.redaction.structures import is_in_key
 from qitos_mlflow.redaction.trim import MAX_INLINED_CHARS, note_large, trim_fields
 
 OURS = frozenset(
@@ -47,6 +48,8 @@ MAX_FILE_BYTES = 16 * 1024 * 1024
 
 UNCUT = OURS | {"settings"}
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
 MAX_ANSWERS = 1_000
 """Answers of plugins that the second thread has not asked for yet."""
 
@@ -68,6 +71,7 @@ def normalize(
     field_bytes: int,
     complete: Callable[[dict[str, Any]], None] = lambda record: None,
     pictures: TakenPictures | None = None,
+    conversations: Conversations | None = None,
 ) -> bytes | None:
     """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
@@ -76,19 +80,39 @@ def normalize(
         field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
         complete: writes into the record what is known only now: what was lost before it.
         pictures: takes pictures out; None: large ones become notes.
+        conversations: has `redacted_message` work on each message once.
 
     Raises:
         OSError: a file of the run cannot be read.
     """
-    record, size = read(snapshot)
+    data = as_json(snapshot)
+    found = None
+    if conversations is not None and len(data) <= field_bytes and b'"picture_files":' not in data:
+        found = conversations.read(data)
+    record = _json.loads(data) if found is None else found.record
     record["version"] = RECORD_VERSION
     if record["kind"] == "artifact":
         return _json.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
     pictures = None if record.pop("no_pictures", False) else pictures
-    record = safe(record, size, field_bytes, pictures)
-    record |= additions(record, field_bytes)
-    return _json.dumps(record)
+    record = safe(record, len(data), field_bytes, pictures)
+    record |= additions(record, field_bytes, found)
+    stored = _json.dumps(record)
+    return stored if found is None else put_back(stored, found.result)
+
+
+def redacted_message(message: dict[str, Any], text: bytes, max_picture_bytes: int) -> bytes | None:
+    """A message of a conversation as JSON without credentials; None: what is around it matters.
+
+    Does to it what `safe` does. It takes out no pictures: they belong to the record.
+    """
+    if len(text) > MAX_INLINED_CHARS:
+        pictures: Pictures = {}
+        take_pictures(message, MAX_INLINED_CHARS, max_picture_bytes, pictures)
+        if pictures:
+            return None
+        message = note_large(message)
+    return None if is_in_key(message, False) else _json.dumps(redact(message))
 
 
 def read(snapshot: bytes) -> tuple[dict[str, Any], int]:
@@ -129,16 +153,23 @@ def safe(
     return record
 
 
-def additions(record: dict[str, Any], field_bytes: int) -> dict[str, Any]:
+def additions(
+    record: dict[str, Any], field_bytes: int, messages: Read | None = None
+) -> dict[str, Any]:
     """The field `added` of a redacted record with what plugins add, or nothing.
 
-    Two threads ask for one that is `shared`; the plugins are asked once.
+    Two threads ask for one that is `shared`; the plugins are asked once. Plugins see the messages
+    that are taken out of the record, too.
     """
     key, shared = (record.get("trace_id"), record.get("span_id")), record.pop("shared", False)
+    if not asked():
+        return {}
     with _asking:  # Plugins expect one call at a time.
         found = _answers.pop(key, None) if shared else None
         if found is None:
             shown = {name: value for name, value in record.items() if name != "pictures"}
+            if messages is not None:
+                shown = _json.loads(put_back(_json.dumps(shown), messages.result))
             found = _ask_plugins(shown)
             if shared:
                 _answers[key] = found
@@ -176,6 +207,11 @@ def _read_file(record: dict[str, Any]) -> bool:
     return True
 
 
+def asked() -> list[Any]:
+    """The processors of the global provider with plugins that look at records."""
+    return [one for one in tracing.processors() if getattr(one, "wants_records", False)]
+
+
 def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
     """What the plugins attached to the global provider add to `record`, as plain JSON.
 
@@ -185,11 +221,10 @@ def _ask_plugins(record: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if record["kind"] not in KINDS:
         return found
-    for processor in tracing.processors():
-        on_record, answers = getattr(processor, "on_record", None), []
-        if on_record is not None:
-            with shield(f"{type(processor).__qualname__}.on_record"):
-                answers = [*on_record(record)]
+    for processor in asked():
+        answers = []
+        with shield(f"{type(processor).__qualname__}.on_record"):
+            answers = [*processor.on_record(record)]
         for plugin, returned in answers:
             with shield(plugin):  # The record is kept without.
                 for part, values in _checked(returned).items():
@@ -229,7 +264,10 @@ def _spell_out(record: dict[str, Any]) -> None:
 
 
 def _redacted(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if name in OURS else redact(value) for name, value in record.items()}
+    return {
+        name: value if value is None or name in OURS else redact(value)
+        for name, value in record.items()
+    }
 
 
 def _redacted_file(record: dict[str, Any]) -> dict[str, Any]:
@@ -250,12 +288,12 @@ def nanoseconds(iso: str | None) -> int | None:
     if not isinstance(iso, str):
         return None
     try:
-        moment = datetime.fromisoformat(iso.replace("Z", "+00:00"))
+        moment = datetime.fromisoformat(iso[:-1] + "+00:00" if iso[-1:] == "Z" else iso)
     except ValueError:
         return None
-    moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment
+    since = moment - (_EPOCH if moment.tzinfo else _EPOCH.replace(tzinfo=None))
     # Integers only: a float of nanoseconds is off by hundreds.
-    return timegm(moment.timetuple()) * 1_000_000_000 + moment.microsecond * 1_000
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1_000
 
 
 def _stack(failure: dict[str, Any]) -> str:

@@ -11,13 +11,15 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Hashable
+from functools import partial
 from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.delivery import Pipeline, trust
 from qitos_mlflow.recording.code_version import CodeVersion
-from qitos_mlflow.recording.normalize import normalize, read
+from qitos_mlflow.recording.conversation import Conversations
+from qitos_mlflow.recording.normalize import normalize, read, redacted_message
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.settings import Settings, temporary_name
 
@@ -130,12 +132,17 @@ class RecordPipeline(Pipeline):
         self._losses: dict[str, Counter[tuple[str, str]]] = {}
         self._code_version = CodeVersion()
         self._pictures = TakenPictures(self.max_picture_bytes)
+        self._conversations = Conversations(
+            partial(redacted_message, max_picture_bytes=self.max_picture_bytes), b","
+        )
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()
 
     def normalize(self, payload: bytes) -> bytes | None:
         """Spooling thread. The record that goes to disk; see `normalize`."""
-        return normalize(payload, self.field_bytes, self._complete, self._pictures)
+        return normalize(
+            payload, self.field_bytes, self._complete, self._pictures, self._conversations
+        )
 
     def _complete(self, record: dict[str, Any]) -> None:
         """Write in what is known only now: the code's version; at a trace's end, its losses.

@@ -36,7 +36,7 @@ from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, before_alarm_s
 from qitos_mlflow.mlflow_plugin.mapping import span_attributes
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of
-from qitos_mlflow.mlflow_plugin.mapping.attachments import attach
+from qitos_mlflow.mlflow_plugin.mapping.attachments import attach, may_show
 from qitos_mlflow.mlflow_plugin.mapping.limits import mapping
 from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
@@ -263,8 +263,8 @@ class MlflowTree:
         if live is None:
             return
         record |= additions(record, self._field_bytes)
-        if self._pictures.max_bytes:
-            record, pictures = attach(record, payload, self.trace_id)
+        if self._pictures.max_bytes and ("pictures" in record or may_show(payload)):
+            record, pictures = attach(record, self.trace_id)
             made = sys.modules["mlflow.tracing.attachments"].Attachment
             for one in pictures:  # MLflow sends them with its trace, each once.
                 live._attachments[one.id] = made(content_type="", content_bytes=one.content)

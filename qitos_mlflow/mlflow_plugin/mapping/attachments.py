@@ -49,23 +49,23 @@ def check_names(record: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r:.200} is no name for a file")
 
 
-def attach(
-    record: Mapping[str, Any], data: bytes, trace_id: str
-) -> tuple[dict[str, Any], list[Attachment]]:
+def may_show(data: bytes) -> bool:
+    """Whether JSON may have pictures: data URLs, references, media types, Ollama's ``images``."""
+    return b"image/" in data or b'"images"' in data
+
+
+def attach(record: Mapping[str, Any], trace_id: str) -> tuple[dict[str, Any], list[Attachment]]:
     """A span's record with addresses of attachments in the place of pictures, and these.
 
     Args:
         record: decoded; it stays as it is.
-        data: the record's bytes.
         trace_id: MLflow's id of the trace whose attachments they are.
     """
     made = dict(record)
     found: Pictures = {**made.pop("pictures", {})}
-    if b"image" in data:
-        for part in ("data", "output"):
-            if part in made:
-                part_of = take_pictures(made[part], 0, MAX_BYTES, found)
-                made[part] = _addressed(part_of, trace_id)
+    for part in ("data", "output"):
+        if part in made:
+            made[part] = _addressed(take_pictures(made[part], 0, MAX_BYTES, found), trace_id)
     contents = {key: _bytes(base64) for key, base64 in found.items()}
     return made, [Attachment(key, content) for key, content in contents.items() if content]
 

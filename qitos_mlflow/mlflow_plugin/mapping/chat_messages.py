@@ -30,6 +30,7 @@ from typing import Any
 
 from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping.content_blocks import (
+    Encoded,
     Fields,
     as_text,
     flat,
@@ -53,8 +54,8 @@ _PLAIN = {"role", "content"}
 _MESSAGE_KEYS = ("content", "parts", "tool_calls", "refusal", "images", "reasoning_content")
 
 
-def request(content: Any) -> tuple[list[Fields], Fields]:
-    """The messages of a request, and its other fields."""
+def request(content: Any) -> tuple[list[Any], Fields]:
+    """The messages of a request, each as its fields or `Encoded`, and its other fields."""
     rest = dict(content) if isinstance(content, dict) else {}
     given = take(rest, "messages", "input", "contents", kind=(list, str))
     if given is None:
@@ -64,7 +65,7 @@ def request(content: Any) -> tuple[list[Fields], Fields]:
         rest["config"] = dict(rest["config"])
         holders.append(rest["config"])
     names = ("system", "system_instruction", "systemInstruction", "instructions")
-    found: list[Fields] = []
+    found: list[Any] = []
     for holder in holders:
         system = take(holder, *names, kind=(str, list, dict))
         if system is not None:
@@ -191,7 +192,9 @@ def _function(call: Fields) -> tuple[str, Any]:
 # -- messages ------------------------------------------------------------------------------------
 
 
-def _conversation(raw: Any, role: str) -> list[Fields]:
+def _conversation(raw: Any, role: str) -> list[Any]:
+    if isinstance(raw, list) and raw and isinstance(raw[0], Encoded):
+        return raw
     items = raw if isinstance(raw, list) else [] if raw is None else [raw]
     return [message for item in items for message in _messages(item, role)]
 
@@ -210,6 +213,8 @@ def _messages(item: Any, role: str) -> list[Fields]:
         item: a message, or a block in the place of one.
         role: that of a message without one, and of a block that does not give it away.
     """
+    if isinstance(item, str):
+        return [{"role": role, "content": item}]
     if isinstance(item, dict) and item.keys() == _PLAIN:  # Most are, and it is ten times faster.
         given, content = item["role"], item["content"]
         if isinstance(given, str) and given in _ROLES and content and isinstance(content, str):
@@ -245,6 +250,10 @@ def _messages(item: Any, role: str) -> list[Fields]:
 
 def _merged(role: str, messages: list[Fields], rest: Fields) -> Fields:
     """One message out of several, which are used up, and of further fields."""
+    if len(messages) == 1 and not rest and messages[0].keys() == _PLAIN:  # Most often.
+        text = messages[0]["content"]
+        if isinstance(text, str):
+            return {"role": role, "content": text}
     content: list[Fields] = []
     calls: list[Fields] = []
     thoughts: list[str] = []

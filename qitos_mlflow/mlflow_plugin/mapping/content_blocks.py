@@ -20,6 +20,7 @@ OpenAI's form, and `with_rest` keeps the others beside them, for the page's JSON
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from qitos_mlflow import _json
@@ -56,6 +57,13 @@ _READ_BY_PAGE = ("type", "parts", "tool_calls", "reasoning", "audio")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _ADDRESSES = ("data:", "http://", "https://", "mlflow-attachment://")
 """How the address of a picture begins that the page can show."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """In a list of messages: several of them, as the bytes of a protobuf `ArrayValue`."""
+
+    messages: bytes
 
 
 # -- fields --------------------------------------------------------------------------------------

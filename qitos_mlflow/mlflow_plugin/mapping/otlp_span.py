@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from qitos_mlflow.mlflow_plugin.mapping import limits
-from qitos_mlflow.mlflow_plugin.mapping.content_blocks import as_text
+from qitos_mlflow.mlflow_plugin.mapping.content_blocks import Encoded, as_text
 from qitos_mlflow.mlflow_plugin.mapping.limits import clean_ns, clean_text, encodable
 
 NATIVE_LEVELS = 20
@@ -25,7 +25,9 @@ SPAN_NAME_CHARS = 1000
 
 def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
     """Write `value` (JSON types; others as text) into `target`; None leaves it unset."""
-    if isinstance(value, bool):
+    if isinstance(value, str):  # Most are.
+        target.string_value = encodable(value)
+    elif isinstance(value, bool):
         target.bool_value = value
     elif isinstance(value, int) and abs(value) <= limits.MAX_INT64:
         target.int_value = value
@@ -37,14 +39,33 @@ def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
     elif isinstance(value, (list, tuple)) and depth:
         target.array_value.SetInParent()
         for item in value:
-            set_value(target.array_value.values.add(), item, depth - 1)
+            if type(item) is Encoded:
+                target.array_value.MergeFromString(item.messages)
+            else:
+                set_value(target.array_value.values.add(), item, depth - 1)
     elif value is not None:
         target.string_value = encodable(as_text(value))
 
 
 def _add(target: Any, values: Mapping[Any, Any], depth: int = NATIVE_LEVELS) -> None:
     for key, value in values.items():
-        set_value(target.add(key=encodable(str(key))).value, value, depth)
+        pair = target.add()
+        pair.key = encodable(str(key))
+        if type(value) is str and value.isascii():  # Most are.
+            pair.value.string_value = value
+        else:
+            set_value(pair.value, value, depth)
+
+
+def encode_messages(messages: list[Any]) -> bytes:
+    """Messages of a model call as the bytes of an `ArrayValue`.
+
+    In protobuf, the bytes of two lists one after the other are those of both as one.
+    """
+    array = ArrayValue()
+    for message in messages:
+        set_value(array.values.add(), message, NATIVE_LEVELS - 2)  # In a list of an attribute.
+    return array.SerializeToString()
 
 
 def build_span(

@@ -47,8 +47,8 @@ from qitos_mlflow.mlflow_plugin.sink.earlier_states import of_earlier_version
 from qitos_mlflow.mlflow_plugin.sink.evaluations import EvaluationOperations
 from qitos_mlflow.mlflow_plugin.sink.links import link_prompts, link_trace
 from qitos_mlflow.mlflow_plugin.sink.operations import Announce
+from qitos_mlflow.mlflow_plugin.sink.reading import RecordReader
 from qitos_mlflow.mlflow_plugin.sink.trace_state import TraceState, Waiting
-from qitos_mlflow.recording.record import Record
 from qitos_mlflow.redaction.redact import MARKER, without_credentials
 
 STATE_VERSION = 3
@@ -100,6 +100,7 @@ class MlflowSink:
         self._operations = EvaluationOperations(self._transport, announce, header)
         self._assessments = Assessments(self._transport, self._operations)
         self._resumed = resumed
+        self._reader = RecordReader()
         self._traces: dict[str, TraceState] = {}
         self._refused: dict[str, str] = {}
         """Why the server refuses the run of a trace: each of its records is a dead letter."""
@@ -141,7 +142,7 @@ class MlflowSink:
         touched: dict[str, TraceState] = {}
         for data in records:
             try:
-                record: Record = _json.loads_foreign(data)
+                record, rest = self._reader.read(data)
                 trace_id, kind = str(record["trace_id"]), record["kind"]
                 check_names(record)
             except (KeyError, TypeError, ValueError) as error:
@@ -163,7 +164,7 @@ class MlflowSink:
                     resumed=self._resumed,
                 )
             trace = self._traces[trace_id]
-            trace.take(record, data)
+            trace.take(record, data, rest)
             touched[trace_id] = trace
         self._list(touched, dead)
 

@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from qitos_mlflow import _json
 from qitos_mlflow.mlflow_plugin.mapping import limits
 from qitos_mlflow.mlflow_plugin.mapping.assessments import assessment_of, metric_of
-from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach
+from qitos_mlflow.mlflow_plugin.mapping.attachments import Attachment, attach, may_show
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunData, RunRef
 from qitos_mlflow.mlflow_plugin.mapping.evaluation_totals import VERDICT
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
@@ -114,11 +114,18 @@ class TraceState:
 
     # -- records -----------------------------------------------------------------------------
 
-    def take(self, record: Record, data: bytes) -> None:
-        """Fold in the next record; what it adds waits to be sent."""
+    def take(self, record: Record, data: bytes, rest: bytes | None = None) -> None:
+        """Fold in the next record; what it adds waits to be sent.
+
+        Args:
+            record: decoded.
+            data: its JSON.
+            rest: the same without messages that `record` has as `Encoded`; None: it has none.
+        """
         self.waiting.records.append(data)
-        if self.tree is not None and self.facts.settings.get("attachments", True):
-            made, pictures = attach(record, data, trace_id(self.facts.trace_id))
+        shows = "pictures" in record or may_show(rest or data)
+        if shows and self.tree is not None and self.facts.settings.get("attachments", True):
+            made, pictures = attach(record, trace_id(self.facts.trace_id))
             record = cast("Record", made)
             self.waiting.artifacts += [one for one in pictures if self._is_new(one)]
         if record["kind"] == "artifact":

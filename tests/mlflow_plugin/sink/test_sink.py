@@ -961,8 +961,8 @@ def test_a_failure_while_mapping_gives_no_record_up(
     sink = sink_to(server)
     before, take = sink.state(), TraceState.take
 
-    def failing(trace: TraceState, record: Any, data: bytes) -> None:
-        take(trace, record, data)
+    def failing(trace: TraceState, record: Any, *data: bytes) -> None:
+        take(trace, record, *data)
         if record["kind"] == "trace_end":
             raise error
 
