@@ -111,14 +111,17 @@ def _absent(raw: Mapping[str, Any], names: tuple[str, ...]) -> bool:
 
 
 def _first(raw: Mapping[str, Any], names: tuple[str, ...], lost: Counter[str] | None) -> int | None:
+    if raw.keys().isdisjoint(names):
+        return None
     for name in names:
-        value = raw.get(name)
+        if (value := raw.get(name)) is None:
+            continue
         if isinstance(value, float) and value.is_integer():  # JSON of protobuf has no others.
             value = int(value)
         with suppress(TypeError):
-            number = operator.index(value)  # type: ignore[arg-type] # Numpy's are integers, too.
+            number = operator.index(value)  # Numpy's are integers, too.
             if 0 <= number <= MAX_TOKENS and not isinstance(value, bool):
                 return number
-        if value is not None and lost is not None:
+        if lost is not None:
             lost["bad_value"] += 1
     return None

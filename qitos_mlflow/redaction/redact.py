@@ -30,6 +30,8 @@ MARKER = "[redacted]"
 DEEPEST_LEVEL = 256
 """Deeper levels become `MARKER`. A record has at most 254, because orjson writes no more."""
 
+_NO_TEXT = frozenset({int, float, bool, type(None)})
+
 _SHORTEST = 8
 """Shorter texts have no room for a name and a value, or for a shape (characters)."""
 
@@ -114,7 +116,7 @@ def _redact_mapping(value: dict[Any, Any], depth: int) -> dict[Any, Any]:
             if key in hidden or (names_credential(key) and not structures.is_schema(item)):
                 kept[key] = _hidden(item)
                 continue
-        kept[key] = redact(item, depth + 1)
+        kept[key] = item if type(item) in _NO_TEXT else redact(item, depth + 1)
     if (rows := structures.rows(value)) is not None:
         name, columns = rows
         kept[name] = _redact_columns(kept[name], columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 
 # Zeros are no id in OpenTelemetry.
 _HEX_32 = re.compile(r"(?!0+$)[0-9a-f]{32}")
@@ -17,6 +18,7 @@ def digest(*parts: str, size: int) -> bytes:
     return hashlib.blake2b(text, digest_size=size, person=b"qitos-mlflow").digest()
 
 
+@lru_cache(maxsize=256)
 def otel_trace_id(qitos_id: str) -> bytes:
     """16 bytes: the id itself if it is a UUID or 32 hex digits, else a hash of it."""
     plain = qitos_id.replace("-", "").lower()
@@ -32,6 +34,7 @@ def trace_id(qitos_id: str) -> str:
     return f"tr-{otel_trace_id(qitos_id).hex()}"
 
 
+@lru_cache(maxsize=1024)  # A span's parent is asked for with each of its children.
 def span_id(qitos_trace_id: str, qitos_id: str) -> bytes:
     """8 bytes: the id itself if it is 16 hex digits, else a hash of both ids."""
     if _HEX_16.fullmatch(qitos_id):

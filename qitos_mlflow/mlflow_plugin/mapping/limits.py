@@ -158,6 +158,8 @@ def clean_ms(ns: Any) -> int:
 
 def clean_ns(ns: Any) -> int:
     """`ns` as whole nanoseconds within 0 and 64 bits; 0 for anything that is no number."""
+    if type(ns) is int and 0 <= ns <= MAX_INT64:  # Most are, and it is five times faster.
+        return ns
     return max(0, clean_step(ns))
 
 

@@ -25,7 +25,9 @@ _CODE = {
 
 def code_tags(record: Mapping[str, Any]) -> dict[str, str]:
     """The version of the code in a record, as tags of a run or metadata of a trace."""
-    code = mapping(record.get("code"))
+    if "code" not in record:
+        return {}
+    code = mapping(record["code"])
     found = {tag: code[key] for key, tag in _CODE.items() if code.get(key) not in (None, "")}
     return {
         tag: str(value).lower() if isinstance(value, bool) else str(value)

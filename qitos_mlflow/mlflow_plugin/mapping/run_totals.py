@@ -144,7 +144,8 @@ class RunTotals:
         """Count a span; returns the metrics of its end."""
         kind, start_ns, end_ns = kind_of(record), record.get("start_ns"), record.get("end_ns")
         self.spans += 1
-        run.params += self._new_params(read_all(kind.params, data))
+        if kind.params:
+            run.params += self._new_params(read_all(kind.params, data))
         if record.get("late"):  # How many spans have ended after their trace.
             run.tags.append(("qitos.spans.late", str(record["late"])))
         latency_ms = None

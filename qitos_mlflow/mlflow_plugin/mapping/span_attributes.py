@@ -32,9 +32,8 @@ def of_span(record: SpanEnd, tools: list[str] | None = None) -> dict[str, Any]:
     if output is None:
         output = record.get("output")
     found: dict[str, Any] = {
-        "mlflow.spanType": clean_text(
-            kind.mlflow_type or own_type.upper() or "UNKNOWN", limits.SPAN_TYPE_CHARS
-        ),
+        "mlflow.spanType": kind.mlflow_type
+        or clean_text(own_type.upper() or "UNKNOWN", limits.SPAN_TYPE_CHARS),
         "qitos.type": own_type,
         "qitos.span_id": str(record.get("span_id", "")),
         "qitos.step": record.get("step"),
@@ -43,7 +42,8 @@ def of_span(record: SpanEnd, tools: list[str] | None = None) -> dict[str, Any]:
         found |= _generation(data, output, tools)
     else:
         found |= {"mlflow.spanInputs": read(kind.inputs, data), "mlflow.spanOutputs": output}
-    found |= read_all(kind.attributes, data)
+    if kind.attributes:
+        found |= read_all(kind.attributes, data)
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -78,7 +78,9 @@ def added(record: Mapping[str, Any], part: str) -> dict[str, Any]:
         record: any. `recording.normalize` has checked its field ``added``.
         part: ``attributes`` of the span, ``metrics`` of the run, or ``tags`` of run and trace.
     """
-    found = mapping(mapping(record.get("added")).get(part))
+    if "added" not in record:
+        return {}
+    found = mapping(mapping(record["added"]).get(part))
     return {clean_key(name): value for name, value in found.items()}
 
 
@@ -239,10 +241,13 @@ class TraceFacts:
         self.start_ns = self.start_ns or clean_ns(fields.get("start_ns") or fields.get("time_ns"))
         at_ns = fields.get("end_ns") or fields.get("time_ns") or fields.get("start_ns")
         self.last_ns = max(self.last_ns, clean_ns(at_ns))
+        kind, says_more = record["kind"], "added" in fields or "code" in fields
+        if kind == "span" and self.started and not says_more:  # As most are.
+            return []
         plugins = _texts(added(record, "tags"), self.lost)
         code = _texts(lineage.code_tags(record), self.lost)
         self.code |= code
-        kind, whole = record["kind"], fields.get("whole") is True
+        whole = fields.get("whole") is True
         self.of_evaluation = self.of_evaluation or kind in (STARTS[1], ENDS[1])
         if kind in STARTS or whole:
             self.started = True
