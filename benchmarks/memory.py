@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 ANSWER = "Next, I look into the file that the last answer named. " * 12
 RESULT = "def parse(line: str) -> int:  # as the file has it\n" * 26
 """2 KB for each step, which all later model calls have again."""
-
-Ended = Callable[[str, Any], None]
 
 
 def work(steps: int, step_s: float, chars: int) -> None:
@@ -101,14 +99,19 @@ def child(way: str, uri: str, steps: int, step_s: float, chars: int) -> None:
 def otlp(uri: str) -> Callable[[], Any]:
     """A processor that hands the spans to OpenTelemetry."""
     import orjson
+    from opentelemetry.exporter.otlp.proto.http import Compression
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     from qitos_mlflow import tracing
 
+    headers = {"x-mlflow-experiment-id": "1"}
+    exporter = OTLPSpanExporter(
+        f"{uri}/v1/traces", headers=headers, compression=Compression.NoCompression
+    )
     provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{uri}/v1/traces")))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     tracer = provider.get_tracer("bench")
 
     class Forward(tracing.TraceProcessor):
@@ -129,24 +132,6 @@ def otlp(uri: str) -> Callable[[], Any]:
     return provider.force_flush
 
 
-def answering() -> Callable[[Any], Iterator[bytes]]:
-    """A stub of MLflow's server."""
-    from tests.fakes.mlflow_rest import MlflowRest
-    from tests.fakes.raw_server import KEPT, http
-
-    mlflow = MlflowRest()
-
-    def answer(request: Any) -> Iterator[bytes]:
-        if "x-mlflow-experiment-id" not in request.headers and request.path == "/v1/traces":
-            yield http(b"", kind="application/x-protobuf")
-        else:
-            found = mlflow(request)
-            yield http(found.content, f"{found.status_code} X", found.headers["Content-Type"])
-        yield KEPT
-
-    return answer
-
-
 def main() -> None:
     """Print a row for each way."""
     arguments = argparse.ArgumentParser()
@@ -159,14 +144,15 @@ def main() -> None:
     if given.child:
         child(*json.loads(given.child))
         return
+    from tests.fakes.mlflow_rest import MlflowRest
     from tests.fakes.raw_server import raw_server
 
     ways = ["none", "plugin"]
     if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http"):
-        ways.append("otlp") if not os.environ.get("NO_OTLP") else 0
+        ways.append("otlp")
     environment = {**os.environ, "QITOS_TRACE_PLUGINS": "none"}
     peaks: dict[str, list[float]] = {way: [] for way in ways}
-    with raw_server(answering()) as server:
+    with raw_server(MlflowRest().over_http) as server:
         for _ in range(given.rounds):
             for way in ways:
                 config = [way, server.uri, given.steps, given.step_s, given.chars]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from qitos_mlflow.mlflow_plugin.server.http import Request
 from qitos_mlflow.mlflow_plugin.server.rest import RestTransport
 from qitos_mlflow.mlflow_plugin.sink.sink import MlflowSink
+from tests.fakes.raw_server import KEPT, http
 
 HEADER = b'{"experiment_name": "qitos"}'
 
@@ -58,6 +59,12 @@ class MlflowRest:
     def sink(self, header: bytes = HEADER, *, resumed: bool = False) -> MlflowSink:
         """A sink that delivers to it."""
         return MlflowSink(header, RestTransport("http://mlflow.test", self), resumed=resumed)
+
+    def over_http(self, request: Request) -> Iterator[bytes]:
+        """What it answers, as `raw_server` sends it."""
+        found = self(request)
+        yield http(found.content, f"{found.status_code} X", found.headers["Content-Type"])
+        yield KEPT
 
     def logged(self) -> dict[str, Any]:
         """What a person sees: runs that are not deleted, by their trace, and traces."""

@@ -15,7 +15,7 @@ import pytest
 from qitos_mlflow.mlflow_plugin.server.http import Request
 from tests.cli.conftest import environment, run_cli
 from tests.fakes.mlflow_rest import MlflowRest
-from tests.fakes.raw_server import KEPT, RawServer, http, raw_server
+from tests.fakes.raw_server import RawServer, raw_server
 
 MIB = 1024 * 1024
 MEMORY_BYTES = 100 * MIB
@@ -36,18 +36,6 @@ with create_trace("run") as trace:
 """
 
 Answer = Callable[[Request], Iterator[bytes]]
-
-
-def behaving() -> Answer:
-    """MLflow itself."""
-    mlflow = MlflowRest()
-
-    def answer(request: Request) -> Iterator[bytes]:
-        found = mlflow(request)
-        yield http(found.content, f"{found.status_code} X", found.headers["Content-Type"])
-        yield KEPT
-
-    return answer
 
 
 def endless(request: Request) -> Iterator[bytes]:
@@ -100,7 +88,7 @@ def peak_bytes(spool: Path, uri: str, **environ: str) -> int:
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> int:
     """The most memory that an agent's process takes with a server that behaves."""
-    with raw_server(behaving()) as well:
+    with raw_server(MlflowRest().over_http) as well:
         found = peak_bytes(tmp_path_factory.mktemp("well"), well.uri)
         assert len(well.requests) > 4
     return found

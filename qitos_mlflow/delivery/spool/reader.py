@@ -29,8 +29,9 @@ from qitos_mlflow.delivery.spool.line_format import LINE_BYTES
 from qitos_mlflow.delivery.spool.parts import DiskPart, Part
 from qitos_mlflow.delivery.spool.paths import Paths, Quota
 
-BATCH_BYTES = 4 * 1024 * 1024
-"""No further record is read once those of a chunk have this size together (bytes)."""
+BATCH_BYTES = 1024 * 1024
+"""No further record is read once those of a chunk have this size together (bytes). On its way to
+the server a chunk takes some five times as much memory."""
 READ_BYTES = 1024 * 1024
 """Read at once (bytes); four times as much if one line is longer."""
 LINE_COST_BYTES = 200
