@@ -48,7 +48,8 @@ def imported(name: str) -> "ModuleType | None":
     None for a module without a spec, too: it is not the one that an import would have given.
     """
     module: Any = sys.modules.get(name)
-    return None if getattr(module, "__spec__", None) is None or _initializing(module) else module
+    spec = getattr(module, "__spec__", None)
+    return None if spec is None or getattr(spec, "_initializing", False) else module
 
 
 def _initializing(module: "ModuleType") -> bool:

@@ -31,6 +31,8 @@ class OwnThread(threading.Thread):
     end without a word, and the records that it has taken from a queue would be lost.
     """
 
+    serves_all = True  # It is not in what the thread that starts it is in (`fluent.carried`).
+
     def __init__(self, name: str, work: Callable[[], object] | None = None) -> None:
         super().__init__(name=name, daemon=True)
         if work is not None:

@@ -1,23 +1,27 @@
 """Turns what a QitOS Engine does into Trace and Span objects, for the attached processors.
 
-This module wraps the Engine's entry points; `calls` has what happens around each call. A run that
-no processor wants is passed through. Nothing here knows of MLflow.
+This module wraps the Engine's entry points; `calls` has what happens around each call, and is
+imported by the first one, because `import qitos` is not to pay for it. A run that no processor
+wants is passed through. Nothing here knows of MLflow.
 """
 
 from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-from qitos_mlflow._after_import import after_import
-from qitos_mlflow.bridge import calls
+from qitos_mlflow._after_import import after_import, imported
 from qitos_mlflow.bridge.patches import wrap
-from qitos_mlflow.tracing import compat
+from qitos_mlflow.tracing.compat import install as serve_tracing
 
 installed = False
 """Whether Engines are being traced."""
 _lock = threading.Lock()
+
+CALLS = "qitos_mlflow.bridge.calls"
 
 
 def ensure_bridge() -> None:
@@ -30,7 +34,7 @@ def ensure_bridge() -> None:
 
 
 def _serve_and_install(_qitos: ModuleType) -> None:
-    compat.install()
+    serve_tracing()
     install()
 
 
@@ -51,8 +55,36 @@ def install() -> None:
     with _lock:
         if installed:
             return
-        wrap(engine_class, "run", calls.run)
+        wrap(engine_class, "run", _first_importing("run"))
         if hasattr(engine_class, "init_session") and hasattr(engine_class, "step"):
-            wrap(engine_class, "init_session", calls.init_session)
-            wrap(engine_class, "step", calls.step)
+            wrap(engine_class, "init_session", _first_importing("init_session"))
+            wrap(engine_class, "step", _first_importing("step"))
         installed = True
+
+
+def _first_importing(name: str) -> Callable[..., Any]:
+    """The function of that name in `calls`."""
+
+    def call(
+        wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        calls = imported(CALLS) or _import_calls()
+        if calls is None:
+            return wrapped(*args, **kwargs)
+        return getattr(calls, name)(wrapped, engine, args, kwargs)
+
+    return call
+
+
+def _import_calls() -> ModuleType | None:
+    """Import `calls`, on the thread of the first run. None, with one warning, if that fails."""
+    try:
+        from qitos_mlflow._forks import importing
+
+        with importing():
+            return importlib.import_module(CALLS)
+    except BaseException as error:  # noqa: BLE001 - the agent runs without a trace
+        from qitos_mlflow import _guard
+
+        _guard.contain("bridge.import", error)
+        return None

@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from qitos_mlflow._guard import warn
-
 
 def wrap(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
     """Put `wrapper` around a method that `owner` itself defines, if it takes arguments.
@@ -30,6 +28,8 @@ def wrap(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
     except (TypeError, ValueError):  # Not a function, or one without a signature.
         fits = False
     if not fits:
+        from qitos_mlflow._guard import warn
+
         warn(f"bridge.{name}", "cannot trace %s.%s of this QitOS", owner.__name__, name)
         return
 

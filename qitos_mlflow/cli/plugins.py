@@ -42,9 +42,9 @@ def survey() -> dict[str, Any]:
     Loads the selected plugins to see whether they load. Does not import qitos or mlflow itself.
     """
     startup_line = {"active": startup_line_is_active()}
+    from qitos_mlflow._selection import VARIABLE, Selection
     from qitos_mlflow.plugins.adapter import PluginTraceProcessor
     from qitos_mlflow.plugins.loader import GROUP, load
-    from qitos_mlflow.plugins.selection import VARIABLE, Selection
 
     found = load(PluginTraceProcessor())
     return {
@@ -65,7 +65,7 @@ def startup_line_is_active() -> bool:
 
 def destination() -> str | None:
     """Where the installed MLflow plugin logs to, without credentials. None if it logs nothing."""
-    from qitos_mlflow.plugins.selection import Selection
+    from qitos_mlflow._selection import Selection
     from qitos_mlflow.redaction.redact import without_credentials
     from qitos_mlflow.settings import TRACKING_VARIABLE
 

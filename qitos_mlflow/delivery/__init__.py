@@ -11,14 +11,13 @@ processes left. docs/spool.md says what survives what.
     segment_transfer  *how* one segment is sent: read, prepare, send, acknowledge
     leftovers         the same for segments of other processes, one or a whole directory
     sink              the interface of what knows the server
-    fork              what a fork waits for
     spool/            everything on disk
 """
 
 from __future__ import annotations
 
-from qitos_mlflow.delivery.fork import importing as importing
-from qitos_mlflow.delivery.fork import let_forks_happen as let_forks_happen
+from qitos_mlflow._forks import importing as importing
+from qitos_mlflow._forks import let_forks_happen as let_forks_happen
 from qitos_mlflow.delivery.leftovers import Delivery as Delivery
 from qitos_mlflow.delivery.leftovers import Outcome as Outcome
 from qitos_mlflow.delivery.leftovers import follow as follow

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from qitos_mlflow import _guard
+from qitos_mlflow._forks import importing
 from qitos_mlflow._inheritance import check
 from qitos_mlflow._json import memory_left
-from qitos_mlflow.delivery.fork import importing
 from qitos_mlflow.delivery.sink import RetryLater, Sink
 from qitos_mlflow.delivery.spool.dead_letters import DeadLetter
 from qitos_mlflow.delivery.spool.reader import Chunk, SegmentReader

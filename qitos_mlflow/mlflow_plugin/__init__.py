@@ -1,5 +1,6 @@
 """MLflow as a trace plugin: hook calls in, records to `recording`; records back in, calls out.
 
+    watches                 what is watched before any trace
     plugin                  the hooks, and which of several plugins logs a run
     open_trace              one trace on the agent's thread
     processor               registering by hand
@@ -12,9 +13,3 @@
 
 Only `server.mlflow_client` imports mlflow.
 """
-
-from __future__ import annotations
-
-# Settle which tracing API is used before the modules below need it: settling imports qitos, which
-# sets off the start-up line, which loads the plugin from here.
-from qitos_mlflow.tracing import host_has_tracing as _settled  # noqa: F401

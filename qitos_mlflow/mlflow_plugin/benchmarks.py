@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
 from qitos_mlflow.mlflow_plugin.evaluations import current, evaluation, has_begun
@@ -39,13 +38,6 @@ _lock = threading.Lock()
 
 Wrapper = Callable[[Callable[[], Any], dict[str, Any]], Any]
 """Gets what calls the original, and the arguments by their names, which it may change."""
-
-
-@functools.cache
-def watch_benchmarks() -> None:
-    """Log the host's benchmarks and experiments as evaluations. Once; any thread."""
-    for name in WRAPPERS:
-        after_import(name, wrap_runners)
 
 
 def wrap_runners(module: ModuleType) -> None:

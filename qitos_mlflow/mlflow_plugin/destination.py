@@ -54,7 +54,7 @@ def tracking_uri(settings: Settings) -> str | None:
     `mlflow.set_tracking_uri` sets the variable as well, so the variable is all there is to ask.
     """
     uri = settings.tracking_uri or os.environ.get(TRACKING_VARIABLE) or None
-    return None if uri is None else absolute(uri, working_directory())
+    return None if uri is None else absolute(uri)
 
 
 _USER = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -81,7 +81,7 @@ class Destination(NamedTuple):
         cwd = working_directory() if uri is None else None
         known = routing_headers()
         headers = None if known is None else tuple(sorted(known.items()))
-        return cls(uri, cwd, headers, tuple(os.environ.get(name) for name in _USER))
+        return cls(uri, cwd, headers, tuple(map(os.environ.get, _USER)))
 
     @property
     def workspace(self) -> str | None:

@@ -25,7 +25,7 @@ from qitos_mlflow.mlflow_plugin.evaluation_logger import Logger, dataset_of
 from qitos_mlflow.mlflow_plugin.evaluation_task import Task
 from qitos_mlflow.mlflow_plugin.fluent.carried import current as current_context
 from qitos_mlflow.mlflow_plugin.fluent.carried import here
-from qitos_mlflow.mlflow_plugin.fluent.surroundings import watch
+from qitos_mlflow.mlflow_plugin.fluent.origins import watch
 from qitos_mlflow.recording.record import InEvaluation, RunSettings
 from qitos_mlflow.settings import EVALUATION_VARIABLE
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield
 from qitos_mlflow.bridge import results
 from qitos_mlflow.bridge.live import is_wanted
@@ -33,25 +32,15 @@ MAX_RESULTS = 100
 _in_suite: ContextVar[bool] = ContextVar("qitos_mlflow_in_suite", default=False)
 
 
-@cache
-def watch_evaluators() -> None:
-    """Log what evaluations say, from now on, or as soon as the host has them. Once."""
-    after_import("qitos.evaluate.base", _wrap_suite)
-    after_import("qitos.kit.evaluate", _wrap_evaluators)
-    after_import("qitos.metric.base", _wrap_registry)
-
-
-def _wrap_suite(module: ModuleType) -> None:
-    wrap(module.EvaluationSuite, "evaluate", _evaluate_all)
-
-
-def _wrap_evaluators(module: ModuleType) -> None:
-    for name in module.__all__:
-        wrap(getattr(module, name), "evaluate", _evaluate)
-
-
-def _wrap_registry(module: ModuleType) -> None:
-    wrap(module.MetricRegistry, "compute_all", _compute_all)
+def wrap_evaluators(module: ModuleType) -> None:
+    """Put our wrappers around what one of the host's modules has of these: log what they say."""
+    if module.__name__ == "qitos.evaluate.base":
+        wrap(module.EvaluationSuite, "evaluate", _evaluate_all)
+    elif module.__name__ == "qitos.metric.base":
+        wrap(module.MetricRegistry, "compute_all", _compute_all)
+    else:
+        for name in module.__all__:
+            wrap(getattr(module, name), "evaluate", _evaluate)
 
 
 def _evaluate_all(

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import in_words, shield, warn
+from qitos_mlflow._selection import Selection
 from qitos_mlflow.bridge import results
 from qitos_mlflow.mlflow_plugin.destination import Destination, MlflowPipeline
 from qitos_mlflow.mlflow_plugin.destination import tracking_uri as destination_uri
 from qitos_mlflow.mlflow_plugin.fluent.context import context
 from qitos_mlflow.mlflow_plugin.mapping.assessments import metric_of
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace
-from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.recording.pipelines import recorded_traces
 from qitos_mlflow.recording.recorder import Recorder
 from qitos_mlflow.recording.to_json import encode

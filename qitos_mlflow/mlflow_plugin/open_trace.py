@@ -7,9 +7,10 @@ from typing import Any
 
 from qitos_mlflow._guard import shield
 from qitos_mlflow._stop_reasons import ERROR_STOPS
-from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, same_place
 from qitos_mlflow.mlflow_plugin.fluent.autolog_spans import AutologSpans
 from qitos_mlflow.mlflow_plugin.fluent.context import Begun
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.fluent.versions import current_trace, prompts_of
 from qitos_mlflow.mlflow_plugin.mapping.ids import trace_id
@@ -29,7 +30,6 @@ class OpenTrace(TraceRecorder):
         around: QitOS's id of the trace in which it began, if there is one.
         run: its run, once there is one.
         active: that run as MLflow's active run.
-        ids: QitOS's and MLflow's, by which it may be named later.
         tree: has its spans if they are part of a trace of MLflow's own tracer.
         autolog: makes MLflow's own spans children of its spans; None if that is another's task.
     """
@@ -42,10 +42,13 @@ class OpenTrace(TraceRecorder):
         run_settings: RunSettings,
         uri: str | None,
         parent_run_id: str | None = None,
+        *,
+        same: bool = False,
     ) -> None:
         super().__init__(trace, pipeline, settings, run_settings)
         self.around = current_trace.get()
-        self._prompts, self._uri = prompts_of(str(trace.trace_id)), uri
+        host_id = self.host_id = str(trace.trace_id)
+        self._prompts, self._uri = prompts_of(host_id), uri
         self.run = PendingRun(lambda: settings.offline or pipeline.online is False)
         self.active = ActiveRun(
             self.run,
@@ -54,15 +57,13 @@ class OpenTrace(TraceRecorder):
             on_push=process_exit.end_first,
         )
         self.configured, self.run_settings = settings, run_settings
-        host_id = self.host_id = str(trace.trace_id)
         # Of two processors that log one trace to one server, the first has MLflow's own spans.
         self.tree: Any = None
         self.autolog = None
         self.no_pictures = not run_settings["log_traces"]
-        self.ids = {host_id, self.id, trace_id(self.id)}
         if not settings.log_traces or self.id != host_id:
             return
-        if not self.run.out_of_reach() and mlflow_in_use() and same_place(uri):
+        if same and mlflow_in_use() and not self.run.out_of_reach():
             with shield("plugin.tree"):
                 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import tree_around
 
@@ -73,10 +74,14 @@ class OpenTrace(TraceRecorder):
             self.autolog = AutologSpans(host_id, self.run, uri, sampled=sampled)
         else:
             self.autolog, self.shared = self.tree, True
-            self.ids.add(self.tree.trace_id)
             run_settings["log_traces"] = False
             self.no_pictures = True
             run_settings["tags"] = {**run_settings["tags"], TREE_TAG: self.tree.trace_id}
+
+    @property
+    def ids(self) -> set[str | None]:
+        """QitOS's and MLflow's, by which it may be named later."""
+        return {self.host_id, self.id, trace_id(self.id), self.mlflow_trace_id} - {None}
 
     @property
     def mlflow_trace_id(self) -> str | None:

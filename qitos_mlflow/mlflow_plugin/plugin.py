@@ -17,21 +17,20 @@ from typing import Any
 
 from qitos_mlflow import tracing
 from qitos_mlflow._guard import log
+from qitos_mlflow._selection import Selection
 from qitos_mlflow.errors import MissingMlflowError
-from qitos_mlflow.mlflow_plugin.benchmarks import watch_benchmarks
 from qitos_mlflow.mlflow_plugin.destination import pipeline_of, placed, run_settings
 from qitos_mlflow.mlflow_plugin.evaluations import current as current_task
-from qitos_mlflow.mlflow_plugin.evaluators import watch_evaluators
-from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, mlflow_in_use
+from qitos_mlflow.mlflow_plugin.fluent.active_run import let_go, same_place
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
 from qitos_mlflow.mlflow_plugin.fluent.context import context
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import before_alarm_s
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
     Surroundings,
     is_sampled,
     is_trial,
     surroundings,
-    watch,
 )
 from qitos_mlflow.mlflow_plugin.fluent.versions import (
     active_model,
@@ -40,8 +39,8 @@ from qitos_mlflow.mlflow_plugin.fluent.versions import (
 )
 from qitos_mlflow.mlflow_plugin.open_trace import OpenTrace as OpenTrace
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
+from qitos_mlflow.mlflow_plugin.watches import watch
 from qitos_mlflow.plugins.hookspecs import hookimpl
-from qitos_mlflow.plugins.selection import Selection
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.record import RunSettings
 from qitos_mlflow.recording.recorder import Recorder
@@ -73,9 +72,7 @@ class MlflowPlugin:
         self._when_idle: Callable[[], object] | None = None
         self._said: set[tuple[int, str]] = set()
         watch()
-        watch_evaluators()
         watch_prompts()
-        watch_benchmarks()
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -113,19 +110,20 @@ class MlflowPlugin:
             return
         given: context | None = current.get()
         asked = None if given is None else given.parent_run_id
+        same = same_place(uri)
         task = current_task()
         if task is None or not task.takes(self, uri, asked):
-            task, around = None, surroundings(uri, asked or settings.parent_run_id)
+            task, around = None, surroundings(uri, asked or settings.parent_run_id, same=same)
         else:
             around = Surroundings()  # The run of an evaluation is the parent of all in it.
         logged_as = placed(self._run_settings, settings, around)
-        if model_id := active_model(uri):
+        if same and (model_id := active_model()):
             logged_as["model_id"] = model_id
         if given is not None:
             logged_as |= given.run_settings()
         logged_as["log_traces"] = settings.log_traces and is_sampled(key)
         parent = around.parent_run_id
-        open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent)
+        open_trace = OpenTrace(trace, pipeline, settings, logged_as, uri, parent, same=same)
         self.recorder.add(key, open_trace)
         current_trace.set(key)
         if task is not None:

@@ -4,6 +4,6 @@
 the installed ones. Nothing here knows any plugin by name.
 """
 
-# Before all else: this may import qitos, the start-up line then loads plugins, and nothing of this
-# package may be half-imported at that point.
+# Before all else: this may import qitos, the start-up line then uses the adapter, and nothing of
+# this package may be half-imported at that point.
 from qitos_mlflow.tracing import host_has_tracing as _settled  # noqa: F401

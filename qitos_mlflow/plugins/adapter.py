@@ -11,11 +11,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pluggy
 
 from qitos_mlflow import _guard
+from qitos_mlflow._forks import importing
 from qitos_mlflow.plugins import hookspecs
 from qitos_mlflow.tracing import TraceProcessor
 
@@ -31,6 +33,10 @@ A hook has one argument at most, which is given by position: on the agent's thre
 
 EVENTS = frozenset({"qitos_trace_start", "qitos_trace_end", "qitos_span_start", "qitos_span_end"})
 """Hooks that return nothing."""
+
+LOAD_WAIT_S = 10.0
+"""Longest wait for another thread that loads the plugins (seconds). It may itself be waiting for an
+import of the thread that waits."""
 
 
 def _pass_on(hook: str) -> Any:
@@ -71,22 +77,36 @@ class PluginTraceProcessor(TraceProcessor):
     An event that arrives twice in a row on a thread, because the processor was added twice, is
     passed on once.
 
-    Callbacks may come on any thread and at the same time; they take no lock. Plugins may be
-    registered on any thread, and get the events that begin after that.
+    Callbacks may come on any thread and at the same time; they take no lock, except to load.
+    Plugins may be registered on any thread, and get the events that begin after that.
+
+    Args:
+        plugins: by name, in order.
+        load: called with this before the first use of its plugins, on the thread of that use, to
+            register more. Other threads wait for it. May be called again after an exception.
     """
 
-    def __init__(self, plugins: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        plugins: Mapping[str, object] | None = None,
+        load: Callable[[PluginTraceProcessor], object] | None = None,
+    ) -> None:
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._changing = threading.RLock()
         self._calls: dict[str, tuple[_Call, ...]] = dict.fromkeys(HOOKS, ())
         self._only_add = 0
         self._last = threading.local()
+        self._unloaded: Callable[[PluginTraceProcessor], object] | None = None
+        self._loading = False
         for name, plugin in (plugins or {}).items():
             self.register(plugin, name)
+        self._unloaded = load
+        self._arrange(self._managers)
 
     @property
     def plugins(self) -> dict[str, object]:
         """A new dict of the plugins by name, in order."""
+        self._load()
         return {name: manager.get_plugin(name) for name, manager in self._managers.items()}
 
     def register(self, plugin: object, name: str) -> tuple[str, ...]:
@@ -131,6 +151,7 @@ class PluginTraceProcessor(TraceProcessor):
 
         A plugin that implements `qitos_record` alone adds to others' records and wants no trace.
         """
+        self._load()
         unwilling = self._only_add
         for where, call in self._calls["qitos_wants_trace"]:
             with _guard.shield(where):
@@ -173,9 +194,41 @@ class PluginTraceProcessor(TraceProcessor):
 
     def shutdown(self) -> None:
         """Shut each plugin down; blocks as long as they do, one after another."""
+        if self._unloaded is not None and not self._loading:  # They have nothing to deliver.
+            self._unloaded = None
+            self._arrange(self._managers)
         for where, call in self._calls["qitos_shutdown"]:
             with _guard.shield(where):
                 call()
+
+    def _load(self) -> None:
+        """Load the plugins that are still to be loaded, once. See `load` of the class."""
+        if self._unloaded is None:
+            return
+        with importing():
+            if not self._changing.acquire(timeout=LOAD_WAIT_S):
+                return
+            try:
+                if self._unloaded is None or self._loading:  # An import that uses this.
+                    return
+                self._loading = True
+                try:
+                    with _guard.shield("plugins.load"):
+                        self._unloaded(self)
+                    self._unloaded = None
+                    self._arrange(self._managers)
+                finally:
+                    self._loading = False
+            finally:
+                self._changing.release()
+
+    def _load_for(self, hook: str, item: Any) -> None:
+        """Load the plugins, then call this hook of each. Stands for them until then."""
+        self._load()
+        if self._unloaded is None:
+            for where, call in self._calls[hook]:
+                with _guard.shield(where):
+                    call(item)
 
     def _arrange(self, managers: dict[str, pluggy.PluginManager]) -> None:
         """Set `_managers` and `_calls`: which plugins are called for which hook, in order.
@@ -191,6 +244,8 @@ class PluginTraceProcessor(TraceProcessor):
             calls[hook] = tuple(
                 (f"trace plugin {name}, hook {hook}", _quick(caller)) for name, caller in found
             )
+        if self._unloaded is not None:
+            calls |= {hook: (("plugins.load", partial(self._load_for, hook)),) for hook in EVENTS}
         self._managers, self._calls = managers, calls
         self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
 

@@ -17,8 +17,8 @@ import importlib_metadata
 
 from qitos_mlflow import _guard
 from qitos_mlflow._entry_points import entry_points
+from qitos_mlflow._selection import VARIABLE, Selection, canonical
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
-from qitos_mlflow.plugins.selection import VARIABLE, Selection, canonical
 
 GROUP = "qitos.trace_plugins"
 """The entry-point group."""

@@ -12,7 +12,6 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable
 from functools import partial
-from itertools import count
 from typing import Any
 
 from qitos_mlflow._guard import warn
@@ -99,9 +98,12 @@ class RecordPipeline(Pipeline):
         The id is `trace_id`, or if a trace with that id is open for this destination, whatever its
         spool, one like it: run and trace are found on a server by it.
         """
-        names = (trace_id if number == 1 else f"{trace_id}~{number}" for number in count(1))
-        trace.id = next(n for n in names if (other := self.find(n)) is None or other.ended)
-        _traces[self.key, trace.id] = trace
+        name, number = trace_id, 1
+        while (other := self.find(name)) is not None and not other.ended:
+            number += 1
+            name = f"{trace_id}~{number}"
+        trace.id = name
+        _traces[self.key, name] = trace
 
     def find(self, trace_id: str) -> Any:
         """The trace with this id in the records for this destination, None if there is none."""

@@ -50,15 +50,15 @@ def register() -> None:
         return
     _registered_in, _first, _began_s = os.getpid(), False, None
     _interrupted = _ctrl_c = False
-    atexit.unregister(_end)  # Inherited by a forked child: once is enough.
+    atexit.unregister(end)  # Inherited by a forked child: once is enough.
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
         from multiprocessing.util import Finalize
 
         # Children that multiprocessing has forked leave by `os._exit`, past `atexit`, but run its
         # own finalizers. Those that it has spawned come here both ways.
-        Finalize(None, _end, exitpriority=100)
-    atexit.register(_end)
+        Finalize(None, end, exitpriority=100)
+    atexit.register(end)
 
 
 def end_first() -> None:
@@ -70,11 +70,12 @@ def end_first() -> None:
     global _first
     if not _first:
         _first = True
-        atexit.unregister(_end)
-        atexit.register(_end)
+        atexit.unregister(end)
+        atexit.register(end)
 
 
-def _end() -> None:
+def end() -> None:
+    """An exit handler, which may be registered many times: deliver what this process has."""
     if _registered_in == os.getpid():
         pipelines = {*unfinished}
         if _began_s is None:  # Also what has nothing left may have counted a loss since.
@@ -85,7 +86,7 @@ def _end() -> None:
 
 
 # For a first trace in an exit handler of the program, when it is too late to register another.
-atexit.register(lambda: _end())
+atexit.register(lambda: end())
 
 
 def _end_all(pipelines: list[RecordPipeline]) -> None:

@@ -43,6 +43,8 @@ class Recorder(Generic[T]):
         """The trace with this host id; None if this plugin does not record it."""
         self._pipelines: dict[RecordPipeline, int] = {}
         """The pipelines it uses, and the losses of each that a flush has reported."""
+        self._last: tuple[Hashable, RecordPipeline] | None = None
+        """The pipeline that was asked for last, and its key."""
         self._unplaced: list[str] = []
         """Why traces were lost before it had any pipeline."""
         self._inherited: dict[str, RecordPipeline] = {}
@@ -63,6 +65,9 @@ class Recorder(Generic[T]):
             make: makes the pipeline, if this process has none to the destination yet. The settings
                 of the first user decide about spool, queue and offline mode.
         """
+        last = self._last
+        if last is not None and last[0] == key and not self._unplaced:
+            return last[1]  # It stays where it is for as long as this uses it.
         process_exit.register()
         settings = self.settings
         place = (key, settings.spool_dir, settings.offline)
@@ -79,13 +84,16 @@ class Recorder(Generic[T]):
                     self._pipelines.setdefault(pipeline, pipeline.counted_losses)
                     while self._unplaced:
                         pipeline.stats.drop(self._unplaced.pop())
+                    self._last = None if self.closed else (key, pipeline)
                     return pipeline
             made = make(key, settings)  # Without the lock: this may take a moment.
 
     def add(self, trace_id: str, trace: T) -> None:
         """Remember a trace that begins, and forget the oldest ended ones. Open ones stay."""
+        self._traces[trace_id] = trace
+        if len(self._traces) <= ENDED_TRACES:  # No lock: eight agents may begin at once.
+            return
         with _lock:
-            self._traces[trace_id] = trace
             many = max(0, len(self._traces) - ENDED_TRACES)
             for old_id, old in list(islice(self._traces.items(), many)):
                 if old.ended:
@@ -155,7 +163,7 @@ class Recorder(Generic[T]):
         the pipelines that nothing else uses. Idempotent.
         """
         deadline = self._deadline(timeout_s)
-        self.closed = True
+        self.closed, self._last = True, None
         for trace in self.traces:
             if self.settings.auto_end_run:
                 trace.end_early("FINISHED", "shut down before the trace ended")
@@ -186,6 +194,7 @@ class Recorder(Generic[T]):
     def _after_fork(self) -> None:
         self._inherited.update({key: trace.pipeline for key, trace in self._traces.items()})
         self._traces.clear()
+        self._last = None
         self._pipelines = dict.fromkeys(self._pipelines, 0)  # Their counts begin anew.
 
 

@@ -5,15 +5,16 @@ it is, is decided when a name is first used; `host_has_tracing` says what was de
 of ours are here, too, the same on any host. Nothing here knows of plugins; of MLflow, `compat`
 alone knows the name of the processor that it serves.
 
-The decision may import qitos, and that may lead back here: the start-up line loads plugins as
-soon as qitos is imported. Importing this package therefore decides nothing.
+The decision may import qitos, and that may lead back here: the start-up line is active as soon as
+qitos is imported. Importing this package therefore decides nothing, and loads nothing. The first
+use of a name imports `_host`; whatever must be there before any other user waits for that import.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qitos_mlflow.tracing import _host
+from qitos_mlflow._forks import importing
 
 if TYPE_CHECKING:
     # At run time the names are found in `_host.OURS`, which has what these modules define.
@@ -31,15 +32,36 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name != "host_has_tracing" and name not in _host.OURS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        settled = _host.settled()
-        globals().update(settled)
-        return settled[name]
+        if name[0] != "_" and name not in MODULES:
+            with importing():
+                from qitos_mlflow.tracing import _host
+
+            if name == "host_has_tracing" or name in _host.OURS:
+                globals().update(settled())
+                return settled()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+MODULES = ("compat", "models", "processor", "provider", "redaction", "span_data")
+"""Those of this package; an import looks for an attribute of that name first."""
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_host.OURS, "host_has_tracing"})
+    return sorted({*globals(), *settled()})
+
+
+_known: dict[str, Any] | None = None
+
+
+def settled() -> dict[str, Any]:
+    """As in `_host`. The first call may import much, on the agent's thread; a fork waits for it."""
+    global _known
+    if _known is None:
+        with importing():
+            from qitos_mlflow.tracing import _host
+
+            _known = _host.settled()
+    return _known
 
 
 def processors(trace: Trace | None = None) -> tuple[TraceProcessor, ...]:
@@ -49,10 +71,11 @@ def processors(trace: Trace | None = None) -> tuple[TraceProcessor, ...]:
     """
     through = getattr(trace, "_processor", None)
     through = getattr(through, "_delegate", through)  # Of what takes the content out.
-    if not hasattr(through, "processors"):
-        provider = _host.settled()["get_tracing_provider"]()
-        through = getattr(provider, "_multi_processor", provider)
-    return tuple(getattr(through, "processors", ()))
+    found: Any = getattr(through, "processors", None)
+    if found is None:
+        provider = settled()["get_tracing_provider"]()
+        found = getattr(getattr(provider, "_multi_processor", provider), "processors", ())
+    return tuple(found)
 
 
 def remove_trace_processor(processor: TraceProcessor) -> None:
@@ -60,7 +83,7 @@ def remove_trace_processor(processor: TraceProcessor) -> None:
 
     One that is not attached is no error. Any thread; never blocks.
     """
-    provider = _host.settled()["get_tracing_provider"]()
+    provider = settled()["get_tracing_provider"]()
     if hasattr(provider, "remove_processor"):
         provider.remove_processor(processor)
         return
@@ -82,7 +105,7 @@ def content_allowed(trace_or_span: Trace | Span) -> bool:
     if that says nothing (an object built by hand), the provider's present mode decides.
     """
     mode = getattr(trace_or_span, "mode", None)
-    of_host = _host.settled()
+    of_host = settled()
     if mode is None:
         spans = getattr(trace_or_span, "_spans", None) or [trace_or_span]
         redacting = of_host["RedactingSpanData"]

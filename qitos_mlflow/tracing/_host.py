@@ -10,19 +10,13 @@ import sys
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 from qitos_mlflow import _guard
 from qitos_mlflow.tracing import models, processor, provider, redaction, span_data
-
-HOST = "qitos.tracing"
-
-ORIGIN = "qitos_mlflow"
-"""The origin of what `compat` serves. Some finders, such as wrapt's, pass on what others find."""
-
-SUBMODULES = ("config", "models", "processor", "provider")
-"""Those of `qitos.tracing`."""
+from qitos_mlflow.tracing._search import HOST as HOST
+from qitos_mlflow.tracing._search import SUBMODULES as SUBMODULES
+from qitos_mlflow.tracing._search import find_spec as find_spec
 
 OURS: dict[str, Any] = {
     name: value
@@ -42,24 +36,6 @@ REQUIRED = frozenset({
     "add_trace_processor", "create_trace", "get_tracing_provider",
 })  # fmt: skip
 """A `qitos.tracing` without these is something else."""
-
-
-def find_spec() -> ModuleSpec | None:
-    """The spec that other finders have for the host's `qitos.tracing`; imports nothing."""
-    host = sys.modules.get("qitos") or spec_from(sys.meta_path, "qitos", None)
-    path = getattr(host, "__path__", None) or getattr(host, "submodule_search_locations", None)
-    return None if path is None else spec_from(sys.meta_path, HOST, path)
-
-
-def spec_from(finders: list[Any], name: str, path: Any) -> ModuleSpec | None:
-    """The first spec that one of `finders` has for `name`, our own finder left out."""
-    for finder in list(finders):
-        if getattr(finder, "serves_qitos_tracing", False) or not hasattr(finder, "find_spec"):
-            continue
-        spec: ModuleSpec | None = finder.find_spec(name, path)
-        if spec is not None and spec.origin != ORIGIN:
-            return spec
-    return None
 
 
 @cache

@@ -674,6 +674,47 @@ def test_nothing_happens_before_the_first_trace(
     assert not spool.exists()
 
 
+def test_a_start_waits_for_no_other_thread(
+    attach: Callable[..., MlflowTraceProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the first one it takes no lock of all traces, and to a server asks for no directory.
+
+    A system call gives other threads the interpreter, which they may keep for 5 ms. MLflow looks
+    for a local store if it is asked for its destination while none is set.
+    """
+    asked: list[object] = []
+    attach(tracking_uri="http://127.0.0.1:9")
+    with create_trace("first"):
+        pass
+    monkeypatch.setattr(os, "getcwd", lambda: asked.append("directory") or "/")
+
+    def run() -> None:
+        with create_trace("second"):
+            asked.append("begun")
+
+    with recorder._lock:
+        agent = threading.Thread(target=run)
+        agent.start()
+        agent.join(20)
+        assert asked == ["begun"]
+
+
+def test_a_pipeline_that_was_looked_up_is_not_kept_for_another_place(
+    attach: Callable[..., MlflowTraceProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last pipeline is remembered for its destination only, and not after a shutdown."""
+    plugin = attach().mlflow_plugin
+    pipelines = []
+    for uri in ("http://one:1", "http://one:1/", "http://two:1", "http://one:1"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with create_trace("run"):
+            pipelines.append(plugin.recorder.traces[-1].pipeline)
+    first, again, other, last = pipelines
+    assert first is again is last is not other
+    plugin.qitos_shutdown()
+    assert plugin.recorder._last is None
+
+
 def test_after_shutdown_nothing_is_wanted(
     attach: Callable[..., MlflowTraceProcessor], records: Spooled
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator
@@ -582,3 +583,142 @@ def test_events_that_know_no_weak_references() -> None:
     for item in (Bare(), Bare()):
         processor.on_span_end(item)  # type: ignore[arg-type]
     assert len(hearing.heard) == 2
+
+
+# -- loaded later ----------------------------------------------------------------------------
+
+
+class HearsNames:
+    """Notes the names of the traces that it hears of."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    @hookimpl
+    def qitos_trace_start(self, trace: Any) -> None:
+        self.heard.append(trace.name)
+
+
+def test_plugins_are_loaded_by_their_first_use() -> None:
+    """Not before, and once: the trace that is the first use is the first that they hear of."""
+    hearing, loads = HearsNames(), []
+
+    def load(adapter: PluginTraceProcessor) -> None:
+        loads.append(adapter.wants_trace())  # A plugin whose import runs an agent.
+        adapter.register(hearing, "hearing")
+
+    processor = PluginTraceProcessor(load=load)
+    assert processor.force_flush()
+    assert loads == []
+    for name in ("one", "two"):
+        processor.on_trace_start(Trace(name, name))
+    assert processor.wants_trace()
+    assert (loads, hearing.heard) == ([False], ["one", "two"])
+    assert processor.plugins == {"hearing": hearing}
+
+
+@pytest.mark.parametrize("use", ["wants", "event", "plugins"])
+def test_other_threads_wait_until_the_plugins_are_loaded(use: str) -> None:
+    """A trace that begins while another thread loads them is not lost."""
+    hearing, loading, loaded = HearsNames(), threading.Event(), threading.Event()
+
+    def load(adapter: PluginTraceProcessor) -> None:
+        adapter.register(HearsNames(), "first")
+        loading.set()
+        assert loaded.wait(20)
+        adapter.register(hearing, "second")
+
+    processor = PluginTraceProcessor(load=load)
+    uses: dict[str, Callable[[], Any]] = {
+        "wants": processor.wants_trace,
+        "event": lambda: processor.on_trace_start(Trace("t", "meanwhile")),
+        "plugins": lambda: processor.plugins["second"],
+    }
+    found: list[Any] = []
+    first = threading.Thread(target=processor.wants_trace)
+    other = threading.Thread(target=lambda: found.append(uses[use]()))
+    first.start()
+    assert loading.wait(20)
+    other.start()
+    other.join(0.05)
+    assert not found
+    loaded.set()
+    for thread in (first, other):
+        thread.join(20)
+    assert found == [{"wants": True, "event": None, "plugins": hearing}[use]]
+    assert hearing.heard == ["meanwhile"] * (use == "event")
+
+
+def test_a_thread_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads may wait for an import of one that waits: after a while that goes on."""
+    monkeypatch.setattr(adapter_module, "LOAD_WAIT_S", 0.05)
+    loading, over = threading.Event(), threading.Event()
+    processor = PluginTraceProcessor(load=lambda _: (loading.set(), over.wait(20)))
+    thread = threading.Thread(target=processor.wants_trace)
+    thread.start()
+    assert loading.wait(20)
+    processor.on_trace_start(TRACE)
+    assert not processor.wants_trace()
+    over.set()
+    thread.join(20)
+
+
+def test_loading_that_is_interrupted_is_done_again() -> None:
+    """Ctrl-C while the plugins are imported ends the run, and the next run has them."""
+    hearing, tries = HearsNames(), []
+
+    def load(adapter: PluginTraceProcessor) -> None:
+        tries.append(None)
+        if len(tries) == 1:
+            ctrl_c()
+        adapter.register(hearing, "hearing")
+
+    processor = PluginTraceProcessor(load=load)
+    with pytest.raises(KeyboardInterrupt):
+        processor.wants_trace()
+    assert processor.wants_trace()
+    assert processor.plugins == {"hearing": hearing}
+
+
+def test_loading_that_fails_is_reported_once(swallowed: list[tuple[str, BaseException]]) -> None:
+    """What raises is no plugin's: the agent runs without any."""
+
+    def load(_: PluginTraceProcessor) -> None:
+        raise ValueError("broken")
+
+    processor = PluginTraceProcessor(load=load)
+    assert not processor.wants_trace()
+    assert not processor.wants_trace()
+    assert [where for where, _ in swallowed] == ["plugins.load"]
+    swallowed.clear()
+
+
+def test_shut_down_before_they_are_loaded_they_never_are() -> None:
+    """A processor that was shut down takes no trace, and has nothing to deliver."""
+    loads: list[object] = []
+    processor = PluginTraceProcessor(load=loads.append)
+    processor.shutdown()
+    processor.on_trace_start(TRACE)
+    assert not processor.wants_trace()
+    assert loads == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_waits_until_the_plugins_are_loaded() -> None:
+    """A child that is forked amid their imports could never import them itself."""
+    loading, loaded = threading.Event(), threading.Event()
+
+    def load(adapter: PluginTraceProcessor) -> None:
+        loading.set()
+        assert loaded.wait(20)
+        adapter.register(HearsNames(), "hearing")
+
+    processor = PluginTraceProcessor(load=load)
+    thread = threading.Thread(target=processor.wants_trace)
+    thread.start()
+    assert loading.wait(20)
+    os.register_at_fork(before=loaded.set)  # Called before the one that waits.
+    if (child := os.fork()) == 0:
+        os._exit(0 if "hearing" in processor._managers else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join(20)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from qitos_mlflow._selection import VARIABLE
 from qitos_mlflow.plugins import loader
 from qitos_mlflow.plugins.adapter import PluginTraceProcessor
 from qitos_mlflow.plugins.loader import PluginInfo, load
-from qitos_mlflow.plugins.selection import VARIABLE
 from qitos_mlflow.tracing import Span, StepSpanData
 from tests.hosts import run_on
 from tests.plugins.conftest import Distributions

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qitos_mlflow._selection import NOTHING_WORDS, VARIABLE, Selection
 from qitos_mlflow._startup import OFF
-from qitos_mlflow.plugins.selection import NOTHING_WORDS, VARIABLE, Selection
 
 INSTALLED = [("mlflow", "qitos-mlflow"), ("my-sink", "Acme_Traces"), ("wandb", "other")]
 

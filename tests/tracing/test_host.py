@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qitos_mlflow import tracing
+from qitos_mlflow import _forks, tracing
 from qitos_mlflow.tracing import TracingMode, _host
 from tests.fakes.recorder import Recorder
 from tests.hosts import BUILTIN_TRACING, run_on, run_without_host
@@ -265,3 +265,17 @@ def test_content_allowed_of_hand_made_objects() -> None:
         assert not tracing.content_allowed(trace)
         """,
     )
+
+
+def test_a_fork_waits_for_the_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first use imports is never half imported in a forked child; later ones are free."""
+    during: list[bool] = []
+
+    def settled() -> dict[str, object]:
+        during.append(bool(_forks._under_way))
+        return {}
+
+    monkeypatch.setattr(tracing, "_known", None)
+    monkeypatch.setattr(_host, "settled", settled)
+    assert tracing.settled() is tracing.settled()
+    assert during == [True]

@@ -18,30 +18,25 @@ from typing import Any
 
 from qitos_mlflow._after_import import after_import, imported
 from qitos_mlflow._guard import shield, warn
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, is_ours, run_class
-from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http, working_directory
+from qitos_mlflow.mlflow_plugin.server.tracking_uri import absolute, is_http
 from qitos_mlflow.redaction.redact import without_credentials
 from qitos_mlflow.settings import TRACKING_VARIABLE
-
-
-def mlflow_in_use() -> Any:
-    """MLflow's fluent module if mlflow is imported, and completely so; else None.
-
-    Another thread may be importing it.
-    """
-    return imported("mlflow") and imported("mlflow.tracking.fluent")
 
 
 def same_place(uri: str | None) -> bool:
     """Whether MLflow's calls without an explicit URI go, or would go, where this trace goes."""
     module: Any = imported("mlflow")
-    # Without mlflow the variable is all there is; `mlflow.set_tracking_uri` sets it, too.
-    known = os.environ.get(TRACKING_VARIABLE)
-    if uri is None:
-        return not (known if module is None else module.is_tracking_uri_set())
-    if module is not None:
-        known = str(module.get_tracking_uri())
-    return bool(known) and absolute(str(known), working_directory()).rstrip("/") == uri.rstrip("/")
+    if module is None:  # The variable is all there is; `mlflow.set_tracking_uri` sets it, too.
+        known = os.environ.get(TRACKING_VARIABLE)
+    elif (uri is None or is_http(uri)) and not module.is_tracking_uri_set():
+        known = None  # MLflow's default is a local store, which it searches the disk for.
+    else:
+        known = module.get_tracking_uri()
+    if uri is None or not known:
+        return uri is None and not known
+    return bool(known == uri or absolute(str(known)).rstrip("/") == uri.rstrip("/"))
 
 
 def let_go() -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from qitos_mlflow._guard import contain, shield
 from qitos_mlflow._threads import OwnThread
-from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.active_run import same_place
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
     flush_spans,
@@ -28,6 +28,7 @@ from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     renew,
     trace_manager,
 )
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.ids import otel_trace_id, span_id, trace_id
 
@@ -76,8 +77,6 @@ class AutologSpans:
         self, qitos_trace_id: str, run: PendingRun, uri: str | None, *, sampled: bool = True
     ) -> None:
         self._qitos_trace_id = qitos_trace_id
-        self._otel_trace_id = int.from_bytes(otel_trace_id(qitos_trace_id), "big")
-        self._trace_id = trace_id(qitos_trace_id)
         self._run = run
         self._uri = uri
         self._sampled = sampled
@@ -152,6 +151,14 @@ class AutologSpans:
                 with suppress(RuntimeError, MemoryError):
                     OwnThread("qitos-mlflow-autolog", self._forget).start()
         return tags
+
+    @cached_property
+    def _otel_trace_id(self) -> int:
+        return int.from_bytes(otel_trace_id(self._qitos_trace_id), "big")
+
+    @cached_property
+    def _trace_id(self) -> str:
+        return trace_id(self._qitos_trace_id)
 
     def _id_of(self, span: Any) -> bytes:
         return span_id(self._qitos_trace_id, str(span.span_id))

@@ -18,8 +18,6 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qitos_mlflow._threads import OwnThread
-
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -58,7 +56,7 @@ def into_thread(thread: threading.Thread) -> None:
     """Have a thread that is about to start know this one, and begin in what this one is in."""
     vars(thread)[STARTER] = weakref.ref(threading.current_thread())
     given = _given()
-    if not given or isinstance(thread, OwnThread):
+    if not given or getattr(thread, "serves_all", False):  # A thread of ours.
         return
     run = thread.run
 

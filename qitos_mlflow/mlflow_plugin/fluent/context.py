@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from qitos_mlflow._guard import warn
 from qitos_mlflow.mlflow_plugin.fluent.carried import current
+from qitos_mlflow.mlflow_plugin.fluent.origins import watch
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
-from qitos_mlflow.mlflow_plugin.fluent.surroundings import watch
 from qitos_mlflow.mlflow_plugin.server.pages import run_page, trace_page
 from qitos_mlflow.mlflow_plugin.server.tracking_uri import is_http
 

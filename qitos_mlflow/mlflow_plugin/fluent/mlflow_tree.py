@@ -22,7 +22,7 @@ from typing import Any
 from qitos_mlflow import _json
 from qitos_mlflow._after_import import imported
 from qitos_mlflow._guard import contain, shield
-from qitos_mlflow.mlflow_plugin.fluent import surroundings
+from qitos_mlflow.mlflow_plugin.fluent import origins
 from qitos_mlflow.mlflow_plugin.fluent.in_background import InBackground
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_spans import (
     RENEW_S,
@@ -75,7 +75,7 @@ def tree_around(
             with trace_manager().get_trace(above.trace_id) as known:
                 if known is None:  # Another tracer's span.
                     return None
-            if not above._span.is_recording() or above.start_time_ns <= surroundings.forked_ns:
+            if not above._span.is_recording() or above.start_time_ns <= origins.forked_ns:
                 return None  # It is over, or the parent process's.
         elif not _is_evaluated():
             return None

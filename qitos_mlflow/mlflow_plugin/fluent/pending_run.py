@@ -50,22 +50,28 @@ class PendingRun:
     """
 
     def __init__(self, out_of_reach: Callable[[], bool] = lambda: False) -> None:
-        self._created = threading.Event()
+        # Held until the run exists. An event takes ten times as long to make.
+        self._creating = threading.Lock()
+        self._creating.acquire()
         self.out_of_reach = out_of_reach
         self.ref: RunRef | None = None
         self.left_open = False
 
     def created(self, ref: RunRef) -> None:
-        """Say that the run exists."""
-        self.ref = ref
-        self._created.set()
+        """Say that the run exists. The sending thread."""
+        known, self.ref = self.ref, ref
+        if known is None:
+            self._creating.release()
 
     def wait(self, timeout_s: float) -> RunRef | None:
         """The run; None if it is not created in `timeout_s` or the server is out of reach."""
         deadline = time.monotonic() + timeout_s
-        while not self.out_of_reach() and (left_s := deadline - time.monotonic()) > 0:
-            if self._created.wait(min(left_s, POLL_S)):
+        while not self.out_of_reach() and self.ref is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 break
+            if self._creating.acquire(timeout=min(left_s, POLL_S)):
+                self._creating.release()  # Another thread may wait, too.
         return self.ref
 
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from qitos_mlflow._after_import import after_import
 from qitos_mlflow._guard import shield
-from qitos_mlflow.mlflow_plugin.fluent.active_run import mlflow_in_use, same_place
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.mapping.entities import PromptRef
 
 MODEL_VARIABLES = ("MLFLOW_ACTIVE_MODEL_ID", "_MLFLOW_ACTIVE_MODEL_ID")
@@ -38,14 +38,13 @@ _loaded: WeakValueDictionary[str, Prompts] = WeakValueDictionary()
 """The prompts of each trace that `prompts_of` was asked for, while its caller keeps them."""
 
 
-def active_model(uri: str | None) -> str | None:
-    """MLflow's id of the active model; None if there is none, or if `uri` is not its server."""
+def active_model() -> str | None:
+    """MLflow's id of the active model, which is on MLflow's own server; None if there is none."""
     with shield("versions.active_model"):
-        if same_place(uri):
-            if (fluent := mlflow_in_use()) is not None:
-                found = fluent._get_active_model_id_global()
-                return str(found) if found else None
-            return next(filter(None, map(os.environ.get, MODEL_VARIABLES)), None)
+        if (fluent := mlflow_in_use()) is not None:
+            found = fluent._get_active_model_id_global()
+            return str(found) if found else None
+        return next(filter(None, map(os.environ.get, MODEL_VARIABLES)), None)
     return None
 
 

@@ -229,6 +229,8 @@ def routing_headers() -> dict[str, str] | None:
         for one in getattr(registry, "_request_header_provider_registry", ())
         if not type(one).__module__.startswith("mlflow.")
     ]
+    if not providers:
+        return found
     try:
         said = _said_by(providers)
         if new := said.items() - _tenants:

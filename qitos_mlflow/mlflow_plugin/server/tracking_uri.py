@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
@@ -19,10 +20,14 @@ def working_directory() -> str:
         return os.path.sep
 
 
-def absolute(uri: str, cwd: str) -> str:
-    """`uri` with a relative path made absolute, so that it means the same in any directory."""
+def absolute(uri: str, cwd: str | None = None) -> str:
+    """`uri` with a relative path made absolute, so that it means the same in any directory.
+
+    `cwd` is what it is relative to; None: the current directory.
+    """
     if is_http(uri):
         return uri.rstrip("/")  # One server, one name.
+    cwd = cwd or working_directory()
     scheme, mark, rest = uri.partition(":")
     if sqlite := re.fullmatch(r"(sqlite(?:\+\w+)?:///(?:file:)?)([^?]+)(.*)", uri, re.DOTALL):
         begin, path, query = sqlite.groups()
@@ -67,6 +72,7 @@ def names_place(recorded: str | None) -> bool:
     return is_local(recorded) or MARKER not in str(recorded).partition("?")[0]
 
 
+@lru_cache
 def is_http(uri: str | None) -> bool:
     """True when `uri` is reached over http(s)."""
     scheme, mark, _ = (uri or "").partition(":")

@@ -271,6 +271,17 @@ def test_a_run_that_does_not_come_is_replaced(
     assert mlflow.get_run(replaced).info.status == "FINISHED"
 
 
+def test_all_that_wait_get_the_run() -> None:
+    """Each thread that waits for a run goes on once it exists, also if that is said twice."""
+    pending = PendingRun()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(pending.wait, TIMEOUT_S) for _ in range(4)]
+        pending.created(ref())
+        pending.created(ref())
+        assert [one.result(TIMEOUT_S / 2) for one in waiting] == [ref()] * 4
+    assert pending.wait(0.0) == ref()
+
+
 def test_waiting_ends_with_hope() -> None:
     """No call waits on for a run once its server is out of reach."""
     lost = threading.Event()
@@ -380,7 +391,8 @@ def in_a_process(script: str, **environ: str) -> None:
     """Run `script` where mlflow is not imported; the module's names and a `ref` are there."""
     prelude = """
 import sys, threading
-from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun, mlflow_in_use
+from qitos_mlflow.mlflow_plugin.fluent.active_run import ActiveRun
+from qitos_mlflow.mlflow_plugin.fluent.origins import mlflow_in_use
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
 assert "mlflow" not in sys.modules

@@ -20,7 +20,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import maybe_get_request_id
 from opentelemetry.context import Context
 
-from qitos_mlflow.mlflow_plugin.fluent import in_background, mlflow_tree, surroundings
+from qitos_mlflow.mlflow_plugin.fluent import in_background, mlflow_tree, origins, surroundings
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import MlflowTree, tree_around
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun
 from qitos_mlflow.mlflow_plugin.mapping.entities import RunRef
@@ -340,7 +340,7 @@ def test_no_thread_is_left_of_many_traces(
 def test_a_forked_process_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The span that is current in it is its parent's."""
     with mlflow.start_span("top") as top:
-        monkeypatch.setattr(surroundings, "forked_ns", top.start_time_ns + 1)
+        monkeypatch.setattr(origins, "forked_ns", top.start_time_ns + 1)
         assert tree_around(agents_trace(), PendingRun(), FIELD_BYTES, None) is None
 
 

@@ -15,14 +15,13 @@ import mlflow
 import pytest
 
 from qitos_mlflow import _guard
+from qitos_mlflow.mlflow_plugin.fluent.origins import INHERITED, watch
 from qitos_mlflow.mlflow_plugin.fluent.pending_run import PendingRun, run_class
 from qitos_mlflow.mlflow_plugin.fluent.surroundings import (
-    INHERITED,
     Surroundings,
     is_sampled,
     is_trial,
     surroundings,
-    watch,
 )
 
 SERVER = "http://mlflow.test:5000"

@@ -20,7 +20,8 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
-from qitos_mlflow.delivery import Hopeless, RetryLater, fork
+from qitos_mlflow import _forks
+from qitos_mlflow.delivery import Hopeless, RetryLater
 from qitos_mlflow.mlflow_plugin import server
 from qitos_mlflow.mlflow_plugin.mapping.entities import NewRun, RunData, RunRef
 from qitos_mlflow.mlflow_plugin.server import mlflow_client, sqlite_store
@@ -194,7 +195,7 @@ def test_a_deleted_store_is_made_again_while_forks_wait(
     prepare = mlflow_client.prepare_sqlite
 
     def watched(uri: str) -> None:
-        forks_wait.append(bool(fork._under_way))  # Migrations are imported.
+        forks_wait.append(bool(_forks._under_way))  # Migrations are imported.
         prepare(uri)
 
     monkeypatch.setattr(mlflow_client, "prepare_sqlite", watched)
@@ -381,7 +382,7 @@ def test_no_fork_splits_the_import_of_mlflow_for_an_artifact(
         @staticmethod
         def find_spec(module: str, *_: object) -> None:
             if module == name:
-                forks_wait.append(bool(fork._under_way))
+                forks_wait.append(bool(_forks._under_way))
 
     monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(server, "mlflow_client")  # Put back like the module itself.

@@ -8,14 +8,13 @@
 Not set: everything. Empty: nothing. Only "no:" tokens: everything but those. Names are those of
 entry points, never of modules: an environment variable must not be able to import anything that
 is not installed as a plugin. Case, surrounding blanks, and ``-`` for ``_`` make no difference.
-Pure: only the environment variable is read.
+Pure: only the environment variable is read. `import qitos` imports this: no dataclass, no tuple.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 VARIABLE = "QITOS_TRACE_PLUGINS"
 """The environment variable. (Datasette's DATASETTE_TRACE_PLUGINS prints calls; this selects.)"""
@@ -25,12 +24,16 @@ NOTHING_WORDS = frozenset({"none", "off", "0"})
 EXCEPT = "no:"
 
 
-@dataclass(frozen=True)
 class Selection:
     """The plugins in `wanted` (None: all of them; so does the word `ALL`) without `excluded`."""
 
-    wanted: tuple[str, ...] | None = None
-    excluded: frozenset[str] = frozenset()
+    __slots__ = ("excluded", "wanted")
+
+    def __init__(
+        self, wanted: tuple[str, ...] | None = None, excluded: frozenset[str] = frozenset()
+    ) -> None:
+        self.wanted = wanted
+        self.excluded = excluded
 
     @classmethod
     def parse(cls, text: str | None) -> Selection:

@@ -1,4 +1,4 @@
-"""What a fork needs: no import, and no call of a local store, under way when it happens.
+"""What a fork needs: no import of ours, and no call of a local store, under way when it happens.
 
 A module that a thread is importing during a fork stays locked in the child for ever: the child's
 own import of mlflow would hang. So does a file that SQLite has locked. A fork waits for the imports
@@ -23,32 +23,33 @@ _under_way: set[threading.RLock] = set()
 """A lock for each block, held until its end."""
 _forking = threading.local()
 _importing = threading.local()
-"""The locks that this thread holds."""
+"""Its `lock` is what this thread holds."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Delay forks while the block must not be cut in two, such as an import. Other blocks go on."""
+    if getattr(_importing, "lock", None) is not None:
+        yield  # A fork waits for the block around this one, and would wait for ever for this one.
+        return
     with (mine := threading.RLock()):
-        outer = getattr(_importing, "locks", ())
         try:
-            _importing.locks = *outer, mine
+            _importing.lock = mine
             with _beginning:
                 _under_way.add(mine)
             yield
         finally:
             _under_way.discard(mine)
-            _importing.locks = outer
+            _importing.lock = None
 
 
 def let_forks_happen() -> None:
     """Let a fork that waits happen now. Called inside `importing`, where no import is under way."""
-    mine = getattr(_importing, "locks", ())
-    for lock in mine:
-        lock.release()
-    with _beginning:  # The fork holds it until it has happened.
-        for lock in mine:
-            lock.acquire()
+    mine = getattr(_importing, "lock", None)
+    if mine is not None:
+        mine.release()
+        with _beginning:  # The fork holds it until it has happened.
+            mine.acquire()
 
 
 def _before() -> None:
