@@ -195,8 +195,7 @@ class PluginTraceProcessor(TraceProcessor):
     def shutdown(self) -> None:
         """Shut each plugin down; blocks as long as they do, one after another."""
         if self._unloaded is not None and not self._loading:  # They have nothing to deliver.
-            self._unloaded = None
-            self._arrange(self._managers)
+            self._arrange(self._managers, loaded=True)
         for where, call in self._calls["qitos_shutdown"]:
             with _guard.shield(where):
                 call()
@@ -215,8 +214,7 @@ class PluginTraceProcessor(TraceProcessor):
                 try:
                     with _guard.shield("plugins.load"):
                         self._unloaded(self)
-                    self._unloaded = None
-                    self._arrange(self._managers)
+                    self._arrange(self._managers, loaded=True)
                 finally:
                     self._loading = False
             finally:
@@ -230,7 +228,7 @@ class PluginTraceProcessor(TraceProcessor):
                 with _guard.shield(where):
                     call(item)
 
-    def _arrange(self, managers: dict[str, pluggy.PluginManager]) -> None:
+    def _arrange(self, managers: dict[str, pluggy.PluginManager], *, loaded: bool = False) -> None:
         """Set `_managers` and `_calls`: which plugins are called for which hook, in order.
 
         Both are replaced, never changed: other threads may be iterating over them.
@@ -244,10 +242,12 @@ class PluginTraceProcessor(TraceProcessor):
             calls[hook] = tuple(
                 (f"trace plugin {name}, hook {hook}", _quick(caller)) for name, caller in found
             )
-        if self._unloaded is not None:
+        if self._unloaded is not None and not loaded:
             calls |= {hook: (("plugins.load", partial(self._load_for, hook)),) for hook in EVENTS}
         self._managers, self._calls = managers, calls
         self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
+        if loaded:  # Not before: from now on other threads do not wait.
+            self._unloaded = None
 
 
 def _quick(caller: pluggy.HookCaller) -> Callable[..., Any]:

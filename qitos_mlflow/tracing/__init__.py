@@ -12,6 +12,7 @@ use of a name imports `_host`; whatever must be there before any other user wait
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from qitos_mlflow._forks import importing
@@ -33,12 +34,10 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name[0] != "_" and name not in MODULES:
-            with importing():
-                from qitos_mlflow.tracing import _host
-
-            if name == "host_has_tracing" or name in _host.OURS:
-                globals().update(settled())
-                return settled()[name]
+            known = settled()
+            if name in known:
+                globals().update(known)
+                return known[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -52,16 +51,37 @@ def __dir__() -> list[str]:
 
 _known: dict[str, Any] | None = None
 
+_deciding = threading.RLock()
+_inside = False
+"""Whether the thread that holds `_deciding` is in its first call."""
+
+DECIDE_WAIT_S = 2.0
+"""Longest wait for another thread's first call (seconds): it may wait for an import of this one."""
+
 
 def settled() -> dict[str, Any]:
-    """As in `_host`. The first call may import much, on the agent's thread; a fork waits for it."""
-    global _known
-    if _known is None:
-        with importing():
+    """As in `_host`. The first call imports that, and calls who waits for the import.
+
+    Other threads wait until that is done, and so does a fork.
+    """
+    global _known, _inside
+    if _known is not None:
+        return _known
+    with importing():
+        locked, outermost = _deciding.acquire(timeout=DECIDE_WAIT_S), not _inside
+        try:
+            _inside = True
             from qitos_mlflow.tracing import _host
 
-            _known = _host.settled()
-    return _known
+            known = _host.settled()
+            if outermost:
+                _known = known
+            return known
+        finally:
+            if outermost:
+                _inside = False
+            if locked:
+                _deciding.release()
 
 
 def processors(trace: Trace | None = None) -> tuple[TraceProcessor, ...]:

@@ -99,6 +99,28 @@ with create_trace("first"):
     assert "mlflow" not in loaded
 
 
+def test_agents_that_begin_at_once_all_have_the_plugins() -> None:
+    """A run that begins while another thread attaches the plugins is logged like any other."""
+    code = """
+from threading import Event, Thread
+from qitos_mlflow._after_import import after_import
+begun, answered, found = Event(), Event(), []
+after_import("qitos_mlflow.tracing._host", lambda _: (begun.set(), answered.wait(0.5)))
+import qitos_mlflow.auto, qitos
+from qitos_mlflow.bridge.live import is_wanted
+def ask():
+    begun.wait(20)
+    found.append(is_wanted())
+    answered.set()
+other = Thread(target=ask)
+other.start()
+assert is_wanted()
+other.join(20)
+assert found == [True]
+"""
+    all_modules_after(code, QITOS_TRACE_PLUGINS="mlflow")
+
+
 def test_processors_that_replace_all_replace_the_plugins() -> None:
     """`set_trace_processors` before the first trace counts as it does after."""
     code = """
