@@ -20,7 +20,7 @@ from qitos_mlflow._inheritance import check
 ITEM_OVERHEAD_BYTES = 120
 """What CPython needs beside the payload (bytes): header, tuple, slot (measured: 97-121)."""
 
-DRAIN_BYTES = 1024 * 1024
+DRAIN_BYTES = 256 * 1024
 """Taken from the queue at once (bytes): small, as it adds to what the bound allows."""
 
 

@@ -35,9 +35,9 @@ def test_one_payload_larger_than_the_bound_is_refused() -> None:
 
 
 def test_a_drain_is_bounded_and_leaves_the_rest_counted() -> None:
-    """The spooling thread takes about a MiB at once; the rest still counts against the bound."""
-    queue = ByteQueue(4 * 1024 * 1024)
-    big = b"x" * 600_000
+    """The spooling thread takes about 256 KiB at once; the rest still counts against the bound."""
+    queue = ByteQueue(1024 * 1024)
+    big = b"x" * 150_000
     for _ in range(6):
         assert queue.offer(big)
     assert not queue.offer(big)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -207,6 +208,20 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found is not None
             assert found.result == _json.dumps(content)[1:-1]
     assert known.held_bytes <= 25_000
+
+
+def test_what_is_remembered_takes_no_more_than_its_bytes() -> None:
+    """orjson reserves eight bytes for each of a text, and keeps them with what it returns."""
+    known = Conversations(lambda message, text: _json.dumps(message), b",")
+    records = [_json.dumps(span(0, [said(n, "x" * 1000)])) for n in range(100)]
+    tracemalloc.start()
+    try:
+        for record in records:
+            known.read(record)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.5 * known.held_bytes
 
 
 @pytest.mark.parametrize(
