@@ -133,8 +133,26 @@ def browser(session: nox.Session) -> None:
     run_suite(session, "browser", "--numprocesses=0")
 
 
+OTLP = ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")
+"""What the benchmarks compare with; it must have the versions that mlflow's own parts have."""
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
+    """Measure all that the package costs, beside other ways: some minutes, or `-- --gate`."""
+    session.install("--editable", ".[qitos]", *OTLP, "wandb", "matplotlib")
+    session.run("python", "-m", "benchmarks.suite", *(session.posargs or ["--report"]))
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Measure only what has a bound: ratios to other ways within one run."""
+    session.install("--editable", ".[qitos]", *OTLP)
+    session.run("python", "-m", "benchmarks.suite", "--gate", *session.posargs)
+
+
+@nox.session
+def redaction(session: nox.Session) -> None:
     """Measure what redaction finds and what it takes wrongly, beside detect-secrets."""
     session.install("--editable", ".", "detect-secrets")
     session.run("python", "-m", "benchmarks.redaction", *session.posargs)
