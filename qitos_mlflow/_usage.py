@@ -35,6 +35,11 @@ _THOUGHTS = ("thoughtsTokenCount", "thoughts_token_count")
 """Gemini counts these beside its answer's; others' answers have theirs in them already."""
 _TOTAL = ("total_tokens", "totalTokenCount", "total_token_count", "totalTokens")
 
+_OURS_IN_ORDER = ("prompt_tokens", "completion_tokens", "total_tokens", "cache_read_tokens",
+                  "cache_creation_tokens")  # fmt: skip
+_OURS, _BOTH = frozenset(_OURS_IN_ORDER), frozenset(_OURS_IN_ORDER[:2])
+"""As the bridge spells what it found."""
+
 MAX_TOKENS = 10**15
 """Counts beyond this are mistakes; sums of them still fit 64 bits."""
 
@@ -71,6 +76,10 @@ def parse_usage(raw: Any, lost: Counter[str] | None = None) -> Usage | None:
         if raw is not None and lost is not None:
             lost["bad_value"] += 1
         return None
+    if _BOTH <= raw.keys() <= _OURS and all(
+        type(count) is int and 0 <= count <= MAX_TOKENS for count in raw.values()
+    ):
+        return Usage(*map(raw.get, _OURS_IN_ORDER))  # As below, in a fifth of the time.
     total = _first(raw, _TOTAL, lost)
     prompt = _first(raw, _PROMPT, lost)
     if prompt is None:

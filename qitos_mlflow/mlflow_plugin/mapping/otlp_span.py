@@ -50,7 +50,7 @@ def set_value(target: AnyValue, value: Any, depth: int = NATIVE_LEVELS) -> None:
 def _add(target: Any, values: Mapping[Any, Any], depth: int = NATIVE_LEVELS) -> None:
     for key, value in values.items():
         pair = target.add()
-        pair.key = encodable(str(key))
+        pair.key = key if type(key) is str and key.isascii() else encodable(str(key))
         if type(value) is str and value.isascii():  # Most are.
             pair.value.string_value = value
         else:

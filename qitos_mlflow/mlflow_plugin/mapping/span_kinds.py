@@ -71,8 +71,10 @@ def read_all(sources: Mapping[str, Source], data: Data) -> dict[str, Any]:
 
 def kind_of(record: SpanEnd) -> SpanKind:
     """The row of a span's type."""
-    kind = record.get("type")
-    return SPAN_KINDS.get(kind, OTHER) if isinstance(kind, str) else OTHER
+    try:
+        return SPAN_KINDS[record["type"]]
+    except (KeyError, TypeError):  # None, or damaged: a list.
+        return OTHER
 
 
 def span_name(record: SpanEnd) -> str:
