@@ -18,7 +18,7 @@ from typing import Any
 from qitos_mlflow import _json, tracing
 from qitos_mlflow._guard import shield
 from qitos_mlflow.delivery import Untrusted, open_regular
-from qitos_mlflow.recording.conversation import Conversations, Read, put_back
+from qitos_mlflow.recording.conversation import Conversations, Read, marked, put_back
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
@@ -87,7 +87,7 @@ def normalize(
     """
     data = as_json(snapshot)
     found = None
-    if conversations is not None and len(data) <= field_bytes and b'"picture_files":' not in data:
+    if conversations is not None and not _takes_pictures(data, field_bytes):
         found = conversations.read(data)
     record = _json.loads(data) if found is None else found.record
     record["version"] = RECORD_VERSION
@@ -95,10 +95,17 @@ def normalize(
         return _json.dumps(_redacted_file(record)) if _read_file(record) else None
     complete(record)
     pictures = None if record.pop("no_pictures", False) else pictures
-    record = safe(record, len(data), field_bytes, pictures)
+    record = safe(record, len(data), field_bytes, pictures, found)
     record |= additions(record, field_bytes, found)
     stored = _json.dumps(record)
     return stored if found is None else put_back(stored, found.result)
+
+
+def _takes_pictures(data: bytes, field_bytes: int) -> bool:
+    """Whether `safe` may take pictures out of messages that `redacted_message` leaves in."""
+    if b'"picture_files":' in data:
+        return True
+    return len(data) > field_bytes and (b"image/" in data or b'"images"' in data)
 
 
 def redacted_message(message: dict[str, Any], text: bytes, max_picture_bytes: int) -> bytes | None:
@@ -126,6 +133,7 @@ def safe(
     size: int,
     field_bytes: int,
     pictures: TakenPictures | None = None,
+    messages: Read | None = None,
 ) -> dict[str, Any]:
     """The record with times as numbers, without credentials, and cut; a file has a way of its own.
 
@@ -134,6 +142,7 @@ def safe(
         size: as `read` returns it (bytes).
         field_bytes: largest size of one field (bytes).
         pictures: as in `normalize`.
+        messages: those that are taken out of the record.
     """
     _spell_out(record)
     put_files(record)
@@ -146,6 +155,8 @@ def safe(
     record = _redacted(record)
     # Cut last: a cut could leave half a secret, which nothing recognises.
     if size > field_bytes:
+        if messages is not None and (marked_list := marked(record)) is not None:
+            marked_list[:] = _json.loads(b"[%b]" % messages.result)
         content = {name: value for name, value in record.items() if name not in UNCUT}
         record |= trim_fields(content, field_bytes)
     if pictures is not None:
