@@ -45,6 +45,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "mlflow_plugin.server.pages",
         "recording.normalize",  # What MLflow's own tracer gets is redacted, too, ...
         "recording.pictures",  # ... and its pictures are apart.
+        "recording.to_json",
         "redaction.redact",
         "settings",
     ),
@@ -105,7 +106,7 @@ MODULE_LINES = 350
 MEDIAN_LINES = 140
 FUNCTION_LINES = 50
 """Of a function's body, its docstring left out; functions inside it count with it."""
-PACKAGE_LINES = 28_100
+PACKAGE_LINES = 28_150
 """15,500 before tenants, credentials, forks and the exit of local stores had code of their own;
 17,300 before evaluations, scores, contexts, comparisons, pictures and MLflow's own trees;
 23,100 before what may be done for a segment of another origin, stuck segments and quick ends;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -25,9 +25,12 @@ DRAIN_BYTES = 256 * 1024
 
 
 class Item(NamedTuple):
-    """A payload, whether to keep it when space is short, and whether a thread waits for it."""
+    """A payload, whether to keep it when space is short, and whether a thread waits for it.
 
-    payload: bytes
+    `len` of the payload is what it takes in memory (bytes).
+    """
+
+    payload: Sized
     keep: bool
     urgent: bool
 
@@ -55,7 +58,7 @@ class ByteQueue:
         self._hurry = threading.Lock()  # A binary semaphore: held while no thread is in a hurry.
         self._hurry.acquire()
 
-    def offer(self, payload: bytes, keep: bool = False, urgent: bool = False) -> bool:
+    def offer(self, payload: Sized, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload`, or refuse it: the queue is full, or there is no memory. Never blocks.
 
         Any thread. An urgent one ends `linger`.

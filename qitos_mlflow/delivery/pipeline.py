@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
 
@@ -106,13 +106,13 @@ class Pipeline(Spooled):
         """
         return None
 
-    def offer(self, payload: bytes, *, keep: bool = False, urgent: bool = False) -> bool:
+    def offer(self, payload: Sized, *, keep: bool = False, urgent: bool = False) -> bool:
         """Take `payload` for delivery; False when it is refused, which is counted.
 
         Any thread, also inside signal handlers and finalizers. Never blocks, never raises.
 
         Args:
-            payload: never changed afterwards.
+            payload: never changed afterwards; `len` of it is what it takes (bytes).
             keep: take it also when the queue is full.
             urgent: send it at once: a thread waits for its result.
         """

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice, takewhile
+from typing import Any
 
 from qitos_mlflow import _guard
 from qitos_mlflow._inheritance import Forked, check
@@ -45,14 +46,11 @@ STOP_GRACE_S = 0.1
 class Spooled(ABC):
     """What a pipeline decides for its spooling thread. Called on that thread."""
 
-    def normalize(self, payload: bytes) -> bytes | None:
-        """The record to store for a payload; None drops it on purpose.
+    def normalize(self, payload: Any) -> bytes | None:
+        """The record to store for a payload; None drops it on purpose. If it raises, it is lost."""
+        return bytes(payload)
 
-        If it raises, the record counts as lost.
-        """
-        return payload
-
-    def lost(self, record: bytes, reason: str) -> None:  # noqa: B027 - it is counted anyway
+    def lost(self, record: Any, reason: str) -> None:  # noqa: B027 - it is counted anyway
         """Called with each record that is lost after it was accepted.
 
         The record is as normalized, or as offered if normalizing failed. What is lost later, from
@@ -307,7 +305,7 @@ class SpoolingThread(OwnThread):
                     self._refuse()
                 self._finish()
 
-    def _lose(self, data: bytes, reason: str) -> None:
+    def _lose(self, data: Any, reason: str) -> None:
         self._stats.drop(reason)
         with _guard.shield("delivery.lost"):
             self._pipeline.lost(data, reason)

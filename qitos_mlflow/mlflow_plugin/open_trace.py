@@ -19,6 +19,7 @@ from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG
 from qitos_mlflow.recording import process_exit
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.record import RunSettings
+from qitos_mlflow.recording.to_json import Snapshot
 from qitos_mlflow.recording.trace_recorder import TraceRecorder
 from qitos_mlflow.settings import Settings
 
@@ -124,7 +125,7 @@ class OpenTrace(TraceRecorder):
                 tags = {**tags, PROMPTS: prompts_tag([*self._prompts])}
         return tags
 
-    def recorded(self, payload: bytes) -> None:
+    def recorded(self, snapshot: Snapshot) -> None:
         """Show it in MLflow's own trace, if its spans are there."""
         if self.tree is not None:
-            self.tree.fold(payload)
+            self.tree.fold(snapshot)

@@ -1,4 +1,4 @@
-"""Spans to records to bytes, and the pipelines that take them. Imports no MLflow.
+"""Spans to records, and the pipelines that take them. Imports no MLflow.
 
 A second durable plugin builds on this package and on `delivery`; tests/recording/jsonl_plugin.py is
 one.
@@ -7,9 +7,9 @@ one.
     trace_recorder    one trace: host events to records
     snapshot          what a record holds of one event
     step_states       a step's record without what an earlier step shows; by `differences`
-    to_json, simpler  any record as bytes, on the agent's thread; later as JSON
+    to_json, simpler  any record as containers of ours, on the agent's thread; later as JSON
     pipelines         the pipeline of records to one destination
-    normalize         bytes to the redacted record, on the spooling thread, with what plugins add
+    normalize         snapshots to redacted records, on the spooling thread, with what plugins add
     conversation      each message of a growing conversation is worked on once, on both threads
     process_exit      the end of the process
     record            the types of the records

@@ -1,4 +1,4 @@
-"""A snapshot's bytes become the record that goes to disk: times, stacks, redaction, contributions.
+"""A snapshot becomes the record that goes to disk: times, stacks, redaction, contributions.
 
 Runs on the spooling thread. This is the only place where secrets are taken out: every record passes
 `normalize` before it reaches the spool or a server. Contributions are values that other plugins
@@ -22,7 +22,7 @@ from qitos_mlflow.recording.conversation import Conversations, Read, marked, put
 from qitos_mlflow.recording.picture_files import put_files
 from qitos_mlflow.recording.pictures import TakenPictures
 from qitos_mlflow.recording.record import RECORD_VERSION
-from qitos_mlflow.recording.to_json import as_json, encode
+from qitos_mlflow.recording.to_json import Snapshot, as_json, encode
 from qitos_mlflow.redaction.pictures import Pictures, take_pictures
 from qitos_mlflow.redaction.redact import redact, redact_json
 from qitos_mlflow.redaction.structures import is_in_key
@@ -67,7 +67,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def normalize(
-    snapshot: bytes,
+    snapshot: Snapshot | bytes,
     field_bytes: int,
     complete: Callable[[dict[str, Any]], None] = lambda record: None,
     pictures: TakenPictures | None = None,
@@ -76,7 +76,7 @@ def normalize(
     """The redacted record of one snapshot; None if the snapshot names a file that does not exist.
 
     Args:
-        snapshot: one event as `to_json.encode` wrote it.
+        snapshot: of one event; or its JSON.
         field_bytes: largest size of one field; a larger one is cut (bytes). Files are never cut.
         complete: writes into the record what is known only now: what was lost before it.
         pictures: takes pictures out; None: large ones become notes.
@@ -122,7 +122,7 @@ def redacted_message(message: dict[str, Any], text: bytes, max_picture_bytes: in
     return None if is_in_key(message, False) else _json.dumps(redact(message))
 
 
-def read(snapshot: bytes) -> tuple[dict[str, Any], int]:
+def read(snapshot: Snapshot | bytes) -> tuple[dict[str, Any], int]:
     """The record of a snapshot, with nothing but what JSON has, and its size as JSON (bytes)."""
     data = as_json(snapshot)
     return _json.loads(data), len(data)

@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qitos_mlflow import _json
 from qitos_mlflow._guard import shield, warn
 from qitos_mlflow._threads import OwnThread
 from qitos_mlflow.delivery import open_regular
-from qitos_mlflow.recording.to_json import as_json, encode, is_json
+from qitos_mlflow.recording.to_json import IMAGE_FILE, Snapshot, encode
 from qitos_mlflow.redaction.pictures import reference, type_of
 
 WAIT_S = 0.2
@@ -38,34 +37,30 @@ clock (nanoseconds). Then only its content shows it."""
 READ_FOR = frozenset({"generation", "decide", "tool", "mcp"})
 """Spans that end before the next screenshot. As a step ends, its own one is overwritten already."""
 
-_TYPE = "image_file"
-_MARK = b'"type":"image_file"'
-"""How JSON has it; in a text the quotes are escaped."""
-
 Seen = dict[str, tuple[tuple[int, ...], str]]
 """What a trace has read: for each path the file's state, and the reference to its picture."""
 
 
-def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
-    """The record `payload` with the files that its image blocks name. Agent's thread; never raises.
+def with_picture_files(snapshot: Snapshot, seen: Seen, max_bytes: int) -> Snapshot:
+    """The record with the files that its image blocks name. Agent's thread; never raises.
 
     They are in its field `picture_files`: for each path the media type, and as `data` the content
     in base64, or a reference to it if the trace has recorded it.
 
     Args:
-        payload: of a span in `READ_FOR`, as `to_json.encode` wrote it.
+        snapshot: of a span in `READ_FOR`.
         seen: the trace's; changed.
         max_bytes: of all files together; one that has no room is not read (bytes).
     """
     global _late
-    if (_MARK if is_json(payload) else _TYPE.encode()) not in payload:
-        return payload
+    if not snapshot.names_files:
+        return snapshot
     with shield("picture_files"):
-        record = _json.loads(as_json(payload))
+        record = snapshot.record
         named = dict.fromkeys(reversed([*_paths(record)]))
         paths = [path for path in [*named][:MAX_FILES] if "://" not in path]
         if not paths or (_late is not None and _late.blocks()):
-            return payload
+            return snapshot
         reading = _Reading(paths, seen.copy(), max_bytes)
         reading.start()
         reading.join(WAIT_S)
@@ -76,13 +71,13 @@ def with_picture_files(payload: bytes, seen: Seen, max_bytes: int) -> bytes:
             if len(seen) < MAX_SEEN:
                 seen.update(reading.read)
             return encode({**record, "picture_files": reading.found})
-    return payload
+    return snapshot
 
 
 def _paths(value: Any) -> Iterator[str]:
     """The paths in the image blocks in `value`, in order."""
     if isinstance(value, dict):
-        if value.get("type") == _TYPE and isinstance(path := value.get("path"), str):
+        if value.get("type") == IMAGE_FILE and isinstance(path := value.get("path"), str):
             yield path
         value = value.values()
     elif not isinstance(value, (list, tuple)):
@@ -143,7 +138,7 @@ def _with_contents(value: Any, files: dict[str, dict[str, str]]) -> Any:
         return [_with_contents(item, files) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.get("type") == _TYPE and (found := files.get(str(value.get("path")))):
+    if value.get("type") == IMAGE_FILE and (found := files.get(str(value.get("path")))):
         return {**value, **found}
     return {key: _with_contents(item, files) for key, item in value.items()}
 

@@ -1,6 +1,6 @@
 """The pipeline of records to one destination, shared by all recorders that record for it.
 
-Receives the bytes of records from `trace_recorder`, on the agent's thread, and normalizes them on
+Receives snapshots of records from `trace_recorder`, on the agent's thread, and normalizes them on
 the spooling thread. Opens nothing before the first trace. Knows no server: a plugin derives from
 `RecordPipeline` how to open a sink.
 """
@@ -20,6 +20,7 @@ from qitos_mlflow.recording.code_version import CodeVersion
 from qitos_mlflow.recording.conversation import Conversations
 from qitos_mlflow.recording.normalize import normalize, read, redacted_message
 from qitos_mlflow.recording.pictures import TakenPictures
+from qitos_mlflow.recording.to_json import Snapshot
 from qitos_mlflow.settings import Settings, temporary_name
 
 MAX_PICTURE_BYTES = 8 * 1024 * 1024
@@ -140,7 +141,7 @@ class RecordPipeline(Pipeline):
         # Reentrant: a signal handler may record while this thread counts.
         self._losses_lock = threading.RLock()
 
-    def normalize(self, payload: bytes) -> bytes | None:
+    def normalize(self, payload: Snapshot) -> bytes | None:
         """Spooling thread. The record that goes to disk; see `normalize`."""
         return normalize(
             payload, self.field_bytes, self._complete, self._pictures, self._conversations
@@ -161,7 +162,7 @@ class RecordPipeline(Pipeline):
                 else:
                     record["lost"][f"{kind}_{reason}"] = number
 
-    def lost(self, record: bytes, reason: str) -> None:
+    def lost(self, record: Snapshot | bytes, reason: str) -> None:
         """Spooling thread. Count a record that was lost after it was offered."""
         fields, _ = read(record)
         self._pictures.forget(fields)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -38,6 +39,9 @@ MAX_ARRAY = 1_000
 MAX_ITEMS = 20_000
 """Items written of one record's models, mappings, sets and sequences other than list and dict."""
 
+MAX_CONVERSATIONS = 4
+"""Conversations that a trace remembers: of its agent, of sub-agents and of critics."""
+
 HOLD_DATA = frozenset({
     "numpy", "pandas", "polars", "pyarrow", "scipy", "torch", "tensorflow", "jax", "jaxlib", "cupy",
     "sklearn", "PIL", "bs4", "pint", "requests",
@@ -51,6 +55,8 @@ class SlowTexts:
     def __init__(self) -> None:
         self.texts: dict[int, tuple[ref[Any], str]] = {}  # By id, which another object may get.
         self.spent_s: dict[str, float] = {}  # By the class's name.
+        self.conversations: deque[tuple[list[Any], int]] = deque(maxlen=MAX_CONVERSATIONS)
+        """Copies of the last lists of messages, each with its size (bytes)."""
 
     def add(self, value: Any, text: str, took_s: float) -> None:
         """Remember the text for as long as its object lives."""
@@ -83,12 +89,18 @@ def text_of(value: Any, slow: SlowTexts) -> str:
 
 
 class Budget:
-    """How much more one record may hold, and the texts that its objects have become so far."""
+    """How much more one record may hold, and what it holds so far.
 
-    __slots__ = ("containers", "items", "slow", "texts")
+    Attributes:
+        chars: length of all texts in it (characters).
+        names_files: some block names the file of a picture.
+    """
+
+    __slots__ = ("chars", "containers", "items", "names_files", "slow", "texts")
 
     def __init__(self, slow: SlowTexts, containers: int) -> None:
         self.items, self.containers, self.slow = MAX_ITEMS, containers, slow
+        self.chars, self.names_files = 0, False
         # By id, with the object: it stays alive, so that no other one gets its id.
         self.texts: dict[int, tuple[Any, str]] = {}
 

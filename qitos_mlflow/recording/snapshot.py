@@ -1,6 +1,6 @@
 """Snapshots: what a record holds of a trace or span event, as it is at that moment. Agent's thread.
 
-`to_json.encode` makes bytes of it at once, so that later changes of the span no longer matter. An
+`to_json.encode` makes a copy of it at once, so that later changes of the span no longer matter. An
 unknown object becomes its short `repr` or its type's name. Times and redaction follow on the
 spooling thread: `normalize`.
 """

@@ -18,7 +18,7 @@ from typing import Any
 from qitos_mlflow._guard import let_through
 from qitos_mlflow.recording.differences import MORE, Note, Shorter, unchanged
 from qitos_mlflow.recording.simpler import SlowTexts
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import Snapshot, encode
 
 SMALL_BYTES = 2048
 """As long as the records of an agent's steps are no larger, they show everything (bytes)."""
@@ -52,8 +52,8 @@ class StepStates:
     def __init__(self) -> None:
         self._shown: dict[str, _Shown] = {}
 
-    def encode(self, agent: str, record: dict[str, Any], slow: SlowTexts) -> bytes:
-        """The record as `to_json.encode` writes it, without what the page of another span shows.
+    def encode(self, agent: str, record: dict[str, Any], slow: SlowTexts) -> Snapshot:
+        """The record as `to_json.encode` makes it, without what the page of another span shows.
 
         Args:
             agent: id of the agent's span.
@@ -69,9 +69,9 @@ class StepStates:
                 self._shown.pop(agent, None)
             return encode(record, slow)
         if agent not in self._shown:
-            payload = encode(record, slow)
-            if kind == "decide" or len(payload) <= SMALL_BYTES:
-                return payload
+            whole = encode(record, slow)
+            if kind == "decide" or whole.json_bytes <= SMALL_BYTES:
+                return whole
         self._shorten(agent, kind, record["data"], Shorter(slow))
         return encode(record, slow)
 

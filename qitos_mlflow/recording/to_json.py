@@ -1,23 +1,21 @@
 """Any value to JSON: whatever it holds, whatever its classes do, whatever other threads do to it.
 
-`encode` runs on the agent's thread and raises nothing but `MemoryError`. It writes JSON. If the
-memory of the process is limited, it writes marshal's bytes, because orjson ends a process whose
-memory is over. `as_json` makes JSON of them on the spooling thread.
+`encode` runs on the agent's thread and raises nothing but `MemoryError`. It copies the containers,
+and shares the texts and numbers in them, which cannot change. So its time does not depend on how
+long the texts are, and the queue holds no second copy of them. `as_json` writes the JSON, on the
+spooling thread.
 
-There are two paths. The fast one copies the containers and has the copies written. The slow one,
-for all else, makes a copy of what JSON has.
+There are two paths. The fast one takes lists, dicts with texts as keys, texts and numbers as they
+are. The slow one, for all else, makes what JSON has of it.
 
 orjson crashes the process if a container changes while it is inside: through another thread, or
-through Python code that it calls (`default`, an Enum's value, a time zone). So it, and marshal,
-receive nothing but dicts whose keys are texts, lists, tuples, texts and numbers, and of each
-container that holds others our own copy. A dict of texts and numbers, as most chat messages are,
-needs no copy: no code is called for it, and no other thread runs meanwhile.
+through Python code that it calls (`default`, an Enum's value, a time zone). It receives nothing but
+our own copies of dicts and lists, texts and numbers.
 """
 
 from __future__ import annotations
 
-import marshal
-from collections.abc import Collection
+from itertools import chain
 from typing import Any
 
 from qitos_mlflow import _json
@@ -31,69 +29,83 @@ more containers; only a record that holds one container in many places reaches t
 MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
 """Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
+CONTAINER_BYTES, JSON_BYTES = 200, 30
+"""What the copy of a small container takes, and what its JSON has beside texts (bytes)."""
+
+LEAST_MESSAGES = 4
+"""A shorter list is copied at once, whatever it is."""
+
+_TEXTS = {str, type(None)}
+
 SHARE, SMALL_BYTES = 8, 64 * 1024
 """A record takes at most an eighth of the memory that is left below a limit: the rest is the
 agent's. What is no larger is always taken."""
 
-_FORMAT = 2
-"""Marshal's. Later ones write an object that is in many places once, so the size of the bytes would
-not say how much there is, and keep each interned text for ever (3.13)."""
+IMAGE_FILE = "image_file"
+"""The type of a block that names the file of a picture."""
 
 
-def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> bytes:
-    """`record` as bytes for `as_json`; `slow` is its trace's. Agent's thread; never changes it.
+class Snapshot:
+    """A record as it was: containers of its own, with nothing in them but what JSON has.
+
+    Attributes:
+        record: the record. Never changed.
+        json_bytes: how large its JSON is, about.
+        names_files: some block in it has the type `IMAGE_FILE`.
+    """
+
+    __slots__ = ("_size", "json_bytes", "names_files", "record")
+
+    def __init__(self, record: dict[str, Any], budget: Budget, containers: int) -> None:
+        self.record, self.names_files = record, budget.names_files
+        self.json_bytes = budget.chars + JSON_BYTES * containers
+        self._size = budget.chars + CONTAINER_BYTES * containers
+
+    def __len__(self) -> int:
+        """What it takes in memory (bytes), with the texts that it shares."""
+        return self._size
+
+
+def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> Snapshot:
+    """What `as_json` makes JSON of; `slow` is its trace's. Agent's thread; never changes `record`.
 
     Raises:
         MemoryError: there is too little memory, and nothing else.
     """
-    own, budget = record.copy(), Budget(slow or SlowTexts(), MAX_CONTAINERS)
-    limited = _json.is_limited()
+    own, most = record.copy(), MAX_CONTAINERS
+    budget = Budget(slow or SlowTexts(), most)
     try:
         _own(own, MAX_LEVELS, budget)
-        if not limited:
-            return _json.dumps_strict(own)
-        _check_keys(own)
-        payload = marshal.dumps(own, _FORMAT)
     except MemoryError:
         raise
     except BaseException as error:  # noqa: BLE001 - a cycle, a key that is no text, …
         let_through(error)
-        budget.containers = MAX_SLOW_CONTAINERS
-        accepted = _accepted(own, MAX_SLOW_LEVELS, budget)
-        if not limited:
-            return _json.dumps_strict(accepted)
-        try:
-            payload = marshal.dumps(accepted, _FORMAT)
-        except ValueError:  # How marshal says that it got no memory for a text.
-            raise MemoryError from None
-    if len(payload) > SMALL_BYTES:
+        budget.containers = most = MAX_SLOW_CONTAINERS
+        budget.chars = 0
+        own = _accepted(own, MAX_SLOW_LEVELS, budget)
+    snapshot = Snapshot(own, budget, most - budget.containers)
+    if len(snapshot) > SMALL_BYTES:
         left = _json.memory_left()
-        if left is not None and len(payload) * SHARE > left:
+        if left is not None and len(snapshot) * SHARE > left:
             raise MemoryError
-    return payload
+    return snapshot
 
 
-def is_json(payload: bytes) -> bool:
-    """Whether `encode` wrote it as JSON."""
-    return payload.startswith(b'{"')
-
-
-def as_json(payload: bytes) -> bytes:
-    """The JSON of what `encode` wrote. Spooling thread.
+def as_json(snapshot: Snapshot | bytes) -> bytes:
+    """The JSON of what `encode` made; JSON as it is. Spooling thread.
 
     Raises:
         MemoryError: there is too little memory, and nothing else.
     """
-    if is_json(payload):
-        return payload
-    record = marshal.loads(payload)  # noqa: S302 - from this process's memory
+    if isinstance(snapshot, bytes):
+        return snapshot
     try:
-        return _json.dumps(record)
+        return _json.dumps(snapshot.record)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - half a character, a huge number
         budget = Budget(SlowTexts(), MAX_SLOW_CONTAINERS)
-        return _json.dumps(_accepted(record, MAX_SLOW_LEVELS, budget))
+        return _json.dumps(_accepted(snapshot.record, MAX_SLOW_LEVELS, budget))
 
 
 def _number(value: float) -> float | str:
@@ -113,61 +125,82 @@ def _own(own: Any, levels: int, budget: Budget) -> None:
 
     Raises:
         RecursionError: there are more.
+        TypeError: a key is no text.
     """
     budget.containers -= 1
     if levels == 0 or budget.containers < 0:
         raise RecursionError
+    if type(own) is dict:
+        "".join(own)  # Its keys are texts, or this raises.
     for key, item in own.items() if type(own) is dict else enumerate(own):
         kind = type(item)
-        if kind is str or item is None or kind is int or kind is bool:
-            continue
-        if kind is float:
+        if kind is str:
+            budget.chars += len(item)
+        elif item is None or kind is int or kind is bool:
+            pass
+        elif kind is float:
             own[key] = _number(item)
         elif kind is dict:
-            if not _plain(item.values()):  # Raises if another thread changes it: the slow path.
-                own[key] = item = item.copy()  # One step: no other thread runs in between.
-                _own(item, levels - 1, budget)
-        elif kind is list:
+            own[key] = item = item.copy()  # One step: no other thread runs in between.
+            if "type" in item and type(item["type"]) is str and item["type"] == IMAGE_FILE:
+                budget.names_files = True
+            chars = 0
+            # Not `items()`: without memory for a pair, Python crashes (3.11).
+            for name in item:
+                if type(name) is not str:
+                    raise TypeError
+                value = item[name]
+                kind = type(value)
+                if kind is str:
+                    chars += len(value)
+                elif not (value is None or kind is int or kind is bool):
+                    _own(item, levels - 1, budget)
+                    break
+            else:  # As most messages are: nothing in it has to be copied.
+                budget.chars += chars
+                budget.containers -= 1
+                if budget.containers < 0:
+                    raise RecursionError
+        elif kind is list or kind is tuple:
             own[key] = item = [*item]
-            if not _plain(item):
+            if len(item) < LEAST_MESSAGES:
                 _own(item, levels - 1, budget)
-        elif kind is tuple:
-            if not _plain(item):  # Else nothing in it can change.
-                own[key] = item = [*item]
-                _own(item, levels - 1, budget)
+            else:
+                _own_conversation(item, levels - 1, budget)
         else:
             simple = [known(item, budget)]
             _own(simple, levels - 1, budget)
             own[key] = simple[0]
 
 
-def _check_keys(own: Any) -> None:
-    """See that keys are texts, as orjson does.
+def _own_conversation(own: list[Any], levels: int, budget: Budget) -> None:
+    """As `_own`, for a list that may be a conversation: it takes the copies from before again.
 
-    Raises:
-        TypeError: one is none. Of what has a buffer, such as numpy's texts, marshal would write the
-            bytes, and redaction would not know the name.
+    Only those of messages with nothing but texts: 1 is equal to True, and only texts have no code
+    of their own that runs when they are compared.
     """
-    if type(own) is dict:
-        for key in own:
-            if type(key) is not str:
-                raise TypeError
-        own = own.values()
-    for item in own:
-        kind = type(item)
-        if kind is dict or kind is list or kind is tuple:
-            _check_keys(item)
+    lists, chars, before = budget.slow.conversations, budget.chars, budget.containers
+    for index, (copies, known_chars) in enumerate(lists):
+        begins = own[: len(copies)]
+        if len(begins) == len(copies) and _are_texts(begins) and begins == copies:
+            rest = own[len(copies) :]
+            budget.chars += known_chars
+            budget.containers = before - len(copies)
+            _own(rest, levels, budget)
+            own[:] = [*copies, *rest]
+            if rest and _are_texts(rest):
+                lists[index] = own, budget.chars - chars
+            return
+    _own(own, levels, budget)
+    if _are_texts(own):
+        lists.appendleft((own, budget.chars - chars))
 
 
-def _plain(values: Collection[Any]) -> bool:
-    """Whether JSON has each of `values`, of a container of ours, as it is."""
-    for value in values:
-        kind = type(value)
-        if kind is str or value is None or kind is int or kind is bool:
-            continue
-        if kind is not float or value - value != 0:  # That is so of NaN and infinity.
-            return False
-    return True
+def _are_texts(messages: list[Any]) -> bool:
+    """Whether all messages are dicts with nothing but texts."""
+    if not {*map(type, messages)} <= {dict}:
+        return False
+    return {*map(type, chain.from_iterable(map(dict.values, messages)))} <= _TEXTS
 
 
 def _accepted(value: Any, levels: int, budget: Budget) -> Any:
@@ -177,6 +210,7 @@ def _accepted(value: Any, levels: int, budget: Budget) -> Any:
     """
     kind = type(value)
     if kind is str:
+        budget.chars += len(value)
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
     if value is None or kind is bool:
         return value
@@ -190,6 +224,8 @@ def _accepted(value: Any, levels: int, budget: Budget) -> Any:
             if levels == 0 or budget.containers < 0:
                 return f"<{kind.__qualname__}, cut>"
             if kind is dict:
+                named = value.get("type")
+                budget.names_files |= type(named) is str and named == IMAGE_FILE
                 return {
                     key
                     if type(key) is str and key.isascii()

@@ -1,6 +1,6 @@
 """Host events to records, on the agent's thread: one open trace, as one plugin records it.
 
-Receives the host's Trace and Span objects from a plugin's hooks. Hands bytes to the pipeline of
+Receives the host's Trace and Span objects from a plugin's hooks. Hands snapshots to the pipeline of
 their destination. Nothing here waits. Nothing grows with the trace but one number for each open
 span, and up to a bound the texts of objects whose `repr` is slow.
 """
@@ -21,7 +21,7 @@ from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_fi
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.simpler import SlowTexts
 from qitos_mlflow.recording.step_states import StepStates
-from qitos_mlflow.recording.to_json import encode
+from qitos_mlflow.recording.to_json import Snapshot, encode
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import content_allowed
 from qitos_mlflow.tracing.redaction import redacted_metadata
@@ -156,14 +156,14 @@ class TraceRecorder:
                 record["no_pictures"] = True
             agent = getattr(span, "agent_span_id", None) if self.content else None
             if agent is None:
-                payload = encode(record, self._slow)
+                made = encode(record, self._slow)
             else:
-                payload = self._states.encode(agent, record, self._slow)
+                made = self._states.encode(agent, record, self._slow)
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
-                payload = with_picture_files(payload, self._pictures, most)
-            taken = self.pipeline.offer(payload)
+                made = with_picture_files(made, self._pictures, most)
+            taken = self.pipeline.offer(made)
             if agent is not None:
-                self._states.recorded(agent, record, len(payload) if taken else None)
+                self._states.recorded(agent, record, made.json_bytes if taken else None)
         except MemoryError:
             self.lose("span", NO_MEMORY)
             return
@@ -173,9 +173,9 @@ class TraceRecorder:
         if not taken:
             self._pictures.clear()  # Those of the record are read again.
             self._note_loss("span", "queue_full")
-        self.recorded(payload)
+        self.recorded(made)
 
-    def recorded(self, payload: bytes) -> None:
+    def recorded(self, snapshot: Snapshot) -> None:
         """The start, a span or the end was recorded. Derive it to use it on the same thread."""
 
     @staticmethod
@@ -262,15 +262,15 @@ class TraceRecorder:
         """Record the start or the end, if memory is short without its metadata."""
         try:
             try:
-                payload = encode(record, self._slow)
+                made = encode(record, self._slow)
             except MemoryError:
-                payload = encode({**record, "metadata": {}}, self._slow)
+                made = encode({**record, "metadata": {}}, self._slow)
                 self.lose("metadata", NO_MEMORY)
-            self.pipeline.offer(payload, keep=True, urgent=True)  # The call may raise (3.10).
+            self.pipeline.offer(made, keep=True, urgent=True)  # The call may raise (3.10).
         except MemoryError:
             self.lose(record["kind"], NO_MEMORY)
             return
-        self.recorded(payload)
+        self.recorded(made)
 
     def _offer_root(self, span: Any) -> None:
         record = {

@@ -21,6 +21,7 @@ from qitos_mlflow.recording.differences import LONG_TEXT, Shorter
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.simpler import SlowTexts
 from qitos_mlflow.recording.step_states import StepStates
+from qitos_mlflow.recording.to_json import Snapshot, as_json
 from qitos_mlflow.redaction.redact import MARKER, redact
 from qitos_mlflow.tracing import SpanType, StepSpanData, create_trace, set_trace_processors
 from tests.bridge.agents import ScriptAgent, State, act
@@ -282,8 +283,8 @@ def encoded(observation: Any, number: int, states: StepStates) -> Any:
         "type": "step", "data": {"step_number": number, "observation": observation},
     }  # fmt: skip
     payload = states.encode("agent", record, SlowTexts())
-    states.recorded("agent", record, len(payload))
-    return _json.loads(payload)["data"]["observation"]
+    states.recorded("agent", record, payload.json_bytes)
+    return _json.loads(as_json(payload))["data"]["observation"]
 
 
 @pytest.fixture
@@ -326,7 +327,7 @@ def test_any_kind_of_observation_is_shortened(
     assert shown["…"] == "[in full at step 0]"
     for got in (given, copy.copy(given)):
         record = {"type": "decide", "data": {"input_content": got}}
-        data = _json.loads(states.encode("agent", record, SlowTexts()))["data"]
+        data = _json.loads(as_json(states.encode("agent", record, SlowTexts())))["data"]
         assert PAGE not in repr(data)
         assert note.replace("step 1", "step 2") in repr(data)
 
@@ -344,8 +345,8 @@ def test_after_a_lost_step_the_next_one_shows_everything(
     """Nothing refers to a step that was lost before it reached the queue."""
     offer, lost = RecordPipeline.offer, []
 
-    def lossy(self: RecordPipeline, payload: bytes, **options: Any) -> bool:
-        if b'"type":"step"' in payload and b'"step_number":20' in payload:
+    def lossy(self: RecordPipeline, payload: Snapshot, **options: Any) -> bool:
+        if b'"type":"step"' in as_json(payload) and b'"step_number":20' in as_json(payload):
             lost.append(payload)
             return False
         return offer(self, payload, **options)

@@ -42,8 +42,9 @@ from qitos_mlflow.mlflow_plugin.mapping.otlp_span import failure_of
 from qitos_mlflow.mlflow_plugin.mapping.span_kinds import kind_of, span_name
 from qitos_mlflow.mlflow_plugin.mapping.span_tree import SpanTree, feedback_of
 from qitos_mlflow.mlflow_plugin.mapping.trace_facts import TREE_TAG, TraceFacts, added
-from qitos_mlflow.recording.normalize import additions, nanoseconds, read, safe
+from qitos_mlflow.recording.normalize import additions, nanoseconds, safe
 from qitos_mlflow.recording.pictures import TakenPictures
+from qitos_mlflow.recording.to_json import Snapshot, as_json
 from qitos_mlflow.redaction.redact import redact_text
 
 TRACE = "trace"
@@ -170,15 +171,15 @@ class MlflowTree:
                 self._background.do(self._close, span.span_id, time.time_ns())
             leave_ended(self._contexts)
 
-    def fold(self, payload: bytes) -> None:
+    def fold(self, snapshot: Snapshot) -> None:
         """Take in a record of the trace: its start, a span or its end. Shows it soon."""
         if not self._over and self._background.waiting < MAX_WAITING:
-            self._background.do(self._fold, payload)
+            self._background.do(self._fold, snapshot)
 
-    def assess(self, payload: bytes) -> bool:
+    def assess(self, snapshot: Snapshot) -> bool:
         """Add the assessment in a record to the trace; False if MLflow has sent the trace."""
         with shield("mlflow_tree.assess"):
-            return self._assess(assessment_of(self._safe(payload)))
+            return self._assess(assessment_of(self._safe(as_json(snapshot))))
         return False
 
     def end(self) -> None:
@@ -214,9 +215,8 @@ class MlflowTree:
             if trace is not None and not getattr(manager._traces, "timeout", None):
                 renew(manager, self.trace_id, trace)
 
-    def _safe(self, payload: bytes) -> Any:
-        record, size = read(payload)
-        return safe(record, size, self._field_bytes, self._pictures)
+    def _safe(self, data: bytes) -> Any:
+        return safe(_json.loads(data), len(data), self._field_bytes, self._pictures)
 
     @staticmethod
     def _show(live: Any, attributes: dict[str, Any]) -> None:
@@ -247,10 +247,11 @@ class MlflowTree:
             context, self._in_queue = contextvars.Context(), True
         context.run(live.end, end_time_ns=end_ns)
 
-    def _fold(self, payload: bytes) -> None:
-        record = self._safe(payload)
+    def _fold(self, snapshot: Snapshot) -> None:
+        data = as_json(snapshot)
+        record = self._safe(data)
         if record["kind"] == "span":
-            self._fold_span(record, payload)
+            self._fold_span(record, data)
             return
         self._facts.fold(record)
         spans = self._tree.fold(record)
@@ -258,12 +259,12 @@ class MlflowTree:
         if record["kind"] == "trace_end" and TRACE in self._open:
             self._end_of_trace(record, spans[-1])
 
-    def _fold_span(self, record: Any, payload: bytes) -> None:
+    def _fold_span(self, record: Any, data: bytes) -> None:
         live = self._open.get(record["span_id"])
         if live is None:
             return
         record |= additions(record, self._field_bytes)
-        if self._pictures.max_bytes and ("pictures" in record or may_show(payload)):
+        if self._pictures.max_bytes and ("pictures" in record or may_show(data)):
             record, pictures = attach(record, self.trace_id)
             made = sys.modules["mlflow.tracing.attachments"].Attachment
             for one in pictures:  # MLflow sends them with its trace, each once.
