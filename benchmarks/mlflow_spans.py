@@ -22,11 +22,13 @@ from typing import Any
 import mlflow
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 
-from benchmarks.agent_thread import PAUSE_S, PAUSE_S_PER_BYTE, messages_of
 from qitos_mlflow.mlflow_plugin.fluent.mlflow_tree import MlflowTree
 from qitos_mlflow.mlflow_plugin.plugin import OpenTrace
 from qitos_mlflow.mlflow_plugin.processor import MlflowTraceProcessor
 from qitos_mlflow.tracing import GenerationSpanData, SpanType, TracingProvider
+
+PAUSE_S, PAUSE_S_PER_BYTE = 0.05, 60e-9
+"""A pause between two bursts (seconds), at least: until the one before is on the disk."""
 
 ANSWER = {
     "id": "chatcmpl-1",
@@ -38,6 +40,11 @@ ANSWER = {
     ],
     "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
 }
+
+
+def messages_of(size: int) -> list[dict[str, str]]:
+    """Chat messages of `size` bytes in all."""
+    return [{"role": "user", "content": "x" * min(2000, size)} for _ in range(max(1, size // 2000))]
 
 
 def ours(spans: int, size: int) -> Callable[[], float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.one_run import ROOT, Run
@@ -41,9 +41,10 @@ def plot(samples: Samples, axis: Axis) -> Path:
     axes.set_yscale("log")
     axes.set_xticks(axis.values, [f"{value:,}" for value in axis.values])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.set_xlabel(axis.label)
-    axes.set_title(axis.what, loc="left")
+    axes.set_ylabel(axis.what)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e2e8f0")
     # Names that would lie on each other are moved apart; the axis is logarithmic.
@@ -51,9 +52,13 @@ def plot(samples: Samples, axis: Axis) -> Path:
     apart, last = (high / low) ** 0.06, 0.0
     for value, name in sorted(ends):
         last = max(value, last * apart)
-        place = (axis.values[-1] * 1.05, last)
         axes.annotate(
-            CONTENDERS[name].title, place, color=COLOURS[name], va="center", annotation_clip=False
+            CONTENDERS[name].title,
+            (axis.values[-1], last),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=COLOURS[name],
+            va="center",
         )
     path = FOLDER / f"{axis.file}.png"
     drawn.savefig(path, dpi=110, facecolor="white")
