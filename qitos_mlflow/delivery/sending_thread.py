@@ -60,12 +60,15 @@ class SendingThread(OwnThread):
     def written(self, position: int, *, urgent: bool) -> None:
         """Records before `position` can be read; `urgent` ones are sent at once."""
         with self._changed:
+            idle = self._written <= self._transfer.position
             if urgent:
                 self._due_at = 0.0
-            elif self._written <= self._transfer.position:
+            elif idle:
                 self._due_at = time.monotonic() + SEND_EVERY_S
             self._written = position
-            self._changed.notify_all()
+            # Else it sleeps until then: to wake it for every append costs an agent that works.
+            if urgent or idle or position - self._transfer.position >= BATCH_BYTES:
+                self._changed.notify_all()
 
     @property
     def position(self) -> int:

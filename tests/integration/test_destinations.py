@@ -24,8 +24,10 @@ from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from sqlalchemy.engine import make_url
 
 from qitos_mlflow.cli import main
+from qitos_mlflow.delivery import find_segments
 from qitos_mlflow.mlflow_plugin.server.mlflow_client import StoreTransport
 from qitos_mlflow.mlflow_plugin.sink import operations
+from qitos_mlflow.settings import Settings
 from tests.bridge.agents import ADD, FINAL, Model, ModelAgent, answer, toolbox
 from tests.fakes.https import RecordingServer, recording_server
 from tests.integration.agents import Agent
@@ -150,6 +152,7 @@ def test_another_teams_agent_leaves_what_a_killed_one_left(
 
     killed = start("team-a", gates=["mid"])
     killed.wait_for("mid")
+    eventually(lambda: [*find_segments(Settings.resolve().spool_dir)])
     killed.signal(signal.SIGKILL)
     killed.finish()
     other = start("team-b", gates=["over"])
