@@ -2,7 +2,7 @@
 
 Everything is measured in fresh processes, in rounds in which all take turns, with one real `mlflow
 server`; figures are medians. `GATES` are ratios within one run, and what they may be at most:
-`./dev bench -- --gate` measures only those, and fails if one is above its bound.
+`./dev gate` measures only those, and fails if one is above its bound.
 
     python -m benchmarks.suite [--gate] [--rounds N] [--report]
 
@@ -154,18 +154,18 @@ ROWS = (
 
 GATES = (
     Gate("whole process beside OTLP/HTTP, 100 steps", "cpu_us",
-         Run("plugin", HUNDRED), Run("otlp", HUNDRED), 2.0),
+         Run("plugin", HUNDRED), Run("otlp", HUNDRED), 4.0, added=True),
     Gate("whole process beside OTLP/HTTP, 400 steps", "cpu_us",
-         Run("plugin", Load(steps=400)), Run("otlp", Load(steps=400)), 2.0),
+         Run("plugin", Load(steps=400)), Run("otlp", Load(steps=400)), 4.0, added=True),
     Gate("agent's thread beside BatchSpanProcessor, 4 KB", "own_us",
-         Run("plugin"), Run("batch"), 0.6, added=True),
+         Run("plugin"), Run("batch"), 1.2, added=True),
     Gate("agent's thread beside BatchSpanProcessor, 200 KB", "own_us",
-         Run("plugin", LARGE), Run("batch", LARGE), 0.6, added=True),
+         Run("plugin", LARGE), Run("batch", LARGE), 1.2, added=True),
     Gate("import qitos with the package and no destination, beside without", "import_ms",
-         Import("no destination"), Import("without the package"), 1.1),
+         Import("no destination"), Import("without the package"), 1.15),
     Gate("start of a trace beside OpenTelemetry's, 8 at once", "start_ms",
          Run("plugin", STARTS), Run("batch", STARTS), 14.0),
-    Gate("an idle bridge beside none", "ratio", Idle(), One(), 1.02),
+    Gate("an idle bridge beside none", "ratio", Idle(), One(), 1.05),
     Gate("peak memory added beside OTLP/HTTP, 100 steps", "peak_mb",
          Run("plugin", HUNDRED), Run("otlp", HUNDRED), 1.5, added=True),
 )  # fmt: skip
@@ -266,7 +266,7 @@ def machine(rounds: int) -> str:
         [
             f"{time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores ({(models or ['unknown'])[0]})",
             f"load {os.getloadavg()[2]:.1f}",
-            f"medians of {rounds} rounds",
+            "one round" if rounds == 1 else f"medians of {rounds} rounds",
             f"Python {platform.python_version()}",
             *(f"{name} {version(name)}" for name in versions),
         ]
