@@ -188,11 +188,11 @@ def _own_conversation(own: list[Any], levels: int, budget: Budget) -> None:
             budget.containers = before - len(copies)
             _own(rest, levels, budget)
             own[:] = [*copies, *rest]
-            if rest and _are_texts(rest):
+            if rest and not budget.names_files and _are_texts(rest):
                 lists[index] = own, budget.chars - chars
             return
     _own(own, levels, budget)
-    if _are_texts(own):
+    if not budget.names_files and _are_texts(own):  # Else its files are read again.
         lists.appendleft((own, budget.chars - chars))
 
 
