@@ -112,7 +112,6 @@ class AgentRun:
             parent = self.stack[-1] if self.stack else self._parent
         span = self.live.start(data, parent)
         self.stack.append(span)
-        span.agent_span_id = self.stack[0].span_id  # See `recording.step_states`.
         self._innermost[data.type] = span
         here.set(Place(self, span))
         return span

@@ -6,6 +6,7 @@ itself: what it raises, wraps or registers wrongly affects no other plugin.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -34,9 +35,12 @@ A hook has one argument at most, which is given by position: on the agent's thre
 EVENTS = frozenset({"qitos_trace_start", "qitos_trace_end", "qitos_span_start", "qitos_span_end"})
 """Hooks that return nothing."""
 
-LOAD_WAIT_S = 10.0
-"""Longest wait for another thread that loads the plugins (seconds). It may itself be waiting for an
-import of the thread that waits."""
+LOAD_WAIT_S = 2.0
+"""Longest wait for another thread that loads the plugins (seconds), once. It may itself be waiting
+for an import of the thread that waits."""
+
+_loading_ones: weakref.WeakSet[PluginTraceProcessor] = weakref.WeakSet()
+"""Those that have plugins to load."""
 
 
 def _pass_on(hook: str) -> Any:
@@ -100,7 +104,9 @@ class PluginTraceProcessor(TraceProcessor):
         self._loading = False
         for name, plugin in (plugins or {}).items():
             self.register(plugin, name)
-        self._unloaded = load
+        self._unloaded, self._wait_s = load, LOAD_WAIT_S
+        if load is not None:
+            _loading_ones.add(self)
         self._arrange(self._managers)
 
     @property
@@ -205,7 +211,9 @@ class PluginTraceProcessor(TraceProcessor):
         if self._unloaded is None:
             return
         with importing():
-            if not self._changing.acquire(timeout=LOAD_WAIT_S):
+            if not self._changing.acquire(timeout=self._wait_s):
+                self._wait_s = 0.0  # What hangs must not hold up every event.
+                _guard.warn("plugins.loading", "trace plugins take long to load; runs go untraced")
                 return
             try:
                 if self._unloaded is None or self._loading:  # An import that uses this.
@@ -248,6 +256,17 @@ class PluginTraceProcessor(TraceProcessor):
         self._only_add = sum(self.hooks(name) == ("qitos_record",) for name in managers)
         if loaded:  # Not before: from now on other threads do not wait.
             self._unloaded = None
+
+
+def _after_fork() -> None:
+    """The thread that loads is the parent's."""
+    for processor in _loading_ones:
+        processor._changing, processor._loading = threading.RLock(), False
+        processor._wait_s = LOAD_WAIT_S
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _quick(caller: pluggy.HookCaller) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ one.
     recorder          all traces of one plugin; one pipeline per destination and process
     trace_recorder    one trace: host events to records
     snapshot          what a record holds of one event
-    step_states       a step's record without what an earlier step shows; by `differences`
     to_json, simpler  any record as containers of ours, on the agent's thread; later as JSON
     pipelines         the pipeline of records to one destination
     normalize         snapshots to redacted records, on the spooling thread, with what plugins add

@@ -5,8 +5,7 @@ them, plugins see them in `qitos_record`, and a sink reads them. The types descr
 `normalize` hands it on. Times are integers: nanoseconds since the epoch (UTC).
 
 These are types for readers, not a check: a sink must expect a record of another version, or a
-damaged one, in which any field is missing or has another type. In an agent's steps, decisions and
-reductions, notes stand for long parts of its state: `step_states`. With content off
+damaged one, in which any field is missing or has another type. With content off
 (`capture_content`, or the tracing mode ``ENABLED_WITHOUT_DATA``) fields that hold inputs or outputs
 are missing.
 """

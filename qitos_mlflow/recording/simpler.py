@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence, Set, ValuesView
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -55,7 +54,7 @@ class SlowTexts:
     def __init__(self) -> None:
         self.texts: dict[int, tuple[ref[Any], str]] = {}  # By id, which another object may get.
         self.spent_s: dict[str, float] = {}  # By the class's name.
-        self.conversations: deque[tuple[list[Any], int]] = deque(maxlen=MAX_CONVERSATIONS)
+        self.conversations: tuple[tuple[list[Any], int], ...] = ()
         """Copies of the last lists of messages, each with its size (bytes)."""
 
     def add(self, value: Any, text: str, took_s: float) -> None:
@@ -92,7 +91,7 @@ class Budget:
     """How much more one record may hold, and what it holds so far.
 
     Attributes:
-        chars: length of all texts in it (characters).
+        chars: about how large it is without its containers (bytes).
         names_files: some block names the file of a picture.
     """
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from qitos_mlflow import _json
 from qitos_mlflow._guard import let_through
-from qitos_mlflow.recording.simpler import Budget, SlowTexts, known, text_of
+from qitos_mlflow.recording.simpler import MAX_CONVERSATIONS, Budget, SlowTexts, known, text_of
 
 MAX_LEVELS, MAX_CONTAINERS = 250, 350_000
 """Bounds of the fast path. orjson has 254 levels. A default field (1 MiB of JSON) has room for no
@@ -29,8 +29,8 @@ more containers; only a record that holds one container in many places reaches t
 MAX_SLOW_LEVELS, MAX_SLOW_CONTAINERS = 60, 50_000
 """Bounds of the slow path, which takes up to 2 µs a container; the rest is cut."""
 
-CONTAINER_BYTES, JSON_BYTES = 200, 30
-"""What the copy of a small container takes, and what its JSON has beside texts (bytes)."""
+CONTAINER_BYTES, ITEM_BYTES = 100, 30
+"""What a container takes, and each item in it beside its text, about as much as in JSON (bytes)."""
 
 LEAST_MESSAGES = 4
 """A shorter list is copied at once, whatever it is."""
@@ -50,19 +50,16 @@ class Snapshot:
 
     Attributes:
         record: the record. Never changed.
-        json_bytes: how large its JSON is, about.
         names_files: some block in it has the type `IMAGE_FILE`.
     """
 
-    __slots__ = ("_size", "json_bytes", "names_files", "record")
+    __slots__ = ("_size", "names_files", "record")
 
-    def __init__(self, record: dict[str, Any], budget: Budget, containers: int) -> None:
-        self.record, self.names_files = record, budget.names_files
-        self.json_bytes = budget.chars + JSON_BYTES * containers
-        self._size = budget.chars + CONTAINER_BYTES * containers
+    def __init__(self, record: dict[str, Any], size: int, names_files: bool) -> None:
+        self.record, self._size, self.names_files = record, size, names_files
 
     def __len__(self) -> int:
-        """What it takes in memory (bytes), with the texts that it shares."""
+        """About what it takes in memory, with the texts that it shares, and as JSON (bytes)."""
         return self._size
 
 
@@ -83,12 +80,12 @@ def encode(record: dict[str, Any], slow: SlowTexts | None = None) -> Snapshot:
         budget.containers = most = MAX_SLOW_CONTAINERS
         budget.chars = 0
         own = _accepted(own, MAX_SLOW_LEVELS, budget)
-    snapshot = Snapshot(own, budget, most - budget.containers)
-    if len(snapshot) > SMALL_BYTES:
+    size = budget.chars + CONTAINER_BYTES * (most - budget.containers)
+    if size > SMALL_BYTES:
         left = _json.memory_left()
-        if left is not None and len(snapshot) * SHARE > left:
+        if left is not None and size * SHARE > left:
             raise MemoryError
-    return snapshot
+    return Snapshot(own, size, budget.names_files)
 
 
 def as_json(snapshot: Snapshot | bytes) -> bytes:
@@ -130,8 +127,9 @@ def _own(own: Any, levels: int, budget: Budget) -> None:
     budget.containers -= 1
     if levels == 0 or budget.containers < 0:
         raise RecursionError
+    budget.chars += ITEM_BYTES * len(own)
     if type(own) is dict:
-        "".join(own)  # Its keys are texts, or this raises.
+        budget.chars += len("".join(own))  # Its keys are texts, or this raises.
     for key, item in own.items() if type(own) is dict else enumerate(own):
         kind = type(item)
         if kind is str:
@@ -144,11 +142,12 @@ def _own(own: Any, levels: int, budget: Budget) -> None:
             own[key] = item = item.copy()  # One step: no other thread runs in between.
             if "type" in item and type(item["type"]) is str and item["type"] == IMAGE_FILE:
                 budget.names_files = True
-            chars = 0
+            chars = ITEM_BYTES * len(item)
             # Not `items()`: without memory for a pair, Python crashes (3.11).
             for name in item:
                 if type(name) is not str:
                     raise TypeError
+                chars += len(name)
                 value = item[name]
                 kind = type(value)
                 if kind is str:
@@ -179,8 +178,9 @@ def _own_conversation(own: list[Any], levels: int, budget: Budget) -> None:
     Only those of messages with nothing but texts: 1 is equal to True, and only texts have no code
     of their own that runs when they are compared.
     """
-    lists, chars, before = budget.slow.conversations, budget.chars, budget.containers
-    for index, (copies, known_chars) in enumerate(lists):
+    before, chars = budget.containers, budget.chars
+    known_lists = budget.slow.conversations  # Other threads put others in its place.
+    for copies, known_chars in known_lists:
         begins = own[: len(copies)]
         if len(begins) == len(copies) and _are_texts(begins) and begins == copies:
             rest = own[len(copies) :]
@@ -189,11 +189,13 @@ def _own_conversation(own: list[Any], levels: int, budget: Budget) -> None:
             _own(rest, levels, budget)
             own[:] = [*copies, *rest]
             if rest and not budget.names_files and _are_texts(rest):
-                lists[index] = own, budget.chars - chars
+                others = (one for one in known_lists if one[0] is not copies)
+                budget.slow.conversations = ((own, budget.chars - chars), *others)
             return
     _own(own, levels, budget)
     if not budget.names_files and _are_texts(own):  # Else its files are read again.
-        lists.appendleft((own, budget.chars - chars))
+        newest = own, budget.chars - chars
+        budget.slow.conversations = (newest, *known_lists[: MAX_CONVERSATIONS - 1])
 
 
 def _are_texts(messages: list[Any]) -> bool:
@@ -223,6 +225,7 @@ def _accepted(value: Any, levels: int, budget: Budget) -> Any:
             budget.containers -= 1
             if levels == 0 or budget.containers < 0:
                 return f"<{kind.__qualname__}, cut>"
+            budget.chars += ITEM_BYTES * len(value)
             if kind is dict:
                 named = value.get("type")
                 budget.names_files |= type(named) is str and named == IMAGE_FILE

@@ -20,7 +20,6 @@ from qitos_mlflow.recording import snapshot
 from qitos_mlflow.recording.picture_files import READ_FOR, Seen, with_picture_files
 from qitos_mlflow.recording.pipelines import RecordPipeline
 from qitos_mlflow.recording.simpler import SlowTexts
-from qitos_mlflow.recording.step_states import StepStates
 from qitos_mlflow.recording.to_json import Snapshot, encode
 from qitos_mlflow.settings import Settings
 from qitos_mlflow.tracing import content_allowed
@@ -70,7 +69,6 @@ class TraceRecorder:
         self._spans = count()  # Steps as a whole, whichever threads end spans.
         self._late = 0
         self._slow = SlowTexts()
-        self._states = StepStates()
         self._pictures: Seen = {}
         self._steps: dict[str, int | None] = {}
         # The bridge's traces are one agent's run, whose span is the root of the tree.
@@ -154,16 +152,10 @@ class TraceRecorder:
                 record |= {"late": self._late, **self._settings}
             if self.no_pictures:
                 record["no_pictures"] = True
-            agent = getattr(span, "agent_span_id", None) if self.content else None
-            if agent is None:
-                made = encode(record, self._slow)
-            else:
-                made = self._states.encode(agent, record, self._slow)
+            made = encode(record, self._slow)
             if record["type"] in READ_FOR and (most := self.pipeline.max_picture_bytes):
                 made = with_picture_files(made, self._pictures, most)
             taken = self.pipeline.offer(made)
-            if agent is not None:
-                self._states.recorded(agent, record, made.json_bytes if taken else None)
         except MemoryError:
             self.lose("span", NO_MEMORY)
             return

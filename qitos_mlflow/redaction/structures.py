@@ -109,17 +109,11 @@ def map_texts(item: Any, change: Callable[[str], str]) -> Any:
     return item
 
 
-def is_command(words: Sequence[Any]) -> bool:
-    """Whether `words` may be a command line that is split into words."""
-    if not 2 <= len(words) <= _MOST_WORDS or {*map(type, words)} != {str}:
-        return False
-    has_options = any(word[:1] == "-" and _OPTION.match(word) for word in words)
-    return has_options and not any("\n" in word for word in words)
-
-
 def redact_command(words: list[Any], redact_text: Callable[[str], str]) -> list[Any]:
     """A command line that is split into words, without the credentials that its options show."""
-    if not is_command(words):
+    if not 2 <= len(words) <= _MOST_WORDS or not all(isinstance(word, str) for word in words):
+        return words
+    if not any(_OPTION.match(word) for word in words) or any("\n" in word for word in words):
         return words
     line = redact_text(" ".join(word.replace(" ", _INNER_SPACE) for word in words))
     kept = [word.replace(_INNER_SPACE, " ") for word in line.split(" ")]

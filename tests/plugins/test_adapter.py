@@ -12,6 +12,7 @@ from typing import Any
 import pluggy
 import pytest
 
+from qitos_mlflow import _forks
 from qitos_mlflow.plugins import adapter as adapter_module
 from qitos_mlflow.plugins.adapter import HOOKS, PluginTraceProcessor
 from qitos_mlflow.tracing import (
@@ -658,8 +659,32 @@ def test_a_thread_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     thread.start()
     assert loading.wait(20)
     processor.on_trace_start(TRACE)
+    assert processor._wait_s == 0, "each event would wait"
     assert not processor.wants_trace()
     over.set()
+    thread.join(20)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_forked_amid_the_loading_loads_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that loads, and its lock, are the parent's."""
+    monkeypatch.setattr(_forks, "FORK_WAIT_S", 0.05)
+    loading, over = threading.Event(), threading.Event()
+    parent = os.getpid()
+
+    def load(adapter: PluginTraceProcessor) -> None:
+        loading.set()
+        assert os.getpid() != parent or over.wait(20)
+        adapter.register(HearsNames(), "hearing")
+
+    processor = PluginTraceProcessor(load=load)
+    thread = threading.Thread(target=processor.wants_trace)
+    thread.start()
+    assert loading.wait(20)
+    if (child := os.fork()) == 0:
+        os._exit(0 if processor.wants_trace() else 1)
+    over.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     thread.join(20)
 
 

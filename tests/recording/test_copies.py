@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from qitos_mlflow import _json
 from qitos_mlflow.recording import to_json
-from qitos_mlflow.recording.simpler import SlowTexts
+from qitos_mlflow.recording.simpler import MAX_CONVERSATIONS, SlowTexts
 from qitos_mlflow.recording.to_json import MAX_CONTAINERS, Snapshot, as_json, encode
 
 Message = dict[str, Any]
@@ -115,3 +117,47 @@ def test_containers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not accepted
     encode({"kind": "span", "output": [said(1)] * MAX_CONTAINERS})
     assert accepted
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [1.5] * 50_000,
+        list(range(50_000)),
+        [[0, 1]] * 20_000,
+        {"x" * 200 + str(number): 1 for number in range(5_000)},
+        {"inner": {f"key {number}": None for number in range(20_000)}},
+        ["text"] * 50_000,
+        {(1, number): number for number in range(20_000)},
+    ],
+    ids=["floats", "numbers", "lists", "long keys", "keys", "texts", "odd keys"],
+)
+def test_the_size_is_about_that_of_the_json(output: Any) -> None:
+    """The queue is bounded by it, and what a record may take below a limit of memory."""
+    made = encode({"kind": "span", "output": output})
+    assert len(as_json(made)) / 2 < len(made)
+
+
+def test_threads_of_one_trace_have_their_own_conversations() -> None:
+    """One that another thread changes meanwhile is no reason to cut a record."""
+    slow, wrong = SlowTexts(), []
+    interval = sys.getswitchinterval()
+
+    def work(own: int) -> None:
+        messages = [said(own * 1000 + number) for number in range(6)]
+        for step in range(300):
+            messages = messages[:6] if len(messages) > 20 else [*messages, said(step)]
+            if stored(snapshot(messages, slow)) != messages:
+                wrong.append(messages)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(6)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert len(slow.conversations) <= MAX_CONVERSATIONS
