@@ -20,8 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from qitos_mlflow import _guard
+
+settings.register_profile("any machine", settings.default, deadline=None)  # Cores are shared.
+settings.load_profile("any machine")
 
 if TYPE_CHECKING:
     from tests.integration.server import MlflowServer

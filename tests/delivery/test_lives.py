@@ -171,7 +171,7 @@ class Lives(RuleBasedStateMachine):
             self.directory.cleanup()
 
 
-Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestLives = Lives.TestCase
 
 

@@ -221,7 +221,7 @@ def test_a_record_longer_than_a_read_comes_back(tmp_path: Path) -> None:
 PAYLOADS = st.lists(st.binary(max_size=12), min_size=1, max_size=4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(PAYLOADS)
 def test_cut_anywhere(payloads: list[bytes]) -> None:
     """A segment cut at any byte gives back every record whose line is whole; the rest is kept."""
@@ -242,7 +242,7 @@ def test_cut_anywhere(payloads: list[bytes]) -> None:
             assert got in (payloads[:intact], payloads[: intact + (cut + 1 in ends)])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PAYLOADS, st.integers(1, 255))
 def test_corrupt_anywhere(payloads: list[bytes], flip: int) -> None:
     """One damaged byte, wherever it is, costs the record it is in and no other."""
